@@ -1,0 +1,198 @@
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.algo.trees import make_tree, on_leaves, rewards, shuffled, trees
+from treerpo_ray.algo.advantages import (
+    AdvantageForm,
+    bernoulli,
+    bernoulli_std,
+    difference,
+    standard,
+    step_advantages,
+)
+from treerpo_ray.algo.backup import mean_backup
+from treerpo_ray.algo.groups import GroupState, step_groups
+from treerpo_ray.algo.tree import Tree
+
+FORMS = [bernoulli, bernoulli_std, difference, standard]
+Form = Callable[[np.ndarray], np.ndarray]
+group_values = st.lists(st.sampled_from([0.0, 1.0]) | st.floats(0, 1), min_size=1, max_size=9)
+
+
+@pytest.mark.parametrize(
+    ("values", "advantages"),
+    [
+        ([0, 0, 1, 1], [-2, -2, 2, 2]),
+        ([1, 0, 0, 0], [4, -4 / 3, -4 / 3, -4 / 3]),
+        ([0.49, 0.49, 0.51, 0.51], [-0.04, -0.04, 0.04, 0.04]),
+        ([1, 1, 1, 1, 0, 0, 0, 0], [2, 2, 2, 2, -2, -2, -2, -2]),
+        ([1, 0, 0, 0, 0, 0, 0, 0], [8] + [-8 / 7] * 7),
+    ],
+)
+def test_bernoulli_has_the_values_worked_out_from_the_paper(
+    values: list[float], advantages: list[float]
+) -> None:
+    np.testing.assert_allclose(bernoulli(np.array(values, float)), advantages, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("form", "right", "wrong"),
+    [
+        (bernoulli, 8.0, -8 / 7),
+        (bernoulli_std, 7**0.5, -(7**-0.5)),
+        (difference, 7 / 8, -1 / 8),
+        (standard, 2.474873, -0.353553),
+    ],
+)
+def test_one_right_answer_of_eight(form: Form, right: float, wrong: float) -> None:
+    advantages = form(np.array([1.0] + [0.0] * 7))
+    np.testing.assert_allclose(advantages, [right] + [wrong] * 7, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("form", "size"),
+    [(bernoulli, 2.0), (bernoulli_std, 1.0), (difference, 0.5), (standard, 0.935413)],
+)
+def test_half_of_eight_right(form: Form, size: float) -> None:
+    advantages = form(np.array([1.0] * 4 + [0.0] * 4))
+    np.testing.assert_allclose(advantages, [size] * 4 + [-size] * 4, rtol=1e-5)
+
+
+def test_bernoulli_tells_a_small_gap_from_a_large_one_and_standard_does_not() -> None:
+    large, small = np.array([0.0, 0.0, 1.0, 1.0]), np.array([0.49, 0.49, 0.51, 0.51])
+    assert np.abs(bernoulli(small)).max() < 0.05 < np.abs(bernoulli(large)).max()
+    np.testing.assert_allclose(standard(small), standard(large), rtol=1e-3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "values", [[0.0, 0.0], [1.0, 1.0, 1.0], [1 / 3] * 7, [0.4], [1.0, 1 - 2e-16]]
+)
+def test_equal_values_have_no_advantage(form: Form, values: list[float]) -> None:
+    assert form(np.array(values)).tolist() == [0.0] * len(values)
+
+
+@pytest.mark.parametrize("form", [bernoulli, bernoulli_std])
+@pytest.mark.parametrize("values", [[-1.0, 1.0], [0.0, 2.0]])
+def test_the_bernoulli_forms_refuse_rewards_outside_zero_to_one(
+    form: Form, values: list[float]
+) -> None:
+    with pytest.raises(ValueError, match="choose the form difference or standard"):
+        form(np.array(values))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(values=group_values)
+def test_advantages_of_a_group_sum_to_zero_and_keep_its_order(
+    form: Form, values: list[float]
+) -> None:
+    advantages = form(np.array(values))
+    assert abs(advantages.sum()) <= 1e-9 * (1 + np.abs(advantages).sum())
+    order = np.argsort(values)
+    assert (np.diff(advantages[order]) >= 0).all()
+
+
+@given(values=group_values)
+def test_no_bernoulli_advantage_is_larger_than_the_group(values: list[float]) -> None:
+    assert np.abs(bernoulli(np.array(values))).max() <= len(values) * (1 + 1e-9)
+
+
+@given(num_children=st.integers(2, 16), data=st.data())
+def test_binary_rewards_have_the_closed_form_n_over_k(
+    num_children: int, data: st.DataObject
+) -> None:
+    num_right = data.draw(st.integers(1, num_children - 1))
+    num_wrong = num_children - num_right
+    advantages = bernoulli(np.array([1.0] * num_right + [0.0] * num_wrong))
+    expected = [num_children / num_right] * num_right + [-num_children / num_wrong] * num_wrong
+    np.testing.assert_allclose(advantages, expected)
+
+
+@given(values=group_values)
+def test_the_square_root_form_times_the_bernoulli_deviation_is_the_difference(
+    values: list[float],
+) -> None:
+    array = np.array(values)
+    scale = np.sqrt(array.mean() * (1 - array.mean()))
+    np.testing.assert_allclose(bernoulli_std(array) * scale, difference(array), atol=1e-12)
+    np.testing.assert_allclose(bernoulli(array) * scale, bernoulli_std(array), rtol=1e-9)
+
+
+def test_each_form_is_chosen_by_its_name() -> None:
+    tree = make_tree([-1, -1, -1, -1])
+    leaf_values = np.array([1.0, 0.0, 0.0, 0.25])
+    values = mean_backup(tree, leaf_values)
+    for name, form in zip(AdvantageForm, FORMS, strict=True):
+        chosen = step_advantages(tree, values, form=AdvantageForm(name.value), threshold=0.1)
+        np.testing.assert_array_equal(chosen, form(leaf_values))
+
+
+def test_advantages_of_a_tree_by_hand() -> None:
+    """The prompt's group is [1/4, 1]: mu = 5/8, sigma = 15/64. Step 0's is [0, 0, 1, 0]:
+    mu = 1/4, sigma = 3/16. Step 4's is unanimous."""
+    tree = make_tree([-1, -1, 0, 0, 0, 0, 4, 4])
+    values = mean_backup(tree, on_leaves(tree, [1.0, 0.0, 0.0, 0.0, 1.0, 1.0]))
+    advantages = step_advantages(tree, values, form=AdvantageForm.BERNOULLI, threshold=0.1)
+    third, nan = 4 / 3, float("nan")
+    expected = [-1.6, 1.6, -third, -third, 4.0, -third, nan, nan]
+    np.testing.assert_allclose(advantages, expected)
+
+
+def test_a_group_with_an_error_below_is_left_out_and_the_others_are_trained() -> None:
+    tree = make_tree([-1, -1, 0, 0, 1, 1])
+    values = mean_backup(tree, on_leaves(tree, [float("nan"), 1.0, 1.0, 0.0]))
+    advantages = step_advantages(tree, values, form=AdvantageForm.DIFFERENCE, threshold=0.1)
+    np.testing.assert_array_equal(advantages, [np.nan] * 4 + [0.5, -0.5])
+
+
+def test_a_tree_whose_leaves_all_errored_is_not_trained_at_all() -> None:
+    tree = make_tree([-1, -1, 0, 0])
+    values = mean_backup(tree, np.full(4, np.nan))
+    for form in AdvantageForm:
+        assert np.isnan(step_advantages(tree, values, form=form, threshold=-1.0)).all()
+
+
+def test_a_negative_threshold_keeps_unanimous_groups_with_no_advantage() -> None:
+    tree = make_tree([-1, -1, 0])
+    values = mean_backup(tree, on_leaves(tree, [1.0, 1.0]))
+    for form in AdvantageForm:
+        assert step_advantages(tree, values, form=form, threshold=-1.0).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("form", AdvantageForm)
+@given(tree=trees(), data=st.data())
+def test_exactly_the_steps_of_kept_groups_have_an_advantage(
+    form: AdvantageForm, tree: Tree, data: st.DataObject
+) -> None:
+    values = mean_backup(tree, data.draw(rewards(tree, with_errors=True)))
+    advantages = step_advantages(tree, values, form=form, threshold=0.1)
+    kept = {
+        child
+        for group in step_groups(tree, values)
+        if group.state(0.1) is GroupState.KEPT
+        for child in group.children
+    }
+    assert set(np.flatnonzero(~np.isnan(advantages))) == kept
+
+
+@pytest.mark.parametrize("form", AdvantageForm)
+@given(tree=trees(), data=st.data())
+def test_shuffled_siblings_have_shuffled_advantages(
+    form: AdvantageForm, tree: Tree, data: st.DataObject
+) -> None:
+    num_leaves = len(tree.leaves)
+    eighths = st.integers(0, 8).map(lambda n: n / 8)
+    drawn = data.draw(st.lists(eighths, min_size=num_leaves, max_size=num_leaves))
+    leaf_rewards = on_leaves(tree, drawn)
+    ranks = data.draw(st.permutations(range(len(tree.steps))))
+    other, order = shuffled(tree, ranks)
+    threshold = 0.1234567  # no range of such values is this close to it
+    advantages, other_advantages = (
+        step_advantages(t, mean_backup(t, r), form=form, threshold=threshold)
+        for t, r in [(tree, leaf_rewards), (other, leaf_rewards[order])]
+    )
+    np.testing.assert_allclose(other_advantages, advantages[order], rtol=1e-9, atol=1e-12)

@@ -1,0 +1,46 @@
+"""Backup: rewards of leaves become a value for every step."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Float64
+
+from treerpo_ray.algo.tree import ROOT, Tree
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Values:
+    """Backed-up values of one tree; NaN where an errored or timed-out leaf lies below.
+
+    Attributes:
+        steps: Value of each step, in the tree's order; a leaf's value is its reward.
+        root: Value of the prompt; NaN too if the prompt has no steps.
+    """
+
+    steps: Float64[np.ndarray, " steps"]
+    root: float
+
+
+def mean_backup(tree: Tree, rewards: Float[np.ndarray, " steps"]) -> Values:
+    """Value of a step := plain mean of its children's values (arXiv 2506.05183, section 3.1).
+
+    Each level averages its own children, so an early leaf weighs as much as a sibling with many
+    leaves below it: this is not the mean over all leaves.
+
+    Args:
+        tree: The tree.
+        rewards: Reward of each leaf; NaN for a leaf that errored or timed out, and for every
+            step that is not a leaf. A NaN leaf makes all its ancestors NaN: error is not wrong.
+
+    Raises:
+        ValueError: If `rewards` has another length than the tree, or rewards an inner step.
+    """
+    if len(rewards) != len(tree.steps):
+        raise ValueError(f"{len(rewards)} rewards given for a tree of {len(tree.steps)} steps")
+    rewarded = set(np.flatnonzero(~np.isnan(rewards)).tolist())
+    if inner := sorted(rewarded & tree.children.keys()):
+        raise ValueError(f"steps {inner} have children: rewards are given to leaves only")
+    values = np.append(rewards.astype(np.float64), np.nan)  # ROOT = -1 is the appended last
+    for parent in sorted(tree.children, reverse=True):  # children stand behind their parents
+        values[parent] = values[list(tree.children[parent])].mean()
+    return Values(steps=values[:ROOT], root=float(values[ROOT]))

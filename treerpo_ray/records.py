@@ -1,0 +1,145 @@
+"""Records: scored trees as Arrow rows, one row a tree, flat lists inside.
+
+The same schema travels through Ray Data to the learner and lies in the run folder, so a saved
+tree is exactly what was trained on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from treerpo_ray.algo.tree import Step, StopReason, Tree
+from treerpo_ray.verifier import Verdict
+
+SCHEMA_VERSION = 1
+
+SCHEMA = pa.schema(
+    [
+        ("ticket", pa.int64()),
+        ("attempt", pa.int32()),
+        ("prompt_id", pa.string()),
+        ("question", pa.string()),
+        ("answers", pa.list_(pa.string())),
+        ("seed", pa.int64()),
+        ("engine", pa.int32()),
+        ("grow_s", pa.float64()),
+        ("finished_at_s", pa.float64()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("parent", pa.list_(pa.int32())),
+        ("stop", pa.list_(pa.string())),
+        ("length", pa.list_(pa.int32())),
+        ("token_ids", pa.list_(pa.int32())),
+        ("logprobs", pa.list_(pa.float32())),
+        ("versions", pa.list_(pa.int32())),
+        ("leaf", pa.list_(pa.int32())),
+        ("leaf_text", pa.list_(pa.string())),
+        ("verdict", pa.list_(pa.string())),
+    ],
+    metadata={"treerpo_schema": str(SCHEMA_VERSION)},
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeRecord:
+    """A tree with what is known of it; `verdicts` is empty until it is scored."""
+
+    ticket: int
+    attempt: int
+    """Times the tree had to move to another engine."""
+    prompt_id: str
+    question: str
+    answers: tuple[str, ...]
+    seed: int
+    engine: int
+    grow_s: float
+    """Seconds from the ticket to the last step."""
+    finished_at_s: float
+    """Unix time of the last step."""
+    tree: Tree
+    leaf_texts: tuple[str, ...]
+    """Decoded answer of each leaf, in the order of `tree.leaves`; for verifier and viewer only."""
+    verdicts: tuple[Verdict, ...]
+    """Verdict of each leaf, in the order of `tree.leaves`."""
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """Reward of each leaf at its step's place, NaN elsewhere and where there is none."""
+        rewards = np.full(len(self.tree.steps), np.nan)
+        for leaf, verdict in zip(self.tree.leaves, self.verdicts, strict=True):
+            if verdict.is_reward:
+                rewards[leaf] = verdict.reward
+        return rewards
+
+
+def to_table(records: Sequence[TreeRecord]) -> pa.Table:
+    """Arrow table with one row a tree."""
+    return pa.Table.from_pylist([_to_row(record) for record in records], schema=SCHEMA)
+
+
+def from_table(table: pa.Table) -> list[TreeRecord]:
+    """Trees of a table.
+
+    Raises:
+        ValueError: the table was written with another schema version.
+    """
+    found = (table.schema.metadata or {}).get(b"treerpo_schema", b"?").decode()
+    if found != str(SCHEMA_VERSION):
+        raise ValueError(f"trees were written with schema {found}, this reads {SCHEMA_VERSION}")
+    return [_from_row(row) for row in table.to_pylist()]
+
+
+def _to_row(record: TreeRecord) -> dict[str, object]:
+    steps = record.tree.steps
+
+    def joined(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+        return np.concatenate(arrays) if arrays else np.empty(0, dtype)
+
+    return {
+        "ticket": record.ticket,
+        "attempt": record.attempt,
+        "prompt_id": record.prompt_id,
+        "question": record.question,
+        "answers": list(record.answers),
+        "seed": record.seed,
+        "engine": record.engine,
+        "grow_s": record.grow_s,
+        "finished_at_s": record.finished_at_s,
+        "prompt_ids": record.tree.prompt_ids,
+        "parent": [step.parent for step in steps],
+        "stop": [step.stop.value for step in steps],
+        "length": [len(step.token_ids) for step in steps],
+        "token_ids": joined([step.token_ids for step in steps], np.int32),
+        "logprobs": joined([step.logprobs for step in steps], np.float32),
+        "versions": joined([step.versions for step in steps], np.int32),
+        "leaf": list(record.tree.leaves),
+        "leaf_text": list(record.leaf_texts),
+        "verdict": [verdict.value for verdict in record.verdicts],
+    }
+
+
+def _from_row(row: dict[str, object]) -> TreeRecord:
+    ends = np.cumsum(row["length"], dtype=np.int64)[:-1] if row["length"] else []
+    parts = [
+        np.split(np.asarray(row[name], dtype), ends)
+        for name, dtype in (("token_ids", np.int32), ("logprobs", np.float32), ("versions", np.int32))
+    ]
+    steps = tuple(
+        Step(parent=parent, token_ids=ids, logprobs=logprobs, versions=versions, stop=StopReason(stop))
+        for parent, stop, ids, logprobs, versions in zip(row["parent"], row["stop"], *parts)
+    )
+    return TreeRecord(
+        ticket=row["ticket"],
+        attempt=row["attempt"],
+        prompt_id=row["prompt_id"],
+        question=row["question"],
+        answers=tuple(row["answers"]),
+        seed=row["seed"],
+        engine=row["engine"],
+        grow_s=row["grow_s"],
+        finished_at_s=row["finished_at_s"],
+        tree=Tree(prompt_ids=np.asarray(row["prompt_ids"], np.int32), steps=steps),
+        leaf_texts=tuple(row["leaf_text"]),
+        verdicts=tuple(Verdict(v) for v in row["verdict"]),
+    )
