@@ -5,13 +5,13 @@ right, then `section.key=value` overrides. Derived numbers are properties, not k
 """
 
 import difflib
-import hashlib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import Container, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.loss import LossConfig
@@ -234,11 +234,11 @@ class Config:
                 f"gate.trees_per_step={trees} must be a multiple of learner.num_workers="
                 f"{workers} times learner.minibatches={self.learner.minibatches}"
             )
-        longest = self.prompts.max_prompt_tokens + self.shape.max_answer_tokens
-        if longest > self.learner.token_budget:
+        if self.max_path_tokens > self.learner.token_budget:
             raise ValueError(
                 f"learner.token_budget={self.learner.token_budget} is smaller than one path: "
-                f"prompts.max_prompt_tokens + the sum of tree.step_tokens = {longest}"
+                "prompts.max_prompt_tokens + the sum of tree.step_tokens = "
+                f"{self.max_path_tokens}"
             )
         if self.gate.max_staleness < 0:
             raise ValueError(f"gate.max_staleness={self.gate.max_staleness} must not be negative")
@@ -249,7 +249,71 @@ class Config:
         return TreeShape(num_children=self.tree.num_children, step_tokens=self.tree.step_tokens)
 
     @property
+    def max_path_tokens(self) -> int:
+        """Tokens of the longest prompt with the longest answer."""
+        return self.prompts.max_prompt_tokens + self.shape.max_answer_tokens
+
+    @property
     def folder(self) -> str:
         """The run folder: path or URI."""
         root = self.run.root if "://" in self.run.root else str(Path(self.run.root).expanduser())
         return f"{root.rstrip('/')}/{self.run.name}"
+
+
+def load(arguments: list[str]) -> Config:
+    """Configuration from YAML files (merged left to right) and `section.key=value` overrides.
+
+    Raises:
+        ValueError: a file is missing, a key is unknown or a value is impossible; one line that
+            names it and the fix.
+    """
+    merged = OmegaConf.structured(Config)
+    for argument in arguments:
+        try:
+            part = _part(argument)
+            merged = OmegaConf.merge(merged, part)
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{argument}: {_explain(error)}") from error
+    try:
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(_explain(error)) from error
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, in a form that `load` reads back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _part(argument: str) -> Container:
+    if argument.endswith((".yaml", ".yml")):
+        path = Path(argument)
+        if not path.is_file():
+            raise ValueError(f"{argument}: no such configuration file in {Path.cwd()}")
+        try:
+            return OmegaConf.load(path)
+        except YAMLError as error:
+            raise ValueError(f"{argument}: not YAML: {' '.join(str(error).split())}") from error
+    if "=" not in argument:
+        raise ValueError(f"{argument}: neither a .yaml file nor an override section.key=value")
+    return OmegaConf.from_dotlist([argument])
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    """One line: the key, what is wrong with it, and the nearest key if it is unknown."""
+    key = str(error.full_key or "")
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        known = _known_keys(Config)
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]}?" if near else "; --help lists them all"
+        return f"unknown key {key}{hint}"
+    return f"{key}: {str(error).splitlines()[0]}" if key else str(error).splitlines()[0]
+
+
+def _known_keys(section: type, prefix: str = "") -> list[str]:
+    keys = []
+    for name, kind in get_type_hints(section).items():
+        keys.append(prefix + name)
+        if is_dataclass(kind):
+            keys += _known_keys(kind, f"{prefix}{name}.")
+    return keys

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int32, Int64
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
@@ -211,7 +211,7 @@ def load_policy(
         ValueError: There is no complete model at `model_path`, or tree attention cannot compute it.
     """
     model, tokenizer = _load(model_path, dtype, trust_remote_code)
-    model.to(device=device).eval()
+    cast(nn.Module, model).to(device).eval()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
         # A layer's own training flag turns recomputation on; its parts stay in eval mode.

@@ -1,4 +1,13 @@
-"""Make the embedded model from scratch: `python -m treerpo_ray.quickstart.make_model`."""
+"""Make the embedded model from scratch: `python -m treerpo_ray.quickstart.make_model`.
+
+A small Qwen2 model is trained on worked solutions of train problems, written by an error-prone
+solver: in each line, with probability `Recipe.slip_rate`, it forgets to carry and goes on from the
+wrong result. So the model learns the arithmetic and, calibrated, the slips: nearly every problem is
+solved in some of 16 samples, about one sample in four or five is right, and the wrong ones fail by
+single slips, not by their format. Like a base model it has what reinforcement learning brings out:
+the right digit is the likelier one in most lines before any of it. Takes about six minutes on one
+core and four on two; prints Pass@1 and Pass@16 at the end.
+"""
 
 import argparse
 import random
@@ -7,31 +16,38 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import OneCycleLR
-from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from treerpo_ray.quickstart.task import SPLITS, draw_chains, problems, write_solution
+from treerpo_ray.quickstart.task import draw_chains, problems, write_solution
 from treerpo_ray.quickstart.tokenizer import MAX_LENGTH, make_tokenizer
 
 MODEL_FOLDER = Path(__file__).parent / "model"
+HEAD_SIZE = 32  # the smallest that vLLM has on a CPU
+NO_LABEL = -100
+MAX_RESPONSE_TOKENS = 64
+REPORT_EVERY = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How the warm start is made. `slip_rate` is the solver's chance of an error a line."""
+    """Size of the model and how its warm start is made."""
 
-    num_steps: int = 1500
-    batch_size: int = 64
-    learning_rate: float = 3e-3
-    slip_rate: float = 0.3
-    hidden_size: int = 128
     num_layers: int = 4
+    hidden_size: int = 128
+    num_steps: int = 1500
+    batch_size: int = 32
+    peak_learning_rate: float = 3e-3
+    slip_rate: float = 0.32
+    """Chance that the solver forgets to carry, for each line."""
     seed: int = 0
 
 
-def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
-    """Return a randomly initialised Qwen2 model in fp32 with heads of 32 (vLLM's CPU minimum)."""
-    num_heads = recipe.hidden_size // 32
+def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """Return an fp32 Qwen2 model with random weights drawn from torch's global generator."""
+    num_heads = recipe.hidden_size // HEAD_SIZE
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden_size,
@@ -49,54 +65,64 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCa
     return Qwen2ForCausalLM(config)
 
 
+def encode_prompt(question: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    messages = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+
 def draw_batch(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rng: random.Random
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids and labels, each (batch, longest row); prompt and padding have label -100."""
+    """Return token ids and labels, both (batch_size, longest row); prompts have no label."""
     chains = draw_chains("train", rng)
     rows, labels = [], []
     for _ in range(recipe.batch_size):
         chain = next(chains)
         solution = write_solution(chain, slip_rate=recipe.slip_rate, rng=rng)
         prompt_ids = encode_prompt(chain.question, tokenizer)
-        target = [*tokenizer.encode(solution), tokenizer.eos_token_id]
-        rows.append(torch.tensor(prompt_ids + target))
-        labels.append(torch.tensor([-100] * len(prompt_ids) + target))
-    pad = torch.nn.utils.rnn.pad_sequence
-    return pad(rows, True, tokenizer.pad_token_id), pad(labels, True, -100)
-
-
-def encode_prompt(question: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    messages = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        solution_ids = [*tokenizer.encode(solution), tokenizer.eos_token_id]
+        rows.append(torch.tensor(prompt_ids + solution_ids))
+        labels.append(torch.tensor([NO_LABEL] * len(prompt_ids) + solution_ids))
+    return (
+        pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
+        pad_sequence(labels, batch_first=True, padding_value=NO_LABEL),
+    )
 
 
 def warm_start(
-    model: Qwen2ForCausalLM, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Train `model` in place on solutions to train problems."""
+    model: Qwen2ForCausalLM, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
+) -> list[float]:
+    """Train `model` in place on the solver's solutions; return the loss of each step, in nats."""
     rng = random.Random(recipe.seed)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+        model.parameters(), lr=recipe.peak_learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
-    schedule = OneCycleLR(optimizer, recipe.learning_rate, recipe.num_steps, pct_start=0.1)
+    schedule = OneCycleLR(
+        optimizer, recipe.peak_learning_rate, total_steps=recipe.num_steps, pct_start=0.1
+    )
+    losses = []
     for step in range(1, recipe.num_steps + 1):
         token_ids, labels = draw_batch(recipe, tokenizer, rng)
         loss = model(input_ids=token_ids, labels=labels, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 0:
+        losses.append(loss.item())
+        if step % REPORT_EVERY == 0:
             print(f"warm start {step}/{recipe.num_steps}: loss {loss.item():.4f}", flush=True)
+    return losses
 
 
 @torch.inference_mode()
 def sample_pass_rates(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, *, num_problems: int, k: int
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, num_problems: int, k: int
 ) -> torch.Tensor:
-    """Sample k responses at temperature 1 to test problems; return the share right of each."""
+    """Sample k responses at temperature 1 to each of the first test problems.
+
+    Returns the share of correct ones, (num_problems,).
+    """
     rows = problems("test", num_problems, seed=0)
     prompts = torch.tensor([encode_prompt(row.question, tokenizer) for row in rows])
     responses = model.generate(
@@ -106,38 +132,33 @@ def sample_pass_rates(
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=64,
+        max_new_tokens=MAX_RESPONSE_TOKENS,
         num_return_sequences=k,
     )[:, prompts.shape[1] :]
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     answers = [row.answer for row in rows for _ in range(k)]
-    right = [
+    is_right = [
         text.rpartition("#### ")[2] == answer for text, answer in zip(texts, answers, strict=True)
     ]
-    return torch.tensor(right, dtype=torch.float32).view(num_problems, k).mean(1)
+    return torch.tensor(is_right, dtype=torch.float32).view(num_problems, k).mean(1)
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Make the embedded model from scratch.")
     parser.add_argument("--out", type=Path, default=MODEL_FOLDER, help="folder to write")
-    for name, default in (("num_steps", 1500), ("batch_size", 64), ("seed", 0), ("hidden_size", 128), ("num_layers", 4)):
-        parser.add_argument("--" + name, type=int, default=default)
-    parser.add_argument("--slip_rate", type=float, default=.3)
-    parser.add_argument("--learning_rate", type=float, default=3e-3)
-    args = vars(parser.parse_args(arguments))
-    out = args.pop("out")
-    recipe = Recipe(**args)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    recipe = Recipe(seed=args.seed)
     torch.manual_seed(recipe.seed)
     tokenizer = make_tokenizer()
     model = make_model(recipe, tokenizer)
-    print(f"{model.num_parameters():,} parameters, splits {SPLITS}")
+    print(f"{model.num_parameters():,} parameters")
     warm_start(model, recipe, tokenizer)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    model.eval()
-    torch.manual_seed(recipe.seed)
-    rates = sample_pass_rates(model, tokenizer, num_problems=200, k=16)
-    print(f"Pass@1 {rates.mean():.3f}, Pass@16 {(rates > 0).float().mean():.3f} at temperature 1")
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    rates = sample_pass_rates(model.eval(), tokenizer, num_problems=200, k=16)
+    num_solved = int((rates > 0).sum())
+    print(f"Pass@1 {rates.mean():.3f} at temperature 1; {num_solved} of 200 solved in 16 samples")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""Batch statistics: what the trees of a learner step say, as sums that add over workers."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
+from treerpo_ray.algo.backup import mean_backup
+from treerpo_ray.algo.groups import GroupState, step_groups
+from treerpo_ray.records import TreeRecord
+from treerpo_ray.verifier import Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchStats:
+    """Counts and sums over trees; `+` joins the workers' parts of one batch."""
+
+    num_trees: int = 0
+    num_valued: int = 0
+    """Trees whose root has a value: none of their leaves errored."""
+    value_sum: float = 0.0
+    """Sum of the root values."""
+    num_with_correct: int = 0
+    """Trees with at least one correct leaf."""
+    groups: Counter[str] = field(default_factory=Counter)
+    """Step groups by `state` and by `state_depth_d`, d the depth of their steps."""
+    verdicts: Counter[str] = field(default_factory=Counter)
+    num_sampled_tokens: int = 0
+    answer_tokens: int = 0
+    """Tokens of all answers (paths to leaves), shared ones counted for each."""
+    num_leaves: int = 0
+    min_version: int = 2**62
+    version_sum: int = 0
+    """Sum over trees of their oldest version."""
+    last_finished_s: float = 0.0
+    """Unix time at which the last tree was finished."""
+    num_moved: int = 0
+    """Times a tree had to go to another engine."""
+
+    def __add__(self, other: "BatchStats") -> "BatchStats":
+        least, most = {"min_version"}, {"last_finished_s"}
+        joined = {}
+        for name in self.__dataclass_fields__:
+            ours, theirs = getattr(self, name), getattr(other, name)
+            join = min if name in least else max if name in most else None
+            joined[name] = join(ours, theirs) if join else ours + theirs
+        return BatchStats(**joined)
+
+    def metrics(self, version: int) -> dict[str, float]:
+        """Rows for `metrics.jsonl`; `version` is the learner's own at the time of consumption."""
+        kept, pruned = self.groups[GroupState.KEPT], self.groups[GroupState.PRUNED]
+        total = sum(self.groups[state] for state in GroupState)
+        return {
+            "reward/mean": self.value_sum / max(self.num_valued, 1),
+            "reward/any": self.num_with_correct / max(self.num_trees, 1),
+            "groups/kept": kept,
+            "groups/pruned": pruned,
+            "groups/kept_share": kept / max(total, 1),
+            "groups/errored": self.groups[GroupState.ERRORED],
+            **{f"groups/{name}": n for name, n in sorted(self.groups.items()) if "depth" in name},
+            **{f"verdict/{verdict}": self.verdicts[verdict] for verdict in Verdict},
+            "tokens/sampled": self.num_sampled_tokens,
+            "length/mean": self.answer_tokens / max(self.num_leaves, 1),
+            "length/cut_off_share": self.verdicts[Verdict.CUT_OFF] / max(self.num_leaves, 1),
+            "staleness/max": version - self.min_version,
+            "staleness/mean": version - self.version_sum / max(self.num_trees, 1),
+            "engine/moved_trees": self.num_moved,
+        }
+
+
+def assess(
+    records: Sequence[TreeRecord], *, form: AdvantageForm, threshold: float
+) -> tuple[list[np.ndarray], BatchStats]:
+    """Advantages of every step of every tree (NaN: not trained), and the batch's statistics."""
+    advantages, stats = [], BatchStats()
+    for record in records:
+        values = mean_backup(record.tree, record.rewards)
+        advantages.append(step_advantages(record.tree, values, form=form, threshold=threshold))
+        groups: Counter[str] = Counter()
+        for group in step_groups(record.tree, values):
+            state = group.state(threshold)
+            depth = record.tree.depths[group.children[0]]
+            groups.update([state, f"{state}_depth_{depth}"])
+        tree, is_valued = record.tree, not np.isnan(values.root)
+        stats += BatchStats(
+            num_trees=1,
+            num_valued=int(is_valued),
+            value_sum=values.root if is_valued else 0.0,
+            num_with_correct=int(Verdict.CORRECT in record.verdicts),
+            groups=groups,
+            verdicts=Counter(record.verdicts),
+            num_sampled_tokens=tree.num_sampled_tokens,
+            answer_tokens=sum(len(tree.path_token_ids(leaf)) for leaf in tree.leaves),
+            num_leaves=len(tree.leaves),
+            min_version=tree.min_version,
+            version_sum=tree.min_version,
+            last_finished_s=record.finished_at_s,
+            num_moved=record.attempt,
+        )
+    return advantages, stats

@@ -1,0 +1,269 @@
+"""Engine: one vLLM engine in an actor; searches trees and serves one version of the weights.
+
+The whole search of a tree runs in here, so that children find the blocks of their parents in
+the prefix cache; finished sibling groups stream out, so that a caller whose engine dies holds
+every finished step. Ray wraps the class where the pool is built.
+"""
+
+import asyncio
+import itertools
+import os
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from treerpo_ray.algo.search import SiblingGroup, TreeShape, grow
+from treerpo_ray.algo.tree import ROOT, Step, StopReason
+from treerpo_ray.config import Config
+from treerpo_ray.prompts import end_token_ids, load_tokenizer, resolve_model_path
+from treerpo_ray.weights import ChunkFiles, LoadProof, Manifest
+
+if TYPE_CHECKING:
+    import ray
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+# Both read before vLLM or torch is imported in this process or its children.
+CPU_ENVIRONMENT = {
+    "TORCH_COMPILE_DISABLE": "1",  # needs no compiler at the first request with log-probs
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every engine of a machine takes the same cores
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker lives in the core: one process less
+}
+CPU_BLOCK_SIZE = 32
+"""Smallest block of the KV cache that vLLM's CPU kernel takes."""
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """What an engine has done since it started."""
+
+    num_requests: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    """Prompt tokens that the prefix cache held."""
+    num_sampled_tokens: int
+
+
+class Engine:
+    """A vLLM engine for `config`; call `start` before anything else.
+
+    Args:
+        config: The run's configuration.
+        index: Number of the engine, for logs.
+        log_folder: Where vLLM's output goes; None leaves it to Ray.
+    """
+
+    def __init__(self, config: Config, index: int, log_folder: str | None) -> None:
+        self.config, self.index = config, index
+        self.version = 0
+        self._request_ids = itertools.count()
+        self._totals = np.zeros(4, np.int64)
+        if log_folder is not None:
+            _redirect_output(Path(log_folder) / f"engine-{index}.log")
+
+    async def start(self) -> None:
+        """Load the model; returns once the engine can sample."""
+        os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+        if not self._is_gpu:
+            os.environ |= CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(self.config.engine.cpu_threads)}
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        path = self.config.model.path
+        tokenizer = load_tokenizer(path, self.config.model.trust_remote_code)
+        self._end_ids = frozenset(end_token_ids(path, tokenizer))
+        self._llm: AsyncLLM = AsyncLLM.from_engine_args(self._engine_args())
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+
+    @property
+    def _is_gpu(self) -> bool:
+        return self.config.engine.resources.get("GPU", 0) > 0
+
+    def _engine_args(self) -> "AsyncEngineArgs":
+        from vllm.config import WeightTransferConfig
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        from treerpo_ray.engine_worker import BACKEND
+
+        engine, longest = self.config.engine, self.config.max_path_tokens
+        kv_bytes = None if engine.kv_cache_gib is None else int(engine.kv_cache_gib * 1024 * MIB)
+        args = AsyncEngineArgs(
+            model=resolve_model_path(self.config.model.path),
+            skip_tokenizer_init=True,
+            trust_remote_code=self.config.model.trust_remote_code,
+            dtype=self.config.model.dtype,
+            seed=self.config.run.seed,
+            max_model_len=longest + 1,
+            max_num_seqs=engine.max_num_seqs,
+            max_num_batched_tokens=max(4096, longest + 1),
+            kv_cache_memory_bytes=kv_bytes,
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+            worker_extension_cls="treerpo_ray.engine_worker.WorkerExtension",
+            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        )
+        if self._is_gpu:
+            args.tensor_parallel_size = engine.tensor_parallel
+            args.gpu_memory_utilization = engine.gpu_memory_utilization
+            args.distributed_executor_backend = "mp" if engine.tensor_parallel > 1 else "uni"
+        else:
+            args.enforce_eager = True
+            args.block_size = CPU_BLOCK_SIZE
+        return args
+
+    async def grow(
+        self,
+        prompt_ids: list[int],
+        shape: TreeShape,
+        temperature: float,
+        seed: int,
+        held: list[SiblingGroup],
+    ) -> AsyncIterator[list[SiblingGroup]]:
+        """Grow a tree from the groups held; yields groups as they finish, parents first."""
+        sampler = _Sampler(self, temperature)
+        async for group in grow(prompt_ids, shape, sampler, seed=seed, held=held):
+            yield [group]
+
+    async def sample(
+        self,
+        prefix: list[int],
+        *,
+        max_tokens: int,
+        delimiters: tuple[int, ...],
+        seed: int,
+        temperature: float,
+    ) -> Step:
+        """One continuation; see `treerpo_ray.algo.search.Sampler`."""
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=temperature,
+            max_tokens=max_tokens,
+            seed=seed,
+            stop_token_ids=[*self._end_ids, *delimiters],
+            ignore_eos=True,  # the end tokens are ours: vLLM has no tokenizer here
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        # The salt keeps blocks of one version from requests under another.
+        prompt = tokens_input(prefix, cache_salt=f"v{self.version}")
+        request_id = f"{self.index}-{next(self._request_ids)}"
+        async for output in self._llm.generate(prompt, params, request_id):
+            final = output
+        done = final.outputs[0]
+        ids = np.asarray(done.token_ids, np.int32)
+        self._totals += (1, len(prefix), final.num_cached_tokens or 0, len(ids))
+        if done.finish_reason not in ("stop", "length") or not len(ids):
+            return _error_step()
+        versions = np.zeros(len(ids), np.int32)
+        for span in done.weight_versions or []:
+            # "default" is what vLLM calls the weights that it was started with.
+            versions[span.start : span.end] = 0 if span.version == "default" else int(span.version)
+        is_end = int(ids[-1]) in self._end_ids
+        return Step(
+            parent=ROOT,
+            token_ids=ids,
+            logprobs=np.asarray(done.logprobs.logprobs, np.float32),
+            versions=versions,
+            stop=StopReason.END_OF_TEXT if is_end else StopReason.BOUNDARY,
+        )
+
+    async def load(self, manifest: Manifest, chunks: "list[ray.ObjectRef]") -> LoadProof:
+        """Take over the weights of `manifest`; requests in flight wait and go on under them.
+
+        Whatever is raised here leaves the model half loaded: the engine must be replaced.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        start = time.perf_counter()
+        with ChunkFiles() as files:
+            paths = [files.write(await chunk) for chunk in chunks]
+            await self._llm.pause_generation(mode="keep", clear_cache=False)
+            await self._llm.start_weight_update()
+            for number, path in enumerate(paths):
+                update = manifest.update_info(number) | {"path": path}
+                await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update))
+            await self._llm.finish_weight_update(str(manifest.version))
+            self.version = manifest.version
+            await self._llm.resume_generation()
+        digests = await self._llm.collective_rpc("treerpo_digests")
+        return LoadProof(
+            version=int(await self._llm.get_weight_version()),
+            digests=tuple(tuple(worker) for worker in digests),
+            load_s=time.perf_counter() - start,
+        )
+
+    async def probe(self, token_ids: list[int]) -> list[float]:
+        """Log-probability (nats, temperature 1) of each token after the first, given those before."""
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+
+        params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        request_id = f"{self.index}-{next(self._request_ids)}"
+        async for output in self._llm.generate(tokens_input(token_ids), params, request_id):
+            final = output
+        pairs = zip(final.prompt_logprobs[1:], token_ids[1:], strict=True)
+        return [position[token].logprob for position, token in pairs]
+
+    async def stats(self) -> EngineStats:
+        """Totals since the start; raises if vLLM's core is dead."""
+        await self._llm.check_health()
+        return EngineStats(
+            num_requests=int(self._totals[0]),
+            num_prompt_tokens=int(self._totals[1]),
+            num_cached_tokens=int(self._totals[2]),
+            num_sampled_tokens=int(self._totals[3]),
+        )
+
+    async def stop(self) -> None:
+        """Shut vLLM's processes down."""
+        await asyncio.to_thread(self._llm.shutdown)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sampler:
+    """An engine at one temperature, as the search wants it."""
+
+    engine: Engine
+    temperature: float
+
+    async def sample(
+        self, prefix: list[int], *, max_tokens: int, delimiters: tuple[int, ...], seed: int
+    ) -> Step:
+        return await self.engine.sample(
+            prefix,
+            max_tokens=max_tokens,
+            delimiters=delimiters,
+            seed=seed,
+            temperature=self.temperature,
+        )
+
+
+def _error_step() -> Step:
+    """A step that the engine turned down: no tokens, no reward."""
+    return Step(
+        parent=ROOT,
+        token_ids=np.empty(0, np.int32),
+        logprobs=np.empty(0, np.float32),
+        versions=np.empty(0, np.int32),
+        stop=StopReason.ERROR,
+    )
+
+
+def _redirect_output(path: Path) -> None:
+    """Send what this process and its children print to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)

@@ -1,0 +1,157 @@
+"""Tree stream: finished trees through Ray Data, scored on the way, to the learner's workers.
+
+One endless data set for the whole run: a read task pulls whatever trees are finished and yields
+them as small blocks, a map stage scores them, and Ray Train splits the rows over its workers.
+Blocks are cut per yield, nothing is prefetched and rows are not held back for locality, so that
+a batch that is admitted always arrives (see `gate`).
+"""
+
+import logging
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.actor import ActorHandle
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+from transformers import PreTrainedTokenizerBase
+
+from treerpo_ray.algo.tree import StopReason
+from treerpo_ray.config import Config
+from treerpo_ray.prompts import load_tokenizer
+from treerpo_ray.records import TreeRecord, from_table, to_table
+from treerpo_ray.verifier import Answer, Verdict, Verifier
+
+log = logging.getLogger(__name__)
+
+WAIT_S = 10.0
+"""Time after which the reader asks anew, and says that it waits."""
+BLOCK_TREES = 16
+"""Most trees of a block: larger ones make fewer calls, smaller ones are scored sooner."""
+TASK_CPUS = 0.1
+"""CPUs that Ray reserves for each of the two stages; they mostly wait."""
+
+
+def tree_stream(config: Config, pool: ActorHandle) -> Callable[[], ray.data.Dataset]:
+    """A callable that makes the data set of scored trees; each call is a stream of its own."""
+
+    def make() -> ray.data.Dataset:
+        stream = ray.data.read_datasource(
+            TreeSource(pool, uuid.uuid4().hex),
+            override_num_blocks=1,
+            ray_remote_args={"num_cpus": TASK_CPUS},
+        )
+        # Ray Train calls this in its own process, where settings made elsewhere are not known.
+        stream.context.target_max_block_size = 1
+        stream.context.execution_options.verbose_progress = False
+        stream.context.enable_progress_bars = False
+        stream.context.execution_options.preserve_order = False
+        return stream.map_batches(
+            ScoringStage,
+            fn_constructor_args=(config,),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=TASK_CPUS,
+            concurrency=1,
+        )
+
+    return make
+
+
+class TreeSource(Datasource):
+    """Reads finished trees from the engine pool, without end."""
+
+    def __init__(self, pool: ActorHandle, reader: str) -> None:
+        super().__init__()
+        self.pool, self.reader = pool, reader
+
+    def get_read_tasks(
+        self,
+        parallelism: int,
+        per_task_row_limit: int | None = None,
+        data_context: ray.data.DataContext | None = None,
+    ) -> list[ReadTask]:
+        """One task, whatever `parallelism`: there is one queue of finished trees."""
+        pool, reader = self.pool, self.reader
+        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(lambda: _read(pool, reader), unknown)]
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Not known."""
+        return None
+
+
+def _read(pool: ActorHandle, reader: str) -> Iterator[pa.Table]:
+    while True:
+        trees = ray.get(pool.take.remote(reader, BLOCK_TREES, WAIT_S))
+        if trees is None:
+            return
+        if trees:
+            yield to_table(trees)
+        else:
+            log.info("waiting for finished trees")
+
+
+class Scorer:
+    """Gives every leaf of a tree its text and its verdict."""
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.verifier = Verifier(
+            check=config.verifier.check,
+            num_workers=config.verifier.num_workers,
+            timeout_s=config.verifier.timeout_s,
+            memory_mib=config.verifier.memory_mib,
+        )
+        self.verifier.self_test()
+
+    def score(self, records: list[TreeRecord]) -> list[TreeRecord]:
+        """The same trees with texts and verdicts; all leaves are graded in one go."""
+        texts = [self._leaf_texts(record) for record in records]
+        answers = [
+            Answer(
+                text=text,
+                references=record.answers,
+                is_cut_off=record.tree.steps[leaf].stop is StopReason.BOUNDARY,
+            )
+            for record, leaf_texts in zip(records, texts, strict=True)
+            for leaf, text in zip(record.tree.leaves, leaf_texts, strict=True)
+        ]
+        verdicts = iter(self.verifier.grade(answers))
+        return [
+            replace(
+                record,
+                leaf_texts=leaf_texts,
+                verdicts=tuple(self._verdict(record, leaf, next(verdicts)) for leaf in record.tree.leaves),
+            )
+            for record, leaf_texts in zip(records, texts, strict=True)
+        ]
+
+    def _leaf_texts(self, record: TreeRecord) -> tuple[str, ...]:
+        tree = record.tree
+        ids = [tree.path_token_ids(leaf) for leaf in tree.leaves]
+        return tuple(self.tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+    @staticmethod
+    def _verdict(record: TreeRecord, leaf: int, verdict: Verdict) -> Verdict:
+        """An answer that the engine broke off has no verdict of its own."""
+        is_error = record.tree.steps[leaf].stop is StopReason.ERROR
+        return Verdict.ERRORED if is_error else verdict
+
+    def close(self) -> None:
+        """End the verifier's processes."""
+        self.verifier.close()
+
+
+class ScoringStage:
+    """The map stage: blocks of trees in, the same trees scored out."""
+
+    def __init__(self, config: Config) -> None:
+        tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+        self.scorer = Scorer(config, tokenizer)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return to_table(self.scorer.score(from_table(block)))

@@ -1,0 +1,316 @@
+"""Verifier: grades answers in killable processes.
+
+The parent never unpickles what a worker sends, and a worker never runs what it reads: texts go out
+as JSON, one byte an answer comes back. A worker that hangs (also in C code), dies or runs out of
+memory takes only the answer that it was at with it; the rest of its chunk goes to another worker.
+"""
+
+import ctypes
+import importlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import StrEnum
+from multiprocessing.connection import Connection, Pipe, wait
+from types import TracebackType
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 16  # answers a message: its round trip is shared, and little waits behind a slow answer
+START_TIMEOUT_S = 120.0
+MAX_START_FAILURES = 3  # in a row; a worker may be killed from outside, all of them may not
+PR_SET_PDEATHSIG = 1
+REPLIES: dict[bool | None, bytes] = {True: b"1", False: b"0", None: b"-"}
+FAILED = b"x"
+WORKER = "import sys, json; a = json.loads(sys.argv[1]); sys.path[:] = a.pop(0)\n" + (
+    "from treerpo_ray.verifier import serve; serve(*a)"
+)
+
+
+class Verdict(StrEnum):
+    """What became of a leaf's answer."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    UNANSWERED = "unanswered"
+    """The text is finished and holds no answer."""
+    CUT_OFF = "cut_off"
+    """The length limit cut the text before it held an answer."""
+    TIMED_OUT = "timed_out"
+    ERRORED = "errored"
+
+    @property
+    def is_reward(self) -> bool:
+        """Whether the verdict says something about the answer, not about the machinery."""
+        return self not in (Verdict.TIMED_OUT, Verdict.ERRORED)
+
+    @property
+    def reward(self) -> float:
+        """1 for a correct answer, else 0; means nothing unless `is_reward`."""
+        return float(self is Verdict.CORRECT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A leaf's text and the references, any of which makes it correct."""
+
+    text: str
+    references: tuple[str, ...]
+    is_cut_off: bool
+    """Whether the length limit ended the text."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Worker:
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    deadline: float
+    """Monotonic time at which the start or the first pending answer is over time."""
+    is_ready: bool = False
+    pending: deque[int] = field(default_factory=deque)
+
+    def stop(self) -> None:
+        self.connection.close()
+        self.process.kill()
+        self.process.wait()
+
+
+class Verifier:
+    """A pool of processes that grade answers; the processes start at construction, in parallel.
+
+    Args:
+        check: module with `check_answer(text, references) -> bool | None` (None: the text holds no
+            answer) and `SELF_TEST`, a tuple of (text, references, expected).
+        num_workers: processes.
+        timeout_s: seconds for one answer.
+        memory_mib: memory that a process may take on top of what its imports took.
+
+    Raises:
+        ValueError: no module of the name `check`, or a number that isn't positive.
+    """
+
+    def __init__(self, check: str, num_workers: int, timeout_s: float, memory_mib: int) -> None:
+        if not _is_module(check):
+            raise ValueError(f"verifier.check: no module {check!r}; name one as package.module")
+        for name, number in (
+            ("num_workers", num_workers),
+            ("timeout_s", timeout_s),
+            ("memory_mib", memory_mib),
+        ):
+            if not number > 0:
+                raise ValueError(f"verifier.{name} must be positive, not {number}")
+        self._check, self._timeout_s, self._memory_mib = check, timeout_s, memory_mib
+        self._lock = threading.Lock()
+        self._self_test: list[tuple[str, list[str], bool | None]] = []
+        self._num_start_failures = 0
+        self._workers: list[_Worker] = []
+        self._finalizer = weakref.finalize(self, _stop_all, self._workers)
+        for _ in range(num_workers):
+            self._start()
+
+    def __enter__(self) -> "Verifier":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill the workers; the verifier grades nothing afterwards."""
+        self._finalizer()
+
+    def grade(self, answers: Sequence[Answer]) -> list[Verdict]:
+        """Verdicts in the order of `answers`.
+
+        Raises:
+            RuntimeError: the workers do not start, or the verifier is closed.
+            ValueError: `verifier.check` lacks `check_answer` or `SELF_TEST`.
+        """
+        with self._lock:
+            if not self._finalizer.alive:
+                raise RuntimeError("the verifier is closed")
+            todo = deque(range(len(answers)))
+            verdicts: dict[int, Verdict] = {}
+            while len(verdicts) < len(answers):
+                for worker in list(self._workers):
+                    if worker.is_ready and not worker.pending and todo:
+                        self._send(worker, answers, todo)
+                self._wait(answers, todo, verdicts)
+            return [verdicts[index] for index in range(len(answers))]
+
+    def self_test(self) -> None:
+        """Grade the domain's `SELF_TEST` in the workers.
+
+        Raises:
+            RuntimeError: a pair of text and references got another verdict than it should.
+        """
+        with self._lock:
+            while not any(worker.is_ready for worker in self._workers):
+                self._wait((), deque(), {})
+        pairs = self._self_test
+        verdicts = self.grade(
+            [Answer(text=text, references=tuple(refs), is_cut_off=False) for text, refs, _ in pairs]
+        )
+        expected = {True: Verdict.CORRECT, False: Verdict.WRONG, None: Verdict.UNANSWERED}
+        for (text, refs, right), verdict in zip(pairs, verdicts, strict=True):
+            if verdict is not expected[right]:
+                raise RuntimeError(
+                    f"self-test of {self._check}: {text!r} against {refs} is {verdict.value}, "
+                    f"should be {expected[right].value}"
+                )
+
+    def _start(self) -> None:
+        ours, theirs = Pipe()
+        # The death signal follows the thread that started the worker, not the process.
+        is_bound = threading.current_thread() is threading.main_thread()
+        arguments = [sys.path, self._check, theirs.fileno(), self._timeout_s, self._memory_mib]
+        process = subprocess.Popen(
+            [sys.executable, "-c", WORKER, json.dumps([*arguments, os.getpid() if is_bound else 0])],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,  # Ctrl-C is for the parent
+        )
+        theirs.close()
+        deadline = time.monotonic() + START_TIMEOUT_S
+        self._workers.append(_Worker(process=process, connection=ours, deadline=deadline))
+
+    def _send(self, worker: _Worker, answers: Sequence[Answer], todo: deque[int]) -> None:
+        share = math.ceil(len(todo) / (2 * len(self._workers)))
+        worker.pending.extend(todo.popleft() for _ in range(min(CHUNK, share)))
+        chunk = [(answers[index].text, answers[index].references) for index in worker.pending]
+        try:
+            worker.connection.send_bytes(json.dumps(chunk).encode())
+        except OSError:  # it died while idle: none of these answers is to blame
+            self._replace(worker, todo)
+        else:
+            worker.deadline = time.monotonic() + self._timeout_s
+
+    def _wait(
+        self, answers: Sequence[Answer], todo: deque[int], verdicts: dict[int, Verdict]
+    ) -> None:
+        """Take replies until something may be sent again; replace workers that died or hang."""
+        if not any(worker.is_ready for worker in self._workers):
+            logger.info("waiting for %d verifier workers to start", len(self._workers))
+        busy = [worker for worker in self._workers if worker.pending or not worker.is_ready]
+        patience = min(worker.deadline for worker in busy) - time.monotonic() if busy else 0.0
+        heard = wait([worker.connection for worker in busy], max(0.0, patience))
+        for worker in busy:
+            if worker.connection not in heard:
+                if time.monotonic() >= worker.deadline:
+                    self._lose(worker, todo, verdicts, Verdict.TIMED_OUT)
+                continue
+            try:
+                reply = worker.connection.recv_bytes()
+            except (EOFError, OSError):
+                has_rung = worker.process.wait() == -signal.SIGALRM
+                verdict = Verdict.TIMED_OUT if has_rung else Verdict.ERRORED
+                self._lose(worker, todo, verdicts, verdict)
+                continue
+            if worker.is_ready:
+                index = worker.pending.popleft()
+                verdicts[index] = _to_verdict(reply, answers[index])
+                worker.deadline = time.monotonic() + self._timeout_s
+            else:
+                self._greet(worker, reply)
+
+    def _greet(self, worker: _Worker, reply: bytes) -> None:
+        if reply.startswith(b"!"):
+            raise ValueError(f"verifier.check: {self._check} {reply[1:].decode()}")
+        self._self_test = json.loads(reply)
+        self._num_start_failures = 0
+        worker.is_ready = True
+
+    def _lose(
+        self, worker: _Worker, todo: deque[int], verdicts: dict[int, Verdict], verdict: Verdict
+    ) -> None:
+        """Blame the answer that the worker was at and put another worker in its place."""
+        if worker.pending:
+            verdicts[worker.pending.popleft()] = verdict
+        elif not worker.is_ready:
+            self._num_start_failures += 1
+            if self._num_start_failures >= MAX_START_FAILURES:
+                raise RuntimeError(
+                    f"verifier workers do not start ({self._check}); see their standard error"
+                )
+        self._replace(worker, todo)
+
+    def _replace(self, worker: _Worker, todo: deque[int]) -> None:
+        todo.extendleft(reversed(worker.pending))
+        worker.stop()
+        self._workers.remove(worker)
+        self._start()
+
+
+def _stop_all(workers: list[_Worker]) -> None:
+    while workers:
+        workers.pop().stop()
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError, AttributeError):
+        return False
+
+
+def _to_verdict(reply: bytes, answer: Answer) -> Verdict:
+    if reply == REPLIES[None]:
+        return Verdict.CUT_OFF if answer.is_cut_off else Verdict.UNANSWERED
+    if reply == FAILED:
+        return Verdict.ERRORED
+    return Verdict.CORRECT if reply == REPLIES[True] else Verdict.WRONG
+
+
+def serve(check: str, fd: int, timeout_s: float, memory_mib: int, parent: int) -> None:
+    """Body of a worker: answer each chunk until the pipe closes.
+
+    `parent` is the process whose death kills the worker, 0 if a thread of it started the worker.
+    """
+    if parent:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    connection = Connection(fd)
+    with suppress(EOFError, OSError):
+        try:
+            module = importlib.import_module(check)
+            check_answer, self_test = module.check_answer, module.SELF_TEST
+        except (ImportError, AttributeError) as error:
+            connection.send_bytes(f"!cannot be used: {error}".encode())
+            return
+        with open("/proc/self/statm") as statm:
+            baseline = int(statm.read().split()[0]) * resource.getpagesize()
+        limit = baseline + memory_mib * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        connection.send_bytes(json.dumps(self_test).encode())
+        while True:
+            for text, references in json.loads(connection.recv_bytes()):
+                # The kernel ends a worker that hangs with nobody left to kill it.
+                signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s)
+                try:
+                    reply = REPLIES[check_answer(text, tuple(references))]
+                except MemoryError:
+                    os._exit(1)  # what else failed in here is unknown
+                except Exception:
+                    reply = FAILED
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                connection.send_bytes(reply)

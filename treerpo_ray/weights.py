@@ -1,0 +1,150 @@
+"""Weights on their way: flat chunks of bytes, a manifest that says what lies where, proofs.
+
+A manifest carries a digest of each chunk; an engine proves a version by echoing it together
+with the digests of the bytes that its workers received.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+ALIGNMENT = 64
+"""Offsets are multiples of this, so that every dtype can be viewed in place."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorPlace:
+    """One tensor in a chunk."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunk: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a version of the weights consists of."""
+
+    version: int
+    tensors: tuple[TensorPlace, ...]
+    digests: tuple[str, ...]
+    """blake2b of each chunk."""
+
+    def update_info(self, chunk: int) -> dict[str, list]:
+        """The fields of `engine_worker.StoreUpdate` for one chunk, but for its path."""
+        tensors = [tensor for tensor in self.tensors if tensor.chunk == chunk]
+        return {
+            "names": [tensor.name for tensor in tensors],
+            "dtypes": [tensor.dtype for tensor in tensors],
+            "shapes": [list(tensor.shape) for tensor in tensors],
+            "offsets": [tensor.offset for tensor in tensors],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadProof:
+    """An engine's word that it serves a version."""
+
+    version: int
+    digests: tuple[tuple[str, ...], ...]
+    """Digests of the received chunks, from each worker of the engine."""
+    load_s: float
+
+    def check(self, manifest: Manifest) -> None:
+        """Raise a RuntimeError unless this proves `manifest`."""
+        if self.version != manifest.version:
+            raise RuntimeError(f"engine serves version {self.version}, not {manifest.version}")
+        for worker, digests in enumerate(self.digests):
+            if digests != manifest.digests:
+                raise RuntimeError(
+                    f"worker {worker} received other bytes for version {manifest.version}"
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """A sequence with the learner's log-probabilities (nats, temperature 1) of its tokens."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    """Of each token after the first."""
+
+
+def pack_weights(
+    weights: Iterable[tuple[str, torch.Tensor]],
+    *,
+    version: int,
+    dtype: torch.dtype,
+    chunk_bytes: int,
+) -> tuple[Manifest, list[UInt8[np.ndarray, " bytes"]]]:
+    """Lay tensors out in chunks of about `chunk_bytes`; floating ones are sent as `dtype`.
+
+    A tensor lies in one chunk whole; one that is larger than `chunk_bytes` gets its own.
+    """
+    places: list[TensorPlace] = []
+    chunks: list[np.ndarray] = []
+    parts: list[np.ndarray] = []
+    size = 0
+
+    def close_chunk() -> None:
+        nonlocal size
+        if parts:
+            chunks.append(np.concatenate(parts))
+        parts.clear()
+        size = 0
+
+    for name, weight in weights:
+        sent = weight.to("cpu", dtype if weight.is_floating_point() else weight.dtype).contiguous()
+        flat = sent.reshape(-1).view(torch.uint8).numpy()
+        padding = -len(flat) % ALIGNMENT
+        if size and size + len(flat) > chunk_bytes:
+            close_chunk()
+        kind = str(sent.dtype).removeprefix("torch.")
+        places.append(
+            TensorPlace(
+                name=name, dtype=kind, shape=tuple(sent.shape), chunk=len(chunks), offset=size
+            )
+        )
+        parts += [flat, np.zeros(padding, np.uint8)]
+        size += len(flat) + padding
+    close_chunk()
+    digests = tuple(hashlib.blake2b(chunk, digest_size=16).hexdigest() for chunk in chunks)
+    return Manifest(version=version, tensors=tuple(places), digests=digests), chunks
+
+
+class ChunkFiles:
+    """Chunks as files in memory, for the worker process; they are gone on exit."""
+
+    def __enter__(self) -> Self:
+        shared = Path("/dev/shm")
+        folder = shared if os.access(shared, os.W_OK) else None
+        self._folder = Path(tempfile.mkdtemp(prefix="treerpo-weights-", dir=folder))
+        self._count = 0
+        return self
+
+    def write(self, chunk: UInt8[np.ndarray, " bytes"]) -> str:
+        """Write one chunk and return the path of its file."""
+        path = self._folder / str(self._count)
+        self._count += 1
+        chunk.tofile(path)
+        return str(path)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        shutil.rmtree(self._folder)
