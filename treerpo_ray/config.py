@@ -4,8 +4,11 @@ Defaults and their meaning live here; a YAML file holds only what differs. Files
 right, then `section.key=value` overrides. Derived numbers are properties, not keys.
 """
 
+import ast
 import difflib
-from dataclasses import dataclass, field, is_dataclass
+import inspect
+import itertools
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Literal, get_type_hints
 
@@ -317,3 +320,26 @@ def _known_keys(section: type, prefix: str = "") -> list[str]:
         if is_dataclass(kind):
             keys += _known_keys(kind, f"{prefix}{name}.")
     return keys
+
+
+def describe() -> str:
+    """Every section with its keys, their defaults and what they mean."""
+    lines = []
+    for section, kind in get_type_hints(Config).items():
+        lines.append(f"\n{section}: {inspect.getdoc(kind)}")
+        notes = _field_notes(kind)
+        for item in fields(kind):
+            default = item.default if item.default_factory is MISSING else item.default_factory()
+            lines.append(f"  {section}.{item.name} = {default}")
+            lines += [f"      {notes[item.name]}"] if item.name in notes else []
+    return "\n".join(lines)
+
+
+def _field_notes(kind: type) -> dict[str, str]:
+    """The sentence under each field of a dataclass."""
+    body = ast.parse(inspect.getsource(kind)).body[0].body
+    return {
+        above.target.id: inspect.cleandoc(below.value.value).replace("\n", " ")
+        for above, below in itertools.pairwise(body)
+        if isinstance(above, ast.AnnAssign) and isinstance(below, ast.Expr)
+    }

@@ -183,6 +183,10 @@ class EnginePool:
         except (RayError, RuntimeError, TimeoutError) as error:
             await self._replace(member, error)
 
+    async def version(self) -> int:
+        """Version that the engines serve."""
+        return 0 if self._served is None else self._served.manifest.version
+
     async def stats(self) -> list[EngineStats]:
         """Totals of each serving engine."""
         members = [member for member in self._members if member.is_serving]

@@ -44,6 +44,7 @@ class Gate:
         self.max_staleness, self.num_steps, self.seed = max_staleness, num_steps, seed
         self.steps_done = 0
         self.issued = 0
+        self.is_stopping = False
         self._moved = asyncio.Event()
 
     def ticket(self, number: int) -> Ticket:
@@ -68,8 +69,10 @@ class Gate:
         self.issued += 1
         return ticket
 
-    def consumed(self, step: int) -> None:
+    def consumed(self, step: int) -> bool:
         """Learner step `step` has consumed its tickets and every engine serves what came of it.
+
+        Returns whether the run is to end after this step.
 
         Raises:
             RuntimeError: steps were skipped or consumed twice.
@@ -78,6 +81,7 @@ class Gate:
             raise RuntimeError(f"learner step {step} consumed, but step {self.steps_done} is due")
         self.steps_done = step + 1
         self._moved.set()
+        return self.is_stopping or self.steps_done == self.num_steps
 
     def restart(self, step: int) -> None:
         """Begin again at learner step `step`: tickets from there on are issued anew."""
@@ -85,6 +89,10 @@ class Gate:
         self.steps_done, self.issued = step, step * self.trees_per_step
         self._moved.set()
 
-    def reach(self, num_steps: int) -> None:
-        """End the run after `num_steps` learner steps."""
-        self.num_steps = num_steps
+    def done(self) -> int:
+        """Learner steps that are done."""
+        return self.steps_done
+
+    def stop(self) -> None:
+        """End the run after the learner step that is under way."""
+        self.is_stopping = True

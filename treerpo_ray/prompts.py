@@ -137,3 +137,17 @@ def _encode(
     )
     assert isinstance(encoded, BatchEncoding)
     return encoded["input_ids"]
+
+
+def one_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """Id of the token that `text` is.
+
+    Raises:
+        ValueError: the tokenizer makes another number of tokens of it.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        raise ValueError(
+            f"tree.delimiter={text!r} is {len(ids)} tokens for this tokenizer; it must be one"
+        )
+    return ids[0]

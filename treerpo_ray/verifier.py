@@ -5,14 +5,11 @@ as JSON, one byte an answer comes back. A worker that hangs (also in C code), di
 memory takes only the answer that it was at with it; the rest of its chunk goes to another worker.
 """
 
-import ctypes
-import importlib
 import importlib.util
 import json
 import logging
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -21,22 +18,20 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from multiprocessing.connection import Connection, Pipe, wait
 from types import TracebackType
+
+from treerpo_ray.verifier_worker import FAILED, REPLIES
 
 logger = logging.getLogger(__name__)
 
 CHUNK = 16  # answers a message: its round trip is shared, and little waits behind a slow answer
 START_TIMEOUT_S = 120.0
 MAX_START_FAILURES = 3  # in a row; a worker may be killed from outside, all of them may not
-PR_SET_PDEATHSIG = 1
-REPLIES: dict[bool | None, bytes] = {True: b"1", False: b"0", None: b"-"}
-FAILED = b"x"
 WORKER = "import sys, json; a = json.loads(sys.argv[1]); sys.path[:] = a.pop(0)\n" + (
-    "from treerpo_ray.verifier import serve; serve(*a)"
+    "from treerpo_ray.verifier_worker import serve; serve(*a)"
 )
 
 
@@ -182,7 +177,12 @@ class Verifier:
         is_bound = threading.current_thread() is threading.main_thread()
         arguments = [sys.path, self._check, theirs.fileno(), self._timeout_s, self._memory_mib]
         process = subprocess.Popen(
-            [sys.executable, "-c", WORKER, json.dumps([*arguments, os.getpid() if is_bound else 0])],
+            [
+                sys.executable,
+                "-c",
+                WORKER,
+                json.dumps([*arguments, os.getpid() if is_bound else 0]),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
@@ -277,40 +277,3 @@ def _to_verdict(reply: bytes, answer: Answer) -> Verdict:
     if reply == FAILED:
         return Verdict.ERRORED
     return Verdict.CORRECT if reply == REPLIES[True] else Verdict.WRONG
-
-
-def serve(check: str, fd: int, timeout_s: float, memory_mib: int, parent: int) -> None:
-    """Body of a worker: answer each chunk until the pipe closes.
-
-    `parent` is the process whose death kills the worker, 0 if a thread of it started the worker.
-    """
-    if parent:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            return
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    connection = Connection(fd)
-    with suppress(EOFError, OSError):
-        try:
-            module = importlib.import_module(check)
-            check_answer, self_test = module.check_answer, module.SELF_TEST
-        except (ImportError, AttributeError) as error:
-            connection.send_bytes(f"!cannot be used: {error}".encode())
-            return
-        with open("/proc/self/statm") as statm:
-            baseline = int(statm.read().split()[0]) * resource.getpagesize()
-        limit = baseline + memory_mib * 2**20
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        connection.send_bytes(json.dumps(self_test).encode())
-        while True:
-            for text, references in json.loads(connection.recv_bytes()):
-                # The kernel ends a worker that hangs with nobody left to kill it.
-                signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s)
-                try:
-                    reply = REPLIES[check_answer(text, tuple(references))]
-                except MemoryError:
-                    os._exit(1)  # what else failed in here is unknown
-                except Exception:
-                    reply = FAILED
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                connection.send_bytes(reply)

@@ -217,12 +217,12 @@ def test_metrics_of_two_forests_by_hand() -> None:
             "loss/kl": 0.0,
             "loss/entropy": 1.0,
             "loss/ratio": 4 / 3,
-            "loss/clip_fraction": 1 / 3,
-            "mismatch/abs_mean": log2,
-            "mismatch/abs_max": 2 * log2,
+            "loss/clip_share": 1 / 3,
+            "mismatch/mean": log2,
+            "mismatch/max": 2 * log2,
             "mismatch/kl": ((0.5 + log2 - 1) + (4 - 2 * log2 - 1)) / 3,
-            "mismatch/importance_weight": (1 + 0.5 + 2) / 3,
-            "mismatch/truncated_fraction": 1 / 3,
+            "importance/mean": (1 + 0.5 + 2) / 3,
+            "importance/truncated_share": 1 / 3,
         }
     )
 

@@ -124,12 +124,12 @@ class LossSums:
             "loss/kl": sums["kl"] / num_tokens,
             "loss/entropy": sums["entropy"] / num_tokens,
             "loss/ratio": sums["ratio"] / num_tokens,
-            "loss/clip_fraction": sums["num_clipped"] / num_tokens,
-            "mismatch/abs_mean": sums["mismatch"] / num_tokens,
-            "mismatch/abs_max": sums["mismatch_max"],
+            "loss/clip_share": sums["num_clipped"] / num_tokens,
+            "mismatch/mean": sums["mismatch"] / num_tokens,
+            "mismatch/max": sums["mismatch_max"],
             "mismatch/kl": sums["mismatch_kl"] / num_tokens,
-            "mismatch/importance_weight": sums["importance_weight"] / num_tokens,
-            "mismatch/truncated_fraction": sums["num_truncated"] / num_tokens,
+            "importance/mean": sums["importance_weight"] / num_tokens,
+            "importance/truncated_share": sums["num_truncated"] / num_tokens,
         }
 
 

@@ -14,12 +14,13 @@ import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import OneCycleLR
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import BatchEncoding, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from treerpo_ray.quickstart.task import draw_chains, problems, write_solution
 from treerpo_ray.quickstart.tokenizer import MAX_LENGTH, make_tokenizer
@@ -45,7 +46,7 @@ class Recipe:
     seed: int = 0
 
 
-def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def make_model(recipe: Recipe, tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     """Return an fp32 Qwen2 model with random weights drawn from torch's global generator."""
     num_heads = recipe.hidden_size // HEAD_SIZE
     config = Qwen2Config(
@@ -65,13 +66,14 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCa
     return Qwen2ForCausalLM(config)
 
 
-def encode_prompt(question: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def encode_prompt(question: str, tokenizer: Qwen2Tokenizer) -> list[int]:
     messages = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return cast(BatchEncoding, encoded)["input_ids"]
 
 
 def draw_batch(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, rng: random.Random
+    recipe: Recipe, tokenizer: Qwen2Tokenizer, rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids and labels, both (batch_size, longest row); prompts have no label."""
     chains = draw_chains("train", rng)
@@ -89,9 +91,7 @@ def draw_batch(
     )
 
 
-def warm_start(
-    model: Qwen2ForCausalLM, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
-) -> list[float]:
+def warm_start(model: Qwen2ForCausalLM, recipe: Recipe, tokenizer: Qwen2Tokenizer) -> list[float]:
     """Train `model` in place on the solver's solutions; return the loss of each step, in nats."""
     rng = random.Random(recipe.seed)
     optimizer = torch.optim.AdamW(
@@ -117,7 +117,7 @@ def warm_start(
 
 @torch.inference_mode()
 def sample_pass_rates(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, num_problems: int, k: int
+    model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, *, num_problems: int, k: int
 ) -> torch.Tensor:
     """Sample k responses at temperature 1 to each of the first test problems.
 
@@ -125,7 +125,7 @@ def sample_pass_rates(
     """
     rows = problems("test", num_problems, seed=0)
     prompts = torch.tensor([encode_prompt(row.question, tokenizer) for row in rows])
-    responses = model.generate(
+    responses = model.generate(  # type: ignore[misc]  # its annotation of self fits no class
         prompts,
         attention_mask=torch.ones_like(prompts),
         do_sample=True,

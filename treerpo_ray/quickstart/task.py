@@ -68,7 +68,7 @@ OPERANDS = {
     value: [
         operand
         for operand in range(-LARGEST, LARGEST + 1)
-        if SMALLEST <= abs(operand)
+        if abs(operand) >= SMALLEST
         and SMALLEST <= value + operand <= LARGEST
         and add_without_carry(value, operand) != value + operand
     ]

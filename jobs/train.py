@@ -1,0 +1,50 @@
+"""Train a model: files and overrides say how, a run of the same name goes on where it was.
+
+    python jobs/train.py conf/quickstart.yaml
+    python jobs/train.py conf/quickstart.yaml run.name=mine gate.max_staleness=0
+    python jobs/train.py --dry-run conf/math_cpu.yaml prompts.path=train.jsonl
+    ray job submit --working-dir . -- python jobs/train.py conf/quickstart.yaml
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job has only a working folder
+
+from treerpo_ray.config import describe, load
+from treerpo_ray.console import Console
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; returns the exit status."""
+    if {"-h", "--help"} & set(arguments):
+        print(f"{__doc__}\nSections and keys, with their defaults:\n{describe()}")
+        return 0
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    is_dry = "--dry-run" in arguments
+    try:
+        config = load([argument for argument in arguments if argument != "--dry-run"])
+        from treerpo_ray.cluster import check_vllm, connected
+        from treerpo_ray.plan import load_inputs, plan_lines
+
+        check_vllm(config)
+        inputs = load_inputs(config)
+        print("\n".join(plan_lines(config, inputs)), file=sys.stderr)
+        if is_dry:
+            return 0
+        from treerpo_ray.train import describe_outcome, summary_json, train
+
+        console = Console(config.run.num_steps)
+        with connected(config):
+            outcome = train(config, inputs, console)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    console.note(describe_outcome(config, outcome))
+    print(summary_json(config, outcome))
+    return 0 if outcome.is_complete else 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

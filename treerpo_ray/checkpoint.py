@@ -1,0 +1,126 @@
+"""Checkpoints: folders of a run that are whole or not there.
+
+A checkpoint is written beside its place, listed with a digest of each file, and renamed (on an
+object store: uploaded, its list last). One that is torn or corrupt is passed over for the one
+before.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+log = logging.getLogger(__name__)
+
+LIST_FILE = "files.json"
+"""Digest of every file of a checkpoint; there last, so that its presence means it is whole."""
+
+
+class Checkpoints:
+    """The checkpoints of the run folder `folder` (path or URI), the newest `keep` of them."""
+
+    def __init__(self, folder: str, keep: int) -> None:
+        self._fs, root = fsspec.core.url_to_fs(folder)
+        self._root, self.keep = f"{root}/checkpoints", keep
+
+    def steps(self) -> list[int]:
+        """Learner steps of which there is a complete-looking checkpoint, ascending."""
+        found = self._fs.glob(f"{self._root}/step=*/{LIST_FILE}")
+        return sorted(int(path.split("/")[-2].removeprefix("step=")) for path in found)
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        """Have `write` fill a folder and make it the checkpoint of `step`.
+
+        Raises:
+            OSError: the disk is full or the store refuses; older checkpoints are untouched.
+        """
+        self._fs.makedirs(self._root, exist_ok=True)
+        is_local = isinstance(self._fs, LocalFileSystem)
+        staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=self._root if is_local else None))
+        try:
+            write(staging)
+            files = {str(p.relative_to(staging)): _digest(p) for p in _files(staging)}
+            (staging / LIST_FILE).write_text(json.dumps(files, indent=1))
+            target = f"{self._root}/step={step:06d}"
+            if is_local:
+                shutil.rmtree(target, ignore_errors=True)
+                staging.rename(target)
+            else:
+                for name in [*files, LIST_FILE]:
+                    self._fs.put_file(str(staging / name), f"{target}/{name}")
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        for old in self.steps()[: -self.keep]:
+            self._fs.rm(f"{self._root}/step={old:06d}", recursive=True)
+
+    @contextmanager
+    def newest(self) -> Iterator[tuple[int, Path] | None]:
+        """Step and local folder of the newest checkpoint that is whole; None if there is none."""
+        with tempfile.TemporaryDirectory(prefix="treerpo-checkpoint-") as local:
+            for step in reversed(self.steps()):
+                folder = self._local_copy(step, Path(local) / str(step))
+                if (fault := _fault(folder)) is None:
+                    yield step, folder
+                    return
+                log.warning("checkpoint of step %d is passed over: %s", step, fault)
+            yield None
+
+    def _local_copy(self, step: int, target: Path) -> Path:
+        source = f"{self._root}/step={step:06d}"
+        if isinstance(self._fs, LocalFileSystem):
+            return Path(source)
+        self._fs.get(f"{source}/", f"{target}/", recursive=True)
+        return target
+
+
+def publish_folder(folder: str, name: str, write: Callable[[Path], None]) -> str:
+    """Have `write` fill a folder and put it at `folder/name` (path or URI); returns where it is.
+
+    Raises:
+        OSError: the disk is full or the store refuses; what was there before is untouched.
+    """
+    fs, root = fsspec.core.url_to_fs(folder)
+    is_local = isinstance(fs, LocalFileSystem)
+    fs.makedirs(root, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=root if is_local else None))
+    try:
+        write(staging)
+        if is_local:
+            staging.chmod(0o755)
+            shutil.rmtree(f"{root}/{name}", ignore_errors=True)
+            staging.rename(f"{root}/{name}")
+        else:
+            fs.put(f"{staging}/", f"{root}/{name}/", recursive=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return f"{folder}/{name}"
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def _fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        files = json.loads((folder / LIST_FILE).read_text())
+    except (OSError, ValueError) as error:
+        return f"{LIST_FILE} cannot be read ({error})"
+    for name, digest in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _digest(folder / name) != digest:
+            return f"{name} is corrupt"
+    return None

@@ -1,0 +1,262 @@
+"""Training: wires the stages together and follows the run; reads like the algorithm.
+
+    gate ──► engine pool ──► tree stream (scoring) ──► train workers ──► weight sync ──► engines
+"""
+
+import json
+import logging
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import fsspec
+import ray
+import ray.train
+from ray.actor import ActorHandle
+from ray.train.torch import TorchTrainer
+
+from treerpo_ray import evaluate
+from treerpo_ray.config import Config, to_yaml
+from treerpo_ray.console import Console
+from treerpo_ray.engine_pool import EnginePool
+from treerpo_ray.evaluate import Evaluation
+from treerpo_ray.gate import Gate
+from treerpo_ray.metrics import RunLog, latest_rows
+from treerpo_ray.plan import Inputs
+from treerpo_ray.prompts import load_tokenizer
+from treerpo_ray.train_worker import STREAM, Stations, WorkerTask, run_worker
+from treerpo_ray.tree_stream import Scorer, tree_stream
+from treerpo_ray.weight_sync import WeightSync
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.5
+"""Time between looks at the run's log."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a run came to."""
+
+    before: Evaluation | None
+    after: Evaluation | None
+    sampled_tokens: int
+    seconds: float
+    """Wall time of the training itself, of all sessions."""
+    is_complete: bool
+    """Whether the run did all its steps, and was not stopped before."""
+
+
+def train(config: Config, inputs: Inputs, console: Console) -> Outcome:
+    """Run or resume a training on the Ray cluster that is connected.
+
+    Raises:
+        ray.exceptions.RayError, RuntimeError: something failed for good; the run folder holds
+            the last checkpoint, and the same command goes on from it.
+    """
+    _write_config(config)
+    stations = _build(config, inputs)
+    scorer = None
+    try:
+        with console.progress(f"starting {config.engine.num_engines} engine(s)", None):
+            ray.get(stations.pool.start.remote())
+        if inputs.held_out is not None:
+            tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+            scorer = Scorer(config, tokenizer)
+        before = _evaluate(config, inputs, stations, scorer, console, step=0)
+        steps_done = _fit(config, inputs, stations, console)
+        is_complete = steps_done == config.run.num_steps
+        after = None
+        if is_complete:
+            after = _evaluate(config, inputs, stations, scorer, console, step=steps_done)
+    finally:
+        if scorer is not None:
+            scorer.close()
+        _shut_down(stations)
+    rows = [row for row in latest_rows(config.folder) if "tokens/sampled" in row]
+    return Outcome(
+        before=before,
+        after=after,
+        sampled_tokens=int(sum(row["tokens/sampled"] for row in rows)),
+        seconds=sum(row["time/step_s"] for row in rows),
+        is_complete=is_complete,
+    )
+
+
+def _build(config: Config, inputs: Inputs) -> Stations:
+    """The actors of a run, on the node of the driver; all of them mostly wait."""
+    here = ray.get_runtime_context().get_node_id()
+
+    def actor(kind: type, *arguments: object) -> ActorHandle:
+        options = {"num_cpus": 0, "label_selector": {ray._raylet.RAY_NODE_ID_KEY: here}}
+        return ray.remote(kind).options(**options, max_concurrency=10_000).remote(*arguments)
+
+    shape = replace(config.shape, delimiters=inputs.delimiters)
+    logs = None if "://" in config.folder else f"{config.folder}/logs"
+    run_log = ray.remote(RunLog).options(num_cpus=0).remote(config)
+    pool = actor(EnginePool, config, inputs.prompts, shape, run_log, logs)
+    gate = actor(
+        Gate,
+        len(inputs.prompts),
+        config.gate.trees_per_step,
+        config.gate.max_staleness,
+        config.run.num_steps,
+        config.run.seed,
+    )
+    weight_sync = actor(WeightSync, pool, config.sync.probe_every)
+    return Stations(gate=gate, pool=pool, weight_sync=weight_sync, run_log=run_log)
+
+
+def _fit(config: Config, inputs: Inputs, stations: Stations, console: Console) -> int:
+    """Run the train workers beside the console; returns the learner steps that are done."""
+    task = WorkerTask(config=config, prompts=inputs.prompts, stations=stations)
+    resources = dict(config.learner.resources)
+    trainer = TorchTrainer(
+        run_worker,
+        train_loop_config={"task": task},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.learner.num_workers,
+            use_gpu=resources.get("GPU", 0) > 0,
+            resources_per_worker=resources,
+        ),
+        # Ray Train's own records are not ours: checkpoints and metrics lie in the run folder.
+        run_config=ray.train.RunConfig(
+            name=f"treerpo-{time.time_ns()}",
+            storage_path=tempfile.mkdtemp(prefix="treerpo-train-"),
+            failure_config=ray.train.FailureConfig(max_failures=config.learner.max_failures),
+        ),
+        datasets={STREAM: tree_stream(config, stations.pool)},
+        dataset_config=ray.train.DataConfig(enable_shard_locality=False),
+    )
+    failures: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # raised again below, in the main thread
+            failures.append(error)
+
+    seen = len(ray.get(stations.run_log.rows_since.remote(0)))
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread.start()
+    with _stop_on_interrupt(stations.gate, console):
+        while thread.is_alive():
+            thread.join(POLL_S)
+            rows = ray.get(stations.run_log.rows_since.remote(seen))
+            seen += len(rows)
+            for row in rows:
+                console.print_step(row)
+    if failures:
+        raise failures[0]
+    return ray.get(stations.gate.done.remote())
+
+
+@contextmanager
+def _stop_on_interrupt(gate: ActorHandle, console: Console) -> Iterator[None]:
+    """The first Ctrl-C ends the run after its step, with a checkpoint; the second at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        console.note("stopping after this step, with a checkpoint; once more to stop at once")
+        gate.stop.remote()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _evaluate(
+    config: Config,
+    inputs: Inputs,
+    stations: Stations,
+    scorer: Scorer | None,
+    console: Console,
+    *,
+    step: int,
+) -> Evaluation | None:
+    """Evaluate what the engines serve now, unless the run folder holds the result."""
+    if inputs.held_out is None or scorer is None:
+        return None
+    result = evaluate.read(config.folder, step)
+    if result is not None:
+        return result
+    version = ray.get(stations.pool.version.remote())
+    title = f"evaluating on {len(inputs.held_out)} problems"
+    with console.progress(title, len(inputs.held_out)) as advance:
+        result = evaluate.evaluate(
+            config, inputs.held_out, stations.pool, scorer,
+            step=step, version=version, advance=advance,
+        )
+    evaluate.save(result, config.folder)
+    row = {
+        "step": step,
+        "eval/pass_at_1": result.pass_at_1,
+        "eval/ci95_low": result.ci95_low,
+        "eval/ci95_high": result.ci95_high,
+        "eval/length": result.length,
+    }
+    ray.get(stations.run_log.step.remote(row))
+    console.print_step(row)
+    return result
+
+
+def _shut_down(stations: Stations) -> None:
+    for station, method in ((stations.pool, "stop"), (stations.run_log, "close")):
+        try:
+            ray.get(getattr(station, method).remote(), timeout=90)
+        except ray.exceptions.RayError as error:
+            log.warning("%s did not end well: %s", method, error)
+
+
+def _write_config(config: Config) -> None:
+    fs, root = fsspec.core.url_to_fs(config.folder)
+    fs.makedirs(root, exist_ok=True)
+    fs.pipe_file(f"{root}/config.yaml", to_yaml(config).encode())
+
+
+def summary_json(config: Config, outcome: Outcome) -> str:
+    """The result as one line of JSON."""
+    before, after = outcome.before, outcome.after
+
+    def interval(result: Evaluation | None) -> list[float] | None:
+        return None if result is None else [round(result.ci95_low, 4), round(result.ci95_high, 4)]
+
+    return json.dumps(
+        {
+            "run": str(Path(config.folder)) if "://" not in config.folder else config.folder,
+            "pass_at_1_before": None if before is None else round(before.pass_at_1, 4),
+            "pass_at_1_after": None if after is None else round(after.pass_at_1, 4),
+            "ci95_before": interval(before),
+            "ci95_after": interval(after),
+            "length_before": None if before is None else round(before.length, 1),
+            "length_after": None if after is None else round(after.length, 1),
+            "sampled_tokens": outcome.sampled_tokens,
+            "seconds": round(outcome.seconds, 1),
+        }
+    )
+
+
+def describe_outcome(config: Config, outcome: Outcome) -> str:
+    """The result in plain words."""
+    spent = f"{outcome.sampled_tokens:,} sampled tokens and {outcome.seconds:.0f} s of training"
+    if not outcome.is_complete:
+        return f"stopped with a checkpoint after {spent}; the same command goes on: {config.folder}"
+    before, after = outcome.before, outcome.after
+    if before is None or after is None:
+        return f"done after {spent}; the run folder is {config.folder}"
+    return (
+        f"Pass@1 went from {before.pass_at_1:.1%} to {after.pass_at_1:.1%} "
+        f"({100 * (after.pass_at_1 - before.pass_at_1):+.1f} points) on {after.num_problems} held-out "
+        f"problems, answers from {before.length:.1f} to {after.length:.1f} tokens, with {spent}; "
+        f"the run folder is {config.folder}"
+    )

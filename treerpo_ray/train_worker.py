@@ -1,0 +1,192 @@
+"""Train worker: the loop that each Ray Train worker runs, from restored state to last step."""
+
+import logging
+import time
+from dataclasses import dataclass
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.actor import ActorHandle
+
+from treerpo_ray.checkpoint import Checkpoints, publish_folder
+from treerpo_ray.config import Config
+from treerpo_ray.learner import DTYPES, Learner, UpdateResult
+from treerpo_ray.metrics import Event, Row
+from treerpo_ray.prompts import PromptSet
+from treerpo_ray.records import from_table
+from treerpo_ray.weights import Probe, pack_weights
+
+log = logging.getLogger(__name__)
+
+STREAM = "trees"
+PROBE_TOKENS = 256
+"""Most tokens of the probe sequence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stations:
+    """The actors that a worker talks to."""
+
+    gate: ActorHandle
+    pool: ActorHandle
+    weight_sync: ActorHandle
+    run_log: ActorHandle
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerTask:
+    """What every worker is given."""
+
+    config: Config
+    prompts: PromptSet
+    stations: Stations
+
+
+def run_worker(settings: dict[str, WorkerTask]) -> None:
+    """Entry point for Ray Train, which hands over a dict."""
+    TrainWorker(settings["task"]).run()
+
+
+class TrainWorker:
+    """One worker of the group; the first one also speaks for all to the other actors."""
+
+    def __init__(self, task: WorkerTask) -> None:
+        self.config, self.stations = task.config, task.stations
+        self.probe_ids = task.prompts.token_ids[0][:PROBE_TOKENS]
+        context = ray.train.get_context()
+        self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
+        self.is_first = self.rank == 0
+        self.folder = self.config.folder
+        self.checkpoints = Checkpoints(self.folder, self.config.checkpoint.keep)
+        with self.checkpoints.newest() as found:
+            self.step, checkpoint = found or (0, None)
+            self.learner = Learner(self.config, ray.train.torch.get_device(), checkpoint)
+
+    def run(self) -> None:
+        """Take batches until the gate says that it was the last one."""
+        if self.is_first:
+            self._open()
+        self._barrier()
+        shard = ray.train.get_dataset_shard(STREAM)
+        batches = iter(
+            shard.iter_batches(
+                batch_size=self.config.gate.trees_per_step // self.num_workers,
+                batch_format="pyarrow",
+                prefetch_batches=0,
+            )
+        )
+        is_last = self.step >= self.config.run.num_steps
+        while not is_last:
+            is_last = self._step(batches)
+            if self.is_first and (is_last or self.step % self.config.checkpoint.every == 0):
+                self._save()
+        if self.is_first:
+            publish_folder(self.folder, "model", self.learner.policy.save_pretrained)
+
+    def _open(self) -> None:
+        """Bring engines, gate and log to where the learner is, before the first ticket."""
+        self._publish()
+        ray.get(self.stations.gate.restart.remote(self.step))
+        first = self.step * self.config.gate.trees_per_step
+        ray.get(self.stations.pool.grow_tickets.remote(self.stations.gate, first))
+        self._note("started", step=self.step, version=self.learner.version)
+
+    def _step(self, batches) -> bool:
+        """One learner step; returns whether it was the last."""
+        start = time.time()
+        table = next(batches)
+        arrived = time.time()
+        records = from_table(table)
+        batch = self.step * self.config.gate.trees_per_step
+        strays = [r.ticket for r in records if not 0 <= r.ticket - batch < self.config.gate.trees_per_step]
+        if strays:
+            raise RuntimeError(f"tickets {strays} do not belong to learner step {self.step}")
+        version = self.learner.version
+        result = self.learner.update(records)
+        updated = time.time()
+        self._save_trees(table)
+        self.step += 1
+        is_last = False
+        if self.is_first:
+            if result.has_updated:
+                self._publish()
+            is_last = ray.get(self.stations.gate.consumed.remote(self.step - 1))
+            times = {
+                "time/wait_s": arrived - start,
+                "time/hop_s": arrived - result.stats.last_finished_s,
+                "time/update_s": updated - arrived,
+                "time/sync_s": time.time() - updated,
+                "time/step_s": time.time() - start,
+            }
+            self._report(result, version, times)
+        return self._agreed(is_last)
+
+    def _report(self, result: UpdateResult, version: int, times: dict[str, float]) -> None:
+        stats = ray.get(self.stations.pool.stats.remote())
+        seen = max(sum(engine.num_prompt_tokens for engine in stats), 1)
+        row: Row = {
+            "step": self.step,
+            "version": self.learner.version,
+            **result.stats.metrics(version),
+            **result.metrics,
+            **times,
+            "tokens/per_s": result.stats.num_sampled_tokens / times["time/step_s"],
+            "engine/prefix_hit_rate": sum(engine.num_cached_tokens for engine in stats) / seen,
+        }
+        ray.get(self.stations.run_log.step.remote(row))
+        self._note(
+            "consumed",
+            step=self.step - 1,
+            first=(self.step - 1) * self.config.gate.trees_per_step,
+            trees=self.config.gate.trees_per_step,
+            version=self.learner.version,
+        )
+
+    def _publish(self) -> None:
+        """Have every engine serve the learner's weights."""
+        learner = self.learner
+        manifest, chunks = pack_weights(
+            learner.policy.named_weights(),
+            version=learner.version,
+            dtype=DTYPES[self.config.model.dtype],
+            chunk_bytes=self.config.sync.chunk_mib * 2**20,
+        )
+        logprobs = learner.policy.sequence_logprobs(self.probe_ids).tolist()
+        probe = Probe(token_ids=self.probe_ids, logprobs=logprobs)
+        refs = [ray.put(chunk) for chunk in chunks]
+        ray.get(self.stations.weight_sync.publish.remote(manifest, refs, probe))
+        self._note("published", version=learner.version, digest=manifest.digests[0])
+
+    def _save(self) -> None:
+        self.checkpoints.save(self.step, self.learner.write)
+        self._note("checkpoint", step=self.step, version=self.learner.version)
+
+    def _save_trees(self, table: pa.Table) -> None:
+        every = self.config.metrics.save_trees_every
+        if not every or (self.step + 1) % every:
+            return
+        fs, root = fsspec.core.url_to_fs(self.folder)
+        folder = f"{root}/trees/step={self.step + 1:06d}"
+        fs.makedirs(folder, exist_ok=True)
+        pq.write_table(table, f"{folder}/rank-{self.rank}.parquet", filesystem=fs)
+
+    def _note(self, kind: str, **fields: str | int) -> None:
+        ray.get(self.stations.run_log.event.remote(Event(kind=kind, fields=fields)))
+
+    def _barrier(self) -> None:
+        if self.num_workers > 1:
+            dist.barrier()
+
+    def _agreed(self, is_last: bool) -> bool:
+        """What the first worker says, on every worker."""
+        if self.num_workers == 1:
+            return is_last
+        flag = torch.tensor([int(is_last)], device=self.learner.device)
+        dist.broadcast(flag, src=0)
+        return bool(flag.item())

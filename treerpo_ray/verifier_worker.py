@@ -1,0 +1,51 @@
+"""Verifier worker: the process that grades, under limits, what the verifier sends it."""
+
+import ctypes
+import importlib
+import json
+import os
+import resource
+import signal
+from contextlib import suppress
+from multiprocessing.connection import Connection
+
+PR_SET_PDEATHSIG = 1
+REPLIES: dict[bool | None, bytes] = {True: b"1", False: b"0", None: b"-"}
+FAILED = b"x"
+
+
+def serve(check: str, fd: int, timeout_s: float, memory_mib: int, parent: int) -> None:
+    """Body of a worker: answer each chunk until the pipe closes.
+
+    `parent` is the process whose death kills the worker, 0 if a thread of it started the worker.
+    """
+    if parent:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    connection = Connection(fd)
+    with suppress(EOFError, OSError):
+        try:
+            module = importlib.import_module(check)
+            check_answer, self_test = module.check_answer, module.SELF_TEST
+        except (ImportError, AttributeError) as error:
+            connection.send_bytes(f"!cannot be used: {error}".encode())
+            return
+        with open("/proc/self/statm") as statm:
+            baseline = int(statm.read().split()[0]) * resource.getpagesize()
+        limit = baseline + memory_mib * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        connection.send_bytes(json.dumps(self_test).encode())
+        while True:
+            for text, references in json.loads(connection.recv_bytes()):
+                # The kernel ends a worker that hangs with nobody left to kill it.
+                signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s)
+                try:
+                    reply = REPLIES[check_answer(text, tuple(references))]
+                except MemoryError:
+                    os._exit(1)  # what else failed in here is unknown
+                except Exception:
+                    reply = FAILED
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                connection.send_bytes(reply)
