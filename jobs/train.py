@@ -1,9 +1,9 @@
 """Train a model: files and overrides say how, a run of the same name goes on where it was.
 
-    python jobs/train.py conf/quickstart.yaml
-    python jobs/train.py conf/quickstart.yaml run.name=mine gate.max_staleness=0
-    python jobs/train.py --dry-run conf/math_cpu.yaml prompts.path=train.jsonl
-    ray job submit --working-dir . -- python jobs/train.py conf/quickstart.yaml
+python jobs/train.py conf/quickstart.yaml
+python jobs/train.py conf/quickstart.yaml run.name=mine gate.max_staleness=0
+python jobs/train.py --dry-run conf/math_cpu.yaml prompts.path=train.jsonl
+ray job submit --working-dir . -- python jobs/train.py conf/quickstart.yaml
 """
 
 import logging
@@ -33,14 +33,27 @@ def main(arguments: list[str]) -> int:
         print("\n".join(plan_lines(config, inputs)), file=sys.stderr)
         if is_dry:
             return 0
-        from treerpo_ray.train import describe_outcome, summary_json, train
+        from treerpo_ray.train import (
+            describe_outcome,
+            finished_outcome,
+            output_to_log,
+            summary_json,
+            train,
+        )
 
         console = Console(config.run.num_steps)
-        with connected(config):
-            outcome = train(config, inputs, console)
+        outcome = finished_outcome(config, inputs)
+        if outcome is not None:
+            console.note("this run is complete; another run.name or run.seed starts a new one")
+        else:
+            with output_to_log(config.folder), connected(config):
+                outcome = train(config, inputs, console)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     console.note(describe_outcome(config, outcome))
     print(summary_json(config, outcome))
     return 0 if outcome.is_complete else 130

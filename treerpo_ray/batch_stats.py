@@ -31,6 +31,8 @@ class BatchStats:
     answer_tokens: int = 0
     """Tokens of all answers (paths to leaves), shared ones counted for each."""
     num_leaves: int = 0
+    num_versioned: int = 0
+    """Trees with any token: of the others every request was turned down."""
     min_version: int = 2**62
     version_sum: int = 0
     """Sum over trees of their oldest version."""
@@ -64,8 +66,9 @@ class BatchStats:
             "tokens/sampled": self.num_sampled_tokens,
             "length/mean": self.answer_tokens / max(self.num_leaves, 1),
             "length/cut_off_share": self.verdicts[Verdict.CUT_OFF] / max(self.num_leaves, 1),
-            "staleness/max": version - self.min_version,
-            "staleness/mean": version - self.version_sum / max(self.num_trees, 1),
+            "staleness/max": max(version - self.min_version, 0),
+            "staleness/mean": (self.num_versioned * version - self.version_sum)
+            / max(self.num_versioned, 1),
             "engine/moved_trees": self.num_moved,
         }
 
@@ -84,6 +87,7 @@ def assess(
             depth = record.tree.depths[group.children[0]]
             groups.update([state, f"{state}_depth_{depth}"])
         tree, is_valued = record.tree, not np.isnan(values.root)
+        has_tokens = tree.num_sampled_tokens > 0
         stats += BatchStats(
             num_trees=1,
             num_valued=int(is_valued),
@@ -94,8 +98,9 @@ def assess(
             num_sampled_tokens=tree.num_sampled_tokens,
             answer_tokens=sum(len(tree.path_token_ids(leaf)) for leaf in tree.leaves),
             num_leaves=len(tree.leaves),
-            min_version=tree.min_version,
-            version_sum=tree.min_version,
+            num_versioned=int(has_tokens),
+            min_version=tree.min_version if has_tokens else BatchStats().min_version,
+            version_sum=tree.min_version if has_tokens else 0,
             last_finished_s=record.finished_at_s,
             num_moved=record.attempt,
         )

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 log = logging.getLogger(__name__)
@@ -41,22 +42,17 @@ class Checkpoints:
         Raises:
             OSError: the disk is full or the store refuses; older checkpoints are untouched.
         """
-        self._fs.makedirs(self._root, exist_ok=True)
-        is_local = isinstance(self._fs, LocalFileSystem)
-        staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=self._root if is_local else None))
-        try:
+        with _staging(self._fs, self._root) as staging:
             write(staging)
             files = {str(p.relative_to(staging)): _digest(p) for p in _files(staging)}
             (staging / LIST_FILE).write_text(json.dumps(files, indent=1))
             target = f"{self._root}/step={step:06d}"
-            if is_local:
+            if isinstance(self._fs, LocalFileSystem):
                 shutil.rmtree(target, ignore_errors=True)
                 staging.rename(target)
             else:
                 for name in [*files, LIST_FILE]:
                     self._fs.put_file(str(staging / name), f"{target}/{name}")
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
         for old in self.steps()[: -self.keep]:
             self._fs.rm(f"{self._root}/step={old:06d}", recursive=True)
 
@@ -87,20 +83,29 @@ def publish_folder(folder: str, name: str, write: Callable[[Path], None]) -> str
         OSError: the disk is full or the store refuses; what was there before is untouched.
     """
     fs, root = fsspec.core.url_to_fs(folder)
-    is_local = isinstance(fs, LocalFileSystem)
-    fs.makedirs(root, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=root if is_local else None))
-    try:
+    with _staging(fs, root) as staging:
         write(staging)
-        if is_local:
-            staging.chmod(0o755)
+        if isinstance(fs, LocalFileSystem):
             shutil.rmtree(f"{root}/{name}", ignore_errors=True)
             staging.rename(f"{root}/{name}")
         else:
             fs.put(f"{staging}/", f"{root}/{name}/", recursive=True)
+    return f"{folder}/{name}"
+
+
+@contextmanager
+def _staging(fs: AbstractFileSystem, root: str) -> Iterator[Path]:
+    """A folder to write in: beside its place, or here for an object store; gone afterwards."""
+    fs.makedirs(root, exist_ok=True)
+    is_local = isinstance(fs, LocalFileSystem)
+    for left in Path(root).glob(".writing-*") if is_local else ():
+        shutil.rmtree(left, ignore_errors=True)  # by a process that was killed
+    staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=root if is_local else None))
+    staging.chmod(0o755)
+    try:
+        yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return f"{folder}/{name}"
 
 
 def _files(folder: Path) -> list[Path]:

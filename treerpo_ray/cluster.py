@@ -14,8 +14,6 @@ from treerpo_ray.tree_stream import TASK_CPUS
 
 log = logging.getLogger(__name__)
 
-STREAM_STAGES = 2
-
 
 def check_vllm(config: Config) -> None:
     """Check that exactly one vLLM build is installed and that it fits the config.
@@ -49,7 +47,7 @@ def _is_installed(name: str) -> bool:
 
 def needed_resources(config: Config) -> dict[str, float]:
     """Sum of what engines, learner workers and the stream reserve."""
-    needed = {"CPU": STREAM_STAGES * TASK_CPUS}
+    needed = {"CPU": TASK_CPUS}
     for count, resources in (
         (config.engine.num_engines, config.engine.resources),
         (config.learner.num_workers, config.learner.resources),
@@ -68,9 +66,7 @@ def local_resources(config: Config) -> dict[str, float]:
     return {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count(), **slots}
 
 
-def missing_resources(
-    needed: dict[str, float], available: dict[str, float]
-) -> dict[str, float]:
+def missing_resources(needed: dict[str, float], available: dict[str, float]) -> dict[str, float]:
     """How much of each resource is lacking."""
     short = {name: amount - available.get(name, 0.0) for name, amount in needed.items()}
     return {name: round(amount, 3) for name, amount in short.items() if amount > 1e-9}

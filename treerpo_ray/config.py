@@ -8,9 +8,11 @@ import ast
 import difflib
 import inspect
 import itertools
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+import json
+from dataclasses import dataclass, field, is_dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Literal, cast, get_type_hints
 
 from omegaconf import Container, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -212,6 +214,19 @@ class MetricsConfig:
     """Learner steps between saved batches of trees; 0: none."""
 
 
+POSITIVE = (
+    *("run.num_steps", "tree.temperature", "gate.trees_per_step", "evaluate.num_samples"),
+    *("engine.num_engines", "engine.tensor_parallel", "engine.max_num_seqs"),
+    *("engine.gpu_memory_utilization", "engine.cpu_threads", "engine.start_timeout_s"),
+    *("engine.request_timeout_s", "verifier.num_workers", "verifier.timeout_s"),
+    *("verifier.memory_mib", "learner.num_workers", "learner.minibatches", "learner.cpu_threads"),
+    *("learner.learning_rate", "learner.clip_grad_norm", "learner.token_budget"),
+    *("sync.chunk_mib", "sync.probe_every", "sync.probe_tolerance"),
+    *("checkpoint.every", "checkpoint.keep"),
+)
+"""Keys whose value must be more than zero."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run."""
@@ -231,6 +246,9 @@ class Config:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self) -> None:
+        for key in POSITIVE:
+            if not (value := attrgetter(key)(self)) > 0:
+                raise ValueError(f"{key}={value} must be more than 0")
         workers, trees = self.learner.num_workers, self.gate.trees_per_step
         if trees % (workers * self.learner.minibatches):
             raise ValueError(
@@ -277,6 +295,8 @@ def load(arguments: list[str]) -> Config:
             merged = OmegaConf.merge(merged, part)
         except OmegaConfBaseException as error:
             raise ValueError(f"{argument}: {_explain(error)}") from error
+        except TypeError as error:
+            raise ValueError(f"{argument}: a list stands where keys belong") from error
     try:
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -295,11 +315,14 @@ def _part(argument: str) -> Container:
             raise ValueError(f"{argument}: no such configuration file in {Path.cwd()}")
         try:
             return OmegaConf.load(path)
-        except YAMLError as error:
+        except (YAMLError, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{argument}: not YAML: {' '.join(str(error).split())}") from error
     if "=" not in argument:
         raise ValueError(f"{argument}: neither a .yaml file nor an override section.key=value")
-    return OmegaConf.from_dotlist([argument])
+    try:
+        return OmegaConf.from_dotlist([argument])
+    except YAMLError as error:
+        raise ValueError(f"{argument}: not a YAML value; quote it, as in key='\"text\"'") from error
 
 
 def _explain(error: OmegaConfBaseException) -> str:
@@ -324,14 +347,16 @@ def _known_keys(section: type, prefix: str = "") -> list[str]:
 
 def describe() -> str:
     """Every section with its keys, their defaults and what they mean."""
+    plain = OmegaConf.to_container(OmegaConf.structured(Config), enum_to_str=True)
+    defaults = cast(dict[str, dict[str, object]], plain)
     lines = []
     for section, kind in get_type_hints(Config).items():
         lines.append(f"\n{section}: {inspect.getdoc(kind)}")
         notes = _field_notes(kind)
-        for item in fields(kind):
-            default = item.default if item.default_factory is MISSING else item.default_factory()
-            lines.append(f"  {section}.{item.name} = {default}")
-            lines += [f"      {notes[item.name]}"] if item.name in notes else []
+        lines += [
+            f"  {section}.{name} = {json.dumps(default)}\n      {notes[name]}"
+            for name, default in defaults[section].items()
+        ]
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
 """Console: what a run shows while it runs. All of it goes to stderr; stdout is for results."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from treerpo_ray.metrics import Row
+from treerpo_ray.metrics import Event, Row
 
 HEADER_EVERY = 20
 """Lines after which the names of the columns are repeated."""
@@ -30,7 +31,7 @@ class Console:
 
     def __init__(self, num_steps: int, console: rich.console.Console | None = None) -> None:
         self.num_steps = num_steps
-        self._console = console or rich.console.Console(stderr=True, highlight=False)
+        self._console = console or rich.console.Console(file=sys.stderr, highlight=False)
         self._first: Row | None = None
         self._num_lines = 0
 
@@ -56,6 +57,11 @@ class Console:
         self._print(f"{step:>10} {cells} {self._time_left(row):>8}")
         if row.get("groups/kept") == 0:
             self.note(f"step {row['step']:.0f}: no step group was kept, so there was no update")
+
+    def print_event(self, event: Event) -> None:
+        """One line for something out of the ordinary."""
+        details = ", ".join(f"{name} {value}" for name, value in event.fields.items())
+        self._print(f"{event.kind.replace('_', ' ')}: {details}", style="yellow")
 
     def note(self, text: str) -> None:
         """A line of text."""

@@ -115,6 +115,9 @@ class Engine:
         else:
             args.enforce_eager = True
             args.block_size = CPU_BLOCK_SIZE
+            # A prompt prefilled in parts makes the runner wind a seeded request's generator
+            # back, which torch cannot do on CPU: the core would die.
+            args.enable_chunked_prefill = False
         return args
 
     async def grow(
@@ -143,6 +146,7 @@ class Engine:
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         params = SamplingParams(
             temperature=temperature,
@@ -158,8 +162,12 @@ class Engine:
         # The salt keeps blocks of one version from requests under another.
         prompt = tokens_input(prefix, cache_salt=f"v{self.version}")
         request_id = f"{self.index}-{next(self._request_ids)}"
-        async for output in self._llm.generate(prompt, params, request_id):
-            final = output
+        try:
+            async for output in self._llm.generate(prompt, params, request_id):
+                final = output
+        except EngineDeadError:
+            # One line: the traces of all requests in flight would say the same.
+            raise RuntimeError(f"vLLM's core of engine {self.index} is dead, see its log") from None
         done = final.outputs[0]
         ids = np.asarray(done.token_ids, np.int32)
         self._totals += (1, len(prefix), final.num_cached_tokens or 0, len(ids))

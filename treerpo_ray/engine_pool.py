@@ -164,7 +164,6 @@ class EnginePool:
         """Take an engine out and start another in its place."""
         if member not in self._members:
             return
-        log.warning("engine %d is replaced: %s", member.index, error)
         member.is_serving = False
         await self._note("engine_lost", engine=member.index, reason=_first_line(error))
         ray.kill(member.actor)
@@ -218,13 +217,23 @@ class EnginePool:
     async def _grow_ticket(self, ticket: Ticket) -> None:
         problem = self.prompts.problems[ticket.prompt]
         record = await self._grow(
-            ticket.number, ticket.prompt, self.prompts, self.shape, ticket.seed,
+            ticket.number,
+            ticket.prompt,
+            self.prompts,
+            self.shape,
+            ticket.seed,
             self.config.tree.temperature,
         )
         self._finished[ticket.number] = record
-        await self._note("tree_finished", ticket=ticket.number, problem=problem.id,
-                         attempt=record.attempt, engine=record.engine,
-                         min_version=record.tree.min_version, max_version=record.tree.max_version)
+        await self._note(
+            "tree_finished",
+            ticket=ticket.number,
+            problem=problem.id,
+            attempt=record.attempt,
+            engine=record.engine,
+            min_version=record.tree.min_version,
+            max_version=record.tree.max_version,
+        )
         await self._notify()
 
     async def _grow(
@@ -249,8 +258,13 @@ class EnginePool:
                 break
             except (RayError, TimeoutError) as error:
                 attempt += 1
-                await self._note("tree_moved", ticket=number, engine=member.index,
-                                 groups=len(groups), reason=_first_line(error))
+                await self._note(
+                    "tree_moved",
+                    ticket=number,
+                    engine=member.index,
+                    groups=len(groups),
+                    reason=_first_line(error),
+                )
                 await self._replace(member, error)
             finally:
                 member.num_trees -= 1
@@ -305,7 +319,8 @@ class EnginePool:
                 try:
                     await asyncio.wait_for(self._changed.wait(), REPORT_EVERY_S)
                 except TimeoutError:
-                    log.warning("no engine serves since %.0f s", time.monotonic() - start)
+                    waited = round(time.monotonic() - start)
+                    await self._note("waiting", seconds=waited, what="an engine that serves")
         return min(serving, key=lambda member: member.num_trees)
 
     async def take(self, reader: str, max_trees: int, wait_s: float) -> list[TreeRecord] | None:
@@ -387,7 +402,7 @@ class EnginePool:
             if done:
                 return task.result()
             waited = time.monotonic() - start
-            log.info("waiting for %s since %.0f s", name, waited)
+            await self._note("waiting", seconds=round(waited), what=name)
             if waited >= timeout_s:
                 task.cancel()
                 raise TimeoutError(f"waited {waited:.0f} s for {name}")

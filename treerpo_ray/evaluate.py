@@ -35,7 +35,8 @@ class Evaluation:
     num_samples: int
     temperature: float
     pass_at_1: float
-    """Mean over problems of the share of correct answers."""
+    """Mean over problems of the share of correct answers; problems without a verdict are left out,
+    here and below."""
     ci95_low: float
     """Bootstrap 95 % interval of `pass_at_1` over problems."""
     ci95_high: float
@@ -94,9 +95,16 @@ def evaluate(
 def summarise(
     config: Config, records: list[TreeRecord], step: int, version: int, seconds: float
 ) -> Evaluation:
-    """Statistics of graded depth-1 trees."""
+    """Statistics of graded depth-1 trees.
+
+    Raises:
+        RuntimeError: not one answer has a verdict.
+    """
     settings = config.evaluate
     shares = np.array([_correct_share(record) for record in records])
+    shares = shares[~np.isnan(shares)]
+    if not len(shares):
+        raise RuntimeError(f"evaluation: none of {len(records)} problems has a graded answer")
     low, high = bootstrap_interval(shares, seed=config.run.seed)
     verdicts = [verdict for record in records for verdict in record.verdicts]
     num_tokens = sum(record.tree.num_sampled_tokens for record in records)
@@ -107,10 +115,10 @@ def summarise(
         num_problems=len(records),
         num_samples=settings.num_samples,
         temperature=settings.temperature,
-        pass_at_1=float(np.nanmean(shares)),
+        pass_at_1=float(shares.mean()),
         ci95_low=low,
         ci95_high=high,
-        pass_at_k=float(np.mean([Verdict.CORRECT in record.verdicts for record in records])),
+        pass_at_k=float((shares > 0).mean()),
         length=num_tokens / len(verdicts),
         cut_off_share=verdicts.count(Verdict.CUT_OFF) / len(verdicts),
         errored_share=sum(not verdict.is_reward for verdict in verdicts) / len(verdicts),
@@ -119,14 +127,12 @@ def summarise(
     )
 
 
-def bootstrap_interval(
-    values: Float[np.ndarray, " problems"], *, seed: int
-) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `values`, resampled by problem; NaN is left out."""
-    values = values[~np.isnan(values)]
+def bootstrap_interval(values: Float[np.ndarray, " problems"], *, seed: int) -> tuple[float, float]:
+    """95 % percentile interval of the mean of `values`, resampled by problem."""
+    levels, counts = np.unique(values, return_counts=True)  # a few: shares of k answers
     rng = np.random.default_rng(seed)
-    counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), NUM_RESAMPLES)
-    means = counts @ values / len(values)
+    resampled = rng.multinomial(len(values), counts / len(values), NUM_RESAMPLES)
+    means = resampled @ levels / len(values)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 

@@ -88,9 +88,13 @@ class Learner:
         """Train on this worker's share of a batch; every worker must call it.
 
         Raises:
-            RuntimeError: a tree is staler than `gate.max_staleness` allows.
+            RuntimeError: a tree is staler than `gate.max_staleness` allows, or the gradient is
+                not finite.
         """
         settings = self.config.learner
+        # Trees come as they finish; their order decides minibatches and how sums are rounded.
+        records = sorted(records, key=lambda record: record.ticket)
+        metrics = {"learner/learning_rate": self.schedule.get_last_lr()[0]}
         advantages, own = assess(
             records, form=settings.advantage, threshold=settings.prune_threshold
         )
@@ -117,7 +121,6 @@ class Learner:
             [LossSums.from_vector(v) for v in _gathered(sums.vector().cpu())],
             LossSums.zeros(torch.device("cpu")),
         )
-        metrics = {"learner/learning_rate": self.schedule.get_last_lr()[0]}
         if norms:
             metrics |= total.metrics() | {"learner/grad_norm": float(np.mean(norms))}
             metrics["tokens/trained"] = float(total.num_tokens)
@@ -157,7 +160,8 @@ class Learner:
             sums += output.sums
         self._sum_gradients()
         norm = torch.nn.utils.clip_grad_norm_(
-            self.policy.model.parameters(), self.config.learner.clip_grad_norm,
+            self.policy.model.parameters(),
+            self.config.learner.clip_grad_norm,
             error_if_nonfinite=True,
         )
         self.optimizer.step()
@@ -181,9 +185,7 @@ class Learner:
             step=forest.step,
         )
 
-    def _forward(
-        self, policy: Policy, forest: ForestTensors
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, policy: Policy, forest: ForestTensors) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = DTYPES[self.config.model.dtype]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             return policy.edge_logprobs(forest, self.config.tree.temperature)

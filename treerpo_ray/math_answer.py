@@ -31,7 +31,7 @@ HASHES = re.compile(r"####[ \t]*(\S[^\n]*)")
 ANSWER_IS = re.compile(r"\banswer\s*(?:is|:|=)[\s:*]*([^\n]+)", re.IGNORECASE)
 FIRST_MATH = re.compile(r"\$([^$\n]+)\$|\\\((.+?)\\\)")
 EMPTY = re.compile(r"\\(?:boxed|fbox)|[{}\s]")
-SENTENCE_END = re.compile(r"[.!?](?:\s|\*|$)")
+SENTENCE_END = re.compile(r"[.!?](?:\s|\*|$)|,\s+(?=[a-z]{2})")
 NUMBER = re.compile(
     r"(?:(?<![\w.)\]}])-)?(?<![\w.])(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:/\d+)?"
 )

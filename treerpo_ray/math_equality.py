@@ -46,6 +46,8 @@ NAME = re.compile(
     r"\s*(?:=|\\in(?![a-z]))(.+)",
     re.DOTALL,
 )
+CONSTANT = r"(?:\\(?:frac|sqrt|pi|cdot|times|%)|[^\\A-Za-z=])"
+CHAIN = re.compile(rf"{CONSTANT}+(?:={CONSTANT}+)+")  # 2 + 4 = 6
 MATRIX = re.compile(r"\\begin\{([a-z]+)\}(.*)\\end\{\1\}", re.DOTALL)
 UNBOUNDED = re.compile(r"\\(?:sum|prod|int|lim|begin)|[)}!]\s*!|\d{4}\s*!|\d_|\*\*|binom.*\d{4}")
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
@@ -147,8 +149,8 @@ def _same_named(a: str, b: str) -> bool | None:
         return _is_same(named_a[2].split("=")[-1], b)
     if named_b and "=" not in a:
         return _is_same(a, named_b[2].split("=")[-1])
-    if "=" in a and "=" not in b and not letters(a):  # 2 + 4 = 6
-        return _is_same(a.split("=")[-1], b)
+    if CHAIN.fullmatch(a) or CHAIN.fullmatch(b):
+        return _is_same(*(t.split("=")[-1] if CHAIN.fullmatch(t) else t for t in (a, b)))
     return None
 
 

@@ -17,11 +17,15 @@ REWRITES = [
         (r"\\(?:mbox|mathrm|textbf|textit|textrm|textnormal|operatorname)\s*\{", r"\\text{"),
         (r"\\text\s*\{\s*(?:,|and|or|\s)+\s*\}", ","),
         (r"\\text\s*\{\s*([^{}A-Za-z]*)\s*\}", r"\1"),
-        (r"\\frac\s*(\d|\{[^{}]*\})\s*(\d|\{[^{}]*\})", r"\\frac\1 \2"),
-        (r"\\frac\{?([^{}\s]+)\}? \{?([^{}]*)\}?", r"\\frac{\1}{\2}"),
+        (
+            r"\\frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))",
+            r"\\frac{\1\2}{\3\4}",
+        ),
+        (r"\\varnothing(?![a-z])", r"\\emptyset"),
         (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
         (r"\\geq(?:slant)?(?![a-z])", r"\\ge "),
         (r"\\leq(?:slant)?(?![a-z])", r"\\le "),
+        (r"(?<=[\d})])\s*\\approx.*", ""),  # the exact value counts
         (r",\s*,", ","),
     )
 ]
@@ -51,12 +55,13 @@ THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 FRACTION = re.compile(r"([+-]?)(\d*)\\frac\{(-?\d+)\}\{(-?\d+)\}")
 RATIO = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:/(\d+))?")
 MIXED = re.compile(r"([+-]?)(\d+)\s+(\d+)/(\d+)")
-PERCENT = re.compile(r"(.*\S)\s*(?:\\?%|\bpercent)", re.DOTALL)
+PERCENT = re.compile(r"(.*?[^\s\\])\s*(?:\\?%|\bpercent)", re.DOTALL)
 UNIT = re.compile(r"(.*[^\s,])\s*\\text\{\s*([A-Za-z][A-Za-z ./]*)\}(\^\{?[23]\}?)?", re.DOTALL)
 PLAIN_UNIT = re.compile(r"([+-]?[\d.,/]+)\s+([A-Za-z]{2}[A-Za-z ]*)(\^[23])?")
 
 
 def normalised(text: str) -> str:
+    """The text in one spelling: no dollars, degrees, sizes or spacing, one form of each command."""
     text = text.translate(UNICODE)
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
@@ -69,10 +74,12 @@ def normalised(text: str) -> str:
 
 
 def key(text: str) -> str:
-    return re.sub(r"\s+", "", text)
+    """The text without spaces, but for those between two digits."""
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
 
 
 def without_unit(text: str) -> tuple[str, str]:
+    """The text before a unit, and the unit in the singular: "" if there is none or degrees."""
     percent = PERCENT.fullmatch(text)
     if percent:
         return percent[1], "%"
@@ -101,6 +108,7 @@ def number(text: str) -> Fraction | None:
 
 
 def letters(text: str) -> set[str]:
+    """Letters outside of commands."""
     return set(re.sub(r"\\[A-Za-z]+|[^A-Za-z]", " ", text)) - {" "}
 
 
@@ -115,6 +123,7 @@ def closing(text: str, start: int) -> int:
 
 
 def nesting(text: str) -> int:
+    """Depth of the deepest bracket."""
     depth = deepest = 0
     for char in text:
         depth += (char in "([{") - (char in ")]}")

@@ -35,6 +35,8 @@ Scalar = str | int | float | bool | None
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
+NOTICES = {"engine_lost", "tree_moved", "waiting", "learner_started"}
+"""Events that whoever follows the run should see."""
 UPLOAD_EVERY_S = 5.0
 """Time between uploads of a grown file to an object store, which cannot append."""
 
@@ -71,6 +73,7 @@ class RunLog:
     def __init__(self, config: "Config") -> None:
         self._spool = _Spool(config.folder)
         self._rows = _parse_rows(self._spool.read(METRICS_FILE))
+        self._notices: list[Event] = []
         self._wandb: WandbRun | None = None
         if config.metrics.wandb_project is not None:
             last_step = max((row["step"] for row in self._rows), default=-1)
@@ -88,10 +91,16 @@ class RunLog:
         """Append an event."""
         scalars = {name: _finite(value) for name, value in event.fields.items()}
         self._spool.append(EVENTS_FILE, {"time": event.time, "kind": event.kind, **scalars})
+        if event.kind in NOTICES:
+            self._notices.append(event)
 
     def rows_since(self, num_rows: int) -> list[Row]:
         """All rows of `metrics.jsonl`, those of earlier sessions too, but the first `num_rows`."""
         return self._rows[num_rows:]
+
+    def notices_since(self, num_notices: int) -> list[Event]:
+        """The events of this session in NOTICES but the first `num_notices`."""
+        return self._notices[num_notices:]
 
     def close(self) -> None:
         """Finish W&B and uploads; nothing may be appended afterwards.

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from transformers import AutoConfig, AutoModelForCausalLM
+
 from treerpo_ray.cluster import local_resources, missing_resources, needed_resources
 from treerpo_ray.config import Config
 from treerpo_ray.problems import DataReport, load_problems
@@ -95,7 +96,8 @@ def plan_lines(config: Config, inputs: Inputs) -> list[str]:
         f"memory      {config.learner.num_workers} worker(s) of {learner_gib:.2f} GiB and "
         f"activations; {engines} engine(s) of {engine_gib:.2f} GiB and {cache} GiB of KV cache",
         "resources   " + ", ".join(f"{name} {amount:g}" for name, amount in needed.items()),
-        "missing     " + (", ".join(f"{n} {a:g}" for n, a in lacking.items()) or "nothing")
+        "missing     "
+        + (", ".join(f"{n} {a:g}" for n, a in lacking.items()) or "nothing")
         + " (on this machine alone)",
     ]
     if inputs.held_out is not None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Self, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class ForestTensors:
     step: Int32[Tensor, " edges"]
 
     @classmethod
-    def from_forest(cls, forest: Forest, device: torch.device) -> Self:
+    def from_forest(cls, forest: Forest, device: torch.device) -> "ForestTensors":
         """Copy `forest` to `device` with the layout that its attention needs."""
         source, edge_source = np.unique(forest.source, return_inverse=True)
 
@@ -102,7 +102,7 @@ class Policy:
         return logprobs[back], entropy[back]
 
     @torch.no_grad()
-    def sequence_logprobs(self, token_ids: list[int]) -> Float32[Tensor, " tokens-1"]:
+    def sequence_logprobs(self, token_ids: list[int]) -> Float32[Tensor, " targets"]:
         """Log-probability (nats, temperature 1) of each token after the first, given those before.
 
         A plain causal forward without any tree: what an engine must agree with.

@@ -120,14 +120,26 @@ def _to_row(record: TreeRecord) -> dict[str, object]:
 
 
 def _from_row(row: dict[str, object]) -> TreeRecord:
-    ends = np.cumsum(row["length"], dtype=np.int64)[:-1] if row["length"] else []
+    ends = np.cumsum(row["length"], dtype=np.int64)
     parts = [
-        np.split(np.asarray(row[name], dtype), ends)
-        for name, dtype in (("token_ids", np.int32), ("logprobs", np.float32), ("versions", np.int32))
+        np.split(np.asarray(row[name], dtype), ends)[:-1]  # behind the last end is nothing
+        for name, dtype in (
+            ("token_ids", np.int32),
+            ("logprobs", np.float32),
+            ("versions", np.int32),
+        )
     ]
     steps = tuple(
-        Step(parent=parent, token_ids=ids, logprobs=logprobs, versions=versions, stop=StopReason(stop))
-        for parent, stop, ids, logprobs, versions in zip(row["parent"], row["stop"], *parts)
+        Step(
+            parent=parent,
+            token_ids=ids,
+            logprobs=logprobs,
+            versions=versions,
+            stop=StopReason(stop),
+        )
+        for parent, stop, ids, logprobs, versions in zip(
+            row["parent"], row["stop"], *parts, strict=True
+        )
     )
     return TreeRecord(
         ticket=row["ticket"],

@@ -1,6 +1,6 @@
 """Training: wires the stages together and follows the run; reads like the algorithm.
 
-    gate ──► engine pool ──► tree stream (scoring) ──► train workers ──► weight sync ──► engines
+gate ──► engine pool ──► tree stream (scoring) ──► train workers ──► weight sync ──► engines
 """
 
 import json
@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ray.actor import ActorHandle
 from ray.train.torch import TorchTrainer
 
 from treerpo_ray import evaluate
+from treerpo_ray.checkpoint import Checkpoints
 from treerpo_ray.config import Config, to_yaml
 from treerpo_ray.console import Console
 from treerpo_ray.engine_pool import EnginePool
@@ -78,6 +79,23 @@ def train(config: Config, inputs: Inputs, console: Console) -> Outcome:
         if scorer is not None:
             scorer.close()
         _shut_down(stations)
+    return _outcome(config, before, after, is_complete=is_complete)
+
+
+def finished_outcome(config: Config, inputs: Inputs) -> Outcome | None:
+    """What a run came to that the run folder holds complete; None if there is work left."""
+    num_steps = config.run.num_steps
+    if num_steps not in Checkpoints(config.folder, config.checkpoint.keep).steps():
+        return None
+    before, after = (evaluate.read(config.folder, step) for step in (0, num_steps))
+    if inputs.held_out is not None and (before is None or after is None):
+        return None
+    return _outcome(config, before, after, is_complete=True)
+
+
+def _outcome(
+    config: Config, before: Evaluation | None, after: Evaluation | None, *, is_complete: bool
+) -> Outcome:
     rows = [row for row in latest_rows(config.folder) if "tokens/sampled" in row]
     return Outcome(
         before=before,
@@ -141,14 +159,18 @@ def _fit(config: Config, inputs: Inputs, stations: Stations, console: Console) -
         except BaseException as error:  # raised again below, in the main thread
             failures.append(error)
 
-    seen = len(ray.get(stations.run_log.rows_since.remote(0)))
+    num_rows = len(ray.get(stations.run_log.rows_since.remote(0)))
+    num_notices = 0
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
     with _stop_on_interrupt(stations.gate, console):
         while thread.is_alive():
             thread.join(POLL_S)
-            rows = ray.get(stations.run_log.rows_since.remote(seen))
-            seen += len(rows)
+            notices = ray.get(stations.run_log.notices_since.remote(num_notices))
+            rows = ray.get(stations.run_log.rows_since.remote(num_rows))
+            num_rows, num_notices = num_rows + len(rows), num_notices + len(notices)
+            for notice in notices:
+                console.print_event(notice)
             for row in rows:
                 console.print_step(row)
     if failures:
@@ -194,8 +216,13 @@ def _evaluate(
     title = f"evaluating on {len(inputs.held_out)} problems"
     with console.progress(title, len(inputs.held_out)) as advance:
         result = evaluate.evaluate(
-            config, inputs.held_out, stations.pool, scorer,
-            step=step, version=version, advance=advance,
+            config,
+            inputs.held_out,
+            stations.pool,
+            scorer,
+            step=step,
+            version=version,
+            advance=advance,
         )
     evaluate.save(result, config.folder)
     row = {
@@ -208,6 +235,21 @@ def _evaluate(
     ray.get(stations.run_log.step.remote(row))
     console.print_step(row)
     return result
+
+
+@contextmanager
+def output_to_log(folder: str) -> Iterator[None]:
+    """Send what libraries print in this process to `logs/driver.log` of a local run folder.
+
+    The console keeps the terminal that it was made for, and errors are raised, not printed.
+    """
+    if "://" in folder:
+        yield
+        return
+    path = Path(folder) / "logs" / "driver.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", buffering=1) as file, redirect_stderr(file):
+        yield
 
 
 def _shut_down(stations: Stations) -> None:

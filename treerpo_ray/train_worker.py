@@ -95,7 +95,7 @@ class TrainWorker:
         ray.get(self.stations.gate.restart.remote(self.step))
         first = self.step * self.config.gate.trees_per_step
         ray.get(self.stations.pool.grow_tickets.remote(self.stations.gate, first))
-        self._note("started", step=self.step, version=self.learner.version)
+        self._note("learner_started", step=self.step, version=self.learner.version)
 
     def _step(self, batches) -> bool:
         """One learner step; returns whether it was the last."""
@@ -104,7 +104,9 @@ class TrainWorker:
         arrived = time.time()
         records = from_table(table)
         batch = self.step * self.config.gate.trees_per_step
-        strays = [r.ticket for r in records if not 0 <= r.ticket - batch < self.config.gate.trees_per_step]
+        strays = [
+            r.ticket for r in records if not 0 <= r.ticket - batch < self.config.gate.trees_per_step
+        ]
         if strays:
             raise RuntimeError(f"tickets {strays} do not belong to learner step {self.step}")
         version = self.learner.version
@@ -119,7 +121,7 @@ class TrainWorker:
             is_last = ray.get(self.stations.gate.consumed.remote(self.step - 1))
             times = {
                 "time/wait_s": arrived - start,
-                "time/hop_s": arrived - result.stats.last_finished_s,
+                "time/hop_s": arrived - max(start, result.stats.last_finished_s),
                 "time/update_s": updated - arrived,
                 "time/sync_s": time.time() - updated,
                 "time/step_s": time.time() - start,

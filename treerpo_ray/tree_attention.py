@@ -12,7 +12,6 @@ Without a layout it is plain causal attention over one row.
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Self
 
 import numpy as np
 import torch
@@ -56,9 +55,9 @@ class ForestLayout:
     """Tokens from the start of a prompt to the end of its longest path."""
 
     @classmethod
-    def from_forest(cls, forest: Forest, device: torch.device) -> Self:
+    def from_forest(cls, forest: Forest, device: torch.device) -> "ForestLayout":
         """Lay out `forest`; the work is proportional to the tokens of all paths."""
-        paths: list[Int64[np.ndarray, " keys"]] = []
+        paths: list[Int64[np.ndarray, " _"]] = []
         for start, length, parent in zip(
             forest.segment_start, forest.segment_length, forest.segment_parent, strict=True
         ):
@@ -87,7 +86,7 @@ class ForestLayout:
 
 def _group_by_shape(
     num_queries: Int64[np.ndarray, " segments"], num_keys: Int64[np.ndarray, " segments"]
-) -> list[Int64[np.ndarray, " members"]]:
+) -> list[Int64[np.ndarray, " _"]]:
     """Split segments, in order of their key counts, where that makes the padded total least.
 
     The total is the sum over buckets of members x widest query x longest key + BUCKET_COST.
@@ -115,7 +114,7 @@ def _group_by_shape(
 
 
 def _make_bucket(
-    paths: list[Int64[np.ndarray, " keys"]],
+    paths: list[Int64[np.ndarray, " _"]],
     lengths: Int64[np.ndarray, " members"],
     device: torch.device,
 ) -> Bucket:
@@ -138,9 +137,9 @@ def _make_bucket(
 
 def tree_attention(
     module: nn.Module,
-    query: Float[Tensor, "1 heads tokens dim"],
-    key: Float[Tensor, "1 kv_heads tokens dim"],
-    value: Float[Tensor, "1 kv_heads tokens value_dim"],
+    query: Float[Tensor, "batch heads tokens dim"],
+    key: Float[Tensor, "batch kv_heads keys dim"],
+    value: Float[Tensor, "batch kv_heads keys value_dim"],
     attention_mask: None,
     *,
     scaling: float | None = None,

@@ -32,7 +32,7 @@ WAIT_S = 10.0
 BLOCK_TREES = 16
 """Most trees of a block: larger ones make fewer calls, smaller ones are scored sooner."""
 TASK_CPUS = 0.1
-"""CPUs that Ray reserves for each of the two stages; they mostly wait."""
+"""CPUs that Ray reserves for the stream; it mostly waits."""
 
 
 def tree_stream(config: Config, pool: ActorHandle) -> Callable[[], ray.data.Dataset]:
@@ -42,7 +42,7 @@ def tree_stream(config: Config, pool: ActorHandle) -> Callable[[], ray.data.Data
         stream = ray.data.read_datasource(
             TreeSource(pool, uuid.uuid4().hex),
             override_num_blocks=1,
-            ray_remote_args={"num_cpus": TASK_CPUS},
+            ray_remote_args={"num_cpus": TASK_CPUS, "max_retries": 0},
         )
         # Ray Train calls this in its own process, where settings made elsewhere are not known.
         stream.context.target_max_block_size = 1
@@ -56,6 +56,10 @@ def tree_stream(config: Config, pool: ActorHandle) -> Callable[[], ray.data.Data
             batch_format="pyarrow",
             num_cpus=TASK_CPUS,
             concurrency=1,
+            # Ray would run a lost stage again and drop as many blocks as had come out before,
+            # although they would be other trees: better the workers start anew and say so.
+            max_restarts=0,
+            max_task_retries=0,
         )
 
     return make
@@ -125,7 +129,9 @@ class Scorer:
             replace(
                 record,
                 leaf_texts=leaf_texts,
-                verdicts=tuple(self._verdict(record, leaf, next(verdicts)) for leaf in record.tree.leaves),
+                verdicts=tuple(
+                    self._verdict(record, leaf, next(verdicts)) for leaf in record.tree.leaves
+                ),
             )
             for record, leaf_texts in zip(records, texts, strict=True)
         ]

@@ -143,11 +143,15 @@ class Verifier:
                 raise RuntimeError("the verifier is closed")
             todo = deque(range(len(answers)))
             verdicts: dict[int, Verdict] = {}
-            while len(verdicts) < len(answers):
-                for worker in list(self._workers):
-                    if worker.is_ready and not worker.pending and todo:
-                        self._send(worker, answers, todo)
-                self._wait(answers, todo, verdicts)
+            try:
+                while len(verdicts) < len(answers):
+                    for worker in list(self._workers):
+                        if worker.is_ready and not worker.pending and todo:
+                            self._send(worker, answers, todo)
+                    self._wait(answers, todo, verdicts)
+            except BaseException:  # the workers still hold answers of this call
+                self.close()
+                raise
             return [verdicts[index] for index in range(len(answers))]
 
     def self_test(self) -> None:

@@ -23,9 +23,7 @@ class WeightSync:
         self.pool, self.probe_every = pool, probe_every
         self._num_syncs = 0
 
-    async def publish(
-        self, manifest: Manifest, chunks: list[ray.ObjectRef], probe: Probe
-    ) -> float:
+    async def publish(self, manifest: Manifest, chunks: list[ray.ObjectRef], probe: Probe) -> float:
         """Have every engine serve `manifest`; returns the seconds that it took.
 
         Raises:

@@ -66,6 +66,8 @@ class LoadProof:
         """Raise a RuntimeError unless this proves `manifest`."""
         if self.version != manifest.version:
             raise RuntimeError(f"engine serves version {self.version}, not {manifest.version}")
+        if not self.digests:
+            raise RuntimeError(f"no worker of the engine received version {manifest.version}")
         for worker, digests in enumerate(self.digests):
             if digests != manifest.digests:
                 raise RuntimeError(

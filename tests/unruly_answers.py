@@ -1,0 +1,44 @@
+"""A domain whose answers are commands to misbehave, for the tests of the verifier's pool."""
+
+import ctypes
+import os
+import re
+import resource
+import sys
+import time
+
+print("the worker's standard output goes nowhere")
+
+SELF_TEST = (("right", ("right",), True), ("left", ("right",), False), ("", ("right",), None))
+
+
+def check_answer(text: str, references: tuple[str, ...]) -> bool | None:
+    if text == "sleep":
+        time.sleep(3600)
+    elif text == "hang in C":
+        ctypes.PyDLL(None).sleep(3600)  # holds the interpreter's lock
+    elif text == "backtrack":
+        re.match(r"(a+)+$", "a" * 64 + "b")
+    elif text == "hog":
+        hoard = [bytearray(2**24)]
+        while True:
+            hoard.append(bytearray(2**24))
+    elif text == "raise":
+        raise ValueError("a fault of the domain")
+    elif text == "recurse":
+        check_answer(text, references)
+    elif text == "abort":
+        os.abort()
+    elif text == "exit":
+        sys.exit(3)
+    elif text == "core":
+        return resource.getrlimit(resource.RLIMIT_CORE) == (0, 0)
+    elif text == "stdin":
+        return sys.stdin.read() == ""
+    elif text.startswith("write pid"):
+        with open(text.removeprefix("write pid "), "a") as file:
+            file.write(f"{os.getpid()}\n")
+    elif text.startswith("pause"):
+        time.sleep(float(text.removeprefix("pause ")))
+        return True
+    return text == references[0] if text else None
