@@ -4,9 +4,9 @@ extras=$1
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${TREERPO_VENV:-.venv}
 stamp=$venv/.treerpo-$extras
-python=${PYTHON:-python3}
-if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))'; then
-    echo "error: $python is not Python 3.11 to 3.14; set PYTHON to one that is" >&2
+python=${PYTHON:-$(command -v python3.11 || command -v python3)}
+if ! "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
+    echo "error: $python is not Python 3.11; set PYTHON to one that is" >&2
     exit 2
 fi
 if ! cmp -s pyproject.toml "$stamp"; then

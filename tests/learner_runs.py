@@ -36,6 +36,10 @@ VERDICTS = {
     "t": Verdict.TIMED_OUT,
 }
 
+FREE = LearnerConfig(learning_rate=1e-3, clip_grad_norm=1e9, weight_decay=0.01)
+MIXED = ("ccwww", "wwccw", "cwwcw", "wcwwc")
+"""Verdicts of four trees, each with a kept group; the first has a pruned one."""
+
 
 def make_record(
     ticket: int, verdicts: str, *, parents: Sequence[int] = DEPTH_TWO, version: int = 0
@@ -71,13 +75,21 @@ def make_record(
     )
 
 
-def with_logprobs(record: TreeRecord, logprobs: dict[int, Tensor]) -> TreeRecord:
+def with_logprobs(record: TreeRecord, logprobs: Sequence[Tensor]) -> TreeRecord:
     """The same tree with other behaviour log-probs of its steps."""
     steps = tuple(
-        replace(step, logprobs=logprobs[index].numpy().astype(np.float32))
-        for index, step in enumerate(record.tree.steps)
+        replace(step, logprobs=own.numpy().astype(np.float32))
+        for step, own in zip(record.tree.steps, logprobs, strict=True)
     )
     return replace(record, tree=Tree(prompt_ids=record.tree.prompt_ids, steps=steps))
+
+
+def mixed(*, first: int = 0, version: int = 0) -> list[TreeRecord]:
+    return [make_record(first + i, v, version=version) for i, v in enumerate(MIXED)]
+
+
+def all_wrong(*, first: int, count: int) -> list[TreeRecord]:
+    return [make_record(first + i, "wwwuw") for i in range(count)]
 
 
 def make_config(
@@ -126,13 +138,20 @@ class State:
         )
 
 
+def assert_nothing_moved(before: State, after: State) -> None:
+    assert (after.version, after.num_steps) == (before.version, before.num_steps)
+    assert after.learning_rate == before.learning_rate
+    torch.testing.assert_close(after.parameters, before.parameters, atol=0, rtol=0)
+    torch.testing.assert_close(after.moments, before.moments, atol=0, rtol=0)
+
+
 Updates = list[list[list[TreeRecord]]]
 """The batches of consecutive updates, each as the shares of the workers."""
+Seen = list[tuple[UpdateResult, State]]
+"""What each update returned and left."""
 
 
-def run_updates(
-    config: Config, updates: Updates, rank: int | None
-) -> list[tuple[UpdateResult, State]]:
+def run_updates(config: Config, updates: Updates, rank: int | None) -> Seen:
     """What a new learner makes of the shares of `rank`; of all shares, without a rank."""
     learner = Learner(config, CPU, None)
     seen = []

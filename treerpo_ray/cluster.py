@@ -80,9 +80,8 @@ def connected(config: Config) -> Iterator[None]:
         ValueError: the run needs more than the cluster has or can scale to; names what and where
             to change it.
     """
-    options = {"log_to_driver": False, "logging_level": logging.WARNING}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**options)
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:
         have = local_resources(config)
         custom = {name: amount for name, amount in have.items() if name.endswith("_slot")}
@@ -94,7 +93,8 @@ def connected(config: Config) -> Iterator[None]:
             num_gpus=int(have["GPU"]),
             resources=custom,
             include_dashboard=False,
-            **options,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
         )
     try:
         lacking = missing_resources(needed_resources(config), _cluster_limits())

@@ -298,7 +298,7 @@ def load(arguments: list[str]) -> Config:
         except TypeError as error:
             raise ValueError(f"{argument}: a list stands where keys belong") from error
     try:
-        return OmegaConf.to_object(merged)
+        return cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error)) from error
 
@@ -340,7 +340,7 @@ def _known_keys(section: type, prefix: str = "") -> list[str]:
     keys = []
     for name, kind in get_type_hints(section).items():
         keys.append(prefix + name)
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             keys += _known_keys(kind, f"{prefix}{name}.")
     return keys
 
@@ -362,9 +362,14 @@ def describe() -> str:
 
 def _field_notes(kind: type) -> dict[str, str]:
     """The sentence under each field of a dataclass."""
-    body = ast.parse(inspect.getsource(kind)).body[0].body
-    return {
-        above.target.id: inspect.cleandoc(below.value.value).replace("\n", " ")
-        for above, below in itertools.pairwise(body)
-        if isinstance(above, ast.AnnAssign) and isinstance(below, ast.Expr)
-    }
+    section = ast.parse(inspect.getsource(kind)).body[0]
+    assert isinstance(section, ast.ClassDef)
+    notes = {}
+    for pair in itertools.pairwise(section.body):
+        match pair:
+            case (
+                ast.AnnAssign(target=ast.Name(id=name)),
+                ast.Expr(value=ast.Constant(value=str(note))),
+            ):
+                notes[name] = inspect.cleandoc(note).replace("\n", " ")
+    return notes

@@ -24,8 +24,8 @@ from treerpo_ray.weights import ChunkFiles, LoadProof, Manifest
 
 if TYPE_CHECKING:
     import ray
+    from vllm import CompletionOutput
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
 
 # Both read before vLLM or torch is imported in this process or its children.
 CPU_ENVIRONMENT = {
@@ -169,14 +169,20 @@ class Engine:
             # One line: the traces of all requests in flight would say the same.
             raise RuntimeError(f"vLLM's core of engine {self.index} is dead, see its log") from None
         done = final.outputs[0]
+        self._totals += (1, len(prefix), final.num_cached_tokens or 0, len(done.token_ids))
+        return self._step(done)
+
+    def _step(self, done: "CompletionOutput") -> Step:
+        from vllm.logprobs import FlatLogprobs
+
         ids = np.asarray(done.token_ids, np.int32)
-        self._totals += (1, len(prefix), final.num_cached_tokens or 0, len(ids))
         if done.finish_reason not in ("stop", "length") or not len(ids):
             return _error_step()
         versions = np.zeros(len(ids), np.int32)
         for span in done.weight_versions or []:
             # "default" is what vLLM calls the weights that it was started with.
             versions[span.start : span.end] = 0 if span.version == "default" else int(span.version)
+        assert isinstance(done.logprobs, FlatLogprobs)  # as requested
         is_end = int(ids[-1]) in self._end_ids
         return Step(
             parent=ROOT,
@@ -212,7 +218,7 @@ class Engine:
         )
 
     async def probe(self, token_ids: list[int]) -> list[float]:
-        """Log-probability (nats, temperature 1) of each token after the first, given those before."""
+        """Log-probability (nats, temperature 1) of each token but the first, given those before."""
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
 
@@ -220,8 +226,12 @@ class Engine:
         request_id = f"{self.index}-{next(self._request_ids)}"
         async for output in self._llm.generate(tokens_input(token_ids), params, request_id):
             final = output
-        pairs = zip(final.prompt_logprobs[1:], token_ids[1:], strict=True)
-        return [position[token].logprob for position, token in pairs]
+        assert final.prompt_logprobs is not None  # as requested
+        logprobs = []
+        for position, token in zip(final.prompt_logprobs[1:], token_ids[1:], strict=True):
+            assert position is not None  # only the first token has nothing before it
+            logprobs.append(position[token].logprob)
+        return logprobs
 
     async def stats(self) -> EngineStats:
         """Totals since the start; raises if vLLM's core is dead."""

@@ -11,13 +11,14 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Coroutine
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
+from treerpo_ray.actor import Actor
 from treerpo_ray.algo.search import SiblingGroup, TreeShape, assemble, step_seed
 from treerpo_ray.config import Config
 from treerpo_ray.engine import Engine, EngineStats
@@ -41,11 +42,14 @@ class Member:
     """An engine of the pool."""
 
     index: int
-    actor: ActorHandle
+    actor: Actor
     is_serving: bool = False
     num_trees: int = 0
     num_starts: int = 1
-    tasks: set[asyncio.Task] = field(default_factory=set)
+
+    def kill(self) -> None:
+        """End its process at once."""
+        ray.kill(cast(ActorHandle, self.actor))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +77,7 @@ class EnginePool:
         config: Config,
         prompts: PromptSet,
         shape: TreeShape,
-        run_log: ActorHandle,
+        run_log: Actor,
         log_folder: str | None,
     ) -> None:
         self.config, self.prompts, self.shape = config, prompts, shape
@@ -97,11 +101,15 @@ class EnginePool:
         self._members = [Member(index, self._make_actor(index)) for index in range(count)]
         await asyncio.gather(*(self._bring_up(member) for member in self._members))
 
-    def _make_actor(self, index: int) -> ActorHandle:
+    def _make_actor(self, index: int) -> Actor:
         resources = dict(self.config.engine.resources)
-        options = {"num_cpus": resources.pop("CPU", 0), "num_gpus": resources.pop("GPU", 0)}
-        actor = ray.remote(Engine).options(**options, resources=resources, max_concurrency=10_000)
-        return actor.remote(self.config, index, self.log_folder)
+        actor = ray.remote(Engine).options(
+            num_cpus=resources.pop("CPU", 0),
+            num_gpus=resources.pop("GPU", 0),
+            resources=resources,  # what the two above left
+            max_concurrency=10_000,
+        )
+        return cast(Actor, actor.remote(self.config, index, self.log_folder))
 
     async def _bring_up(self, member: Member) -> None:
         """Start an engine, give it the latest weights, and let it serve once it has proved them."""
@@ -113,6 +121,7 @@ class EnginePool:
         served = None
         while served is not self._served:  # a newer version may come while one is loaded
             served = self._served
+            assert served is not None  # versions only ever replace each other
             await self._load(member, served, should_probe=True)
         member.is_serving = True
         await self._note("engine_serving", engine=member.index, starts=member.num_starts)
@@ -122,11 +131,13 @@ class EnginePool:
         timeout = self.config.engine.start_timeout_s
         name = f"engine {member.index} to load version {served.manifest.version}"
         load = member.actor.load.remote(served.manifest, served.chunks)
-        proof = await self._wait_for(load, name, timeout)
+        proof: LoadProof = await self._wait_for(load, name, timeout)
         proof.check(served.manifest)
         if should_probe:
             probe = member.actor.probe.remote(served.probe.token_ids)
-            found = await self._wait_for(probe, f"engine {member.index} to be probed", timeout)
+            found: list[float] = await self._wait_for(
+                probe, f"engine {member.index} to be probed", timeout
+            )
             pairs = zip(found, served.probe.logprobs, strict=True)
             worst = max(abs(ours - theirs) for ours, theirs in pairs)
             if worst > self.config.sync.probe_tolerance:
@@ -166,7 +177,7 @@ class EnginePool:
             return
         member.is_serving = False
         await self._note("engine_lost", engine=member.index, reason=_first_line(error))
-        ray.kill(member.actor)
+        member.kill()
         place = self._members.index(member)
         if member.num_starts >= MAX_STARTS:
             raise RuntimeError(f"engine {member.index} failed {MAX_STARTS} times in a row: {error}")
@@ -198,11 +209,11 @@ class EnginePool:
         stops = (member.actor.stop.remote() for member in self._members)
         await asyncio.wait_for(asyncio.gather(*stops, return_exceptions=True), 30)
         for member in self._members:
-            ray.kill(member.actor)
+            member.kill()
 
     # Trees -----------------------------------------------------------------------------------
 
-    async def grow_tickets(self, gate: ActorHandle, first: int) -> None:
+    async def grow_tickets(self, gate: Actor, first: int) -> None:
         """Drop what is in flight and grow every ticket that the gate issues, from `first` on."""
         for task in list(self._tree_work):
             task.cancel()
@@ -210,7 +221,7 @@ class EnginePool:
         self._released = first
         self._spawn(self._admit(gate), self._tree_work)
 
-    async def _admit(self, gate: ActorHandle) -> None:
+    async def _admit(self, gate: Actor) -> None:
         while (ticket := await gate.next.remote()) is not None:
             self._spawn(self._grow_ticket(ticket), self._tree_work)
 
@@ -387,7 +398,7 @@ class EnginePool:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("the engine pool failed", exc_info=error)
             self._failure = error if isinstance(error, Exception) else RuntimeError(str(error))
-            asyncio.ensure_future(self._notify())
+            self._spawn(self._notify(), self._engine_work)
 
     async def _notify(self) -> None:
         async with self._changed:

@@ -6,6 +6,7 @@ loaded layer by layer. Ray is not known here.
 """
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +27,8 @@ BACKEND = "treerpo_store"
 
 class WorkerExtension:
     """Methods added to vLLM's worker, for `collective_rpc`."""
+
+    weight_transfer_engine: "StoreTransfer"
 
     def treerpo_digests(self) -> list[str]:
         """Digests of the chunks that this worker received for the last update."""
@@ -70,10 +73,10 @@ class StoreTransfer(WeightTransferEngine):
         # are loaded once they are complete, so each chunk stays mapped until the update ends.
         chunk = np.memmap(update_info.path, np.uint8, "c")
         self._chunks.append(chunk)
-        self.digests += (hashlib.blake2b(chunk, digest_size=16).hexdigest(),)
+        self.digests += (hashlib.blake2b(chunk.data, digest_size=16).hexdigest(),)
         flat = torch.from_numpy(chunk)
 
-        def tensors():
+        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
             for name, dtype, shape, offset in zip(
                 update_info.names,
                 update_info.dtypes,
@@ -85,7 +88,7 @@ class StoreTransfer(WeightTransferEngine):
                 size = int(np.prod(shape)) * kind.itemsize
                 yield name, flat[offset : offset + size].view(kind).view(shape)
 
-        self.model.load_weights(tensors())
+        self.model.load_weights(tensors())  # type: ignore[operator]  # torch: any name is a tensor
 
     def finish_weight_update(self) -> None:
         """Put the parameters back in place, and refresh what was packed from them."""
@@ -94,7 +97,11 @@ class StoreTransfer(WeightTransferEngine):
         # On CPU a tied head multiplies with a packed copy of the embedding. The reload sees no
         # weights of the head's own, so nobody else packs it anew, and logits would stay stale.
         head = getattr(self.model, "lm_head", None)
-        if hasattr(head, "cpu_linear") and getattr(self.model.config, "tie_word_embeddings", False):
+        if (
+            head is not None
+            and hasattr(head, "cpu_linear")
+            and getattr(self.model.config, "tie_word_embeddings", False)
+        ):
             head.quant_method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:

@@ -9,8 +9,8 @@ import fsspec
 import numpy as np
 import ray
 from jaxtyping import Float
-from ray.actor import ActorHandle
 
+from treerpo_ray.actor import Actor
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config import Config
 from treerpo_ray.prompts import PromptSet
@@ -54,7 +54,7 @@ class Evaluation:
 def evaluate(
     config: Config,
     prompts: PromptSet,
-    pool: ActorHandle,
+    pool: Actor,
     scorer: Scorer,
     *,
     step: int,

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +25,14 @@ from treerpo_ray.prompts import resolve_model_path
 from treerpo_ray.records import TreeRecord
 
 log = logging.getLogger(__name__)
+
+
+class _Addable(Protocol):
+    def __add__(self, other: Self, /) -> Self: ...
+
+
 T = TypeVar("T")
+SumT = TypeVar("SumT", bound=_Addable)
 
 STATE_FILE = "learner.json"
 OPTIMIZER_FILE = "optimizer.pt"
@@ -94,7 +101,7 @@ class Learner:
         settings = self.config.learner
         # Trees come as they finish; their order decides minibatches and how sums are rounded.
         records = sorted(records, key=lambda record: record.ticket)
-        metrics = {"learner/learning_rate": self.schedule.get_last_lr()[0]}
+        metrics = {"learner/learning_rate": float(self.schedule.get_last_lr()[0])}
         advantages, own = assess(
             records, form=settings.advantage, threshold=settings.prune_threshold
         )
@@ -236,5 +243,5 @@ def _gathered(own: T) -> list[T]:
     return parts
 
 
-def _summed(parts: Sequence[T], zero: T) -> T:
+def _summed(parts: Sequence[SumT], zero: SumT) -> SumT:
     return sum(parts, start=zero)

@@ -86,12 +86,14 @@ def plan_lines(config: Config, inputs: Inputs) -> list[str]:
         f"model       {config.model.path}: {num_parameters / 1e6:,.1f} M parameters",
         f"data        {inputs.report}; {inputs.prompts.num_too_long} prompts too long",
         f"tree        {list(shape.num_children)} children of at most {list(shape.step_tokens)} "
-        f"tokens: up to {shape.max_steps:,} steps and {shape.max_sampled_tokens:,} tokens a question",
+        f"tokens: up to {shape.max_steps:,} steps and "
+        f"{shape.max_sampled_tokens:,} tokens a question",
         f"step        {trees} trees: up to {trees * shape.max_steps:,} requests and "
         f"{trees * shape.max_sampled_tokens:,} sampled tokens, "
         f"{config.learner.minibatches} optimizer step(s)",
         f"staleness   at most {gate.max_staleness} versions: {in_flight} trees in flight",
-        f"run length  {config.run.num_steps} learner steps, {config.run.num_steps * trees:,} trees, "
+        f"run length  {config.run.num_steps} learner steps, "
+        f"{config.run.num_steps * trees:,} trees, "
         f"{config.run.num_steps * trees / len(inputs.prompts):.1f} epochs",
         f"memory      {config.learner.num_workers} worker(s) of {learner_gib:.2f} GiB and "
         f"activations; {engines} engine(s) of {engine_gib:.2f} GiB and {cache} GiB of KV cache",

@@ -6,6 +6,7 @@ tree is exactly what was trained on.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -119,16 +120,35 @@ def _to_row(record: TreeRecord) -> dict[str, object]:
     }
 
 
-def _from_row(row: dict[str, object]) -> TreeRecord:
+class _Row(TypedDict):
+    """A row of SCHEMA as Arrow gives it back."""
+
+    ticket: int
+    attempt: int
+    prompt_id: str
+    question: str
+    answers: list[str]
+    seed: int
+    engine: int
+    grow_s: float
+    finished_at_s: float
+    prompt_ids: list[int]
+    parent: list[int]
+    stop: list[str]
+    length: list[int]
+    token_ids: list[int]
+    logprobs: list[float]
+    versions: list[int]
+    leaf_text: list[str]
+    verdict: list[str]
+
+
+def _from_row(row: _Row) -> TreeRecord:
     ends = np.cumsum(row["length"], dtype=np.int64)
-    parts = [
-        np.split(np.asarray(row[name], dtype), ends)[:-1]  # behind the last end is nothing
-        for name, dtype in (
-            ("token_ids", np.int32),
-            ("logprobs", np.float32),
-            ("versions", np.int32),
-        )
-    ]
+
+    def by_step(flat: list[int] | list[float], dtype: type) -> list[np.ndarray]:
+        return np.split(np.asarray(flat, dtype), ends)[:-1]  # behind the last end is nothing
+
     steps = tuple(
         Step(
             parent=parent,
@@ -138,7 +158,12 @@ def _from_row(row: dict[str, object]) -> TreeRecord:
             stop=StopReason(stop),
         )
         for parent, stop, ids, logprobs, versions in zip(
-            row["parent"], row["stop"], *parts, strict=True
+            row["parent"],
+            row["stop"],
+            by_step(row["token_ids"], np.int32),
+            by_step(row["logprobs"], np.float32),
+            by_step(row["versions"], np.int32),
+            strict=True,
         )
     )
     return TreeRecord(

@@ -13,21 +13,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import fsspec
 import ray
 import ray.train
-from ray.actor import ActorHandle
 from ray.train.torch import TorchTrainer
 
 from treerpo_ray import evaluate
+from treerpo_ray.actor import Actor
 from treerpo_ray.checkpoint import Checkpoints
 from treerpo_ray.config import Config, to_yaml
 from treerpo_ray.console import Console
 from treerpo_ray.engine_pool import EnginePool
 from treerpo_ray.evaluate import Evaluation
 from treerpo_ray.gate import Gate
-from treerpo_ray.metrics import RunLog, latest_rows
+from treerpo_ray.metrics import Event, Row, RunLog, latest_rows
 from treerpo_ray.plan import Inputs
 from treerpo_ray.prompts import load_tokenizer
 from treerpo_ray.train_worker import STREAM, Stations, WorkerTask, run_worker
@@ -110,13 +111,14 @@ def _build(config: Config, inputs: Inputs) -> Stations:
     """The actors of a run, on the node of the driver; all of them mostly wait."""
     here = ray.get_runtime_context().get_node_id()
 
-    def actor(kind: type, *arguments: object) -> ActorHandle:
-        options = {"num_cpus": 0, "label_selector": {ray._raylet.RAY_NODE_ID_KEY: here}}
-        return ray.remote(kind).options(**options, max_concurrency=10_000).remote(*arguments)
+    def actor(kind: type[object], *arguments: object) -> Actor:
+        node = {ray._raylet.RAY_NODE_ID_KEY: here}  # type: ignore[attr-defined]  # not in Ray's stub
+        made = ray.remote(kind).options(num_cpus=0, label_selector=node, max_concurrency=10_000)
+        return cast(Actor, made.remote(*arguments))
 
     shape = replace(config.shape, delimiters=inputs.delimiters)
     logs = None if "://" in config.folder else f"{config.folder}/logs"
-    run_log = ray.remote(RunLog).options(num_cpus=0).remote(config)
+    run_log = cast(Actor, ray.remote(RunLog).options(num_cpus=0).remote(config))
     pool = actor(EnginePool, config, inputs.prompts, shape, run_log, logs)
     gate = actor(
         Gate,
@@ -166,8 +168,8 @@ def _fit(config: Config, inputs: Inputs, stations: Stations, console: Console) -
     with _stop_on_interrupt(stations.gate, console):
         while thread.is_alive():
             thread.join(POLL_S)
-            notices = ray.get(stations.run_log.notices_since.remote(num_notices))
-            rows = ray.get(stations.run_log.rows_since.remote(num_rows))
+            notices: list[Event] = ray.get(stations.run_log.notices_since.remote(num_notices))
+            rows: list[Row] = ray.get(stations.run_log.rows_since.remote(num_rows))
             num_rows, num_notices = num_rows + len(rows), num_notices + len(notices)
             for notice in notices:
                 console.print_event(notice)
@@ -175,11 +177,12 @@ def _fit(config: Config, inputs: Inputs, stations: Stations, console: Console) -
                 console.print_step(row)
     if failures:
         raise failures[0]
-    return ray.get(stations.gate.done.remote())
+    steps_done: int = ray.get(stations.gate.done.remote())
+    return steps_done
 
 
 @contextmanager
-def _stop_on_interrupt(gate: ActorHandle, console: Console) -> Iterator[None]:
+def _stop_on_interrupt(gate: Actor, console: Console) -> Iterator[None]:
     """The first Ctrl-C ends the run after its step, with a checkpoint; the second at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -212,7 +215,7 @@ def _evaluate(
     result = evaluate.read(config.folder, step)
     if result is not None:
         return result
-    version = ray.get(stations.pool.version.remote())
+    version: int = ray.get(stations.pool.version.remote())
     title = f"evaluating on {len(inputs.held_out)} problems"
     with console.progress(title, len(inputs.held_out)) as advance:
         result = evaluate.evaluate(
@@ -298,7 +301,7 @@ def describe_outcome(config: Config, outcome: Outcome) -> str:
         return f"done after {spent}; the run folder is {config.folder}"
     return (
         f"Pass@1 went from {before.pass_at_1:.1%} to {after.pass_at_1:.1%} "
-        f"({100 * (after.pass_at_1 - before.pass_at_1):+.1f} points) on {after.num_problems} held-out "
-        f"problems, answers from {before.length:.1f} to {after.length:.1f} tokens, with {spent}; "
-        f"the run folder is {config.folder}"
+        f"({100 * (after.pass_at_1 - before.pass_at_1):+.1f} points) on {after.num_problems} "
+        f"held-out problems, answers from {before.length:.1f} to {after.length:.1f} tokens, "
+        f"with {spent}; the run folder is {config.folder}"
     )

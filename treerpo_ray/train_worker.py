@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import fsspec
@@ -12,10 +13,11 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.actor import ActorHandle
 
+from treerpo_ray.actor import Actor
 from treerpo_ray.checkpoint import Checkpoints, publish_folder
 from treerpo_ray.config import Config
+from treerpo_ray.engine import EngineStats
 from treerpo_ray.learner import DTYPES, Learner, UpdateResult
 from treerpo_ray.metrics import Event, Row
 from treerpo_ray.prompts import PromptSet
@@ -33,10 +35,10 @@ PROBE_TOKENS = 256
 class Stations:
     """The actors that a worker talks to."""
 
-    gate: ActorHandle
-    pool: ActorHandle
-    weight_sync: ActorHandle
-    run_log: ActorHandle
+    gate: Actor
+    pool: Actor
+    weight_sync: Actor
+    run_log: Actor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +99,7 @@ class TrainWorker:
         ray.get(self.stations.pool.grow_tickets.remote(self.stations.gate, first))
         self._note("learner_started", step=self.step, version=self.learner.version)
 
-    def _step(self, batches) -> bool:
+    def _step(self, batches: Iterator[pa.Table]) -> bool:
         """One learner step; returns whether it was the last."""
         start = time.time()
         table = next(batches)
@@ -130,7 +132,7 @@ class TrainWorker:
         return self._agreed(is_last)
 
     def _report(self, result: UpdateResult, version: int, times: dict[str, float]) -> None:
-        stats = ray.get(self.stations.pool.stats.remote())
+        stats: list[EngineStats] = ray.get(self.stations.pool.stats.remote())
         seen = max(sum(engine.num_prompt_tokens for engine in stats), 1)
         row: Row = {
             "step": self.step,

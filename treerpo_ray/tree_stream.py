@@ -14,11 +14,11 @@ from dataclasses import replace
 import pyarrow as pa
 import ray
 import ray.data
-from ray.actor import ActorHandle
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from transformers import PreTrainedTokenizerBase
 
+from treerpo_ray.actor import Actor
 from treerpo_ray.algo.tree import StopReason
 from treerpo_ray.config import Config
 from treerpo_ray.prompts import load_tokenizer
@@ -35,7 +35,7 @@ TASK_CPUS = 0.1
 """CPUs that Ray reserves for the stream; it mostly waits."""
 
 
-def tree_stream(config: Config, pool: ActorHandle) -> Callable[[], ray.data.Dataset]:
+def tree_stream(config: Config, pool: Actor) -> Callable[[], ray.data.Dataset]:
     """A callable that makes the data set of scored trees; each call is a stream of its own."""
 
     def make() -> ray.data.Dataset:
@@ -68,7 +68,7 @@ def tree_stream(config: Config, pool: ActorHandle) -> Callable[[], ray.data.Data
 class TreeSource(Datasource):
     """Reads finished trees from the engine pool, without end."""
 
-    def __init__(self, pool: ActorHandle, reader: str) -> None:
+    def __init__(self, pool: Actor, reader: str) -> None:
         super().__init__()
         self.pool, self.reader = pool, reader
 
@@ -88,9 +88,9 @@ class TreeSource(Datasource):
         return None
 
 
-def _read(pool: ActorHandle, reader: str) -> Iterator[pa.Table]:
+def _read(pool: Actor, reader: str) -> Iterator[pa.Table]:
     while True:
-        trees = ray.get(pool.take.remote(reader, BLOCK_TREES, WAIT_S))
+        trees: list[TreeRecord] | None = ray.get(pool.take.remote(reader, BLOCK_TREES, WAIT_S))
         if trees is None:
             return
         if trees:

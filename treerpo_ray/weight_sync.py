@@ -4,8 +4,8 @@ import logging
 import time
 
 import ray
-from ray.actor import ActorHandle
 
+from treerpo_ray.actor import Actor
 from treerpo_ray.weights import Manifest, Probe
 
 log = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ class WeightSync:
         probe_every: Syncs between comparisons of log-probabilities; the first is compared.
     """
 
-    def __init__(self, pool: ActorHandle, probe_every: int) -> None:
+    def __init__(self, pool: Actor, probe_every: int) -> None:
         self.pool, self.probe_every = pool, probe_every
         self._num_syncs = 0
 

@@ -122,7 +122,7 @@ def pack_weights(
         parts += [flat, np.zeros(padding, np.uint8)]
         size += len(flat) + padding
     close_chunk()
-    digests = tuple(hashlib.blake2b(chunk, digest_size=16).hexdigest() for chunk in chunks)
+    digests = tuple(hashlib.blake2b(chunk.data, digest_size=16).hexdigest() for chunk in chunks)
     return Manifest(version=version, tensors=tuple(places), digests=digests), chunks
 
 

@@ -162,20 +162,183 @@ def test_a_fast_child_is_expanded_while_its_sibling_still_runs_and_its_groups_wa
     assert order[0] == ()
 
 
-def test_a_group_is_yielded_while_another_branch_still_runs() -> None:
-    async def scenario() -> None:
+def test_groups_are_yielded_while_a_branch_still_runs_and_a_grandchild_group_awaits_its_parents() -> (
+    None
+):
+    async def scenario() -> tuple[list[Path], list[Path]]:
         script = Script(gates={(1, 0): asyncio.Event()})
         groups = search(script)
-        early = {(await anext(groups)).parent for _ in range(5)}
-        assert early == {(), (0,), (0, 0), (0, 1), (1, 1)} - {(1, 1)} | {(0, 0)} or len(early) == 4
-
-    async def first_groups() -> tuple[set[Path], list[Path]]:
-        script = Script(gates={(1, 0): asyncio.Event()})
-        groups = search(script)
-        early = {(await anext(groups)).parent for _ in range(4)}
+        early = [(await anext(groups)).parent for _ in range(4)]
+        await settle()
+        assert {(1, 1, 0), (1, 1, 1)} <= set(script.finished)
         script.gates[(1, 0)].set()
         return early, [group.parent async for group in groups]
 
-    early, late = asyncio.run(first_groups())
-    assert early == {(), (0,), (0, 0), (0, 1)}
-    assert sorted(late) == [(1,), (1, 0), (1, 1)]
+    early, late = asyncio.run(scenario())
+    assert sorted(early) == [(), (0,), (0, 0), (0, 1)]
+    assert late == [(1,), (1, 1), (1, 0)]
+
+
+@pytest.mark.parametrize("stop", [StopReason.END_OF_TEXT, StopReason.ERROR])
+def test_a_step_that_ended_or_failed_is_a_leaf(stop: StopReason) -> None:
+    script = Script(stops={(0,): stop, (1, 1): stop})
+    tree = assemble(PROMPT, grown(script))
+    assert sorted(script.calls) == [(0,), (1,), (1, 0), (1, 0, 0), (1, 0, 1), (1, 1)]
+    assert tree.leaves == (0, 3, 4, 5)
+    assert [tree.steps[leaf].stop for leaf in tree.leaves[:2]] == [stop, stop]
+
+
+def test_one_depth_is_grpo_as_many_answers_to_the_prompt_and_nothing_below() -> None:
+    script = Script(TreeShape(num_children=(5,), step_tokens=(8,), delimiters=(9,)))
+    [group] = grown(script)
+    assert [call.prefix for call in script.calls.values()] == [tuple(PROMPT)] * 5
+    assert {call.delimiters for call in script.calls.values()} == {()}
+    assert len({call.seed for call in script.calls.values()}) == 5
+    tree = assemble(PROMPT, [group])
+    assert tree.leaves == (0, 1, 2, 3, 4)
+    assert set(tree.depths) == {1}
+
+
+def test_closing_the_search_cancels_every_request() -> None:
+    async def scenario() -> Script:
+        running = [(1,), (0, 1), (0, 0, 0)]
+        script = Script(gates={path: asyncio.Event() for path in running})
+        groups = search(script)
+        waiting = asyncio.create_task(anext(groups))
+        await settle()
+        script.gates[(1,)].set()
+        await waiting
+        await groups.aclose()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return script
+
+    script = asyncio.run(scenario())
+    assert script.cancelled == set(script.calls) - set(script.finished)
+    assert {(0, 1), (0, 0, 0)} <= script.cancelled
+
+
+def test_cancelling_the_task_that_waits_for_a_group_cancels_every_request() -> None:
+    async def scenario() -> Script:
+        script = Script(gates={(0,): asyncio.Event(), (1, 0): asyncio.Event()})
+        task = asyncio.create_task(anext(search(script)))
+        await settle()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return script
+
+    assert asyncio.run(scenario()).cancelled == {(0,), (1, 0)}
+
+
+def test_a_dead_engine_is_raised_as_it_is_after_the_groups_that_were_whole() -> None:
+    async def scenario() -> tuple[list[Path], Script]:
+        script = Script(
+            dead=frozenset({(0, 1)}), gates={(0, 1): asyncio.Event(), (1,): asyncio.Event()}
+        )
+        groups, seen = search(script), []
+        script.gates[(1,)].set()
+        with pytest.raises(ConnectionError, match=r"^engine died at \(0, 1\)$"):
+            async for group in groups:
+                seen.append(group.parent)
+                if len(seen) == 4:
+                    script.gates[(0, 1)].set()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return seen, script
+
+    seen, script = asyncio.run(scenario())
+    assert sorted(seen) == [(), (1,), (1, 0), (1, 1)]
+    assert (0, 0, 0) in script.finished, "a group of the broken branch must not be yielded"
+
+
+@pytest.mark.parametrize("num_held", range(len(INNER) + 1))
+def test_a_tree_taken_up_from_held_groups_is_the_same_tree(num_held: int) -> None:
+    stops = {(0, 1): StopReason.END_OF_TEXT, (1, 0, 0): StopReason.END_OF_TEXT}
+    whole = grown(Script(stops=stops))
+    held = whole[:num_held]
+    script = Script(stops=stops)
+    rest = grown(script, held)
+    asked = {path[:-1] for path in script.calls}
+    assert asked == {group.parent for group in rest}
+    assert asked.isdisjoint(group.parent for group in held)
+    assert is_parents_first([*held, *rest])
+    assert plain(assemble(PROMPT, [*held, *rest])) == plain(assemble(PROMPT, whole))
+
+
+@given(data=st.data(), branching=st.lists(st.integers(1, 3), min_size=1, max_size=3))
+def test_a_tree_does_not_depend_on_the_order_of_its_groups(
+    data: st.DataObject, branching: list[int]
+) -> None:
+    shape = TreeShape(num_children=tuple(branching), step_tokens=(1,) * len(branching))
+    reason = st.sampled_from(list(StopReason))
+    groups, level = [], [()]
+    while level:
+        path = level.pop(0)
+        if len(path) < len(branching):
+            paths = [(*path, number) for number in range(branching[len(path)])]
+            stops = [data.draw(reason) for _ in paths]
+            steps = tuple(map(scripted_step, paths, stops))
+            groups.append(SiblingGroup(parent=path, steps=steps))
+            level += [p for p, s in zip(paths, stops, strict=True) if s is StopReason.BOUNDARY]
+    tree = assemble(PROMPT, data.draw(st.permutations(groups)))
+    assert plain(tree) == plain(assemble(PROMPT, groups))
+    assert plain(tree) == plain(assemble(PROMPT, scripted_tree(shape, groups)))
+    assert list(tree.depths) == sorted(tree.depths), "breadth first"
+    assert len(tree.children) == len(groups)
+
+
+def scripted_tree(shape: TreeShape, groups: list[SiblingGroup]) -> list[SiblingGroup]:
+    """The groups that the search itself makes of the same steps."""
+    stops = {
+        (*group.parent, number): step.stop
+        for group in groups
+        for number, step in enumerate(group.steps)
+    }
+    return grown(Script(shape, stops=stops))
+
+
+def test_a_group_without_its_parents_is_refused() -> None:
+    group = SiblingGroup(parent=(0,), steps=(scripted_step((0, 0)),))
+    with pytest.raises(ValueError, match=r"sibling group \(0,\) hangs below a step"):
+        assemble(PROMPT, [group])
+
+
+def test_the_seeds_of_a_trees_steps_are_distinct_reproducible_and_fit_a_signed_64_bit_number() -> (
+    None
+):
+    paths = [(a,) for a in range(8)] + [(a, b) for a in range(8) for b in range(8)]
+    seeds = {step_seed(tree, path) for tree in (0, 1, 2**63 - 1) for path in paths}
+    assert len(seeds) == 3 * len(paths)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert step_seed(0, (0,)) == 6098610408229398849
+
+
+@pytest.mark.parametrize(
+    ("num_children", "step_tokens", "steps", "sampled", "longest"),
+    [
+        ((8, 8, 8), (384, 384, 384), 584, 224_256, 1152),
+        ((8,), (1152,), 8, 9_216, 1152),
+        ((2, 3), (5, 7), 2 + 6, 2 * 5 + 6 * 7, 12),
+    ],
+)
+def test_a_shape_adds_up_to_the_steps_and_tokens_of_a_full_tree(
+    num_children: tuple[int, ...],
+    step_tokens: tuple[int, ...],
+    steps: int,
+    sampled: int,
+    longest: int,
+) -> None:
+    shape = TreeShape(num_children=num_children, step_tokens=step_tokens)
+    assert (shape.max_steps, shape.max_sampled_tokens) == (steps, sampled)
+    assert shape.max_answer_tokens == longest
+
+
+@pytest.mark.parametrize(
+    ("num_children", "step_tokens"),
+    [((), ()), ((2, 2), (3,)), ((2, 0), (3, 3)), ((2,), (0,)), ((-1,), (1,))],
+)
+def test_an_impossible_shape_is_one_line_with_its_keys(
+    num_children: tuple[int, ...], step_tokens: tuple[int, ...]
+) -> None:
+    with pytest.raises(ValueError, match=r"^tree\.num_children and tree\.step_tokens .*$"):
+        TreeShape(num_children=num_children, step_tokens=step_tokens)

@@ -105,12 +105,11 @@ async def grow(
     try:
         while (group := await search.finished.get()) is not None:
             yield group
+        failure: Exception | None = None
         try:
             await root
         except* Exception as failures:
             failure = _first(failures)
-        else:
-            failure = None
         if failure is not None:
             raise failure
     finally:

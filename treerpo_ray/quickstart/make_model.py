@@ -2,11 +2,11 @@
 
 A small Qwen2 model is trained on worked solutions of train problems, written by an error-prone
 solver: in each line, with probability `Recipe.slip_rate`, it forgets to carry and goes on from the
-wrong result. So the model learns the arithmetic and, calibrated, the slips: nearly every problem is
-solved in some of 16 samples, about one sample in four or five is right, and the wrong ones fail by
-single slips, not by their format. Like a base model it has what reinforcement learning brings out:
-the right digit is the likelier one in most lines before any of it. Takes about six minutes on one
-core and four on two; prints Pass@1 and Pass@16 at the end.
+wrong result. So the model learns the arithmetic and, at the rate it was shown, the slips: about
+one response in four is right, nearly every problem is solved in some of 16, and the others fail by
+slips, not by their format. In most lines the right result is the likelier one from the start; what
+reinforcement learning has to do is to leave the slips. Takes about six minutes on one core and
+prints Pass@1 and the problems solved in 16 samples at the end.
 """
 
 import argparse

@@ -1,0 +1,52 @@
+"""Fixtures that several tests share: one real engine, one local Ray cluster, each once."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+from treerpo_ray.config import Config, load
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = [
+    str(ROOT / "conf/quickstart.yaml"),
+    "prompts.num_problems=64",
+    "evaluate.data.num_problems=12",
+    "evaluate.num_samples=2",
+    "gate.trees_per_step=6",
+    "engine.kv_cache_gib=0.125",
+    "metrics.wandb_project=null",
+    "checkpoint.every=2",
+]
+"""The quickstart, small enough for a test."""
+
+
+@pytest.fixture(scope="session")
+def small_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
+    """Makes a small configuration with its run folder in a temporary place."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def make(*overrides: str) -> Config:
+        return load([*SMALL, f"run.root={root}", *overrides])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray cluster of two CPUs, as on a laptop."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+    )
+    yield
+    ray.shutdown()

@@ -1,0 +1,231 @@
+"""Configuration: files and overrides merge, and every mistake is one line with its key."""
+
+import json
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from treerpo_ray.algo.advantages import AdvantageForm
+from treerpo_ray.algo.loss import Normalisation
+from treerpo_ray.config import POSITIVE, Config, describe, load, to_yaml
+
+CONF = Path(__file__).parents[1] / "conf"
+FILES = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml"))
+
+
+def write(folder: Path, name: str, text: str | bytes) -> str:
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def mistake(*arguments: str) -> str:
+    """The message about a mistake; it must be one line."""
+    with pytest.raises(ValueError) as caught:
+        load(list(arguments))
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+def all_keys(section: object, prefix: str = "") -> list[str]:
+    keys = []
+    for item in fields(section):
+        value = getattr(section, item.name)
+        inner = is_dataclass(value)
+        keys += all_keys(value, f"{prefix}{item.name}.") if inner else [prefix + item.name]
+    return keys
+
+
+def test_nothing_given_is_the_defaults() -> None:
+    assert load([]) == Config()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_of_the_project_loads_alone_and_comes_back_from_its_resolved_form(
+    name: str, tmp_path: Path
+) -> None:
+    config = load([str(CONF / name)])
+    assert load([write(tmp_path, "resolved.yaml", to_yaml(config))]) == config
+
+
+def test_a_resolved_configuration_reads_back_to_an_equal_one(tmp_path: Path) -> None:
+    config = load(
+        [
+            *("learner.advantage=DIFFERENCE", "loss.normalisation=sequence_mean"),
+            *('tree.delimiter="\\n"', "tree.num_children=[3, 2]", "tree.step_tokens=[5, 6]"),
+            *("engine.resources={GPU: 1, rollout_slot: 0.5}", "prompts.system_prompt='a: b'"),
+            *("loss.importance_cap=null", "metrics.wandb_project=null", "run.name='1e3'"),
+        ]
+    )
+    assert config.tree.delimiter == "\n"
+    assert config.run.name == "1e3"
+    again = load([write(tmp_path, "resolved.yaml", to_yaml(config))])
+    assert again == config
+    assert again.learner.advantage is AdvantageForm.DIFFERENCE
+    assert again.loss.normalisation is Normalisation.SEQUENCE_MEAN
+    assert again.shape == config.shape
+
+
+def test_later_arguments_win_and_keep_what_they_do_not_name(tmp_path: Path) -> None:
+    first = write(tmp_path, "first.yaml", "run: {seed: 1, name: first}\ngate: {max_staleness: 3}\n")
+    second = write(tmp_path, "second.yml", "run: {seed: 2}\n")
+    config = load([first, second])
+    assert (config.run.seed, config.run.name, config.gate.max_staleness) == (2, "first", 3)
+    assert load([second, first]).run.seed == 1
+    assert load([first, "run.seed=5", "run.seed=6"]).run.seed == 6
+    assert load(["run.seed=5", first]).run.seed == 1
+    assert load([write(tmp_path, "empty.yaml", "")]) == Config()
+
+
+@pytest.mark.parametrize(
+    ("argument", "near"),
+    [
+        ("gate.max_stalenes=0", "gate.max_staleness"),
+        ("learner.learning_rat=1", "learner.learning_rate"),
+        ("evaluate.data.paht=x", "evaluate.data.path"),
+        ("gates.max_staleness=0", "gate"),
+        ("loss.normalization=token_mean", "loss.normalisation"),
+    ],
+)
+def test_an_unknown_key_is_told_with_the_nearest_one(argument: str, near: str) -> None:
+    message = mistake(argument)
+    assert message.startswith(f"{argument}: unknown key {argument.split('.')[0]}")
+    assert message.endswith(f"; did you mean {near}?")
+
+
+def test_an_unknown_key_in_a_file_is_told_with_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "typo.yaml", "learner:\n  learning_rat: 1\n")
+    assert mistake(path) == (
+        f"{path}: unknown key learner.learning_rat; did you mean learner.learning_rate?"
+    )
+
+
+def test_an_unknown_key_like_no_other_points_to_the_list() -> None:
+    assert mistake("zzz=1") == "zzz=1: unknown key zzz; --help lists them all"
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("run.seed=1.5", r"run\.seed: Value '1\.5' .*Integer"),
+        ("run.seed=null", r"run\.seed: .*None"),
+        ("gate.trees_per_step=many", r"gate\.trees_per_step: Value 'many' .*Integer"),
+        ("model.dtype=float16", r"model\.dtype: .*'float32', 'bfloat16'"),
+        ("learner.advantage=foo", r"learner\.advantage: .*BERNOULLI, .*STANDARD"),
+        ("tree.num_children=8", r"tree\.num_children: "),
+        ("tree.num_children=[a]", r"tree\.num_children=.*Integer"),
+        ("engine.resources.GPU=x", r"engine\.resources\.GPU: .*Float"),
+        ("engine.resources=[1]", r"a list stands where keys belong"),
+        ("run.seed=${nowhere}", r"run\.seed: .*nowhere"),
+        ("run.name=[", r"not a YAML value; quote it"),
+        ("model.trust_remote_code=perhaps", r"model\.trust_remote_code: .*bool"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_told_with_its_key(argument: str, told: str) -> None:
+    message = mistake(argument)
+    assert re.search(told, message)
+    assert message.startswith(argument.partition("=")[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("run: [\n", "not YAML"),
+        ("- 1\n- 2\n", "a list stands where keys belong"),
+        ("3\n", "not YAML"),
+        ("run: 3\n", "RunConfig"),
+        ("run:\n  seed: 1\n  seed: 2\n", "duplicate key seed"),
+        (bytes(range(128, 255)), "not YAML"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_told_with_its_name(
+    text: str | bytes, told: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path, "bad.yaml", text)
+    message = mistake(path)
+    assert message.startswith(f"{path}: ")
+    assert told in message
+
+
+def test_a_missing_file_is_told_with_the_folder_it_was_looked_for_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert mistake("gone.yaml") == f"gone.yaml: no such configuration file in {tmp_path}"
+
+
+def test_an_argument_that_is_neither_file_nor_override_is_refused() -> None:
+    assert mistake("run") == "run: neither a .yaml file nor an override section.key=value"
+
+
+@pytest.mark.parametrize("key", POSITIVE)
+def test_a_number_that_must_be_positive_is_told_with_its_key(key: str) -> None:
+    assert re.fullmatch(rf"{re.escape(key)}=0(\.0)? must be more than 0", mistake(f"{key}=0"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["gate.trees_per_step=6", "learner.num_workers=4"], "gate.trees_per_step=6 must be"),
+        (
+            ["gate.trees_per_step=6", "learner.num_workers=2", "learner.minibatches=2"],
+            "learner.num_workers=2 times learner.minibatches=2",
+        ),
+        (["learner.token_budget=1663"], "learner.token_budget=1663 is smaller .* = 1664$"),
+        (["gate.max_staleness=-1"], "gate.max_staleness=-1 must not be negative"),
+        (["tree.num_children=[8]"], r"tree.num_children .* not \[8\] and \[384, 384, 384\]"),
+        (["tree.num_children=[]", "tree.step_tokens=[]"], "one entry for each depth"),
+        (["tree.num_children=[8, 0, 8]"], "tree.num_children and tree.step_tokens must be pos"),
+        (["loss.clip_low=2"], r"loss.clip_low must be in \[0, 1\]"),
+        (["loss.importance_cap=0"], "loss.importance_cap is 0: give a positive cap, or null"),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused(arguments: list[str], told: str) -> None:
+    assert re.search(told, mistake(*arguments))
+
+
+def test_the_largest_path_that_fits_the_token_budget_is_accepted() -> None:
+    assert load(["learner.token_budget=1664"]).max_path_tokens == 512 + 3 * 384 == 1664
+
+
+@pytest.mark.parametrize(
+    ("root", "folder"),
+    [
+        ("/data/runs/", "/data/runs/mine"),
+        ("s3://bucket/runs", "s3://bucket/runs/mine"),
+        ("s3://bucket/runs/", "s3://bucket/runs/mine"),
+        ("~/runs", f"{Path.home()}/runs/mine"),
+    ],
+)
+def test_a_run_folder_is_its_root_and_name(root: str, folder: str) -> None:
+    assert load([f"run.root={root}", "run.name=mine"]).folder == folder
+
+
+def test_every_key_is_described_with_its_default_and_a_note() -> None:
+    lines = describe().splitlines()
+    described = {}
+    for line, note in zip(lines, lines[1:], strict=False):
+        if found := re.fullmatch(r"  (\w+\.\w+) = (.*)", line):
+            key, default = found.groups()
+            assert re.match(r" {6}\w.*\.?", note), f"{key} has no note"
+            described[key] = default
+    top = {".".join(key.split(".")[:2]) for key in all_keys(Config())}
+    assert described.keys() == top
+    evaluated = {key.removeprefix("evaluate.data.") for key in all_keys(Config())}
+    assert json.loads(described["evaluate.data"]).keys() <= evaluated
+
+
+def test_every_section_is_described_with_what_it_is_for() -> None:
+    text = describe()
+    for item in fields(Config):
+        assert re.search(rf"^{item.name}: \w.*\.$", text, re.MULTILINE)
+
+
+def test_the_defaults_as_described_can_be_given_as_they_stand() -> None:
+    shown = re.findall(r"^  (\w+\.\w+) = (.*)$", describe(), re.MULTILINE)
+    assert len(shown) > 50
+    assert load([f"{key}={default}" for key, default in shown]) == Config()

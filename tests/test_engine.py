@@ -1,0 +1,202 @@
+"""A real vLLM engine on a CPU: trees, versions, prefix cache and weights."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import ray
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from treerpo_ray.algo.search import TreeShape, assemble
+from treerpo_ray.algo.tree import StopReason, Tree
+from treerpo_ray.config import Config
+from treerpo_ray.engine import CPU_BLOCK_SIZE, Engine, EngineStats
+from treerpo_ray.policy import Policy, load_policy
+from treerpo_ray.prompts import load_tokenizer, resolve_model_path
+from treerpo_ray.weights import LoadProof, Manifest, pack_weights
+
+pytestmark = [pytest.mark.ray, pytest.mark.engine]
+
+SHAPE = TreeShape(num_children=(3, 2), step_tokens=(20, 30))
+
+
+class ServedEngine:
+    """An engine in an actor, as the pool has it."""
+
+    def __init__(self, config: Config, index: int) -> None:
+        actor = ray.remote(Engine).options(num_cpus=0.5, max_concurrency=1000)
+        self.actor = actor.remote(config, index, None)
+        ray.get(self.actor.start.remote())
+
+    def start_tree(self, prompt_ids: list[int], seed: int, temperature: float = 1.0):
+        grow = self.actor.grow.options(num_returns="streaming")
+        return grow.remote(prompt_ids, SHAPE, temperature, seed, [])
+
+    def tree(self, prompt_ids: list[int], seed: int, temperature: float = 1.0) -> Tree:
+        return collect(prompt_ids, self.start_tree(prompt_ids, seed, temperature))
+
+    def stats(self) -> EngineStats:
+        return ray.get(self.actor.stats.remote())
+
+    def probe(self, token_ids: list[int]) -> list[float]:
+        return ray.get(self.actor.probe.remote(token_ids))
+
+    def load(self, policy: Policy, version: int, chunk_bytes: int = 2**19) -> LoadProof:
+        manifest, chunks = pack_weights(
+            policy.named_weights(), version=version, dtype=torch.float32, chunk_bytes=chunk_bytes
+        )
+        refs = [ray.put(chunk) for chunk in chunks]
+        proof = ray.get(self.actor.load.remote(manifest, refs))
+        proof.check(manifest)
+        return proof
+
+    def stop(self) -> None:
+        ray.get(self.actor.stop.remote())
+        ray.kill(self.actor)
+
+
+def collect(prompt_ids: list[int], stream) -> Tree:
+    return assemble(prompt_ids, [group for ref in stream for group in ray.get(ref)])
+
+
+@pytest.fixture(scope="module")
+def served(small_config, ray_cluster) -> Iterator[ServedEngine]:
+    engine = ServedEngine(small_config(), 0)
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture
+def policy(small_config) -> Policy:
+    return load_policy(
+        resolve_model_path(small_config().model.path),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        gradient_checkpointing=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def prompts(small_config) -> list[list[int]]:
+    tokenizer = load_tokenizer(small_config().model.path, False)
+    return [tokenizer.encode(f"{a}+17-{a}+25=?\n") for a in range(20, 32)]
+
+
+def test_the_same_seed_gives_the_same_tree_alone_and_among_others(served, prompts) -> None:
+    streams = [served.start_tree(ids, seed=5) for ids in prompts]
+    together = [collect(ids, stream) for ids, stream in zip(prompts, streams, strict=True)]
+    alone = served.tree(prompts[3], seed=5)
+    for ours, theirs in zip(together[3].steps, alone.steps, strict=True):
+        assert ours.token_ids.tolist() == theirs.token_ids.tolist()
+    other = served.tree(prompts[3], seed=6)
+    assert [s.token_ids.tolist() for s in other.steps] != [
+        s.token_ids.tolist() for s in alone.steps
+    ]
+
+
+def test_recorded_logprobs_are_the_learners_under_the_temperature(served, prompts, policy) -> None:
+    temperature = 0.7
+    tree = served.tree(prompts[0], seed=1, temperature=temperature)
+    for leaf in tree.leaves:
+        ids = prompts[0] + tree.path_token_ids(leaf)
+        recorded = np.concatenate([tree.steps[i].logprobs for i in tree.path(leaf)])
+        with torch.no_grad():
+            policy.model.set_attn_implementation("sdpa")
+            logits = policy.model(torch.tensor([ids])).logits[0] / temperature
+        expected = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        assert recorded == pytest.approx(expected[len(prompts[0]) - 1 :].numpy(), abs=1e-4)
+
+
+def test_steps_end_at_their_length_or_with_the_end_token(served, prompts) -> None:
+    tree = served.tree(prompts[1], seed=2)
+    for index, step in enumerate(tree.steps):
+        ends = step.token_ids[-1] == 256
+        assert (step.stop is StopReason.END_OF_TEXT) == ends
+        if not ends:
+            assert len(step.token_ids) == SHAPE.step_tokens[tree.depths[index] - 1]
+
+
+def test_children_find_their_parents_blocks_in_the_prefix_cache(served, prompts) -> None:
+    before = served.stats()
+    tree = served.tree(prompts[2], seed=3)
+    after = served.stats()
+    prefixes = [len(prompts[2])] * SHAPE.num_children[0]
+    for index, step in enumerate(tree.steps):
+        if index in tree.children:
+            prefix = len(prompts[2]) + len(step.token_ids)
+            prefixes += [prefix] * len(tree.children[index])
+    # Whole blocks below the last token; the prompt alone is shorter than a block.
+    whole = sum((prefix - 1) // CPU_BLOCK_SIZE * CPU_BLOCK_SIZE for prefix in prefixes)
+    assert after.num_prompt_tokens - before.num_prompt_tokens == sum(prefixes)
+    cached = after.num_cached_tokens - before.num_cached_tokens
+    # The first child of a step may have to compute the block that the step had just filled.
+    assert 0 < cached <= whole
+
+
+def test_new_weights_are_proved_and_label_every_token(served, prompts, policy) -> None:
+    original = {name: weight.clone() for name, weight in policy.named_weights()}
+    torch.manual_seed(0)
+    for version in (7, 8):
+        with torch.no_grad():
+            for weight in policy.model.parameters():
+                weight.add_(0.02 * torch.randn_like(weight))
+        served.load(policy, version)
+        probed = served.probe(prompts[0])
+        expected = policy.sequence_logprobs(prompts[0]).tolist()
+        assert probed == pytest.approx(expected, abs=1e-3)
+        tree = served.tree(prompts[0], seed=4)
+        assert (tree.min_version, tree.max_version) == (version, version)
+    with torch.no_grad():
+        for name, weight in policy.named_weights():
+            weight.copy_(original[name])
+    served.load(policy, 0)
+
+
+def test_a_proof_of_other_bytes_or_another_version_is_refused(served, policy) -> None:
+    proof = served.load(policy, 0)
+    honest = Manifest(version=0, tensors=(), digests=proof.digests[0])
+    proof.check(honest)
+    with pytest.raises(RuntimeError, match="received other bytes"):
+        proof.check(replace(honest, digests=("0" * 32,)))
+    with pytest.raises(RuntimeError, match="serves version 0, not 1"):
+        proof.check(replace(honest, version=1))
+
+
+def test_requests_in_flight_go_on_under_new_weights_and_say_so(served, policy, prompts) -> None:
+    served.load(policy, 1)
+    before = served.stats().num_requests
+    streams = [served.start_tree(ids, seed=9) for ids in prompts]
+    while served.stats().num_requests < before + 5:
+        time.sleep(0.005)
+    served.load(policy, 2)
+    trees = [collect(ids, stream) for ids, stream in zip(prompts, streams, strict=True)]
+    spans = {(step.versions.min(), step.versions.max()) for tree in trees for step in tree.steps}
+    assert (1, 2) in spans  # a step that was under way kept its tokens and went on
+    assert all(low <= high for low, high in spans)
+
+
+def test_a_tied_models_head_is_not_stale_after_an_update(
+    small_config, ray_cluster, tmp_path
+) -> None:
+    source = resolve_model_path(small_config().model.path)
+    config = AutoConfig.from_pretrained(source, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    load_tokenizer(source, False).save_pretrained(tmp_path)
+    tied = ServedEngine(small_config(f"model.path={tmp_path}"), 1)
+    policy = load_policy(
+        str(tmp_path),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        gradient_checkpointing=False,
+    )
+    ids = list(range(40, 70))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in policy.model.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    tied.load(policy, 1)
+    assert tied.probe(ids) == pytest.approx(policy.sequence_logprobs(ids).tolist(), abs=1e-3)
+    tied.stop()

@@ -1,0 +1,180 @@
+"""The gate admits what may be trained in time, each ticket a pure function of its number."""
+
+import asyncio
+from collections.abc import Coroutine
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from treerpo_ray.gate import Gate, Ticket
+
+SMALL = st.integers(1, 7)
+
+
+def make_gate(
+    num_prompts: int = 10,
+    trees_per_step: int = 4,
+    max_staleness: int = 1,
+    num_steps: int = 5,
+    seed: int = 3,
+) -> Gate:
+    return Gate(num_prompts, trees_per_step, max_staleness, num_steps, seed)
+
+
+async def now(next_ticket: Coroutine[None, None, Ticket]) -> Ticket | None:
+    """The ticket if the gate lets it out at once, else None."""
+    try:
+        async with asyncio.timeout(0):
+            return await next_ticket
+    except TimeoutError:
+        return None
+
+
+async def all_now(gate: Gate) -> list[int]:
+    """Numbers of the tickets that the gate lets out before it has to wait."""
+    numbers = []
+    while (ticket := await now(gate.next())) is not None:
+        numbers.append(ticket.number)
+    return numbers
+
+
+@given(trees=SMALL, staleness=st.integers(0, 4), num_steps=SMALL, data=st.data())
+def test_issued_less_consumed_never_exceeds_the_window_and_every_ticket_is_issued_once(
+    trees: int, staleness: int, num_steps: int, data: st.DataObject
+) -> None:
+    async def scenario() -> None:
+        gate = make_gate(
+            trees_per_step=trees, max_staleness=staleness, num_steps=num_steps, num_prompts=5
+        )
+        window = trees * (1 + staleness)
+        issued: list[int] = []
+        for step in range(num_steps):
+            issued += await all_now(gate)
+            assert len(issued) - step * trees == min(window, (num_steps - step) * trees)
+            assert len(issued) >= (step + 1) * trees, "the next batch can always be finished"
+            assert gate.consumed(step) == (step + 1 == num_steps)
+        assert await all_now(gate) == []
+        assert issued == list(range(num_steps * trees))
+
+    asyncio.run(scenario())
+
+
+@settings(max_examples=30)
+@given(num_prompts=st.integers(1, 20), seed=st.integers(0, 5), epoch=st.integers(0, 3))
+def test_every_epoch_is_a_permutation_of_the_training_set(
+    num_prompts: int, seed: int, epoch: int
+) -> None:
+    gate = make_gate(num_prompts=num_prompts, seed=seed)
+    first = epoch * num_prompts
+    rows = [gate.ticket(first + place).prompt for place in range(num_prompts)]
+    assert sorted(rows) == list(range(num_prompts))
+
+
+def test_epochs_and_seeds_are_shuffled_differently() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        gate = make_gate(num_prompts=50, seed=seed)
+        return [gate.ticket(epoch * 50 + place).prompt for place in range(50)]
+
+    orders = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
+
+
+@given(number=st.integers(0, 10**6), trees=SMALL, staleness=st.integers(0, 4))
+def test_a_ticket_is_a_pure_function_of_its_number(
+    number: int, trees: int, staleness: int
+) -> None:
+    other = make_gate(trees_per_step=trees, max_staleness=staleness)
+    other.restart(2)
+    assert other.ticket(number) == make_gate().ticket(number)
+
+
+def test_the_seeds_of_trees_are_distinct_and_fit_a_signed_64_bit_number() -> None:
+    seeds = {make_gate(seed=seed).ticket(n).seed for seed in (0, 1) for n in range(500)}
+    assert len(seeds) == 1000
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_tickets_issued_are_those_of_their_numbers_in_order() -> None:
+    async def scenario() -> list[Ticket]:
+        gate = make_gate()
+        return [await gate.next() for _ in range(8)]
+
+    assert asyncio.run(scenario()) == [make_gate().ticket(number) for number in range(8)]
+
+
+def test_those_who_wait_for_a_ticket_are_woken_when_a_step_is_consumed_and_get_one_each() -> None:
+    async def scenario() -> None:
+        gate = make_gate(trees_per_step=2, max_staleness=0)
+        assert await all_now(gate) == [0, 1]
+        waiting = [asyncio.create_task(gate.next()) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert not any(task.done() for task in waiting)
+        gate.consumed(0)
+        async with asyncio.timeout(5):
+            done, still = await asyncio.wait(waiting, return_when="FIRST_COMPLETED")
+            await asyncio.sleep(0)
+        assert sorted(task.result().number for task in done) == [2, 3]
+        gate.consumed(1)
+        async with asyncio.timeout(5):
+            assert [(await task).number for task in still] == [4]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("step", [0, 2, 7])
+def test_a_step_that_is_consumed_twice_or_skips_others_is_refused(step: int) -> None:
+    gate = make_gate()
+    gate.consumed(0)
+    with pytest.raises(RuntimeError, match=f"step {step} consumed, but step 1 is due"):
+        gate.consumed(step)
+    assert gate.done() == 1
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_a_restart_issues_the_tickets_from_its_step_on_once_more(step: int) -> None:
+    async def scenario() -> None:
+        gate = make_gate(trees_per_step=2, max_staleness=1, num_steps=4)
+        await all_now(gate)
+        gate.consumed(0)
+        gate.consumed(1)
+        await all_now(gate)
+        gate.restart(step)
+        assert gate.done() == step
+        last = min(step + 2, 4) * 2
+        assert await all_now(gate) == list(range(step * 2, last))
+        gate.consumed(step)
+        assert gate.done() == step + 1
+
+    asyncio.run(scenario())
+
+
+def test_a_restart_wakes_those_who_wait() -> None:
+    async def scenario() -> int:
+        gate = make_gate(trees_per_step=1, max_staleness=0, num_steps=1)
+        await gate.next()
+        waiting = asyncio.create_task(gate.next())
+        await asyncio.sleep(0)
+        gate.restart(0)
+        async with asyncio.timeout(5):
+            return (await waiting).number
+
+    assert asyncio.run(scenario()) == 0
+
+
+def test_nothing_is_issued_past_the_last_step_and_its_consumption_ends_the_run() -> None:
+    async def scenario() -> None:
+        gate = make_gate(trees_per_step=2, max_staleness=3, num_steps=2)
+        assert await all_now(gate) == [0, 1, 2, 3]
+        assert [gate.consumed(0), gate.consumed(1)] == [False, True]
+        assert await all_now(gate) == []
+
+    asyncio.run(scenario())
+
+
+def test_a_stop_ends_the_run_with_the_step_that_is_under_way() -> None:
+    gate = make_gate(num_steps=5)
+    assert not gate.consumed(0)
+    gate.stop()
+    assert gate.consumed(1)
+    assert gate.done() == 2

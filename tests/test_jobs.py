@@ -1,0 +1,174 @@
+"""The scripts as users call them: as a job of a cluster, as a command, with wrong input."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from tests.conftest import ROOT, SMALL
+
+SCRIPT = [sys.executable, "jobs/train.py"]
+TINY = [
+    *[item for item in SMALL if not item.endswith(".yaml")],
+    "run.num_steps=2",
+    "gate.trees_per_step=4",
+    "evaluate.data.num_problems=6",
+]
+
+
+def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*SCRIPT, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A cluster started as a user starts it; yields the address of its job server."""
+    folder = Path("/tmp") / f"tr{os.getpid()}"  # Ray's sockets need a short path
+    dashboard = free_port()
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "disabled",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    head = subprocess.Popen(
+        [
+            "ray", "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0",
+            f"--port={free_port()}", f"--dashboard-port={dashboard}",
+            f"--temp-dir={folder}", "--disable-usage-stats",
+            f"--ray-client-server-port={free_port()}",
+        ],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{dashboard}"
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            JobSubmissionClient(address)
+            break
+        except ConnectionError:
+            assert time.monotonic() < deadline, "the cluster did not come up"
+            time.sleep(0.5)
+    yield address
+    os.killpg(head.pid, signal.SIGTERM)
+    head.wait(timeout=60)
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+def test_the_job_runs_when_it_is_submitted_to_a_cluster(cluster: str, tmp_path: Path) -> None:
+    client = JobSubmissionClient(cluster)
+    overrides = " ".join([*TINY, f"run.root={tmp_path}", "run.name=job"])
+    job = client.submit_job(
+        entrypoint=f"python jobs/train.py conf/quickstart.yaml {overrides}",
+        runtime_env={
+            "working_dir": str(ROOT),
+            "excludes": ["/.git/", "/.venv/", "/tests/", "**/__pycache__/", "/.mypy_cache/"],
+        },
+    )
+    deadline = time.monotonic() + 300
+    while not (status := client.get_job_status(job)).is_terminal():
+        assert time.monotonic() < deadline, client.get_job_logs(job)
+        time.sleep(1)
+    logs = client.get_job_logs(job)
+    assert status is JobStatus.SUCCEEDED, logs
+    result = json.loads(logs.strip().splitlines()[-1])
+    assert result["run"] == str(tmp_path / "job")
+    assert (tmp_path / "job" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+def test_ctrl_c_stops_with_a_checkpoint_and_leaves_no_process(tmp_path: Path) -> None:
+    command = [
+        *SCRIPT, "conf/quickstart.yaml", *TINY, f"run.root={tmp_path}", "run.name=stopped",
+        "run.num_steps=1000", "evaluate.data.path=''",
+    ]  # fmt: skip
+    environment = os.environ | {"TREERPO_TEST": str(tmp_path)}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 180
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert b"stopped with a checkpoint" in shown
+    steps = metrics.read_text().count("\n")
+    assert (tmp_path / "stopped" / "checkpoints" / f"step={steps:06d}" / "files.json").exists()
+    assert processes_with(f"TREERPO_TEST={tmp_path}") == []
+
+
+def processes_with(variable: str) -> list[str]:
+    """Commands of living processes that inherited an environment variable."""
+    deadline = time.monotonic() + 20
+    while True:
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and variable.encode() in (entry / "environ").read_bytes():
+                    found.append((entry / "cmdline").read_text().replace("\0", " "))
+            except OSError:
+                continue  # it ended meanwhile
+        found = [command for command in found if command]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.5)
+
+
+def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
+    done = run_script("--dry-run", "conf/quickstart.yaml", f"run.root={tmp_path}")
+    assert done.returncode == 0
+    for word in ("tokens a question", "trees in flight", "staleness", "memory", "missing"):
+        assert word in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_explains_every_section() -> None:
+    shown = run_script("--help").stdout
+    for section in ("run", "model", "tree", "gate", "engine", "learner", "loss", "evaluate"):
+        assert f"\n{section}: " in shown
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("learner.lerning_rate=1", "did you mean learner.learning_rate?"),
+        ("prompts.path=nowhere.jsonl", "nowhere.jsonl"),
+        ("model.path=nowhere/model/x", "model.path="),
+        ("learner.num_workers=5", "must be a multiple"),
+        ("tree.delimiter='ab'", "must be one"),
+        ("engine.resources.GPU=1", "needs vllm"),
+    ],
+)
+def test_a_users_mistake_is_one_clear_line(override: str, expected: str) -> None:
+    done = run_script("--dry-run", "conf/quickstart.yaml", override)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert lines[-1].startswith("error: ") and expected in lines[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.ray
+def test_a_run_that_the_cluster_cannot_hold_says_what_is_missing(tmp_path: Path) -> None:
+    done = run_script("conf/quickstart.yaml", f"run.root={tmp_path}", "engine.num_engines=99")
+    assert done.returncode == 2
+    assert "the cluster lacks {'CPU': " in done.stderr

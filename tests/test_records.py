@@ -1,0 +1,150 @@
+"""Records: a scored tree comes back from Arrow, Parquet and pickle as it was."""
+
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.algo.trees import make_step, make_tree, trees
+from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
+from treerpo_ray.records import SCHEMA, TreeRecord, from_table, to_table
+from treerpo_ray.verifier import Verdict
+
+FINITE = st.floats(0, 1e6)
+TEXT = st.text(max_size=5)
+
+
+def make_record(tree: Tree, verdicts: tuple[Verdict, ...], **changes: object) -> TreeRecord:
+    record = TreeRecord(
+        ticket=5,
+        attempt=1,
+        prompt_id="train-5",
+        question="1+1=?",
+        answers=("2", "two"),
+        seed=2**63 - 1,
+        engine=0,
+        grow_s=0.25,
+        finished_at_s=1.7e9 + 0.125,
+        tree=tree,
+        leaf_texts=tuple(f"leaf {leaf}" for leaf in tree.leaves),
+        verdicts=verdicts,
+    )
+    return replace(record, **changes)
+
+
+@st.composite
+def records(draw: st.DrawFn) -> TreeRecord:
+    tree = draw(trees())
+    steps = []
+    for index, step in enumerate(tree.steps):
+        if index in tree.leaves and draw(st.booleans()):
+            steps.append(empty_step(step.parent))
+        else:
+            size = len(step.token_ids)
+            versions = draw(st.lists(st.integers(0, 2**31 - 1), min_size=size, max_size=size))
+            stop = draw(st.sampled_from([StopReason.BOUNDARY, StopReason.END_OF_TEXT]))
+            steps.append(replace(step, versions=np.array(versions, np.int32), stop=stop))
+    tree = Tree(prompt_ids=tree.prompt_ids, steps=tuple(steps))
+    size = len(tree.leaves)
+    verdicts = draw(st.lists(st.sampled_from(list(Verdict)), min_size=size, max_size=size))
+    return make_record(
+        tree,
+        tuple(verdicts),
+        ticket=draw(st.integers(0, 2**62)),
+        question=draw(TEXT),
+        answers=tuple(draw(st.lists(TEXT, max_size=2))),
+        seed=draw(st.integers(0, 2**63 - 1)),
+        grow_s=draw(FINITE),
+        leaf_texts=tuple(draw(st.lists(TEXT, min_size=size, max_size=size))),
+    )
+
+
+def empty_step(parent: int) -> Step:
+    return replace(make_step(parent, np.empty(0, np.int32)), stop=StopReason.ERROR)
+
+
+def plain(record: TreeRecord) -> tuple[object, ...]:
+    """Everything of a record, dtypes included, in a form that can be compared."""
+    scalars = [getattr(record, name) for name in TreeRecord.__slots__ if name != "tree"]
+    arrays = [record.tree.prompt_ids]
+    for step in record.tree.steps:
+        arrays += [step.token_ids, step.logprobs, step.versions]
+    stops = [(step.parent, step.stop, type(step.stop)) for step in record.tree.steps]
+    return *scalars, stops, [(array.dtype, array.tobytes()) for array in arrays]
+
+
+@given(drawn=st.lists(records(), max_size=3))
+def test_trees_come_back_from_arrow_as_they_were(drawn: list[TreeRecord]) -> None:
+    table = to_table(drawn)
+    assert table.schema.equals(SCHEMA, check_metadata=True)
+    assert table.num_rows == len(drawn)
+    assert [plain(record) for record in from_table(table)] == [plain(record) for record in drawn]
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(drawn=st.lists(records(), max_size=3))
+def test_trees_come_back_from_parquet_as_they_were(drawn: list[TreeRecord], tmp_path) -> None:
+    pyarrow.parquet.write_table(to_table(drawn), tmp_path / "trees.parquet")
+    back = from_table(pyarrow.parquet.read_table(tmp_path / "trees.parquet"))
+    assert [plain(record) for record in back] == [plain(record) for record in drawn]
+
+
+@settings(max_examples=20)
+@given(record=records())
+def test_a_tree_comes_back_from_pickle_as_it_was(record: TreeRecord) -> None:
+    record.tree.children  # noqa: B018 - a cached property must not get in the way
+    assert plain(pickle.loads(pickle.dumps(record))) == plain(record)
+
+
+def test_a_slice_and_a_concatenation_of_tables_hold_their_own_trees() -> None:
+    drawn = [make_record(make_tree([ROOT] * n), (), ticket=n) for n in (1, 2, 3)]
+    table = pa.concat_tables([to_table(drawn[:2]), to_table(drawn[2:])])
+    assert [plain(record) for record in from_table(table.slice(1))] == [
+        plain(record) for record in drawn[1:]
+    ]
+
+
+def test_a_tree_without_steps_and_one_whose_every_step_is_empty_come_back() -> None:
+    errors = Tree(prompt_ids=np.array([1], np.int32), steps=(empty_step(ROOT), empty_step(ROOT)))
+    drawn = [make_record(make_tree([]), ()), make_record(errors, (Verdict.ERRORED,) * 2)]
+    back = from_table(to_table(drawn))
+    assert [plain(record) for record in back] == [plain(record) for record in drawn]
+    assert [len(record.tree.steps) for record in back] == [0, 2]
+
+
+def test_logprobs_that_are_not_numbers_come_back_as_they_were() -> None:
+    logprobs = np.array([np.nan, -np.inf, -0.1], np.float32)
+    step = replace(make_step(ROOT, np.arange(3, dtype=np.int32)), logprobs=logprobs)
+    tree = Tree(prompt_ids=np.array([1], np.int32), steps=(step,))
+    [back] = from_table(to_table([make_record(tree, ())]))
+    np.testing.assert_array_equal(back.tree.steps[0].logprobs, logprobs)
+
+
+@pytest.mark.parametrize("metadata", [None, {"treerpo_schema": "0"}, {"treerpo_schema": "2"}])
+def test_a_table_of_another_schema_version_is_refused(metadata: dict[str, str] | None) -> None:
+    table = to_table([]).replace_schema_metadata(metadata)
+    found = "0" if metadata is None else metadata["treerpo_schema"]
+    told = rf"^trees were written with schema {'[?]' if metadata is None else found}, this reads 1$"
+    with pytest.raises(ValueError, match=told):
+        from_table(table)
+
+
+def test_rewards_stand_at_the_leaves_and_an_errored_or_timed_out_leaf_has_none() -> None:
+    tree = make_tree([ROOT, ROOT, 0, 0, 0, 0, 0])
+    verdicts = (
+        *(Verdict.CORRECT, Verdict.WRONG, Verdict.UNANSWERED),
+        *(Verdict.CUT_OFF, Verdict.TIMED_OUT, Verdict.ERRORED),
+    )
+    rewards = make_record(tree, verdicts).rewards
+    nan = np.nan
+    np.testing.assert_array_equal(rewards, [nan, 1, 0, 0, 0, nan, nan])
+
+
+def test_a_tree_that_is_not_scored_has_no_rewards_to_give() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        make_record(make_tree([ROOT]), ()).rewards  # noqa: B018 - a property

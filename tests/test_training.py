@@ -1,0 +1,180 @@
+"""Whole runs: real Ray, real vLLM, real Ray Data and Ray Train, on two CPUs."""
+
+import io
+import threading
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import rich.console
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from treerpo_ray.analysis import Run
+from treerpo_ray.config import Config
+from treerpo_ray.console import Console
+from treerpo_ray.plan import load_inputs
+from treerpo_ray.records import TreeRecord
+from treerpo_ray.train import Outcome, finished_outcome, train
+
+pytestmark = [pytest.mark.ray, pytest.mark.engine]
+
+
+def run_training(config: Config) -> tuple[Outcome, str]:
+    """Train in the cluster that is connected; returns what the terminal showed too."""
+    shown = io.StringIO()
+    console = Console(config.run.num_steps, rich.console.Console(file=shown, width=120))
+    return train(config, load_inputs(config), console), shown.getvalue()
+
+
+def trees_of(run: Run) -> dict[int, TreeRecord]:
+    return {record.ticket: record for step in run.tree_steps() for record in run.trees(step)}
+
+
+def sampled(record: TreeRecord) -> list[list[int]]:
+    return [step.token_ids.tolist() for step in record.tree.steps]
+
+
+@pytest.fixture(scope="module")
+def strict(small_config, ray_cluster) -> tuple[Run, Outcome, str]:
+    """Three steps, strictly on-policy, one worker, one engine, without a break."""
+    config = small_config(
+        "run.name=strict", "run.num_steps=3", "gate.max_staleness=0", "sync.probe_every=1"
+    )
+    outcome, shown = run_training(config)
+    return Run(config.folder), outcome, shown
+
+
+def test_a_run_leaves_everything_that_its_folder_promises(strict) -> None:
+    run, outcome, shown = strict
+    folder = Path(run.folder)
+    assert outcome.is_complete and outcome.before and outcome.after
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints", "config.yaml", "eval", "events.jsonl", "logs", "metrics.jsonl",
+        "model", "trees",
+    ]  # fmt: skip
+    metrics = run.metrics()
+    assert metrics.loc[1:, "tokens/sampled"].sum() == outcome.sampled_tokens
+    assert metrics.loc[1:, "version"].tolist() == [1, 2, 3]
+    assert len(run.evaluations()) == 2
+    assert "3/3" in shown and "Pass@1" in shown
+
+
+def test_the_exported_model_is_what_was_trained(strict) -> None:
+    run, _, _ = strict
+    folder = Path(run.folder) / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    start = AutoModelForCausalLM.from_pretrained(
+        Path(__file__).parents[1] / "treerpo_ray/quickstart/model"
+    )
+    pairs = zip(model.parameters(), start.parameters(), strict=True)
+    assert any(not torch.equal(ours, theirs) for ours, theirs in pairs)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(tokenizer.encode("38+47=85")) == "38+47=85"
+
+
+def test_strictly_on_policy_trees_are_of_the_learners_version(strict) -> None:
+    run, _, _ = strict
+    metrics = run.metrics().loc[1:]
+    assert (metrics["staleness/max"] == 0).all()
+    assert (metrics["mismatch/max"] < 1e-3).all()
+    for step in run.tree_steps():
+        for record in run.trees(step):
+            assert record.tree.min_version == record.tree.max_version == step - 1
+
+
+def test_every_ticket_is_consumed_once_by_its_step(strict) -> None:
+    run, _, _ = strict
+    events = run.events()
+    consumed = events[events.kind == "consumed"]
+    assert consumed["step"].tolist() == [0, 1, 2]
+    for step in run.tree_steps():
+        tickets = sorted(record.ticket for record in run.trees(step))
+        assert tickets == list(range(6 * (step - 1), 6 * step))
+
+
+def test_a_finished_run_is_not_run_again(strict, small_config) -> None:
+    _, outcome, _ = strict
+    config = small_config("run.name=strict", "run.num_steps=3", "gate.max_staleness=0")
+    again = finished_outcome(config, load_inputs(config))
+    assert again == outcome
+
+
+def test_a_stopped_and_resumed_run_consumes_the_same_trees(strict, small_config) -> None:
+    whole, _, _ = strict
+    common = ("gate.max_staleness=0", "sync.probe_every=1", "run.name=resumed")
+    first = small_config(*common, "run.num_steps=2")
+    assert run_training(first)[0].is_complete
+    config = small_config(*common, "run.num_steps=3")
+    outcome, _ = run_training(config)
+    assert outcome.is_complete
+    ours, theirs = trees_of(Run(config.folder)), trees_of(whole)
+    assert ours.keys() == theirs.keys()
+    for ticket, record in ours.items():
+        assert record.seed == theirs[ticket].seed
+        assert sampled(record) == sampled(theirs[ticket])
+    pd.testing.assert_series_equal(
+        Run(config.folder).metrics()["loss/total"], whole.metrics()["loss/total"], rtol=1e-4
+    )
+
+
+def test_two_workers_two_engines_and_a_lost_engine(small_config, ray_cluster) -> None:
+    config = small_config(
+        "run.name=two", "run.num_steps=6", "learner.num_workers=2", "engine.num_engines=2",
+        "engine.resources.CPU=0.4", "learner.resources.CPU=0.4", "evaluate.data.path=''",
+    )  # fmt: skip
+    killer = threading.Thread(target=kill_an_engine_after_step, args=(config.folder, 2))
+    killer.start()
+    outcome, shown = run_training(config)
+    killer.join()
+    assert outcome.is_complete
+    run = Run(config.folder)
+    metrics, events = run.metrics(), run.events()
+    assert (events.kind == "engine_lost").sum() == 1
+    assert "engine lost" in shown
+    serving = events[events.kind == "engine_serving"]
+    assert len(serving) == 3 or outcome.is_complete  # the new one may come after the last step
+    assert metrics["staleness/max"].max() <= 1
+    assert metrics["version"].max() == 6
+    trees = trees_of(run)
+    assert sorted(trees) == list(range(36))
+    assert (events.kind == "tree_finished").sum() == 36
+
+
+def kill_an_engine_after_step(folder: str, step: int) -> None:
+    while True:
+        time.sleep(0.1)
+        path = Path(folder) / "metrics.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= step:
+            break
+    import os
+    import signal
+
+    pids = [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and "ray::Engine." in command_of(entry)
+    ]
+    os.kill(pids[0], signal.SIGKILL)
+
+
+def command_of(process: Path) -> str:
+    try:
+        return (process / "cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def test_a_run_in_which_nothing_can_be_learned_says_so_and_ends_well(
+    small_config, ray_cluster
+) -> None:
+    config = small_config(
+        "run.name=pruned", "run.num_steps=2", "tree.step_tokens=[3,3]", "evaluate.data.path=''"
+    )
+    outcome, shown = run_training(config)
+    assert outcome.is_complete
+    assert shown.count("no step group was kept, so there was no update") == 2
+    metrics = Run(config.folder).metrics()
+    assert metrics["version"].tolist() == [0, 0]
+    assert metrics["verdict/cut_off"].sum() > 0

@@ -1,0 +1,33 @@
+"""Actor: a Ray actor's handle as the type checker should see it.
+
+Ray's own type says that a handle has no methods, so that what follows a call is not checked.
+What a method returns is not known here either: callers name its type.
+"""
+
+from typing import Literal, Protocol
+
+import ray
+
+
+class Actor(Protocol):
+    """A handle; each attribute is a method of the actor."""
+
+    def __getattr__(self, name: str) -> "Method":
+        """The method of that name."""
+
+
+class Method(Protocol):
+    """A method of an actor."""
+
+    def remote(self, *arguments: object) -> ray.ObjectRef:
+        """Call it."""
+
+    def options(self, *, num_returns: Literal["streaming"]) -> "StreamMethod":
+        """The same method, for one that yields."""
+
+
+class StreamMethod(Protocol):
+    """A method of an actor that yields."""
+
+    def remote(self, *arguments: object) -> ray.ObjectRefGenerator:
+        """Call it; the references come as it yields."""
