@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     is_dry = "--dry-run" in arguments
     try:
         config = load([argument for argument in arguments if argument != "--dry-run"])
-        from treerpo_ray.cluster import check_vllm, connected
+        from treerpo_ray.cluster import check_vllm
         from treerpo_ray.plan import load_inputs, plan_lines
 
         check_vllm(config)
@@ -33,24 +33,16 @@ def main(arguments: list[str]) -> int:
         print("\n".join(plan_lines(config, inputs)), file=sys.stderr)
         if is_dry:
             return 0
-        from treerpo_ray.train import (
-            describe_outcome,
-            finished_outcome,
-            output_to_log,
-            summary_json,
-            train,
-        )
+        from treerpo_ray.train import RunFailed, describe_outcome, run, summary_json
 
         console = Console(config.run.num_steps)
-        outcome = finished_outcome(config, inputs)
-        if outcome is not None:
-            console.note("this run is complete; another run.name or run.seed starts a new one")
-        else:
-            with output_to_log(config.folder), connected(config):
-                outcome = train(config, inputs, console)
+        outcome = run(config, inputs, console)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RunFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

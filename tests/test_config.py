@@ -1,5 +1,6 @@
 """Configuration: files and overrides merge, and every mistake is one line with its key."""
 
+import itertools
 import json
 import re
 from dataclasses import fields, is_dataclass
@@ -32,7 +33,8 @@ def mistake(*arguments: str) -> str:
 
 
 def all_keys(section: object, prefix: str = "") -> list[str]:
-    keys = []
+    assert is_dataclass(section)
+    keys: list[str] = []
     for item in fields(section):
         value = getattr(section, item.name)
         inner = is_dataclass(value)
@@ -208,7 +210,7 @@ def test_a_run_folder_is_its_root_and_name(root: str, folder: str) -> None:
 def test_every_key_is_described_with_its_default_and_a_note() -> None:
     lines = describe().splitlines()
     described = {}
-    for line, note in zip(lines, lines[1:], strict=False):
+    for line, note in itertools.pairwise(lines):
         if found := re.fullmatch(r"  (\w+\.\w+) = (.*)", line):
             key, default = found.groups()
             assert re.match(r" {6}\w.*\.?", note), f"{key} has no note"

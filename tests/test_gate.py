@@ -81,9 +81,7 @@ def test_epochs_and_seeds_are_shuffled_differently() -> None:
 
 
 @given(number=st.integers(0, 10**6), trees=SMALL, staleness=st.integers(0, 4))
-def test_a_ticket_is_a_pure_function_of_its_number(
-    number: int, trees: int, staleness: int
-) -> None:
+def test_a_ticket_is_a_pure_function_of_its_number(number: int, trees: int, staleness: int) -> None:
     other = make_gate(trees_per_step=trees, max_staleness=staleness)
     other.restart(2)
     assert other.ticket(number) == make_gate().ticket(number)

@@ -119,6 +119,13 @@ x<1, x>2|x>2, x<1
 5 cm|5
 25\text{ percent}|25\%
 f(x) = x^2+1|1+x^2
+x+2y=3|2x+4y=6
+y=2x-13|2x-y-13=0
+\$5|5\text{ dollars}
+20\text{ sq units}|20\text{ square units}
+5\text{ sq. cm}|5\text{ cm}^2
+5\text{ in}|5\text{ inches}
+18 eggs per day|18
 """
 
 DIFFERENT = r"""
@@ -197,6 +204,20 @@ x_1|x_2
 2x|2y
 \frac12,1|\frac12
 (1,2,3)|(1,2)
+x^2+1=0|x^2+2=0
+\sin x=2|\sin x=3
+a^2+b^2=-1|a^2+b^2=-2
+x=x|2x=2x
+\csc 0|\csc 10
+\cot 0|5
+5 million|5
+3\text{ and a half}|3
+2 thirds|2
+5 or more|5
+5 less than x|5
+3 squared|3
+2 xy|2
+5\text{ cents}|\$5
 """
 
 # Every answer of MATH train that is correct for the next row's different reference, looked at by
@@ -292,6 +313,21 @@ def test_the_last_answer_of_a_text_is_found(text, answer):
     assert find_answer(text) == answer
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("3 + 2 = 5, so that we go on to", None),
+        ("The answer is 12", None),
+        ("#### 12", None),
+        ("#### 12\nNow I che", "12"),
+        (r"It is \boxed{5}. Now I che", "5"),
+        (r"It is \boxed{5}. No, \boxed{6", "5"),
+    ],
+)
+def test_a_cut_off_text_answers_only_where_the_answer_is_whole(text, answer):
+    assert find_answer(text, is_cut_off=True) == answer
+
+
 def test_any_of_several_references_makes_an_answer_correct():
     assert check_answer(r"\boxed{7}", ("6", "7")) is True
     assert check_answer(r"\boxed{8}", ("6", "7")) is False
@@ -345,6 +381,9 @@ def test_hostile_text_never_runs(tmp_path, monkeypatch, text):
         "99999999999!",
         "((100!)!)!",
         r"\binom{999999999}{499999999}",
+        r"\binom{10^8}{10^7}",
+        r"\Gamma(9999999)",
+        r"\exp(9^{999999})",
         r"\sum_{n=1}^{999999999} n^n",
         r"\int_0^1 x^x dx",
         "{" * 400 + "1" + "}" * 400,

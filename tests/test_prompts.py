@@ -11,7 +11,13 @@ from transformers import PreTrainedTokenizerBase
 import treerpo_ray
 from treerpo_ray.config import PromptsConfig
 from treerpo_ray.problems import Problem
-from treerpo_ray.prompts import PromptSet, end_token_ids, load_tokenizer, resolve_model_path
+from treerpo_ray.prompts import (
+    PromptSet,
+    end_token_ids,
+    load_tokenizer,
+    one_token,
+    resolve_model_path,
+)
 from treerpo_ray.quickstart.tokenizer import make_tokenizer
 
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -142,3 +148,18 @@ def test_a_file_is_no_model_folder(tmp_path, monkeypatch):
     (tmp_path / "model").write_text("")
     with pytest.raises(ValueError, match="no such folder"):
         resolve_model_path("model")
+
+
+@pytest.mark.parametrize("text", ["\n", "a", "="])
+def test_a_delimiter_of_one_token_is_its_id(text):
+    tokenizer = make_tokenizer()
+    token = one_token(tokenizer, text)
+    assert tokenizer.decode([token]) == text
+
+
+@pytest.mark.parametrize(("text", "size"), [("", 0), ("\n\n", 2), ("ab", 2), ("\u00e9", 2)])
+def test_a_delimiter_of_more_or_less_than_one_token_is_one_line_with_the_key(text, size):
+    told = f"tree.delimiter={text!r} is {size} tokens for this tokenizer; it must be one"
+    with pytest.raises(ValueError) as caught:
+        one_token(make_tokenizer(), text)
+    assert str(caught.value) == told

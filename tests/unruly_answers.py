@@ -12,7 +12,7 @@ print("the worker's standard output goes nowhere")
 SELF_TEST = (("right", ("right",), True), ("left", ("right",), False), ("", ("right",), None))
 
 
-def check_answer(text: str, references: tuple[str, ...]) -> bool | None:
+def check_answer(text: str, references: tuple[str, ...], is_cut_off: bool) -> bool | None:
     if text == "sleep":
         time.sleep(3600)
     elif text == "hang in C":
@@ -26,7 +26,7 @@ def check_answer(text: str, references: tuple[str, ...]) -> bool | None:
     elif text == "raise":
         raise ValueError("a fault of the domain")
     elif text == "recurse":
-        check_answer(text, references)
+        check_answer(text, references, is_cut_off)
     elif text == "abort":
         os.abort()
     elif text == "exit":

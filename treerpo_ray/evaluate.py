@@ -13,6 +13,7 @@ from jaxtyping import Float
 from treerpo_ray.actor import Actor
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config import Config
+from treerpo_ray.metrics import Row
 from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.tree_stream import Scorer
@@ -50,6 +51,16 @@ class Evaluation:
     num_sampled_tokens: int
     seconds: float
 
+    def row(self) -> Row:
+        """Its row in `metrics.jsonl`."""
+        return {
+            "step": self.step,
+            "eval/pass_at_1": self.pass_at_1,
+            "eval/ci95_low": self.ci95_low,
+            "eval/ci95_high": self.ci95_high,
+            "eval/length": self.length,
+        }
+
 
 def evaluate(
     config: Config,
@@ -61,12 +72,13 @@ def evaluate(
     version: int,
     advance: Callable[[int], None],
 ) -> Evaluation:
-    """Sample, grade and summarise; engines must serve `version` already.
+    """Sample, grade and summarise, into the run folder; engines must serve `version` already.
 
     Args:
         config: The run's configuration.
         prompts: The held-out problems.
         pool: Actor of `EnginePool`.
+        run_log: Actor of `RunLog`.
         scorer: Grades the answers.
         step: Learner steps done.
         version: Version of the weights that is evaluated.
@@ -89,7 +101,10 @@ def evaluate(
             records += scorer.score(waiting)
             waiting = []
     records += scorer.score(waiting)
-    return summarise(config, records, step, version, time.monotonic() - start)
+    result = summarise(config, records, step, version, time.monotonic() - start)
+    save(result, config.folder)
+    ray.get(run_log.step.remote(result.row()))
+    return result
 
 
 def summarise(

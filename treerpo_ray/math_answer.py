@@ -37,19 +37,25 @@ NUMBER = re.compile(
 )
 
 
-def check_answer(text: str, references: tuple[str, ...]) -> bool | None:
+def check_answer(text: str, references: tuple[str, ...], is_cut_off: bool = False) -> bool | None:
     """Whether the text's final answer equals any of the references; None if it holds none."""
-    answer = find_answer(text)
+    answer = find_answer(text, is_cut_off)
     if answer is None:
         return None
     return any(is_equal(answer, reference) for reference in references)
 
 
-def find_answer(text: str) -> str | None:
-    r"""Last balanced \boxed{} or \fbox{}, else `#### x`, else "answer is x", else last number."""
+def find_answer(text: str, is_cut_off: bool = False) -> str | None:
+    r"""Last balanced \boxed{} or \fbox{}, else `#### x`, else "answer is x", else last number.
+
+    Where the length limit cut the text, its last line may be half an answer and its last number is
+    one of the reasoning's, so that neither counts.
+    """
     box = _last_box(text)
     if box is not None:
         return box
+    if is_cut_off:
+        text = text.rpartition("\n")[0]
     for pattern in (BARE_BOX, HASHES):
         found = pattern.findall(text)
         if found:
@@ -57,7 +63,7 @@ def find_answer(text: str) -> str | None:
     claims = ANSWER_IS.findall(text)
     if claims and EMPTY.sub("", claim := _claimed(claims[-1])):
         return claim
-    numbers = NUMBER.findall(text)
+    numbers = [] if is_cut_off else NUMBER.findall(text)
     return numbers[-1] if numbers else None
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, Expr, MatrixBase, nan, zoo
+from sympy import Basic, Eq, Expr, MatrixBase, nan, zoo
 
 from treerpo_ray.math_notation import (
     closing,
@@ -49,7 +49,9 @@ NAME = re.compile(
 CONSTANT = r"(?:\\(?:frac|sqrt|pi|cdot|times|%)|[^\\A-Za-z=])"
 CHAIN = re.compile(rf"{CONSTANT}+(?:={CONSTANT}+)+")  # 2 + 4 = 6
 MATRIX = re.compile(r"\\begin\{([a-z]+)\}(.*)\\end\{\1\}", re.DOTALL)
-UNBOUNDED = re.compile(r"\\(?:sum|prod|int|lim|begin)|[)}!]\s*!|\d{4}\s*!|\d_|\*\*|binom.*\d{4}")
+UNBOUNDED = re.compile(
+    r"\\(?:sum|prod|int|lim|begin|Gamma|exp)|[)}!]\s*!|\d{4}\s*!|\d_|\*\*|binom.*(?:\d{4}|\^)"
+)
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -203,21 +205,30 @@ def _parsed(latex: str) -> Basic | MatrixBase | None:
 
 
 def _is_apart(a: Basic | MatrixBase, b: Basic | MatrixBase) -> bool:
-    """Whether two expressions are of different kinds or differ in value at a probe."""
+    """Whether two expressions are of different kinds or differ in value at a probe.
+
+    Equations are apart unless one is a multiple of the other: math-verify compares their solutions,
+    and takes any two without a real solution for the same.
+    """
+    is_equation = isinstance(a, Eq) and isinstance(b, Eq)
+    if is_equation:
+        a, b = a.args[0] - a.args[1], b.args[0] - b.args[1]
     if not (isinstance(a, Expr) and isinstance(b, Expr)):
         return isinstance(a, Expr) or isinstance(b, Expr)
     if a.has(nan, zoo) or b.has(nan, zoo):
         return True
     names = sorted(a.free_symbols | b.free_symbols, key=str)
+    ratios = []
     for probe in PROBES:
         point = {name: probe + index for index, name in enumerate(names)}
         try:
             value_a, value_b = complex(a.evalf(subs=point)), complex(b.evalf(subs=point))
-        except (TypeError, ValueError, OverflowError, AttributeError):
-            return False  # has no value, such as an unknown function's: for math-verify
-        if not _is_close(value_a, value_b):
+        except (TypeError, ValueError, ArithmeticError, AttributeError):
+            return is_equation  # has no value, such as an unknown function's: for math-verify
+        if not is_equation and not _is_close(value_a, value_b):
             return True
-    return False
+        ratios.append(value_a / value_b if value_b else 0)
+    return is_equation and not (all(ratios) and _is_close(*ratios))
 
 
 def _is_close(a: complex, b: complex) -> bool:

@@ -7,6 +7,7 @@ REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"(?<=\d)(?:,\s*\\!|\\!,|\{,\}|\\,)\s*(?=\d{3}(?!\d))", ""),
+        (r"\\\$\s*((?:\d[\d.,]*)?\d)", r"\1\\text{ dollar}"),
         (r"\\\$|\\?°|\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-z]))|\\degrees?(?![a-z])", ""),
         (r"\$|(?<!\\)\\[()\[\]]|^\*\*|\*\*$", ""),
         (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])", ""),
@@ -57,7 +58,20 @@ RATIO = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:/(\d+))?")
 MIXED = re.compile(r"([+-]?)(\d+)\s+(\d+)/(\d+)")
 PERCENT = re.compile(r"(.*?[^\s\\])\s*(?:\\?%|\bpercent)", re.DOTALL)
 UNIT = re.compile(r"(.*[^\s,])\s*\\text\{\s*([A-Za-z][A-Za-z ./]*)\}(\^\{?[23]\}?)?", re.DOTALL)
-PLAIN_UNIT = re.compile(r"([+-]?[\d.,/]+)\s+([A-Za-z]{2}[A-Za-z ]*)(\^[23])?")
+PLAIN_UNIT = re.compile(
+    r"([+-]?[\d.,/]+)\s+((?:[A-Za-z]{3}|[cmk]m|ft|in|lb|kg|hr)[A-Za-z ]*)(\^[23])?"
+)
+NOT_A_UNIT = re.compile(  # words that make another number of the one before them
+    r"\b(?:and|or|to|of|more|less|fewer|than|plus|minus|times|over|hal(?:f|ves)|thirds?|fourths?"
+    r"|quarters?|fifths?|sixths?|eighths?|tenths?|dozens?|hundreds?|thousands?|[mbtr]*illions?"
+    r"|squared|cubed|factorial)\b",
+    re.IGNORECASE,
+)
+SPELLINGS = (
+    {"percent": "%", "degree": "", "inche": "inch", "in": "inch", "feet": "foot"}
+    | {"ft": "foot", "hr": "hour", "min": "minute", "sec": "second", "lb": "pound", "meter": "m"}
+    | {"centimeter": "cm", "kilometer": "km", "millimeter": "mm"}
+)
 
 
 def normalised(text: str) -> str:
@@ -84,10 +98,12 @@ def without_unit(text: str) -> tuple[str, str]:
     if percent:
         return percent[1], "%"
     unit = UNIT.fullmatch(text) or PLAIN_UNIT.fullmatch(text)
-    if not unit:
+    if not unit or NOT_A_UNIT.search(unit[2]):
         return text, ""
-    name = re.sub(r"[ .]|s$", "", unit[2].strip().lower()) + re.sub(r"[{}]", "", unit[3] or "")
-    return unit[1], {"percent": "%", "degree": ""}.get(name, name)
+    name = re.sub(r"^sq(?:uare)?\.? (.*)", r"\1^2", unit[2].strip().lower())
+    name = re.sub(r"^cu(?:bic)?\.? (.*)", r"\1^3", name) + re.sub(r"[{}]", "", unit[3] or "")
+    name, _, power = re.sub(r"[ .]|s(?=\^|$)", "", name).partition("^")
+    return unit[1], SPELLINGS.get(name, name) + power
 
 
 def number(text: str) -> Fraction | None:

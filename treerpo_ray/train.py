@@ -9,6 +9,7 @@ import signal
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from ray.train.torch import TorchTrainer
 from treerpo_ray import evaluate
 from treerpo_ray.actor import Actor
 from treerpo_ray.checkpoint import Checkpoints
+from treerpo_ray.cluster import connected
 from treerpo_ray.config import Config, to_yaml
 from treerpo_ray.console import Console
 from treerpo_ray.engine_pool import EnginePool
@@ -54,6 +56,35 @@ class Outcome:
     """Whether the run did all its steps, and was not stopped before."""
 
 
+class RunFailed(Exception):
+    """A run ended for good; one line with the cause and where to look."""
+
+
+def run(config: Config, inputs: Inputs, console: Console) -> Outcome:
+    """Run, resume or just report what `config` describes, on the cluster that is there.
+
+    Raises:
+        ValueError: the cluster lacks resources that the run needs.
+        RunFailed: something failed for good; the same command goes on from the last checkpoint.
+    """
+    outcome = finished_outcome(config, inputs)
+    if outcome is not None:
+        console.note("this run is complete; another run.name starts a new one")
+        return outcome
+    with output_to_log(config.folder):
+        try:
+            with connected(config):
+                return train(config, inputs, console)
+        except Exception as error:
+            if isinstance(error, ValueError) and not isinstance(error, ray.exceptions.RayError):
+                raise
+            traceback.print_exc()
+            raise RunFailed(
+                f"{root_cause(error)}; traces are in {config.folder}/logs, the same command goes "
+                "on from the last checkpoint"
+            ) from error
+
+
 def train(config: Config, inputs: Inputs, console: Console) -> Outcome:
     """Run or resume a training on the Ray cluster that is connected.
 
@@ -72,7 +103,7 @@ def train(config: Config, inputs: Inputs, console: Console) -> Outcome:
             scorer = Scorer(config, tokenizer)
         before = _evaluate(config, inputs, stations, scorer, console, step=0)
         steps_done = _fit(config, inputs, stations, console)
-        is_complete = steps_done == config.run.num_steps
+        is_complete = steps_done >= config.run.num_steps
         after = None
         if is_complete:
             after = _evaluate(config, inputs, stations, scorer, console, step=steps_done)
@@ -134,7 +165,9 @@ def _build(config: Config, inputs: Inputs) -> Stations:
 
 def _fit(config: Config, inputs: Inputs, stations: Stations, console: Console) -> int:
     """Run the train workers beside the console; returns the learner steps that are done."""
-    task = WorkerTask(config=config, prompts=inputs.prompts, stations=stations)
+    task = WorkerTask(
+        config=config, prompts=inputs.prompts, held_out=inputs.held_out, stations=stations
+    )
     resources = dict(config.learner.resources)
     trainer = TorchTrainer(
         run_worker,
@@ -222,21 +255,13 @@ def _evaluate(
             config,
             inputs.held_out,
             stations.pool,
+            stations.run_log,
             scorer,
             step=step,
             version=version,
             advance=advance,
         )
-    evaluate.save(result, config.folder)
-    row = {
-        "step": step,
-        "eval/pass_at_1": result.pass_at_1,
-        "eval/ci95_low": result.ci95_low,
-        "eval/ci95_high": result.ci95_high,
-        "eval/length": result.length,
-    }
-    ray.get(stations.run_log.step.remote(row))
-    console.print_step(row)
+    console.print_step(result.row())
     return result
 
 
@@ -267,6 +292,20 @@ def _write_config(config: Config) -> None:
     fs, root = fsspec.core.url_to_fs(config.folder)
     fs.makedirs(root, exist_ok=True)
     fs.pipe_file(f"{root}/config.yaml", to_yaml(config).encode())
+
+
+def root_cause(error: BaseException) -> str:
+    """One line for what made a run fail, from under the wrappers that Ray puts around it."""
+    while True:
+        inner = error.__cause__
+        if isinstance(error, ray.train.WorkerGroupError):
+            inner = next(iter(error.worker_failures.values()))
+        elif isinstance(error, ray.exceptions.RayTaskError):
+            inner = error.cause
+        if inner is None or inner is error:
+            lines = str(error).strip().splitlines()
+            return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
+        error = inner
 
 
 def summary_json(config: Config, outcome: Outcome) -> str:

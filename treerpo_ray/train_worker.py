@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import fsspec
@@ -18,10 +19,12 @@ from treerpo_ray.actor import Actor
 from treerpo_ray.checkpoint import Checkpoints, publish_folder
 from treerpo_ray.config import Config
 from treerpo_ray.engine import EngineStats
+from treerpo_ray.evaluate import evaluate
 from treerpo_ray.learner import DTYPES, Learner, UpdateResult
 from treerpo_ray.metrics import Event, Row
 from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import from_table
+from treerpo_ray.tree_stream import Scorer
 from treerpo_ray.weights import Probe, pack_weights
 
 log = logging.getLogger(__name__)
@@ -47,6 +50,7 @@ class WorkerTask:
 
     config: Config
     prompts: PromptSet
+    held_out: PromptSet | None
     stations: Stations
 
 
@@ -60,6 +64,7 @@ class TrainWorker:
 
     def __init__(self, task: WorkerTask) -> None:
         self.config, self.stations = task.config, task.stations
+        self.held_out = task.held_out
         self.probe_ids = task.prompts.token_ids[0][:PROBE_TOKENS]
         context = ray.train.get_context()
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
@@ -120,6 +125,7 @@ class TrainWorker:
         if self.is_first:
             if result.has_updated:
                 self._publish()
+            self._evaluate()
             is_last = ray.get(self.stations.gate.consumed.remote(self.step - 1))
             times = {
                 "time/wait_s": arrived - start,
@@ -166,6 +172,25 @@ class TrainWorker:
         refs = [ray.put(chunk) for chunk in chunks]
         ray.get(self.stations.weight_sync.publish.remote(manifest, refs, probe))
         self._note("published", version=learner.version, digest=manifest.digests[0])
+
+    def _evaluate(self) -> None:
+        """Evaluate if it is due; the learner waits, so that all answers are of one version."""
+        every = self.config.evaluate.every
+        is_due = every and self.step % every == 0 and self.step < self.config.run.num_steps
+        if not is_due or self.held_out is None:
+            return
+        tokenizer = self.learner.policy.tokenizer
+        with closing(Scorer(self.config, tokenizer)) as scorer:
+            evaluate(
+                self.config,
+                self.held_out,
+                self.stations.pool,
+                self.stations.run_log,
+                scorer,
+                step=self.step,
+                version=self.learner.version,
+                advance=lambda num_problems: None,
+            )
 
     def _save(self) -> None:
         self.checkpoints.save(self.step, self.learner.write)

@@ -87,8 +87,8 @@ class Verifier:
     """A pool of processes that grade answers; the processes start at construction, in parallel.
 
     Args:
-        check: module with `check_answer(text, references) -> bool | None` (None: the text holds no
-            answer) and `SELF_TEST`, a tuple of (text, references, expected).
+        check: module with `check_answer(text, references, is_cut_off) -> bool | None` (None: the
+            text holds no answer) and `SELF_TEST`, a tuple of (text, references, expected).
         num_workers: processes.
         timeout_s: seconds for one answer.
         memory_mib: memory that a process may take on top of what its imports took.
@@ -199,7 +199,8 @@ class Verifier:
     def _send(self, worker: _Worker, answers: Sequence[Answer], todo: deque[int]) -> None:
         share = math.ceil(len(todo) / (2 * len(self._workers)))
         worker.pending.extend(todo.popleft() for _ in range(min(CHUNK, share)))
-        chunk = [(answers[index].text, answers[index].references) for index in worker.pending]
+        sent = [answers[index] for index in worker.pending]
+        chunk = [(answer.text, answer.references, answer.is_cut_off) for answer in sent]
         try:
             worker.connection.send_bytes(json.dumps(chunk).encode())
         except OSError:  # it died while idle: none of these answers is to blame

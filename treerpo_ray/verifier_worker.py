@@ -38,11 +38,11 @@ def serve(check: str, fd: int, timeout_s: float, memory_mib: int, parent: int) -
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         connection.send_bytes(json.dumps(self_test).encode())
         while True:
-            for text, references in json.loads(connection.recv_bytes()):
+            for text, references, is_cut_off in json.loads(connection.recv_bytes()):
                 # The kernel ends a worker that hangs with nobody left to kill it.
                 signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s)
                 try:
-                    reply = REPLIES[check_answer(text, tuple(references))]
+                    reply = REPLIES[check_answer(text, tuple(references), is_cut_off)]
                 except MemoryError:
                     os._exit(1)  # what else failed in here is unknown
                 except Exception:

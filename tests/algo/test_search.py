@@ -1,7 +1,7 @@
 """The search asks for each step once, waits for no level, and gives the same tree again."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -81,8 +81,16 @@ def scripted_step(path: Path, stop: StopReason = StopReason.BOUNDARY) -> Step:
     )
 
 
-def search(script: Script, held: list[SiblingGroup] | None = None) -> AsyncIterator[SiblingGroup]:
-    return grow(PROMPT, script.shape, script, seed=SEED, held=held or [])
+def search(
+    script: Script, held: list[SiblingGroup] | None = None
+) -> AsyncGenerator[SiblingGroup, None]:
+    groups = grow(PROMPT, script.shape, script, seed=SEED, held=held or [])
+    assert isinstance(groups, AsyncGenerator), "a search can be closed"
+    return groups
+
+
+async def first_of(groups: AsyncGenerator[SiblingGroup, None]) -> SiblingGroup:
+    return await anext(groups)
 
 
 def grown(script: Script, held: list[SiblingGroup] | None = None) -> list[SiblingGroup]:
@@ -128,7 +136,7 @@ def test_the_children_of_a_group_stand_in_the_order_of_their_numbers_however_the
     async def scenario() -> list[SiblingGroup]:
         shape = TreeShape(num_children=(3,), step_tokens=(1,))
         script = Script(shape, gates={(n,): asyncio.Event() for n in range(3)})
-        task = asyncio.create_task(anext(search(script)))
+        task = asyncio.create_task(first_of(search(script)))
         for number in (2, 0, 1):
             await settle()
             assert not task.done()
@@ -145,7 +153,7 @@ def test_a_fast_child_is_expanded_while_its_sibling_still_runs_and_its_groups_wa
     async def scenario() -> list[Path]:
         script = Script(gates={(1,): asyncio.Event()})
         groups = search(script)
-        first = asyncio.create_task(anext(groups))
+        first = asyncio.create_task(first_of(groups))
         await settle()
         below = {path for path in script.calls if path[0] == 0}
         assert below == {(0,)} | {(0, *rest) for rest in [(0,), (1,)]} | {
@@ -162,9 +170,7 @@ def test_a_fast_child_is_expanded_while_its_sibling_still_runs_and_its_groups_wa
     assert order[0] == ()
 
 
-def test_groups_are_yielded_while_a_branch_still_runs_and_a_grandchild_group_awaits_its_parents() -> (
-    None
-):
+def test_groups_come_while_a_branch_still_runs_and_a_grandchild_group_awaits_its_parent() -> None:
     async def scenario() -> tuple[list[Path], list[Path]]:
         script = Script(gates={(1, 0): asyncio.Event()})
         groups = search(script)
@@ -204,7 +210,7 @@ def test_closing_the_search_cancels_every_request() -> None:
         running = [(1,), (0, 1), (0, 0, 0)]
         script = Script(gates={path: asyncio.Event() for path in running})
         groups = search(script)
-        waiting = asyncio.create_task(anext(groups))
+        waiting = asyncio.create_task(first_of(groups))
         await settle()
         script.gates[(1,)].set()
         await waiting
@@ -220,7 +226,7 @@ def test_closing_the_search_cancels_every_request() -> None:
 def test_cancelling_the_task_that_waits_for_a_group_cancels_every_request() -> None:
     async def scenario() -> Script:
         script = Script(gates={(0,): asyncio.Event(), (1, 0): asyncio.Event()})
-        task = asyncio.create_task(anext(search(script)))
+        task = asyncio.create_task(first_of(search(script)))
         await settle()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -271,7 +277,8 @@ def test_a_tree_does_not_depend_on_the_order_of_its_groups(
 ) -> None:
     shape = TreeShape(num_children=tuple(branching), step_tokens=(1,) * len(branching))
     reason = st.sampled_from(list(StopReason))
-    groups, level = [], [()]
+    groups: list[SiblingGroup] = []
+    level: list[Path] = [()]
     while level:
         path = level.pop(0)
         if len(path) < len(branching):
@@ -303,10 +310,9 @@ def test_a_group_without_its_parents_is_refused() -> None:
         assemble(PROMPT, [group])
 
 
-def test_the_seeds_of_a_trees_steps_are_distinct_reproducible_and_fit_a_signed_64_bit_number() -> (
-    None
-):
-    paths = [(a,) for a in range(8)] + [(a, b) for a in range(8) for b in range(8)]
+def test_the_seeds_of_steps_are_distinct_reproducible_and_fit_a_signed_64_bit_number() -> None:
+    paths: list[Path] = [(a,) for a in range(8)]
+    paths += [(a, b) for a in range(8) for b in range(8)]
     seeds = {step_seed(tree, path) for tree in (0, 1, 2**63 - 1) for path in paths}
     assert len(seeds) == 3 * len(paths)
     assert all(0 <= seed < 2**63 for seed in seeds)
