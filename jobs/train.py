@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job has only a working folder
 
-from treerpo_ray.config import describe, load
+from treerpo_ray.config_file import describe, load
 from treerpo_ray.console import Console
 
 
@@ -33,7 +33,8 @@ def main(arguments: list[str]) -> int:
         print("\n".join(plan_lines(config, inputs)), file=sys.stderr)
         if is_dry:
             return 0
-        from treerpo_ray.train import RunFailed, describe_outcome, run, summary_json
+        from treerpo_ray.outcome import describe_outcome, summary_json
+        from treerpo_ray.train import RunFailed, run
 
         console = Console(config.run.num_steps)
         outcome = run(config, inputs, console)

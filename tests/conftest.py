@@ -9,7 +9,8 @@ import pytest
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("WANDB_MODE", "offline")
 
-from treerpo_ray.config import Config, load
+from treerpo_ray.config import Config
+from treerpo_ray.config_file import load
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [

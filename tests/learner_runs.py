@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +36,8 @@ VERDICTS = {
     "e": Verdict.ERRORED,
     "t": Verdict.TIMED_OUT,
 }
-
 FREE = LearnerConfig(learning_rate=1e-3, clip_grad_norm=1e9, weight_decay=0.01)
+"""A learner whose gradient is not clipped."""
 MIXED = ("ccwww", "wwccw", "cwwcw", "wcwwc")
 """Verdicts of four trees, each with a kept group; the first has a pruned one."""
 
@@ -85,10 +86,12 @@ def with_logprobs(record: TreeRecord, logprobs: Sequence[Tensor]) -> TreeRecord:
 
 
 def mixed(*, first: int = 0, version: int = 0) -> list[TreeRecord]:
+    """Four trees with the verdicts MIXED, from ticket `first` on."""
     return [make_record(first + i, v, version=version) for i, v in enumerate(MIXED)]
 
 
 def all_wrong(*, first: int, count: int) -> list[TreeRecord]:
+    """Trees without a kept group, from ticket `first` on."""
     return [make_record(first + i, "wwwuw") for i in range(count)]
 
 
@@ -139,6 +142,7 @@ class State:
 
 
 def assert_nothing_moved(before: State, after: State) -> None:
+    """Bitwise."""
     assert (after.version, after.num_steps) == (before.version, before.num_steps)
     assert after.learning_rate == before.learning_rate
     torch.testing.assert_close(after.parameters, before.parameters, atol=0, rtol=0)
@@ -165,7 +169,13 @@ def run_worker(rank: int, folder: Path, cases: dict[str, tuple[Config, Updates]]
     """One of two workers: writes what it saw of each case to `folder`/`rank`.pt."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),  # workers that disagree fail, and do not wait for ever
+    )
     seen = {name: run_updates(*case, rank) for name, case in cases.items()}
     torch.save(seen, folder / f"{rank}.pt")
     dist.destroy_process_group()

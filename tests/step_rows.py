@@ -37,7 +37,7 @@ def bernoulli_by_hand(record: TreeRecord, threshold: float) -> dict[int, float]:
     for leaf, verdict in zip(record.tree.leaves, record.verdicts, strict=True):
         values[leaf] = REWARDS.get(verdict, math.nan)
     groups = {p: [i for i, s in enumerate(steps) if s.parent == p] for p in range(-1, len(steps))}
-    advantages = {}
+    advantages: dict[int, float] = {}
     for parent in sorted((p for p in groups if groups[p]), reverse=True):
         group = [values[i] for i in groups[parent]]
         mean = sum(group) / len(group)
@@ -69,4 +69,9 @@ def row_gradients(
             (tokens.sum() / num_tokens).backward()
         else:
             (tokens.mean() / len(trained)).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    return gradients(model)
+
+
+def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The gradient of every parameter that has one."""
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -11,7 +11,8 @@ from treerpo_ray.cluster import (
     missing_resources,
     needed_resources,
 )
-from treerpo_ray.config import Config, load
+from treerpo_ray.config import Config
+from treerpo_ray.config_file import load
 from treerpo_ray.tree_stream import TASK_CPUS
 
 CPU = "engine.resources={CPU: 0.5}"

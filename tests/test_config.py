@@ -10,7 +10,8 @@ import pytest
 
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.loss import Normalisation
-from treerpo_ray.config import POSITIVE, Config, describe, load, to_yaml
+from treerpo_ray.config import POSITIVE, Config
+from treerpo_ray.config_file import describe, load, to_yaml
 
 CONF = Path(__file__).parents[1] / "conf"
 FILES = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml"))

@@ -8,7 +8,8 @@ import pytest
 
 from tests.algo.trees import make_tree
 from treerpo_ray.algo.tree import ROOT
-from treerpo_ray.config import Config, load
+from treerpo_ray.config import Config
+from treerpo_ray.config_file import load
 from treerpo_ray.evaluate import Evaluation, bootstrap_interval, read, save, summarise
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.verifier import Verdict

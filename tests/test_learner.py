@@ -19,7 +19,7 @@ from learner_runs import (
     run_updates,
     with_logprobs,
 )
-from step_rows import bernoulli_by_hand, plain_model, row, row_gradients
+from step_rows import bernoulli_by_hand, gradients, plain_model, row, row_gradients
 from tiny_models import save_tiny_model
 from torch import Tensor
 
@@ -96,8 +96,7 @@ def test_a_tree_of_depth_one_is_grpo(path: str, normalisation: Normalisation) ->
             else:
                 loss = loss - surrogate.sum() / num_tokens
     loss.backward()
-    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert_same_gradients(state.gradients, grads)
+    assert_same_gradients(state.gradients, gradients(model))
 
 
 @pytest.mark.parametrize(("shift", "weight", "share"), [(0.25, math.exp(0.25), 0), (1.0, 2.0, 1)])

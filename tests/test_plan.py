@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from treerpo_ray.config import Config, load
+from treerpo_ray.config import Config
+from treerpo_ray.config_file import load
 from treerpo_ray.plan import GIB, Inputs, count_parameters, load_inputs, plan_lines
 
 ROOT = Path(__file__).parents[1]

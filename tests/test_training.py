@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from treerpo_ray.analysis import Run
 from treerpo_ray.config import Config
 from treerpo_ray.console import Console
+from treerpo_ray.outcome import Outcome, finished_outcome
 from treerpo_ray.plan import load_inputs
 from treerpo_ray.records import TreeRecord
-from treerpo_ray.train import Outcome, finished_outcome, train
+from treerpo_ray.train import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine]
 
@@ -97,7 +98,7 @@ def test_every_ticket_is_consumed_once_by_its_step(strict) -> None:
 def test_a_finished_run_is_not_run_again(strict, small_config) -> None:
     _, outcome, _ = strict
     config = small_config("run.name=strict", "run.num_steps=3", "gate.max_staleness=0")
-    again = finished_outcome(config, load_inputs(config))
+    again = finished_outcome(config)
     assert again == outcome
 
 

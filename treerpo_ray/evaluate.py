@@ -66,6 +66,7 @@ def evaluate(
     config: Config,
     prompts: PromptSet,
     pool: Actor,
+    run_log: Actor,
     scorer: Scorer,
     *,
     step: int,

@@ -3,7 +3,6 @@
 gate ──► engine pool ──► tree stream (scoring) ──► train workers ──► weight sync ──► engines
 """
 
-import json
 import logging
 import signal
 import tempfile
@@ -12,7 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -23,14 +22,15 @@ from ray.train.torch import TorchTrainer
 
 from treerpo_ray import evaluate
 from treerpo_ray.actor import Actor
-from treerpo_ray.checkpoint import Checkpoints
 from treerpo_ray.cluster import connected
-from treerpo_ray.config import Config, to_yaml
+from treerpo_ray.config import Config
+from treerpo_ray.config_file import to_yaml
 from treerpo_ray.console import Console
 from treerpo_ray.engine_pool import EnginePool
 from treerpo_ray.evaluate import Evaluation
 from treerpo_ray.gate import Gate
-from treerpo_ray.metrics import Event, Row, RunLog, latest_rows
+from treerpo_ray.metrics import Event, Row, RunLog
+from treerpo_ray.outcome import Outcome, collect_outcome, finished_outcome
 from treerpo_ray.plan import Inputs
 from treerpo_ray.prompts import load_tokenizer
 from treerpo_ray.train_worker import STREAM, Stations, WorkerTask, run_worker
@@ -41,19 +41,6 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.5
 """Time between looks at the run's log."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What a run came to."""
-
-    before: Evaluation | None
-    after: Evaluation | None
-    sampled_tokens: int
-    seconds: float
-    """Wall time of the training itself, of all sessions."""
-    is_complete: bool
-    """Whether the run did all its steps, and was not stopped before."""
 
 
 class RunFailed(Exception):
@@ -67,7 +54,7 @@ def run(config: Config, inputs: Inputs, console: Console) -> Outcome:
         ValueError: the cluster lacks resources that the run needs.
         RunFailed: something failed for good; the same command goes on from the last checkpoint.
     """
-    outcome = finished_outcome(config, inputs)
+    outcome = finished_outcome(config)
     if outcome is not None:
         console.note("this run is complete; another run.name starts a new one")
         return outcome
@@ -111,31 +98,7 @@ def train(config: Config, inputs: Inputs, console: Console) -> Outcome:
         if scorer is not None:
             scorer.close()
         _shut_down(stations)
-    return _outcome(config, before, after, is_complete=is_complete)
-
-
-def finished_outcome(config: Config, inputs: Inputs) -> Outcome | None:
-    """What a run came to that the run folder holds complete; None if there is work left."""
-    num_steps = config.run.num_steps
-    if num_steps not in Checkpoints(config.folder, config.checkpoint.keep).steps():
-        return None
-    before, after = (evaluate.read(config.folder, step) for step in (0, num_steps))
-    if inputs.held_out is not None and (before is None or after is None):
-        return None
-    return _outcome(config, before, after, is_complete=True)
-
-
-def _outcome(
-    config: Config, before: Evaluation | None, after: Evaluation | None, *, is_complete: bool
-) -> Outcome:
-    rows = [row for row in latest_rows(config.folder) if "tokens/sampled" in row]
-    return Outcome(
-        before=before,
-        after=after,
-        sampled_tokens=int(sum(row["tokens/sampled"] for row in rows)),
-        seconds=sum(row["time/step_s"] for row in rows),
-        is_complete=is_complete,
-    )
+    return collect_outcome(config, before, after, is_complete=is_complete)
 
 
 def _build(config: Config, inputs: Inputs) -> Stations:
@@ -306,41 +269,3 @@ def root_cause(error: BaseException) -> str:
             lines = str(error).strip().splitlines()
             return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
         error = inner
-
-
-def summary_json(config: Config, outcome: Outcome) -> str:
-    """The result as one line of JSON."""
-    before, after = outcome.before, outcome.after
-
-    def interval(result: Evaluation | None) -> list[float] | None:
-        return None if result is None else [round(result.ci95_low, 4), round(result.ci95_high, 4)]
-
-    return json.dumps(
-        {
-            "run": str(Path(config.folder)) if "://" not in config.folder else config.folder,
-            "pass_at_1_before": None if before is None else round(before.pass_at_1, 4),
-            "pass_at_1_after": None if after is None else round(after.pass_at_1, 4),
-            "ci95_before": interval(before),
-            "ci95_after": interval(after),
-            "length_before": None if before is None else round(before.length, 1),
-            "length_after": None if after is None else round(after.length, 1),
-            "sampled_tokens": outcome.sampled_tokens,
-            "seconds": round(outcome.seconds, 1),
-        }
-    )
-
-
-def describe_outcome(config: Config, outcome: Outcome) -> str:
-    """The result in plain words."""
-    spent = f"{outcome.sampled_tokens:,} sampled tokens and {outcome.seconds:.0f} s of training"
-    if not outcome.is_complete:
-        return f"stopped with a checkpoint after {spent}; the same command goes on: {config.folder}"
-    before, after = outcome.before, outcome.after
-    if before is None or after is None:
-        return f"done after {spent}; the run folder is {config.folder}"
-    return (
-        f"Pass@1 went from {before.pass_at_1:.1%} to {after.pass_at_1:.1%} "
-        f"({100 * (after.pass_at_1 - before.pass_at_1):+.1f} points) on {after.num_problems} "
-        f"held-out problems, answers from {before.length:.1f} to {after.length:.1f} tokens, "
-        f"with {spent}; the run folder is {config.folder}"
-    )

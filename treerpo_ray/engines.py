@@ -1,0 +1,236 @@
+"""Engines: the pool's engine actors; starts them, keeps them current, replaces the failed."""
+
+import asyncio
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+
+from treerpo_ray.actor import Actor
+from treerpo_ray.config import Config
+from treerpo_ray.engine import Engine, EngineStats
+from treerpo_ray.metrics import Event
+from treerpo_ray.weights import LoadProof, Manifest, Probe
+
+T = TypeVar("T")
+
+REPORT_EVERY_S = 30.0
+"""Time between reports of something that is being waited for."""
+MAX_STARTS = 5
+"""Starts of one engine, without a tree in between, after which the run fails."""
+
+
+@dataclass(eq=False, slots=True)
+class Member:
+    """An engine of the pool."""
+
+    index: int
+    actor: Actor
+    is_serving: bool = False
+    num_trees: int = 0
+    num_starts: int = 1
+
+    def kill(self) -> None:
+        """End its process at once."""
+        ray.kill(cast(ActorHandle, self.actor))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """A version of the weights that the engines serve."""
+
+    manifest: Manifest
+    chunks: list[ray.ObjectRef]
+    probe: Probe
+
+
+class Engines:
+    """All engines of a run; an engine serves only what it has proved.
+
+    Args:
+        config: The run's configuration.
+        run_log: Actor of `RunLog`, told of engines that come, go or are waited for.
+        log_folder: Where the engines' output goes; None leaves it to Ray.
+    """
+
+    def __init__(self, config: Config, run_log: Actor, log_folder: str | None) -> None:
+        self.config, self.run_log, self.log_folder = config, run_log, log_folder
+        self.changed = asyncio.Condition()
+        """Notified whenever an engine begins to serve, and by the pool."""
+        self.failure: BaseException | None = None
+        """Why engines could not be replaced any more."""
+        self._members: list[Member] = []
+        self._served: Served | None = None
+        self._work: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Start every engine; returns once all of them can serve."""
+        count = self.config.engine.num_engines
+        self._members = [Member(index, self._make_actor(index)) for index in range(count)]
+        await asyncio.gather(*(self._bring_up(member) for member in self._members))
+
+    def _make_actor(self, index: int) -> Actor:
+        resources = dict(self.config.engine.resources)
+        actor = ray.remote(Engine).options(
+            num_cpus=resources.pop("CPU", 0),
+            num_gpus=resources.pop("GPU", 0),
+            resources=resources,  # what the two above left
+            max_concurrency=10_000,
+        )
+        return cast(Actor, actor.remote(self.config, index, self.log_folder))
+
+    async def _bring_up(self, member: Member) -> None:
+        """Start an engine, give it the latest weights, and let it serve once it has proved them."""
+        await self.wait_for(
+            member.actor.start.remote(),
+            f"engine {member.index} to start",
+            self.config.engine.start_timeout_s,
+        )
+        served = None
+        while served is not self._served:  # a newer version may come while one is loaded
+            served = self._served
+            assert served is not None  # versions only ever replace each other
+            await self._load(member, served, should_probe=True)
+        member.is_serving = True
+        self.note("engine_serving", engine=member.index, starts=member.num_starts)
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def _load(self, member: Member, served: Served, *, should_probe: bool) -> LoadProof:
+        timeout = self.config.engine.start_timeout_s
+        name = f"engine {member.index} to load version {served.manifest.version}"
+        load = member.actor.load.remote(served.manifest, served.chunks)
+        proof: LoadProof = await self.wait_for(load, name, timeout)
+        proof.check(served.manifest)
+        if should_probe:
+            probe = member.actor.probe.remote(served.probe.token_ids)
+            found: list[float] = await self.wait_for(
+                probe, f"engine {member.index} to be probed", timeout
+            )
+            pairs = zip(found, served.probe.logprobs, strict=True)
+            worst = max(abs(ours - theirs) for ours, theirs in pairs)
+            if worst > self.config.sync.probe_tolerance:
+                raise RuntimeError(
+                    f"engine {member.index} is {worst:.2g} nats a token off the learner at version "
+                    f"{served.manifest.version} (sync.probe_tolerance="
+                    f"{self.config.sync.probe_tolerance})"
+                )
+        return proof
+
+    async def serve(
+        self, manifest: Manifest, chunks: list[ray.ObjectRef], probe: Probe, should_probe: bool
+    ) -> None:
+        """Have every serving engine take over a version and prove it; one at least must.
+
+        Digests and version are proved each time, log-probabilities if `should_probe`, and by an
+        engine that comes up later in any case.
+        """
+        served = self._served = Served(manifest=manifest, chunks=chunks, probe=probe)
+        members = [member for member in self._members if member.is_serving]
+        loads = (self._load(member, served, should_probe=should_probe) for member in members)
+        results = await asyncio.gather(*loads, return_exceptions=True)
+        for member, result in zip(members, results, strict=True):
+            if isinstance(result, BaseException):
+                self.replace(member, result)
+        await self.pick()  # one that comes up anew has loaded this version before it serves
+
+    def replace(self, member: Member, error: BaseException) -> None:
+        """Take an engine out and start another in its place; nothing if that was done already."""
+        if member not in self._members:
+            return
+        member.is_serving = False
+        self.note("engine_lost", engine=member.index, reason=first_line(error))
+        member.kill()
+        fresh = Member(
+            member.index, self._make_actor(member.index), num_starts=member.num_starts + 1
+        )
+        self._members[self._members.index(member)] = fresh
+        task = asyncio.create_task(self._bring_up_again(fresh, error))
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+
+    async def _bring_up_again(self, member: Member, cause: BaseException) -> None:
+        if member.num_starts > MAX_STARTS:
+            self.failure = cause
+            async with self.changed:
+                self.changed.notify_all()
+            return
+        try:
+            await self._bring_up(member)
+        except (RayError, RuntimeError, TimeoutError) as error:
+            self.replace(member, error)
+
+    @property
+    def version(self) -> int:
+        """Version that the engines serve."""
+        return 0 if self._served is None else self._served.manifest.version
+
+    async def stats(self) -> list[EngineStats]:
+        """Totals of each serving engine; one that does not answer is replaced."""
+        members = [member for member in self._members if member.is_serving]
+        asked = (member.actor.stats.remote() for member in members)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        for member, answer in zip(members, answers, strict=True):
+            if isinstance(answer, BaseException):
+                self.replace(member, answer)
+        return [answer for answer in answers if isinstance(answer, EngineStats)]
+
+    async def stop(self) -> None:
+        """End all work and shut the engines down."""
+        for task in self._work:
+            task.cancel()
+        stops = (member.actor.stop.remote() for member in self._members)
+        await asyncio.wait_for(asyncio.gather(*stops, return_exceptions=True), 30)
+        for member in self._members:
+            member.kill()
+
+    async def pick(self) -> Member:
+        """The serving engine with the fewest trees; waits for one if there is none.
+
+        Raises:
+            RuntimeError: engines cannot be replaced any more.
+        """
+        start = time.monotonic()
+        while not (serving := [m for m in self._members if m.is_serving]):
+            if self.failure is not None:
+                raise RuntimeError(
+                    f"an engine failed {MAX_STARTS} times in a row: {first_line(self.failure)}"
+                )
+            async with self.changed:
+                try:
+                    await asyncio.wait_for(self.changed.wait(), REPORT_EVERY_S)
+                except TimeoutError:
+                    waited = round(time.monotonic() - start)
+                    self.note("waiting", seconds=waited, what="an engine that serves")
+        return min(serving, key=lambda member: member.num_trees)
+
+    async def wait_for(self, result: Awaitable[T], name: str, timeout_s: float) -> T:
+        """Await `result`, logging what is waited for; TimeoutError after `timeout_s`."""
+        start = time.monotonic()
+        task = asyncio.ensure_future(_awaited(result))
+        while True:
+            done, _ = await asyncio.wait([task], timeout=min(REPORT_EVERY_S, timeout_s))
+            if done:
+                return task.result()
+            waited = time.monotonic() - start
+            self.note("waiting", seconds=round(waited), what=name)
+            if waited >= timeout_s:
+                task.cancel()
+                raise TimeoutError(f"waited {waited:.0f} s for {name}")
+
+    def note(self, kind: str, **fields: str | int) -> None:
+        """Append an event to the run's log."""
+        self.run_log.event.remote(Event(kind=kind, fields=fields))
+
+
+async def _awaited(result: Awaitable[T]) -> T:
+    return await result
+
+
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error."""
+    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"

@@ -1,0 +1,87 @@
+"""Outcome: what a run came to, in words and as JSON."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from treerpo_ray import evaluate
+from treerpo_ray.checkpoint import Checkpoints
+from treerpo_ray.config import Config
+from treerpo_ray.evaluate import Evaluation
+from treerpo_ray.metrics import latest_rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a run came to."""
+
+    before: Evaluation | None
+    after: Evaluation | None
+    sampled_tokens: int
+    seconds: float
+    """Wall time of the training itself, of all sessions."""
+    is_complete: bool
+    """Whether the run did all its steps, and was not stopped before."""
+
+
+def finished_outcome(config: Config) -> Outcome | None:
+    """What a run came to that the run folder holds complete; None if there is work left."""
+    num_steps = config.run.num_steps
+    if num_steps not in Checkpoints(config.folder, config.checkpoint.keep).steps():
+        return None
+    before, after = (evaluate.read(config.folder, step) for step in (0, num_steps))
+    if config.evaluate.data.path and (before is None or after is None):
+        return None
+    return collect_outcome(config, before, after, is_complete=True)
+
+
+def collect_outcome(
+    config: Config, before: Evaluation | None, after: Evaluation | None, *, is_complete: bool
+) -> Outcome:
+    """Outcome of a run whose metrics are in the run folder."""
+    rows = [row for row in latest_rows(config.folder) if "tokens/sampled" in row]
+    return Outcome(
+        before=before,
+        after=after,
+        sampled_tokens=int(sum(row["tokens/sampled"] for row in rows)),
+        seconds=sum(row["time/step_s"] for row in rows),
+        is_complete=is_complete,
+    )
+
+
+def summary_json(config: Config, outcome: Outcome) -> str:
+    """The result as one line of JSON."""
+    before, after = outcome.before, outcome.after
+
+    def interval(result: Evaluation | None) -> list[float] | None:
+        return None if result is None else [round(result.ci95_low, 4), round(result.ci95_high, 4)]
+
+    return json.dumps(
+        {
+            "run": str(Path(config.folder)) if "://" not in config.folder else config.folder,
+            "pass_at_1_before": None if before is None else round(before.pass_at_1, 4),
+            "pass_at_1_after": None if after is None else round(after.pass_at_1, 4),
+            "ci95_before": interval(before),
+            "ci95_after": interval(after),
+            "length_before": None if before is None else round(before.length, 1),
+            "length_after": None if after is None else round(after.length, 1),
+            "sampled_tokens": outcome.sampled_tokens,
+            "seconds": round(outcome.seconds, 1),
+        }
+    )
+
+
+def describe_outcome(config: Config, outcome: Outcome) -> str:
+    """The result in plain words."""
+    spent = f"{outcome.sampled_tokens:,} sampled tokens and {outcome.seconds:.0f} s of training"
+    if not outcome.is_complete:
+        return f"stopped with a checkpoint after {spent}; the same command goes on: {config.folder}"
+    before, after = outcome.before, outcome.after
+    if before is None or after is None:
+        return f"done after {spent}; the run folder is {config.folder}"
+    return (
+        f"Pass@1 went from {before.pass_at_1:.1%} to {after.pass_at_1:.1%} "
+        f"({100 * (after.pass_at_1 - before.pass_at_1):+.1f} points) on {after.num_problems} "
+        f"held-out problems, answers from {before.length:.1f} to {after.length:.1f} tokens, "
+        f"with {spent}; the run folder is {config.folder}"
+    )
