@@ -34,7 +34,7 @@ async def now(next_ticket: Coroutine[None, None, Ticket]) -> Ticket | None:
 async def all_now(gate: Gate) -> list[int]:
     """Numbers of the tickets that the gate lets out before it has to wait."""
     numbers = []
-    while (ticket := await now(gate.next())) is not None:
+    while (ticket := await now(gate.next(gate.session))) is not None:
         numbers.append(ticket.number)
     return numbers
 
@@ -96,7 +96,7 @@ def test_the_seeds_of_trees_are_distinct_and_fit_a_signed_64_bit_number() -> Non
 def test_tickets_issued_are_those_of_their_numbers_in_order() -> None:
     async def scenario() -> list[Ticket]:
         gate = make_gate()
-        return [await gate.next() for _ in range(8)]
+        return [await gate.next(gate.session) for _ in range(8)]
 
     assert asyncio.run(scenario()) == [make_gate().ticket(number) for number in range(8)]
 
@@ -105,7 +105,7 @@ def test_those_who_wait_for_a_ticket_are_woken_when_a_step_is_consumed_and_get_o
     async def scenario() -> None:
         gate = make_gate(trees_per_step=2, max_staleness=0)
         assert await all_now(gate) == [0, 1]
-        waiting = [asyncio.create_task(gate.next()) for _ in range(3)]
+        waiting = [asyncio.create_task(gate.next(gate.session)) for _ in range(3)]
         await asyncio.sleep(0)
         assert not any(task.done() for task in waiting)
         gate.consumed(0)
@@ -147,19 +147,6 @@ def test_a_restart_issues_the_tickets_from_its_step_on_once_more(step: int) -> N
     asyncio.run(scenario())
 
 
-def test_a_restart_wakes_those_who_wait() -> None:
-    async def scenario() -> int:
-        gate = make_gate(trees_per_step=1, max_staleness=0, num_steps=1)
-        await gate.next()
-        waiting = asyncio.create_task(gate.next())
-        await asyncio.sleep(0)
-        gate.restart(0)
-        async with asyncio.timeout(5):
-            return (await waiting).number
-
-    assert asyncio.run(scenario()) == 0
-
-
 def test_nothing_is_issued_past_the_last_step_and_its_consumption_ends_the_run() -> None:
     async def scenario() -> None:
         gate = make_gate(trees_per_step=2, max_staleness=3, num_steps=2)
@@ -176,3 +163,17 @@ def test_a_stop_ends_the_run_with_the_step_that_is_under_way() -> None:
     gate.stop()
     assert gate.consumed(1)
     assert gate.done() == 2
+
+
+def test_who_waits_from_before_a_restart_gets_no_ticket_of_the_new_session() -> None:
+    async def scenario() -> tuple[Ticket | None, list[int]]:
+        gate = Gate(num_prompts=8, trees_per_step=2, max_staleness=0, num_steps=4, seed=0)
+        for _ in range(2):
+            await gate.next(0)
+        late = asyncio.create_task(gate.next(0))
+        await asyncio.sleep(0)
+        session = gate.restart(1)
+        tickets = [await gate.next(session) for _ in range(2)]
+        return await late, [ticket.number for ticket in tickets if ticket is not None]
+
+    assert asyncio.run(scenario()) == (None, [2, 3])

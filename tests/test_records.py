@@ -19,8 +19,8 @@ FINITE = st.floats(0, 1e6)
 TEXT = st.text(max_size=5)
 
 
-def make_record(tree: Tree, verdicts: tuple[Verdict, ...], **changes: object) -> TreeRecord:
-    record = TreeRecord(
+def make_record(tree: Tree, verdicts: tuple[Verdict, ...]) -> TreeRecord:
+    return TreeRecord(
         ticket=5,
         attempt=1,
         prompt_id="train-5",
@@ -34,7 +34,6 @@ def make_record(tree: Tree, verdicts: tuple[Verdict, ...], **changes: object) ->
         leaf_texts=tuple(f"leaf {leaf}" for leaf in tree.leaves),
         verdicts=verdicts,
     )
-    return replace(record, **changes)
 
 
 @st.composite
@@ -52,9 +51,8 @@ def records(draw: st.DrawFn) -> TreeRecord:
     tree = Tree(prompt_ids=tree.prompt_ids, steps=tuple(steps))
     size = len(tree.leaves)
     verdicts = draw(st.lists(st.sampled_from(list(Verdict)), min_size=size, max_size=size))
-    return make_record(
-        tree,
-        tuple(verdicts),
+    return replace(
+        make_record(tree, tuple(verdicts)),
         ticket=draw(st.integers(0, 2**62)),
         question=draw(TEXT),
         answers=tuple(draw(st.lists(TEXT, max_size=2))),
@@ -102,7 +100,7 @@ def test_a_tree_comes_back_from_pickle_as_it_was(record: TreeRecord) -> None:
 
 
 def test_a_slice_and_a_concatenation_of_tables_hold_their_own_trees() -> None:
-    drawn = [make_record(make_tree([ROOT] * n), (), ticket=n) for n in (1, 2, 3)]
+    drawn = [replace(make_record(make_tree([ROOT] * n), ()), ticket=n) for n in (1, 2, 3)]
     table = pa.concat_tables([to_table(drawn[:2]), to_table(drawn[2:])])
     assert [plain(record) for record in from_table(table.slice(1))] == [
         plain(record) for record in drawn[1:]

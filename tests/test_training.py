@@ -1,9 +1,11 @@
 """Whole runs: real Ray, real vLLM, real Ray Data and Ray Train, on two CPUs."""
 
 import io
+import os
 import threading
 import time
 from pathlib import Path
+from signal import SIGKILL
 
 import pandas as pd
 import pytest
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from treerpo_ray.analysis import Run
 from treerpo_ray.config import Config
 from treerpo_ray.console import Console
+from treerpo_ray.metrics import read_lines
 from treerpo_ray.outcome import Outcome, finished_outcome
 from treerpo_ray.plan import load_inputs
 from treerpo_ray.records import TreeRecord
@@ -134,8 +137,6 @@ def test_two_workers_two_engines_and_a_lost_engine(small_config, ray_cluster) ->
     metrics, events = run.metrics(), run.events()
     assert (events.kind == "engine_lost").sum() == 1
     assert "engine lost" in shown
-    serving = events[events.kind == "engine_serving"]
-    assert len(serving) == 3 or outcome.is_complete  # the new one may come after the last step
     assert metrics["staleness/max"].max() <= 1
     assert metrics["version"].max() == 6
     trees = trees_of(run)
@@ -144,27 +145,11 @@ def test_two_workers_two_engines_and_a_lost_engine(small_config, ray_cluster) ->
 
 
 def kill_an_engine_after_step(folder: str, step: int) -> None:
-    while True:
+    """SIGKILL the first engine that serves, once `step` learner steps are done."""
+    while len(read_lines(folder, "metrics.jsonl")) < step:
         time.sleep(0.1)
-        path = Path(folder) / "metrics.jsonl"
-        if path.exists() and len(path.read_text().splitlines()) >= step:
-            break
-    import os
-    import signal
-
-    pids = [
-        int(entry.name)
-        for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and "ray::Engine." in command_of(entry)
-    ]
-    os.kill(pids[0], signal.SIGKILL)
-
-
-def command_of(process: Path) -> str:
-    try:
-        return (process / "cmdline").read_text()
-    except OSError:
-        return ""
+    events = read_lines(folder, "events.jsonl")
+    os.kill(next(event["pid"] for event in events if event["kind"] == "engine_serving"), SIGKILL)
 
 
 def test_a_run_in_which_nothing_can_be_learned_says_so_and_ends_well(

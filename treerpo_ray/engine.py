@@ -66,8 +66,8 @@ class Engine:
         if log_folder is not None:
             _redirect_output(Path(log_folder) / f"engine-{index}.log")
 
-    async def start(self) -> None:
-        """Load the model; returns once the engine can sample."""
+    async def start(self) -> int:
+        """Load the model; returns this process's id once the engine can sample."""
         os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
         if not self._is_gpu:
             os.environ |= CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(self.config.engine.cpu_threads)}
@@ -79,6 +79,7 @@ class Engine:
         self._end_ids = frozenset(end_token_ids(path, tokenizer))
         self._llm: AsyncLLM = AsyncLLM.from_engine_args(self._engine_args())
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+        return os.getpid()
 
     @property
     def _is_gpu(self) -> bool:

@@ -81,16 +81,18 @@ class EnginePool:
             task.cancel()
         await self.engines.stop()
 
-    async def grow_tickets(self, gate: Actor, first: int) -> None:
-        """Drop what is in flight and grow every ticket that the gate issues, from `first` on."""
+    async def grow_tickets(self, gate: Actor, session: int, first: int) -> None:
+        """Drop what is in flight and grow every ticket of a session of the gate, from `first`."""
         for task in list(self._work):
             task.cancel()
         self._finished.clear()
         self._released = first
-        self._spawn(self._admit(gate))
+        self._reader = ""  # the one of the stream that ended may still be waiting
+        self._failure = None
+        self._spawn(self._admit(gate, session))
 
-    async def _admit(self, gate: Actor) -> None:
-        while (ticket := await gate.next.remote()) is not None:
+    async def _admit(self, gate: Actor, session: int) -> None:
+        while (ticket := await gate.next.remote(session)) is not None:
             self._spawn(self._grow_ticket(ticket))
 
     async def _grow_ticket(self, ticket: Ticket) -> None:
@@ -195,17 +197,13 @@ class EnginePool:
 
         Trees go to the newest reader only: one of a stream that has ended gets None.
         """
-        if reader != self._reader:
-            if reader in self._past_readers:
-                return None
+        if reader not in self._past_readers:
             self._past_readers.add(reader)
             self._reader = reader
         deadline = time.monotonic() + wait_s
-        while not (ready := self._ready()):
+        while reader == self._reader and not self._ready():
             if self._failure is not None:
                 raise self._failure
-            if reader != self._reader:
-                return None
             left = deadline - time.monotonic()
             if left <= 0:
                 return []
@@ -214,7 +212,9 @@ class EnginePool:
                     await asyncio.wait_for(self._changed.wait(), left)
                 except TimeoutError:
                     return []
-        taken = ready[:max_trees]
+        if reader != self._reader:
+            return None
+        taken = self._ready()[:max_trees]
         self._released += len(taken)
         return [self._finished.pop(number) for number in taken]
 

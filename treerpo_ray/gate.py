@@ -44,6 +44,7 @@ class Gate:
         self.max_staleness, self.num_steps, self.seed = max_staleness, num_steps, seed
         self.steps_done = 0
         self.issued = 0
+        self.session = 0
         self.is_stopping = False
         self._moved = asyncio.Event()
 
@@ -60,11 +61,16 @@ class Gate:
         window = self.steps_done + 1 + self.max_staleness
         return self.trees_per_step * min(window, self.num_steps)
 
-    async def next(self) -> Ticket:
-        """The next ticket, as soon as the window lets it out."""
-        while self.issued >= self.limit:
+    async def next(self, session: int) -> Ticket | None:
+        """The next ticket, as soon as the window lets it out; None if `session` is over.
+
+        A session begins with each `restart`: whoever still waits from before gets no ticket.
+        """
+        while session == self.session and self.issued >= self.limit:
             self._moved.clear()
             await self._moved.wait()
+        if session != self.session:
+            return None
         ticket = self.ticket(self.issued)
         self.issued += 1
         return ticket
@@ -83,11 +89,16 @@ class Gate:
         self._moved.set()
         return self.is_stopping or self.steps_done == self.num_steps
 
-    def restart(self, step: int) -> None:
-        """Begin again at learner step `step`: tickets from there on are issued anew."""
+    def restart(self, step: int) -> int:
+        """Begin again at learner step `step`: tickets from there on are issued anew.
+
+        Returns the number of the session that begins.
+        """
         log.info("gate restarts at step %d (was %d)", step, self.steps_done)
         self.steps_done, self.issued = step, step * self.trees_per_step
+        self.session += 1
         self._moved.set()
+        return self.session
 
     def done(self) -> int:
         """Learner steps that are done."""

@@ -130,6 +130,8 @@ class Learner:
         )
         if norms:
             metrics |= total.metrics() | {"learner/grad_norm": float(np.mean(norms))}
+            for name in ("loss/total", "loss/policy"):  # each minibatch has a loss of its own
+                metrics[name] /= len(norms)
             metrics["tokens/trained"] = float(total.num_tokens)
         return UpdateResult(has_updated=bool(norms), stats=stats, metrics=metrics)
 

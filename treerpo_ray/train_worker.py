@@ -93,29 +93,29 @@ class TrainWorker:
             is_last = self._step(batches)
             if self.is_first and (is_last or self.step % self.config.checkpoint.every == 0):
                 self._save()
+            if self.is_first and not is_last:
+                self._evaluate()
         if self.is_first:
             publish_folder(self.folder, "model", self.learner.policy.save_pretrained)
 
     def _open(self) -> None:
         """Bring engines, gate and log to where the learner is, before the first ticket."""
         self._publish()
-        ray.get(self.stations.gate.restart.remote(self.step))
+        gate, pool = self.stations.gate, self.stations.pool
+        session: int = ray.get(gate.restart.remote(self.step))
         first = self.step * self.config.gate.trees_per_step
-        ray.get(self.stations.pool.grow_tickets.remote(self.stations.gate, first))
+        ray.get(pool.grow_tickets.remote(gate, session, first))
         self._note("learner_started", step=self.step, version=self.learner.version)
 
     def _step(self, batches: Iterator[pa.Table]) -> bool:
         """One learner step; returns whether it was the last."""
         start = time.time()
-        table = next(batches)
+        table = next(batches, None)
+        if table is None:
+            raise RuntimeError(f"the tree stream ended before learner step {self.step}")
         arrived = time.time()
         records = from_table(table)
-        batch = self.step * self.config.gate.trees_per_step
-        strays = [
-            r.ticket for r in records if not 0 <= r.ticket - batch < self.config.gate.trees_per_step
-        ]
-        if strays:
-            raise RuntimeError(f"tickets {strays} do not belong to learner step {self.step}")
+        self._check_tickets([record.ticket for record in records])
         version = self.learner.version
         result = self.learner.update(records)
         updated = time.time()
@@ -125,7 +125,6 @@ class TrainWorker:
         if self.is_first:
             if result.has_updated:
                 self._publish()
-            self._evaluate()
             is_last = ray.get(self.stations.gate.consumed.remote(self.step - 1))
             times = {
                 "time/wait_s": arrived - start,
@@ -136,6 +135,13 @@ class TrainWorker:
             }
             self._report(result, version, times)
         return self._agreed(is_last)
+
+    def _check_tickets(self, tickets: list[int]) -> None:
+        """Invariant: this step consumes its own tickets, each once, and an equal share of them."""
+        size = self.config.gate.trees_per_step
+        own = range(self.step * size, (self.step + 1) * size)
+        if len(set(tickets) & set(own)) != size // self.num_workers:
+            raise RuntimeError(f"tickets {tickets} are no share of learner step {self.step}: {own}")
 
     def _report(self, result: UpdateResult, version: int, times: dict[str, float]) -> None:
         stats: list[EngineStats] = ray.get(self.stations.pool.stats.remote())
@@ -176,8 +182,7 @@ class TrainWorker:
     def _evaluate(self) -> None:
         """Evaluate if it is due; the learner waits, so that all answers are of one version."""
         every = self.config.evaluate.every
-        is_due = every and self.step % every == 0 and self.step < self.config.run.num_steps
-        if not is_due or self.held_out is None:
+        if not every or self.step % every or self.held_out is None:
             return
         tokenizer = self.learner.policy.tokenizer
         with closing(Scorer(self.config, tokenizer)) as scorer:
