@@ -157,6 +157,11 @@ def test_help_explains_every_section() -> None:
         ("learner.num_workers=5", "must be a multiple"),
         ("tree.delimiter='ab'", "must be one"),
         ("engine.resources.GPU=1", "needs vllm"),
+        ("model.path=tests", "no *.safetensors"),
+        ("verifier.check=treerpo_ray.nothing", "verifier.check="),
+        ("engine.kv_cache_gib=null", "engine.kv_cache_gib is needed"),
+        ("engine.tensor_parallel=4", "needs as many GPUs"),
+        ("evaluate.every=-1", "must not be negative"),
     ],
 )
 def test_a_users_mistake_is_one_clear_line(override: str, expected: str) -> None:

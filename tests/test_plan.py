@@ -76,7 +76,7 @@ def test_the_plan_counts_memory_and_resources(quickstart) -> None:
     worker, engine = 16 * num_parameters / GIB, 4 * num_parameters / GIB
     assert quickstart["memory"] == (
         f"2 worker(s) of {worker:.2f} GiB and activations; 3 engine(s) of {engine:.2f} GiB and "
-        "0.25 GiB of KV cache"
+        "0.25 GiB as KV cache"
     )
     needs = dict(part.rsplit(" ", 1) for part in quickstart["resources"].split(", "))
     assert 3 * 0.5 + 2 * 0.25 < float(needs["CPU"]) <= 3 * 0.5 + 2 * 0.25 + 0.5
@@ -85,13 +85,16 @@ def test_the_plan_counts_memory_and_resources(quickstart) -> None:
 
 def test_a_reference_model_a_smaller_number_format_and_an_open_cache_change_the_memory() -> None:
     num_parameters = saved_parameters()
-    line = plan("loss.kl_coef=0.01", "model.dtype=bfloat16", "engine.kv_cache_gib=null")["memory"]
+    gpu = ("engine.resources={GPU: 1}", "engine.kv_cache_gib=null")
+    line = plan("loss.kl_coef=0.01", "model.dtype=bfloat16", *gpu)["memory"]
     assert f"of {20 * num_parameters / GIB:.2f} GiB and activations" in line
-    assert line.endswith(f"of {2 * num_parameters / GIB:.2f} GiB and the rest GiB of KV cache")
+    assert line.endswith(
+        f"of {2 * num_parameters / GIB:.2f} GiB and the rest of its GPU as KV cache"
+    )
 
 
 def test_the_plan_says_what_this_machine_lacks(monkeypatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
     assert plan()["missing"] == "nothing (on this machine alone)"
     assert plan("engine.resources.special=2")["missing"] == "special 6 (on this machine alone)"
 

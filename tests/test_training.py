@@ -144,6 +144,36 @@ def test_two_workers_two_engines_and_a_lost_engine(small_config, ray_cluster) ->
     assert (events.kind == "tree_finished").sum() == 36
 
 
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_lost_train_worker_is_made_good_from_the_last_checkpoint(
+    small_config, ray_cluster, staleness: int
+) -> None:
+    config = small_config(
+        f"run.name=worker{staleness}", "run.num_steps=5", f"gate.max_staleness={staleness}",
+        "checkpoint.every=1", "evaluate.data.path=''",
+    )  # fmt: skip
+    killer = threading.Thread(target=kill_the_train_worker_after_step, args=(config.folder, 2))
+    killer.start()
+    outcome, shown = run_training(config)
+    killer.join()
+    assert outcome.is_complete
+    assert shown.count("learner started") == 2
+    run = Run(config.folder)
+    assert run.metrics()["version"].tolist() == [1, 2, 3, 4, 5]
+    assert sorted(trees_of(run)) == list(range(30))
+    assert run.metrics()["staleness/max"].max() <= staleness
+    if staleness == 0:
+        # No block of the prefix cache outlived the weights that were rolled back.
+        assert run.metrics()["mismatch/max"].max() < 1e-3
+
+
+def kill_the_train_worker_after_step(folder: str, step: int) -> None:
+    while len(read_lines(folder, "metrics.jsonl")) < step:
+        time.sleep(0.05)
+    events = read_lines(folder, "events.jsonl")
+    os.kill(next(event["pid"] for event in events if event["kind"] == "learner_started"), SIGKILL)
+
+
 def kill_an_engine_after_step(folder: str, step: int) -> None:
     """SIGKILL the first engine that serves, once `step` learner steps are done."""
     while len(read_lines(folder, "metrics.jsonl")) < step:

@@ -80,7 +80,8 @@ def publish_folder(folder: str, name: str, write: Callable[[Path], None]) -> str
     """Have `write` fill a folder and put it at `folder/name` (path or URI); returns where it is.
 
     Raises:
-        OSError: the disk is full or the store refuses; what was there before is untouched.
+        OSError: the disk is full or the store refuses; what was there is untouched by a failing
+            `write`.
     """
     fs, root = fsspec.core.url_to_fs(folder)
     with _staging(fs, root) as staging:

@@ -12,7 +12,8 @@ from ray._private.state import state as ray_state
 from treerpo_ray.config import Config
 from treerpo_ray.tree_stream import TASK_CPUS
 
-log = logging.getLogger(__name__)
+STREAM_STAGES = 2
+"""Parts of the tree stream that reserve CPUs: the read task and the scoring actor."""
 
 
 def check_vllm(config: Config) -> None:
@@ -47,7 +48,7 @@ def _is_installed(name: str) -> bool:
 
 def needed_resources(config: Config) -> dict[str, float]:
     """Sum of what engines, learner workers and the stream reserve."""
-    needed = {"CPU": TASK_CPUS}
+    needed = {"CPU": STREAM_STAGES * TASK_CPUS}
     for count, resources in (
         (config.engine.num_engines, config.engine.resources),
         (config.learner.num_workers, config.learner.resources),
@@ -63,7 +64,7 @@ def local_resources(config: Config) -> dict[str, float]:
 
     needed = needed_resources(config)
     slots = {name: needed[name] for name in needed if name.endswith("_slot")}
-    return {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count(), **slots}
+    return {"CPU": len(os.sched_getaffinity(0)), "GPU": torch.cuda.device_count(), **slots}
 
 
 def missing_resources(needed: dict[str, float], available: dict[str, float]) -> dict[str, float]:
@@ -83,15 +84,13 @@ def connected(config: Config) -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:
-        have = local_resources(config)
-        custom = {name: amount for name, amount in have.items() if name.endswith("_slot")}
+        needed = needed_resources(config)
+        slots = {name: needed[name] for name in needed if name.endswith("_slot")}
         # A cluster of one process tree on loopback needs no token; set the mode to override.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         ray.init(
             address="local",
-            num_cpus=int(have["CPU"]),
-            num_gpus=int(have["GPU"]),
-            resources=custom,
+            resources=slots,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,

@@ -101,8 +101,8 @@ class EngineConfig:
     """GPUs of one engine."""
     max_num_seqs: int = 256
     """Requests that one engine decodes at a time."""
-    kv_cache_gib: float | None = None
-    """KV cache of one engine in GiB; on a GPU none means `gpu_memory_utilization`."""
+    kv_cache_gib: float | None = 1.0
+    """KV cache of one engine in GiB; null on a GPU means what `gpu_memory_utilization` leaves."""
     gpu_memory_utilization: float = 0.85
     """Share of a GPU's memory that an engine may take."""
     cpu_threads: int = 1
@@ -168,7 +168,7 @@ class SyncConfig:
     probe_every: int = 10
     """Syncs between comparisons of engine and learner log-probabilities; also at start."""
     probe_tolerance: float = 1e-3
-    """Largest difference (nats a token) that a probe may show; about 0.1 with bfloat16."""
+    """Largest mean difference (nats a token) that a probe may show; 0.1 with bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +216,12 @@ POSITIVE = (
     *("checkpoint.every", "checkpoint.keep"),
 )
 """Keys whose value must be more than zero."""
+NOT_NEGATIVE = (
+    *("gate.max_staleness", "evaluate.temperature", "evaluate.every", "metrics.save_trees_every"),
+    *("learner.max_failures", "learner.warmup_steps", "learner.weight_decay"),
+    *("loss.kl_coef", "loss.entropy_coef"),
+)
+"""Keys whose value must be zero or more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +246,10 @@ class Config:
         for key in POSITIVE:
             if not (value := attrgetter(key)(self)) > 0:
                 raise ValueError(f"{key}={value} must be more than 0")
+        for key in NOT_NEGATIVE:
+            if (value := attrgetter(key)(self)) < 0:
+                raise ValueError(f"{key}={value} must not be negative")
+        self._check_engine()
         workers, trees = self.learner.num_workers, self.gate.trees_per_step
         if trees % (workers * self.learner.minibatches):
             raise ValueError(
@@ -252,8 +262,19 @@ class Config:
                 "prompts.max_prompt_tokens + the sum of tree.step_tokens = "
                 f"{self.max_path_tokens}"
             )
-        if self.gate.max_staleness < 0:
-            raise ValueError(f"gate.max_staleness={self.gate.max_staleness} must not be negative")
+
+    def _check_engine(self) -> None:
+        """Check the engine's share of the machine."""
+        engine, num_gpus = self.engine, self.engine.resources.get("GPU", 0)
+        if engine.kv_cache_gib is None and not num_gpus:
+            raise ValueError("engine.kv_cache_gib is needed on a CPU; 1 is enough for small models")
+        if engine.kv_cache_gib is not None and engine.kv_cache_gib <= 0:
+            raise ValueError(f"engine.kv_cache_gib={engine.kv_cache_gib} must be more than 0")
+        if engine.tensor_parallel > 1 and engine.tensor_parallel != num_gpus:
+            raise ValueError(
+                f"engine.tensor_parallel={engine.tensor_parallel} needs as many GPUs, but "
+                f"engine.resources has GPU: {num_gpus:g}"
+            )
 
     @property
     def shape(self) -> TreeShape:
@@ -264,6 +285,14 @@ class Config:
     def max_path_tokens(self) -> int:
         """Tokens of the longest prompt with the longest answer."""
         return self.prompts.max_prompt_tokens + self.shape.max_answer_tokens
+
+    @property
+    def max_model_tokens(self) -> int:
+        """Tokens that an engine must hold: the longest prompt of any data set and an answer."""
+        longest = self.prompts.max_prompt_tokens
+        if self.evaluate.data.path:
+            longest = max(longest, self.evaluate.data.max_prompt_tokens)
+        return longest + self.shape.max_answer_tokens
 
     @property
     def folder(self) -> str:

@@ -7,8 +7,8 @@ every finished step. Ray wraps the class where the pool is built.
 
 import asyncio
 import itertools
+import logging
 import os
-import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from vllm import CompletionOutput
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-# Both read before vLLM or torch is imported in this process or its children.
+log = logging.getLogger(__name__)
+
+# Read by vLLM here and in its core, a spawned child that imports torch anew.
 CPU_ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1",  # needs no compiler at the first request with log-probs
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every engine of a machine takes the same cores
@@ -60,7 +62,8 @@ class Engine:
 
     def __init__(self, config: Config, index: int, log_folder: str | None) -> None:
         self.config, self.index = config, index
-        self.version = 0
+        self._salt = "start"
+        self._loading = asyncio.Lock()
         self._request_ids = itertools.count()
         self._totals = np.zeros(4, np.int64)
         if log_folder is not None:
@@ -91,7 +94,7 @@ class Engine:
 
         from treerpo_ray.engine_worker import BACKEND
 
-        engine, longest = self.config.engine, self.config.max_path_tokens
+        engine, longest = self.config.engine, self.config.max_model_tokens
         kv_bytes = None if engine.kv_cache_gib is None else int(engine.kv_cache_gib * 1024 * MIB)
         args = AsyncEngineArgs(
             model=resolve_model_path(self.config.model.path),
@@ -128,11 +131,11 @@ class Engine:
         temperature: float,
         seed: int,
         held: list[SiblingGroup],
-    ) -> AsyncIterator[list[SiblingGroup]]:
+    ) -> AsyncIterator[SiblingGroup]:
         """Grow a tree from the groups held; yields groups as they finish, parents first."""
         sampler = _Sampler(self, temperature)
         async for group in grow(prompt_ids, shape, sampler, seed=seed, held=held):
-            yield [group]
+            yield group
 
     async def sample(
         self,
@@ -145,6 +148,7 @@ class Engine:
     ) -> Step:
         """One continuation; see `treerpo_ray.algo.search.Sampler`."""
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -160,12 +164,15 @@ class Engine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        # The salt keeps blocks of one version from requests under another.
-        prompt = tokens_input(prefix, cache_salt=f"v{self.version}")
+        # The salt keeps blocks of other weights from requests; versions come again after a resume.
+        prompt = tokens_input(prefix, cache_salt=self._salt)
         request_id = f"{self.index}-{next(self._request_ids)}"
         try:
             async for output in self._llm.generate(prompt, params, request_id):
                 final = output
+        except VLLMClientError as error:
+            log.warning("request %s was turned down: %s", request_id, error)
+            return _error_step()
         except EngineDeadError:
             # One line: the traces of all requests in flight would say the same.
             raise RuntimeError(f"vLLM's core of engine {self.index} is dead, see its log") from None
@@ -193,30 +200,32 @@ class Engine:
             stop=StopReason.END_OF_TEXT if is_end else StopReason.BOUNDARY,
         )
 
-    async def load(self, manifest: Manifest, chunks: "list[ray.ObjectRef]") -> LoadProof:
-        """Take over the weights of `manifest`; requests in flight wait and go on under them.
+    async def load(self, manifest: Manifest, chunks: "list[ray.ObjectRef]") -> None:
+        """Take over the weights of `manifest` and prove it; requests in flight wait and go on.
 
-        Whatever is raised here leaves the model half loaded: the engine must be replaced.
+        Raises:
+            RuntimeError: the workers received other bytes or serve another version. Whatever is
+                raised leaves the engine paused and perhaps half loaded: it must be replaced.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        start = time.perf_counter()
-        with ChunkFiles() as files:
-            paths = [files.write(await chunk) for chunk in chunks]
-            await self._llm.pause_generation(mode="keep", clear_cache=False)
-            await self._llm.start_weight_update()
-            for number, path in enumerate(paths):
-                update = manifest.update_info(number) | {"path": path}
-                await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update))
-            await self._llm.finish_weight_update(str(manifest.version))
-            self.version = manifest.version
+        async with self._loading:
+            with ChunkFiles() as files:
+                paths = [files.write(await chunk) for chunk in chunks]
+                await self._llm.pause_generation(mode="keep", clear_cache=False)
+                await self._llm.start_weight_update()
+                for number, path in enumerate(paths):
+                    update = manifest.update_info(number) | {"path": path}
+                    await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update))
+                await self._llm.finish_weight_update(str(manifest.version))
+            digests = await self._llm.collective_rpc("treerpo_digests")
+            proof = LoadProof(
+                version=int(await self._llm.get_weight_version()),
+                digests=tuple(tuple(worker) for worker in digests),
+            )
+            proof.check(manifest)
+            self._salt = f"v{manifest.version}-{'-'.join(manifest.digests)}"
             await self._llm.resume_generation()
-        digests = await self._llm.collective_rpc("treerpo_digests")
-        return LoadProof(
-            version=int(await self._llm.get_weight_version()),
-            digests=tuple(tuple(worker) for worker in digests),
-            load_s=time.perf_counter() - start,
-        )
 
     async def probe(self, token_ids: list[int]) -> list[float]:
         """Log-probability (nats, temperature 1) of each token but the first, given those before."""

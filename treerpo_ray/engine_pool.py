@@ -187,7 +187,7 @@ class EnginePool:
                 )
                 if (group := await arrived) is None:
                     return
-                groups += await group
+                groups.append(await group)
         except asyncio.CancelledError:
             ray.cancel(stream)
             raise

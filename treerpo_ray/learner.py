@@ -6,7 +6,6 @@ Every worker holds the whole model and makes the same update.
 """
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,6 @@ from treerpo_ray.config import Config
 from treerpo_ray.policy import ForestTensors, Policy, load_policy
 from treerpo_ray.prompts import resolve_model_path
 from treerpo_ray.records import TreeRecord
-
-log = logging.getLogger(__name__)
 
 
 class _Addable(Protocol):

@@ -1,6 +1,7 @@
 """The plan: what a run will do and need, worked out before anything is started."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -8,6 +9,7 @@ from treerpo_ray.cluster import local_resources, missing_resources, needed_resou
 from treerpo_ray.config import Config
 from treerpo_ray.problems import DataReport, load_problems
 from treerpo_ray.prompts import PromptSet, load_tokenizer, one_token, resolve_model_path
+from treerpo_ray.verifier import is_module
 
 GIB = 2**30
 LEARNER_BYTES = 16
@@ -27,11 +29,17 @@ class Inputs:
 
 
 def load_inputs(config: Config) -> Inputs:
-    """Load and check data and tokenizer.
+    """Load and check data, tokenizer, model folder and verifier.
 
     Raises:
-        ValueError: a data set, a column, the tokenizer or the delimiter is not as it must be.
+        ValueError: a data set, a column, the tokenizer, the delimiter, the model folder or the
+            verifier is not as it must be.
     """
+    if not is_module(config.verifier.check):
+        raise ValueError(f"verifier.check={config.verifier.check}: no such module")
+    folder = Path(resolve_model_path(config.model.path))
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise ValueError(f"model.path={config.model.path}: the folder has no *.safetensors weights")
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     delimiter = config.tree.delimiter
     delimiters = () if delimiter is None else (one_token(tokenizer, delimiter),)
@@ -78,7 +86,8 @@ def plan_lines(config: Config, inputs: Inputs) -> list[str]:
     copies = 1 + (config.loss.kl_coef > 0) / 4
     learner_gib = LEARNER_BYTES * copies * num_parameters / GIB
     engine_gib = DTYPE_BYTES[config.model.dtype] * num_parameters / GIB
-    cache = f"{config.engine.kv_cache_gib:g}" if config.engine.kv_cache_gib else "the rest"
+    kv_gib = config.engine.kv_cache_gib
+    cache = "the rest of its GPU" if kv_gib is None else f"{kv_gib:g} GiB"
     needed = needed_resources(config)
     lacking = missing_resources(needed, local_resources(config))
     lines = [
@@ -96,7 +105,7 @@ def plan_lines(config: Config, inputs: Inputs) -> list[str]:
         f"{config.run.num_steps * trees:,} trees, "
         f"{config.run.num_steps * trees / len(inputs.prompts):.1f} epochs",
         f"memory      {config.learner.num_workers} worker(s) of {learner_gib:.2f} GiB and "
-        f"activations; {engines} engine(s) of {engine_gib:.2f} GiB and {cache} GiB of KV cache",
+        f"activations; {engines} engine(s) of {engine_gib:.2f} GiB and {cache} as KV cache",
         "resources   " + ", ".join(f"{name} {amount:g}" for name, amount in needed.items()),
         "missing     "
         + (", ".join(f"{n} {a:g}" for n, a in lacking.items()) or "nothing")

@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -18,7 +18,7 @@ from typing import cast
 import fsspec
 import ray
 import ray.train
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from treerpo_ray import evaluate
 from treerpo_ray.actor import Actor
@@ -39,6 +39,10 @@ from treerpo_ray.weight_sync import WeightSync
 
 log = logging.getLogger(__name__)
 
+PROBE_TOKENS = 256
+"""Most tokens of the sequence that engines and learner are compared on."""
+COLLECTIVE_TIMEOUT_S = 6 * 3600
+"""Time after which a worker gives up waiting for the others."""
 POLL_S = 0.5
 """Time between looks at the run's log."""
 
@@ -105,14 +109,16 @@ def _build(config: Config, inputs: Inputs) -> Stations:
     """The actors of a run, on the node of the driver; all of them mostly wait."""
     here = ray.get_runtime_context().get_node_id()
 
-    def actor(kind: type[object], *arguments: object) -> Actor:
+    def actor(kind: type[object], *arguments: object, concurrency: int = 10_000) -> Actor:
         node = {ray._raylet.RAY_NODE_ID_KEY: here}  # type: ignore[attr-defined]  # not in Ray's stub
-        made = ray.remote(kind).options(num_cpus=0, label_selector=node, max_concurrency=10_000)
+        made = ray.remote(kind).options(
+            num_cpus=0, label_selector=node, max_concurrency=concurrency
+        )
         return cast(Actor, made.remote(*arguments))
 
     shape = replace(config.shape, delimiters=inputs.delimiters)
     logs = None if "://" in config.folder else f"{config.folder}/logs"
-    run_log = cast(Actor, ray.remote(RunLog).options(num_cpus=0).remote(config))
+    run_log = actor(RunLog, config, concurrency=1)
     pool = actor(EnginePool, config, inputs.prompts, shape, run_log, logs)
     gate = actor(
         Gate,
@@ -129,8 +135,12 @@ def _build(config: Config, inputs: Inputs) -> Stations:
 def _fit(config: Config, inputs: Inputs, stations: Stations, console: Console) -> int:
     """Run the train workers beside the console; returns the learner steps that are done."""
     task = WorkerTask(
-        config=config, prompts=inputs.prompts, held_out=inputs.held_out, stations=stations
+        config=config,
+        probe_ids=max(inputs.prompts.token_ids, key=len)[:PROBE_TOKENS],
+        held_out=inputs.held_out,
+        stations=stations,
     )
+    records = tempfile.TemporaryDirectory(prefix="treerpo-train-", ignore_cleanup_errors=True)
     resources = dict(config.learner.resources)
     trainer = TorchTrainer(
         run_worker,
@@ -140,10 +150,12 @@ def _fit(config: Config, inputs: Inputs, stations: Stations, console: Console) -
             use_gpu=resources.get("GPU", 0) > 0,
             resources_per_worker=resources,
         ),
+        # Workers wait in collectives while the first one syncs weights or evaluates.
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
         # Ray Train's own records are not ours: checkpoints and metrics lie in the run folder.
         run_config=ray.train.RunConfig(
             name=f"treerpo-{time.time_ns()}",
-            storage_path=tempfile.mkdtemp(prefix="treerpo-train-"),
+            storage_path=records.name,
             failure_config=ray.train.FailureConfig(max_failures=config.learner.max_failures),
         ),
         datasets={STREAM: tree_stream(config, stations.pool)},
@@ -171,6 +183,7 @@ def _fit(config: Config, inputs: Inputs, stations: Stations, console: Console) -
                 console.print_event(notice)
             for row in rows:
                 console.print_step(row)
+    records.cleanup()
     if failures:
         raise failures[0]
     steps_done: int = ray.get(stations.gate.done.remote())
@@ -239,7 +252,7 @@ def output_to_log(folder: str) -> Iterator[None]:
         return
     path = Path(folder) / "logs" / "driver.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", buffering=1) as file, redirect_stderr(file):
+    with path.open("a", buffering=1) as file, redirect_stderr(file), redirect_stdout(file):
         yield
 
 

@@ -1,6 +1,6 @@
 """Train worker: the loop that each Ray Train worker runs, from restored state to last step."""
 
-import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -27,11 +27,7 @@ from treerpo_ray.records import from_table
 from treerpo_ray.tree_stream import Scorer
 from treerpo_ray.weights import Probe, pack_weights
 
-log = logging.getLogger(__name__)
-
 STREAM = "trees"
-PROBE_TOKENS = 256
-"""Most tokens of the probe sequence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +45,8 @@ class WorkerTask:
     """What every worker is given."""
 
     config: Config
-    prompts: PromptSet
+    probe_ids: list[int]
+    """Sequence that engines and learner are compared on."""
     held_out: PromptSet | None
     stations: Stations
 
@@ -65,11 +62,12 @@ class TrainWorker:
     def __init__(self, task: WorkerTask) -> None:
         self.config, self.stations = task.config, task.stations
         self.held_out = task.held_out
-        self.probe_ids = task.prompts.token_ids[0][:PROBE_TOKENS]
+        self.probe_ids = task.probe_ids
         context = ray.train.get_context()
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         self.is_first = self.rank == 0
         self.folder = self.config.folder
+        self.asked = self.cached = 0
         self.checkpoints = Checkpoints(self.folder, self.config.checkpoint.keep)
         with self.checkpoints.newest() as found:
             self.step, checkpoint = found or (0, None)
@@ -105,7 +103,7 @@ class TrainWorker:
         session: int = ray.get(gate.restart.remote(self.step))
         first = self.step * self.config.gate.trees_per_step
         ray.get(pool.grow_tickets.remote(gate, session, first))
-        self._note("learner_started", step=self.step, version=self.learner.version)
+        self._note("learner_started", step=self.step, version=self.learner.version, pid=os.getpid())
 
     def _step(self, batches: Iterator[pa.Table]) -> bool:
         """One learner step; returns whether it was the last."""
@@ -145,7 +143,11 @@ class TrainWorker:
 
     def _report(self, result: UpdateResult, version: int, times: dict[str, float]) -> None:
         stats: list[EngineStats] = ray.get(self.stations.pool.stats.remote())
-        seen = max(sum(engine.num_prompt_tokens for engine in stats), 1)
+        asked = sum(engine.num_prompt_tokens for engine in stats)
+        cached = sum(engine.num_cached_tokens for engine in stats)
+        # Since the last row; the totals start anew with an engine that was replaced.
+        rate = (cached - self.cached) / max(asked - self.asked, 1) if asked >= self.asked else 0.0
+        self.asked, self.cached = asked, cached
         row: Row = {
             "step": self.step,
             "version": self.learner.version,
@@ -153,7 +155,7 @@ class TrainWorker:
             **result.metrics,
             **times,
             "tokens/per_s": result.stats.num_sampled_tokens / times["time/step_s"],
-            "engine/prefix_hit_rate": sum(engine.num_cached_tokens for engine in stats) / seen,
+            "engine/prefix_hit_rate": rate,
         }
         ray.get(self.stations.run_log.step.remote(row))
         self._note(

@@ -49,6 +49,8 @@ def tree_stream(config: Config, pool: Actor) -> Callable[[], ray.data.Dataset]:
         stream.context.execution_options.verbose_progress = False
         stream.context.enable_progress_bars = False
         stream.context.execution_options.preserve_order = False
+        # A long evaluation or a slow batch is no fault; hung engines are found by the pool.
+        stream.context.execution_no_progress_timeout_s = -1
         return stream.map_batches(
             ScoringStage,
             fn_constructor_args=(config,),

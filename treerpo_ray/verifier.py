@@ -98,7 +98,7 @@ class Verifier:
     """
 
     def __init__(self, check: str, num_workers: int, timeout_s: float, memory_mib: int) -> None:
-        if not _is_module(check):
+        if not is_module(check):
             raise ValueError(f"verifier.check: no module {check!r}; name one as package.module")
         for name, number in (
             ("num_workers", num_workers),
@@ -269,7 +269,8 @@ def _stop_all(workers: list[_Worker]) -> None:
         workers.pop().stop()
 
 
-def _is_module(name: str) -> bool:
+def is_module(name: str) -> bool:
+    """Whether a module of that name can be imported."""
     try:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError, AttributeError):

@@ -1,14 +1,9 @@
 """Weight sync: an actor that owns the newest weights and has the engines serve them."""
 
-import logging
-import time
-
 import ray
 
 from treerpo_ray.actor import Actor
 from treerpo_ray.weights import Manifest, Probe
-
-log = logging.getLogger(__name__)
 
 
 class WeightSync:
@@ -23,16 +18,14 @@ class WeightSync:
         self.pool, self.probe_every = pool, probe_every
         self._num_syncs = 0
 
-    async def publish(self, manifest: Manifest, chunks: list[ray.ObjectRef], probe: Probe) -> float:
-        """Have every engine serve `manifest`; returns the seconds that it took.
+    async def publish(self, manifest: Manifest, chunks: list[ray.ObjectRef], probe: Probe) -> None:
+        """Have the engines serve `manifest`; returns once they have proved it.
 
         Raises:
             RuntimeError: no engine could take it over.
         """
-        start = time.perf_counter()
         # What the learner put dies with its worker; what is put here lives as long as the run.
         owned = [ray.put(await chunk) for chunk in chunks]
         should_probe = self._num_syncs % self.probe_every == 0
         self._num_syncs += 1
         await self.pool.serve.remote(manifest, owned, probe, should_probe)
-        return time.perf_counter() - start

@@ -6,11 +6,8 @@ with the digests of the bytes that its workers received.
 
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -60,7 +57,6 @@ class LoadProof:
     version: int
     digests: tuple[tuple[str, ...], ...]
     """Digests of the received chunks, from each worker of the engine."""
-    load_s: float
 
     def check(self, manifest: Manifest) -> None:
         """Raise a RuntimeError unless this proves `manifest`."""
@@ -127,21 +123,23 @@ def pack_weights(
 
 
 class ChunkFiles:
-    """Chunks as files in memory, for the worker process; they are gone on exit."""
+    """Chunks as files in memory, for worker processes of this machine; gone with their maker.
+
+    They count as this process's memory and not against a size of /dev/shm, which containers
+    keep small.
+    """
 
     def __enter__(self) -> Self:
-        shared = Path("/dev/shm")
-        folder = shared if os.access(shared, os.W_OK) else None
-        self._folder = Path(tempfile.mkdtemp(prefix="treerpo-weights-", dir=folder))
-        self._count = 0
+        self._descriptors: list[int] = []
         return self
 
     def write(self, chunk: UInt8[np.ndarray, " bytes"]) -> str:
-        """Write one chunk and return the path of its file."""
-        path = self._folder / str(self._count)
-        self._count += 1
+        """Write one chunk and return a path that other processes can open."""
+        descriptor = os.memfd_create("treerpo-weights")
+        self._descriptors.append(descriptor)
+        path = f"/proc/{os.getpid()}/fd/{descriptor}"
         chunk.tofile(path)
-        return str(path)
+        return path
 
     def __exit__(
         self,
@@ -149,4 +147,5 @@ class ChunkFiles:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        shutil.rmtree(self._folder)
+        for descriptor in self._descriptors:
+            os.close(descriptor)
