@@ -23,4 +23,4 @@ if ! cmp -s pyproject.toml "$stamp"; then
     [[ $extras != *cpu* ]] || "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec >&2
     cp pyproject.toml "$stamp"
 fi
-export PATH="$PWD/$venv/bin:$PATH"
+export PATH="$(cd "$venv" && pwd)/bin:$PATH"
