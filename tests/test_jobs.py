@@ -49,6 +49,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             f"--port={free_port()}", f"--dashboard-port={dashboard}",
             f"--temp-dir={folder}", "--disable-usage-stats",
             f"--ray-client-server-port={free_port()}",
+            f"--dashboard-agent-listen-port={free_port()}",
+            f"--dashboard-agent-grpc-port={free_port()}",
+            f"--runtime-env-agent-port={free_port()}",
+            f"--metrics-export-port={free_port()}",
         ],
         env=environment,
         stdout=subprocess.DEVNULL,
@@ -74,13 +78,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_the_job_runs_when_it_is_submitted_to_a_cluster(cluster: str, tmp_path: Path) -> None:
     client = JobSubmissionClient(cluster)
     overrides = " ".join([*TINY, f"run.root={tmp_path}", "run.name=job"])
-    job = client.submit_job(
-        entrypoint=f"python jobs/train.py conf/quickstart.yaml {overrides}",
-        runtime_env={
-            "working_dir": str(ROOT),
-            "excludes": ["/.git/", "/.venv/", "/tests/", "**/__pycache__/", "/.mypy_cache/"],
-        },
-    )
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            job = client.submit_job(
+                entrypoint=f"python jobs/train.py conf/quickstart.yaml {overrides}",
+                runtime_env={"working_dir": str(ROOT)},
+            )
+            break
+        except RuntimeError as error:  # the head's agent comes up after the job server
+            assert "No available agent" in str(error) and time.monotonic() < deadline
+            time.sleep(1)
     deadline = time.monotonic() + 300
     while not (status := client.get_job_status(job)).is_terminal():
         assert time.monotonic() < deadline, client.get_job_logs(job)
