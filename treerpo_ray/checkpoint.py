@@ -46,13 +46,7 @@ class Checkpoints:
             write(staging)
             files = {str(p.relative_to(staging)): _digest(p) for p in _files(staging)}
             (staging / LIST_FILE).write_text(json.dumps(files, indent=1))
-            target = f"{self._root}/step={step:06d}"
-            if isinstance(self._fs, LocalFileSystem):
-                shutil.rmtree(target, ignore_errors=True)
-                staging.rename(target)
-            else:
-                for name in [*files, LIST_FILE]:
-                    self._fs.put_file(str(staging / name), f"{target}/{name}")
+            _place(self._fs, staging, [*files, LIST_FILE], f"{self._root}/step={step:06d}")
         for old in self.steps()[: -self.keep]:
             self._fs.rm(f"{self._root}/step={old:06d}", recursive=True)
 
@@ -86,11 +80,8 @@ def publish_folder(folder: str, name: str, write: Callable[[Path], None]) -> str
     fs, root = fsspec.core.url_to_fs(folder)
     with _staging(fs, root) as staging:
         write(staging)
-        if isinstance(fs, LocalFileSystem):
-            shutil.rmtree(f"{root}/{name}", ignore_errors=True)
-            staging.rename(f"{root}/{name}")
-        else:
-            fs.put(f"{staging}/", f"{root}/{name}/", recursive=True)
+        files = [str(path.relative_to(staging)) for path in _files(staging)]
+        _place(fs, staging, files, f"{root}/{name}")
     return f"{folder}/{name}"
 
 
@@ -107,6 +98,16 @@ def _staging(fs: AbstractFileSystem, root: str) -> Iterator[Path]:
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _place(fs: AbstractFileSystem, staging: Path, files: list[str], target: str) -> None:
+    """Put a written folder in its place: renamed, or its `files` uploaded in that order."""
+    if isinstance(fs, LocalFileSystem):
+        shutil.rmtree(target, ignore_errors=True)
+        staging.rename(target)
+        return
+    for name in files:
+        fs.put_file(str(staging / name), f"{target}/{name}")
 
 
 def _files(folder: Path) -> list[Path]:

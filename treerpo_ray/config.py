@@ -289,10 +289,8 @@ class Config:
     @property
     def max_model_tokens(self) -> int:
         """Tokens that an engine must hold: the longest prompt of any data set and an answer."""
-        longest = self.prompts.max_prompt_tokens
-        if self.evaluate.data.path:
-            longest = max(longest, self.evaluate.data.max_prompt_tokens)
-        return longest + self.shape.max_answer_tokens
+        used = [self.prompts, self.evaluate.data] if self.evaluate.data.path else [self.prompts]
+        return max(data.max_prompt_tokens for data in used) + self.shape.max_answer_tokens
 
     @property
     def folder(self) -> str:
