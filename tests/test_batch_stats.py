@@ -26,6 +26,7 @@ def record(
     version: int = 0,
     attempt: int = 0,
     finished_at_s: float = 0.0,
+    scored_at_s: float = 0.0,
 ) -> TreeRecord:
     steps = tuple(
         replace(step, versions=np.full(len(step.token_ids), version, np.int32))
@@ -41,6 +42,7 @@ def record(
         engine=0,
         grow_s=0.0,
         finished_at_s=finished_at_s,
+        scored_at_s=scored_at_s,
         tree=Tree(prompt_ids=tree.prompt_ids, steps=steps),
         leaf_texts=("",) * len(tree.leaves),
         verdicts=verdicts,
@@ -60,7 +62,8 @@ def turned_down() -> TreeRecord:
 
 def test_the_statistics_of_a_tree_by_hand() -> None:
     tree = make_tree(PARENTS, lengths=[3, 2, 5, 1, 4, 4])
-    advantages, stats = stats_of([record(tree, C, W, W, W, version=4, attempt=2, finished_at_s=9)])
+    graded = record(tree, C, W, W, W, version=4, attempt=2, finished_at_s=9, scored_at_s=10)
+    advantages, stats = stats_of([graded])
     np.testing.assert_allclose(advantages[0], [0.25, -0.25, 0.5, -0.5, np.nan, np.nan])
     assert stats == BatchStats(
         num_trees=1,
@@ -78,6 +81,7 @@ def test_the_statistics_of_a_tree_by_hand() -> None:
         min_version=4,
         version_sum=4,
         last_finished_s=9,
+        last_scored_s=10,
         num_moved=2,
     )
 
@@ -154,6 +158,7 @@ def scored(draw: st.DrawFn) -> TreeRecord:
         version=draw(st.integers(0, 9)),
         attempt=draw(st.integers(0, 2)),
         finished_at_s=draw(st.integers(0, 9)),
+        scored_at_s=draw(st.integers(0, 9)),
     )
 
 

@@ -58,6 +58,7 @@ def records(draw: st.DrawFn) -> TreeRecord:
         answers=tuple(draw(st.lists(TEXT, max_size=2))),
         seed=draw(st.integers(0, 2**63 - 1)),
         grow_s=draw(FINITE),
+        scored_at_s=draw(FINITE),
         leaf_texts=tuple(draw(st.lists(TEXT, min_size=size, max_size=size))),
     )
 

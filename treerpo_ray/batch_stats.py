@@ -38,11 +38,13 @@ class BatchStats:
     """Sum over trees of their oldest version."""
     last_finished_s: float = 0.0
     """Unix time at which the last tree was finished."""
+    last_scored_s: float = 0.0
+    """Unix time at which the last tree was scored."""
     num_moved: int = 0
     """Times a tree had to go to another engine."""
 
     def __add__(self, other: "BatchStats") -> "BatchStats":
-        least, most = {"min_version"}, {"last_finished_s"}
+        least, most = {"min_version"}, {"last_finished_s", "last_scored_s"}
         joined = {}
         for name in self.__dataclass_fields__:
             ours, theirs = getattr(self, name), getattr(other, name)
@@ -102,6 +104,7 @@ def assess(
             min_version=tree.min_version if has_tokens else BatchStats().min_version,
             version_sum=tree.min_version if has_tokens else 0,
             last_finished_s=record.finished_at_s,
+            last_scored_s=record.scored_at_s,
             num_moved=record.attempt,
         )
     return advantages, stats

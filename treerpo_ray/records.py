@@ -14,7 +14,7 @@ import pyarrow as pa
 from treerpo_ray.algo.tree import Step, StopReason, Tree
 from treerpo_ray.verifier import Verdict
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 SCHEMA = pa.schema(
     [
@@ -27,6 +27,7 @@ SCHEMA = pa.schema(
         ("engine", pa.int32()),
         ("grow_s", pa.float64()),
         ("finished_at_s", pa.float64()),
+        ("scored_at_s", pa.float64()),
         ("prompt_ids", pa.list_(pa.int32())),
         ("parent", pa.list_(pa.int32())),
         ("stop", pa.list_(pa.string())),
@@ -63,6 +64,8 @@ class TreeRecord:
     """Decoded answer of each leaf, in the order of `tree.leaves`; for verifier and viewer only."""
     verdicts: tuple[Verdict, ...]
     """Verdict of each leaf, in the order of `tree.leaves`."""
+    scored_at_s: float = 0.0
+    """Unix time of the verdicts; 0 until there are any."""
 
     @property
     def rewards(self) -> np.ndarray:
@@ -107,6 +110,7 @@ def _to_row(record: TreeRecord) -> dict[str, object]:
         "engine": record.engine,
         "grow_s": record.grow_s,
         "finished_at_s": record.finished_at_s,
+        "scored_at_s": record.scored_at_s,
         "prompt_ids": record.tree.prompt_ids,
         "parent": [step.parent for step in steps],
         "stop": [step.stop.value for step in steps],
@@ -132,6 +136,7 @@ class _Row(TypedDict):
     engine: int
     grow_s: float
     finished_at_s: float
+    scored_at_s: float
     prompt_ids: list[int]
     parent: list[int]
     stop: list[str]
@@ -176,6 +181,7 @@ def _from_row(row: _Row) -> TreeRecord:
         engine=row["engine"],
         grow_s=row["grow_s"],
         finished_at_s=row["finished_at_s"],
+        scored_at_s=row["scored_at_s"],
         tree=Tree(prompt_ids=np.asarray(row["prompt_ids"], np.int32), steps=steps),
         leaf_texts=tuple(row["leaf_text"]),
         verdicts=tuple(Verdict(v) for v in row["verdict"]),

@@ -24,7 +24,7 @@ from treerpo_ray.learner import DTYPES, Learner, UpdateResult
 from treerpo_ray.metrics import Event, Row
 from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import from_table
-from treerpo_ray.tree_stream import Scorer
+from treerpo_ray.tree_stream import Scorer, from_share
 from treerpo_ray.weights import Probe, pack_weights
 
 STREAM = "trees"
@@ -79,16 +79,10 @@ class TrainWorker:
             self._open()
         self._barrier()
         shard = ray.train.get_dataset_shard(STREAM)
-        batches = iter(
-            shard.iter_batches(
-                batch_size=self.config.gate.trees_per_step // self.num_workers,
-                batch_format="pyarrow",
-                prefetch_batches=0,
-            )
-        )
+        shares = iter(shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0))
         is_last = self.step >= self.config.run.num_steps
         while not is_last:
-            is_last = self._step(batches)
+            is_last = self._step(shares)
             if self.is_first and (is_last or self.step % self.config.checkpoint.every == 0):
                 self._save()
             if self.is_first and not is_last:
@@ -105,13 +99,14 @@ class TrainWorker:
         ray.get(pool.grow_tickets.remote(gate, session, first))
         self._note("learner_started", step=self.step, version=self.learner.version, pid=os.getpid())
 
-    def _step(self, batches: Iterator[pa.Table]) -> bool:
+    def _step(self, shares: Iterator[pa.Table]) -> bool:
         """One learner step; returns whether it was the last."""
         start = time.time()
-        table = next(batches, None)
-        if table is None:
+        share = next(shares, None)
+        if share is None:
             raise RuntimeError(f"the tree stream ended before learner step {self.step}")
         arrived = time.time()
+        table = from_share(share)
         records = from_table(table)
         self._check_tickets([record.ticket for record in records])
         version = self.learner.version
@@ -124,9 +119,13 @@ class TrainWorker:
             if result.has_updated:
                 self._publish()
             is_last = ray.get(self.stations.gate.consumed.remote(self.step - 1))
+            # Of the wait, what a finished tree spent on scoring, and a scored one on its way here.
+            finished = max(start, result.stats.last_finished_s)
+            scored = max(finished, result.stats.last_scored_s)
             times = {
                 "time/wait_s": arrived - start,
-                "time/hop_s": arrived - max(start, result.stats.last_finished_s),
+                "time/score_s": scored - finished,
+                "time/hop_s": arrived - scored,
                 "time/update_s": updated - arrived,
                 "time/sync_s": time.time() - updated,
                 "time/step_s": time.time() - start,

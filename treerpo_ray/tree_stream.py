@@ -1,14 +1,18 @@
-"""Tree stream: finished trees through Ray Data, scored on the way, to the learner's workers.
+"""Tree stream: finished trees, scored, through Ray Data to the learner's workers.
 
-One endless data set for the whole run: a read task pulls whatever trees are finished and yields
-them as small blocks, a map stage scores them, and Ray Train splits the rows over its workers.
-Blocks are cut per yield, nothing is prefetched and rows are not held back for locality, so that
-a batch that is admitted always arrives (see `gate`).
+One endless data set for the whole run: its read task pulls whatever trees are finished, scores
+them as they come and yields them in shares, which Ray Train splits over its workers. A share is
+one row: the whole trees that one worker consumes in one learner step. So a worker fetches once a
+step, and no further stage adds the tenths of a second that Ray Data takes from one to the next.
+Blocks are cut per row, nothing is prefetched and rows are not held back for locality, so that a
+batch that is admitted always arrives (see `gate`).
 """
 
 import logging
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import pyarrow as pa
@@ -22,27 +26,32 @@ from treerpo_ray.actor import Actor
 from treerpo_ray.algo.tree import StopReason
 from treerpo_ray.config import Config
 from treerpo_ray.prompts import load_tokenizer
-from treerpo_ray.records import TreeRecord, from_table, to_table
+from treerpo_ray.records import SCHEMA, TreeRecord, to_table
 from treerpo_ray.verifier import Answer, Verdict, Verifier
 
 log = logging.getLogger(__name__)
 
 WAIT_S = 10.0
 """Time after which the reader asks anew, and says that it waits."""
-BLOCK_TREES = 16
-"""Most trees of a block: larger ones make fewer calls, smaller ones are scored sooner."""
+SCORED_TREES = 16
+"""Most trees scored at a time: more make fewer calls, fewer are scored sooner."""
+TREES = "trees"
+"""Column of a share."""
 TASK_CPUS = 0.1
 """CPUs that Ray reserves for the stream; it mostly waits."""
 
 
 def tree_stream(config: Config, pool: Actor) -> Callable[[], ray.data.Dataset]:
-    """A callable that makes the data set of scored trees; each call is a stream of its own."""
+    """A callable that makes the data set of shares; each call is a stream of its own."""
 
     def make() -> ray.data.Dataset:
         stream = ray.data.read_datasource(
-            TreeSource(pool, uuid.uuid4().hex),
+            ScoredTrees(config, pool, uuid.uuid4().hex),
             override_num_blocks=1,
-            ray_remote_args={"num_cpus": TASK_CPUS, "max_retries": 0},
+            num_cpus=TASK_CPUS,
+            # Ray would run a lost task again and drop as many shares as had come out before,
+            # although they would be other trees: better the workers start anew and say so.
+            ray_remote_args={"max_retries": 0},
         )
         # Ray Train calls this in its own process, where settings made elsewhere are not known.
         stream.context.target_max_block_size = 1
@@ -51,28 +60,17 @@ def tree_stream(config: Config, pool: Actor) -> Callable[[], ray.data.Dataset]:
         stream.context.execution_options.preserve_order = False
         # A long evaluation or a slow batch is no fault; hung engines are found by the pool.
         stream.context.execution_no_progress_timeout_s = -1
-        return stream.map_batches(
-            ScoringStage,
-            fn_constructor_args=(config,),
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=TASK_CPUS,
-            concurrency=1,
-            # Ray would run a lost stage again and drop as many blocks as had come out before,
-            # although they would be other trees: better the workers start anew and say so.
-            max_restarts=0,
-            max_task_retries=0,
-        )
+        return stream
 
     return make
 
 
-class TreeSource(Datasource):
-    """Reads finished trees from the engine pool, without end."""
+class ScoredTrees(Datasource):
+    """Reads finished trees from the engine pool, without end, and scores them."""
 
-    def __init__(self, pool: Actor, reader: str) -> None:
+    def __init__(self, config: Config, pool: Actor, reader: str) -> None:
         super().__init__()
-        self.pool, self.reader = pool, reader
+        self.config, self.pool, self.reader = config, pool, reader
 
     def get_read_tasks(
         self,
@@ -81,24 +79,43 @@ class TreeSource(Datasource):
         data_context: ray.data.DataContext | None = None,
     ) -> list[ReadTask]:
         """One task, whatever `parallelism`: there is one queue of finished trees."""
-        pool, reader = self.pool, self.reader
+        config, pool, reader = self.config, self.pool, self.reader
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(lambda: _read(pool, reader), unknown)]
+        return [ReadTask(lambda: _shares(config, pool, reader), unknown)]
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Not known."""
         return None
 
 
-def _read(pool: Actor, reader: str) -> Iterator[pa.Table]:
-    while True:
-        trees: list[TreeRecord] | None = ray.get(pool.take.remote(reader, BLOCK_TREES, WAIT_S))
-        if trees is None:
-            return
-        if trees:
-            yield to_table(trees)
-        else:
-            log.info("waiting for finished trees")
+def _shares(config: Config, pool: Actor, reader: str) -> Iterator[pa.Table]:
+    size = config.gate.trees_per_step // config.learner.num_workers
+    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+    scored: list[TreeRecord] = []
+    with closing(Scorer(config, tokenizer)) as scorer:
+        while True:
+            trees: list[TreeRecord] | None = ray.get(pool.take.remote(reader, SCORED_TREES, WAIT_S))
+            if trees is None:
+                return
+            if not trees:
+                log.info("waiting for finished trees")
+            scored += scorer.score(trees)
+            # Batches leave the pool one after the other: a share never mixes two learner steps.
+            while len(scored) >= size:
+                yield to_share(scored[:size])
+                del scored[:size]
+
+
+def to_share(trees: Sequence[TreeRecord]) -> pa.Table:
+    """Table of one row that holds all `trees`."""
+    rows = to_table(trees).to_struct_array().combine_chunks()
+    return pa.table({TREES: pa.ListArray.from_arrays([0, len(rows)], rows)})
+
+
+def from_share(share: pa.Table) -> pa.Table:
+    """Table with one row a tree, as `to_table` makes it."""
+    rows = share.column(TREES).combine_chunks().flatten()
+    return pa.Table.from_struct_array(rows).replace_schema_metadata(SCHEMA.metadata)
 
 
 class Scorer:
@@ -127,6 +144,7 @@ class Scorer:
             for leaf, text in zip(record.tree.leaves, leaf_texts, strict=True)
         ]
         verdicts = iter(self.verifier.grade(answers))
+        now = time.time()
         return [
             replace(
                 record,
@@ -134,6 +152,7 @@ class Scorer:
                 verdicts=tuple(
                     self._verdict(record, leaf, next(verdicts)) for leaf in record.tree.leaves
                 ),
+                scored_at_s=now,
             )
             for record, leaf_texts in zip(records, texts, strict=True)
         ]
@@ -152,14 +171,3 @@ class Scorer:
     def close(self) -> None:
         """End the verifier's processes."""
         self.verifier.close()
-
-
-class ScoringStage:
-    """The map stage: blocks of trees in, the same trees scored out."""
-
-    def __init__(self, config: Config) -> None:
-        tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-        self.scorer = Scorer(config, tokenizer)
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        return to_table(self.scorer.score(from_table(block)))
