@@ -124,11 +124,11 @@ def test_logprobs_that_are_not_numbers_come_back_as_they_were() -> None:
     np.testing.assert_array_equal(back.tree.steps[0].logprobs, logprobs)
 
 
-@pytest.mark.parametrize("metadata", [None, {"treerpo_schema": "0"}, {"treerpo_schema": "2"}])
+@pytest.mark.parametrize("metadata", [None, {"treerpo_schema": "1"}, {"treerpo_schema": "3"}])
 def test_a_table_of_another_schema_version_is_refused(metadata: dict[str, str] | None) -> None:
     table = to_table([]).replace_schema_metadata(metadata)
     found = "0" if metadata is None else metadata["treerpo_schema"]
-    told = rf"^trees were written with schema {'[?]' if metadata is None else found}, this reads 1$"
+    told = rf"^trees were written with schema {'[?]' if metadata is None else found}, this reads 2$"
     with pytest.raises(ValueError, match=told):
         from_table(table)
 
