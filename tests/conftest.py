@@ -5,12 +5,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 from treerpo_ray.config import Config
 from treerpo_ray.config_file import load
+
+# Property tests draw the same examples in each run and have no deadline on a busy machine.
+settings.register_profile("reproducible", derandomize=True, database=None, deadline=None)
+settings.load_profile("reproducible")
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [

@@ -411,7 +411,7 @@ PIECES = st.sampled_from(
 TEXTS = st.one_of(st.text(max_size=80), st.lists(PIECES, max_size=14).map(" ".join))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(answer=TEXTS, reference=TEXTS)
 def test_no_text_makes_the_check_raise(answer, reference):
     assert check_answer(answer, (reference,)) in (True, False, None)

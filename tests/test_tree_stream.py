@@ -11,7 +11,7 @@ from treerpo_ray.records import SCHEMA, TreeRecord, from_table
 from treerpo_ray.tree_stream import from_share, to_share
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(records(), min_size=1, max_size=4))
 def test_a_share_is_one_row_and_gives_its_trees_back(drawn: list[TreeRecord]) -> None:
     share = to_share(drawn)
