@@ -14,16 +14,10 @@ from torch import Tensor
 
 from treerpo_ray.algo.loss import LossConfig
 from treerpo_ray.algo.tree import Step, StopReason, Tree
-from treerpo_ray.config import (
-    Config,
-    GateConfig,
-    LearnerConfig,
-    ModelConfig,
-    PromptsConfig,
-    TreeConfig,
-)
+from treerpo_ray.config import Config
 from treerpo_ray.learner import Learner, UpdateResult
 from treerpo_ray.records import TreeRecord
+from treerpo_ray.sections import GateConfig, LearnerConfig, ModelConfig, PromptsConfig, TreeConfig
 from treerpo_ray.verifier import Verdict
 
 CPU = torch.device("cpu")

@@ -10,10 +10,11 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
-from treerpo_ray.config import Config, MetricsConfig, RunConfig, TreeConfig
+from treerpo_ray.config import Config
 from treerpo_ray.metrics import Event, RunLog
 from treerpo_ray.quickstart.task import draw_chains
 from treerpo_ray.records import TreeRecord, to_table
+from treerpo_ray.sections import MetricsConfig, RunConfig, TreeConfig
 from treerpo_ray.verifier import Verdict
 
 NUM_STEPS = 12

@@ -65,8 +65,8 @@ def test_a_run_needs_what_its_engines_workers_and_stream_reserve() -> None:
         ]
     )
     needed = needed_resources(config)
-    # 3 engines of 2, 2 workers of 4, and the two stages of the stream
-    assert needed == pytest.approx({"CPU": 14.2, "GPU": 5, "rollout_slot": 3, "train_slot": 2})
+    # 3 engines of 2, 2 workers of 4, and the read task of the stream
+    assert needed == pytest.approx({"CPU": 14.1, "GPU": 5, "rollout_slot": 3, "train_slot": 2})
 
 
 def test_the_default_run_fits_a_node_of_two_cpus() -> None:

@@ -12,8 +12,9 @@ import fsspec
 import pytest
 
 from treerpo_ray import metrics, wandb_run
-from treerpo_ray.config import Config, MetricsConfig, RunConfig
+from treerpo_ray.config import Config
 from treerpo_ray.metrics import Event, RunLog, latest_rows, read_lines
+from treerpo_ray.sections import MetricsConfig, RunConfig
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treerpo_ray.config import PromptsConfig
 from treerpo_ray.problems import DataReport, Problem, load_problems
+from treerpo_ray.sections import PromptsConfig
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 ROWS = [

@@ -9,7 +9,6 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 import treerpo_ray
-from treerpo_ray.config import PromptsConfig
 from treerpo_ray.problems import Problem
 from treerpo_ray.prompts import (
     PromptSet,
@@ -19,6 +18,7 @@ from treerpo_ray.prompts import (
     resolve_model_path,
 )
 from treerpo_ray.quickstart.tokenizer import make_tokenizer
+from treerpo_ray.sections import PromptsConfig
 
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 GENERATION = "{% if add_generation_prompt %}<assistant>{% endif %}"

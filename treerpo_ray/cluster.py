@@ -12,9 +12,6 @@ from ray._private.state import state as ray_state
 from treerpo_ray.config import Config
 from treerpo_ray.tree_stream import TASK_CPUS
 
-STREAM_STAGES = 2
-"""Parts of the tree stream that reserve CPUs: the read task and the scoring actor."""
-
 
 def check_vllm(config: Config) -> None:
     """Check that exactly one vLLM build is installed and that it fits the config.
@@ -48,7 +45,7 @@ def _is_installed(name: str) -> bool:
 
 def needed_resources(config: Config) -> dict[str, float]:
     """Sum of what engines, learner workers and the stream reserve."""
-    needed = {"CPU": STREAM_STAGES * TASK_CPUS}
+    needed = {"CPU": TASK_CPUS}
     for count, resources in (
         (config.engine.num_engines, config.engine.resources),
         (config.learner.num_workers, config.learner.resources),

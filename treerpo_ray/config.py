@@ -1,209 +1,29 @@
-"""Configuration: one frozen dataclass a section, sections named like the modules they serve.
+"""Configuration: the sections of a whole run, what holds between them, and what follows.
 
-Defaults and their meaning live here; a YAML file holds only what differs (see `config_file`).
-Derived numbers are properties, not keys.
+A YAML file holds only what differs from the defaults in `sections` (see `config_file`). Derived
+numbers are properties, not keys.
 """
 
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Literal
 
-from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.loss import LossConfig
 from treerpo_ray.algo.search import TreeShape
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """What is run, and where it is written."""
-
-    name: str = "treerpo"
-    """Name of the run; a run of the same name goes on where it was."""
-    root: str = "~/treerpo_runs"
-    """Folder or URI (s3://, gs://) of all runs; run folders are `root/name`."""
-    seed: int = 0
-    """Seed of prompts, trees and the learner."""
-    num_steps: int = 100
-    """Learner steps of the whole run; each consumes `gate.trees_per_step` trees."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The policy that is trained."""
-
-    path: str = "treerpo_ray/quickstart/model"
-    """Hugging Face id or folder with safetensors weights and tokenizer."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the engines; the learner keeps float32 weights and computes in this."""
-    trust_remote_code: bool = False
-    """Whether Python code that comes with the model may run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptsConfig:
-    """A data set and how it becomes prompts."""
-
-    path: str = ""
-    """JSONL, JSON or Parquet file (also .gz, local or URI), a Hugging Face data set id, or
-    `quickstart:train` / `quickstart:test`."""
-    split: str = "train"
-    """Split, for Hugging Face data sets."""
-    subset: str | None = None
-    """Configuration name, for Hugging Face data sets that have several."""
-    question_column: str = "question"
-    """Column with the question."""
-    answer_column: str = "answer"
-    """Column with the reference answer, or a list of accepted ones."""
-    id_column: str | None = None
-    """Column with a row's name; row numbers if not given."""
-    system_prompt: str | None = None
-    """System message of the chat template."""
-    max_prompt_tokens: int = 512
-    """Longer prompts are counted and left out."""
-    num_problems: int | None = None
-    """Use only so many, the first ones; all if not given."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TreeConfig:
-    """How a tree is sampled."""
-
-    num_children: tuple[int, ...] = (8, 8, 8)
-    """Children of an expanded step, one entry a depth; [16] is GRPO with 16 samples."""
-    step_tokens: tuple[int, ...] = (384, 384, 384)
-    """Most tokens of a step, one entry a depth."""
-    delimiter: str | None = None
-    """Text of one token that also ends a step above the last depth; none: by length alone."""
-    temperature: float = 0.6
-    """Sampling temperature; the learner divides its logits by the same."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GateConfig:
-    """Admission of trees."""
-
-    trees_per_step: int = 128
-    """Trees (questions) that one learner step consumes."""
-    max_staleness: int = 1
-    """Learner steps by which a tree may be behind; 0 is strictly on-policy."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """vLLM engines, each in an actor of its own."""
-
-    num_engines: int = 1
-    """Engines that search and evaluate."""
-    resources: dict[str, float] = field(default_factory=lambda: {"CPU": 0.5})
-    """Ray resources of one engine, such as {GPU: 1, rollout_slot: 1}."""
-    tensor_parallel: int = 1
-    """GPUs of one engine."""
-    max_num_seqs: int = 256
-    """Requests that one engine decodes at a time."""
-    kv_cache_gib: float | None = 1.0
-    """KV cache of one engine in GiB; null on a GPU means what `gpu_memory_utilization` leaves."""
-    gpu_memory_utilization: float = 0.85
-    """Share of a GPU's memory that an engine may take."""
-    cpu_threads: int = 1
-    """OpenMP threads of a CPU engine."""
-    start_timeout_s: float = 600.0
-    """Time after which an engine that does not come up is an error."""
-    request_timeout_s: float = 1800.0
-    """Time that a tree may go without a finished step group before its engine counts as hung."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerifierConfig:
-    """The verifier: grades answers in killable processes."""
-
-    check: str = "treerpo_ray.math_answer"
-    """Module with `check_answer` and `SELF_TEST`."""
-    num_workers: int = 1
-    """Processes of each scoring actor."""
-    timeout_s: float = 5.0
-    """Time for one answer."""
-    memory_mib: int = 1024
-    """Memory of one process."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearnerConfig:
-    """The Ray Train workers and their optimizer."""
-
-    num_workers: int = 1
-    """Data-parallel workers; `gate.trees_per_step` must be a multiple."""
-    resources: dict[str, float] = field(default_factory=lambda: {"CPU": 0.5})
-    """Ray resources of one worker, such as {GPU: 1, train_slot: 1}."""
-    cpu_threads: int = 1
-    """Torch threads of a CPU worker."""
-    max_failures: int = 3
-    """Times the worker group is started again after a worker died."""
-    learning_rate: float = 1e-6
-    """Rate of AdamW after warm-up."""
-    warmup_steps: int = 0
-    """Optimizer steps over which the rate rises from zero."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay of AdamW."""
-    clip_grad_norm: float = 1.0
-    """Largest norm of the gradient."""
-    minibatches: int = 1
-    """Optimizer steps that one learner step is split into; the paper takes 2."""
-    advantage: AdvantageForm = AdvantageForm.BERNOULLI
-    """How a step group's values become advantages."""
-    prune_threshold: float = 0.1
-    """A step group is trained if its values differ by more than this (the paper's tau)."""
-    token_budget: int = 16384
-    """Most tokens of one forward pass."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass, to save memory."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SyncConfig:
-    """Weight sync from the learner to the engines."""
-
-    chunk_mib: int = 256
-    """Size of the chunks that weights travel in."""
-    probe_every: int = 10
-    """Syncs between comparisons of engine and learner log-probabilities; also at start."""
-    probe_tolerance: float = 1e-3
-    """Largest mean difference (nats a token) that a probe may show; 0.1 with bfloat16."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Evaluation before, during and after training."""
-
-    data: PromptsConfig = field(default_factory=PromptsConfig)
-    """Held-out problems; no path, no evaluation."""
-    num_samples: int = 8
-    """Answers a problem; Pass@1 is their mean."""
-    temperature: float = 0.6
-    """Sampling temperature."""
-    every: int = 0
-    """Learner steps between evaluations during training; 0: only before and after."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """Checkpoints in the run folder."""
-
-    every: int = 20
-    """Learner steps between checkpoints; one is always written at the end."""
-    keep: int = 2
-    """Newest checkpoints that are kept."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MetricsConfig:
-    """Where metrics go besides `metrics.jsonl` and the terminal."""
-
-    wandb_project: str | None = "treerpo_ray"
-    """Weights & Biases project; null turns it off. Without an API key it runs offline."""
-    save_trees_every: int = 1
-    """Learner steps between saved batches of trees; 0: none."""
-
+from treerpo_ray.sections import (
+    CheckpointConfig,
+    EngineConfig,
+    EvaluateConfig,
+    GateConfig,
+    LearnerConfig,
+    MetricsConfig,
+    ModelConfig,
+    PromptsConfig,
+    RunConfig,
+    SyncConfig,
+    TreeConfig,
+    VerifierConfig,
+)
 
 POSITIVE = (
     *("run.num_steps", "tree.temperature", "gate.trees_per_step", "evaluate.num_samples"),

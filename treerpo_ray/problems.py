@@ -22,8 +22,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet
 
-from treerpo_ray.config import PromptsConfig
 from treerpo_ray.quickstart import task
+from treerpo_ray.sections import PromptsConfig
 
 QUICKSTART = "quickstart:"
 QUICKSTART_SEED = 0

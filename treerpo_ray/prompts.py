@@ -10,8 +10,8 @@ from pathlib import Path
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, BatchEncoding, GenerationConfig, PreTrainedTokenizerBase
 
-from treerpo_ray.config import PromptsConfig
 from treerpo_ray.problems import HUB_ID, Problem, one_line
+from treerpo_ray.sections import PromptsConfig
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[1]
 
