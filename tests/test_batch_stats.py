@@ -132,6 +132,7 @@ def test_the_metrics_of_a_batch_by_hand() -> None:
         "length/cut_off_share": 1 / 10,
         "staleness/max": 2,
         "staleness/mean": (2 + 0 + 1 + 0) / 4,
+        "gate/redraws": 0,
         "engine/moved_trees": 3,
     }
     assert metrics == pytest.approx(expected)

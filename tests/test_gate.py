@@ -177,3 +177,14 @@ def test_who_waits_from_before_a_restart_gets_no_ticket_of_the_new_session() -> 
         return await late, [ticket.number for ticket in tickets if ticket is not None]
 
     assert asyncio.run(scenario()) == (None, [2, 3])
+
+
+def test_a_redrawn_ticket_keeps_its_number_and_draws_another_prompt_each_time() -> None:
+    gate = Gate(num_prompts=1000, trees_per_step=4, max_staleness=0, num_steps=9, seed=3)
+    drawn = [gate.redrawn(7, n) for n in range(1, 200)]
+    assert {ticket.number for ticket in drawn} == {7}
+    assert gate.redrawn(7, 1) == drawn[0]
+    assert len({ticket.seed for ticket in drawn}) == 199
+    # 199 draws of 1000 prompts: 180 different ones are expected, with a deviation of 4
+    assert len({ticket.prompt for ticket in drawn}) == pytest.approx(180, abs=16)
+    assert max(ticket.prompt for ticket in drawn) < 1000

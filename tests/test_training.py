@@ -20,6 +20,7 @@ from treerpo_ray.metrics import read_lines
 from treerpo_ray.outcome import Outcome, finished_outcome
 from treerpo_ray.plan import load_inputs
 from treerpo_ray.records import TreeRecord
+from treerpo_ray.shares import has_signal
 from treerpo_ray.train import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine]
@@ -194,3 +195,24 @@ def test_a_run_in_which_nothing_can_be_learned_says_so_and_ends_well(
     metrics = Run(config.folder).metrics()
     assert metrics["version"].tolist() == [0, 0]
     assert metrics["verdict/cut_off"].sum() > 0
+
+
+def test_a_ticket_without_a_kept_group_draws_another_prompt(small_config, ray_cluster) -> None:
+    config = small_config(
+        "run.name=refill", "run.num_steps=3", "tree.num_children=[2]", "tree.step_tokens=[46]",
+        "learner.num_workers=2", "learner.resources.CPU=0.4", "gate.max_redraws=4",
+        "evaluate.data.path=''",
+    )  # fmt: skip
+    assert run_training(config)[0].is_complete
+    run = Run(config.folder)
+    trees = trees_of(run)
+    assert sorted(trees) == list(range(18))
+    redrawn = [tree for tree in trees.values() if tree.num_redraws]
+    assert redrawn and all(tree.redrawn_tokens > 0 for tree in redrawn)
+    assert all(has_signal(tree, config) or tree.num_redraws == 4 for tree in trees.values())
+    metrics = run.metrics()
+    assert metrics["gate/redraws"].sum() == sum(tree.num_redraws for tree in redrawn)
+    own = sum(tree.tree.num_sampled_tokens for tree in trees.values())
+    spent = own + sum(tree.redrawn_tokens for tree in redrawn)
+    assert metrics["tokens/sampled"].sum() == spent
+    assert metrics["staleness/max"].max() <= 1

@@ -42,6 +42,8 @@ class BatchStats:
     """Unix time at which the last tree was scored."""
     num_moved: int = 0
     """Times a tree had to go to another engine."""
+    num_redraws: int = 0
+    """Trees that were put aside for having no kept group; their tokens count as sampled."""
 
     def __add__(self, other: "BatchStats") -> "BatchStats":
         least, most = {"min_version"}, {"last_finished_s", "last_scored_s"}
@@ -72,6 +74,7 @@ class BatchStats:
             "staleness/mean": (self.num_versioned * version - self.version_sum)
             / max(self.num_versioned, 1),
             "engine/moved_trees": self.num_moved,
+            "gate/redraws": self.num_redraws,
         }
 
 
@@ -97,7 +100,7 @@ def assess(
             num_with_correct=int(Verdict.CORRECT in record.verdicts),
             groups=groups,
             verdicts=Counter(record.verdicts),
-            num_sampled_tokens=tree.num_sampled_tokens,
+            num_sampled_tokens=tree.num_sampled_tokens + record.redrawn_tokens,
             answer_tokens=sum(len(tree.path_token_ids(leaf)) for leaf in tree.leaves),
             num_leaves=len(tree.leaves),
             num_versioned=int(has_tokens),
@@ -106,5 +109,6 @@ def assess(
             last_finished_s=record.finished_at_s,
             last_scored_s=record.scored_at_s,
             num_moved=record.attempt,
+            num_redraws=record.num_redraws,
         )
     return advantages, stats

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine
+from dataclasses import replace
 
 import ray
 from ray.exceptions import RayError
@@ -56,6 +57,8 @@ class EnginePool:
         self._reader = ""
         self._past_readers: set[str] = set()
         self._failure: Exception | None = None
+        self._gate: Actor
+        """Of the tickets that are grown; a tree can be redrawn only once there are any."""
 
     async def start(self) -> None:
         """Start every engine; returns once all of them can serve."""
@@ -89,13 +92,28 @@ class EnginePool:
         self._released = first
         self._reader = ""  # the one of the stream that ended may still be waiting
         self._failure = None
+        self._gate = gate
         self._spawn(self._admit(gate, session))
 
     async def _admit(self, gate: Actor, session: int) -> None:
         while (ticket := await gate.next.remote(session)) is not None:
             self._spawn(self._grow_ticket(ticket))
 
-    async def _grow_ticket(self, ticket: Ticket) -> None:
+    async def redraw(self, reader: str, past: TreeRecord) -> None:
+        """Grow the ticket of a tree that was taken anew, with another prompt."""
+        if reader == self._reader:
+            self._released -= 1
+            self._spawn(self._redraw(past))
+
+    async def _redraw(self, past: TreeRecord) -> None:
+        num_redraws = past.num_redraws + 1
+        tokens = past.redrawn_tokens + past.tree.num_sampled_tokens
+        ticket = await self._gate.redrawn.remote(past.ticket, num_redraws)
+        await self._grow_ticket(ticket, num_redraws, tokens)
+
+    async def _grow_ticket(
+        self, ticket: Ticket, num_redraws: int = 0, redrawn_tokens: int = 0
+    ) -> None:
         problem = self.prompts.problems[ticket.prompt]
         record = await self._grow(
             ticket.number,
@@ -105,6 +123,7 @@ class EnginePool:
             ticket.seed,
             self.config.tree.temperature,
         )
+        record = replace(record, num_redraws=num_redraws, redrawn_tokens=redrawn_tokens)
         self._finished[ticket.number] = record
         self.engines.note(
             "tree_finished",

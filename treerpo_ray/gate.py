@@ -55,6 +55,15 @@ class Gate:
         seed = int(np.random.SeedSequence((self.seed, number)).generate_state(1, np.uint64)[0])
         return Ticket(number=number, prompt=int(order[place]), seed=seed >> 1)
 
+    def redrawn(self, number: int, num_redraws: int) -> Ticket:
+        """The ticket with another prompt, any of the data set, drawn for the n-th time.
+
+        It stays the same ticket: issued once, consumed once, by the same learner step.
+        """
+        sequence = np.random.SeedSequence((self.seed, number, num_redraws))
+        prompt, seed = sequence.generate_state(2, np.uint64).tolist()
+        return Ticket(number=number, prompt=prompt % self.num_prompts, seed=seed >> 1)
+
     @property
     def limit(self) -> int:
         """First ticket number that may not be issued yet."""

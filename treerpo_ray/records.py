@@ -20,6 +20,8 @@ SCHEMA = pa.schema(
     [
         ("ticket", pa.int64()),
         ("attempt", pa.int32()),
+        ("num_redraws", pa.int32()),
+        ("redrawn_tokens", pa.int64()),
         ("prompt_id", pa.string()),
         ("question", pa.string()),
         ("answers", pa.list_(pa.string())),
@@ -66,6 +68,10 @@ class TreeRecord:
     """Verdict of each leaf, in the order of `tree.leaves`."""
     scored_at_s: float = 0.0
     """Unix time of the verdicts; 0 until there are any."""
+    num_redraws: int = 0
+    """Trees of the same ticket that were put aside before, for they had no kept group."""
+    redrawn_tokens: int = 0
+    """Sampled tokens of those."""
 
     @property
     def rewards(self) -> np.ndarray:
@@ -103,6 +109,8 @@ def _to_row(record: TreeRecord) -> dict[str, object]:
     return {
         "ticket": record.ticket,
         "attempt": record.attempt,
+        "num_redraws": record.num_redraws,
+        "redrawn_tokens": record.redrawn_tokens,
         "prompt_id": record.prompt_id,
         "question": record.question,
         "answers": list(record.answers),
@@ -129,6 +137,8 @@ class _Row(TypedDict):
 
     ticket: int
     attempt: int
+    num_redraws: int
+    redrawn_tokens: int
     prompt_id: str
     question: str
     answers: list[str]
@@ -174,6 +184,8 @@ def _from_row(row: _Row) -> TreeRecord:
     return TreeRecord(
         ticket=row["ticket"],
         attempt=row["attempt"],
+        num_redraws=row["num_redraws"],
+        redrawn_tokens=row["redrawn_tokens"],
         prompt_id=row["prompt_id"],
         question=row["question"],
         answers=tuple(row["answers"]),

@@ -82,6 +82,8 @@ class GateConfig:
     """Trees (questions) that one learner step consumes."""
     max_staleness: int = 1
     """Learner steps by which a tree may be behind; 0 is strictly on-policy."""
+    max_redraws: int = 0
+    """Times a ticket whose tree has no kept group draws another prompt (DAPO's refill)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +122,10 @@ class VerifierConfig:
     """Time for one answer."""
     memory_mib: int = 1024
     """Memory of one process."""
+    false_positive_rate: float = 0.0
+    """Share of wrong answers that training is told are right; to study noisy rewards."""
+    false_negative_rate: float = 0.0
+    """Share of right answers that training is told are wrong; to study noisy rewards."""
 
 
 @dataclass(frozen=True, kw_only=True)

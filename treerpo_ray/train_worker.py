@@ -24,7 +24,8 @@ from treerpo_ray.learner import DTYPES, Learner, UpdateResult
 from treerpo_ray.metrics import Event, Row
 from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import from_table
-from treerpo_ray.tree_stream import Scorer, from_share
+from treerpo_ray.shares import from_share
+from treerpo_ray.tree_stream import Scorer
 from treerpo_ray.weights import Probe, pack_weights
 
 STREAM = "trees"

@@ -11,7 +11,7 @@ batch that is admitted always arrives (see `gate`).
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 
@@ -26,7 +26,9 @@ from treerpo_ray.actor import Actor
 from treerpo_ray.algo.tree import StopReason
 from treerpo_ray.config import Config
 from treerpo_ray.prompts import load_tokenizer
-from treerpo_ray.records import SCHEMA, TreeRecord, to_table
+from treerpo_ray.records import TreeRecord
+from treerpo_ray.reward_noise import add_noise
+from treerpo_ray.shares import Shares, has_signal, to_share
 from treerpo_ray.verifier import Answer, Verdict, Verifier
 
 log = logging.getLogger(__name__)
@@ -35,8 +37,6 @@ WAIT_S = 10.0
 """Time after which the reader asks anew, and says that it waits."""
 SCORED_TREES = 16
 """Most trees scored at a time: more make fewer calls, fewer are scored sooner."""
-TREES = "trees"
-"""Column of a share."""
 TASK_CPUS = 0.1
 """CPUs that Ray reserves for the stream; it mostly waits."""
 
@@ -89,9 +89,8 @@ class ScoredTrees(Datasource):
 
 
 def _shares(config: Config, pool: Actor, reader: str) -> Iterator[pa.Table]:
-    size = config.gate.trees_per_step // config.learner.num_workers
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-    scored: list[TreeRecord] = []
+    shares: Shares | None = None
     with closing(Scorer(config, tokenizer)) as scorer:
         while True:
             trees: list[TreeRecord] | None = ray.get(pool.take.remote(reader, SCORED_TREES, WAIT_S))
@@ -99,23 +98,27 @@ def _shares(config: Config, pool: Actor, reader: str) -> Iterator[pa.Table]:
                 return
             if not trees:
                 log.info("waiting for finished trees")
-            scored += scorer.score(trees)
-            # Batches leave the pool one after the other: a share never mixes two learner steps.
-            while len(scored) >= size:
-                yield to_share(scored[:size])
-                del scored[:size]
+                continue
+            shares = shares or Shares(config, first=trees[0].ticket)
+            for tree in scorer.score(trees):
+                noisy = _noisy(tree, config)
+                if noisy.num_redraws < config.gate.max_redraws and not has_signal(noisy, config):
+                    ray.get(pool.redraw.remote(reader, noisy))
+                else:
+                    shares.add(noisy)
+            yield from map(to_share, shares.complete())
 
 
-def to_share(trees: Sequence[TreeRecord]) -> pa.Table:
-    """Table of one row that holds all `trees`."""
-    rows = to_table(trees).to_struct_array().combine_chunks()
-    return pa.table({TREES: pa.ListArray.from_arrays([0, len(rows)], rows)})
-
-
-def from_share(share: pa.Table) -> pa.Table:
-    """Table with one row a tree, as `to_table` makes it."""
-    rows = share.column(TREES).combine_chunks().flatten()
-    return pa.Table.from_struct_array(rows).replace_schema_metadata(SCHEMA.metadata)
+def _noisy(tree: TreeRecord, config: Config) -> TreeRecord:
+    verifier = config.verifier
+    if not verifier.false_positive_rate and not verifier.false_negative_rate:
+        return tree
+    return add_noise(
+        tree,
+        false_positive_rate=verifier.false_positive_rate,
+        false_negative_rate=verifier.false_negative_rate,
+        seed=config.run.seed,
+    )
 
 
 class Scorer:
