@@ -1,0 +1,187 @@
+"""Comparison: methods trained from the same start for the same number of sampled tokens.
+
+A comparison is a YAML file of settings (tasks) and arms (methods). Each arm is run once for each
+of its seeds in each setting, and leaves one small result file, so that a comparison that was
+stopped goes on with the runs that are missing.
+"""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from treerpo_ray.algo.search import TreeShape
+from treerpo_ray.config import Config
+from treerpo_ray.config_file import load, to_yaml
+from treerpo_ray.evaluate import Evaluation
+from treerpo_ray.metrics import latest_rows
+
+CURVE = ("step", "tokens/sampled", "time/step_s", "reward/mean", "length/mean", "groups/kept_share")
+"""Metrics of a learner step that a result keeps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A task, the same for every arm."""
+
+    overrides: list[str] = field(default_factory=list)
+    """Files and `section.key=value` that make it of the base."""
+    answer_tokens: float
+    """Mean length of an answer, from which the tokens of a tree are estimated."""
+    sampled_tokens: int
+    """Tokens that each run samples, to within one learner step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A method."""
+
+    overrides: list[str] = field(default_factory=list)
+    num_seeds: int = 1
+    settings: list[str] = field(default_factory=list)
+    """Settings that it is run in; all if none are named."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Arms against each other in several settings."""
+
+    base: list[str]
+    """Configuration that all runs share."""
+    reference: str
+    """Arm that the others are compared with."""
+    settings: dict[str, Setting]
+    arms: dict[str, Arm]
+
+    def __post_init__(self) -> None:
+        if self.reference not in self.arms:
+            raise ValueError(f"reference: {self.reference} is none of the arms {list(self.arms)}")
+        for name, arm in self.arms.items():
+            if unknown := set(arm.settings) - set(self.settings):
+                raise ValueError(f"arms.{name}.settings: {unknown} are none of the settings")
+
+    def trials(self) -> Iterator["Trial"]:
+        """All runs, first seeds first, so that every arm has a result early."""
+        for seed in range(max(arm.num_seeds for arm in self.arms.values())):
+            for setting in self.settings:
+                for name, arm in self.arms.items():
+                    if seed < arm.num_seeds and setting in (arm.settings or self.settings):
+                        yield Trial(setting=setting, arm=name, seed=seed)
+
+    def config(self, trial: "Trial", common: list[str]) -> Config:
+        """Configuration of a run; `common` are overrides for all of them."""
+        setting, arm = self.settings[trial.setting], self.arms[trial.arm]
+        name = f"run.name={trial.setting}-{trial.arm}-{trial.seed}"
+        own = [f"run.seed={trial.seed}", name, *common]
+        parts = [*self.base, *setting.overrides, *arm.overrides, *own]
+        config = load(parts)
+        step = config.gate.trees_per_step * expected_tokens(config.shape, setting.answer_tokens)
+        return load([*parts, f"run.num_steps={max(1, round(setting.sampled_tokens / step))}"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One run of a comparison."""
+
+    setting: str
+    arm: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What a run came to; one file."""
+
+    trial: Trial
+    version: str
+    """Commit of the project."""
+    config: str
+    """Resolved configuration, YAML."""
+    before: Evaluation
+    after: Evaluation
+    curve: dict[str, list[float]]
+    """Values of the metrics in CURVE, by learner step."""
+
+
+def read_comparison(path: str) -> Comparison:
+    """Read a comparison's file.
+
+    Raises:
+        ValueError: one line that names the file and what is wrong with it.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such comparison")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Comparison), OmegaConf.load(path))
+        return cast(Comparison, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def expected_tokens(shape: TreeShape, answer_tokens: float) -> float:
+    """Tokens of a tree whose answers all have `answer_tokens`: steps are shared above leaves."""
+    total, done, num_steps = 0.0, 0.0, 1
+    for num_children, step_tokens in zip(shape.num_children, shape.step_tokens, strict=True):
+        num_steps *= num_children
+        length = min(step_tokens, max(answer_tokens - done, 0.0))
+        total, done = total + num_steps * length, done + length
+    return total
+
+
+def result_of(trial: Trial, config: Config, before: Evaluation, after: Evaluation) -> Result:
+    """The result of a run that is complete, from its run folder."""
+    rows = [row for row in latest_rows(config.folder) if "tokens/sampled" in row]
+    return Result(
+        trial=trial,
+        version=_commit(),
+        config=to_yaml(config),
+        before=before,
+        after=after,
+        curve={name: [round(row[name], 4) for row in rows] for name in CURVE},
+    )
+
+
+def write_result(result: Result, folder: Path) -> None:
+    """Write a result where `read_results` finds it."""
+    path = result_path(result.trial, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(result)) + "\n")
+
+
+def result_path(trial: Trial, folder: Path) -> Path:
+    """File of a run's result."""
+    return folder / trial.setting / f"{trial.arm}-{trial.seed}.json"
+
+
+def read_results(comparison: Comparison, folder: Path) -> list[Result]:
+    """The results that there are, in the order of the trials."""
+    paths = [result_path(trial, folder) for trial in comparison.trials()]
+    results = []
+    for path in paths:
+        if path.is_file():
+            found = json.loads(path.read_text())
+            results.append(
+                Result(
+                    trial=Trial(**found["trial"]),
+                    version=found["version"],
+                    config=found["config"],
+                    before=Evaluation(**found["before"]),
+                    after=Evaluation(**found["after"]),
+                    curve=found["curve"],
+                )
+            )
+    return results
+
+
+def _commit() -> str:
+    """The project's commit, or `unknown` outside a clone."""
+    here = Path(__file__).parent
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
+    )
+    return found.stdout.strip() or "unknown"

@@ -1,0 +1,230 @@
+"""Comparison report: table and plot of the results that a comparison has so far."""
+
+import csv
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+import rich.console
+import rich.table
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from scipy import stats
+
+from treerpo_ray.comparison import Comparison, Result
+
+GRID_POINTS = 40
+"""Points of a plotted curve."""
+WINDOW = 3
+"""Learner steps before and behind that smooth the training reward of a step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A mean over seeds with its 95 % interval (Student's t); NaN bounds for one seed."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if np.isnan(self.low):
+            return f"{self.mean:.1f}"
+        return f"{self.mean:.1f} [{self.low:.1f}, {self.high:.1f}]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One arm in one setting; shares in percent, differences in points."""
+
+    setting: str
+    arm: str
+    num_seeds: int
+    num_steps: int
+    sampled_tokens: float
+    seconds: float
+    start: float
+    pass_at_1: Interval
+    ahead: Interval
+    """Pass@1 less that of the reference arm (Welch)."""
+    at_half: Interval
+    """Training reward when half of the tokens were sampled."""
+    length: Interval
+    """Tokens of a held-out answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Table of a comparison."""
+
+    reference: str
+    lines: list[Line]
+
+    def write(self, folder: Path) -> None:
+        """Write the table as JSON."""
+        (folder / "table.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def report(comparison: Comparison, results: list[Result]) -> Report:
+    """Means, intervals and differences by setting and arm."""
+    lines = []
+    for setting in comparison.settings:
+        reference = _of(results, setting, comparison.reference)
+        for arm in comparison.arms:
+            if own := _of(results, setting, arm):
+                lines.append(_line(setting, arm, own, reference))
+    return Report(reference=comparison.reference, lines=lines)
+
+
+def _line(setting: str, arm: str, own: list[Result], reference: list[Result]) -> Line:
+    passed = _percent(own)
+    return Line(
+        setting=setting,
+        arm=arm,
+        num_seeds=len(own),
+        num_steps=len(own[0].curve["step"]),
+        sampled_tokens=float(np.mean([sum(r.curve["tokens/sampled"]) for r in own])),
+        seconds=float(np.mean([sum(r.curve["time/step_s"]) for r in own])),
+        start=100 * own[0].before.pass_at_1,
+        pass_at_1=mean_interval(passed),
+        ahead=difference_interval(passed, _percent(reference)),
+        at_half=mean_interval(np.array([100 * _at_half(result) for result in own])),
+        length=mean_interval(np.array([result.after.length for result in own])),
+    )
+
+
+def mean_interval(values: Float[np.ndarray, " seeds"]) -> Interval:
+    """Mean and its 95 % interval by Student's t."""
+    mean = float(values.mean())
+    if len(values) < 2:
+        return Interval(mean=mean, low=float("nan"), high=float("nan"))
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return Interval(mean=mean, low=float(mean - half), high=float(mean + half))
+
+
+def difference_interval(
+    ours: Float[np.ndarray, " seeds"], theirs: Float[np.ndarray, " others"]
+) -> Interval:
+    """Difference of two means and its 95 % interval (Welch's t, unequal variances)."""
+    if not len(theirs):
+        return Interval(mean=float("nan"), low=float("nan"), high=float("nan"))
+    mean = float(ours.mean() - theirs.mean())
+    if min(len(ours), len(theirs)) < 2 or not ours.var() + theirs.var():
+        return Interval(mean=mean, low=float("nan"), high=float("nan"))
+    found = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
+    return Interval(mean=mean, low=float(found.low), high=float(found.high))
+
+
+def print_table(table: Report) -> None:
+    """Print the table to stdout."""
+    shown = rich.table.Table(
+        title=f"Pass@1 in %, mean over seeds [95 %], ahead of {table.reference}"
+    )
+    for title in (
+        "setting",
+        "arm",
+        "seeds",
+        "steps",
+        "tokens",
+        "time",
+        "Pass@1",
+        "ahead",
+        "half",
+        "length",
+    ):
+        shown.add_column(title, justify="left" if title in ("setting", "arm") else "right")
+    for line in table.lines:
+        shown.add_row(
+            line.setting,
+            line.arm,
+            str(line.num_seeds),
+            str(line.num_steps),
+            f"{line.sampled_tokens / 1000:.0f} k",
+            f"{line.seconds:.0f} s",
+            str(line.pass_at_1),
+            "" if line.arm == table.reference else str(line.ahead),
+            f"{line.at_half.mean:.1f}",
+            str(line.length),
+        )
+    rich.console.Console(file=sys.stdout, width=None if sys.stdout.isatty() else 150).print(shown)
+
+
+def write_plot(comparison: Comparison, results: list[Result], folder: Path) -> None:
+    """Training reward of each arm against learner steps, tokens and time: `curves.png`, `.csv`."""
+    settings = [s for s in comparison.settings if any(r.trial.setting == s for r in results)]
+    figure = Figure(figsize=(12, 3.2 * len(settings)), layout="constrained")
+    grid = figure.subplots(len(settings), 3, squeeze=False)
+    rows: list[tuple[str, str, str, float, float, float]] = []
+    for axes_row, setting in zip(grid, settings, strict=True):
+        for axes, (title, metric) in zip(axes_row, AXES.items(), strict=True):
+            for arm in comparison.arms:
+                if own := _of(results, setting, arm):
+                    at, mean, half = _curve(own, metric)
+                    axes.plot(at, mean, label=arm, linewidth=1.4)
+                    axes.fill_between(at, mean - half, mean + half, alpha=0.15)
+                    rows += [(setting, arm, title, *point) for point in zip(at, mean, half)]
+            axes.set_xlabel(title)
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+            axes.grid(alpha=0.3)
+        axes_row[0].set_ylabel(f"{setting}: training reward")
+    grid[0, 0].legend(fontsize=8)
+    figure.savefig(folder / "curves.png", dpi=110)
+    with (folder / "curves.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["setting", "arm", "axis", "at", "reward", "half_interval"])
+        writer.writerows((*row[:3], *(f"{value:.5g}" for value in row[3:])) for row in rows)
+
+
+AXES = {
+    "learner steps": "step",
+    "sampled tokens": "tokens/sampled",
+    "seconds of training": "time/step_s",
+}
+"""Horizontal axes and the metric that each adds up."""
+
+
+def _curve(
+    results: list[Result], metric: str
+) -> tuple[Float[np.ndarray, " at"], Float[np.ndarray, " at"], Float[np.ndarray, " at"]]:
+    """Places, mean reward there and half of its 95 % interval, as far as all seeds go."""
+    ats = [_places(result, metric) for result in results]
+    grid = np.linspace(max(at[0] for at in ats), min(at[-1] for at in ats), GRID_POINTS)
+    rewards = np.stack(
+        [np.interp(grid, at, _smooth(r.curve["reward/mean"])) for at, r in zip(ats, results)]
+    )
+    half = np.zeros(GRID_POINTS)
+    if (count := len(results)) > 1:
+        half = stats.t.ppf(0.975, count - 1) * rewards.std(0, ddof=1) / count**0.5
+    return grid, rewards.mean(0), half
+
+
+def _places(result: Result, metric: str) -> Float[np.ndarray, " steps"]:
+    values = np.array(result.curve[metric])
+    return values if metric == "step" else np.cumsum(values)
+
+
+def _smooth(values: list[float]) -> Float[np.ndarray, " steps"]:
+    """Mean over the steps around each."""
+    return np.array(
+        [np.mean(values[max(0, i - WINDOW) : i + WINDOW + 1]) for i in range(len(values))]
+    )
+
+
+def _at_half(result: Result) -> float:
+    tokens = _places(result, "tokens/sampled")
+    return float(np.interp(tokens[-1] / 2, tokens, _smooth(result.curve["reward/mean"])))
+
+
+def _of(results: list[Result], setting: str, arm: str) -> list[Result]:
+    return [r for r in results if r.trial.setting == setting and r.trial.arm == arm]
+
+
+def _percent(results: list[Result]) -> Float[np.ndarray, " seeds"]:
+    return np.array([100 * result.after.pass_at_1 for result in results])
