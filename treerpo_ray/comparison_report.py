@@ -169,7 +169,9 @@ def write_plot(comparison: Comparison, results: list[Result], folder: Path) -> N
                     at, mean, half = _curve(own, metric)
                     axes.plot(at, mean, label=arm, linewidth=1.4)
                     axes.fill_between(at, mean - half, mean + half, alpha=0.15)
-                    rows += [(setting, arm, title, *point) for point in zip(at, mean, half)]
+                    rows += [
+                        (setting, arm, title, *point) for point in zip(at, mean, half, strict=True)
+                    ]
             axes.set_xlabel(title)
             axes.yaxis.set_major_formatter(PercentFormatter(1))
             axes.grid(alpha=0.3)
@@ -197,7 +199,10 @@ def _curve(
     ats = [_places(result, metric) for result in results]
     grid = np.linspace(max(at[0] for at in ats), min(at[-1] for at in ats), GRID_POINTS)
     rewards = np.stack(
-        [np.interp(grid, at, _smooth(r.curve["reward/mean"])) for at, r in zip(ats, results)]
+        [
+            np.interp(grid, at, _smooth(r.curve["reward/mean"]))
+            for at, r in zip(ats, results, strict=True)
+        ]
     )
     half = np.zeros(GRID_POINTS)
     if (count := len(results)) > 1:
