@@ -13,6 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job has only a working folder
 
+from treerpo_ray.comparison import Comparison, read_comparison, read_results
+from treerpo_ray.evaluate import Evaluation
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -21,7 +24,6 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(__doc__)
         return 0
-    from treerpo_ray.comparison import read_comparison, read_results
     from treerpo_ray.comparison_report import print_table, report, write_plot
 
     is_report = "--report" in arguments
@@ -44,7 +46,7 @@ def main(arguments: list[str]) -> int:
     return 1 if num_failed else 0
 
 
-def run_trials(comparison, folder: Path, common: list[str]) -> int:
+def run_trials(comparison: Comparison, folder: Path, common: list[str]) -> int:
     """Run what has no result yet; returns how many runs failed."""
     from treerpo_ray import evaluate
     from treerpo_ray.cluster import check_vllm
@@ -54,7 +56,8 @@ def run_trials(comparison, folder: Path, common: list[str]) -> int:
     from treerpo_ray.train import RunFailed, run
 
     configs = {trial: comparison.config(trial, common) for trial in comparison.trials()}
-    num_failed, starts = 0, {}
+    num_failed = 0
+    starts: dict[str, Evaluation] = {}
     for number, (trial, config) in enumerate(configs.items(), 1):
         if result_path(trial, folder).is_file():
             continue
@@ -72,8 +75,9 @@ def run_trials(comparison, folder: Path, common: list[str]) -> int:
             continue
         if not outcome.is_complete:
             raise KeyboardInterrupt
-        starts[trial.setting] = outcome.before
-        write_result(result_of(trial, config, outcome.before, outcome.after), folder)
+        result = result_of(trial, config)
+        starts[trial.setting] = result.before
+        write_result(result, folder)
     return num_failed
 
 

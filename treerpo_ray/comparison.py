@@ -15,6 +15,7 @@ from typing import cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from treerpo_ray import evaluate
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config import Config
 from treerpo_ray.config_file import load, to_yaml
@@ -133,8 +134,13 @@ def expected_tokens(shape: TreeShape, answer_tokens: float) -> float:
     return total
 
 
-def result_of(trial: Trial, config: Config, before: Evaluation, after: Evaluation) -> Result:
+def result_of(trial: Trial, config: Config) -> Result:
     """The result of a run that is complete, from its run folder."""
+    before, after = (evaluate.read(config.folder, step) for step in (0, config.run.num_steps))
+    if before is None or after is None:
+        raise ValueError(
+            f"{config.folder}: a comparison needs held-out problems: evaluate.data.path"
+        )
     rows = [row for row in latest_rows(config.folder) if "tokens/sampled" in row]
     return Result(
         trial=trial,

@@ -116,10 +116,16 @@ def difference_interval(
     if not len(theirs):
         return Interval(mean=float("nan"), low=float("nan"), high=float("nan"))
     mean = float(ours.mean() - theirs.mean())
-    if min(len(ours), len(theirs)) < 2 or not ours.var() + theirs.var():
+    if min(len(ours), len(theirs)) < 2:
         return Interval(mean=mean, low=float("nan"), high=float("nan"))
-    found = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
-    return Interval(mean=mean, low=float(found.low), high=float(found.high))
+    squares = [values.var(ddof=1) / len(values) for values in (ours, theirs)]
+    parts = [
+        square**2 / (len(values) - 1)
+        for square, values in zip(squares, (ours, theirs), strict=True)
+    ]
+    freedom = sum(squares) ** 2 / max(sum(parts), np.finfo(float).tiny)
+    half = float(stats.t.ppf(0.975, max(freedom, 1.0)) * sum(squares) ** 0.5)
+    return Interval(mean=mean, low=mean - half, high=mean + half)
 
 
 def print_table(table: Report) -> None:

@@ -1,0 +1,149 @@
+"""Comparison: which runs it has, how long they are, and what its table says."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from treerpo_ray.algo.search import TreeShape
+from treerpo_ray.comparison import (
+    CURVE,
+    Comparison,
+    Result,
+    Trial,
+    expected_tokens,
+    read_comparison,
+    read_results,
+    write_result,
+)
+from treerpo_ray.comparison_report import difference_interval, mean_interval, report, write_plot
+from treerpo_ray.evaluate import Evaluation
+
+ROOT = Path(__file__).resolve().parents[1]
+FILE = """
+base: [conf/quickstart.yaml]
+reference: flat
+settings:
+  short: {answer_tokens: 40, sampled_tokens: 96000}
+  long: {answer_tokens: 80, sampled_tokens: 96000, overrides: [prompts.num_problems=99]}
+arms:
+  flat: {num_seeds: 2, overrides: ["tree.num_children=[10]", "tree.step_tokens=[46]"]}
+  tree: {num_seeds: 1, settings: [short], overrides: [learner.advantage=difference]}
+"""
+
+
+@pytest.fixture
+def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comparison:
+    monkeypatch.chdir(ROOT)
+    path = tmp_path / "two.yaml"
+    path.write_text(FILE)
+    return read_comparison(str(path))
+
+
+def make_result(trial: Trial, pass_at_1: float) -> Result:
+    evaluation = Evaluation(
+        **dict.fromkeys(Evaluation.__dataclass_fields__, 0.0)
+        | {"pass_at_1": pass_at_1, "length": 40.0}
+    )
+    curve = {name: [1.0, 2.0, 3.0] for name in CURVE}
+    return Result(
+        trial=trial, version="v", config="", before=evaluation, after=evaluation, curve=curve
+    )
+
+
+def test_trials_come_seed_by_seed_and_only_in_the_settings_of_their_arm(
+    comparison: Comparison,
+) -> None:
+    found = [(trial.seed, trial.setting, trial.arm) for trial in comparison.trials()]
+    assert found == [
+        *((0, "short", "flat"), (0, "short", "tree"), (0, "long", "flat")),
+        *((1, "short", "flat"), (1, "long", "flat")),
+    ]
+
+
+def test_steps_share_their_tokens_and_an_answer_ends_where_it_ends() -> None:
+    flat = TreeShape(num_children=(10,), step_tokens=(46,))
+    assert expected_tokens(flat, 40) == 400
+    assert expected_tokens(flat, 50) == 460
+    tree = TreeShape(num_children=(4, 4, 4), step_tokens=(23, 23, 23))
+    assert expected_tokens(tree, 40) == 4 * 23 + 16 * 17 + 64 * 0
+
+
+def test_every_run_samples_the_tokens_of_its_setting(comparison: Comparison) -> None:
+    configs = {trial: comparison.config(trial, ["run.root=runs"]) for trial in comparison.trials()}
+    steps = {(t.setting, t.arm): config.run.num_steps for t, config in configs.items()}
+    # 24 trees a step: of 10 * 40, of 4 * 23 + 16 * 17 and of 10 * 46 tokens
+    assert steps == {("short", "flat"): 10, ("short", "tree"): 11, ("long", "flat"): 9}
+    seeded = configs[Trial(setting="long", arm="flat", seed=1)]
+    assert (seeded.run.seed, seeded.prompts.num_problems) == (1, 99)
+    assert len({config.folder for config in configs.values()}) == len(configs)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("reference: flat", "reference: other", "reference: other is none of the arms"),
+        ("settings: [short]", "settings: [brief]", "arms.tree.settings: .*brief"),
+        ("num_seeds: 2", "seeds: 2", "seeds"),
+        ("answer_tokens: 40", "answer_tokens: many", "many"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(tmp_path: Path, old: str, new: str, told: str) -> None:
+    path = tmp_path / "two.yaml"
+    path.write_text(FILE.replace(old, new))
+    with pytest.raises(ValueError, match=told) as caught:
+        read_comparison(str(path))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="no such comparison"):
+        read_comparison(str(tmp_path / "none.yaml"))
+
+
+def test_results_come_back_and_make_a_table_and_a_plot(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    shares = {"flat": [0.5, 0.6], "tree": [0.75]}
+    given = [
+        make_result(trial, shares[trial.arm][trial.seed])
+        for trial in comparison.trials()
+        if trial.setting == "short"
+    ]
+    for result in given:
+        write_result(result, tmp_path)
+    results = read_results(comparison, tmp_path)
+    assert results == given
+    table = report(comparison, results)
+    flat, tree = table.lines
+    assert (flat.arm, flat.num_seeds, flat.num_steps) == ("flat", 2, 3)
+    assert flat.pass_at_1.mean == pytest.approx(55)
+    assert tree.ahead.mean == pytest.approx(20) and np.isnan(tree.ahead.low)
+    # rewards 1, 2, 3 smooth to 2; half of 6 tokens
+    assert flat.at_half.mean == pytest.approx(200)
+    table.write(tmp_path)
+    write_plot(comparison, results, tmp_path)
+    assert len(json.loads((tmp_path / "table.json").read_text())["lines"]) == 2
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    lines = (tmp_path / "curves.csv").read_text().splitlines()
+    assert len(lines) == 1 + 2 * 3 * 40
+
+
+def test_a_mean_has_the_interval_of_student() -> None:
+    interval = mean_interval(np.array([1.0, 2.0, 3.0]))
+    # t(0.975, 2) = 4.30265, standard error 1 / sqrt(3)
+    assert (interval.mean, interval.low) == pytest.approx((2, 2 - 4.30265 / 3**0.5), rel=1e-4)
+    assert np.isnan(mean_interval(np.array([5.0])).low)
+
+
+def test_a_difference_has_the_interval_of_welch() -> None:
+    interval = difference_interval(np.array([3.0, 5.0]), np.array([1.0, 1.0, 1.0]))
+    # Only the first varies: one degree of freedom, standard error 1, t(0.975, 1) = 12.7062
+    assert (interval.mean, interval.high) == pytest.approx((3, 3 + 12.7062), rel=1e-4)
+
+
+def test_intervals_of_means_cover_in_simulation() -> None:
+    rng = np.random.default_rng(0)
+    draws = rng.normal(10, 3, (2000, 5))
+    found = [mean_interval(row) for row in draws]
+    share = np.mean([interval.low < 10 < interval.high for interval in found])
+    # 4 standard deviations of a share of 2000 at 0.95
+    assert share == pytest.approx(0.95, abs=0.02)
