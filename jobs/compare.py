@@ -1,11 +1,12 @@
 """Compare methods: train every arm of a comparison, then tabulate and plot what there is.
 
-python jobs/compare.py conf/comparison/main.yaml
-python jobs/compare.py conf/comparison/main.yaml run.root=/data/runs   # overrides for all runs
-python jobs/compare.py --report conf/comparison/main.yaml              # only the table and plot
-ray job submit --working-dir . -- python jobs/compare.py conf/comparison/main.yaml
+python jobs/compare.py jobs/comparisons/main.yaml
+python jobs/compare.py jobs/comparisons/main.yaml run.root=/data/runs   # overrides for all runs
+python jobs/compare.py --report jobs/comparisons/main.yaml              # only the table and plot
+ray job submit --working-dir . -- python jobs/compare.py jobs/comparisons/main.yaml
 
-Results lie in jobs/results/NAME, one small file a run; runs that have one are not run again.
+Results lie beside the file, in a folder of its name, one small file a run; runs that have one are
+not run again.
 """
 
 import sys
@@ -15,8 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job has only a
 
 from treerpo_ray.comparison import Comparison, read_comparison, read_results
 from treerpo_ray.evaluate import Evaluation
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def main(arguments: list[str]) -> int:
@@ -28,7 +27,7 @@ def main(arguments: list[str]) -> int:
 
     is_report = "--report" in arguments
     path, *common = [argument for argument in arguments if argument != "--report"]
-    folder = RESULTS / Path(path).stem
+    folder = Path(path).with_suffix("")
     try:
         comparison = read_comparison(path)
         num_failed = 0 if is_report else run_trials(comparison, folder, common)

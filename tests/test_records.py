@@ -47,7 +47,14 @@ def records(draw: st.DrawFn) -> TreeRecord:
             size = len(step.token_ids)
             versions = draw(st.lists(st.integers(0, 2**31 - 1), min_size=size, max_size=size))
             stop = draw(st.sampled_from([StopReason.BOUNDARY, StopReason.END_OF_TEXT]))
-            steps.append(replace(step, versions=np.array(versions, np.int32), stop=stop))
+            steps.append(
+                replace(
+                    step,
+                    versions=np.array(versions, np.int32),
+                    stop=stop,
+                    num_discarded=draw(st.integers(0, 9)),
+                )
+            )
     tree = Tree(prompt_ids=tree.prompt_ids, steps=tuple(steps))
     size = len(tree.leaves)
     verdicts = draw(st.lists(st.sampled_from(list(Verdict)), min_size=size, max_size=size))
@@ -73,7 +80,9 @@ def plain(record: TreeRecord) -> tuple[object, ...]:
     arrays = [record.tree.prompt_ids]
     for step in record.tree.steps:
         arrays += [step.token_ids, step.logprobs, step.versions]
-    stops = [(step.parent, step.stop, type(step.stop)) for step in record.tree.steps]
+    stops = [
+        (step.parent, step.stop, type(step.stop), step.num_discarded) for step in record.tree.steps
+    ]
     return *scalars, stops, [(array.dtype, array.tobytes()) for array in arrays]
 
 

@@ -100,7 +100,11 @@ class Config:
     @property
     def shape(self) -> TreeShape:
         """Shape of the training trees; the delimiter's token id is known only to the engines."""
-        return TreeShape(num_children=self.tree.num_children, step_tokens=self.tree.step_tokens)
+        return TreeShape(
+            num_children=self.tree.num_children,
+            step_tokens=self.tree.step_tokens,
+            entropy_window=self.tree.entropy_window,
+        )
 
     @property
     def max_path_tokens(self) -> int:

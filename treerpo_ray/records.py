@@ -34,6 +34,7 @@ SCHEMA = pa.schema(
         ("parent", pa.list_(pa.int32())),
         ("stop", pa.list_(pa.string())),
         ("length", pa.list_(pa.int32())),
+        ("num_discarded", pa.list_(pa.int32())),
         ("token_ids", pa.list_(pa.int32())),
         ("logprobs", pa.list_(pa.float32())),
         ("versions", pa.list_(pa.int32())),
@@ -123,6 +124,7 @@ def _to_row(record: TreeRecord) -> dict[str, object]:
         "parent": [step.parent for step in steps],
         "stop": [step.stop.value for step in steps],
         "length": [len(step.token_ids) for step in steps],
+        "num_discarded": [step.num_discarded for step in steps],
         "token_ids": joined([step.token_ids for step in steps], np.int32),
         "logprobs": joined([step.logprobs for step in steps], np.float32),
         "versions": joined([step.versions for step in steps], np.int32),
@@ -151,6 +153,7 @@ class _Row(TypedDict):
     parent: list[int]
     stop: list[str]
     length: list[int]
+    num_discarded: list[int]
     token_ids: list[int]
     logprobs: list[float]
     versions: list[int]
@@ -171,10 +174,12 @@ def _from_row(row: _Row) -> TreeRecord:
             logprobs=logprobs,
             versions=versions,
             stop=StopReason(stop),
+            num_discarded=num_discarded,
         )
-        for parent, stop, ids, logprobs, versions in zip(
+        for parent, stop, num_discarded, ids, logprobs, versions in zip(
             row["parent"],
             row["stop"],
+            row["num_discarded"],
             by_step(row["token_ids"], np.int32),
             by_step(row["logprobs"], np.float32),
             by_step(row["versions"], np.int32),

@@ -70,6 +70,9 @@ class TreeConfig:
     """Most tokens of a step, one entry a depth."""
     delimiter: str | None = None
     """Text of one token that also ends a step above the last depth; none: by length alone."""
+    entropy_window: int = 0
+    """Entropy branching: a full step above the last depth is cut before the least likely of so
+    many tokens at its end; 0: off."""
     temperature: float = 0.6
     """Sampling temperature; the learner divides its logits by the same."""
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from treerpo_ray.algo.search import (
     SiblingGroup,
     TreeShape,
     assemble,
+    cut_at_surprise,
     grow,
     step_seed,
 )
@@ -348,3 +349,59 @@ def test_an_impossible_shape_is_one_line_with_its_keys(
 ) -> None:
     with pytest.raises(ValueError, match=r"^tree\.num_children and tree\.step_tokens .*$"):
         TreeShape(num_children=num_children, step_tokens=step_tokens)
+
+
+def surprising(*logprobs: float) -> Step:
+    return Step(
+        parent=ROOT,
+        token_ids=np.arange(len(logprobs), dtype=np.int32),
+        logprobs=np.array(logprobs, np.float32),
+        versions=np.full(len(logprobs), 4, np.int32),
+        stop=StopReason.BOUNDARY,
+    )
+
+
+def test_a_step_is_cut_before_its_least_likely_token_within_the_window() -> None:
+    step = surprising(-9.0, -0.1, -0.2, -3.0, -0.1)
+    cut = cut_at_surprise(step, 3)
+    assert cut.token_ids.tolist() == [0, 1, 2] and cut.num_discarded == 2
+    assert len(cut.logprobs) == len(cut.versions) == 3
+    assert cut.stop is StopReason.BOUNDARY
+    assert cut_at_surprise(step, 4).token_ids.tolist() == [0, 1, 2]
+    assert cut_at_surprise(step, 1).token_ids.tolist() == [0, 1, 2, 3]
+    assert cut_at_surprise(step, 0) is step
+    tree = Tree(prompt_ids=np.array([1], np.int32), steps=(cut,))
+    assert tree.num_sampled_tokens == 5
+
+
+def test_only_full_steps_above_the_last_depth_are_cut_at_surprise() -> None:
+    shape = TreeShape(num_children=(3, 1), step_tokens=(4, 4), entropy_window=2)
+    steps = [
+        surprising(-0.1, -0.2, -0.3, -0.4),
+        surprising(-0.1, -0.2, -0.3),
+        replace(surprising(-0.1, -0.2, -0.3, -0.4), stop=StopReason.END_OF_TEXT),
+        surprising(-0.1, -0.2, -0.3, -0.4),
+        surprising(-0.1, -0.2, -0.3, -0.4),
+    ]
+    prefixes = []
+
+    class Replay:
+        async def sample(
+            self, prefix: list[int], *, max_tokens: int, delimiters: tuple[int, ...], seed: int
+        ) -> Step:
+            prefixes.append(prefix)
+            return steps[len(prefixes) - 1]
+
+    async def collect() -> list[SiblingGroup]:
+        return [group async for group in grow(PROMPT, shape, Replay(), seed=SEED)]
+
+    tree = assemble(PROMPT, asyncio.run(collect()))
+    assert [len(step.token_ids) for step in tree.steps] == [3, 3, 4, 4, 4]
+    assert [step.num_discarded for step in tree.steps] == [1, 0, 0, 0, 0]
+    # The children of the step that was cut go on from where it was cut.
+    assert [*PROMPT, 0, 1, 2] in prefixes
+
+
+def test_an_entropy_window_must_leave_a_token_of_every_step() -> None:
+    with pytest.raises(ValueError, match=r"entropy_window=3 must be less than .*\[4, 3\]"):
+        TreeShape(num_children=(2, 2), step_tokens=(4, 3), entropy_window=3)

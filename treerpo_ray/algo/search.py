@@ -33,11 +33,14 @@ class TreeShape:
         step_tokens: Most tokens of a step, by depth.
         delimiters: Token ids that end a step above the last depth; empty: by length alone,
             as the paper cuts.
+        entropy_window: Entropy branching: a step above the last depth that reached its length
+            ends before the least likely of so many tokens at its end; 0: off.
     """
 
     num_children: tuple[int, ...]
     step_tokens: tuple[int, ...]
     delimiters: tuple[int, ...] = ()
+    entropy_window: int = 0
 
     def __post_init__(self) -> None:
         if not self.num_children or len(self.num_children) != len(self.step_tokens):
@@ -47,6 +50,11 @@ class TreeShape:
             )
         if min(self.num_children) < 1 or min(self.step_tokens) < 1:
             raise ValueError("tree.num_children and tree.step_tokens must be positive")
+        if not 0 <= self.entropy_window < min(self.step_tokens):
+            raise ValueError(
+                f"tree.entropy_window={self.entropy_window} must be less than the shortest of "
+                f"tree.step_tokens={list(self.step_tokens)}"
+            )
 
     @property
     def max_steps(self) -> int:
@@ -156,12 +164,16 @@ class _Search:
     async def _sample(self, path: Path, prefix: list[int]) -> Step:
         depth = len(path) - 1
         is_last = depth + 1 == len(self.shape.num_children)
-        return await self.sampler.sample(
+        step = await self.sampler.sample(
             prefix,
             max_tokens=self.shape.step_tokens[depth],
             delimiters=() if is_last else self.shape.delimiters,
             seed=step_seed(self.seed, path),
         )
+        is_full = len(step.token_ids) == self.shape.step_tokens[depth]
+        if is_last or not is_full or step.stop is not StopReason.BOUNDARY:
+            return step
+        return cut_at_surprise(step, self.shape.entropy_window)
 
     def _finish(self, group: SiblingGroup) -> None:
         """Yield `group`, and those below it that waited for it; else let it wait for its parent."""
@@ -173,6 +185,26 @@ class _Search:
         self.finished.put_nowait(group)
         for below in self._waiting.pop(group.parent, []):
             self._finish(below)
+
+
+def cut_at_surprise(step: Step, window: int) -> Step:
+    """Entropy branching: `step` without its least likely token among the last `window`, and on.
+
+    The children so begin where the policy hesitated (TreeRL, arXiv 2506.11902, forks
+    at the tokens of highest entropy; the surprise of the token sampled is its one-sample estimate).
+    Where it is cut depends on tokens that are discarded, so the step's own log-probabilities are
+    those of the policy, but not of the way in which it was chosen.
+    """
+    if not window:
+        return step
+    end = len(step.token_ids) - window + int(np.argmin(step.logprobs[-window:]))
+    return replace(
+        step,
+        token_ids=step.token_ids[:end],
+        logprobs=step.logprobs[:end],
+        versions=step.versions[:end],
+        num_discarded=len(step.token_ids) - end,
+    )
 
 
 def assemble(prompt_ids: list[int], groups: Iterable[SiblingGroup]) -> Tree:

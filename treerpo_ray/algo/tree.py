@@ -41,6 +41,7 @@ class Step:
             temperature-processed distribution that it was drawn from.
         versions: Version of the weights that sampled each token.
         stop: Why the step ended.
+        num_discarded: Tokens that were sampled behind the step's end and are in no tree.
     """
 
     parent: int
@@ -48,6 +49,7 @@ class Step:
     logprobs: Float32[np.ndarray, " tokens"]
     versions: Int32[np.ndarray, " tokens"]
     stop: StopReason
+    num_discarded: int = 0
 
     def __post_init__(self) -> None:
         if not len(self.token_ids) == len(self.logprobs) == len(self.versions):
@@ -104,8 +106,8 @@ class Tree:
 
     @property
     def num_sampled_tokens(self) -> int:
-        """Tokens that were sampled for this tree, each step counted once."""
-        return sum(len(step.token_ids) for step in self.steps)
+        """Tokens that were sampled for this tree: of each step once, and those discarded."""
+        return sum(len(step.token_ids) + step.num_discarded for step in self.steps)
 
     @property
     def min_version(self) -> int:
