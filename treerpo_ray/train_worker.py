@@ -1,8 +1,10 @@
 """Train worker: the loop that each Ray Train worker runs, from restored state to last step."""
 
 import os
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -10,6 +12,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+import ray.data
 import ray.train
 import ray.train.torch
 import torch
@@ -52,6 +55,37 @@ class WorkerTask:
     stations: Stations
 
 
+class ShareAhead:
+    """A worker's shares, the next of which is fetched while it trains on the one before.
+
+    Ray Data deals shares out by count, not by who asks first, so that asking early takes nothing
+    from another worker; what may be in flight at all is the gate's to say. Ray's own prefetch
+    would hold a share back until the next one has come, which at staleness 0 is never.
+    """
+
+    def __init__(self, shard: ray.data.DataIterator) -> None:
+        batches = shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
+        self._batches: Iterator[pa.Table] = iter(batches)
+        self._ask()
+
+    def take(self) -> pa.Table | None:
+        """The next share, waiting for it; None if the stream has ended."""
+        share = self._asked.result()
+        self._ask()
+        return share
+
+    def _ask(self) -> None:
+        self._asked: Future[pa.Table | None] = Future()
+        # A daemon: behind the last step it waits for a share that never comes.
+        threading.Thread(target=self._fetch, args=(self._asked,), daemon=True).start()
+
+    def _fetch(self, asked: "Future[pa.Table | None]") -> None:
+        try:
+            asked.set_result(next(self._batches, None))
+        except BaseException as error:  # raised again in `take`
+            asked.set_exception(error)
+
+
 def run_worker(settings: dict[str, WorkerTask]) -> None:
     """Entry point for Ray Train, which hands over a dict."""
     TrainWorker(settings["task"]).run()
@@ -79,8 +113,7 @@ class TrainWorker:
         if self.is_first:
             self._open()
         self._barrier()
-        shard = ray.train.get_dataset_shard(STREAM)
-        shares = iter(shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0))
+        shares = ShareAhead(ray.train.get_dataset_shard(STREAM))
         is_last = self.step >= self.config.run.num_steps
         while not is_last:
             is_last = self._step(shares)
@@ -100,10 +133,10 @@ class TrainWorker:
         ray.get(pool.grow_tickets.remote(gate, session, first))
         self._note("learner_started", step=self.step, version=self.learner.version, pid=os.getpid())
 
-    def _step(self, shares: Iterator[pa.Table]) -> bool:
+    def _step(self, shares: "ShareAhead") -> bool:
         """One learner step; returns whether it was the last."""
         start = time.time()
-        share = next(shares, None)
+        share = shares.take()
         if share is None:
             raise RuntimeError(f"the tree stream ended before learner step {self.step}")
         arrived = time.time()
