@@ -4,18 +4,22 @@ import io
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from signal import SIGKILL
 
 import pandas as pd
 import pytest
+import ray
 import rich.console
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from treerpo_ray.actor import Actor, make_actor
 from treerpo_ray.analysis import Run
 from treerpo_ray.config import Config
 from treerpo_ray.console import Console
+from treerpo_ray.engine_pool import EnginePool
 from treerpo_ray.metrics import read_lines
 from treerpo_ray.outcome import Outcome, finished_outcome
 from treerpo_ray.plan import load_inputs
@@ -26,11 +30,11 @@ from treerpo_ray.train import train
 pytestmark = [pytest.mark.ray, pytest.mark.engine]
 
 
-def run_training(config: Config) -> tuple[Outcome, str]:
+def run_training(config: Config, pool: Actor | None = None) -> tuple[Outcome, str]:
     """Train in the cluster that is connected; returns what the terminal showed too."""
     shown = io.StringIO()
     console = Console(config.run.num_steps, rich.console.Console(file=shown, width=120))
-    return train(config, load_inputs(config), console), shown.getvalue()
+    return train(config, load_inputs(config), console, pool), shown.getvalue()
 
 
 def trees_of(run: Run) -> dict[int, TreeRecord]:
@@ -122,6 +126,33 @@ def test_a_stopped_and_resumed_run_consumes_the_same_trees(strict, small_config)
     pd.testing.assert_series_equal(
         Run(config.folder).metrics()["loss/total"], whole.metrics()["loss/total"], rtol=1e-4
     )
+
+
+def test_engines_that_served_another_run_grow_the_same_trees(strict, small_config) -> None:
+    whole, _, _ = strict
+    common = ("gate.max_staleness=0", "sync.probe_every=1")
+    other = small_config(*common, "run.name=other", "run.num_steps=1", "evaluate.data.path=''")
+    config = small_config(
+        *common, "run.name=reused", "run.num_steps=2", "run.seed=0", "evaluate.data.path=''"
+    )
+    pool = make_actor(EnginePool, other, None)
+    try:
+        run_training(replace(other, run=replace(other.run, seed=1)), pool)
+        outcome, _ = run_training(config, pool)
+        # They hold the weights of a run, so that nothing else can be the start of one.
+        held = small_config(*common, "run.name=held", "run.num_steps=1")
+        with pytest.raises(RuntimeError, match="cannot evaluate the start"):
+            run_training(held, pool)
+    finally:
+        ray.get(pool.stop.remote())
+    assert outcome.is_complete
+    run = Run(config.folder)
+    assert (run.events().kind == "engine_serving").sum() == 0
+    ours, theirs = trees_of(run), trees_of(whole)
+    assert sorted(ours) == list(range(12))
+    for ticket, record in ours.items():
+        assert sampled(record) == sampled(theirs[ticket])
+    assert run.metrics()["mismatch/max"].max() < 1e-3
 
 
 def test_two_workers_two_engines_and_a_lost_engine(small_config, ray_cluster) -> None:

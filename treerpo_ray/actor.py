@@ -4,7 +4,7 @@ Ray's own type says that a handle has no methods, so that what follows a call is
 What a method returns is not known here either: callers name its type.
 """
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import ray
 
@@ -31,3 +31,11 @@ class StreamMethod(Protocol):
 
     def remote(self, *arguments: object) -> ray.ObjectRefGenerator:
         """Call it; the references come as it yields."""
+
+
+def make_actor(kind: type[object], *arguments: object, concurrency: int = 10_000) -> Actor:
+    """An actor on the node of the driver."""
+    here = ray.get_runtime_context().get_node_id()
+    node = {ray._raylet.RAY_NODE_ID_KEY: here}  # type: ignore[attr-defined]  # not in Ray's stub
+    made = ray.remote(kind).options(num_cpus=0, label_selector=node, max_concurrency=concurrency)
+    return cast(Actor, made.remote(*arguments))

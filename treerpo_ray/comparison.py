@@ -22,7 +22,10 @@ from treerpo_ray.config_file import load, to_yaml
 from treerpo_ray.evaluate import Evaluation
 from treerpo_ray.metrics import latest_rows
 
-CURVE = ("step", "tokens/sampled", "time/step_s", "reward/mean", "length/mean", "groups/kept_share")
+CURVE = (
+    *("step", "tokens/sampled", "time/step_s", "time/cpu_s", "reward/mean", "length/mean"),
+    "groups/kept_share",
+)
 """Metrics of a learner step that a result keeps."""
 
 

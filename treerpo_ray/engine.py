@@ -19,6 +19,7 @@ import numpy as np
 from treerpo_ray.algo.search import SiblingGroup, TreeShape, grow
 from treerpo_ray.algo.tree import ROOT, Step, StopReason
 from treerpo_ray.config import Config
+from treerpo_ray.process import cpu_seconds, redirect_output
 from treerpo_ray.prompts import end_token_ids, load_tokenizer, resolve_model_path
 from treerpo_ray.weights import ChunkFiles, LoadProof, Manifest
 
@@ -49,6 +50,8 @@ class EngineStats:
     num_cached_tokens: int
     """Prompt tokens that the prefix cache held."""
     num_sampled_tokens: int
+    cpu_s: float
+    """CPU time of the engine's processes on the actor's machine."""
 
 
 class Engine:
@@ -67,7 +70,7 @@ class Engine:
         self._request_ids = itertools.count()
         self._totals = np.zeros(4, np.int64)
         if log_folder is not None:
-            _redirect_output(Path(log_folder) / f"engine-{index}.log")
+            redirect_output(Path(log_folder) / f"engine-{index}.log")
 
     async def start(self) -> int:
         """Load the model; returns this process's id once the engine can sample."""
@@ -251,6 +254,7 @@ class Engine:
             num_prompt_tokens=int(self._totals[1]),
             num_cached_tokens=int(self._totals[2]),
             num_sampled_tokens=int(self._totals[3]),
+            cpu_s=cpu_seconds(),
         )
 
     async def stop(self) -> None:
@@ -286,12 +290,3 @@ def _error_step() -> Step:
         versions=np.empty(0, np.int32),
         stop=StopReason.ERROR,
     )
-
-
-def _redirect_output(path: Path) -> None:
-    """Send what this process and its children print to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)

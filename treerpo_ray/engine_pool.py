@@ -32,24 +32,18 @@ log = logging.getLogger(__name__)
 class EnginePool:
     """The stage between gate and tree stream; an actor with asynchronous methods.
 
+    It serves one run at a time: `begin` it, then `start`.
+
     Args:
-        config: The run's configuration.
-        prompts: The training set.
-        shape: Shape of the training trees, with the delimiter's token id.
-        run_log: Actor of `RunLog`, told of every tree and failure.
+        config: The configuration that the engines are started for.
         log_folder: Where the engines' output goes; None leaves it to Ray.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        prompts: PromptSet,
-        shape: TreeShape,
-        run_log: Actor,
-        log_folder: str | None,
-    ) -> None:
-        self.config, self.prompts, self.shape = config, prompts, shape
-        self.engines = Engines(config, run_log, log_folder)
+    def __init__(self, config: Config, log_folder: str | None) -> None:
+        self.config = config
+        self.prompts: PromptSet
+        self.shape: TreeShape
+        self.engines = Engines(config, log_folder)
         self._changed = self.engines.changed
         self._finished: dict[int, TreeRecord] = {}
         self._released = 0
@@ -60,8 +54,23 @@ class EnginePool:
         self._gate: Actor
         """Of the tickets that are grown; a tree can be redrawn only once there are any."""
 
+    async def begin(
+        self, config: Config, prompts: PromptSet, shape: TreeShape, run_log: Actor
+    ) -> None:
+        """Turn to a run. Engines that served another one keep its weights until the next `serve`.
+
+        Args:
+            config: The run's configuration; see `can_serve`.
+            prompts: The training set.
+            shape: Shape of the training trees, with the delimiter's token id.
+            run_log: Actor of `RunLog`, told of every tree and failure.
+        """
+        self._drop_work()
+        self.config, self.prompts, self.shape = config, prompts, shape
+        self.engines.run_log = run_log
+
     async def start(self) -> None:
-        """Start every engine; returns once all of them can serve."""
+        """Start every engine, unless that was done; returns once all of them can serve."""
         await self.engines.start()
 
     async def serve(
@@ -86,14 +95,17 @@ class EnginePool:
 
     async def grow_tickets(self, gate: Actor, session: int, first: int) -> None:
         """Drop what is in flight and grow every ticket of a session of the gate, from `first`."""
+        self._drop_work()
+        self._released = first
+        self._gate = gate
+        self._spawn(self._admit(gate, session))
+
+    def _drop_work(self) -> None:
         for task in list(self._work):
             task.cancel()
         self._finished.clear()
-        self._released = first
         self._reader = ""  # the one of the stream that ended may still be waiting
         self._failure = None
-        self._gate = gate
-        self._spawn(self._admit(gate, session))
 
     async def _admit(self, gate: Actor, session: int) -> None:
         while (ticket := await gate.next.remote(session)) is not None:

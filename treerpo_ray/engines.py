@@ -52,16 +52,17 @@ class Served:
 
 
 class Engines:
-    """All engines of a run; an engine serves only what it has proved.
+    """All engines of a run, or of several one after the other; each serves only what it proved.
 
     Args:
-        config: The run's configuration.
-        run_log: Actor of `RunLog`, told of engines that come, go or are waited for.
+        config: The configuration that the engines are started for.
         log_folder: Where the engines' output goes; None leaves it to Ray.
     """
 
-    def __init__(self, config: Config, run_log: Actor, log_folder: str | None) -> None:
-        self.config, self.run_log, self.log_folder = config, run_log, log_folder
+    def __init__(self, config: Config, log_folder: str | None) -> None:
+        self.config, self.log_folder = config, log_folder
+        self.run_log: Actor
+        """Actor of the run's `RunLog`, told of engines that come, go or are waited for."""
         self.changed = asyncio.Condition()
         """Notified whenever an engine begins to serve, and by the pool."""
         self.failure: BaseException | None = None
@@ -72,7 +73,9 @@ class Engines:
         self._work: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Start every engine; returns once all of them can serve."""
+        """Start every engine, unless that was done; returns once all of them can serve."""
+        if self._members:
+            return
         count = self.config.engine.num_engines
         self._members = [Member(index, self._make_actor(index)) for index in range(count)]
         await asyncio.gather(*(self._bring_up(member) for member in self._members))
@@ -230,6 +233,12 @@ class Engines:
     def note(self, kind: str, **fields: str | int) -> None:
         """Append an event to the run's log."""
         self.run_log.event.remote(Event(kind=kind, fields=fields))
+
+
+def can_serve(started: Config, config: Config) -> bool:
+    """Whether engines that were started for one configuration can serve a run of another."""
+    parts = [(each.model, each.engine, each.sync) for each in (started, config)]
+    return parts[0] == parts[1] and started.max_model_tokens >= config.max_model_tokens
 
 
 async def _awaited(result: Awaitable[T]) -> T:

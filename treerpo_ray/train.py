@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import fsspec
 import ray
@@ -21,7 +20,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from treerpo_ray import evaluate
-from treerpo_ray.actor import Actor
+from treerpo_ray.actor import Actor, make_actor
 from treerpo_ray.cluster import connected
 from treerpo_ray.config import Config
 from treerpo_ray.config_file import to_yaml
@@ -51,8 +50,10 @@ class RunFailed(Exception):
     """A run ended for good; one line with the cause and where to look."""
 
 
-def run(config: Config, inputs: Inputs, console: Console) -> Outcome:
+def run(config: Config, inputs: Inputs, console: Console, pool: Actor | None = None) -> Outcome:
     """Run, resume or just report what `config` describes, on the cluster that is there.
+
+    `pool` is that of `kept_engines`, for one run of several that share engines.
 
     Raises:
         ValueError: the cluster lacks resources that the run needs.
@@ -64,6 +65,8 @@ def run(config: Config, inputs: Inputs, console: Console) -> Outcome:
         return outcome
     with output_to_log(config.folder):
         try:
+            if pool is not None:
+                return train(config, inputs, console, pool)
             with connected(config):
                 return train(config, inputs, console)
         except Exception as error:
@@ -76,15 +79,26 @@ def run(config: Config, inputs: Inputs, console: Console) -> Outcome:
             ) from error
 
 
-def train(config: Config, inputs: Inputs, console: Console) -> Outcome:
-    """Run or resume a training on the Ray cluster that is connected.
+@contextmanager
+def kept_engines(config: Config) -> Iterator[Actor]:
+    """A Ray session and an engine pool for runs one after the other, whom `can_serve` allows."""
+    with connected(config):
+        pool = make_actor(EnginePool, config, _log_folder(config))
+        try:
+            yield pool
+        finally:
+            _end(pool, "stop")
+
+
+def train(config: Config, inputs: Inputs, console: Console, pool: Actor | None = None) -> Outcome:
+    """Run or resume a training on the Ray cluster that is connected, with a pool kept or its own.
 
     Raises:
         ray.exceptions.RayError, RuntimeError: something failed for good; the run folder holds
             the last checkpoint, and the same command goes on from it.
     """
     _write_config(config)
-    stations = _build(config, inputs)
+    stations = _build(config, inputs, pool)
     scorer = None
     try:
         with console.progress(f"starting {config.engine.num_engines} engine(s)", None):
@@ -101,26 +115,20 @@ def train(config: Config, inputs: Inputs, console: Console) -> Outcome:
     finally:
         if scorer is not None:
             scorer.close()
-        _shut_down(stations)
+        if pool is None:
+            _end(stations.pool, "stop")
+        _end(stations.run_log, "close")
     return collect_outcome(config, before, after, is_complete=is_complete)
 
 
-def _build(config: Config, inputs: Inputs) -> Stations:
-    """The actors of a run, on the node of the driver; all of them mostly wait."""
-    here = ray.get_runtime_context().get_node_id()
-
-    def actor(kind: type[object], *arguments: object, concurrency: int = 10_000) -> Actor:
-        node = {ray._raylet.RAY_NODE_ID_KEY: here}  # type: ignore[attr-defined]  # not in Ray's stub
-        made = ray.remote(kind).options(
-            num_cpus=0, label_selector=node, max_concurrency=concurrency
-        )
-        return cast(Actor, made.remote(*arguments))
-
+def _build(config: Config, inputs: Inputs, pool: Actor | None) -> Stations:
+    """The actors of a run; all of them mostly wait."""
     shape = replace(config.shape, delimiters=inputs.delimiters)
-    logs = None if "://" in config.folder else f"{config.folder}/logs"
-    run_log = actor(RunLog, config, concurrency=1)
-    pool = actor(EnginePool, config, inputs.prompts, shape, run_log, logs)
-    gate = actor(
+    run_log = make_actor(RunLog, config, concurrency=1)
+    if pool is None:
+        pool = make_actor(EnginePool, config, _log_folder(config))
+    ray.get(pool.begin.remote(config, inputs.prompts, shape, run_log))
+    gate = make_actor(
         Gate,
         len(inputs.prompts),
         config.gate.trees_per_step,
@@ -128,8 +136,12 @@ def _build(config: Config, inputs: Inputs) -> Stations:
         config.run.num_steps,
         config.run.seed,
     )
-    weight_sync = actor(WeightSync, pool, config.sync.probe_every)
+    weight_sync = make_actor(WeightSync, pool, config.sync.probe_every)
     return Stations(gate=gate, pool=pool, weight_sync=weight_sync, run_log=run_log)
+
+
+def _log_folder(config: Config) -> str | None:
+    return None if "://" in config.folder else f"{config.folder}/logs"
 
 
 def _fit(config: Config, inputs: Inputs, stations: Stations, console: Console) -> int:
@@ -225,6 +237,8 @@ def _evaluate(
     if result is not None:
         return result
     version: int = ray.get(stations.pool.version.remote())
+    if step == 0 and version:
+        raise RuntimeError("engines that have served a run cannot evaluate the start of another")
     title = f"evaluating on {len(inputs.held_out)} problems"
     with console.progress(title, len(inputs.held_out)) as advance:
         result = evaluate.evaluate(
@@ -256,12 +270,11 @@ def output_to_log(folder: str) -> Iterator[None]:
         yield
 
 
-def _shut_down(stations: Stations) -> None:
-    for station, method in ((stations.pool, "stop"), (stations.run_log, "close")):
-        try:
-            ray.get(getattr(station, method).remote(), timeout=90)
-        except ray.exceptions.RayError as error:
-            log.warning("%s did not end well: %s", method, error)
+def _end(station: Actor, method: str) -> None:
+    try:
+        ray.get(getattr(station, method).remote(), timeout=90)
+    except ray.exceptions.RayError as error:
+        log.warning("%s did not end well: %s", method, error)
 
 
 def _write_config(config: Config) -> None:

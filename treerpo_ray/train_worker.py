@@ -103,6 +103,7 @@ class TrainWorker:
         self.is_first = self.rank == 0
         self.folder = self.config.folder
         self.asked = self.cached = 0
+        self.cpu_s = 0.0
         self.checkpoints = Checkpoints(self.folder, self.config.checkpoint.keep)
         with self.checkpoints.newest() as found:
             self.step, checkpoint = found or (0, None)
@@ -127,6 +128,7 @@ class TrainWorker:
     def _open(self) -> None:
         """Bring engines, gate and log to where the learner is, before the first ticket."""
         self._publish()
+        self._engine_shares()
         gate, pool = self.stations.gate, self.stations.pool
         session: int = ray.get(gate.restart.remote(self.step))
         first = self.step * self.config.gate.trees_per_step
@@ -175,12 +177,7 @@ class TrainWorker:
             raise RuntimeError(f"tickets {tickets} are no share of learner step {self.step}: {own}")
 
     def _report(self, result: UpdateResult, version: int, times: dict[str, float]) -> None:
-        stats: list[EngineStats] = ray.get(self.stations.pool.stats.remote())
-        asked = sum(engine.num_prompt_tokens for engine in stats)
-        cached = sum(engine.num_cached_tokens for engine in stats)
-        # Since the last row; the totals start anew with an engine that was replaced.
-        rate = (cached - self.cached) / max(asked - self.asked, 1) if asked >= self.asked else 0.0
-        self.asked, self.cached = asked, cached
+        hit_rate, cpu_s = self._engine_shares()
         row: Row = {
             "step": self.step,
             "version": self.learner.version,
@@ -188,7 +185,8 @@ class TrainWorker:
             **result.metrics,
             **times,
             "tokens/per_s": result.stats.num_sampled_tokens / times["time/step_s"],
-            "engine/prefix_hit_rate": rate,
+            "engine/prefix_hit_rate": hit_rate,
+            "time/cpu_s": cpu_s,
         }
         ray.get(self.stations.run_log.step.remote(row))
         self._note(
@@ -198,6 +196,21 @@ class TrainWorker:
             trees=self.config.gate.trees_per_step,
             version=self.learner.version,
         )
+
+    def _engine_shares(self) -> tuple[float, float]:
+        """Share of prompt tokens found in prefix caches, and CPU time of engines and this worker.
+
+        Both since the last call; the totals start anew with an engine that was replaced.
+        """
+        stats: list[EngineStats] = ray.get(self.stations.pool.stats.remote())
+        asked = sum(engine.num_prompt_tokens for engine in stats)
+        cached = sum(engine.num_cached_tokens for engine in stats)
+        cpu_s = time.process_time() + sum(engine.cpu_s for engine in stats)
+        since = asked - self.asked, cached - self.cached, cpu_s - self.cpu_s
+        self.asked, self.cached, self.cpu_s = asked, cached, cpu_s
+        if since[0] < 0:
+            return 0.0, 0.0
+        return since[1] / max(since[0], 1), since[2]
 
     def _publish(self) -> None:
         """Have every engine serve the learner's weights."""
