@@ -67,8 +67,10 @@ def row_gradients(
         tokens = -weight * advantage * logprobs - loss.entropy_coef * entropy
         if loss.normalisation is Normalisation.TOKEN_MEAN:
             (tokens.sum() / num_tokens).backward()
-        else:
+        elif loss.normalisation is Normalisation.SEQUENCE_MEAN:
             (tokens.mean() / len(trained)).backward()
+        else:
+            (tokens.sum() / config.shape.max_answer_tokens / len(trained)).backward()
     return gradients(model)
 
 

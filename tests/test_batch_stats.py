@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.algo.trees import make_tree, trees
+from tests.algo.trees import by_range, make_tree, trees
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree
 from treerpo_ray.batch_stats import BatchStats, assess
@@ -50,7 +50,7 @@ def record(
 
 
 def stats_of(records: list[TreeRecord]) -> tuple[list[np.ndarray], BatchStats]:
-    return assess(records, form=AdvantageForm.DIFFERENCE, threshold=0.1)
+    return assess(records, form=AdvantageForm.DIFFERENCE, pruning=by_range(0.1))
 
 
 def turned_down() -> TreeRecord:

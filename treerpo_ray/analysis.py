@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
 from treerpo_ray.algo.backup import Values, mean_backup
+from treerpo_ray.algo.groups import PruneRule, Pruning
 from treerpo_ray.metrics import EVENTS_FILE, METRICS_FILE, latest_rows, read_lines
 from treerpo_ray.records import TreeRecord, from_table
 
@@ -101,7 +102,10 @@ class Run:
             record.tree,
             self.values(record),
             form=AdvantageForm(str(learner["advantage"]).lower()),
-            threshold=float(str(learner["prune_threshold"])),
+            pruning=Pruning(
+                rule=PruneRule(str(learner["prune"]).lower()),
+                threshold=float(str(learner["prune_threshold"])),
+            ),
         )
 
     def step_texts(self, record: TreeRecord) -> list[str]:

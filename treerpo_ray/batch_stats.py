@@ -8,7 +8,7 @@ import numpy as np
 
 from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
 from treerpo_ray.algo.backup import mean_backup
-from treerpo_ray.algo.groups import GroupState, step_groups
+from treerpo_ray.algo.groups import GroupState, Pruning, step_groups
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.verifier import Verdict
 
@@ -79,16 +79,16 @@ class BatchStats:
 
 
 def assess(
-    records: Sequence[TreeRecord], *, form: AdvantageForm, threshold: float
+    records: Sequence[TreeRecord], *, form: AdvantageForm, pruning: Pruning
 ) -> tuple[list[np.ndarray], BatchStats]:
     """Advantages of every step of every tree (NaN: not trained), and the batch's statistics."""
     advantages, stats = [], BatchStats()
     for record in records:
         values = mean_backup(record.tree, record.rewards)
-        advantages.append(step_advantages(record.tree, values, form=form, threshold=threshold))
+        advantages.append(step_advantages(record.tree, values, form=form, pruning=pruning))
         groups: Counter[str] = Counter()
         for group in step_groups(record.tree, values):
-            state = group.state(threshold)
+            state = group.state(pruning)
             depth = record.tree.depths[group.children[0]]
             groups.update([state, f"{state}_depth_{depth}"])
         tree, is_valued = record.tree, not np.isnan(values.root)

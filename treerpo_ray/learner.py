@@ -99,9 +99,7 @@ class Learner:
         # Trees come as they finish; their order decides minibatches and how sums are rounded.
         records = sorted(records, key=lambda record: record.ticket)
         metrics = {"learner/learning_rate": float(self.schedule.get_last_lr()[0])}
-        advantages, own = assess(
-            records, form=settings.advantage, threshold=settings.prune_threshold
-        )
+        advantages, own = assess(records, form=settings.advantage, pruning=settings.pruning)
         self._check_staleness(own)
         trees = [record.tree for record in records]
         size = len(trees) // settings.minibatches
@@ -160,6 +158,7 @@ class Learner:
                 self._loss_inputs(forest, old),
                 num_batch_tokens=num_tokens,
                 num_batch_steps=num_steps,
+                max_answer_tokens=self.config.shape.max_answer_tokens,
                 config=self.config.loss,
             )
             output.loss.backward()

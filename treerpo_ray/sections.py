@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from treerpo_ray.algo.advantages import AdvantageForm
+from treerpo_ray.algo.groups import PruneRule, Pruning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,13 +155,23 @@ class LearnerConfig:
     minibatches: int = 1
     """Optimizer steps that one learner step is split into; the paper takes 2."""
     advantage: AdvantageForm = AdvantageForm.BERNOULLI
-    """How a step group's values become advantages."""
+    """How values become advantages."""
+    prune: PruneRule = PruneRule.RANGE
+    """What must be above `prune_threshold` for a step group to be trained: the `range` of its
+    values (the paper) or of its whole tree's rewards (`tree_range`), the `significance` (spread of
+    its values in standard errors), or `shrinkage`: the share of the spread that is no noise, by
+    which the group's advantages are scaled too."""
     prune_threshold: float = 0.1
-    """A step group is trained if its values differ by more than this (the paper's tau)."""
+    """Threshold of `prune` (the paper's tau); negative: every group is trained."""
     token_budget: int = 16384
     """Most tokens of one forward pass."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
+
+    @property
+    def pruning(self) -> Pruning:
+        """Rule and threshold."""
+        return Pruning(rule=self.prune, threshold=self.prune_threshold)
 
 
 @dataclass(frozen=True, kw_only=True)

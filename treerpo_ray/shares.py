@@ -50,7 +50,7 @@ class Shares:
 def has_signal(tree: TreeRecord, config: Config) -> bool:
     """Whether the learner would train on any step of a scored tree."""
     learner = config.learner
-    (advantages,), _ = assess([tree], form=learner.advantage, threshold=learner.prune_threshold)
+    (advantages,), _ = assess([tree], form=learner.advantage, pruning=learner.pruning)
     return not np.isnan(advantages).all()
 
 

@@ -5,20 +5,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.algo.trees import make_tree, on_leaves, rewards, shuffled, trees
+from tests.algo.trees import by_range, make_tree, on_leaves, rewards, shuffled, trees
 from treerpo_ray.algo.advantages import (
     AdvantageForm,
     bernoulli,
     bernoulli_std,
     difference,
+    leave_one_out,
     standard,
     step_advantages,
 )
 from treerpo_ray.algo.backup import mean_backup
-from treerpo_ray.algo.groups import GroupState, step_groups
+from treerpo_ray.algo.groups import GroupState, PruneRule, Pruning, step_groups
 from treerpo_ray.algo.tree import Tree
 
-FORMS = [bernoulli, bernoulli_std, difference, standard]
+FORMS = [bernoulli, bernoulli_std, difference, standard, leave_one_out]
 Form = Callable[[np.ndarray], np.ndarray]
 group_values = st.lists(st.sampled_from([0.0, 1.0]) | st.floats(0, 1), min_size=1, max_size=9)
 
@@ -46,6 +47,7 @@ def test_bernoulli_has_the_values_worked_out_from_the_paper(
         (bernoulli_std, 7**0.5, -(7**-0.5)),
         (difference, 7 / 8, -1 / 8),
         (standard, 2.474873, -0.353553),
+        (leave_one_out, 1.0, -1 / 7),
     ],
 )
 def test_one_right_answer_of_eight(form: Form, right: float, wrong: float) -> None:
@@ -55,7 +57,13 @@ def test_one_right_answer_of_eight(form: Form, right: float, wrong: float) -> No
 
 @pytest.mark.parametrize(
     ("form", "size"),
-    [(bernoulli, 2.0), (bernoulli_std, 1.0), (difference, 0.5), (standard, 0.935413)],
+    [
+        (bernoulli, 2.0),
+        (bernoulli_std, 1.0),
+        (difference, 0.5),
+        (standard, 0.935413),
+        (leave_one_out, 4 / 7),
+    ],
 )
 def test_half_of_eight_right(form: Form, size: float) -> None:
     advantages = form(np.array([1.0] * 4 + [0.0] * 4))
@@ -122,12 +130,21 @@ def test_the_square_root_form_times_the_bernoulli_deviation_is_the_difference(
     np.testing.assert_allclose(bernoulli(array) * scale, bernoulli_std(array), rtol=1e-9)
 
 
-def test_each_form_is_chosen_by_its_name() -> None:
+@given(values=group_values)
+def test_leave_one_out_is_each_value_minus_the_mean_of_the_others(values: list[float]) -> None:
+    others = [np.delete(values, own) for own in range(len(values))]
+    expected = [v - o.mean() if len(o) else 0.0 for v, o in zip(values, others, strict=True)]
+    np.testing.assert_allclose(leave_one_out(np.array(values)), expected, atol=2e-9)
+
+
+def test_each_form_of_a_group_is_chosen_by_its_name() -> None:
     tree = make_tree([-1, -1, -1, -1])
     leaf_values = np.array([1.0, 0.0, 0.0, 0.25])
     values = mean_backup(tree, leaf_values)
-    for name, form in zip(AdvantageForm, FORMS, strict=True):
-        chosen = step_advantages(tree, values, form=AdvantageForm(name.value), threshold=0.1)
+    for form in FORMS:
+        chosen = step_advantages(
+            tree, values, form=AdvantageForm(form.__name__), pruning=by_range(0.1)
+        )
         np.testing.assert_array_equal(chosen, form(leaf_values))
 
 
@@ -136,16 +153,97 @@ def test_advantages_of_a_tree_by_hand() -> None:
     mu = 1/4, sigma = 3/16. Step 4's is unanimous."""
     tree = make_tree([-1, -1, 0, 0, 0, 0, 4, 4])
     values = mean_backup(tree, on_leaves(tree, [1.0, 0.0, 0.0, 0.0, 1.0, 1.0]))
-    advantages = step_advantages(tree, values, form=AdvantageForm.BERNOULLI, threshold=0.1)
+    advantages = step_advantages(tree, values, form=AdvantageForm.BERNOULLI, pruning=by_range(0.1))
     third, nan = 4 / 3, float("nan")
     expected = [-1.6, 1.6, -third, -third, 4.0, -third, nan, nan]
     np.testing.assert_allclose(advantages, expected)
 
 
+UNEVEN = make_tree([-1, -1, 0, 0, 0, 2, 2])
+"""Leaves 1, 3, 4, 5 and 6: step 1 ended early, step 0 has three children, step 2 has two."""
+KEEP_ALL = by_range(-1.0)
+
+
+def test_treerl_by_hand() -> None:
+    """Means over leaves: the root 2/5, step 0 1/4, step 2 1/2 (over children step 0 has 1/6)."""
+    values = mean_backup(UNEVEN, on_leaves(UNEVEN, [1.0, 0.0, 0.0, 1.0, 0.0]))
+    found = step_advantages(UNEVEN, values, form=AdvantageForm.TREERL, pruning=KEEP_ALL)
+    expected = [
+        2 * (2 * 1 / 4 - 2 * 2 / 5),  # sqrt(4) leaves, the parent is the root
+        2 * 1 - 2 * 2 / 5,
+        2**0.5 * (2 * 1 / 2 - 2 / 5 - 1 / 4),
+        *[2 * 0 - 2 / 5 - 1 / 4] * 2,
+        2 * 1 - 2 / 5 - 1 / 2,
+        2 * 0 - 2 / 5 - 1 / 2,
+    ]
+    np.testing.assert_allclose(found, expected)
+
+
+def test_treepo_by_hand() -> None:
+    """Subgroups: all five leaves, mean 2/5; below step 0 four, 1/4; below step 2 two, 1/2."""
+    values = mean_backup(UNEVEN, on_leaves(UNEVEN, [1.0, 0.0, 0.0, 1.0, 0.0]))
+    found = step_advantages(UNEVEN, values, form=AdvantageForm.TREEPO, pruning=KEEP_ALL)
+    two = -(2 / 5 + 1 / 4) / 2
+    right, wrong = 1 - (2 / 5 + 1 / 4 + 1 / 2) / 3, -(2 / 5 + 1 / 4 + 1 / 2) / 3
+    below = right + wrong
+    np.testing.assert_allclose(found, [2 * two + below, 3 / 5, below, two, two, right, wrong])
+
+
+def test_a_subgroup_of_one_answer_compares_it_with_none() -> None:
+    tree = make_tree([-1, -1, 0])
+    values = mean_backup(tree, on_leaves(tree, [0.0, 1.0]))
+    found = step_advantages(tree, values, form=AdvantageForm.TREEPO, pruning=KEEP_ALL)
+    assert found.tolist() == [0.5, -0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        (AdvantageForm.TREERL, [2 * 1 - 2 / 3 - 1 / 2, 2 * 0 - 2 / 3 - 1 / 2]),
+        (AdvantageForm.TREEPO, [1 - (2 / 3 + 1 / 2) / 2, -(2 / 3 + 1 / 2) / 2]),
+    ],
+)
+def test_a_scheme_of_the_tree_takes_means_over_the_leaves_that_have_a_reward(
+    form: AdvantageForm, expected: list[float]
+) -> None:
+    """Leaf 2 errored, leaf 3 is right: step 0 and the prompt's group are left out, means stay."""
+    tree = make_tree([-1, -1, 0, 0, 1, 1])
+    values = mean_backup(tree, on_leaves(tree, [float("nan"), 1.0, 1.0, 0.0]))
+    found = step_advantages(tree, values, form=form, pruning=KEEP_ALL)
+    np.testing.assert_allclose(found, [np.nan] * 4 + expected)
+
+
+@pytest.mark.parametrize("form", [AdvantageForm.TREERL, AdvantageForm.TREEPO])
+@given(rewards=group_values)
+def test_at_depth_one_the_schemes_of_a_tree_are_the_difference(
+    form: AdvantageForm, rewards: list[float]
+) -> None:
+    tree = make_tree([-1] * len(rewards))
+    values = mean_backup(tree, np.array(rewards))
+    found = step_advantages(tree, values, form=form, pruning=KEEP_ALL)
+    factor = 2 if form is AdvantageForm.TREERL else 1  # the root is the parent, and counts twice
+    np.testing.assert_allclose(found, factor * difference(np.array(rewards)), atol=4e-9)
+
+
+def test_shrinkage_scales_the_advantages_of_a_group_by_what_is_no_noise() -> None:
+    """The prompt's values are 1/2 and 0, s^2 = 1/8. Step 0's has s^2 / N = 1/4, step 1's, of equal
+    values, (1/6) (5/6) = 5/36: the mean is 7/36, more than 1/8, so nothing is left."""
+    tree = make_tree([-1, -1, 0, 0, 1, 1])
+    pruning = Pruning(rule=PruneRule.SHRINKAGE, threshold=0.0)
+    values = mean_backup(tree, on_leaves(tree, [1.0, 0.0, 0.0, 0.0]))
+    found = step_advantages(tree, values, form=AdvantageForm.DIFFERENCE, pruning=pruning)
+    np.testing.assert_array_equal(found, [np.nan, np.nan, 0.5, -0.5, np.nan, np.nan])
+    # With 1 and 0 the prompt's s^2 is 1/2 and its noise 5/36: 1 - 10/36 is left of +-1/2.
+    values = mean_backup(tree, on_leaves(tree, [1.0, 1.0, 0.0, 0.0]))
+    found = step_advantages(tree, values, form=AdvantageForm.DIFFERENCE, pruning=pruning)
+    np.testing.assert_allclose(found[:2], [13 / 36, -13 / 36])
+    assert np.isnan(found[2:]).all()
+
+
 def test_a_group_with_an_error_below_is_left_out_and_the_others_are_trained() -> None:
     tree = make_tree([-1, -1, 0, 0, 1, 1])
     values = mean_backup(tree, on_leaves(tree, [float("nan"), 1.0, 1.0, 0.0]))
-    advantages = step_advantages(tree, values, form=AdvantageForm.DIFFERENCE, threshold=0.1)
+    advantages = step_advantages(tree, values, form=AdvantageForm.DIFFERENCE, pruning=by_range(0.1))
     np.testing.assert_array_equal(advantages, [np.nan] * 4 + [0.5, -0.5])
 
 
@@ -153,14 +251,18 @@ def test_a_tree_whose_leaves_all_errored_is_not_trained_at_all() -> None:
     tree = make_tree([-1, -1, 0, 0])
     values = mean_backup(tree, np.full(4, np.nan))
     for form in AdvantageForm:
-        assert np.isnan(step_advantages(tree, values, form=form, threshold=-1.0)).all()
+        assert np.isnan(step_advantages(tree, values, form=form, pruning=by_range(-1.0))).all()
 
 
 def test_a_negative_threshold_keeps_unanimous_groups_with_no_advantage() -> None:
     tree = make_tree([-1, -1, 0])
     values = mean_backup(tree, on_leaves(tree, [1.0, 1.0]))
     for form in AdvantageForm:
-        assert step_advantages(tree, values, form=form, threshold=-1.0).tolist() == [0, 0, 0]
+        assert step_advantages(tree, values, form=form, pruning=by_range(-1.0)).tolist() == [
+            0,
+            0,
+            0,
+        ]
 
 
 @pytest.mark.parametrize("form", AdvantageForm)
@@ -169,11 +271,11 @@ def test_exactly_the_steps_of_kept_groups_have_an_advantage(
     form: AdvantageForm, tree: Tree, data: st.DataObject
 ) -> None:
     values = mean_backup(tree, data.draw(rewards(tree, with_errors=True)))
-    advantages = step_advantages(tree, values, form=form, threshold=0.1)
+    advantages = step_advantages(tree, values, form=form, pruning=by_range(0.1))
     kept = {
         child
         for group in step_groups(tree, values)
-        if group.state(0.1) is GroupState.KEPT
+        if group.state(by_range(0.1)) is GroupState.KEPT
         for child in group.children
     }
     assert set(np.flatnonzero(~np.isnan(advantages))) == kept
@@ -192,7 +294,7 @@ def test_shuffled_siblings_have_shuffled_advantages(
     other, order = shuffled(tree, ranks)
     threshold = 0.1234567  # no range of such values is this close to it
     advantages, other_advantages = (
-        step_advantages(t, mean_backup(t, r), form=form, threshold=threshold)
+        step_advantages(t, mean_backup(t, r), form=form, pruning=by_range(threshold))
         for t, r in [(tree, leaf_rewards), (other, leaf_rewards[order])]
     )
     np.testing.assert_allclose(other_advantages, advantages[order], rtol=1e-9, atol=1e-12)

@@ -1,17 +1,25 @@
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.algo.trees import make_tree, on_leaves, rewards, trees
+from tests.algo.trees import by_range, make_tree, on_leaves, rewards, trees
 from treerpo_ray.algo.backup import mean_backup
-from treerpo_ray.algo.groups import GroupState, StepGroup, step_groups
+from treerpo_ray.algo.groups import GroupState, PruneRule, Pruning, StepGroup, step_groups
+from treerpo_ray.algo.standard_errors import standard_error_of_mean
 from treerpo_ray.algo.tree import ROOT, Tree
 
 
-def group_of(*values: float) -> StepGroup:
-    children = tuple(range(len(values)))
-    return StepGroup(parent=ROOT, children=children, values=np.array(values))
+def group_of(*values: float, errors: Sequence[float] = (), leaf_range: float = 1.0) -> StepGroup:
+    return StepGroup(
+        parent=ROOT,
+        children=tuple(range(len(values))),
+        values=np.array(values),
+        standard_errors=np.array(errors or [0.0] * len(values)),
+        leaf_range=leaf_range,
+    )
 
 
 def test_groups_of_a_tree_by_hand_come_in_the_order_of_their_parents() -> None:
@@ -36,17 +44,17 @@ def test_groups_of_a_tree_by_hand_come_in_the_order_of_their_parents() -> None:
     ],
 )
 def test_state_of_a_group_at_the_papers_threshold(values: list[float], state: GroupState) -> None:
-    assert group_of(*values).state(threshold=0.1) is state
+    assert group_of(*values).state(by_range(0.1)) is state
 
 
 def test_a_threshold_of_zero_prunes_only_unanimous_groups() -> None:
-    assert group_of(0.5, 0.5).state(0.0) is GroupState.PRUNED
-    assert group_of(0.5, 0.5 + 1e-9).state(0.0) is GroupState.KEPT
+    assert group_of(0.5, 0.5).state(by_range(0.0)) is GroupState.PRUNED
+    assert group_of(0.5, 0.5 + 1e-9).state(by_range(0.0)) is GroupState.KEPT
 
 
 def test_a_negative_threshold_prunes_nothing_and_still_leaves_errors_out() -> None:
-    assert group_of(0.5, 0.5).state(-1.0) is GroupState.KEPT
-    assert group_of(0.5, float("nan")).state(-1.0) is GroupState.ERRORED
+    assert group_of(0.5, 0.5).state(by_range(-1.0)) is GroupState.KEPT
+    assert group_of(0.5, float("nan")).state(by_range(-1.0)) is GroupState.ERRORED
 
 
 @given(tree=trees(), data=st.data())
@@ -65,5 +73,65 @@ def test_a_group_is_errored_iff_its_parent_has_no_value(tree: Tree, data: st.Dat
     values = mean_backup(tree, data.draw(rewards(tree, with_errors=True)))
     parent_values = np.append(values.steps, values.root)
     for group in step_groups(tree, values):
-        is_errored = group.state(0.1) is GroupState.ERRORED
+        is_errored = group.state(by_range(0.1)) is GroupState.ERRORED
         assert is_errored == np.isnan(parent_values[group.parent])
+
+
+def test_the_range_of_the_tree_keeps_or_prunes_all_its_groups() -> None:
+    tree = make_tree([-1, -1, 0, 0, 1, 1, -1])
+    pruning = Pruning(rule=PruneRule.TREE_RANGE, threshold=0.0)
+    nan = float("nan")
+    for leaf_rewards, states in [
+        ([1.0, 1.0, 1.0, 1.0, 0.0], ["kept", "kept", "kept"]),
+        ([1.0, 1.0, 1.0, 1.0, 1.0], ["pruned", "pruned", "pruned"]),
+        ([nan, 0.0, 1.0, 1.0, 1.0], ["errored", "errored", "kept"]),
+        ([nan, 1.0, 1.0, 1.0, 1.0], ["errored", "errored", "pruned"]),
+        ([nan] * 5, ["errored", "errored", "errored"]),
+    ]:
+        groups = step_groups(tree, mean_backup(tree, on_leaves(tree, leaf_rewards)))
+        assert [group.state(pruning) for group in groups] == states
+
+
+@pytest.mark.parametrize(
+    ("group", "significance", "reliability"),
+    [
+        (group_of(0.5, 0.5, errors=[0.1, 0.1]), 0.0, 0.0),
+        (group_of(0.25, 0.75, errors=[0.25, 0.25]), 2**0.5, 0.5),  # s^2 = 1/8
+        (group_of(0.25, 0.75, errors=[0.5, 0.0]), 1.0, 0.0),
+        (group_of(0.25, 0.75, errors=[0.5, 0.5]), 0.5**0.5, 0.0),
+        (group_of(0.0, 0.0, 1.0, 1.0, errors=[0.1, 0.1, 0.3, 0.3]), (1 / 0.15) ** 0.5, 0.85),
+        (group_of(0.0, 1.0), float("inf"), 1.0),
+        (group_of(0.7), 0.0, 0.0),
+    ],
+)
+def test_significance_and_reliability_by_hand(
+    group: StepGroup, significance: float, reliability: float
+) -> None:
+    assert group.significance == pytest.approx(significance)
+    assert group.reliability == pytest.approx(reliability)
+    for rule, signal in [("significance", significance), ("shrinkage", reliability)]:
+        below = Pruning(rule=PruneRule(rule), threshold=signal - 1e-6)
+        above = Pruning(rule=PruneRule(rule), threshold=signal + 1e-6)
+        assert group.state(above) is GroupState.PRUNED
+        assert group.state(below) is GroupState.KEPT or signal == float("inf")
+    assert group.weight(Pruning(rule=PruneRule.SHRINKAGE, threshold=0)) == group.reliability
+    assert group.weight(Pruning(rule=PruneRule.SIGNIFICANCE, threshold=0)) == 1
+
+
+@pytest.mark.parametrize("rule", PruneRule)
+def test_every_rule_leaves_errors_out_and_prunes_nothing_below_zero(rule: PruneRule) -> None:
+    pruning = Pruning(rule=rule, threshold=-1.0)
+    assert group_of(0.5, 0.5, leaf_range=0.0).state(pruning) is GroupState.KEPT
+    nan = float("nan")
+    assert group_of(0.5, nan, errors=[0.0, nan]).state(pruning) is GroupState.ERRORED
+
+
+def test_children_that_are_equally_good_have_a_significance_of_one() -> None:
+    """Sixteen children, each the mean of eight leaves that are right with probability 1/2."""
+    rng = np.random.default_rng(0)
+    squares = []
+    for _ in range(400):
+        leaves = rng.integers(0, 2, (16, 8)).astype(float)
+        errors = standard_error_of_mean(leaves)
+        squares.append(group_of(*leaves.mean(1), errors=errors.tolist()).significance ** 2)
+    assert np.mean(squares) == pytest.approx(1.0, abs=0.05)

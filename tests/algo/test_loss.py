@@ -16,6 +16,7 @@ from treerpo_ray.algo.loss import (
     LossOutput,
     LossSums,
     Normalisation,
+    Ratio,
     k3,
     policy_loss,
 )
@@ -24,6 +25,15 @@ from treerpo_ray.algo.tree import Tree
 
 PLAIN = LossConfig(importance_cap=None)
 NUM_TOKENS_OF_VOCABULARY = 128
+GSPO_CASES = [
+    (1 + 3.9e-4, 1.0, False),
+    (1 + 4.1e-4, 1.0, True),
+    (1 + 4.1e-4, -1.0, False),
+    (1 - 2.9e-4, -1.0, False),
+    (1 - 3.1e-4, -1.0, True),
+]
+"""Geometric mean of a step's ratios, its advantage, and whether the clip cuts its gradient."""
+BATCH = {"num_batch_tokens": 5, "num_batch_steps": 2, "max_answer_tokens": 8}
 
 
 def inputs_of(
@@ -55,7 +65,11 @@ def loss_of(inputs: LossInputs, config: LossConfig = PLAIN) -> LossOutput:
     """The loss of a batch that consists of `inputs` alone."""
     num_steps = int(inputs.step.max()) + 1
     return policy_loss(
-        inputs, num_batch_tokens=len(inputs.step), num_batch_steps=num_steps, config=config
+        inputs,
+        num_batch_tokens=len(inputs.step),
+        num_batch_steps=num_steps,
+        max_answer_tokens=8,
+        config=config,
     )
 
 
@@ -148,7 +162,7 @@ def test_the_entropy_term_rewards_entropy() -> None:
     assert inputs.entropy.grad.tolist() == pytest.approx([-0.15, -0.15])
 
 
-def test_token_mean_and_sequence_mean_by_hand() -> None:
+def test_normalisations_by_hand() -> None:
     """Step 0 has one token of loss -6, step 1 three of loss -2."""
     inputs = inputs_of(ratio=[1] * 4, advantages=[6, 2, 2, 2], step=[0, 1, 1, 1])
     token_mean = replace(PLAIN, normalisation=Normalisation.TOKEN_MEAN)
@@ -156,6 +170,31 @@ def test_token_mean_and_sequence_mean_by_hand() -> None:
     assert loss_of(inputs, token_mean).loss.item() == pytest.approx(-(6 + 2 + 2 + 2) / 4)
     assert loss_of(inputs, sequence_mean).loss.item() == pytest.approx(-(6 + 2) / 2)
     assert gradient(inputs, sequence_mean) == pytest.approx([-3, -1 / 3, -1 / 3, -1 / 3])
+    constant = replace(PLAIN, normalisation=Normalisation.CONSTANT)  # 8 tokens, 2 steps
+    assert loss_of(inputs, constant).loss.item() == pytest.approx(-(6 + 2 + 2 + 2) / (8 * 2))
+
+
+def test_the_ratio_of_a_sequence_is_the_geometric_mean_over_the_tokens_of_its_step() -> None:
+    """Step 0 has ratios 2 and 1/2, mean 1; step 1 has 1.1 alone; step 2 has 4, 2 and 1, mean 2."""
+    inputs = inputs_of(
+        ratio=[2, 0.5, 1.1, 4, 2, 1], advantages=[3, 3, -1, 1, 1, 1], step=[0, 0, 1, 2, 2, 2]
+    )
+    config = replace(PLAIN, ratio=Ratio.SEQUENCE, normalisation=Normalisation.SEQUENCE_MEAN)
+    output = loss_of(inputs, config)
+    assert output.loss.item() == pytest.approx(-(3 - 1.1 + 1.2) / 3)
+    assert float(output.sums.ratio) == pytest.approx(1 + 1 + 1.1 + 2 + 2 + 2)
+    assert float(output.sums.num_clipped) == 3, "a step is clipped with all its tokens"
+    # Of exp(mean of n) each token has 1/n of the gradient: GSPO's sum over n tokens of s A / n.
+    assert gradient(inputs, config) == pytest.approx([-3 / 2 / 3, -3 / 2 / 3, 1.1 / 3, 0, 0, 0])
+
+
+@pytest.mark.parametrize(("mean", "advantage", "is_clipped"), GSPO_CASES)
+def test_the_published_clip_range_of_gspo_cuts_whole_steps(
+    mean: float, advantage: float, is_clipped: bool
+) -> None:
+    config = replace(PLAIN, ratio=Ratio.SEQUENCE, clip_low=3e-4, clip_high=4e-4)
+    inputs = inputs_of(ratio=[1.5 * mean, mean / 1.5], advantages=[advantage] * 2)
+    assert [g == 0 for g in gradient(inputs, config)] == [is_clipped] * 2
 
 
 def test_kl_without_a_reference_model_says_what_to_do() -> None:
@@ -194,7 +233,7 @@ def test_a_forest_without_edges_adds_nothing_and_can_be_backpropagated() -> None
     )
     for normalisation in Normalisation:
         config = LossConfig(normalisation=normalisation)
-        output = policy_loss(inputs, num_batch_tokens=5, num_batch_steps=2, config=config)
+        output = policy_loss(inputs, **BATCH, config=config)
         torch.autograd.backward(output.loss)
         assert output.sums.vector().tolist() == [0.0] * len(fields(LossSums))
 
@@ -204,7 +243,7 @@ def test_metrics_of_two_forests_by_hand() -> None:
     first = inputs_of(ratio=[1.0, 1.5], advantages=[1, 1], mismatch=[0.0, -math.log(2)])
     second = inputs_of(ratio=[1.5], advantages=[-2], mismatch=[math.log(4)])
     sums = [
-        policy_loss(part, num_batch_tokens=3, num_batch_steps=2, config=config).sums
+        policy_loss(part, **(BATCH | {"num_batch_tokens": 3}), config=config).sums
         for part in (first, second)
     ]
     metrics = (sums[0] + sums[1]).metrics()
@@ -297,6 +336,7 @@ def batch_loss(
                 inputs,
                 num_batch_tokens=num_batch_tokens,
                 num_batch_steps=num_batch_steps,
+                max_answer_tokens=8,
                 config=config,
             )
         )
@@ -307,13 +347,14 @@ def batch_loss(
     return loss, sums, list(torch.autograd.grad(loss, list(model.parameters())))
 
 
+@pytest.mark.parametrize("ratio", Ratio)
 @pytest.mark.parametrize("normalisation", Normalisation)
 @given(tree=trees(max_groups=4, max_children=3), data=st.data())
 def test_loss_gradients_and_metrics_do_not_depend_on_how_the_batch_is_packed(
-    normalisation: Normalisation, tree: Tree, data: st.DataObject
+    normalisation: Normalisation, ratio: Ratio, tree: Tree, data: st.DataObject
 ) -> None:
     """One forest, small forests, and one row for each step, as the authors train, agree."""
-    config = LossConfig(kl_coef=0.1, entropy_coef=0.1, normalisation=normalisation)
+    config = LossConfig(kl_coef=0.1, entropy_coef=0.1, normalisation=normalisation, ratio=ratio)
     other = make_tree([-1, -1, 1], [2, 1, 3], prompt_length=2, first_token=90)
     batch = [tree, other]
     is_trained = data.draw(

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.algo.trees import (
+    by_range,
     edge_contexts,
     full_tree,
     make_tree,
@@ -83,7 +84,9 @@ def found_edges(forests: list[Forest]) -> Counter[Edge]:
 
 def test_a_tree_by_hand_from_rewards_to_edges() -> None:
     values = mean_backup(HAND_TREE, on_leaves(HAND_TREE, [0.0, 1.0, 1.0, 1.0]))
-    advantages = step_advantages(HAND_TREE, values, form=AdvantageForm.BERNOULLI, threshold=0.1)
+    advantages = step_advantages(
+        HAND_TREE, values, form=AdvantageForm.BERNOULLI, pruning=by_range(0.1)
+    )
     np.testing.assert_allclose(advantages, HAND_ADVANTAGES)
 
     (forest,) = pack([HAND_TREE], [advantages], token_budget=8)

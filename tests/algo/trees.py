@@ -5,8 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 from hypothesis import strategies as st
 
+from treerpo_ray.algo.groups import PruneRule, Pruning
 from treerpo_ray.algo.packing import Forest
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
+
+
+def by_range(threshold: float) -> Pruning:
+    """The paper's pruning."""
+    return Pruning(rule=PruneRule.RANGE, threshold=threshold)
 
 
 def make_tree(

@@ -1,10 +1,10 @@
-"""Advantages: how much better a step is than its siblings.
+"""Advantages: how much better a step is than its siblings, or than what else the tree holds.
 
-A form is one small function. One that needs more than the values of the group (the parent's
-value, the root's, the leaves below) takes it from the tree and the values that
-`group_advantages` hands on.
+A scheme is one small function: of the values of a step group, or of a whole tree. To add one,
+write it here, name it in `AdvantageForm` and in `all_advantages`.
 """
 
+from collections.abc import Callable
 from enum import StrEnum
 from typing import assert_never
 
@@ -12,23 +12,27 @@ import numpy as np
 from jaxtyping import Float64
 
 from treerpo_ray.algo.backup import Values
-from treerpo_ray.algo.groups import GroupState, StepGroup, step_groups
-from treerpo_ray.algo.tree import Tree
+from treerpo_ray.algo.groups import GroupState, Pruning, step_groups
+from treerpo_ray.algo.standard_errors import ROUNDING
+from treerpo_ray.algo.tree import ROOT, Tree
 
 STD_EPSILON = 1e-6
 """Added to GRPO's standard deviation, as its published implementations do."""
 
-ROUNDING = 1e-9
-"""Values closer than this are equal: a mean of equal numbers may be off by a last digit."""
-
 
 class AdvantageForm(StrEnum):
-    """Name of a form in the config."""
+    """Name of a scheme in the config."""
 
     BERNOULLI = "bernoulli"
     BERNOULLI_STD = "bernoulli_std"
     DIFFERENCE = "difference"
     STANDARD = "standard"
+    LEAVE_ONE_OUT = "leave_one_out"
+    TREERL = "treerl"
+    TREEPO = "treepo"
+
+
+# Of a step group ---------------------------------------------------------------------------------
 
 
 def bernoulli(values: Float64[np.ndarray, " children"]) -> Float64[np.ndarray, " children"]:
@@ -45,7 +49,11 @@ def bernoulli_std(values: Float64[np.ndarray, " children"]) -> Float64[np.ndarra
 
 
 def difference(values: Float64[np.ndarray, " children"]) -> Float64[np.ndarray, " children"]:
-    """R - mu: no scale (Dr.GRPO, arXiv 2503.20783)."""
+    """R - mu: no scale (Dr.GRPO, arXiv 2503.20783).
+
+    mu is the parent's value, so this is also SPO-tree's value minus that of the parent
+    (arXiv 2505.23564).
+    """
     return _scaled(values, 1.0)
 
 
@@ -55,34 +63,110 @@ def standard(values: Float64[np.ndarray, " children"]) -> Float64[np.ndarray, " 
     return _scaled(values, std + STD_EPSILON)
 
 
-def group_advantages(
-    form: AdvantageForm, tree: Tree, values: Values, group: StepGroup
-) -> Float64[np.ndarray, " children"]:
-    """Advantage of each child of `group`, a group of `tree` without NaN values."""
+def leave_one_out(values: Float64[np.ndarray, " children"]) -> Float64[np.ndarray, " children"]:
+    """R minus the mean of the other siblings: N / (N - 1) times the difference (RLOO,
+    arXiv 2402.14740). Only this baseline is independent of R; an only child has 0."""
+    count = len(values)
+    return _scaled(values, (count - 1) / count if count > 1 else 1.0)
+
+
+# Of a tree ---------------------------------------------------------------------------------------
+
+
+def treerl(tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]:
+    """sqrt(L) ((V - V of the root) + (V - V of the parent)): TreeRL (arXiv 2506.11902).
+
+    V is the mean reward of the L leaves below. TreeRL divides by sqrt(L), but trains a step once
+    for each of the L answers that share it; here a step is trained once, so with L / sqrt(L).
+    """
+    means, counts = _leaf_means(tree, values)
+    parents = [step.parent for step in tree.steps]
+    total = 2 * means - means[ROOT] - np.append(means[parents], 0.0)
+    return (np.sqrt(counts) * total)[:ROOT]
+
+
+def treepo(tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]:
+    """Sum over the answers through a step of their advantages in TreePO (arXiv 2508.17445).
+
+    An answer's advantage is its R minus the mean of a subgroup, averaged over its subgroups.
+    An ancestor's subgroup are the leaves below it; that of the prompt always counts, of the
+    others those of two answers or more. TreePO trains a step once for each answer through it,
+    hence the sum. It also divides by the standard deviation over the batch: a factor common to
+    all steps, which is left to the optimizer here.
+    """
+    means, counts = _leaf_means(tree, values)
+    total = np.zeros(len(tree.steps))
+    for leaf in tree.leaves:
+        reward, path = values.steps[leaf], list(tree.path(leaf))
+        if not np.isnan(reward):
+            above = [ROOT, *(step for step in path[:-1] if counts[step] > 1)]
+            total[path] += reward - means[above].mean()
+    return total
+
+
+def _leaf_means(
+    tree: Tree, values: Values
+) -> tuple[Float64[np.ndarray, " steps_and_root"], Float64[np.ndarray, " steps_and_root"]]:
+    """Mean reward of the leaves below each step that have one, and how many; ROOT is the last."""
+    sums, counts = np.zeros((2, len(tree.steps) + 1))
+    for leaf in tree.leaves:
+        if not np.isnan(values.steps[leaf]):
+            below = [ROOT, *tree.path(leaf)]
+            sums[below] += values.steps[leaf]
+            counts[below] += 1
+    return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0), counts
+
+
+# Of the steps that are trained -------------------------------------------------------------------
+
+
+def all_advantages(
+    form: AdvantageForm, tree: Tree, values: Values
+) -> Float64[np.ndarray, " steps"]:
+    """Advantage of each step whose step group has no errored leaf below, pruned or not."""
     match form:
         case AdvantageForm.BERNOULLI:
-            return bernoulli(group.values)
+            return _by_group(bernoulli, tree, values)
         case AdvantageForm.BERNOULLI_STD:
-            return bernoulli_std(group.values)
+            return _by_group(bernoulli_std, tree, values)
         case AdvantageForm.DIFFERENCE:
-            return difference(group.values)
+            return _by_group(difference, tree, values)
         case AdvantageForm.STANDARD:
-            return standard(group.values)
+            return _by_group(standard, tree, values)
+        case AdvantageForm.LEAVE_ONE_OUT:
+            return _by_group(leave_one_out, tree, values)
+        case AdvantageForm.TREERL:
+            return treerl(tree, values)
+        case AdvantageForm.TREEPO:
+            return treepo(tree, values)
     assert_never(form)
 
 
 def step_advantages(
-    tree: Tree, values: Values, *, form: AdvantageForm, threshold: float
+    tree: Tree, values: Values, *, form: AdvantageForm, pruning: Pruning
 ) -> Float64[np.ndarray, " steps"]:
     """Advantage of each step of a kept group; NaN for every step that is not trained on.
 
     Every token of a step has the step's advantage: no discount and no sum over depths.
-    `threshold` is that of `StepGroup.state`.
     """
+    found = all_advantages(form, tree, values)
     advantages = np.full(len(tree.steps), np.nan)
     for group in step_groups(tree, values):
-        if group.state(threshold) is GroupState.KEPT:
-            advantages[list(group.children)] = group_advantages(form, tree, values, group)
+        if group.state(pruning) is GroupState.KEPT:
+            children = list(group.children)
+            advantages[children] = found[children] * group.weight(pruning)
+    return advantages
+
+
+def _by_group(
+    form: Callable[[Float64[np.ndarray, " children"]], Float64[np.ndarray, " children"]],
+    tree: Tree,
+    values: Values,
+) -> Float64[np.ndarray, " steps"]:
+    advantages = np.full(len(tree.steps), np.nan)
+    for group in step_groups(tree, values):
+        if not np.isnan(group.values).any():
+            advantages[list(group.children)] = form(group.values)
     return advantages
 
 

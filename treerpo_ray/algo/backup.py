@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Float64
 
+from treerpo_ray.algo.standard_errors import standard_error_of_mean
 from treerpo_ray.algo.tree import ROOT, Tree
 
 
@@ -15,10 +16,15 @@ class Values:
     Attributes:
         steps: Value of each step, in the tree's order; a leaf's value is its reward.
         root: Value of the prompt; NaN too if the prompt has no steps.
+        step_errors: Standard error of each step's value, given the step. A leaf's is 0: its
+            answer is complete, and nothing that could still be sampled would change its reward.
+        root_error: Standard error of the prompt's value.
     """
 
     steps: Float64[np.ndarray, " steps"]
     root: float
+    step_errors: Float64[np.ndarray, " steps"]
+    root_error: float
 
 
 def mean_backup(tree: Tree, rewards: Float[np.ndarray, " steps"]) -> Values:
@@ -41,6 +47,13 @@ def mean_backup(tree: Tree, rewards: Float[np.ndarray, " steps"]) -> Values:
     if inner := sorted(rewarded & tree.children.keys()):
         raise ValueError(f"steps {inner} have children: rewards are given to leaves only")
     values = np.append(rewards.astype(np.float64), np.nan)  # ROOT = -1 is the appended last
+    errors = np.where(np.isnan(values), np.nan, 0.0)
     for parent in sorted(tree.children, reverse=True):  # children stand behind their parents
-        values[parent] = values[list(tree.children[parent])].mean()
-    return Values(steps=values[:ROOT], root=float(values[ROOT]))
+        below = values[list(tree.children[parent])]
+        values[parent], errors[parent] = below.mean(), standard_error_of_mean(below)
+    return Values(
+        steps=values[:ROOT],
+        root=float(values[ROOT]),
+        step_errors=errors[:ROOT],
+        root_error=float(errors[ROOT]),
+    )

@@ -1,6 +1,7 @@
-"""Loss: clipped token-level policy gradient with truncated importance weights.
+"""Loss: clipped policy gradient with truncated importance weights.
 
-With rho = exp(logprob - old logprob), A the advantage of the token's step, and the constant
+With rho = exp(logprob - old logprob) of the token, or of its step's tokens in the geometric mean
+(`Ratio`), A the advantage of the token's step, and the constant
 w = min(exp(old logprob - behaviour logprob), importance_cap), or 1 without a cap, a token t has
 
     l_t = -w min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)
@@ -11,6 +12,7 @@ weight between engine and learner). The loss of a batch is sum_t l_t / d_t with 
 
     TOKEN_MEAN      trained tokens of the batch
     SEQUENCE_MEAN   tokens of t's step * trained steps of the batch
+    CONSTANT        tokens of the longest answer that the tree's shape allows * trained steps
 
 A batch is what one optimizer step sees: all forests of all workers. Its counts go into the loss
 of every forest, and no step is cut in two, so that the losses and gradients of the forests add
@@ -34,6 +36,19 @@ class Normalisation(StrEnum):
     SEQUENCE_MEAN = "sequence_mean"
     """Tokens of its step times trained steps of the batch: every step weighs the same
     (arXiv 2506.05183, eq. 5, as printed)."""
+    CONSTANT = "constant"
+    """Most tokens of an answer times trained steps of the batch: a sum over tokens, in which a
+    long step weighs more (Dr.GRPO, arXiv 2503.20783)."""
+
+
+class Ratio(StrEnum):
+    """What the policy ratio is taken of."""
+
+    TOKEN = "token"
+    """Each token (PPO, GRPO)."""
+    SEQUENCE = "sequence"
+    """A step's own tokens, all with one ratio, the geometric mean of theirs, which is clipped as
+    one (GSPO, arXiv 2507.18071; at depth 1 the step is the answer)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +66,10 @@ class LossConfig:
     importance_cap: float | None = 2.0
     """Largest importance weight of learner against engine; None turns the weights off."""
     normalisation: Normalisation = Normalisation.TOKEN_MEAN
-    """What one token's loss is divided by: token_mean or sequence_mean."""
+    """What one token's loss is divided by: token_mean, sequence_mean or constant."""
+    ratio: Ratio = Ratio.TOKEN
+    """What the policy ratio is taken of: each token, or the sequence of a step's tokens, whose
+    ratio stays far closer to 1 and needs a clip range of some 1e-4."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.clip_low <= 1 or self.clip_high < 0:
@@ -82,7 +100,7 @@ class LossSums:
     """k3 of learner to reference, nats; 0 without a reference."""
     entropy: Float64[Tensor, ""]
     ratio: Float64[Tensor, ""]
-    """exp(logprob - old logprob)."""
+    """The policy ratios."""
     num_clipped: Float64[Tensor, ""]
     """Tokens whose policy gradient is cut off by the clip."""
     mismatch: Float64[Tensor, ""]
@@ -166,7 +184,12 @@ class LossOutput:
 
 
 def policy_loss(
-    inputs: LossInputs, *, num_batch_tokens: int, num_batch_steps: int, config: LossConfig
+    inputs: LossInputs,
+    *,
+    num_batch_tokens: int,
+    num_batch_steps: int,
+    max_answer_tokens: int,
+    config: LossConfig,
 ) -> LossOutput:
     """One forest's share of the loss of a batch; the formula stands on top of this module.
 
@@ -174,6 +197,7 @@ def policy_loss(
         inputs: The forest's edges; none at all is fine.
         num_batch_tokens: Trained tokens of the batch, over all forests and workers.
         num_batch_steps: Trained steps of the batch, over all forests and workers.
+        max_answer_tokens: Tokens of the longest answer that the tree's shape allows.
         config: Clip range, coefficients and normalisation.
 
     Raises:
@@ -182,11 +206,20 @@ def policy_loss(
     mismatch = (inputs.old_logprobs - inputs.behaviour_logprobs).detach()
     cap = math.inf if config.importance_cap is None else config.importance_cap
     weight = torch.ones_like(mismatch) if cap == math.inf else mismatch.exp().clamp(max=cap)
-    ratio = (inputs.logprobs - inputs.old_logprobs.detach()).exp()
+    log_ratio = inputs.logprobs - inputs.old_logprobs.detach()
+    if config.ratio is Ratio.SEQUENCE:
+        log_ratio = _step_mean(log_ratio, inputs.step)
+    ratio = log_ratio.exp()
     unclipped = ratio * inputs.advantages
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * inputs.advantages
     kl = _reference_kl(inputs, config.kl_coef)
-    divisor = _divisors(inputs.step, num_batch_tokens, num_batch_steps, config.normalisation)
+    match config.normalisation:
+        case Normalisation.TOKEN_MEAN:
+            divisor = torch.full_like(inputs.step, num_batch_tokens)
+        case Normalisation.SEQUENCE_MEAN:
+            divisor = torch.bincount(inputs.step)[inputs.step] * num_batch_steps
+        case Normalisation.CONSTANT:
+            divisor = torch.full_like(inputs.step, max_answer_tokens * num_batch_steps)
     policy = -(weight * torch.minimum(unclipped, clipped) / divisor).sum()
     penalty = config.kl_coef * kl - config.entropy_coef * inputs.entropy
     loss = policy + (penalty / divisor).sum()
@@ -221,18 +254,11 @@ def _reference_kl(inputs: LossInputs, kl_coef: float) -> Float[Tensor, " edges"]
     return torch.zeros_like(inputs.logprobs)
 
 
-def _divisors(
-    step: Int[Tensor, " edges"],
-    num_batch_tokens: int,
-    num_batch_steps: int,
-    normalisation: Normalisation,
-) -> Int[Tensor, " edges"]:
-    """d_t of each token."""
-    match normalisation:
-        case Normalisation.TOKEN_MEAN:
-            return torch.full_like(step, num_batch_tokens)
-        case Normalisation.SEQUENCE_MEAN:
-            return torch.bincount(step)[step] * num_batch_steps
+def _step_mean(x: Float[Tensor, " edges"], step: Int[Tensor, " edges"]) -> Float[Tensor, " edges"]:
+    """Mean of `x` over the tokens of each token's step."""
+    count = torch.bincount(step)
+    total = torch.zeros(len(count), dtype=x.dtype, device=x.device).index_add(0, step, x)
+    return (total / count)[step]
 
 
 def _total(x: Tensor) -> Float64[Tensor, ""]:

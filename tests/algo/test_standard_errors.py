@@ -1,0 +1,142 @@
+"""Standard errors: by hand, and the coverage of their intervals over simulated nested trees."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from tests.algo.trees import make_tree, on_leaves, rewards, trees
+from treerpo_ray.algo.backup import mean_backup
+from treerpo_ray.algo.standard_errors import standard_error_of_mean
+from treerpo_ray.algo.tree import Tree
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ([0.0, 1.0], 0.5),  # s^2 = 1/2
+        ([0.0, 0.0, 0.0, 1.0], 0.25),  # s^2 = 1/4
+        ([0.25, 0.75], 0.25),
+        ([0.0, 0.25, 0.5, 0.75, 1.0], (0.625 / 20) ** 0.5),
+        ([0.0] * 4, (0.1 * 0.9 / 3) ** 0.5),  # Jeffreys: 1/2 of 5
+        ([1.0] * 4, (0.1 * 0.9 / 3) ** 0.5),
+        ([0.5] * 4, (0.25 / 3) ** 0.5),
+        ([0.0] * 8, (0.5 / 9 * 8.5 / 9 / 7) ** 0.5),
+        ([1.0], (0.25 * 0.75) ** 0.5),
+        ([1.0, float("nan")], float("nan")),
+    ],
+)
+def test_standard_errors_by_hand(values: list[float], error: float) -> None:
+    found = standard_error_of_mean(np.array(values))
+    assert float(found) == pytest.approx(error, nan_ok=True)
+
+
+@given(num_children=st.integers(2, 16), data=st.data())
+def test_of_mixed_rewards_it_is_the_closed_form_of_a_binomial(
+    num_children: int, data: st.DataObject
+) -> None:
+    num_right = data.draw(st.integers(1, num_children - 1))
+    values = np.array([1.0] * num_right + [0.0] * (num_children - num_right))
+    mean = num_right / num_children
+    expected = (mean * (1 - mean) / (num_children - 1)) ** 0.5
+    assert float(standard_error_of_mean(values)) == pytest.approx(expected)
+
+
+def test_errors_of_a_tree_by_hand() -> None:
+    """Step 0's children are 0, 1, 1, 0 and step 1 is a leaf: the prompt's values are 1/2 and 1."""
+    tree = make_tree([-1, -1, 0, 0, 0, 0])
+    values = mean_backup(tree, on_leaves(tree, [1.0, 0.0, 1.0, 1.0, 0.0]))
+    np.testing.assert_allclose(values.step_errors, [12**-0.5, 0, 0, 0, 0, 0])
+    assert values.root_error == pytest.approx(0.25)
+
+
+@given(tree=trees(), data=st.data())
+def test_each_parent_has_the_error_of_its_childrens_mean(tree: Tree, data: st.DataObject) -> None:
+    values = mean_backup(tree, data.draw(rewards(tree, with_errors=True)))
+    errors = np.append(values.step_errors, values.root_error)
+    for leaf in tree.leaves:
+        assert errors[leaf] == 0 or np.isnan([errors[leaf], values.steps[leaf]]).all()
+    for parent, children in tree.children.items():
+        expected = standard_error_of_mean(values.steps[list(children)])
+        np.testing.assert_array_equal(errors[parent], expected)
+
+
+# Coverage ----------------------------------------------------------------------------------------
+
+NUM_TREES = 4000
+EARLY = 0.15
+"""Share of steps above the last depth that end their answer."""
+
+
+def simulated_leaves(
+    rng: np.random.Generator, num_children: int, depth: int, value: float, spread: float
+) -> np.ndarray:
+    """Rewards of NUM_TREES trees with root value `value`; an early leaf's stands for all below.
+
+    The true value of a child is drawn around its parent's, Beta with a share `spread` of the
+    largest variance: 0 gives independent leaves, 1 lets the first step decide.
+    """
+    values, ended = np.full((NUM_TREES, 1), value), np.zeros((NUM_TREES, 1), bool)
+    for level in range(1, depth + 1):
+        values, ended = (np.repeat(a, num_children, axis=1) for a in (values, ended))
+        if level < depth and 0 < spread < 1:
+            scale = (1 - spread) / spread
+            drawn = rng.beta(*(np.clip(v * scale, 1e-9, None) for v in (values, 1 - values)))
+            values = np.where(ended, values, drawn)
+        ends = (level == depth) | (spread == 1) | (rng.random(values.shape) < EARLY)
+        rewarded = (rng.random(values.shape) < values).astype(float)
+        values = np.where(ends & ~ended, rewarded, values)
+        ended = ended | ends
+    return values
+
+
+def coverage(
+    num_children: int, depth: int, value: float, spread: float
+) -> tuple[float, float, float]:
+    """Coverage of the 95 % intervals (Student's, N - 1 degrees of freedom); mean square of the
+    errors over the true variance, rooted; coverage if all leaves counted as independent."""
+    rng = np.random.default_rng((num_children, depth, int(100 * value), int(100 * spread)))
+    leaves = simulated_leaves(rng, num_children, depth, value, spread)
+    children = leaves.reshape(NUM_TREES, num_children, -1).mean(2)
+    means, errors = children.mean(1), standard_error_of_mean(children)
+    quantile = stats.t.ppf(0.975, num_children - 1)
+    naive = 1.96 * np.sqrt(means * (1 - means) / leaves.shape[1])
+    return (
+        float((np.abs(means - value) <= quantile * errors).mean()),
+        float(np.sqrt((errors**2).mean()) / means.std()),
+        float((np.abs(means - value) <= naive).mean()),
+    )
+
+
+COVERAGE = {
+    (4, 1, 0.0): (1.00, 0.99, 1.00, 1.00),
+    (4, 2, 0.0): (1.00, 0.95, 0.98, 1.00),
+    (4, 2, 0.1): (1.00, 0.94, 0.97, 1.00),
+    (4, 2, 0.3): (1.00, 0.92, 0.95, 0.99),
+    (4, 2, 1.0): (1.00, 0.99, 1.00, 1.00),
+    (4, 3, 0.1): (0.86, 0.94, 0.96, 0.91),
+    (4, 3, 0.3): (0.90, 0.90, 0.93, 0.87),
+    (8, 1, 0.0): (1.00, 0.94, 0.92, 1.00),
+    (8, 2, 0.0): (0.93, 0.94, 0.94, 0.93),
+    (8, 2, 0.1): (0.90, 0.92, 0.95, 0.91),
+    (8, 2, 0.3): (0.88, 0.91, 0.94, 0.88),
+    (8, 2, 1.0): (1.00, 0.93, 0.93, 1.00),
+    (8, 3, 0.1): (0.86, 0.93, 0.95, 0.90),
+    (8, 3, 0.3): (0.80, 0.92, 0.94, 0.89),
+}
+"""Coverage by children, depth and spread, at a true value of 0.1, 0.3, 0.5 and 0.8.
+
+It is what 95 % intervals should have, but for values near 0 or 1 under strongly correlated
+leaves: few trees then hold the rare branch that would widen their interval.
+"""
+
+
+@pytest.mark.parametrize("case", COVERAGE)
+def test_intervals_cover_the_true_value_as_tabulated(case: tuple[int, int, float]) -> None:
+    found = [coverage(*case[:2], value, case[2]) for value in (0.1, 0.3, 0.5, 0.8)]
+    assert [covered for covered, _, _ in found] == pytest.approx(COVERAGE[case], abs=0.011)
+    for _, size, _ in found[1:3]:
+        assert 0.97 < size < 1.09, "the errors have the size that they claim"
+    if case[1] > 1:
+        assert max(naive for _, _, naive in found) < 0.86, "correlation must not be left out"
