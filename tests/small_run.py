@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
 from treerpo_ray.config import Config
 from treerpo_ray.metrics import Event, RunLog
-from treerpo_ray.quickstart.task import draw_chains
+from treerpo_ray.quickstart.task import draw_exercises
 from treerpo_ray.records import TreeRecord, to_table
 from treerpo_ray.sections import MetricsConfig, RunConfig, TreeConfig
 from treerpo_ray.verifier import Verdict
@@ -82,7 +82,7 @@ def metric_rows():
 def grown_record(ticket):
     """A tree of answers to an arithmetic question, in which a line slips now and then."""
     rng = random.Random(ticket)
-    chain = next(draw_chains("train", rng))
+    chain = next(draw_exercises("chains4", "train", rng))
     steps, answers = [], []
 
     def grow(parent, depth, text):
@@ -97,8 +97,7 @@ def grown_record(ticket):
                 grow(len(steps) - 1, depth + 1, text + own)
 
     grow(ROOT, 0, "")
-    right = str(chain.first + sum(chain.operands))
-    return make_record(ticket, chain.question, right, steps, answers)
+    return make_record(ticket, chain.question, chain.answer, steps, answers)
 
 
 def answered(chain, rng, start):

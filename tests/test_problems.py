@@ -124,8 +124,9 @@ def test_a_hugging_face_set_that_cannot_be_loaded_is_one_line(tmp_path, hub):
     assert message.startswith(f"prompts.path={tmp_path}: not a file, and as a Hugging Face")
 
 
-def test_the_embedded_task_gives_disjoint_splits_of_the_asked_size():
-    paths = ("quickstart:train", "quickstart:test")
+@pytest.mark.parametrize("task", ["", "chains10/"])
+def test_an_embedded_task_gives_disjoint_splits_of_the_asked_size(task):
+    paths = (f"quickstart:{task}train", f"quickstart:{task}test")
     train, test = (load_problems(PromptsConfig(path=p, num_problems=50))[0] for p in paths)
     assert len(train) == len(test) == 50
     assert not {p.question for p in train} & {p.question for p in test}
@@ -133,6 +134,7 @@ def test_the_embedded_task_gives_disjoint_splits_of_the_asked_size():
     assert first.answers == (str(sum(map(int, re.findall(r"[+-]?\d+", first.question)))),)
     assert "num_problems" in error_of(PromptsConfig(path="quickstart:train"))
     assert "'tran'" in error_of(PromptsConfig(path="quickstart:tran", num_problems=5))
+    assert "'sums'" in error_of(PromptsConfig(path="quickstart:sums/test", num_problems=5))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Problems: questions with their accepted answers, from files, the Hub or the embedded task.
+"""Problems: questions with their accepted answers, from files, the Hub or an embedded task.
 
 Whether a path is a file is told from its form: a URI, a known suffix or an existing file is one,
 an existing folder is a Hugging Face data set on this disk, `name` or `org/name` is one on the Hub.
@@ -26,6 +26,7 @@ from treerpo_ray.quickstart import task
 from treerpo_ray.sections import PromptsConfig
 
 QUICKSTART = "quickstart:"
+DEFAULT_TASK = "chains4"
 QUICKSTART_SEED = 0
 SUFFIXES = (".jsonl", ".json", ".parquet")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -141,9 +142,9 @@ def _read(config: PromptsConfig) -> list[Problem]:
 
 def _draw_quickstart(config: PromptsConfig) -> list[Problem]:
     if config.num_problems is None:
-        raise ValueError("the embedded task has no end; set num_problems")
-    split = config.path.removeprefix(QUICKSTART)
-    rows = task.problems(split, config.num_problems, QUICKSTART_SEED)
+        raise ValueError("an embedded task has no end; set num_problems")
+    name, _, split = config.path.removeprefix(QUICKSTART).rpartition("/")
+    rows = task.problems(name or DEFAULT_TASK, split, config.num_problems, QUICKSTART_SEED)
     return [Problem(id=row.id, question=row.question, answers=(row.answer,)) for row in rows]
 
 

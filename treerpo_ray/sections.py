@@ -42,7 +42,7 @@ class PromptsConfig:
 
     path: str = ""
     """JSONL, JSON or Parquet file (also .gz, local or URI), a Hugging Face data set id, or
-    `quickstart:train` / `quickstart:test`."""
+    an embedded task: `quickstart:train`, `quickstart:test`, `quickstart:chains10/train`."""
     split: str = "train"
     """Split, for Hugging Face data sets."""
     subset: str | None = None

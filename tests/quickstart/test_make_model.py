@@ -32,7 +32,9 @@ def test_the_committed_model_has_the_shape_that_the_script_makes():
 def test_the_committed_model_starts_between_15_and_35_percent_and_solves_most_in_8_samples():
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(script.MODEL_FOLDER)
-    rates = script.sample_pass_rates(load_committed().eval(), tokenizer, num_problems=60, k=8)
+    rates = script.sample_pass_rates(
+        load_committed().eval(), script.RECIPES["chains4"], tokenizer, num_problems=60, k=8
+    )
     assert 0.15 < rates.mean() < 0.35
     assert (rates > 0).float().mean() > 0.75
 

@@ -1,15 +1,8 @@
-"""The embedded task: chains of additions and subtractions of two-digit numbers, one line a step.
+"""Embedded tasks: endless problems whose worked solutions an error-prone solver can write.
 
-    question   51-38+17-16+26=?
-    solution   51-38=13
-               13+17=30
-               30-16=14
-               14+26=40
-               #### 40
-
-Every operand and every intermediate result lies in 10..99, and every line carries or borrows. So a
-question has 16 bytes, a line 9 with its newline and a solution 43. A problem belongs to the test
-split iff the checksum of its question says so, whatever the seed: the splits cannot overlap.
+`quickstart:train` is a split of `chains4`; `quickstart:TASK/train` names another task. A problem
+belongs to the test split iff the checksum of its question says so, whatever the seed: the splits
+cannot overlap.
 """
 
 import argparse
@@ -17,19 +10,46 @@ import json
 import random
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
-NUM_LINES = 4
-SMALLEST, LARGEST = 10, 99
+from treerpo_ray.quickstart.chains import draw_chain
+
 SPLITS = ("train", "test")
 TEST_SHARE = 8  # one question in this many belongs to the test split
 
 
+class Exercise(Protocol):
+    """A question with what it takes to answer it."""
+
+    @property
+    def question(self) -> str: ...
+
+    @property
+    def answer(self) -> str:
+        """The reference that the verifier gets."""
+
+    def write_solution(self, *, slip_rate: float, rng: random.Random) -> str:
+        """Write a worked solution, one line a step, then `####` and the answer.
+
+        With probability `slip_rate` a line is a slip, and the solver goes on from there; a slip
+        rate of 0 gives a correct solution.
+        """
+
+
+TASKS: dict[str, Callable[[random.Random], Exercise]] = {
+    "chains4": partial(draw_chain, 4),
+    "chains10": partial(draw_chain, 10),
+}
+"""Draws an exercise, by name of the task."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One problem: `id` names split and seed, `answer` is the result in decimal digits."""
+    """One problem: `id` names split and seed, `answer` is the verifier's reference."""
 
     id: str
     question: str
@@ -37,98 +57,38 @@ class Problem:
     solution: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chain:
-    """`first`, to which the signed `operands` are added from left to right."""
-
-    first: int
-    operands: tuple[int, ...]
-
-    @property
-    def question(self) -> str:
-        return f"{self.first}{''.join(f'{operand:+d}' for operand in self.operands)}=?"
-
-    @property
-    def split(self) -> str:
-        return "test" if zlib.crc32(self.question.encode()) % TEST_SHARE == 0 else "train"
+def split_of(question: str) -> str:
+    """The split that a question belongs to."""
+    return "test" if zlib.crc32(question.encode()) % TEST_SHARE == 0 else "train"
 
 
-def add_without_carry(value: int, operand: int) -> int:
-    """Add a signed operand as two classic schoolbook bugs do; right where nothing is carried.
-
-    An addition forgets the carry (38+47=75); a subtraction takes the smaller digit of the units
-    from the larger (52-27=35).
-    """
-    if operand > 0:
-        return value + operand - 10 * (value % 10 + operand % 10 >= 10)
-    return value + operand + 2 * max(0, -operand % 10 - value % 10)
-
-
-OPERANDS = {
-    value: [
-        operand
-        for operand in range(-LARGEST, LARGEST + 1)
-        if abs(operand) >= SMALLEST
-        and SMALLEST <= value + operand <= LARGEST
-        and add_without_carry(value, operand) != value + operand
-    ]
-    for value in range(SMALLEST, LARGEST + 1)
-}
-
-
-def draw_chain(rng: random.Random) -> Chain:
-    """Draw a chain in which every line carries; one that runs into a dead end is drawn again."""
-    first = value = rng.randint(SMALLEST, LARGEST)
-    operands: list[int] = []
-    while len(operands) < NUM_LINES:
-        if not OPERANDS[value]:
-            return draw_chain(rng)
-        operands.append(rng.choice(OPERANDS[value]))
-        value += operands[-1]
-    return Chain(first=first, operands=tuple(operands))
-
-
-def draw_chains(split: str, rng: random.Random) -> Iterator[Chain]:
-    """Draw chains of one split without end; raises ValueError for an unknown split."""
-    if split not in SPLITS:
-        raise ValueError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
+def draw_exercises(task: str, split: str, rng: random.Random) -> Iterator[Exercise]:
+    """Draw exercises of one split without end; raises ValueError for an unknown task or split."""
+    for kind, name, known in (("task", task, TASKS), ("split", split, SPLITS)):
+        if name not in known:
+            raise ValueError(f"{kind}: {name!r} is not one of {', '.join(known)}")
     while True:
-        chain = draw_chain(rng)
-        if chain.split == split:
-            yield chain
+        exercise = TASKS[task](rng)
+        if split_of(exercise.question) == split:
+            yield exercise
 
 
-def write_solution(chain: Chain, *, slip_rate: float, rng: random.Random) -> str:
-    """Write a worked solution, one line a step, then `####` and the result.
-
-    With probability `slip_rate` a line is added without carry, and the solver goes on from the
-    wrong result; a slip rate of 0 gives the correct solution.
-    """
-    value, lines = chain.first, []
-    for operand in chain.operands:
-        has_slipped = rng.random() < slip_rate
-        result = add_without_carry(value, operand) if has_slipped else value + operand
-        lines.append(f"{value}{operand:+d}={result}")
-        value = result
-    return "\n".join([*lines, f"#### {value}"])
-
-
-def problems(split: str, num: int, seed: int) -> list[Problem]:
+def problems(task: str, split: str, num: int, seed: int) -> list[Problem]:
     """Return `num` different problems of a split; the same arguments give the same problems.
 
-    Raises ValueError for an unknown split.
+    Raises ValueError for an unknown task or split.
     """
     rng = random.Random(f"{split}-{seed}")
-    chains = draw_chains(split, rng)
     found: dict[str, Problem] = {}
-    while len(found) < num:
-        chain = next(chains)
-        if chain.question not in found:
-            found[chain.question] = Problem(
+    for exercise in draw_exercises(task, split, rng):
+        if len(found) == num:
+            break
+        if exercise.question not in found:
+            found[exercise.question] = Problem(
                 id=f"{split}-{seed}-{len(found)}",
-                question=chain.question,
-                answer=str(chain.first + sum(chain.operands)),
-                solution=write_solution(chain, slip_rate=0.0, rng=rng),
+                question=exercise.question,
+                answer=exercise.answer,
+                solution=exercise.write_solution(slip_rate=0.0, rng=rng),
             )
     return list(found.values())
 
@@ -139,13 +99,14 @@ def write_problems(path: Path, rows: list[Problem]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Write problems of the embedded task as JSONL.")
+    parser = argparse.ArgumentParser(description="Write problems of an embedded task as JSONL.")
+    parser.add_argument("--task", choices=TASKS, default="chains4")
     parser.add_argument("--split", choices=SPLITS, required=True)
     parser.add_argument("--num", type=int, required=True, help="number of problems")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     args = parser.parse_args(arguments)
-    write_problems(args.out, problems(args.split, args.num, args.seed))
+    write_problems(args.out, problems(args.task, args.split, args.num, args.seed))
 
 
 if __name__ == "__main__":

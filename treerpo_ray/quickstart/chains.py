@@ -1,0 +1,79 @@
+"""Arithmetic: chains of additions and subtractions of two-digit numbers, one line a step.
+
+    question   51-38+17-16+26=?
+    solution   51-38=13
+               13+17=30
+               30-16=14
+               14+26=40
+               #### 40
+
+Every operand and every intermediate result lies in 10..99, and every line carries or borrows. So a
+chain of n lines has a question of 3n+4 bytes, and a solution of 9n+7 with its newlines.
+"""
+
+import random
+from dataclasses import dataclass
+
+SMALLEST, LARGEST = 10, 99
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """`first`, to which the signed `operands` are added from left to right."""
+
+    first: int
+    operands: tuple[int, ...]
+
+    @property
+    def question(self) -> str:
+        return f"{self.first}{''.join(f'{operand:+d}' for operand in self.operands)}=?"
+
+    @property
+    def answer(self) -> str:
+        """The result in decimal digits."""
+        return str(self.first + sum(self.operands))
+
+    def write_solution(self, *, slip_rate: float, rng: random.Random) -> str:
+        """Write a worked solution; a slip is a line that is added without carry."""
+        value, lines = self.first, []
+        for operand in self.operands:
+            has_slipped = rng.random() < slip_rate
+            result = add_without_carry(value, operand) if has_slipped else value + operand
+            lines.append(f"{value}{operand:+d}={result}")
+            value = result
+        return "\n".join([*lines, f"#### {value}"])
+
+
+def add_without_carry(value: int, operand: int) -> int:
+    """Add a signed operand as two classic schoolbook bugs do; right where nothing is carried.
+
+    An addition forgets the carry (38+47=75); a subtraction takes the smaller digit of the units
+    from the larger (52-27=35).
+    """
+    if operand > 0:
+        return value + operand - 10 * (value % 10 + operand % 10 >= 10)
+    return value + operand + 2 * max(0, -operand % 10 - value % 10)
+
+
+OPERANDS = {
+    value: [
+        operand
+        for operand in range(-LARGEST, LARGEST + 1)
+        if abs(operand) >= SMALLEST
+        and SMALLEST <= value + operand <= LARGEST
+        and add_without_carry(value, operand) != value + operand
+    ]
+    for value in range(SMALLEST, LARGEST + 1)
+}
+
+
+def draw_chain(num_lines: int, rng: random.Random) -> Chain:
+    """Draw a chain in which every line carries; one that runs into a dead end is drawn again."""
+    while True:
+        first = value = rng.randint(SMALLEST, LARGEST)
+        operands: list[int] = []
+        while len(operands) < num_lines and OPERANDS[value]:
+            operands.append(rng.choice(OPERANDS[value]))
+            value += operands[-1]
+        if len(operands) == num_lines:
+            return Chain(first=first, operands=tuple(operands))
