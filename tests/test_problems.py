@@ -124,15 +124,18 @@ def test_a_hugging_face_set_that_cannot_be_loaded_is_one_line(tmp_path, hub):
     assert message.startswith(f"prompts.path={tmp_path}: not a file, and as a Hugging Face")
 
 
-@pytest.mark.parametrize("task", ["", "chains10/"])
+@pytest.mark.parametrize("task", ["", "chains10/", "countdown/"])
 def test_an_embedded_task_gives_disjoint_splits_of_the_asked_size(task):
     paths = (f"quickstart:{task}train", f"quickstart:{task}test")
     train, test = (load_problems(PromptsConfig(path=p, num_problems=50))[0] for p in paths)
     assert len(train) == len(test) == 50
     assert not {p.question for p in train} & {p.question for p in test}
-    first = train[0]
+    assert "num_problems" in error_of(PromptsConfig(path=paths[0]))
+
+
+def test_the_embedded_task_is_arithmetic_unless_another_is_named():
+    first = load_problems(PromptsConfig(path="quickstart:train", num_problems=1))[0][0]
     assert first.answers == (str(sum(map(int, re.findall(r"[+-]?\d+", first.question)))),)
-    assert "num_problems" in error_of(PromptsConfig(path="quickstart:train"))
     assert "'tran'" in error_of(PromptsConfig(path="quickstart:tran", num_problems=5))
     assert "'sums'" in error_of(PromptsConfig(path="quickstart:sums/test", num_problems=5))
 
@@ -152,6 +155,16 @@ def test_an_embedded_task_gives_disjoint_splits_of_the_asked_size(task):
 def test_a_cell_becomes_accepted_answers(tmp_path, cell, answers):
     path = write(tmp_path, "rows.jsonl", lines({"question": "q", "answer": cell}))
     assert load_problems(PromptsConfig(path=path))[0][0].answers == answers
+
+
+@pytest.mark.parametrize(
+    ("mark", "answer"), [("####", "b"), ("A:", "x #### b"), (None, "A: x #### b"), ("", None)]
+)
+def test_the_mark_before_an_answer_is_the_data_sets_own(tmp_path, mark, answer):
+    cell = " A: x #### b\n"
+    path = write(tmp_path, "rows.jsonl", lines({"question": "q", "answer": cell}))
+    [problem], _ = load_problems(PromptsConfig(path=path, answer_mark=mark))
+    assert problem.answers == (answer or cell.strip(),)
 
 
 def test_a_decimal_column_keeps_every_digit(tmp_path):

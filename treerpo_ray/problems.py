@@ -30,7 +30,6 @@ DEFAULT_TASK = "chains4"
 QUICKSTART_SEED = 0
 SUFFIXES = (".jsonl", ".json", ".parquet")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-FINAL_ANSWER = "####"  # GSM8K's answers are a worked solution, this mark and the answer proper
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,7 +250,7 @@ def _to_problem(row: dict[str, object], unit: str, number: int, config: PromptsC
     problem = Problem(
         id=str(number if name is None else name),
         question=question,
-        answers=_to_answers(answer, f"{where}, answer column '{config.answer_column}'"),
+        answers=_to_answers(answer, config, where),
     )
     try:
         "".join([problem.id, question, *problem.answers]).encode()
@@ -260,19 +259,21 @@ def _to_problem(row: dict[str, object], unit: str, number: int, config: PromptsC
     return problem
 
 
-def _to_answers(value: object, where: str) -> tuple[str, ...]:
+def _to_answers(value: object, config: PromptsConfig, where: str) -> tuple[str, ...]:
     """Accepted answers of one cell, without empty and repeated ones."""
     values = value if isinstance(value, list) else [value]
-    return tuple(dict.fromkeys(text for item in values if (text := _to_text(item, where))))
+    texts = [_to_text(item, config, where) for item in values]
+    return tuple(dict.fromkeys(text for text in texts if text))
 
 
-def _to_text(value: object, where: str) -> str:
+def _to_text(value: object, config: PromptsConfig, where: str) -> str:
     """Text of one answer; a number is written as a person would, what is missing as ''."""
     match value:
         case None:
             return ""
         case str():
-            return value.rpartition(FINAL_ANSWER)[2].strip()
+            mark = config.answer_mark
+            return (value.rpartition(mark)[2] if mark else value).strip()
         case bool():
             pass
         case int():
@@ -282,4 +283,7 @@ def _to_text(value: object, where: str) -> str:
         case Decimal() | float():
             digits = f"{Decimal(str(value)):f}"
             return digits.rstrip("0").rstrip(".") if "." in digits else digits
-    raise ValueError(f"{where} holds neither text, a number nor a list of these: {value!r}")
+    raise ValueError(
+        f"{where}, answer column '{config.answer_column}' holds neither text, a number nor a list "
+        f"of these: {value!r}"
+    )

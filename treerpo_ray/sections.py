@@ -51,6 +51,9 @@ class PromptsConfig:
     """Column with the question."""
     answer_column: str = "answer"
     """Column with the reference answer, or a list of accepted ones."""
+    answer_mark: str | None = "####"
+    """What stands before the answer proper where a worked solution comes first, as in GSM8K; null:
+    an answer is taken whole."""
     id_column: str | None = None
     """Column with a row's name; row numbers if not given."""
     system_prompt: str | None = None

@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from transformers import BatchEncoding, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from treerpo_ray import math_answer
+from treerpo_ray.quickstart import countdown_answer
 from treerpo_ray.quickstart.task import draw_exercises, problems
 from treerpo_ray.quickstart.tokenizer import MAX_LENGTH, make_tokenizer
 
@@ -65,6 +66,9 @@ RECIPES = {
     "chains4": Recipe(),
     "chains10": replace(LONGER, slip_rate=0.13),
     "chains10_hard": replace(LONGER, slip_rate=0.34),
+    "countdown": Recipe(
+        start=MODEL_FOLDER, task="countdown", check=countdown_answer.check_answer, slip_rate=0.1
+    ),
 }
 """By name of the model; `chains4` is the embedded one."""
 

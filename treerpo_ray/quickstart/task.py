@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from treerpo_ray.quickstart.chains import draw_chain
+from treerpo_ray.quickstart.countdown import draw_countdown
 
 SPLITS = ("train", "test")
 TEST_SHARE = 8  # one question in this many belongs to the test split
@@ -43,6 +44,7 @@ class Exercise(Protocol):
 TASKS: dict[str, Callable[[random.Random], Exercise]] = {
     "chains4": partial(draw_chain, 4),
     "chains10": partial(draw_chain, 10),
+    "countdown": draw_countdown,
 }
 """Draws an exercise, by name of the task."""
 

@@ -1,0 +1,119 @@
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from treerpo_ray.quickstart.countdown_answer import SELF_TEST, check_answer, evaluate
+from treerpo_ray.verifier import Answer, Verdict, Verifier
+
+REFERENCE = ("12 3 25=40",)
+
+
+@pytest.mark.parametrize(("text", "references", "expected"), SELF_TEST)
+def test_the_self_test_holds(text, references, expected):
+    assert check_answer(text, references) is expected
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        *("", " ", "()", "(", ")", "+", "12 3 25", "12+3+", "*12+3+25", "12++3+25", "(12)(3)+25"),
+        *("+12+3+25", "12+3+25=40", "12+3+25;", "12.0+3+25", "12e0+3+25", "0x0C+3+25", "1_2+3+25"),
+        *("12\u00d73+25", "\u0661\u0662+3+25", "\uff11\uff12+3+25", "12+3+25\u00b2", "12+\t3+25"),
+        *("12//3+25", "12**3**25", "12%3+25", "12^3^25", "__import__('os')", "12+3+25#", "x"),
+        *("(" * 100 + "12+3+25" + ")" * 100, "9" * 10**6, "(" * 10**6, "12+" * 10**5 + "3"),
+        *("25+12/(3-3)", "12/0+3+25", "1/0"),
+    ],
+)
+def test_what_is_no_expression_of_the_numbers_is_wrong_and_not_an_error(expression):
+    assert check_answer(f"#### {expression}", REFERENCE) is False
+
+
+@pytest.mark.parametrize(
+    ("text", "is_cut_off", "expected"),
+    [
+        ("25+12=37\n#### 25+12+3", False, True),
+        ("25+12=37\n#### 25+12+3", True, None),
+        ("#### 25+12+3\nand so on", True, True),
+        ("#### 25-12-3\n#### 25+12+3", False, True),
+        ("#### 25+12+3\n#### 25-12-3", False, False),
+        ("it is #### 25+12+3", False, None),
+        ("####25+12+3", False, True),
+        ("#### ((((25)))+(12+3))", False, True),
+        ("", False, None),
+        ("", True, None),
+    ],
+)
+def test_the_answer_is_the_last_finished_line_with_the_mark(text, is_cut_off, expected):
+    assert check_answer(text, REFERENCE, is_cut_off) is expected
+
+
+def test_any_of_several_references_makes_an_answer_right():
+    assert check_answer("#### 4*2", ("1 2=3", "2 4=8")) is True
+    assert check_answer("#### 4+2", ("1 2=3", "2 4=8")) is False
+
+
+@pytest.mark.parametrize("reference", ["", "40", "12 3=", "12  3=40", "a b=3", "1 2=3=4", "-1 2=3"])
+def test_a_corrupt_reference_is_an_error_and_not_a_wrong_answer(reference):
+    with pytest.raises(ValueError, match="reference"):
+        check_answer("#### 1+2", (reference,))
+
+
+def expressions() -> st.SearchStrategy[tuple[str, Fraction | None]]:
+    """Expressions with their value, worked out as they are put together; none divides by zero."""
+    numbers = st.integers(0, 12).map(lambda number: (str(number), Fraction(number)))
+
+    def join(parts):
+        (left, a), sign, (right, b) = parts
+        if a is None or b is None or (sign == "/" and b == 0):
+            value = None
+        else:
+            value = {"+": a + b, "-": a - b, "*": a * b, "/": a / (b or 1)}[sign]
+        return f"({left}) {sign} ({right})", value
+
+    return st.recursive(
+        numbers,
+        lambda inner: st.tuples(inner, st.sampled_from("+-*/"), inner).map(join),
+        max_leaves=6,
+    )
+
+
+@given(expressions())
+def test_expressions_have_their_value(expression_and_value):
+    expression, value = expression_and_value
+    if value is None:
+        with pytest.raises(ZeroDivisionError):
+            evaluate(expression)
+    else:
+        assert evaluate(expression)[0] == value
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [("2+3*4", 14), ("20-5-3", 12), ("24/4/2", 3), ("2*3+4*5", 26), ("8-6/2+1", 6), ("1/3", None)],
+)
+def test_products_bind_tighter_and_operators_of_one_rank_go_from_left_to_right(expression, value):
+    assert evaluate(expression)[0] == (Fraction(1, 3) if value is None else value)
+
+
+@given(st.text("0123456789+-*/() #\n", max_size=40), st.booleans())
+def test_any_text_gets_a_verdict(text, is_cut_off):
+    assert check_answer(text, REFERENCE, is_cut_off) in (True, False, None)
+
+
+def test_the_verifier_grades_with_it_in_its_own_process():
+    with Verifier("treerpo_ray.quickstart.countdown_answer", 1, 5.0, 256) as verifier:
+        verifier.self_test()
+        answers = [
+            Answer(text="#### 25+12+3", references=REFERENCE, is_cut_off=False),
+            Answer(text="#### 25+12", references=REFERENCE, is_cut_off=False),
+            Answer(text="#### 25+12", references=REFERENCE, is_cut_off=True),
+            Answer(text="#### 25+12", references=("corrupt",), is_cut_off=False),
+        ]
+        assert verifier.grade(answers) == [
+            Verdict.CORRECT,
+            Verdict.WRONG,
+            Verdict.CUT_OFF,
+            Verdict.ERRORED,
+        ]
