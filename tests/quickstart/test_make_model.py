@@ -1,12 +1,23 @@
 import random
+from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
+from treerpo_ray.config_file import load
 from treerpo_ray.quickstart import make_model as script
+from treerpo_ray.quickstart import task
 from treerpo_ray.quickstart.tokenizer import make_tokenizer
 
 SMALL = script.Recipe(num_layers=1, hidden_size=32, num_steps=20, batch_size=8)
+
+CONF = Path(__file__).parents[2] / "conf"
+TASK_FILES = [
+    ("countdown.yaml",),
+    ("quickstart.yaml", "tasks/chains10.yaml"),
+    ("quickstart.yaml", "tasks/chains10.yaml", "tasks/chains10_hard.yaml"),
+]
 
 
 def load_committed():
@@ -60,3 +71,22 @@ def test_the_warm_start_lowers_the_loss_and_a_seed_gives_the_same_losses():
         runs.append(script.warm_start(script.make_model(SMALL, tokenizer), SMALL, tokenizer))
     assert runs[0] == runs[1]
     assert runs[0][-1] < 0.9 * runs[0][0]
+
+
+@pytest.mark.parametrize("names", TASK_FILES)
+def test_a_task_file_fits_the_model_that_it_names(names):
+    config = load([str(CONF / name) for name in names])
+    recipe = script.RECIPES[Path(config.model.path).name]
+    assert config.verifier.check == recipe.check.__module__
+    assert config.prompts.path == f"quickstart:{recipe.task}/train"
+    assert config.evaluate.data.path == f"quickstart:{recipe.task}/test"
+    rows = task.problems(recipe.task, "train", 300, 0)
+    most = min(config.shape.max_answer_tokens, recipe.max_response_tokens)
+    assert max(len(row.solution) for row in rows) < most
+    assert max(len(row.question) for row in rows) < config.prompts.max_prompt_tokens
+
+
+def test_a_recipe_with_a_start_goes_on_from_its_weights():
+    made = script.make_model(script.RECIPES["chains10"], make_tokenizer()).state_dict()
+    for name, tensor in load_committed().state_dict().items():
+        assert tensor.equal(made[name])
