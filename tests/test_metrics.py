@@ -1,5 +1,4 @@
 import json
-import logging
 import math
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from treerpo_ray import metrics, wandb_run
+from treerpo_ray import spool, wandb_run
 from treerpo_ray.config import Config
 from treerpo_ray.metrics import Event, RunLog, latest_rows, read_lines
 from treerpo_ray.sections import MetricsConfig, RunConfig
@@ -150,10 +149,10 @@ def test_an_event_field_may_not_hide_the_kind_or_the_time():
 
 
 def test_an_object_store_gets_the_files_while_the_run_goes_on_and_continues_them(monkeypatch):
-    monkeypatch.setattr(metrics, "UPLOAD_EVERY_S", 0.01)
+    monkeypatch.setattr(spool, "UPLOAD_EVERY_S", 0.01)
     config = run_config(f"memory://{uuid.uuid4().hex}")
     run_log = RunLog(config)
-    spool = run_log._spool.path
+    local = run_log._spool.path
     run_log.step({"step": 1})
     for _ in range(1000):
         if latest_rows(config.folder):
@@ -162,7 +161,7 @@ def test_an_object_store_gets_the_files_while_the_run_goes_on_and_continues_them
     assert [row["step"] for row in latest_rows(config.folder)] == [1]
     run_log.event(Event(kind="run_ended"))
     run_log.close()
-    assert not spool.exists()
+    assert not local.exists()
     write(config, [{"step": 2}])
     assert [row["step"] for row in latest_rows(config.folder)] == [1, 2]
     assert [event["kind"] for event in read_lines(config.folder, "events.jsonl")] == ["run_ended"]
@@ -207,18 +206,21 @@ def test_wandb_is_offline_without_a_key_and_resumes_under_its_id(tmp_path, fake_
     assert [row["step"] for row in fake_wandb.rows] == [3, 4]
 
 
-def test_a_broken_wandb_warns_once_and_loses_nothing(tmp_path, fake_wandb, caplog):
+def test_a_broken_wandb_warns_once_and_loses_nothing(tmp_path, fake_wandb):
     fake_wandb.error = RuntimeError("no such entity")
     config = run_config(tmp_path, "p")
-    with caplog.at_level(logging.WARNING):
-        write(config, [{"step": step} for step in range(5)])
-    assert [record.message for record in caplog.records if "W&B" in record.message] == [
-        "no more rows for W&B (RuntimeError: no such entity); metrics.jsonl has all of them"
-    ]
+    run_log = RunLog(config)
+    for step in range(5):
+        run_log.step({"step": step})
+    run_log.close()
+    [notice] = run_log.notices_since(0)
+    assert (notice.kind, notice.fields["reason"]) == (
+        "wandb_stopped", "RuntimeError: no such entity; metrics.jsonl has all rows"
+    )  # fmt: skip
     assert len(latest_rows(config.folder)) == 5
 
 
-def test_a_hanging_wandb_delays_nothing(tmp_path, fake_wandb, monkeypatch, caplog):
+def test_a_hanging_wandb_delays_nothing(tmp_path, fake_wandb, monkeypatch):
     monkeypatch.setattr(wandb_run, "QUEUE_ROWS", 2)
     monkeypatch.setattr(wandb_run, "CLOSE_S", 0.1)
     fake_wandb.hold.clear()
@@ -226,12 +228,12 @@ def test_a_hanging_wandb_delays_nothing(tmp_path, fake_wandb, monkeypatch, caplo
     run_log = RunLog(config)
     run_log.step({"step": 0})
     assert fake_wandb.is_logging.wait(10)
-    with caplog.at_level(logging.WARNING):
-        for step in range(1, 5):
-            run_log.step({"step": step})
-        run_log.close()
+    for step in range(1, 5):
+        run_log.step({"step": step})
+    run_log.close()
     fake_wandb.hold.set()
-    assert len([record for record in caplog.records if "too slow" in record.message]) == 1
+    [notice] = run_log.notices_since(0)
+    assert notice.fields["reason"].startswith("it is too slow")
     assert len(latest_rows(config.folder)) == 5
 
 
@@ -250,7 +252,7 @@ def test_the_real_wandb_writes_offline_files_without_a_key(tmp_path):
         cwd=REPOSITORY,
     )
     assert done.returncode == 0, done.stderr
-    assert "no more rows" not in done.stderr
+    assert "wandb_stopped" not in done.stderr
     (saved,) = (tmp_path / "small/wandb").glob("offline-run-*/*.wandb")
     assert b"reward/mean" in saved.read_bytes()
 

@@ -220,8 +220,11 @@ def test_a_run_in_which_nothing_can_be_learned_says_so_and_ends_well(
     config = small_config(
         "run.name=pruned", "run.num_steps=2", "tree.step_tokens=[3,3]", "evaluate.data.path=''"
     )
+    Path(config.folder).mkdir(parents=True)
+    (Path(config.folder) / "trees").touch()  # so that no tree can be saved
     outcome, shown = run_training(config)
     assert outcome.is_complete
+    assert "write failed: what trees/step=000001/rank-0.parquet, reason FileExistsError" in shown
     assert shown.count("no step group was kept, so there was no update") == 2
     metrics = Run(config.folder).metrics()
     assert metrics["version"].tolist() == [0, 0]

@@ -1,5 +1,6 @@
 """Console: what a run shows while it runs. All of it goes to stderr; stdout is for results."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,12 +27,20 @@ COLUMNS = (
 """Title, metric, format and width of each column; with step and time left 79 characters wide."""
 
 
+class _Terminal(rich.console.Console):
+    """Standard error; where nobody reads it any more, the run goes on unseen."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+
+
 class Console:
     """Terminal of a run of `num_steps` learner steps; plain lines where stderr is no terminal."""
 
     def __init__(self, num_steps: int, console: rich.console.Console | None = None) -> None:
         self.num_steps = num_steps
-        self._console = console or rich.console.Console(file=sys.stderr, highlight=False)
+        self._console = console or _Terminal(file=sys.stderr, highlight=False)
         self._first: Row | None = None
         self._num_lines = 0
 

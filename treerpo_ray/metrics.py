@@ -9,19 +9,14 @@ again; `latest_rows` leaves out those that they replace.
 import json
 import logging
 import math
-import os
-import shutil
-import tempfile
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fsspec
-from fsspec.implementations.local import LocalFileSystem
 
+from treerpo_ray.spool import Scalar, Spool
 from treerpo_ray.wandb_run import ID_FILE, WandbRun
 
 if TYPE_CHECKING:
@@ -31,14 +26,11 @@ log = logging.getLogger(__name__)
 
 Row = dict[str, float]
 """Metrics of one step by their name `area/name`, and the `step`."""
-Scalar = str | int | float | bool | None
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
-NOTICES = {"engine_lost", "tree_moved", "waiting", "learner_started"}
-"""Events that whoever follows the run should see."""
-UPLOAD_EVERY_S = 5.0
-"""Time between uploads of a grown file to an object store, which cannot append."""
+NOTICES = {"engine_lost", "tree_moved", "waiting", "learner_started", "write_failed"}
+"""Events that whoever follows the run should see; what this module warns of comes with them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,51 +54,64 @@ class Event:
 class RunLog:
     """Writes the metrics and events of the run that `config` describes.
 
-    A row is on disk before anything else sees it: W&B is served by a thread of its own, so that
-    it can neither stop nor delay the run. On an object store the files lie in a local spool that
-    is uploaded every few seconds and on `close`. A folder has one writer at a time.
+    A row is on disk before anything else sees it, unless the disk is late: then it waits in memory
+    and the run goes on. W&B is served by a thread of its own, so that it can neither stop nor
+    delay the run. On an object store the files lie in a local spool that is uploaded every few
+    seconds and on `close`. A folder has one writer at a time.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written.
+        OSError: the folder cannot be made or read.
     """
 
     def __init__(self, config: "Config") -> None:
-        self._spool = _Spool(config.folder)
-        self._rows = _parse_rows(self._spool.read(METRICS_FILE))
         self._notices: list[Event] = []
+        self._spool = Spool(config.folder, (METRICS_FILE, EVENTS_FILE, ID_FILE), self._warn)
+        self._rows = _parse_rows(_parse(self._spool.read(METRICS_FILE)))
         self._wandb: WandbRun | None = None
         if config.metrics.wandb_project is not None:
             last_step = max((row["step"] for row in self._rows), default=-1)
-            self._wandb = WandbRun(config, self._spool.path, last_step)
+            self._wandb = WandbRun(config, self._spool.path, last_step, self._warn)
 
     def step(self, row: Row) -> None:
         """Append a row; it needs `step`, and gets the Unix `time` unless it has one."""
         row = {"step": row["step"], "time": time.time()} | row
         self._spool.append(METRICS_FILE, {name: _finite(value) for name, value in row.items()})
+        self._spool.settle()
         self._rows.append(row)
         if self._wandb is not None:
             self._wandb.put(row)
 
     def event(self, event: Event) -> None:
         """Append an event."""
-        scalars = {name: _finite(value) for name, value in event.fields.items()}
-        self._spool.append(EVENTS_FILE, {"time": event.time, "kind": event.kind, **scalars})
+        self._append(event)
+        self._spool.settle()
         if event.kind in NOTICES:
             self._notices.append(event)
+
+    def _append(self, event: Event) -> None:
+        scalars = {name: _finite(value) for name, value in event.fields.items()}
+        self._spool.append(EVENTS_FILE, {"time": event.time, "kind": event.kind, **scalars})
+
+    def _warn(self, kind: str, reason: str) -> None:
+        """Tell of a sink that is late or gone; called by the threads that serve them too."""
+        log.warning("%s: %s", kind, reason)
+        event = Event(kind=kind, fields={"reason": reason})
+        self._notices.append(event)
+        self._append(event)
 
     def rows_since(self, num_rows: int) -> list[Row]:
         """All rows of `metrics.jsonl`, those of earlier sessions too, but the first `num_rows`."""
         return self._rows[num_rows:]
 
     def notices_since(self, num_notices: int) -> list[Event]:
-        """The events of this session in NOTICES but the first `num_notices`."""
+        """What there was to notice in this session but the first `num_notices` events."""
         return self._notices[num_notices:]
 
     def close(self) -> None:
         """Finish W&B and uploads; nothing may be appended afterwards.
 
         Raises:
-            OSError: an object store did not take the files; the message names the spool.
+            OSError: the disk or an object store did not take all; the message says where it is.
         """
         if self._wandb is not None:
             self._wandb.close()
@@ -135,70 +140,6 @@ def latest_rows(folder: str) -> list[Row]:
         else:
             rows.append(row)
     return rows
-
-
-class _Spool:
-    """Files that grow by lines: in the run folder itself or, for an object store, beside it."""
-
-    def __init__(self, folder: str) -> None:
-        self._fs, self._root = fsspec.core.url_to_fs(folder)
-        self._is_local = isinstance(self._fs, LocalFileSystem)
-        self.path = Path(self._root if self._is_local else tempfile.mkdtemp(prefix="treerpo_"))
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._sizes: dict[str, int] = {}
-        self._stop = threading.Event()
-        self._thread = threading.Thread(
-            target=self._upload_loop, name="metrics-upload", daemon=True
-        )
-        for name in (METRICS_FILE, EVENTS_FILE, ID_FILE):
-            self._take_up(name)
-        if not self._is_local:
-            self._thread.start()
-
-    def _take_up(self, name: str) -> None:
-        """Continue a file that is there, without a line that a crash left unfinished."""
-        path, remote = self.path / name, f"{self._root}/{name}"
-        if not self._is_local and self._fs.exists(remote):
-            path.write_bytes(self._fs.cat_file(remote))
-        if path.suffix == ".jsonl" and path.exists():
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-
-    def read(self, name: str) -> list[dict[str, Scalar]]:
-        path = self.path / name
-        return _parse(path.read_text()) if path.exists() else []
-
-    def append(self, name: str, line: Mapping[str, Scalar]) -> None:
-        with (self.path / name).open("a") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-
-    def close(self) -> None:
-        if self._is_local:
-            return
-        self._stop.set()
-        self._thread.join()
-        try:
-            self._upload([path for path in self.path.rglob("*") if path.is_file()])
-        except Exception as error:
-            raise OSError(f"upload to {self._root} failed, the files are in {self.path}") from error
-        shutil.rmtree(self.path)
-
-    def _upload_loop(self) -> None:
-        has_warned = False
-        while not self._stop.wait(UPLOAD_EVERY_S):
-            try:
-                self._upload([path for path in self.path.iterdir() if path.is_file()])
-            except Exception as error:  # any store's own error: tried again, and raised by close
-                if not has_warned:
-                    log.warning("upload to %s failed, going on: %s", self._root, error)
-                has_warned = True
-
-    def _upload(self, paths: list[Path]) -> None:
-        for path in paths:
-            name, content = path.relative_to(self.path).as_posix(), path.read_bytes()
-            if len(content) != self._sizes.get(name):
-                self._fs.makedirs(f"{self._root}/{name}".rpartition("/")[0], exist_ok=True)
-                self._fs.pipe_file(f"{self._root}/{name}", content)
-                self._sizes[name] = len(content)
 
 
 def _parse(text: str) -> list[dict[str, Scalar]]:

@@ -42,6 +42,8 @@ PROBE_TOKENS = 256
 """Most tokens of the sequence that engines and learner are compared on."""
 COLLECTIVE_TIMEOUT_S = 6 * 3600
 """Time after which a worker gives up waiting for the others."""
+SHUT_DOWN_S = 180
+"""Time for engines to stop, and for the run's log to reach disk, store and W&B."""
 POLL_S = 0.5
 """Time between looks at the run's log."""
 
@@ -116,8 +118,8 @@ def train(config: Config, inputs: Inputs, console: Console, pool: Actor | None =
         if scorer is not None:
             scorer.close()
         if pool is None:
-            _end(stations.pool, "stop")
-        _end(stations.run_log, "close")
+            _end(stations.pool, "stop", console)
+        _end(stations.run_log, "close", console)
     return collect_outcome(config, before, after, is_complete=is_complete)
 
 
@@ -270,11 +272,12 @@ def output_to_log(folder: str) -> Iterator[None]:
         yield
 
 
-def _end(station: Actor, method: str) -> None:
+def _end(station: Actor, method: str, console: Console) -> None:
     try:
-        ray.get(getattr(station, method).remote(), timeout=90)
+        ray.get(getattr(station, method).remote(), timeout=SHUT_DOWN_S)
     except ray.exceptions.RayError as error:
         log.warning("%s did not end well: %s", method, error)
+        console.note(f"{method} did not end well: {root_cause(error)}")
 
 
 def _write_config(config: Config) -> None:

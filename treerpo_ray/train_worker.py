@@ -25,6 +25,7 @@ from treerpo_ray.engine import EngineStats
 from treerpo_ray.evaluate import evaluate
 from treerpo_ray.learner import DTYPES, Learner, UpdateResult
 from treerpo_ray.metrics import Event, Row
+from treerpo_ray.outbox import Outbox
 from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import from_table
 from treerpo_ray.shares import from_share
@@ -104,9 +105,11 @@ class TrainWorker:
         self.folder = self.config.folder
         self.asked = self.cached = 0
         self.cpu_s = 0.0
+        self.outbox = Outbox(self._warn)
         self.checkpoints = Checkpoints(self.folder, self.config.checkpoint.keep)
         with self.checkpoints.newest() as found:
             self.step, checkpoint = found or (0, None)
+            self.saved = self.step
             self.learner = Learner(self.config, ray.train.torch.get_device(), checkpoint)
 
     def run(self) -> None:
@@ -118,10 +121,12 @@ class TrainWorker:
         is_last = self.step >= self.config.run.num_steps
         while not is_last:
             is_last = self._step(shares)
-            if self.is_first and (is_last or self.step % self.config.checkpoint.every == 0):
-                self._save()
+            is_due = self.step - self.saved >= self.config.checkpoint.every
+            if self.is_first and (is_last or is_due):
+                self._save(is_last)
             if self.is_first and not is_last:
                 self._evaluate()
+        self.outbox.close()
         if self.is_first:
             publish_folder(self.folder, "model", self.learner.policy.save_pretrained)
 
@@ -245,18 +250,34 @@ class TrainWorker:
                 advance=lambda num_problems: None,
             )
 
-    def _save(self) -> None:
-        self.checkpoints.save(self.step, self.learner.write)
-        self._note("checkpoint", step=self.step, version=self.learner.version)
+    def _save(self, is_last: bool) -> None:
+        """Write a checkpoint; one that fails is left to the next step, but for the last one."""
+        try:
+            self.checkpoints.save(self.step, self.learner.write)
+        except Exception as error:  # any store's own
+            if is_last:
+                raise
+            self._warn(f"checkpoint of step {self.step}", f"{type(error).__name__}: {error}")
+        else:
+            self.saved = self.step
+            self._note("checkpoint", step=self.step, version=self.learner.version)
 
     def _save_trees(self, table: pa.Table) -> None:
         every = self.config.metrics.save_trees_every
         if not every or (self.step + 1) % every:
             return
-        fs, root = fsspec.core.url_to_fs(self.folder)
-        folder = f"{root}/trees/step={self.step + 1:06d}"
-        fs.makedirs(folder, exist_ok=True)
-        pq.write_table(table, f"{folder}/rank-{self.rank}.parquet", filesystem=fs)
+        name = f"trees/step={self.step + 1:06d}/rank-{self.rank}.parquet"
+
+        def write() -> None:
+            fs, root = fsspec.core.url_to_fs(self.folder)
+            fs.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
+            pq.write_table(table, f"{root}/{name}", filesystem=fs)
+
+        self.outbox.put(name, write)
+
+    def _warn(self, what: str, reason: str) -> None:
+        event = Event(kind="write_failed", fields={"what": what, "reason": reason})
+        self.stations.run_log.event.remote(event)
 
     def _note(self, kind: str, **fields: str | int) -> None:
         ray.get(self.stations.run_log.event.remote(Event(kind=kind, fields=fields)))

@@ -1,14 +1,13 @@
 """A run on Weights & Biases: a copy of the metrics that can neither stop nor delay the run."""
 
 import dataclasses
-import logging
 import os
 import queue
 import re
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     import wandb
 
     from treerpo_ray.config import Config
-
-log = logging.getLogger(__name__)
 
 ID_FILE = "wandb_id"
 """File in the run folder with the id under which a resumed run goes on."""
@@ -35,9 +32,13 @@ class WandbRun:
         folder: Local folder for the offline files and the id of the run.
         last_step: Step that W&B has already; rows of earlier ones, which a resume repeats, are
             left out, so that its step axis never runs backwards.
+        warn: Told once, with a kind and a reason, when W&B gets no more rows.
     """
 
-    def __init__(self, config: "Config", folder: Path, last_step: float) -> None:
+    def __init__(
+        self, config: "Config", folder: Path, last_step: float, warn: Callable[[str, str], None]
+    ) -> None:
+        self._warn = warn
         self._config, self._folder, self._last_step = config, folder, last_step
         self._rows: queue.Queue[dict[str, float] | None] = queue.Queue(QUEUE_ROWS)
         self._has_failed = False
@@ -77,8 +78,8 @@ class WandbRun:
 
     def _fail(self, reason: str) -> None:
         if not self._has_failed:
-            log.warning("no more rows for W&B (%s); metrics.jsonl has all of them", reason)
-        self._has_failed = True
+            self._has_failed = True
+            self._warn("wandb_stopped", f"{reason}; metrics.jsonl has all rows")
 
     def _start(self) -> "wandb.Run":
         import wandb
