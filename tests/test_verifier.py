@@ -11,7 +11,7 @@ import pytest
 
 from treerpo_ray.verifier import Answer, Verdict, Verifier
 
-TIMEOUT_S = 0.5
+TIMEOUT_S = 1.0
 
 
 def answers(*texts: str, is_cut_off: bool = False) -> list[Answer]:
@@ -101,6 +101,31 @@ def test_a_worker_killed_from_outside_is_replaced(unruly, tmp_path):
     assert unruly.grade(answers(*["right"] * 50)) == [Verdict.CORRECT] * 50
     (tmp_path / "pids").unlink()
     assert not set(worker_pids(unruly, tmp_path)) & set(pids)
+
+
+def test_a_worker_killed_while_it_starts_is_replaced():
+    with Verifier("unruly_answers", num_workers=2, timeout_s=5.0, memory_mib=64) as verifier:
+        for worker in list(verifier._workers):
+            worker.process.kill()
+        assert verifier.grade(answers(*["right"] * 20)) == [Verdict.CORRECT] * 20
+
+
+def test_a_worker_killed_amid_a_chunk_costs_the_answer_that_it_was_at():
+    with Verifier("unruly_answers", num_workers=1, timeout_s=30.0, memory_mib=64) as verifier:
+        verifier.self_test()
+        killer = threading.Timer(0.3, verifier._workers[0].process.kill)
+        killer.start()
+        texts = ["right", "pause 20", *["left"] * 6]  # one chunk holds half of them
+        verdicts = verifier.grade(answers(*texts))
+        assert verdicts == [Verdict.CORRECT, Verdict.ERRORED, *[Verdict.WRONG] * 6]
+
+
+def test_a_worker_that_has_grown_ends_before_it_fails_an_answer(tmp_path):
+    with Verifier("unruly_answers", num_workers=1, timeout_s=5.0, memory_mib=128) as verifier:
+        first = worker_pids(verifier, tmp_path)
+        assert verifier.grade(answers(*["grow"] * 50)) == [Verdict.CORRECT] * 50  # 800 MiB
+        (tmp_path / "pids").unlink()
+        assert worker_pids(verifier, tmp_path) != first
 
 
 def test_workers_leave_no_core_and_read_no_input(unruly):

@@ -7,6 +7,8 @@ import resource
 import sys
 import time
 
+HOARD: list[bytes] = []
+
 print("the worker's standard output goes nowhere")
 
 SELF_TEST = (("right", ("right",), True), ("left", ("right",), False), ("", ("right",), None))
@@ -20,9 +22,12 @@ def check_answer(text: str, references: tuple[str, ...], is_cut_off: bool) -> bo
     elif text == "backtrack":
         re.match(r"(a+)+$", "a" * 64 + "b")
     elif text == "hog":
-        hoard = [bytearray(2**24)]
+        hoard = [bytes(2**24)]
         while True:
-            hoard.append(bytearray(2**24))
+            hoard.append(bytes(2**24))  # zeros that are never touched: quick on a busy machine too
+    elif text == "grow":
+        HOARD.append(bytes(2**24))
+        return True
     elif text == "raise":
         raise ValueError("a fault of the domain")
     elif text == "recurse":

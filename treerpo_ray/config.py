@@ -37,7 +37,12 @@ POSITIVE = (
 )
 """Keys whose value must be more than zero."""
 NOT_NEGATIVE = (
-    *("gate.max_redraws", "verifier.false_positive_rate", "verifier.false_negative_rate"),
+    *(
+        "gate.max_redraws",
+        "verifier.max_error_share",
+        "verifier.false_positive_rate",
+        "verifier.false_negative_rate",
+    ),
     *("gate.max_staleness", "evaluate.temperature", "evaluate.every", "metrics.save_trees_every"),
     *("learner.max_failures", "learner.warmup_steps", "learner.weight_decay"),
     *("loss.kl_coef", "loss.entropy_coef"),

@@ -29,7 +29,9 @@ Row = dict[str, float]
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
-NOTICES = {"engine_lost", "tree_moved", "waiting", "learner_started", "write_failed"}
+FATAL = "fatal"
+"""Kind of an event that ends the run, with its `reason`."""
+NOTICES = {FATAL, "engine_lost", "tree_moved", "waiting", "learner_started", "write_failed"}
 """Events that whoever follows the run should see; what this module warns of comes with them."""
 
 

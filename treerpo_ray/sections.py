@@ -129,6 +129,8 @@ class VerifierConfig:
     """Time for one answer."""
     memory_mib: int = 1024
     """Memory of one process."""
+    max_error_share: float = 0.1
+    """Share of the last 1000 answers that may end without a verdict before the run stops."""
     false_positive_rate: float = 0.0
     """Share of wrong answers that training is told are right; to study noisy rewards."""
     false_negative_rate: float = 0.0

@@ -28,7 +28,7 @@ from treerpo_ray.console import Console
 from treerpo_ray.engine_pool import EnginePool
 from treerpo_ray.evaluate import Evaluation
 from treerpo_ray.gate import Gate
-from treerpo_ray.metrics import Event, Row, RunLog
+from treerpo_ray.metrics import FATAL, Event, Row, RunLog
 from treerpo_ray.outcome import Outcome, collect_outcome, finished_outcome
 from treerpo_ray.plan import Inputs
 from treerpo_ray.prompts import load_tokenizer
@@ -172,7 +172,7 @@ def _fit(config: Config, inputs: Inputs, stations: Stations, console: Console) -
             storage_path=records.name,
             failure_config=ray.train.FailureConfig(max_failures=config.learner.max_failures),
         ),
-        datasets={STREAM: tree_stream(config, stations.pool)},
+        datasets={STREAM: tree_stream(config, stations.pool, stations.run_log)},
         dataset_config=ray.train.DataConfig(enable_shard_locality=False),
     )
     failures: list[BaseException] = []
@@ -194,6 +194,8 @@ def _fit(config: Config, inputs: Inputs, stations: Stations, console: Console) -
             rows: list[Row] = ray.get(stations.run_log.rows_since.remote(num_rows))
             num_rows, num_notices = num_rows + len(rows), num_notices + len(notices)
             for notice in notices:
+                if notice.kind == FATAL:
+                    raise RuntimeError(notice.fields["reason"])
                 console.print_event(notice)
             for row in rows:
                 console.print_step(row)

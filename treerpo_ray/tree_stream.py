@@ -25,6 +25,8 @@ from transformers import PreTrainedTokenizerBase
 from treerpo_ray.actor import Actor
 from treerpo_ray.algo.tree import StopReason
 from treerpo_ray.config import Config
+from treerpo_ray.error_share import ErrorShare, VerifierFailing
+from treerpo_ray.metrics import FATAL, Event
 from treerpo_ray.prompts import load_tokenizer
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.reward_noise import add_noise
@@ -41,12 +43,12 @@ TASK_CPUS = 0.1
 """CPUs that Ray reserves for the stream; it mostly waits."""
 
 
-def tree_stream(config: Config, pool: Actor) -> Callable[[], ray.data.Dataset]:
+def tree_stream(config: Config, pool: Actor, run_log: Actor) -> Callable[[], ray.data.Dataset]:
     """A callable that makes the data set of shares; each call is a stream of its own."""
 
     def make() -> ray.data.Dataset:
         stream = ray.data.read_datasource(
-            ScoredTrees(config, pool, uuid.uuid4().hex),
+            ScoredTrees(config, pool, run_log, uuid.uuid4().hex),
             override_num_blocks=1,
             num_cpus=TASK_CPUS,
             # Ray would run a lost task again and drop as many shares as had come out before,
@@ -68,9 +70,9 @@ def tree_stream(config: Config, pool: Actor) -> Callable[[], ray.data.Dataset]:
 class ScoredTrees(Datasource):
     """Reads finished trees from the engine pool, without end, and scores them."""
 
-    def __init__(self, config: Config, pool: Actor, reader: str) -> None:
+    def __init__(self, config: Config, pool: Actor, run_log: Actor, reader: str) -> None:
         super().__init__()
-        self.config, self.pool, self.reader = config, pool, reader
+        self.config, self.pool, self.run_log, self.reader = config, pool, run_log, reader
 
     def get_read_tasks(
         self,
@@ -79,16 +81,16 @@ class ScoredTrees(Datasource):
         data_context: ray.data.DataContext | None = None,
     ) -> list[ReadTask]:
         """One task, whatever `parallelism`: there is one queue of finished trees."""
-        config, pool, reader = self.config, self.pool, self.reader
+        arguments = (self.config, self.pool, self.run_log, self.reader)
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(lambda: _shares(config, pool, reader), unknown)]
+        return [ReadTask(lambda: _shares(*arguments), unknown)]
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Not known."""
         return None
 
 
-def _shares(config: Config, pool: Actor, reader: str) -> Iterator[pa.Table]:
+def _shares(config: Config, pool: Actor, run_log: Actor, reader: str) -> Iterator[pa.Table]:
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     shares: Shares | None = None
     with closing(Scorer(config, tokenizer)) as scorer:
@@ -100,7 +102,13 @@ def _shares(config: Config, pool: Actor, reader: str) -> Iterator[pa.Table]:
                 log.info("waiting for finished trees")
                 continue
             shares = shares or Shares(config, first=trees[0].ticket)
-            for tree in scorer.score(trees):
+            try:
+                scored = scorer.score(trees)
+            except VerifierFailing as error:  # workers that start anew would only run into it again
+                event = Event(kind=FATAL, fields={"reason": str(error)})
+                ray.get(run_log.event.remote(event))
+                raise
+            for tree in scored:
                 noisy = _noisy(tree, config)
                 if noisy.num_redraws < config.gate.max_redraws and not has_signal(noisy, config):
                     ray.get(pool.redraw.remote(reader, noisy))
@@ -133,9 +141,14 @@ class Scorer:
             memory_mib=config.verifier.memory_mib,
         )
         self.verifier.self_test()
+        self.error_share = ErrorShare(config.verifier.max_error_share)
 
     def score(self, records: list[TreeRecord]) -> list[TreeRecord]:
-        """The same trees with texts and verdicts; all leaves are graded in one go."""
+        """The same trees with texts and verdicts; all leaves are graded in one go.
+
+        Raises:
+            VerifierFailing: more answers than `verifier.max_error_share` got no verdict.
+        """
         texts = [self._leaf_texts(record) for record in records]
         answers = [
             Answer(
@@ -146,7 +159,11 @@ class Scorer:
             for record, leaf_texts in zip(records, texts, strict=True)
             for leaf, text in zip(record.tree.leaves, leaf_texts, strict=True)
         ]
-        verdicts = iter(self.verifier.grade(answers))
+        graded = self.verifier.grade(answers)
+        questions = [record.question for record in records for _ in record.tree.leaves]
+        for question, answer, verdict in zip(questions, answers, graded, strict=True):
+            self.error_share.add(question, answer, verdict)
+        verdicts = iter(graded)
         now = time.time()
         return [
             replace(

@@ -23,7 +23,7 @@ from enum import StrEnum
 from multiprocessing.connection import Connection, Pipe, wait
 from types import TracebackType
 
-from treerpo_ray.verifier_worker import FAILED, REPLIES
+from treerpo_ray.verifier_worker import FAILED, REPLIES, RETIRED
 
 logger = logging.getLogger(__name__)
 
@@ -231,8 +231,10 @@ class Verifier:
                 continue
             if worker.is_ready:
                 index = worker.pending.popleft()
-                verdicts[index] = _to_verdict(reply, answers[index])
+                verdicts[index] = _to_verdict(reply.removesuffix(RETIRED), answers[index])
                 worker.deadline = time.monotonic() + self._timeout_s
+                if reply.endswith(RETIRED):
+                    self._replace(worker, todo)
             else:
                 self._greet(worker, reply)
 
