@@ -274,12 +274,13 @@ def output_to_log(folder: str) -> Iterator[None]:
         yield
 
 
-def _end(station: Actor, method: str, console: Console) -> None:
+def _end(station: Actor, method: str, console: Console | None = None) -> None:
     try:
         ray.get(getattr(station, method).remote(), timeout=SHUT_DOWN_S)
     except ray.exceptions.RayError as error:
         log.warning("%s did not end well: %s", method, error)
-        console.note(f"{method} did not end well: {root_cause(error)}")
+        if console is not None:
+            console.note(f"{method} did not end well: {root_cause(error)}")
 
 
 def _write_config(config: Config) -> None:
