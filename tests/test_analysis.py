@@ -109,6 +109,12 @@ def test_the_tree_table_has_a_row_a_step(tmp_path):
     assert first["depth"].tolist() == [1, 2, 2, 1, 2, 2]
     assert first["parent"].tolist() == [-1, 0, 0, -1, 3, 3]
     assert first["value"].tolist() == [0.5, 1, 0, 0, 0, 0]
+    assert first["value_se"].tolist() == [0.5, 0, 0, (5 / 36) ** 0.5, 0, 0]
+    # S^2 is 1/16 for the prompt's children and 1/4 for step 0's; the Bernoulli variances are 3/16
+    # and 1/4. Step 0 has e^2 = 1/4, step 3 has 5/36.
+    errors = [(3 / 32) ** 0.5 * 16 / 3, 8**-0.5 * 4, 8**-0.5 * 4, (19 / 288) ** 0.5 * 16 / 3]
+    assert first["advantage_se"].tolist()[:4] == pytest.approx(errors)
+    assert first["advantage_se"].isna().tolist() == [False] * 4 + [True] * 2
     assert first["is_kept"].tolist() == [True, True, True, True, False, False]
     assert first["verdict"].dropna().tolist() == ["correct", "wrong", "wrong", "wrong"]
     assert first.loc[first["is_leaf"], "stop"].unique().tolist() == ["end_of_text"]

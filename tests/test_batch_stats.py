@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.algo.trees import by_range, make_tree, trees
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree
-from treerpo_ray.batch_stats import BatchStats, assess
+from treerpo_ray.batch_stats import BatchStats, Sums, assess
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.verifier import Verdict
 
@@ -65,7 +65,18 @@ def test_the_statistics_of_a_tree_by_hand() -> None:
     graded = record(tree, C, W, W, W, version=4, attempt=2, finished_at_s=9, scored_at_s=10)
     advantages, stats = stats_of([graded])
     np.testing.assert_allclose(advantages[0], [0.25, -0.25, 0.5, -0.5, np.nan, np.nan])
-    assert stats == BatchStats(
+    # The children of step 0 have S^2 = 1/4, step 1's, of equal values, 5/36; the prompt's, of
+    # values 1/2 and 0, have S^2 = 1/16. A child has the variance (e^2 / 2 + S^2) / 2.
+    assert stats.group_sums == pytest.approx(
+        {
+            "value_se": 1 / 2 + 5**0.5 / 6 + 1 / 4,
+            "signal_depth_1": 1 / 8,
+            "noise_depth_1": (1 / 8 + 1 / 16) / 2 + (5 / 72 + 1 / 16) / 2,
+            "signal_depth_2": 1 / 2,
+            "noise_depth_2": 2 * 1 / 8 + 2 * 5 / 72,
+        }
+    )
+    assert replace(stats, group_sums=Sums()) == BatchStats(
         num_trees=1,
         num_valued=1,
         value_sum=0.25,
@@ -121,6 +132,12 @@ def test_the_metrics_of_a_batch_by_hand() -> None:
         "groups/pruned_depth_1": 1,
         "groups/pruned_depth_2": 1,
         "groups/errored_depth_1": 2,
+        "groups/value_se": (1 / 2 + 5**0.5 / 6 + 1 / 4 + 5**0.5 / 6) / 4,
+        "groups/signal_to_noise_depth_1": (
+            (1 / 8) / ((1 / 8 + 1 / 16) / 2 + (5 / 72 + 1 / 16) / 2 + 2 * 5 / 72)
+        )
+        ** 0.5,
+        "groups/signal_to_noise_depth_2": ((1 / 2) / (2 * 1 / 8 + 2 * 5 / 72)) ** 0.5,
         "verdict/correct": 3,
         "verdict/wrong": 4,
         "verdict/unanswered": 0,
@@ -174,7 +191,9 @@ def test_the_parts_of_a_batch_add_up_to_its_statistics_and_share_its_advantages(
         np.testing.assert_array_equal(part, expected)
     summed = first[1] + second[1]
     assert summed.value_sum == pytest.approx(whole.value_sum)
-    assert replace(summed, value_sum=0.0) == replace(whole, value_sum=0.0)
+    assert summed.group_sums == pytest.approx(whole.group_sums)
+    rounded = {"value_sum": 0.0, "group_sums": Sums()}
+    assert replace(summed, **rounded) == replace(whole, **rounded)
     assert summed.metrics(9) == pytest.approx(whole.metrics(9))
 
 

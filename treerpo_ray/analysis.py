@@ -14,7 +14,7 @@ from jaxtyping import Float64, Int32
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 
-from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
+from treerpo_ray.algo.advantages import AdvantageForm, advantage_errors, step_advantages
 from treerpo_ray.algo.backup import Values, mean_backup
 from treerpo_ray.algo.groups import PruneRule, Pruning
 from treerpo_ray.metrics import EVENTS_FILE, METRICS_FILE, latest_rows, read_lines
@@ -117,7 +117,7 @@ class Run:
         return pd.concat([self._steps(record) for record in self.trees(step)], ignore_index=True)
 
     def _steps(self, record: TreeRecord) -> pd.DataFrame:
-        tree, advantages = record.tree, self.advantages(record)
+        tree, values, advantages = record.tree, self.values(record), self.advantages(record)
         leaves = dict(zip(tree.leaves, record.verdicts, strict=True))
         return pd.DataFrame(
             {
@@ -133,8 +133,10 @@ class Run:
                     leaves[index].value if index in leaves else None
                     for index in range(len(tree.steps))
                 ],
-                "value": self.values(record).steps,
+                "value": values.steps,
+                "value_se": values.step_errors,
                 "advantage": advantages,
+                "advantage_se": advantage_errors(tree, values, advantages),
                 "is_kept": ~np.isnan(advantages),
             }
         )

@@ -9,8 +9,19 @@ import numpy as np
 from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import GroupState, Pruning, step_groups
+from treerpo_ray.algo.standard_errors import standard_error_of_mean
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.verifier import Verdict
+
+
+class Sums(dict[str, float]):
+    """Sums by name; `+` joins them."""
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums({name: self[name] + other[name] for name in [*self, *other]})
+
+    def __missing__(self, name: str) -> float:
+        return 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +37,10 @@ class BatchStats:
     """Trees with at least one correct leaf."""
     groups: Counter[str] = field(default_factory=Counter)
     """Step groups by `state` and by `state_depth_d`, d the depth of their steps."""
+    group_sums: Sums = field(default_factory=Sums)
+    """Over step groups that are not errored: `value_se` of their means; and, squared and for the
+    depth d of their steps, of the differences of values to the mean, `signal_depth_d`, and of
+    the standard errors of those, `noise_depth_d`."""
     verdicts: Counter[str] = field(default_factory=Counter)
     num_sampled_tokens: int = 0
     answer_tokens: int = 0
@@ -66,6 +81,8 @@ class BatchStats:
             "groups/kept_share": kept / max(total, 1),
             "groups/errored": self.groups[GroupState.ERRORED],
             **{f"groups/{name}": n for name, n in sorted(self.groups.items()) if "depth" in name},
+            "groups/value_se": self.group_sums["value_se"] / max(kept + pruned, 1),
+            **self._signal_to_noise(),
             **{f"verdict/{verdict}": self.verdicts[verdict] for verdict in Verdict},
             "tokens/sampled": self.num_sampled_tokens,
             "length/mean": self.answer_tokens / max(self.num_leaves, 1),
@@ -77,6 +94,17 @@ class BatchStats:
             "gate/redraws": self.num_redraws,
         }
 
+    def _signal_to_noise(self) -> dict[str, float]:
+        """Root mean square difference over that of its standard error; chance alone gives 1 above
+        the leaves, and N leaves that are not all equal give about sqrt(N)."""
+        ratios = {}
+        for name, noise in sorted(self.group_sums.items()):
+            if name.startswith("noise") and noise:  # an only child has neither
+                depth = name.removeprefix("noise_")
+                signal = self.group_sums[f"signal_{depth}"]
+                ratios[f"groups/signal_to_noise_{depth}"] = (signal / noise) ** 0.5
+        return ratios
+
 
 def assess(
     records: Sequence[TreeRecord], *, form: AdvantageForm, pruning: Pruning
@@ -87,10 +115,16 @@ def assess(
         values = mean_backup(record.tree, record.rewards)
         advantages.append(step_advantages(record.tree, values, form=form, pruning=pruning))
         groups: Counter[str] = Counter()
+        sums = Sums()
         for group in step_groups(record.tree, values):
             state = group.state(pruning)
             depth = record.tree.depths[group.children[0]]
             groups.update([state, f"{state}_depth_{depth}"])
+            if state is not GroupState.ERRORED:
+                deviations = group.values - group.values.mean()
+                sums["value_se"] += float(standard_error_of_mean(group.values))
+                sums[f"signal_depth_{depth}"] += float((deviations**2).sum())
+                sums[f"noise_depth_{depth}"] += float((group.difference_errors**2).sum())
         tree, is_valued = record.tree, not np.isnan(values.root)
         has_tokens = tree.num_sampled_tokens > 0
         stats += BatchStats(
@@ -99,6 +133,7 @@ def assess(
             value_sum=values.root if is_valued else 0.0,
             num_with_correct=int(Verdict.CORRECT in record.verdicts),
             groups=groups,
+            group_sums=sums,
             verdicts=Counter(record.verdicts),
             num_sampled_tokens=tree.num_sampled_tokens + record.redrawn_tokens,
             answer_tokens=sum(len(tree.path_token_ids(leaf)) for leaf in tree.leaves),

@@ -11,10 +11,12 @@ from typing import TypedDict
 import numpy as np
 import pyarrow as pa
 
+from treerpo_ray.algo.backup import mean_backup
+from treerpo_ray.algo.groups import step_groups
 from treerpo_ray.algo.tree import Step, StopReason, Tree
 from treerpo_ray.verifier import Verdict
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 SCHEMA = pa.schema(
     [
@@ -41,6 +43,10 @@ SCHEMA = pa.schema(
         ("leaf", pa.list_(pa.int32())),
         ("leaf_text", pa.list_(pa.string())),
         ("verdict", pa.list_(pa.string())),
+        # What follows from the columns above, for readers of the files; null until it is scored.
+        ("value", pa.list_(pa.float64())),
+        ("value_se", pa.list_(pa.float64())),
+        ("difference_se", pa.list_(pa.float64())),
     ],
     metadata={"treerpo_schema": str(SCHEMA_VERSION)},
 )
@@ -131,6 +137,22 @@ def _to_row(record: TreeRecord) -> dict[str, object]:
         "leaf": list(record.tree.leaves),
         "leaf_text": list(record.leaf_texts),
         "verdict": [verdict.value for verdict in record.verdicts],
+        **_estimates(record),
+    }
+
+
+def _estimates(record: TreeRecord) -> dict[str, np.ndarray | None]:
+    """Value of each step, its standard error, and that of its difference to the parent's value."""
+    if len(record.verdicts) != len(record.tree.leaves):
+        return {"value": None, "value_se": None, "difference_se": None}
+    values = mean_backup(record.tree, record.rewards)
+    differences = np.full(len(record.tree.steps), np.nan)
+    for group in step_groups(record.tree, values):
+        differences[list(group.children)] = group.difference_errors
+    return {
+        "value": values.steps,
+        "value_se": values.step_errors,
+        "difference_se": differences,
     }
 
 

@@ -135,3 +135,22 @@ def test_children_that_are_equally_good_have_a_significance_of_one() -> None:
         errors = standard_error_of_mean(leaves)
         squares.append(group_of(*leaves.mean(1), errors=errors.tolist()).significance ** 2)
     assert np.mean(squares) == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("num_children", [4, 8])
+def test_a_difference_is_off_by_its_standard_error(num_children: int) -> None:
+    """Children of a value around 0.4, each estimated by eight leaves of its own.
+
+    Of fewer children more are equal by chance, and have an error on the safe side.
+    """
+    rng = np.random.default_rng(num_children)
+    off, claimed = [], []
+    for _ in range(1500):
+        true = rng.beta(2, 3, num_children)
+        leaves = (rng.random((num_children, 8)) < true[:, None]).astype(float)
+        errors = standard_error_of_mean(leaves)
+        group = group_of(*leaves.mean(1), errors=errors.tolist())
+        found = group.values - group.values.mean()
+        off.append((found - (1 - 1 / num_children) * (true - 0.4)) ** 2)
+        claimed.append(group.difference_errors**2)
+    assert np.sqrt(np.mean(claimed) / np.mean(off)) == pytest.approx(1.0, abs=0.04)

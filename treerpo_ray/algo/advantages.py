@@ -158,6 +158,27 @@ def step_advantages(
     return advantages
 
 
+def advantage_errors(
+    tree: Tree, values: Values, advantages: Float64[np.ndarray, " steps"]
+) -> Float64[np.ndarray, " steps"]:
+    """Standard error of each advantage that a form of the step group gave; NaN where there is none.
+
+    Each form divides all differences of a group by one number, which is taken as given. Schemes of
+    the whole tree do not, and equal values do not tell it: for those it is NaN too.
+    """
+    errors = np.full(len(tree.steps), np.nan)
+    for group in step_groups(tree, values):
+        own = advantages[list(group.children)]
+        deviations = group.values - group.values.mean()
+        most = int(np.argmax(np.abs(deviations)))
+        if np.isnan(own).any() or abs(deviations[most]) < ROUNDING:
+            continue
+        scale = own[most] / deviations[most]
+        if np.allclose(own, scale * deviations):
+            errors[list(group.children)] = scale * group.difference_errors
+    return errors
+
+
 def _by_group(
     form: Callable[[Float64[np.ndarray, " children"]], Float64[np.ndarray, " children"]],
     tree: Tree,

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from treerpo_ray.algo.backup import Values
-from treerpo_ray.algo.standard_errors import ROUNDING
+from treerpo_ray.algo.standard_errors import ROUNDING, standard_error_of_mean
 from treerpo_ray.algo.tree import Tree
 
 
@@ -92,6 +92,18 @@ class StepGroup:
         by this factor (the empirical Bayes estimate of James and Stein, 1961).
         """
         return 1 - self.significance**-2 if self.significance > 1 else 0.0
+
+    @property
+    def difference_errors(self) -> Float64[np.ndarray, " children"]:
+        """Standard error of each value minus the group's mean, given the child.
+
+        The mean holds the child's own value with weight 1/N. So the difference estimates (N - 1)/N
+        of the true one, with the child's own noise, (N - 1)/N e_i, and that of its siblings, each
+        s / N: the variance is f (f e_i^2 + S^2) with f = (N - 1)/N and S the error of the mean.
+        """
+        free = 1 - 1 / len(self.values)
+        mean_error = standard_error_of_mean(self.values)
+        return np.sqrt(free * (free * self.standard_errors**2 + mean_error**2))
 
     def _signal(self, rule: PruneRule) -> float:
         match rule:
