@@ -41,12 +41,15 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comparison:
     return read_comparison(str(path))
 
 
-def make_result(trial: Trial, pass_at_1: float) -> Result:
+def make_result(trial: Trial, pass_at_1: float, num_steps: int = 20) -> Result:
+    """A run whose training reward is 0.04 times the step; a step takes 2 CPU seconds."""
     evaluation = Evaluation(
         **dict.fromkeys(Evaluation.__dataclass_fields__, 0.0)
         | {"pass_at_1": pass_at_1, "length": 40.0}
     )
-    curve = {name: [1.0, 2.0, 3.0] for name in CURVE}
+    steps = [float(step) for step in range(1, num_steps + 1)]
+    curve = {name: [2.0] * num_steps for name in CURVE}
+    curve |= {"step": steps, "reward/mean": [0.04 * step for step in steps]}
     return Result(
         trial=trial, version="v", config="", before=evaluation, after=evaluation, curve=curve
     )
@@ -104,7 +107,7 @@ def test_results_come_back_and_make_a_table_and_a_plot(
 ) -> None:
     shares = {"flat": [0.5, 0.6], "tree": [0.75]}
     given = [
-        make_result(trial, shares[trial.arm][trial.seed])
+        make_result(trial, shares[trial.arm][trial.seed], {"flat": 20, "tree": 10}[trial.arm])
         for trial in comparison.trials()
         if trial.setting == "short"
     ]
@@ -114,17 +117,34 @@ def test_results_come_back_and_make_a_table_and_a_plot(
     assert results == given
     table = report(comparison, results)
     flat, tree = table.lines
-    assert (flat.arm, flat.num_seeds, flat.num_steps) == ("flat", 2, 3)
+    assert (flat.arm, flat.num_seeds, flat.num_steps) == ("flat", 2, 20)
     assert flat.pass_at_1.mean == pytest.approx(55)
     assert tree.ahead.mean == pytest.approx(20) and np.isnan(tree.ahead.low)
-    # rewards 1, 2, 3 smooth to 2; half of 6 tokens
-    assert flat.at_half.mean == pytest.approx(200)
+    # Step 10 and 20 CPU seconds are where the tree ends; smoothed over steps 7 to 13 or 7 to 10.
+    assert flat.same_steps.mean == flat.same_cpu.mean == pytest.approx(40)
+    assert tree.same_steps.mean == tree.same_cpu.mean == pytest.approx(4 * 8.5)
+    assert (flat.cpu_s, tree.cpu_s) == pytest.approx((40, 20))
     table.write(tmp_path)
     write_plot(comparison, results, tmp_path)
     assert len(json.loads((tmp_path / "table.json").read_text())["lines"]) == 2
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     lines = (tmp_path / "curves.csv").read_text().splitlines()
     assert len(lines) == 1 + 2 * 3 * 40
+
+
+def test_a_result_older_than_a_metric_has_no_place_on_its_axis(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    trials = [trial for trial in comparison.trials() if trial.setting == "short"][:2]
+    old, new = (make_result(trial, 0.5) for trial in trials)
+    del old.curve["time/cpu_s"]
+    for result in (old, new):
+        write_result(result, tmp_path)
+    results = read_results(comparison, tmp_path)
+    flat, tree = report(comparison, results).lines
+    assert np.isnan(flat.cpu_s) and np.isnan(flat.same_cpu.mean)
+    assert tree.same_cpu.mean == pytest.approx(4 * 18.5)
+    write_plot(comparison, results, tmp_path)
 
 
 def test_a_mean_has_the_interval_of_student() -> None:

@@ -181,7 +181,8 @@ def read_results(comparison: Comparison, folder: Path) -> list[Result]:
                     config=found["config"],
                     before=Evaluation(**found["before"]),
                     after=Evaluation(**found["after"]),
-                    curve=found["curve"],
+                    # A result may be older than a metric.
+                    curve={name: found["curve"].get(name, []) for name in CURVE},
                 )
             )
     return results

@@ -24,6 +24,8 @@ GRID_POINTS = 40
 """Points of a plotted curve."""
 WINDOW = 3
 """Learner steps before and behind that smooth the training reward of a step."""
+CPU = "time/cpu_s"
+"""Its sum is the time axis: wall time says little on a machine that other work shares."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,13 +51,16 @@ class Line:
     num_seeds: int
     num_steps: int
     sampled_tokens: float
-    seconds: float
+    cpu_s: float
+    """CPU time of engines and learner in the learner steps; NaN if a result has none."""
     start: float
     pass_at_1: Interval
     ahead: Interval
-    """Pass@1 less that of the reference arm (Welch)."""
-    at_half: Interval
-    """Training reward when half of the tokens were sampled."""
+    """Pass@1 less that of the reference arm (Welch), at the same sampled tokens."""
+    same_steps: Interval
+    """Training reward after as many learner steps as the arm with the fewest made."""
+    same_cpu: Interval
+    """Training reward after the CPU time of the run that took least."""
     length: Interval
     """Tokens of a held-out answer."""
 
@@ -76,26 +81,27 @@ def report(comparison: Comparison, results: list[Result]) -> Report:
     """Means, intervals and differences by setting and arm."""
     lines = []
     for setting in comparison.settings:
-        reference = _of(results, setting, comparison.reference)
+        here = [result for result in results if result.trial.setting == setting]
         for arm in comparison.arms:
-            if own := _of(results, setting, arm):
-                lines.append(_line(setting, arm, own, reference))
+            if own := _of(here, setting, arm):
+                lines.append(_line(own, _of(here, setting, comparison.reference), here))
     return Report(reference=comparison.reference, lines=lines)
 
 
-def _line(setting: str, arm: str, own: list[Result], reference: list[Result]) -> Line:
+def _line(own: list[Result], reference: list[Result], here: list[Result]) -> Line:
     passed = _percent(own)
     return Line(
-        setting=setting,
-        arm=arm,
+        setting=own[0].trial.setting,
+        arm=own[0].trial.arm,
         num_seeds=len(own),
         num_steps=len(own[0].curve["step"]),
         sampled_tokens=float(np.mean([sum(r.curve["tokens/sampled"]) for r in own])),
-        seconds=float(np.mean([sum(r.curve["time/step_s"]) for r in own])),
+        cpu_s=float(np.mean([_total(result, CPU) for result in own])),
         start=100 * own[0].before.pass_at_1,
         pass_at_1=mean_interval(passed),
         ahead=difference_interval(passed, _percent(reference)),
-        at_half=mean_interval(np.array([100 * _at_half(result) for result in own])),
+        same_steps=mean_interval(_rewards_at_least(own, here, "step")),
+        same_cpu=mean_interval(_rewards_at_least(own, here, CPU)),
         length=mean_interval(np.array([result.after.length for result in own])),
     )
 
@@ -139,10 +145,11 @@ def print_table(table: Report) -> None:
         "seeds",
         "steps",
         "tokens",
-        "time",
+        "CPU",
         "Pass@1",
         "ahead",
-        "half",
+        "same steps",
+        "same CPU",
         "length",
     ):
         shown.add_column(title, justify="left" if title in ("setting", "arm") else "right")
@@ -153,13 +160,14 @@ def print_table(table: Report) -> None:
             str(line.num_seeds),
             str(line.num_steps),
             f"{line.sampled_tokens / 1000:.0f} k",
-            f"{line.seconds:.0f} s",
+            f"{line.cpu_s:.0f} s",
             str(line.pass_at_1),
             "" if line.arm == table.reference else str(line.ahead),
-            f"{line.at_half.mean:.1f}",
-            str(line.length),
+            str(line.same_steps),
+            str(line.same_cpu),
+            f"{line.length.mean:.1f}",
         )
-    rich.console.Console(file=sys.stdout, width=None if sys.stdout.isatty() else 150).print(shown)
+    rich.console.Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(shown)
 
 
 def write_plot(comparison: Comparison, results: list[Result], folder: Path) -> None:
@@ -193,7 +201,7 @@ def write_plot(comparison: Comparison, results: list[Result], folder: Path) -> N
 AXES = {
     "learner steps": "step",
     "sampled tokens": "tokens/sampled",
-    "seconds of training": "time/step_s",
+    "CPU seconds of engine and learner": CPU,
 }
 """Horizontal axes and the metric that each adds up."""
 
@@ -217,8 +225,12 @@ def _curve(
 
 
 def _places(result: Result, metric: str) -> Float[np.ndarray, " steps"]:
-    values = np.array(result.curve[metric])
+    values = np.array(result.curve[metric] or [np.nan] * len(result.curve["step"]))
     return values if metric == "step" else np.cumsum(values)
+
+
+def _total(result: Result, metric: str) -> float:
+    return float(_places(result, metric)[-1])
 
 
 def _smooth(values: list[float]) -> Float[np.ndarray, " steps"]:
@@ -228,9 +240,17 @@ def _smooth(values: list[float]) -> Float[np.ndarray, " steps"]:
     )
 
 
-def _at_half(result: Result) -> float:
-    tokens = _places(result, "tokens/sampled")
-    return float(np.interp(tokens[-1] / 2, tokens, _smooth(result.curve["reward/mean"])))
+def _rewards_at_least(
+    own: list[Result], here: list[Result], metric: str
+) -> Float[np.ndarray, " seeds"]:
+    """Training reward in percent where the run with the least of `metric` in its setting ended."""
+    least = np.nanmin([_total(result, metric) for result in here])
+    return np.array(
+        [
+            100 * np.interp(least, _places(result, metric), _smooth(result.curve["reward/mean"]))
+            for result in own
+        ]
+    )
 
 
 def _of(results: list[Result], setting: str, arm: str) -> list[Result]:
