@@ -8,7 +8,7 @@ stopped goes on with the runs that are missing.
 import json
 import subprocess
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -21,6 +21,7 @@ from treerpo_ray.config import Config
 from treerpo_ray.config_file import load, to_yaml
 from treerpo_ray.evaluate import Evaluation
 from treerpo_ray.metrics import latest_rows
+from treerpo_ray.sections import RunConfig
 
 CURVE = (
     *("step", "tokens/sampled", "time/step_s", "time/cpu_s", "reward/mean", "length/mean"),
@@ -105,7 +106,7 @@ class Result:
     version: str
     """Commit of the project."""
     config: str
-    """Resolved configuration, YAML."""
+    """Resolved configuration, YAML, but for where it was run."""
     before: Evaluation
     after: Evaluation
     curve: dict[str, list[float]]
@@ -148,7 +149,7 @@ def result_of(trial: Trial, config: Config) -> Result:
     return Result(
         trial=trial,
         version=_commit(),
-        config=to_yaml(config),
+        config=to_yaml(replace(config, run=replace(config.run, root=RunConfig.root))),
         before=before,
         after=after,
         curve={name: [round(row[name], 4) for row in rows] for name in CURVE},
