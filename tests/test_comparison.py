@@ -27,9 +27,14 @@ reference: flat
 settings:
   short: {answer_tokens: 40, sampled_tokens: 96000}
   long: {answer_tokens: 80, sampled_tokens: 96000, overrides: [prompts.num_problems=99]}
+  few: {answer_tokens: 40, sampled_tokens: 96000, max_seeds: 1}
 arms:
-  flat: {num_seeds: 2, overrides: ["tree.num_children=[10]", "tree.step_tokens=[46]"]}
+  flat:
+    num_seeds: 2
+    settings: [short, long]
+    overrides: ["tree.num_children=[10]", "tree.step_tokens=[46]"]
   tree: {num_seeds: 1, settings: [short], overrides: [learner.advantage=difference]}
+  late: {num_seeds: 2, settings: [few]}
 """
 
 
@@ -55,13 +60,13 @@ def make_result(trial: Trial, pass_at_1: float, num_steps: int = 20) -> Result:
     )
 
 
-def test_trials_come_seed_by_seed_and_only_in_the_settings_of_their_arm(
+def test_trials_come_by_number_of_seeds_then_seed_and_only_in_the_settings_of_their_arm(
     comparison: Comparison,
 ) -> None:
     found = [(trial.seed, trial.setting, trial.arm) for trial in comparison.trials()]
     assert found == [
-        *((0, "short", "flat"), (0, "short", "tree"), (0, "long", "flat")),
-        *((1, "short", "flat"), (1, "long", "flat")),
+        *((0, "short", "flat"), (0, "long", "flat"), (1, "short", "flat"), (1, "long", "flat")),
+        *((0, "short", "tree"), (0, "few", "late")),
     ]
 
 
@@ -77,7 +82,12 @@ def test_every_run_samples_the_tokens_of_its_setting(comparison: Comparison) -> 
     configs = {trial: comparison.config(trial, ["run.root=runs"]) for trial in comparison.trials()}
     steps = {(t.setting, t.arm): config.run.num_steps for t, config in configs.items()}
     # 24 trees a step: of 10 * 40, of 4 * 23 + 16 * 17 and of 10 * 46 tokens
-    assert steps == {("short", "flat"): 10, ("short", "tree"): 11, ("long", "flat"): 9}
+    assert steps == {
+        ("short", "flat"): 10,
+        ("short", "tree"): 11,
+        ("long", "flat"): 9,
+        ("few", "late"): 11,
+    }
     seeded = configs[Trial(setting="long", arm="flat", seed=1)]
     assert (seeded.run.seed, seeded.prompts.num_problems) == (1, 99)
     assert len({config.folder for config in configs.values()}) == len(configs)
@@ -88,7 +98,7 @@ def test_every_run_samples_the_tokens_of_its_setting(comparison: Comparison) -> 
     [
         ("reference: flat", "reference: other", "reference: other is none of the arms"),
         ("settings: [short]", "settings: [brief]", "arms.tree.settings: .*brief"),
-        ("num_seeds: 2", "seeds: 2", "seeds"),
+        ("num_seeds: 1", "seeds: 1", "seeds"),
         ("answer_tokens: 40", "answer_tokens: many", "many"),
     ],
 )
@@ -135,8 +145,9 @@ def test_results_come_back_and_make_a_table_and_a_plot(
 def test_a_result_older_than_a_metric_has_no_place_on_its_axis(
     comparison: Comparison, tmp_path: Path
 ) -> None:
-    trials = [trial for trial in comparison.trials() if trial.setting == "short"][:2]
-    old, new = (make_result(trial, 0.5) for trial in trials)
+    old, new = (
+        make_result(Trial(setting="short", arm=arm, seed=0), 0.5) for arm in ("flat", "tree")
+    )
     del old.curve["time/cpu_s"]
     for result in (old, new):
         write_result(result, tmp_path)

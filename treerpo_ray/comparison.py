@@ -40,6 +40,8 @@ class Setting:
     """Mean length of an answer, from which the tokens of a tree are estimated."""
     sampled_tokens: int
     """Tokens that each run samples, to within one learner step."""
+    max_seeds: int | None = None
+    """Most seeds of an arm in this setting; as many as the arm has if not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +73,17 @@ class Comparison:
                 raise ValueError(f"arms.{name}.settings: {unknown} are none of the settings")
 
     def trials(self) -> Iterator["Trial"]:
-        """All runs, first seeds first, so that every arm has a result early."""
-        for seed in range(max(arm.num_seeds for arm in self.arms.values())):
-            for setting in self.settings:
-                for name, arm in self.arms.items():
-                    if seed < arm.num_seeds and setting in (arm.settings or self.settings):
+        """All runs: what has the most seeds first, and then seed by seed."""
+        counts = {
+            (setting, name): min(arm.num_seeds, self.settings[setting].max_seeds or arm.num_seeds)
+            for setting in self.settings
+            for name, arm in self.arms.items()
+            if setting in (arm.settings or self.settings)
+        }
+        for count in sorted(set(counts.values()), reverse=True):
+            for seed in range(count):
+                for (setting, name), num_seeds in counts.items():
+                    if num_seeds == count:
                         yield Trial(setting=setting, arm=name, seed=seed)
 
     def config(self, trial: "Trial", common: list[str]) -> Config:
