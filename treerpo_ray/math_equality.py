@@ -4,8 +4,8 @@ Precision comes first: a false reward teaches a trick, a missed one only costs s
 are compared exactly (0.333 is not 1/3), bracket kinds and tuple order count, a list or set may come
 in any order, units that differ are an error, and 10_2 is not 10. What strings and exact numbers do
 not settle goes to math-verify, one scalar or equation at a time: its LaTeX grammar builds SymPy
-objects without `eval`. Answers that could cost unbounded time (power towers, large factorials,
-sums, deep nesting) are compared as strings only.
+objects, and the numbers in it are read here, so that nothing runs `eval`. Answers that could cost
+unbounded time (power towers, large factorials, sums, deep nesting) are compared as strings only.
 """
 
 import logging
@@ -14,8 +14,9 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
+from latex2sympy2_extended import latex2sympy2
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, Eq, Expr, MatrixBase, nan, zoo
+from sympy import Add, Basic, Eq, Expr, Float, Integer, MatrixBase, Mul, nan, zoo
 
 from treerpo_ray.math_notation import (
     closing,
@@ -34,6 +35,7 @@ MAX_ANSWER_CHARS = 1000
 MAX_PARSED_CHARS = 300
 MAX_NESTING = 12
 MAX_POWER = 1_000_000  # product of all exponents, which bounds a number's digits
+MAX_PRODUCTS = 8  # products inside of each other, which double the time
 MAX_RELATIVE_ERROR = 1e-9
 PROBES = (0.7390851, 1.3247179)  # values that no answer is likely to be a root at
 LATEX = [LatexExtractionConfig(boxed_match_priority=-1)]
@@ -55,9 +57,18 @@ UNBOUNDED = re.compile(
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
 
+def _to_number(reader: object, text: str) -> Integer | Float:
+    """A number of the LaTeX grammar, which has digits, a point and an exponent at most."""
+    plain = text.replace(",", "")
+    return Integer(int(plain)) if plain.isdecimal() else Float(plain)
+
+
+latex2sympy2._Latex2Sympy.parse_number = _to_number  # its own is SymPy's, which runs `eval` on it
+
+
 def is_equal(answer: str, reference: str) -> bool:
     """Whether the answer is the reference; false where either is empty."""
-    if len(answer) > MAX_ANSWER_CHARS:
+    if max(len(answer), len(reference)) > MAX_ANSWER_CHARS:
         return False
     a, b = normalised(answer), normalised(reference)
     return bool(a and b) and _is_same(a, b)
@@ -201,7 +212,26 @@ def _same_expression(a: str, b: str) -> bool:
 @lru_cache(maxsize=2048)
 def _parsed(latex: str) -> Basic | MatrixBase | None:
     found = parse(f"${latex}$", LATEX, fallback_mode="no_fallback", parsing_timeout=None)
-    return found[0] if found else None
+    if not found or _products(found[0]) <= MAX_PRODUCTS:
+        return found[0] if found else None
+    flat = _flat(found[0])
+    return flat if _products(flat) <= MAX_PRODUCTS else None
+
+
+def _products(expression: Basic | MatrixBase) -> int:
+    """Products inside of each other; SymPy evaluates each factor twice, so that time doubles."""
+    inner = max((_products(part) for part in expression.args), default=0)
+    return inner + isinstance(expression, Mul)
+
+
+def _flat(expression: Basic | MatrixBase) -> Basic | MatrixBase:
+    """The same sum or product with all its terms or factors side by side, as far as that goes."""
+    if not isinstance(expression, Add | Mul):
+        return expression
+    parts = [_flat(part) for part in expression.args]
+    kind = type(expression)
+    sides = [side for part in parts for side in (part.args if type(part) is kind else (part,))]
+    return kind(*sides, evaluate=False)
 
 
 def _is_apart(a: Basic | MatrixBase, b: Basic | MatrixBase) -> bool:

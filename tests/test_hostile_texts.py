@@ -1,0 +1,130 @@
+"""No text hangs the verifier, breaks it, fills its memory or gets anything run.
+
+The long form (`-m slow`) is 100,000 drawn answers; the short one is the first few thousand of them.
+"""
+
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.errors import HypothesisWarning
+
+from tests.hostile_texts import CODE, OPENERS, TOKENS, hostile_answers
+from treerpo_ray.verifier import Answer, Verdict, Verifier
+
+MEMORY_MIB = 512
+TIMEOUT_S = 20.0
+"""Generous, for a machine that does other work as well; an answer takes half a millisecond."""
+MEGABYTE = 2**20
+
+
+@pytest.fixture(scope="module")
+def audited():
+    with Verifier("tests.audited_math", 2, timeout_s=TIMEOUT_S, memory_mib=MEMORY_MIB) as verifier:
+        verifier.self_test()
+        yield verifier
+
+
+@pytest.fixture
+def no_canary(monkeypatch):
+    """The folder of the workers and of this process stays without a canary."""
+    folder = Path.cwd()
+    yield
+    assert not (folder / "CANARY").exists()
+
+
+def assert_all_graded(verifier: Verifier, answers: list[Answer]) -> None:
+    verdicts = verifier.grade(answers)
+    faults = [(v, a) for v, a in zip(verdicts, answers, strict=True) if not v.is_reward]
+    assert not faults
+
+
+def drawn_answers(number: int) -> list[Answer]:
+    """A thousand hostile answers, the same for the same number."""
+    answers: list[Answer] = []
+
+    @seed(number)
+    @settings(max_examples=1000, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @given(hostile_answers())
+    def draw(answer: Answer) -> None:
+        answers.append(answer)
+
+    with warnings.catch_warnings():  # about the length of what it draws
+        warnings.simplefilter("ignore", HypothesisWarning)
+        draw()
+    return answers
+
+
+def grade_drawn(verifier: Verifier, num_thousands: int) -> int:
+    """Draw and grade; returns how many different answers there were."""
+    seen: set[Answer] = set()
+    for number in range(num_thousands):
+        answers = drawn_answers(number)
+        assert_all_graded(verifier, answers)
+        seen.update(answers)
+    return len(seen)
+
+
+def test_the_audit_ends_a_worker_that_runs_code(audited):
+    texts = ["run code", r"\boxed{4}"]
+    answers = [Answer(text=text, references=("4",), is_cut_off=False) for text in texts]
+    assert audited.grade(answers) == [Verdict.ERRORED, Verdict.CORRECT]
+
+
+def test_drawn_texts_are_graded(audited, no_canary):
+    assert grade_drawn(audited, 3) > 2000
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_drawn_texts_are_graded(audited, no_canary):
+    start = time.monotonic()
+    num_different = grade_drawn(audited, 105)
+    print(f"{num_different} different texts in {time.monotonic() - start:.0f} s")
+    assert num_different > 100_000
+
+
+@pytest.mark.parametrize("code", CODE)
+def test_code_is_text(audited, no_canary, code):
+    forms = (code, rf"\boxed{{{code}}}", f"#### {code}", f"The answer is {code}", f"${code}$")
+    answers = [
+        Answer(text=text, references=(reference,), is_cut_off=False)
+        for text in forms
+        for reference in (code, f"{code}+0", "1", f"x={code}")
+    ]
+    assert_all_graded(audited, answers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("token", dict.fromkeys((*TOKENS, *OPENERS)))
+def test_a_megabyte_of_anything_is_graded(audited, token):
+    pieces = (token, f"{token} ", f"{token}1", f"answer is {token}\n")
+    texts = [piece * (MEGABYTE // len(piece)) for piece in pieces]
+    texts += [rf"\boxed{{{text}}}" for text in texts]
+    assert_all_graded(
+        audited, [Answer(text=t, references=("12", texts[0]), is_cut_off=False) for t in texts]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "verdict"),
+    [
+        (r"\boxed{0.5\cdot 0.5}", r"0.5\cdot 0.5+0", Verdict.CORRECT),  # ran `eval` on numbers
+        (rf"\boxed{{{'1/2' * 60}}}", f"{'1/2' * 60}+0", None),  # took time that doubles a factor
+        (r"\boxed{" + r"2 \cdot " * 30 + "x}", f"{2**30}x", Verdict.CORRECT),
+        (r"\boxed{e^{1}}", "9" * 200_000, Verdict.WRONG),  # took the square of its length
+    ],
+)
+def test_what_once_broke_is_graded(audited, text, reference, verdict):
+    answer = Answer(text=text, references=(reference,), is_cut_off=False)
+    assert_all_graded(audited, [answer])
+    assert verdict in (None, *audited.grade([answer]))
+
+
+def test_megabytes_are_graded(audited):
+    texts = [unit * (MEGABYTE // len(unit)) for unit in ("1,", r"\boxed{", "9", " answer is ", "(")]
+    answers = [Answer(text=text, references=("1", text), is_cut_off=False) for text in texts]
+    verdicts = Counter(audited.grade(answers))
+    assert set(verdicts) <= {Verdict.WRONG, Verdict.UNANSWERED, Verdict.CORRECT}
