@@ -209,16 +209,16 @@ async def _search(config: Config) -> Row:
     from vllm.inputs.engine import tokens_input
     from vllm.sampling_params import RequestOutputKind
 
-    from treerpo_ray.engine import Engine
+    from treerpo_ray.engine import Engine, Sampling
     from treerpo_ray.plan import load_inputs
 
     prompts = load_inputs(config).prompts.token_ids[:NUM_TREES]
     engine = Engine(config, 0, None)
     await engine.start()
-    shape = config.shape
+    shape, sampling = config.shape, Sampling(temperature=1.0)
 
     async def tree(number: int, prompt: list[int]) -> int:
-        groups = [g async for g in engine.grow(prompt, shape, 1.0, number, [])]
+        groups = [g async for g in engine.grow(prompt, shape, sampling, number, [])]
         return sum(len(step.token_ids) for group in groups for step in group.steps)
 
     async def answer(number: int, prompt: list[int]) -> int:

@@ -26,13 +26,14 @@ def main(arguments: list[str]) -> int:
     try:
         config = load([argument for argument in arguments if argument != "--dry-run"])
         from treerpo_ray.cluster import check_vllm
-        from treerpo_ray.plan import load_inputs, plan_lines
+        from treerpo_ray.plan import plan_lines, survey
 
-        check_vllm(config)
-        inputs = load_inputs(config)
-        print("\n".join(plan_lines(config, inputs)), file=sys.stderr)
+        found = survey(config)
+        print("\n".join(plan_lines(config, found)), file=sys.stderr)
         if is_dry:
             return 0
+        check_vllm(config)
+        inputs = found.inputs()
         from treerpo_ray.outcome import describe_outcome, summary_json
         from treerpo_ray.train import RunFailed, run
 

@@ -42,6 +42,18 @@ def small_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Conf
     return make
 
 
+@pytest.fixture
+def without_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No connection to Hugging Face, and nothing of it in a cache."""
+    import datasets
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray cluster of two CPUs, as on a laptop."""

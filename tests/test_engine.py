@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from treerpo_ray.algo.search import TreeShape, assemble
 from treerpo_ray.algo.tree import StopReason, Tree
 from treerpo_ray.config import Config
-from treerpo_ray.engine import CPU_BLOCK_SIZE, Engine, EngineStats
+from treerpo_ray.engine import CPU_BLOCK_SIZE, Engine, EngineStats, Sampling
 from treerpo_ray.policy import Policy, load_policy
 from treerpo_ray.prompts import load_tokenizer, resolve_model_path
 from treerpo_ray.weights import Manifest, pack_weights
@@ -30,12 +30,17 @@ class ServedEngine:
         self.actor = actor.remote(config, index, None)
         ray.get(self.actor.start.remote())
 
-    def start_tree(self, prompt_ids: list[int], seed: int, temperature: float = 1.0):
+    def start_tree(
+        self, prompt_ids: list[int], seed: int, temperature: float = 1.0, top_p: float = 1.0
+    ):
         grow = self.actor.grow.options(num_returns="streaming")
-        return grow.remote(prompt_ids, SHAPE, temperature, seed, [])
+        sampling = Sampling(temperature=temperature, top_p=top_p)
+        return grow.remote(prompt_ids, SHAPE, sampling, seed, [])
 
-    def tree(self, prompt_ids: list[int], seed: int, temperature: float = 1.0) -> Tree:
-        return collect(prompt_ids, self.start_tree(prompt_ids, seed, temperature))
+    def tree(
+        self, prompt_ids: list[int], seed: int, temperature: float = 1.0, top_p: float = 1.0
+    ) -> Tree:
+        return collect(prompt_ids, self.start_tree(prompt_ids, seed, temperature, top_p))
 
     def stats(self) -> EngineStats:
         return ray.get(self.actor.stats.remote())
@@ -107,6 +112,31 @@ def test_recorded_logprobs_are_the_learners_under_the_temperature(served, prompt
             logits = policy.model(torch.tensor([ids])).logits[0] / temperature
         expected = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
         assert recorded == pytest.approx(expected[len(prompts[0]) - 1 :].numpy(), abs=1e-4)
+
+
+def test_tokens_come_from_the_nucleus_and_are_recorded_within_it(served, prompts, policy) -> None:
+    top_p = 0.5
+    tree = served.tree(prompts[0], seed=1, temperature=2.0, top_p=top_p)
+    for leaf in tree.leaves:
+        ids = prompts[0] + tree.path_token_ids(leaf)
+        recorded = np.concatenate([tree.steps[i].logprobs for i in tree.path(leaf)])
+        with torch.no_grad():
+            policy.model.set_attn_implementation("sdpa")
+            logits = policy.model(torch.tensor([ids])).logits[0, len(prompts[0]) - 1 : -1]
+        sampled = torch.tensor(ids[len(prompts[0]) :])[:, None]
+        shares = (logits / 2.0).softmax(-1)
+        above = torch.where(shares > shares.gather(1, sampled), shares, 0).sum(-1)
+        assert (above < top_p + 1e-4).all()  # the likelier tokens alone do not fill the nucleus
+        nucleus = _nucleus(shares, top_p)
+        expected = (nucleus / nucleus.sum(-1, keepdim=True)).gather(1, sampled)[:, 0].log()
+        assert recorded == pytest.approx(expected.numpy(), abs=1e-3)
+
+
+def _nucleus(shares: torch.Tensor, top_p: float) -> torch.Tensor:
+    """`shares` with zeros outside the smallest set of tokens that has `top_p`."""
+    ordered, order = shares.sort(-1, descending=True)
+    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+    return torch.zeros_like(shares).scatter(-1, order, ordered)
 
 
 def test_steps_end_at_their_length_or_with_the_end_token(served, prompts) -> None:

@@ -164,7 +164,6 @@ def test_help_explains_every_section() -> None:
         ("model.path=nowhere/model/x", "model.path="),
         ("learner.num_workers=5", "must be a multiple"),
         ("tree.delimiter='ab'", "must be one"),
-        ("engine.resources.GPU=1", "needs vllm"),
         ("model.path=tests", "no *.safetensors"),
         ("verifier.check=treerpo_ray.nothing", "verifier.check="),
         ("engine.kv_cache_gib=null", "engine.kv_cache_gib is needed"),

@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from treerpo_ray.config import Config
 from treerpo_ray.config_file import load
-from treerpo_ray.plan import GIB, Inputs, count_parameters, load_inputs, plan_lines
+from treerpo_ray.plan import GIB, Inputs, count_parameters, load_inputs, plan_lines, survey
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = [
@@ -26,7 +26,7 @@ QUICKSTART = [
 def plan(*overrides: str) -> dict[str, str]:
     """The lines of a plan by their first words."""
     config = load([*QUICKSTART, *overrides])
-    lines = plan_lines(config, load_inputs(config))
+    lines = plan_lines(config, survey(config))
     assert all("\n" not in line for line in lines)
     return {line[:12].strip(): line[12:] for line in lines}
 
@@ -62,13 +62,16 @@ def test_the_plan_reports_both_data_sets(quickstart) -> None:
 
 def test_the_plan_counts_steps_tokens_trees_and_epochs(quickstart) -> None:
     assert quickstart["tree"] == (
-        "[4, 3] children of at most [23, 20] tokens: up to 16 steps and 332 tokens a question"
+        "[4, 3] children of at most [23, 20] tokens: up to 16 steps, 12 answers "
+        "and 332 tokens a question"
     )
     assert quickstart["step"] == (
         "24 trees: up to 384 requests and 7,968 sampled tokens, 2 optimizer step(s)"
     )
     assert quickstart["staleness"] == "at most 2 versions: 72 trees in flight"
-    assert quickstart["run length"] == "30 learner steps, 720 trees, 8.0 epochs"
+    assert quickstart["run length"] == (
+        "30 learner steps, 720 trees, 8.0 epochs, up to 60 optimizer steps"
+    )
 
 
 def test_the_plan_counts_memory_and_resources(quickstart) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
+import datasets
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from treerpo_ray.hub import Unreachable
 from treerpo_ray.problems import DataReport, Problem, load_problems
 from treerpo_ray.sections import PromptsConfig
 
@@ -42,15 +44,6 @@ def error_of(config: PromptsConfig) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hugging Face data sets without a network, with a cache of their own."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +88,7 @@ def test_a_uri_is_read_through_fsspec():
     assert [problem.answers for problem in problems] == ANSWERS
 
 
-def test_a_folder_is_loaded_as_a_hugging_face_data_set_with_split_and_subset(tmp_path, hub):
+def test_a_folder_is_loaded_as_a_hugging_face_data_set_with_split_and_subset(tmp_path, without_hub):
     folder = tmp_path / "gsm"
     (folder / "main").mkdir(parents=True)
     worked = "1+1=2\n#### 2"
@@ -115,13 +108,28 @@ def test_a_folder_is_loaded_as_a_hugging_face_data_set_with_split_and_subset(tmp
     assert "'quest'" in error_of(PromptsConfig(path=str(folder), question_column="quest"))
 
 
-def test_a_hugging_face_set_that_cannot_be_loaded_is_one_line(tmp_path, hub):
-    message = error_of(PromptsConfig(path="someone/some_set", split="test", subset="main"))
-    told = "not a file, and as a Hugging Face data set (split=test, subset=main) it cannot be"
-    assert message.startswith(f"prompts.path=someone/some_set: {told}")
+def test_a_hugging_face_set_that_cannot_be_loaded_is_one_line(tmp_path, without_hub):
     write(tmp_path, "train.jsonl", lines(*ROWS) + b"{bad\n")
     message = error_of(PromptsConfig(path=str(tmp_path)))
     assert message.startswith(f"prompts.path={tmp_path}: not a file, and as a Hugging Face")
+
+
+def test_an_id_that_cannot_be_looked_up_is_told_from_one_that_does_not_exist(
+    without_hub, monkeypatch
+):
+    config = PromptsConfig(path="someone/some_set", split="test", subset="main")
+    with pytest.raises(Unreachable, match=r"^prompts\.path=someone/some_set: there is no connect"):
+        load_problems(config)
+
+    def not_found(*arguments, **keywords):
+        raise datasets.exceptions.DatasetNotFoundError("doesn't exist on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", not_found)
+    told = "not a file, and as a Hugging Face data set (split=test, subset=main) it cannot be"
+    assert error_of(config).startswith(f"prompts.path=someone/some_set: {told}")
+    with pytest.raises(ValueError) as caught:
+        load_problems(config)
+    assert not isinstance(caught.value, Unreachable)
 
 
 @pytest.mark.parametrize("task", ["", "chains10/", "countdown/"])

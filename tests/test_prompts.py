@@ -9,6 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 import treerpo_ray
+from treerpo_ray.hub import Unreachable
 from treerpo_ray.problems import Problem
 from treerpo_ray.prompts import (
     PromptSet,
@@ -117,6 +118,13 @@ def test_a_corrupt_generation_config_and_a_model_without_end_token_are_one_line(
 def test_a_folder_without_a_tokenizer_is_one_line_with_the_key(tmp_path):
     with pytest.raises(ValueError, match=r"^model\.path=.*: no tokenizer \(.*\)$"):
         load_tokenizer(str(tmp_path), trust_remote_code=False)
+
+
+def test_a_model_id_that_cannot_be_looked_up_is_told_from_a_folder_without_a_tokenizer(
+    without_hub,
+):
+    with pytest.raises(Unreachable, match=r"^model\.path=someone/model: there is no connection"):
+        load_tokenizer("someone/model", trust_remote_code=False)
 
 
 def test_a_relative_model_path_is_found_here_first_and_then_beside_the_package(

@@ -27,6 +27,7 @@ from treerpo_ray.sections import (
 
 POSITIVE = (
     *("run.num_steps", "tree.temperature", "gate.trees_per_step", "evaluate.num_samples"),
+    "evaluate.top_p",
     *("engine.num_engines", "engine.tensor_parallel", "engine.max_num_seqs"),
     *("engine.gpu_memory_utilization", "engine.cpu_threads", "engine.start_timeout_s"),
     *("engine.request_timeout_s", "verifier.num_workers", "verifier.timeout_s"),
@@ -75,6 +76,8 @@ class Config:
         for key in NOT_NEGATIVE:
             if (value := attrgetter(key)(self)) < 0:
                 raise ValueError(f"{key}={value} must not be negative")
+        if self.evaluate.top_p > 1:
+            raise ValueError(f"evaluate.top_p={self.evaluate.top_p} must not be more than 1")
         self._check_engine()
         workers, trees = self.learner.num_workers, self.gate.trees_per_step
         if trees % (workers * self.learner.minibatches):

@@ -42,6 +42,16 @@ MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn."""
+
+    temperature: float
+    top_p: float = 1.0
+    """Tokens come from the smallest set that has this probability; recorded log-probabilities
+    are those within it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """What an engine has done since it started."""
 
@@ -131,12 +141,12 @@ class Engine:
         self,
         prompt_ids: list[int],
         shape: TreeShape,
-        temperature: float,
+        sampling: Sampling,
         seed: int,
         held: list[SiblingGroup],
     ) -> AsyncIterator[SiblingGroup]:
         """Grow a tree from the groups held; yields groups as they finish, parents first."""
-        sampler = _Sampler(self, temperature)
+        sampler = _Sampler(self, sampling)
         async for group in grow(prompt_ids, shape, sampler, seed=seed, held=held):
             yield group
 
@@ -147,7 +157,7 @@ class Engine:
         max_tokens: int,
         delimiters: tuple[int, ...],
         seed: int,
-        temperature: float,
+        sampling: Sampling,
     ) -> Step:
         """One continuation; see `treerpo_ray.algo.search.Sampler`."""
         from vllm import SamplingParams
@@ -157,7 +167,8 @@ class Engine:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         params = SamplingParams(
-            temperature=temperature,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
             max_tokens=max_tokens,
             seed=seed,
             stop_token_ids=[*self._end_ids, *delimiters],
@@ -264,10 +275,10 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class _Sampler:
-    """An engine at one temperature, as the search wants it."""
+    """An engine with its way to draw, as the search wants it."""
 
     engine: Engine
-    temperature: float
+    sampling: Sampling
 
     async def sample(
         self, prefix: list[int], *, max_tokens: int, delimiters: tuple[int, ...], seed: int
@@ -277,7 +288,7 @@ class _Sampler:
             max_tokens=max_tokens,
             delimiters=delimiters,
             seed=seed,
-            temperature=self.temperature,
+            sampling=self.sampling,
         )
 
 

@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from treerpo_ray.actor import Actor
 from treerpo_ray.algo.search import SiblingGroup, TreeShape, assemble, step_seed
 from treerpo_ray.config import Config
-from treerpo_ray.engine import EngineStats
+from treerpo_ray.engine import EngineStats, Sampling
 from treerpo_ray.engines import Engines, Member, first_line
 from treerpo_ray.gate import Ticket
 from treerpo_ray.prompts import PromptSet
@@ -133,7 +133,7 @@ class EnginePool:
             self.prompts,
             self.shape,
             ticket.seed,
-            self.config.tree.temperature,
+            Sampling(temperature=self.config.tree.temperature),
         )
         record = replace(record, num_redraws=num_redraws, redrawn_tokens=redrawn_tokens)
         self._finished[ticket.number] = record
@@ -155,7 +155,7 @@ class EnginePool:
         prompts: PromptSet,
         shape: TreeShape,
         seed: int,
-        temperature: float,
+        sampling: Sampling,
     ) -> TreeRecord:
         """Grow one tree, on as many engines as it takes."""
         start = time.monotonic()
@@ -166,7 +166,7 @@ class EnginePool:
             member = await self.engines.pick()
             member.num_trees += 1
             try:
-                await self._collect(member, groups, prompt_ids, shape, temperature, seed)
+                await self._collect(member, groups, prompt_ids, shape, sampling, seed)
                 break
             except (RayError, TimeoutError) as error:
                 attempt += 1
@@ -203,12 +203,12 @@ class EnginePool:
         groups: list[SiblingGroup],
         prompt_ids: list[int],
         shape: TreeShape,
-        temperature: float,
+        sampling: Sampling,
         seed: int,
     ) -> None:
         """Append the groups that the engine finishes to `groups`."""
         stream = member.actor.grow.options(num_returns="streaming").remote(
-            prompt_ids, shape, temperature, seed, list(groups)
+            prompt_ids, shape, sampling, seed, list(groups)
         )
         name = f"engine {member.index} to finish a step group"
         try:
@@ -256,12 +256,12 @@ class EnginePool:
         return [number for number in self._finished if number < end]
 
     async def evaluate(
-        self, prompts: PromptSet, shape: TreeShape, temperature: float, seed: int
+        self, prompts: PromptSet, shape: TreeShape, sampling: Sampling, seed: int
     ) -> AsyncIterator[TreeRecord]:
         """One tree for each prompt, as they finish; used with depth 1, outside the gate."""
         grows = [
             asyncio.ensure_future(
-                self._grow(number, number, prompts, shape, step_seed(seed, (number,)), temperature)
+                self._grow(number, number, prompts, shape, step_seed(seed, (number,)), sampling)
             )
             for number in range(len(prompts))
         ]

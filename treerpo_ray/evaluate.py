@@ -13,6 +13,7 @@ from jaxtyping import Float
 from treerpo_ray.actor import Actor
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config import Config
+from treerpo_ray.engine import Sampling
 from treerpo_ray.metrics import Row
 from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import TreeRecord
@@ -90,8 +91,9 @@ def evaluate(
     shape = TreeShape(
         num_children=(settings.num_samples,), step_tokens=(config.shape.max_answer_tokens,)
     )
+    sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p)
     trees = pool.evaluate.options(num_returns="streaming").remote(
-        prompts, shape, settings.temperature, config.run.seed
+        prompts, shape, sampling, config.run.seed
     )
     records: list[TreeRecord] = []
     waiting: list[TreeRecord] = []

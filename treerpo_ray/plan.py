@@ -1,20 +1,39 @@
 """The plan: what a run will do and need, worked out before anything is started."""
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from treerpo_ray.cluster import local_resources, missing_resources, needed_resources
+from treerpo_ray.cluster import check_vllm, local_resources, missing_resources, needed_resources
 from treerpo_ray.config import Config
+from treerpo_ray.hub import Unreachable, is_unreachable
 from treerpo_ray.problems import DataReport, load_problems
 from treerpo_ray.prompts import PromptSet, load_tokenizer, one_token, resolve_model_path
+from treerpo_ray.sections import PromptsConfig
 from treerpo_ray.verifier import is_module
+
+T = TypeVar("T")
 
 GIB = 2**30
 LEARNER_BYTES = 16
 """Bytes a parameter in the learner: weight, gradient and two moments of AdamW, float32 each."""
+REFERENCE_BYTES = 4
+"""Bytes a parameter of the reference model, which a KL term needs beside it."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)B(?![A-Za-z])")
+"""Billions of parameters in the name of a model, as in Qwen2.5-Math-1.5B."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSet:
+    """A data set of a run, and its prompts if there is a tokenizer to make them."""
+
+    report: DataReport
+    prompts: PromptSet | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,14 +41,45 @@ class Inputs:
     """The checked inputs of a run."""
 
     prompts: PromptSet
-    report: DataReport
     held_out: PromptSet | None
-    held_out_report: DataReport | None
     delimiters: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """The inputs of a run as far as they can be looked at from here; None is what cannot."""
+
+    train: DataSet | None
+    held_out: DataSet | None
+    delimiters: tuple[int, ...]
+    num_parameters: int | None
+    unchecked: tuple[str, ...]
+    """A line for each input that could not be looked up for want of a connection."""
+
+    def inputs(self) -> Inputs:
+        """The inputs of a run that may start.
+
+        Raises:
+            ValueError: something could not be looked up.
+        """
+        if self.unchecked:
+            raise ValueError(self.unchecked[0])
+        assert self.train is not None and self.train.prompts is not None  # else it is unchecked
+        return Inputs(
+            prompts=self.train.prompts,
+            held_out=None if self.held_out is None else self.held_out.prompts,
+            delimiters=self.delimiters,
+        )
+
+
 def load_inputs(config: Config) -> Inputs:
-    """Load and check data, tokenizer, model folder and verifier.
+    """Load and check data, tokenizer, model folder and verifier; raises as `survey` does, and
+    also where something cannot be looked up."""
+    return survey(config).inputs()
+
+
+def survey(config: Config) -> Survey:
+    """Look at data, tokenizer, model and verifier.
 
     Raises:
         ValueError: a data set, a column, the tokenizer, the delimiter, the model folder or the
@@ -40,29 +90,49 @@ def load_inputs(config: Config) -> Inputs:
     folder = Path(resolve_model_path(config.model.path))
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise ValueError(f"model.path={config.model.path}: the folder has no *.safetensors weights")
-    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-    delimiter = config.tree.delimiter
-    delimiters = () if delimiter is None else (one_token(tokenizer, delimiter),)
-    problems, report = load_problems(config.prompts)
-    prompts = PromptSet.encode(problems, tokenizer, config.prompts)
-    held_out, held_out_report = None, None
+    unchecked: list[str] = []
+
+    def reached(look: Callable[[], T]) -> T | None:
+        try:
+            return look()
+        except Unreachable as error:
+            unchecked.append(str(error))
+            return None
+
+    model = config.model
+    tokenizer = reached(lambda: load_tokenizer(model.path, model.trust_remote_code))
+    delimiters: tuple[int, ...] = ()
+    if config.tree.delimiter is not None and tokenizer is not None:
+        delimiters = (one_token(tokenizer, config.tree.delimiter),)
+    train = reached(lambda: _load_data(config.prompts, "prompts", tokenizer))
+    held_out = None
     if config.evaluate.data.path:
-        held, held_out_report = load_problems(config.evaluate.data, "evaluate.data")
-        held_out = PromptSet.encode(held, tokenizer, config.evaluate.data, "evaluate.data")
-    return Inputs(
-        prompts=prompts,
-        report=report,
+        held_out = reached(lambda: _load_data(config.evaluate.data, "evaluate.data", tokenizer))
+    return Survey(
+        train=train,
         held_out=held_out,
-        held_out_report=held_out_report,
         delimiters=delimiters,
+        num_parameters=reached(lambda: count_parameters(config)),
+        unchecked=tuple(dict.fromkeys(unchecked)),
     )
+
+
+def _load_data(
+    config: PromptsConfig, section: str, tokenizer: PreTrainedTokenizerBase | None
+) -> DataSet:
+    problems, report = load_problems(config, section)
+    prompts = None
+    if tokenizer is not None:
+        prompts = PromptSet.encode(problems, tokenizer, config, section)
+    return DataSet(report=report, prompts=prompts)
 
 
 def count_parameters(config: Config) -> int:
     """Parameters of the model, without loading its weights.
 
     Raises:
-        ValueError: there is no model at `model.path`.
+        ValueError: there is no model at `model.path`; `Unreachable` if the id could not be
+            looked up.
     """
     import torch
 
@@ -74,43 +144,86 @@ def count_parameters(config: Config) -> int:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config)
     except (OSError, ValueError) as error:
+        if is_unreachable(error):
+            raise Unreachable(f"model.path={config.model.path}") from error
         raise ValueError(f"model.path={config.model.path}: {str(error).splitlines()[0]}") from error
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def plan_lines(config: Config, inputs: Inputs) -> list[str]:
-    """The plan in plain words, a line each."""
-    shape, gate, num_parameters = config.shape, config.gate, count_parameters(config)
-    trees, engines = gate.trees_per_step, config.engine.num_engines
+def plan_lines(config: Config, found: Survey) -> list[str]:
+    """The plan in plain words, a line each; what is missing or unchecked comes last."""
+    shape, gate, run = config.shape, config.gate, config.run
+    trees, minibatches = gate.trees_per_step, config.learner.minibatches
     in_flight = trees * (1 + gate.max_staleness)
-    copies = 1 + (config.loss.kl_coef > 0) / 4
-    learner_gib = LEARNER_BYTES * copies * num_parameters / GIB
-    engine_gib = DTYPE_BYTES[config.model.dtype] * num_parameters / GIB
-    kv_gib = config.engine.kv_cache_gib
-    cache = "the rest of its GPU" if kv_gib is None else f"{kv_gib:g} GiB"
+    length = f"{run.num_steps} learner steps, {run.num_steps * trees:,} trees"
+    if found.train is not None and found.train.prompts is not None:
+        length += f", {run.num_steps * trees / len(found.train.prompts):.1f} epochs"
     needed = needed_resources(config)
-    lacking = missing_resources(needed, local_resources(config))
-    lines = [
+    return [
         f"run         {config.folder}",
-        f"model       {config.model.path}: {num_parameters / 1e6:,.1f} M parameters",
-        f"data        {inputs.report}; {inputs.prompts.num_too_long} prompts too long",
+        f"model       {config.model.path}: {_size_line(config, found)}",
+        *_data_lines("data", found.train),
+        *_data_lines("held out", found.held_out),
         f"tree        {list(shape.num_children)} children of at most {list(shape.step_tokens)} "
-        f"tokens: up to {shape.max_steps:,} steps and "
+        f"tokens: up to {shape.max_steps:,} steps, {shape.max_leaves:,} answers and "
         f"{shape.max_sampled_tokens:,} tokens a question",
         f"step        {trees} trees: up to {trees * shape.max_steps:,} requests and "
-        f"{trees * shape.max_sampled_tokens:,} sampled tokens, "
-        f"{config.learner.minibatches} optimizer step(s)",
+        f"{trees * shape.max_sampled_tokens:,} sampled tokens, {minibatches} optimizer step(s)",
         f"staleness   at most {gate.max_staleness} versions: {in_flight} trees in flight",
-        f"run length  {config.run.num_steps} learner steps, "
-        f"{config.run.num_steps * trees:,} trees, "
-        f"{config.run.num_steps * trees / len(inputs.prompts):.1f} epochs",
-        f"memory      {config.learner.num_workers} worker(s) of {learner_gib:.2f} GiB and "
-        f"activations; {engines} engine(s) of {engine_gib:.2f} GiB and {cache} as KV cache",
+        f"run length  {length}, up to {run.num_steps * minibatches:,} optimizer steps",
+        f"memory      {_memory_line(config, found)}",
         "resources   " + ", ".join(f"{name} {amount:g}" for name, amount in needed.items()),
-        "missing     "
-        + (", ".join(f"{n} {a:g}" for n, a in lacking.items()) or "nothing")
-        + " (on this machine alone)",
+        *_missing_lines(config, needed),
+        *(f"unchecked   {line}" for line in found.unchecked),
     ]
-    if inputs.held_out is not None:
-        lines.insert(3, f"held out    {inputs.held_out_report}")
+
+
+def _data_lines(title: str, data: DataSet | None) -> list[str]:
+    if data is None:
+        return []
+    left_out = "" if data.prompts is None else f"; {data.prompts.num_too_long} prompts too long"
+    return [f"{title:12}{data.report}{left_out}"]
+
+
+def _num_parameters(config: Config, found: Survey) -> float | None:
+    """As counted, else as the model's name says."""
+    if found.num_parameters is not None:
+        return found.num_parameters
+    size = SIZE_IN_NAME.search(config.model.path)
+    return float(size[1]) * 1e9 if size else None
+
+
+def _size_line(config: Config, found: Survey) -> str:
+    size = _num_parameters(config, found)
+    if size is None:
+        return "parameters unknown"
+    if found.num_parameters is None:
+        return f"about {size / 1e6:,.0f} M parameters, by its name"
+    return f"{size / 1e6:,.1f} M parameters"
+
+
+def _memory_line(config: Config, found: Survey) -> str:
+    """Every worker holds the whole model with its optimizer, every engine a copy."""
+    size = _num_parameters(config, found)
+    if size is None:
+        return "unknown, as the model is"
+    has_reference = config.loss.kl_coef > 0
+    learner_gib = (LEARNER_BYTES + has_reference * REFERENCE_BYTES) * size / GIB
+    engine_gib = DTYPE_BYTES[config.model.dtype] * size / GIB
+    kv_gib = config.engine.kv_cache_gib
+    cache = "the rest of its GPU" if kv_gib is None else f"{kv_gib:g} GiB"
+    return (
+        f"{config.learner.num_workers} worker(s) of {learner_gib:.2f} GiB and activations; "
+        f"{config.engine.num_engines} engine(s) of {engine_gib:.2f} GiB and {cache} as KV cache"
+    )
+
+
+def _missing_lines(config: Config, needed: dict[str, float]) -> list[str]:
+    lacking = missing_resources(needed, local_resources(config))
+    amounts = ", ".join(f"{name} {amount:g}" for name, amount in lacking.items()) or "nothing"
+    lines = [f"missing     {amounts} (on this machine alone)"]
+    try:
+        check_vllm(config)
+    except ValueError as error:
+        lines.append(f"missing     {error}")
     return lines

@@ -8,7 +8,6 @@ import codecs
 import difflib
 import gzip
 import json
-import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet
 
+from treerpo_ray.hub import HUB_ID, Unreachable, is_unreachable
 from treerpo_ray.quickstart import task
 from treerpo_ray.sections import PromptsConfig
 
@@ -29,7 +29,6 @@ QUICKSTART = "quickstart:"
 DEFAULT_TASK = "chains4"
 QUICKSTART_SEED = 0
 SUFFIXES = (".jsonl", ".json", ".parquet")
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +71,8 @@ def load_problems(
 
     Raises:
         ValueError: nothing to read, a corrupt row, an unknown column or an empty data set; one
-            line with the key, the file, the row and what to do.
+            line with the key, the file, the row and what to do. `Unreachable` if a Hugging Face
+            id could not be looked up.
     """
     if not config.path:
         raise ValueError(f"{section}.path is empty: give a file, a URI or a Hugging Face id")
@@ -84,6 +84,8 @@ def load_problems(
         different = _drop_duplicates(answered)
         _check_problems(rows, different, config)
     except ValueError as error:
+        if is_unreachable(error):
+            raise Unreachable(f"{section}.path={config.path}") from error
         raise ValueError(f"{section}.path={config.path}: {one_line(error)}") from error
     used = different[: config.num_problems]
     return used, DataReport(

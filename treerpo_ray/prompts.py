@@ -10,7 +10,8 @@ from pathlib import Path
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, BatchEncoding, GenerationConfig, PreTrainedTokenizerBase
 
-from treerpo_ray.problems import HUB_ID, Problem, one_line
+from treerpo_ray.hub import HUB_ID, Unreachable, is_unreachable
+from treerpo_ray.problems import Problem, one_line
 from treerpo_ray.sections import PromptsConfig
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[1]
@@ -71,12 +72,15 @@ def load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedTokeni
     """Load the tokenizer of a model folder or Hugging Face id.
 
     Raises:
-        ValueError: there is no such folder, or no tokenizer in it.
+        ValueError: there is no such folder, or no tokenizer in it; `Unreachable` if the id could
+            not be looked up.
     """
     resolved = resolve_model_path(model_path)
     try:
         return AutoTokenizer.from_pretrained(resolved, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        if is_unreachable(error):
+            raise Unreachable(f"model.path={model_path}") from error
         raise ValueError(f"model.path={model_path}: no tokenizer ({one_line(error)})") from error
 
 

@@ -201,6 +201,8 @@ class EvaluateConfig:
     """Answers a problem; Pass@1 is their mean."""
     temperature: float = 0.6
     """Sampling temperature."""
+    top_p: float = 1.0
+    """Tokens are drawn from the smallest set that has this probability."""
     every: int = 0
     """Learner steps between evaluations during training; 0: only before and after."""
 

@@ -11,6 +11,7 @@ the engine's prefix cache spares the repeated prefill.
 
 import asyncio
 import hashlib
+import math
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -60,6 +61,11 @@ class TreeShape:
     def max_steps(self) -> int:
         """Steps of a tree in which no branch ends early: sum over depths of prod(N)."""
         return int(sum(np.cumprod(self.num_children)))
+
+    @property
+    def max_leaves(self) -> int:
+        """Answers of a tree in which no branch ends early."""
+        return math.prod(self.num_children)
 
     @property
     def max_sampled_tokens(self) -> int:
