@@ -34,7 +34,8 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Learner steps of which there is a complete-looking checkpoint, ascending."""
         found = self._fs.glob(f"{self._root}/step=*/{LIST_FILE}")
-        return sorted(int(path.split("/")[-2].removeprefix("step=")) for path in found)
+        names = [path.split("/")[-2].removeprefix("step=") for path in found]
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         """Have `write` fill a folder and make it the checkpoint of `step`.
@@ -125,6 +126,8 @@ def _fault(folder: Path) -> str | None:
         files = json.loads((folder / LIST_FILE).read_text())
     except (OSError, ValueError) as error:
         return f"{LIST_FILE} cannot be read ({error})"
+    if not isinstance(files, dict) or not files:
+        return f"{LIST_FILE} is no list of files"
     for name, digest in files.items():
         if not (folder / name).is_file():
             return f"{name} is missing"

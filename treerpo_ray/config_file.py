@@ -14,6 +14,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from treerpo_ray.config import Config
+from treerpo_ray.problems import one_line
 
 
 def load(arguments: list[str]) -> Config:
@@ -23,6 +24,13 @@ def load(arguments: list[str]) -> Config:
         ValueError: a file is missing, a key is unknown or a value is impossible; one line that
             names it and the fix.
     """
+    try:
+        return _load(arguments)
+    except ValueError as error:
+        raise ValueError(one_line(error)) from error
+
+
+def _load(arguments: list[str]) -> Config:
     merged = OmegaConf.structured(Config)
     for argument in arguments:
         try:
@@ -32,6 +40,9 @@ def load(arguments: list[str]) -> Config:
             raise ValueError(f"{argument}: {_explain(error)}") from error
         except TypeError as error:
             raise ValueError(f"{argument}: a list stands where keys belong") from error
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError) as e:
+            # OmegaConf and YAML were not made for just any text.
+            raise ValueError(f"{argument}: cannot be read: {type(e).__name__}: {e}") from e
     try:
         return cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
