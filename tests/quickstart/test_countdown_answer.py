@@ -1,12 +1,17 @@
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from treerpo_ray.config_file import load
+from treerpo_ray.plan import load_inputs
+from treerpo_ray.quickstart import task
 from treerpo_ray.quickstart.countdown_answer import SELF_TEST, check_answer, evaluate
 from treerpo_ray.verifier import Answer, Verdict, Verifier
 
+FILE = Path(__file__).parents[2] / "conf/countdown.yaml"
 REFERENCE = ("12 3 25=40",)
 
 
@@ -102,18 +107,25 @@ def test_any_text_gets_a_verdict(text, is_cut_off):
     assert check_answer(text, REFERENCE, is_cut_off) in (True, False, None)
 
 
-def test_the_verifier_grades_with_it_in_its_own_process():
-    with Verifier("treerpo_ray.quickstart.countdown_answer", 1, 5.0, 256) as verifier:
+def test_a_run_of_the_domain_has_its_problems_and_its_verifier_by_configuration_alone():
+    config = load([str(FILE), "prompts.num_problems=40", "model.path=treerpo_ray/quickstart/model"])
+    inputs = load_inputs(config)
+    rows = task.problems("countdown", "train", 40, 0)
+    assert len(inputs.delimiters) == 1
+    assert [problem.question for problem in inputs.prompts.problems] == [r.question for r in rows]
+    answers = [
+        Answer(text=row.solution, references=problem.answers, is_cut_off=False)
+        for row, problem in zip(rows, inputs.prompts.problems, strict=True)
+    ]
+    swapped = [
+        Answer(text=row.solution, references=answer.references, is_cut_off=False)
+        for row, answer in zip(rows[1:], answers, strict=False)
+    ]
+    half = Answer(text=rows[0].solution[:-1], references=answers[0].references, is_cut_off=True)
+    corrupt = Answer(text=rows[0].solution, references=("40",), is_cut_off=False)
+    settings = config.verifier
+    with Verifier(settings.check, 1, settings.timeout_s, settings.memory_mib) as verifier:
         verifier.self_test()
-        answers = [
-            Answer(text="#### 25+12+3", references=REFERENCE, is_cut_off=False),
-            Answer(text="#### 25+12", references=REFERENCE, is_cut_off=False),
-            Answer(text="#### 25+12", references=REFERENCE, is_cut_off=True),
-            Answer(text="#### 25+12", references=("corrupt",), is_cut_off=False),
-        ]
-        assert verifier.grade(answers) == [
-            Verdict.CORRECT,
-            Verdict.WRONG,
-            Verdict.CUT_OFF,
-            Verdict.ERRORED,
-        ]
+        assert set(verifier.grade(answers)) == {Verdict.CORRECT}
+        assert set(verifier.grade(swapped)) == {Verdict.WRONG}
+        assert verifier.grade([half, corrupt]) == [Verdict.CUT_OFF, Verdict.ERRORED]

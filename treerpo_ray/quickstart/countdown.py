@@ -1,4 +1,4 @@
-"""Countdown: reach a target from three or four numbers, each used once, with + - * and /.
+"""Countdown: reach a target from three numbers, each used once, with + - * and /.
 
     question   12 3 25=40?
     solution   25+12=37
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
-NUM_NUMBERS = (3, 4)
+NUM_NUMBERS = 3
 SMALL, LARGE = (2, 9), (10, 50)  # ranges of the numbers; either is as likely
 LARGEST = 99
 SMALLEST_TARGET = 10
@@ -112,9 +112,7 @@ def after(values: Sequence[Value], line: Line) -> list[Value]:
 def draw_countdown(rng: random.Random) -> Countdown:
     """Draw numbers and lines at random; a target that is too small is drawn again."""
     while True:
-        numbers = tuple(
-            rng.randint(*rng.choice((SMALL, LARGE))) for _ in range(rng.choice(NUM_NUMBERS))
-        )
+        numbers = tuple(rng.randint(*rng.choice((SMALL, LARGE))) for _ in range(NUM_NUMBERS))
         values, lines = to_values(numbers), []
         while len(values) > 1:
             lines.append(rng.choice(next_lines(values)))
