@@ -66,7 +66,7 @@ LONGER = Recipe(
 )
 RECIPES = {
     "chains4": Recipe(),
-    "chains10": replace(LONGER, slip_rate=0.1),
+    "chains10": replace(LONGER, slip_rate=0.07),
     "chains10_hard": replace(LONGER, slip_rate=0.35),
     "countdown": Recipe(
         start=MODEL_FOLDER,
