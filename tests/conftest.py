@@ -13,6 +13,15 @@ os.environ.setdefault("WANDB_MODE", "offline")
 from treerpo_ray.config import Config
 from treerpo_ray.config_file import load
 
+SECRETS = {
+    name: f"{number}{'5ec2e7' * 7}"[:40]
+    for number, name in enumerate(
+        ("WANDB_API_KEY", "HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    )
+}
+"""Secrets in the environment of every test: none of them may turn up in what a run writes."""
+os.environ |= SECRETS
+
 # Property tests draw the same examples in each run and have no deadline on a busy machine.
 settings.register_profile("reproducible", derandomize=True, database=None, deadline=None)
 settings.load_profile("reproducible")
@@ -29,6 +38,11 @@ SMALL = [
     "checkpoint.every=2",
 ]
 """The quickstart, small enough for a test."""
+
+
+def holds_secret(content: bytes) -> bool:
+    """Whether one of SECRETS stands in what was written."""
+    return any(secret.encode() in content for secret in SECRETS.values())
 
 
 @pytest.fixture(scope="session")

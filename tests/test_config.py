@@ -232,3 +232,33 @@ def test_the_defaults_as_described_can_be_given_as_they_stand() -> None:
     shown = re.findall(r"^  (\w+\.\w+) = (.*)$", describe(), re.MULTILINE)
     assert len(shown) > 50
     assert load([f"{key}={default}" for key, default in shown]) == Config()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "run.root=s3://AKIA:wJalr@bucket/runs",
+        "run.root=https://hf_abc@example.com/runs",
+        "prompts.path=https://example.com/train.jsonl?X-Amz-Signature=abc",
+        "evaluate.data.path='simplecache::s3://AKIA:wJalr@bucket/test.jsonl'",
+        "model.path=https://example.com/model?api_key=abc",
+    ],
+)
+def test_a_credential_in_a_setting_is_refused_and_not_repeated(value) -> None:
+    key, _, secret = value.partition("=")
+    with pytest.raises(ValueError, match=f"^{re.escape(key)} holds a credential") as caught:
+        load([value])
+    assert secret not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "run.root=s3://bucket/runs@home",
+        "run.root=abfs://container@account.dfs.core.windows.net/runs",
+        "prompts.path=https://example.com/train.jsonl?download=true",
+        "prompts.system_prompt='Which key=value pairs? Mail a@b.c.'",
+    ],
+)
+def test_an_address_without_a_credential_is_accepted(value) -> None:
+    load([value])

@@ -7,10 +7,12 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from tests.conftest import ROOT, SMALL
@@ -22,6 +24,10 @@ TINY = [
     "gate.trees_per_step=4",
     "evaluate.data.num_problems=6",
 ]
+
+
+TOKEN = uuid.uuid4().hex
+WITH_TOKEN = {"Authorization": f"Bearer {TOKEN}"}
 
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -36,11 +42,12 @@ def free_port() -> int:
 
 @pytest.fixture
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A cluster started as a user starts it; yields the address of its job server."""
+    """A cluster started as a user starts it, with a token; yields the address of its job server."""
     folder = Path("/tmp") / f"tr{os.getpid()}"  # Ray's sockets need a short path
     dashboard = free_port()
     environment = os.environ | {
-        "RAY_AUTH_MODE": "disabled",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     head = subprocess.Popen(
@@ -63,7 +70,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     deadline = time.monotonic() + 60
     while True:
         try:
-            JobSubmissionClient(address)
+            JobSubmissionClient(address, headers=WITH_TOKEN)
             break
         except ConnectionError:
             assert time.monotonic() < deadline, "the cluster did not come up"
@@ -76,7 +83,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.mark.ray
 @pytest.mark.engine
 def test_the_job_runs_when_it_is_submitted_to_a_cluster(cluster: str, tmp_path: Path) -> None:
-    client = JobSubmissionClient(cluster)
+    with pytest.raises(AuthenticationError, match="Missing authentication token"):
+        JobSubmissionClient(cluster).list_jobs()
+    client = JobSubmissionClient(cluster, headers=WITH_TOKEN)
     overrides = " ".join([*TINY, f"run.root={tmp_path}", "run.name=job"])
     deadline = time.monotonic() + 60
     while True:
@@ -184,3 +193,31 @@ def test_a_run_that_the_cluster_cannot_hold_says_what_is_missing(tmp_path: Path)
     done = run_script("conf/quickstart.yaml", f"run.root={tmp_path}", "engine.num_engines=99")
     assert done.returncode == 2
     assert "the cluster lacks {'CPU': " in done.stderr
+
+
+OUTSIDER = """
+import os, subprocess, sys, ray
+from treerpo_ray.cluster import connected
+from treerpo_ray.config import Config
+with connected(Config()):
+    address = ray.get_runtime_context().gcs_address
+    join = f"import ray; ray.init(address='{address}', log_to_driver=False)"
+    for token in ("wrong", os.environ["RAY_AUTH_TOKEN"]):
+        env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+        done = subprocess.run([sys.executable, "-c", join], env=env, capture_output=True, text=True)
+        print(done.returncode, "nauthenticated" in done.stderr)
+"""
+
+
+@pytest.mark.ray
+def test_nobody_without_its_token_joins_the_ray_that_a_job_starts(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
+    done = subprocess.run(
+        [sys.executable, "-c", OUTSIDER],
+        cwd=ROOT,
+        env=environment | {"HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines() == ["1 True", "0 False"], done.stderr
+    assert not (tmp_path / ".ray").exists()  # the token is in no file

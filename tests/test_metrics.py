@@ -10,6 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from tests.conftest import SECRETS, holds_secret
 from treerpo_ray import spool, wandb_run
 from treerpo_ray.config import Config
 from treerpo_ray.metrics import Event, RunLog, latest_rows, read_lines
@@ -180,17 +181,12 @@ def test_a_store_that_takes_nothing_is_an_error_that_names_the_spool(monkeypatch
     assert (run_log._spool.path / "metrics.jsonl").exists()
 
 
-def test_wandb_gets_the_rows_on_the_step_axis_and_no_credentials(tmp_path, fake_wandb):
-    config = Config(
-        run=RunConfig(name="small", root=f"memory://key:secret@{uuid.uuid4().hex}"),
-        metrics=MetricsConfig(wandb_project="p"),
-    )
-    write(config, [{"step": 1, "reward/mean": 0.5}])
+def test_wandb_gets_the_configuration_and_the_rows_on_the_step_axis(tmp_path, fake_wandb):
+    write(run_config(tmp_path, "p"), [{"step": 1, "reward/mean": 0.5}])
     assert fake_wandb.axis == ("*", "step")
     assert fake_wandb.rows[0]["reward/mean"] == 0.5
     assert fake_wandb.is_finished
     assert fake_wandb.settings["mode"] is None
-    assert "secret" not in str(fake_wandb.settings["config"])
     assert fake_wandb.settings["config"]["run"]["name"] == "small"
 
 
@@ -255,6 +251,23 @@ def test_the_real_wandb_writes_offline_files_without_a_key(tmp_path):
     assert "wandb_stopped" not in done.stderr
     (saved,) = (tmp_path / "small/wandb").glob("offline-run-*/*.wandb")
     assert b"reward/mean" in saved.read_bytes()
+
+
+def test_no_secret_of_the_environment_reaches_the_files_of_a_real_wandb(tmp_path):
+    script = (
+        "from tests.test_metrics import run_config, write; import sys;"
+        "write(run_config(sys.argv[1], 'p'), [{'step': 0, 'reward/mean': 0.5}])"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        check=True,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "WANDB_MODE": "offline"} | SECRETS,
+        cwd=REPOSITORY,
+    )
+    files = [path for path in (tmp_path / "small").rglob("*") if path.is_file()]
+    assert any(b"reward/mean" in path.read_bytes() for path in files if path.suffix == ".wandb")
+    for path in files:
+        assert not holds_secret(path.read_bytes())
 
 
 def test_wandb_is_not_imported_when_it_is_off(tmp_path):

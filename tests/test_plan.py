@@ -1,6 +1,9 @@
 """The plan of a run: its numbers are those of the configuration, the data and the model."""
 
+import json
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,6 +134,33 @@ def test_an_input_that_is_not_as_it_must_be_is_one_line_with_its_key(override, t
     with pytest.raises(ValueError, match=told) as caught:
         inputs(override)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_with_code_of_its_own_is_refused_and_the_code_not_run(
+    tmp_path, monkeypatch
+) -> None:
+    modules = "transformers.dynamic_module_utils.HF_MODULES_CACHE"  # where code is copied to
+    monkeypatch.setattr(modules, str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    folder, marker = tmp_path / "model", tmp_path / "marker"
+    shutil.copytree(ROOT / "treerpo_ray/quickstart/model", folder)
+    odd = {"AutoConfig": "odd.Config", "AutoModelForCausalLM": "odd.Model"}
+    named = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(named | {"model_type": "odd", "auto_map": odd}))
+    (folder / "odd.py").write_text(
+        f"open({str(marker)!r}, 'w').close()\n"
+        "from transformers import Qwen2Config, Qwen2ForCausalLM\n"
+        "class Config(Qwen2Config): model_type = 'odd'\n"
+        "class Model(Qwen2ForCausalLM): config_class = Config\n"
+    )
+    with pytest.raises(ValueError, match=r"model\.trust_remote_code=true") as caught:
+        inputs(f"model.path={folder}")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="custom code"):  # and by whoever would load it
+        count_parameters(load([*QUICKSTART, f"model.path={folder}"]))
+    assert not marker.exists()
+    count_parameters(load([*QUICKSTART, f"model.path={folder}", "model.trust_remote_code=true"]))
+    assert marker.exists()  # the code is what this test thinks that it is
 
 
 def test_a_model_folder_without_a_model_is_one_line_with_its_key(tmp_path) -> None:

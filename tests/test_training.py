@@ -15,6 +15,7 @@ import rich.console
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.conftest import holds_secret
 from treerpo_ray.actor import Actor, make_actor
 from treerpo_ray.analysis import Run
 from treerpo_ray.config import Config
@@ -68,6 +69,13 @@ def test_a_run_leaves_everything_that_its_folder_promises(strict) -> None:
     assert metrics.loc[1:, "version"].tolist() == [1, 2, 3]
     assert len(run.evaluations()) == 2
     assert "3/3" in shown and "Pass@1" in shown
+
+
+def test_no_secret_of_the_environment_is_in_the_run_folder(strict) -> None:
+    run, _, shown = strict
+    assert not holds_secret(shown.encode())
+    for path in Path(run.folder).rglob("*"):
+        assert not path.is_file() or not holds_secret(path.read_bytes()), path
 
 
 def test_the_exported_model_is_what_was_trained(strict) -> None:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import logging
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,6 @@ import ray
 from ray._private.state import state as ray_state
 
 from treerpo_ray.config import Config
-from treerpo_ray.tree_stream import TASK_CPUS
 
 
 def check_vllm(config: Config) -> None:
@@ -45,10 +45,11 @@ def _is_installed(name: str) -> bool:
 
 def needed_resources(config: Config) -> dict[str, float]:
     """Sum of what engines, learner workers and the stream reserve."""
-    needed = {"CPU": TASK_CPUS}
+    needed: dict[str, float] = {}
     for count, resources in (
         (config.engine.num_engines, config.engine.resources),
         (config.learner.num_workers, config.learner.resources),
+        (1, config.verifier.resources),
     ):
         for name, amount in resources.items():
             needed[name] = needed.get(name, 0.0) + count * amount
@@ -83,8 +84,9 @@ def connected(config: Config) -> Iterator[None]:
     else:
         needed = needed_resources(config)
         slots = {name: needed[name] for name in needed if name.endswith("_slot")}
-        # A cluster of one process tree on loopback needs no token; set the mode to override.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # Ray listens on every interface, and who may talk to it may run code. Unless told otherwise
+        # it asks for a token: one that only the processes of this run know.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         ray.init(
             address="local",
             resources=slots,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from treerpo_ray.algo.loss import LossConfig
 from treerpo_ray.algo.search import TreeShape
+from treerpo_ray.credentials import credential_keys
 from treerpo_ray.sections import (
     CheckpointConfig,
     EngineConfig,
@@ -70,6 +71,11 @@ class Config:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self) -> None:
+        for key in credential_keys(self):
+            raise ValueError(
+                f"{key} holds a credential, which would be written into config.yaml and W&B: give "
+                "it to the store by its environment variables or profile"
+            )
         for key in POSITIVE:
             if not (value := attrgetter(key)(self)) > 0:
                 raise ValueError(f"{key}={value} must be more than 0")

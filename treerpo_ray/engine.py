@@ -8,6 +8,7 @@ every finished step. Ray wraps the class where the pool is built.
 import asyncio
 import itertools
 import logging
+import multiprocessing
 import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ class EngineStats:
     num_sampled_tokens: int
     cpu_s: float
     """CPU time of the engine's processes on the actor's machine."""
+    version: int
+    """Version of the weights that vLLM serves."""
 
 
 class Engine:
@@ -82,8 +85,8 @@ class Engine:
         if log_folder is not None:
             redirect_output(Path(log_folder) / f"engine-{index}.log")
 
-    async def start(self) -> int:
-        """Load the model; returns this process's id once the engine can sample."""
+    async def start(self) -> tuple[int, int]:
+        """Load the model; returns the ids of this process and of vLLM's core once it can sample."""
         os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
         if not self._is_gpu:
             os.environ |= CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(self.config.engine.cpu_threads)}
@@ -95,7 +98,9 @@ class Engine:
         self._end_ids = frozenset(end_token_ids(path, tokenizer))
         self._llm: AsyncLLM = AsyncLLM.from_engine_args(self._engine_args())
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
-        return os.getpid()
+        [core] = multiprocessing.active_children()
+        assert core.pid is not None  # it runs
+        return os.getpid(), core.pid
 
     @property
     def _is_gpu(self) -> bool:
@@ -202,8 +207,7 @@ class Engine:
             return _error_step()
         versions = np.zeros(len(ids), np.int32)
         for span in done.weight_versions or []:
-            # "default" is what vLLM calls the weights that it was started with.
-            versions[span.start : span.end] = 0 if span.version == "default" else int(span.version)
+            versions[span.start : span.end] = _version(span.version)
         assert isinstance(done.logprobs, FlatLogprobs)  # as requested
         is_end = int(ids[-1]) in self._end_ids
         return Step(
@@ -266,6 +270,7 @@ class Engine:
             num_cached_tokens=int(self._totals[2]),
             num_sampled_tokens=int(self._totals[3]),
             cpu_s=cpu_seconds(),
+            version=_version(await self._llm.get_weight_version()),
         )
 
     async def stop(self) -> None:
@@ -290,6 +295,11 @@ class _Sampler:
             seed=seed,
             sampling=self.sampling,
         )
+
+
+def _version(label: str) -> int:
+    """Version behind vLLM's label; "default" are the weights that it was started with."""
+    return 0 if label == "default" else int(label)
 
 
 def _error_step() -> Step:

@@ -92,7 +92,7 @@ class Engines:
 
     async def _bring_up(self, member: Member) -> None:
         """Start an engine, give it the latest weights, and let it serve once it has proved them."""
-        pid: int = await self.wait_for(
+        pid, core = await self.wait_for(
             member.actor.start.remote(),
             f"engine {member.index} to start",
             self.config.engine.start_timeout_s,
@@ -103,7 +103,9 @@ class Engines:
             assert served is not None  # versions only ever replace each other
             await self._load(member, served, should_probe=True)
         member.is_serving = True
-        self.note("engine_serving", engine=member.index, pid=pid, starts=member.num_starts)
+        self.note(
+            "engine_serving", engine=member.index, pid=pid, core=core, starts=member.num_starts
+        )
         async with self.changed:
             self.changed.notify_all()
 

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from treerpo_ray.cluster import check_vllm, local_resources, missing_resources, needed_resources
 from treerpo_ray.config import Config
@@ -90,6 +96,7 @@ def survey(config: Config) -> Survey:
     folder = Path(resolve_model_path(config.model.path))
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise ValueError(f"model.path={config.model.path}: the folder has no *.safetensors weights")
+    _check_own_code(config)
     unchecked: list[str] = []
 
     def reached(look: Callable[[], T]) -> T | None:
@@ -127,6 +134,25 @@ def _load_data(
     return DataSet(report=report, prompts=prompts)
 
 
+def _check_own_code(config: Config) -> None:
+    """Refuse a model that only Python code of its own can load, unless that may run.
+
+    Raises:
+        ValueError: it is such a model.
+    """
+    if config.model.trust_remote_code:
+        return
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(resolve_model_path(config.model.path))
+    except OSError:
+        return  # there is no model; whoever loads it says so
+    if "auto_map" in found and found.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"model.path={config.model.path}: this model comes with Python code of its own; read "
+            "it, and if you trust it set model.trust_remote_code=true"
+        )
+
+
 def count_parameters(config: Config) -> int:
     """Parameters of the model, without loading its weights.
 
@@ -142,7 +168,9 @@ def count_parameters(config: Config) -> int:
             path, trust_remote_code=config.model.trust_remote_code
         )
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config)
+            model = AutoModelForCausalLM.from_config(
+                model_config, trust_remote_code=config.model.trust_remote_code
+            )
     except (OSError, ValueError) as error:
         if is_unreachable(error):
             raise Unreachable(f"model.path={config.model.path}") from error

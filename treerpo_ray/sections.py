@@ -131,6 +131,8 @@ class VerifierConfig:
     """Memory of one process."""
     max_error_share: float = 0.1
     """Share of the last 1000 answers that may end without a verdict before the run stops."""
+    resources: dict[str, float] = field(default_factory=lambda: {"CPU": 0.1})
+    """Ray resources of the task that scores and streams trees, such as {CPU: 4, score_slot: 1}."""
     false_positive_rate: float = 0.0
     """Share of wrong answers that training is told are right; to study noisy rewards."""
     false_negative_rate: float = 0.0

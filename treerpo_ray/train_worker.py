@@ -1,5 +1,6 @@
 """Train worker: the loop that each Ray Train worker runs, from restored state to last step."""
 
+import math
 import os
 import threading
 import time
@@ -133,7 +134,7 @@ class TrainWorker:
     def _open(self) -> None:
         """Bring engines, gate and log to where the learner is, before the first ticket."""
         self._publish()
-        self._engine_shares()
+        self._engine_metrics()
         gate, pool = self.stations.gate, self.stations.pool
         session: int = ray.get(gate.restart.remote(self.step))
         first = self.step * self.config.gate.trees_per_step
@@ -182,7 +183,6 @@ class TrainWorker:
             raise RuntimeError(f"tickets {tickets} are no share of learner step {self.step}: {own}")
 
     def _report(self, result: UpdateResult, version: int, times: dict[str, float]) -> None:
-        hit_rate, cpu_s = self._engine_shares()
         row: Row = {
             "step": self.step,
             "version": self.learner.version,
@@ -190,8 +190,7 @@ class TrainWorker:
             **result.metrics,
             **times,
             "tokens/per_s": result.stats.num_sampled_tokens / times["time/step_s"],
-            "engine/prefix_hit_rate": hit_rate,
-            "time/cpu_s": cpu_s,
+            **self._engine_metrics(),
         }
         ray.get(self.stations.run_log.step.remote(row))
         self._note(
@@ -202,10 +201,10 @@ class TrainWorker:
             version=self.learner.version,
         )
 
-    def _engine_shares(self) -> tuple[float, float]:
-        """Share of prompt tokens found in prefix caches, and CPU time of engines and this worker.
+    def _engine_metrics(self) -> Row:
+        """What the engines did since the last row, with this process's CPU time, and serve now.
 
-        Both since the last call; the totals start anew with an engine that was replaced.
+        The totals start anew with an engine that was replaced; that step's shares are zero.
         """
         stats: list[EngineStats] = ray.get(self.stations.pool.stats.remote())
         asked = sum(engine.num_prompt_tokens for engine in stats)
@@ -213,9 +212,14 @@ class TrainWorker:
         cpu_s = time.process_time() + sum(engine.cpu_s for engine in stats)
         since = asked - self.asked, cached - self.cached, cpu_s - self.cpu_s
         self.asked, self.cached, self.cpu_s = asked, cached, cpu_s
-        if since[0] < 0:
-            return 0.0, 0.0
-        return since[1] / max(since[0], 1), since[2]
+        is_whole = since[0] >= 0
+        versions = [engine.version for engine in stats]
+        return {
+            "engine/prefix_hit_rate": since[1] / max(since[0], 1) if is_whole else 0.0,
+            "time/cpu_s": since[2] if is_whole else 0.0,
+            "engine/oldest_version": min(versions, default=math.nan),
+            "engine/newest_version": max(versions, default=math.nan),
+        }
 
     def _publish(self) -> None:
         """Have every engine serve the learner's weights."""

@@ -39,18 +39,18 @@ WAIT_S = 10.0
 """Time after which the reader asks anew, and says that it waits."""
 SCORED_TREES = 16
 """Most trees scored at a time: more make fewer calls, fewer are scored sooner."""
-TASK_CPUS = 0.1
-"""CPUs that Ray reserves for the stream; it mostly waits."""
 
 
 def tree_stream(config: Config, pool: Actor, run_log: Actor) -> Callable[[], ray.data.Dataset]:
     """A callable that makes the data set of shares; each call is a stream of its own."""
 
     def make() -> ray.data.Dataset:
+        resources = dict(config.verifier.resources)
         stream = ray.data.read_datasource(
             ScoredTrees(config, pool, run_log, uuid.uuid4().hex),
             override_num_blocks=1,
-            num_cpus=TASK_CPUS,
+            num_cpus=resources.pop("CPU", 0),
+            resources=resources,  # what the CPUs left
             # Ray would run a lost task again and drop as many shares as had come out before,
             # although they would be other trees: better the workers start anew and say so.
             ray_remote_args={"max_retries": 0},
@@ -91,9 +91,12 @@ class ScoredTrees(Datasource):
 
 
 def _shares(config: Config, pool: Actor, run_log: Actor, reader: str) -> Iterator[pa.Table]:
+    def on_start(pid: int) -> None:
+        run_log.event.remote(Event(kind="verifier_started", fields={"pid": pid}))
+
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     shares: Shares | None = None
-    with closing(Scorer(config, tokenizer)) as scorer:
+    with closing(Scorer(config, tokenizer, on_start)) as scorer:
         while True:
             trees: list[TreeRecord] | None = ray.get(pool.take.remote(reader, SCORED_TREES, WAIT_S))
             if trees is None:
@@ -132,13 +135,19 @@ def _noisy(tree: TreeRecord, config: Config) -> TreeRecord:
 class Scorer:
     """Gives every leaf of a tree its text and its verdict."""
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        on_start: Callable[[int], None] = lambda pid: None,
+    ) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.verifier = Verifier(
             check=config.verifier.check,
             num_workers=config.verifier.num_workers,
             timeout_s=config.verifier.timeout_s,
             memory_mib=config.verifier.memory_mib,
+            on_start=on_start,
         )
         self.verifier.self_test()
         self.error_share = ErrorShare(config.verifier.max_error_share)

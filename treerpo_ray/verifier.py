@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from multiprocessing.connection import Connection, Pipe, wait
@@ -92,12 +92,20 @@ class Verifier:
         num_workers: processes.
         timeout_s: seconds for one answer.
         memory_mib: memory that a process may take on top of what its imports took.
+        on_start: told the process id of each worker, also of one that replaces another.
 
     Raises:
         ValueError: no module of the name `check`, or a number that isn't positive.
     """
 
-    def __init__(self, check: str, num_workers: int, timeout_s: float, memory_mib: int) -> None:
+    def __init__(
+        self,
+        check: str,
+        num_workers: int,
+        timeout_s: float,
+        memory_mib: int,
+        on_start: Callable[[int], None] = lambda pid: None,
+    ) -> None:
         if not is_module(check):
             raise ValueError(f"verifier.check: no module {check!r}; name one as package.module")
         for name, number in (
@@ -108,6 +116,7 @@ class Verifier:
             if not number > 0:
                 raise ValueError(f"verifier.{name} must be positive, not {number}")
         self._check, self._timeout_s, self._memory_mib = check, timeout_s, memory_mib
+        self._on_start = on_start
         self._lock = threading.Lock()
         self._self_test: list[tuple[str, list[str], bool | None]] = []
         self._num_start_failures = 0
@@ -195,6 +204,7 @@ class Verifier:
         theirs.close()
         deadline = time.monotonic() + START_TIMEOUT_S
         self._workers.append(_Worker(process=process, connection=ours, deadline=deadline))
+        self._on_start(process.pid)
 
     def _send(self, worker: _Worker, answers: Sequence[Answer], todo: deque[int]) -> None:
         share = math.ceil(len(todo) / (2 * len(self._workers)))

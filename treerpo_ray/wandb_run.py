@@ -3,11 +3,10 @@
 import dataclasses
 import os
 import queue
-import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,7 +94,7 @@ class WandbRun:
             id=id_file.read_text(),
             resume="allow",
             dir=str(self._folder),
-            config=_without_credentials(dataclasses.asdict(self._config)),
+            config=dataclasses.asdict(self._config),
             mode=None if has_key else "offline",
             # Metadata would hold the command line of a Ray worker, and with it Ray's password.
             settings=wandb.Settings(
@@ -108,14 +107,3 @@ class WandbRun:
         )
         run.define_metric("*", step_metric="step")
         return run
-
-
-def _without_credentials(section: Mapping[str, object]) -> dict[str, object]:
-    """A config section with `user:password@` taken out of every URI in it."""
-    shown = dict(section)
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            shown[key] = _without_credentials(value)
-        elif isinstance(value, str):
-            shown[key] = re.sub(r"(?<=://)[^/@\s]+@", "", value)
-    return shown

@@ -1,0 +1,192 @@
+"""Ledger: what the events, rows and trees of a run say of its tickets, whatever died meanwhile.
+
+A learner that starts anew at step s takes back every consumption from s on; what is left must be
+each step once, in order, with the tickets that are its own.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from treerpo_ray.metrics import Row, Scalar
+
+Fields = Mapping[str, Scalar]
+"""One event of `events.jsonl`: `time` (Unix seconds), `kind` and its own fields."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConsumedTree:
+    """A tree that a learner step was trained on."""
+
+    ticket: int
+    min_version: int
+    max_version: int
+
+
+def standing(events: Sequence[Fields]) -> tuple[list[Fields], list[str]]:
+    """The `consumed` events that no restart took back, and what is wrong with their order."""
+    kept: list[Fields] = []
+    faults = []
+    for event in events:
+        if event["kind"] == "learner_started":
+            step = _int(event["step"])
+            if step > len(kept):
+                faults.append(f"the learner went on at step {step} after {len(kept)} steps")
+            kept = kept[:step]
+        elif event["kind"] == "consumed":
+            if event["step"] != len(kept):
+                faults.append(f"step {event['step']} was consumed when {len(kept)} was due")
+            kept.append(event)
+    return kept, faults
+
+
+def check_ledger(
+    events: Sequence[Fields],
+    rows: Sequence[Row],
+    trees: Mapping[int, Sequence[ConsumedTree]],
+    *,
+    num_steps: int,
+    trees_per_step: int,
+    max_staleness: int,
+) -> list[str]:
+    """Everything that is wrong with a finished run; nothing if it kept all its promises.
+
+    Args:
+        events: `events.jsonl`, all sessions.
+        rows: Metrics by learner step (1 is the first), as the last restart left them.
+        trees: Trees that were trained on, by learner step (0 is the first).
+        num_steps: Learner steps that the run was to do.
+        trees_per_step: Trees that a step consumes.
+        max_staleness: Versions that a tree may be behind.
+    """
+    consumed, faults = standing(events)
+    if len(consumed) != num_steps:
+        faults.append(f"{len(consumed)} steps stand, should be {num_steps}")
+    if sorted(trees) != list(range(num_steps)):
+        faults.append(f"trees are there of {len(trees)} steps, should be {num_steps}")
+    version = 0
+    for step, event in enumerate(consumed):
+        found = sorted(tree.ticket for tree in trees.get(step, ()))
+        if found != list(range(step * trees_per_step, (step + 1) * trees_per_step)):
+            faults.append(f"step {step} was trained on tickets {found}")
+        for tree in trees.get(step, ()):
+            if not version - max_staleness <= tree.min_version <= tree.max_version <= version:
+                faults.append(
+                    f"ticket {tree.ticket} is of versions {tree.min_version} to "
+                    f"{tree.max_version}, trained on at {version}"
+                )
+        version = _int(event["version"])
+    return faults + _version_faults(events, rows, version, num_steps)
+
+
+def _version_faults(
+    events: Sequence[Fields], rows: Sequence[Row], version: int, num_steps: int
+) -> list[str]:
+    """Whether learner, checkpoint and every engine ended with the same version."""
+    faults = []
+    steps = [row for row in rows if "version" in row]
+    if [row["step"] for row in steps] != list(range(1, num_steps + 1)):
+        faults.append(f"metrics are there of {len(steps)} steps, should be {num_steps}")
+    for row in steps:
+        served = {row["engine/oldest_version"], row["engine/newest_version"]}
+        if served != {row["version"]}:
+            faults.append(
+                f"after step {row['step']:.0f} of version {row['version']:.0f} the engines "
+                f"serve {sorted(served)}"
+            )
+    last = {
+        kind: [event["version"] for event in events if event["kind"] == kind][-1:]
+        for kind in ("published", "checkpoint")
+    }
+    faults += [
+        f"the last {kind} has version {found}, the learner {version}"
+        for kind, found in last.items()
+        if found != [version]
+    ]
+    return faults
+
+
+class Victim(StrEnum):
+    """What a failure drill kills."""
+
+    ENGINE = "engine"
+    """The actor of an engine."""
+    CORE = "core"
+    """vLLM's core process of an engine."""
+    LEARNER = "learner"
+    """A Ray Train worker."""
+    VERIFIER = "verifier"
+    """A process that grades."""
+    NODE = "node"
+    """A node of the cluster, with the engine on it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kill:
+    """A process that was killed, at a Unix time in seconds."""
+
+    time: float
+    victim: Victim
+    pid: int
+    engine: int | None = None
+    """Engine that it belonged to."""
+
+
+def draw_schedule(num_kills: int, num_steps: int, seed: int) -> list[tuple[int, Victim]]:
+    """Learner steps after which something dies, ascending, all victims equally often.
+
+    The first and the last step are left alone, so that every kill hits a run that is going on.
+
+    Raises:
+        ValueError: there are fewer than three steps.
+    """
+    if num_steps < 3:
+        raise ValueError(f"{num_steps} steps are too few for a drill: at least 3")
+    rng = random.Random(seed)
+    victims = [list(Victim)[number % len(Victim)] for number in range(num_kills)]
+    rng.shuffle(victims)
+    room = num_steps - 2
+    steps = [1 + number * room // num_kills for number in range(num_kills)]
+    return list(zip(steps, victims, strict=True))
+
+
+RECOVERED = {
+    Victim.ENGINE: "engine_serving",
+    Victim.CORE: "engine_serving",
+    Victim.NODE: "engine_serving",
+    Victim.LEARNER: "consumed",
+    Victim.VERIFIER: "verifier_started",
+}
+"""Event that shows that what was killed is made good."""
+
+
+def recovery_s(kill: Kill, events: Sequence[Fields]) -> float | None:
+    """Seconds until what was killed was there again; None if it never was."""
+    for event in events:
+        is_late = _float(event["time"]) > kill.time
+        is_same = kill.engine is None or event.get("engine") == kill.engine
+        if is_late and is_same and event["kind"] == RECOVERED[kill.victim]:
+            return _float(event["time"]) - kill.time
+    return None
+
+
+def serving(events: Sequence[Fields]) -> dict[int, Fields]:
+    """Of each engine that serves, the event that says so."""
+    found: dict[int, Fields] = {}
+    for event in events:
+        if event["kind"] == "engine_serving":
+            found[_int(event["engine"])] = event
+        elif event["kind"] == "engine_lost":
+            found.pop(_int(event["engine"]), None)
+    return found
+
+
+def _int(value: Scalar) -> int:
+    assert isinstance(value, int)
+    return value
+
+
+def _float(value: Scalar) -> float:
+    assert isinstance(value, float | int)
+    return value
