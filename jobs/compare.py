@@ -35,6 +35,9 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
     results = read_results(comparison, folder)
     if not results:
         print(f"there are no results in {folder} yet", file=sys.stderr)

@@ -171,7 +171,11 @@ def print_table(table: Report) -> None:
 
 
 def write_plot(comparison: Comparison, results: list[Result], folder: Path) -> None:
-    """Training reward of each arm against learner steps, tokens and time: `curves.png`, `.csv`."""
+    """Training reward of each arm against learner steps, tokens and time: `curves.csv`.
+
+    `curves.png` draws the arms that have the most seeds.
+    """
+    most = max(arm.num_seeds for arm in comparison.arms.values())
     settings = [s for s in comparison.settings if any(r.trial.setting == s for r in results)]
     figure = Figure(figsize=(12, 3.2 * len(settings)), layout="constrained")
     grid = figure.subplots(len(settings), 3, squeeze=False)
@@ -181,8 +185,9 @@ def write_plot(comparison: Comparison, results: list[Result], folder: Path) -> N
             for arm in comparison.arms:
                 if own := _of(results, setting, arm):
                     at, mean, half = _curve(own, metric)
-                    axes.plot(at, mean, label=arm, linewidth=1.4)
-                    axes.fill_between(at, mean - half, mean + half, alpha=0.15)
+                    if comparison.arms[arm].num_seeds == most:
+                        axes.plot(at, mean, label=arm, linewidth=1.4)
+                        axes.fill_between(at, mean - half, mean + half, alpha=0.15)
                     rows += [
                         (setting, arm, title, *point) for point in zip(at, mean, half, strict=True)
                     ]
