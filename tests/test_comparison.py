@@ -50,7 +50,7 @@ def make_result(trial: Trial, pass_at_1: float, num_steps: int = 20) -> Result:
     """A run whose training reward is 0.04 times the step; a step takes 2 CPU seconds."""
     evaluation = Evaluation(
         **dict.fromkeys(Evaluation.__dataclass_fields__, 0.0)
-        | {"pass_at_1": pass_at_1, "length": 40.0}
+        | {"pass_at_1": pass_at_1, "length": 40.0, "scores": {}}
     )
     steps = [float(step) for step in range(1, num_steps + 1)]
     curve = {name: [2.0] * num_steps for name in CURVE}

@@ -10,9 +10,11 @@ from tests.algo.trees import make_tree
 from treerpo_ray.algo.tree import ROOT
 from treerpo_ray.config import Config
 from treerpo_ray.config_file import load
-from treerpo_ray.evaluate import Evaluation, bootstrap_interval, read, save, summarise
+from treerpo_ray.evaluate import Evaluation, Graded, read, save
+from treerpo_ray.evaluate import summarise as summarise_graded
 from treerpo_ray.records import TreeRecord
-from treerpo_ray.verifier import Verdict
+from treerpo_ray.scores import Score, bootstrap_interval
+from treerpo_ray.verdict import Verdict
 
 C, W = Verdict.CORRECT, Verdict.WRONG
 CUT, SLOW, ERR = Verdict.CUT_OFF, Verdict.TIMED_OUT, Verdict.ERRORED
@@ -49,6 +51,15 @@ def graded(*verdicts: Verdict, length: int = 2) -> TreeRecord:
         tree=tree,
         leaf_texts=("",) * len(verdicts),
         verdicts=verdicts,
+    )
+
+
+def summarise(
+    config: Config, records: list[TreeRecord], step: int, version: int, seconds: float
+) -> Evaluation:
+    graded = [Graded(record=record, group=None) for record in records]
+    return summarise_graded(
+        config, graded, data="held.jsonl", step=step, version=version, seconds=seconds
     )
 
 
@@ -134,11 +145,12 @@ def test_an_evaluation_comes_back_from_the_run_folder(place: str, tmp_path) -> N
     assert read(folder, 12) is None
     saved = summarise(config(), [graded(C, W, C)], step=12, version=3, seconds=0.5)
     save(saved, folder)
+    assert isinstance(saved.scores["pass@1"], Score)
     assert read(folder, 12) == saved
     assert read(folder, 13) is None
 
 
-def test_an_evaluation_is_a_flat_json_object_in_the_file_of_its_step(tmp_path) -> None:
+def test_an_evaluation_is_a_json_object_in_the_file_of_its_step(tmp_path) -> None:
     saved = summarise(config(), [graded(C, W, C)], step=12, version=3, seconds=0.5)
     save(saved, str(tmp_path))
     written = json.loads((tmp_path / "eval/step=000012.json").read_text())

@@ -493,3 +493,15 @@ def test_the_pool_takes_at_most_a_millisecond_more_than_plain_math_verify():
         f"{pool_s / len(rows) * 1e3:.3f} ms in the pool, {plain_s / len(rows) * 1e3:.3f} ms plain"
     )
     assert pool_s <= plain_s + 1e-3 * len(rows)
+
+
+def test_equal_answers_are_one_group_in_the_workers(verifier):
+    texts = [r"\boxed{\frac12}", "I do not know.", "#### 0.5", r"\boxed{3}", "The answer is 1/2."]
+    answers = [Answer(text=text, references=(), is_cut_off=False) for text in texts]
+    assert verifier.group([answers, answers[3:], []]) == [[0, -1, 0, 1, 0], [0, 1], []]
+
+
+def test_a_domain_that_finds_no_answers_groups_none():
+    answers = [Answer(text="1+2", references=("3",), is_cut_off=False)] * 2
+    with Verifier("treerpo_ray.quickstart.countdown_answer", 1, 5.0, 512) as countdown:
+        assert countdown.group([answers]) == [None]

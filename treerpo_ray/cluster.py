@@ -43,14 +43,14 @@ def _is_installed(name: str) -> bool:
     return True
 
 
-def needed_resources(config: Config) -> dict[str, float]:
-    """Sum of what engines, learner workers and the stream reserve."""
+def needed_resources(config: Config, *, trains: bool = True) -> dict[str, float]:
+    """Sum of what engines reserve and, if the job trains, learner workers and the stream."""
+    engine, learner = config.engine, config.learner
+    parts = [(engine.num_engines, engine.resources)]
+    if trains:
+        parts += [(learner.num_workers, learner.resources), (1, config.verifier.resources)]
     needed: dict[str, float] = {}
-    for count, resources in (
-        (config.engine.num_engines, config.engine.resources),
-        (config.learner.num_workers, config.learner.resources),
-        (1, config.verifier.resources),
-    ):
+    for count, resources in parts:
         for name, amount in resources.items():
             needed[name] = needed.get(name, 0.0) + count * amount
     return needed
@@ -72,17 +72,17 @@ def missing_resources(needed: dict[str, float], available: dict[str, float]) -> 
 
 
 @contextmanager
-def connected(config: Config) -> Iterator[None]:
+def connected(config: Config, *, trains: bool = True) -> Iterator[None]:
     """Connect to the cluster that the environment names, or start one here for the while.
 
     Raises:
         ValueError: the run needs more than the cluster has or can scale to; names what and where
             to change it.
     """
+    needed = needed_resources(config, trains=trains)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:
-        needed = needed_resources(config)
         slots = {name: needed[name] for name in needed if name.endswith("_slot")}
         # Ray listens on every interface, and who may talk to it may run code. Unless told otherwise
         # it asks for a token: one that only the processes of this run know.
@@ -95,7 +95,7 @@ def connected(config: Config) -> Iterator[None]:
             logging_level=logging.WARNING,
         )
     try:
-        lacking = missing_resources(needed_resources(config), _cluster_limits())
+        lacking = missing_resources(needed, _cluster_limits())
         if lacking:
             raise ValueError(
                 f"the cluster lacks {lacking} for this run: change engine.num_engines, "

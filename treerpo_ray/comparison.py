@@ -188,8 +188,8 @@ def read_results(comparison: Comparison, folder: Path) -> list[Result]:
                     trial=Trial(**found["trial"]),
                     version=found["version"],
                     config=found["config"],
-                    before=Evaluation(**found["before"]),
-                    after=Evaluation(**found["after"]),
+                    before=Evaluation.from_fields(found["before"]),
+                    after=Evaluation.from_fields(found["after"]),
                     # A result may be older than a metric.
                     curve={name: found["curve"].get(name, []) for name in CURVE},
                 )

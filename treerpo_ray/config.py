@@ -84,6 +84,13 @@ class Config:
                 raise ValueError(f"{key}={value} must not be negative")
         if self.evaluate.top_p > 1:
             raise ValueError(f"evaluate.top_p={self.evaluate.top_p} must not be more than 1")
+        if self.evaluate.max_tokens is not None and self.evaluate.max_tokens < 1:
+            raise ValueError(f"evaluate.max_tokens={self.evaluate.max_tokens} must be more than 0")
+        if any(not 1 <= k <= self.evaluate.num_samples for k in self.evaluate.pass_ks):
+            raise ValueError(
+                f"evaluate.pass_ks={list(self.evaluate.pass_ks)} must lie between 1 and "
+                f"evaluate.num_samples={self.evaluate.num_samples}"
+            )
         self._check_engine()
         workers, trees = self.learner.num_workers, self.gate.trees_per_step
         if trees % (workers * self.learner.minibatches):
@@ -128,8 +135,15 @@ class Config:
     @property
     def max_model_tokens(self) -> int:
         """Tokens that an engine must hold: the longest prompt of any data set and an answer."""
-        used = [self.prompts, self.evaluate.data] if self.evaluate.data.path else [self.prompts]
-        return max(data.max_prompt_tokens for data in used) + self.shape.max_answer_tokens
+        evaluated = (self.evaluate.data, *self.evaluate.benchmarks.values())
+        longest = [d.max_prompt_tokens + self.max_evaluated_tokens for d in evaluated if d.path]
+        trained = [self.max_path_tokens] if self.prompts.path or not longest else []
+        return max(trained + longest)
+
+    @property
+    def max_evaluated_tokens(self) -> int:
+        """Most tokens of an answer that is evaluated."""
+        return self.evaluate.max_tokens or self.shape.max_answer_tokens
 
     @property
     def folder(self) -> str:

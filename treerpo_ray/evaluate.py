@@ -1,29 +1,69 @@
-"""Evaluation: k answers to each held-out problem, graded by the same verifier as training."""
+"""Evaluation: k answers to each held-out problem, graded by the same verifier as training.
+
+An evaluation leaves two files: NAME.json with the scores and NAME.parquet with every sample.
+"""
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
-from jaxtyping import Float
 
 from treerpo_ray.actor import Actor
 from treerpo_ray.algo.search import TreeShape
+from treerpo_ray.algo.tree import StopReason
 from treerpo_ray.config import Config
 from treerpo_ray.engine import Sampling
 from treerpo_ray.metrics import Row
 from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import TreeRecord
+from treerpo_ray.scores import Samples, Score, powers_of_two, scores
 from treerpo_ray.tree_stream import Scorer
-from treerpo_ray.verifier import Verdict
+from treerpo_ray.verdict import Verdict
 
-NUM_RESAMPLES = 10_000
-"""Bootstrap resamples behind an interval."""
 GRADE_TREES = 32
 """Problems that are graded at a time, while the engines go on."""
+SAMPLES = pa.schema(
+    [
+        ("problem", pa.string()),
+        ("question", pa.string()),
+        ("references", pa.list_(pa.string())),
+        ("sample", pa.int32()),
+        ("text", pa.string()),
+        ("verdict", pa.string()),
+        ("num_tokens", pa.int32()),
+        ("is_cut_off", pa.bool_()),
+        ("group", pa.int32()),
+    ]
+)
+"""A row a sample; `group` numbers the equal answers of a problem, -1 for none, null: not known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graded:
+    """A problem with its graded samples."""
+
+    record: TreeRecord
+    group: list[int] | None
+    """As `Verifier.group` tells."""
+
+    @property
+    def samples(self) -> Samples:
+        """What the scores are of."""
+        steps = [self.record.tree.steps[leaf] for leaf in self.record.tree.leaves]
+        verdicts = self.record.verdicts
+        return Samples(
+            is_correct=np.array([v.reward if v.is_reward else np.nan for v in verdicts]),
+            length=np.array([len(step.token_ids) for step in steps]),
+            is_cut_off=np.array([step.stop is StopReason.BOUNDARY for step in steps]),
+            group=None if self.group is None else np.array(self.group),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +91,15 @@ class Evaluation:
     """Answers without a verdict (errored or timed out); they count as neither right nor wrong."""
     num_sampled_tokens: int
     seconds: float
+    top_p: float = 1.0
+    scores: dict[str, Score] = field(default_factory=dict)
+    """Every statistic with its interval, by name: pass@k, maj@k, length, median_length, cut_off."""
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> "Evaluation":
+        """The inverse of `asdict`, from what JSON made of it."""
+        found = {name: Score(**score) for name, score in fields.get("scores", {}).items()}
+        return cls(**fields | {"scores": found})
 
     def row(self) -> Row:
         """Its row in `metrics.jsonl`."""
@@ -74,7 +123,7 @@ def evaluate(
     version: int,
     advance: Callable[[int], None],
 ) -> Evaluation:
-    """Sample, grade and summarise, into the run folder; engines must serve `version` already.
+    """Evaluate during training, into the run folder; engines must serve `version` already.
 
     Args:
         config: The run's configuration.
@@ -87,90 +136,144 @@ def evaluate(
         advance: Told how many more problems are done.
     """
     start = time.monotonic()
+    graded = grade_samples(config, prompts, pool, scorer, advance)
+    data, seconds = config.evaluate.data.path, time.monotonic() - start
+    result = summarise(config, graded, data=data, step=step, version=version, seconds=seconds)
+    save(result, config.folder)
+    save_samples(graded, config.folder, step_name(step))
+    ray.get(run_log.step.remote(result.row()))
+    return result
+
+
+def grade_samples(
+    config: Config,
+    prompts: PromptSet,
+    pool: Actor,
+    scorer: Scorer,
+    advance: Callable[[int], None],
+) -> list[Graded]:
+    """Sample `evaluate.num_samples` answers to each problem and grade them, in order of problems.
+
+    The arguments are those of `evaluate`.
+    """
     settings = config.evaluate
     shape = TreeShape(
-        num_children=(settings.num_samples,), step_tokens=(config.shape.max_answer_tokens,)
+        num_children=(settings.num_samples,), step_tokens=(config.max_evaluated_tokens,)
     )
     sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p)
     trees = pool.evaluate.options(num_returns="streaming").remote(
         prompts, shape, sampling, config.run.seed
     )
-    records: list[TreeRecord] = []
+    graded: list[Graded] = []
     waiting: list[TreeRecord] = []
+
+    def grade() -> None:
+        records = scorer.score(waiting)
+        pairs = zip(records, scorer.group(records), strict=True)
+        graded.extend(Graded(record=record, group=group) for record, group in pairs)
+        waiting.clear()
+
     for tree in trees:
         waiting.append(ray.get(tree))
         advance(1)
         if len(waiting) == GRADE_TREES:
-            records += scorer.score(waiting)
-            waiting = []
-    records += scorer.score(waiting)
-    result = summarise(config, records, step, version, time.monotonic() - start)
-    save(result, config.folder)
-    ray.get(run_log.step.remote(result.row()))
-    return result
+            grade()
+    grade()
+    return sorted(graded, key=lambda each: each.record.ticket)
 
 
 def summarise(
-    config: Config, records: list[TreeRecord], step: int, version: int, seconds: float
+    config: Config,
+    graded: Sequence[Graded],
+    *,
+    data: str,
+    step: int,
+    version: int,
+    seconds: float,
 ) -> Evaluation:
-    """Statistics of graded depth-1 trees.
+    """Statistics of graded samples.
 
     Raises:
         RuntimeError: not one answer has a verdict.
     """
     settings = config.evaluate
-    shares = np.array([_correct_share(record) for record in records])
-    shares = shares[~np.isnan(shares)]
-    if not len(shares):
-        raise RuntimeError(f"evaluation: none of {len(records)} problems has a graded answer")
-    low, high = bootstrap_interval(shares, seed=config.run.seed)
-    verdicts = [verdict for record in records for verdict in record.verdicts]
-    num_tokens = sum(record.tree.num_sampled_tokens for record in records)
+    problems = [each.samples for each in graded]
+    found: dict[str, Score] = {}
+    if problems:
+        found = scores(
+            problems,
+            pass_ks=settings.pass_ks or powers_of_two(settings.num_samples),
+            num_samples=settings.num_samples,
+            seed=config.run.seed,
+        )
+    if "pass@1" not in found:
+        raise RuntimeError(f"evaluation: none of {len(graded)} problems has a graded answer")
+    shares = np.array([problem.pass_at_1 for problem in problems])
+    verdicts = [verdict for each in graded for verdict in each.record.verdicts]
+    num_tokens = sum(each.record.tree.num_sampled_tokens for each in graded)
     return Evaluation(
         step=step,
         version=version,
-        data=settings.data.path,
-        num_problems=len(records),
+        data=data,
+        num_problems=len(graded),
         num_samples=settings.num_samples,
         temperature=settings.temperature,
-        pass_at_1=float(shares.mean()),
-        ci95_low=low,
-        ci95_high=high,
-        pass_at_k=float((shares > 0).mean()),
+        top_p=settings.top_p,
+        pass_at_1=found["pass@1"].value,
+        ci95_low=found["pass@1"].low,
+        ci95_high=found["pass@1"].high,
+        pass_at_k=float((shares[~np.isnan(shares)] > 0).mean()),
         length=num_tokens / len(verdicts),
         cut_off_share=verdicts.count(Verdict.CUT_OFF) / len(verdicts),
         errored_share=sum(not verdict.is_reward for verdict in verdicts) / len(verdicts),
         num_sampled_tokens=num_tokens,
         seconds=seconds,
+        scores=found,
     )
 
 
-def bootstrap_interval(values: Float[np.ndarray, " problems"], *, seed: int) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `values`, resampled by problem."""
-    levels, counts = np.unique(values, return_counts=True)  # a few: shares of k answers
-    rng = np.random.default_rng(seed)
-    resampled = rng.multinomial(len(values), counts / len(values), NUM_RESAMPLES)
-    means = resampled @ levels / len(values)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+def step_name(step: int) -> str:
+    """Name of the evaluation at a learner step."""
+    return f"step={step:06d}"
 
 
-def save(evaluation: Evaluation, folder: str) -> None:
-    """Write an evaluation into the run folder."""
+def save(evaluation: Evaluation, folder: str, name: str | None = None) -> None:
+    """Write an evaluation into `folder`/eval; it is named by its step if no name is given."""
     fs, root = fsspec.core.url_to_fs(folder)
     fs.makedirs(f"{root}/eval", exist_ok=True)
     text = json.dumps(asdict(evaluation), indent=1)
-    fs.pipe_file(f"{root}/eval/step={evaluation.step:06d}.json", text.encode())
+    fs.pipe_file(f"{root}/eval/{name or step_name(evaluation.step)}.json", text.encode())
+
+
+def save_samples(graded: Sequence[Graded], folder: str, name: str) -> None:
+    """Write the samples beside the evaluation of that name, as SAMPLES says."""
+    rows = []
+    for each in graded:
+        record, samples = each.record, each.samples
+        for number, (text, verdict) in enumerate(
+            zip(record.leaf_texts, record.verdicts, strict=True)
+        ):
+            rows.append(
+                {
+                    "problem": record.prompt_id,
+                    "question": record.question,
+                    "references": list(record.answers),
+                    "sample": number,
+                    "text": text,
+                    "verdict": verdict.value,
+                    "num_tokens": int(samples.length[number]),
+                    "is_cut_off": bool(samples.is_cut_off[number]),
+                    "group": None if each.group is None else each.group[number],
+                }
+            )
+    fs, root = fsspec.core.url_to_fs(folder)
+    fs.makedirs(f"{root}/eval", exist_ok=True)
+    table = pa.Table.from_pylist(rows, schema=SAMPLES)
+    pq.write_table(table, f"{root}/eval/{name}.parquet", filesystem=fs)
 
 
 def read(folder: str, step: int) -> Evaluation | None:
     """The evaluation at `step` that the run folder holds, if there is one."""
     fs, root = fsspec.core.url_to_fs(folder)
-    path = f"{root}/eval/step={step:06d}.json"
-    return Evaluation(**json.loads(fs.cat_file(path))) if fs.exists(path) else None
-
-
-def _correct_share(record: TreeRecord) -> float:
-    """Share of correct answers among those with a verdict; NaN if none has one."""
-    graded = [verdict for verdict in record.verdicts if verdict.is_reward]
-    return float(np.mean([v is Verdict.CORRECT for v in graded])) if graded else float("nan")
+    path = f"{root}/eval/{step_name(step)}.json"
+    return Evaluation.from_fields(json.loads(fs.cat_file(path))) if fs.exists(path) else None

@@ -205,6 +205,12 @@ class EvaluateConfig:
     """Sampling temperature."""
     top_p: float = 1.0
     """Tokens are drawn from the smallest set that has this probability."""
+    max_tokens: int | None = None
+    """Most tokens of an answer; as in training if not given."""
+    pass_ks: tuple[int, ...] = ()
+    """The k of pass@k; powers of two up to `num_samples` if none is named."""
+    benchmarks: dict[str, PromptsConfig] = field(default_factory=dict)
+    """Data sets by name, for `jobs/evaluate.py`; training evaluates `data` alone."""
     every: int = 0
     """Learner steps between evaluations during training; 0: only before and after."""
 

@@ -186,6 +186,22 @@ class Scorer:
             for record, leaf_texts in zip(records, texts, strict=True)
         ]
 
+    def group(self, records: list[TreeRecord]) -> list[list[int] | None]:
+        """Which leaves of each scored tree have equal answers; see `Verifier.group`."""
+        return self.verifier.group(
+            [
+                [
+                    Answer(
+                        text=text,
+                        references=(),
+                        is_cut_off=record.tree.steps[leaf].stop is StopReason.BOUNDARY,
+                    )
+                    for leaf, text in zip(record.tree.leaves, record.leaf_texts, strict=True)
+                ]
+                for record in records
+            ]
+        )
+
     def _leaf_texts(self, record: TreeRecord) -> tuple[str, ...]:
         tree = record.tree
         ids = [tree.path_token_ids(leaf) for leaf in tree.leaves]

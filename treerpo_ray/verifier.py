@@ -1,8 +1,9 @@
 """Verifier: grades answers in killable processes.
 
 The parent never unpickles what a worker sends, and a worker never runs what it reads: texts go out
-as JSON, one byte an answer comes back. A worker that hangs (also in C code), dies or runs out of
-memory takes only the answer that it was at with it; the rest of its chunk goes to another worker.
+as JSON, a byte or a number an answer comes back. A worker that hangs (also in C code), dies or runs
+out of memory takes only the answer that it was at with it; the rest of its chunk goes to another
+worker.
 """
 
 import importlib.util
@@ -19,10 +20,10 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from multiprocessing.connection import Connection, Pipe, wait
 from types import TracebackType
 
+from treerpo_ray.verdict import Answer, Verdict
 from treerpo_ray.verifier_worker import FAILED, REPLIES, RETIRED
 
 logger = logging.getLogger(__name__)
@@ -35,37 +36,8 @@ WORKER = "import sys, json; a = json.loads(sys.argv[1]); sys.path[:] = a.pop(0)\
 )
 
 
-class Verdict(StrEnum):
-    """What became of a leaf's answer."""
-
-    CORRECT = "correct"
-    WRONG = "wrong"
-    UNANSWERED = "unanswered"
-    """The text is finished and holds no answer."""
-    CUT_OFF = "cut_off"
-    """The length limit cut the text before it held an answer."""
-    TIMED_OUT = "timed_out"
-    ERRORED = "errored"
-
-    @property
-    def is_reward(self) -> bool:
-        """Whether the verdict says something about the answer, not about the machinery."""
-        return self not in (Verdict.TIMED_OUT, Verdict.ERRORED)
-
-    @property
-    def reward(self) -> float:
-        """1 for a correct answer, else 0; means nothing unless `is_reward`."""
-        return float(self is Verdict.CORRECT)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """A leaf's text and the references, any of which makes it correct."""
-
-    text: str
-    references: tuple[str, ...]
-    is_cut_off: bool
-    """Whether the length limit ended the text."""
+Request = tuple[object, ...]
+"""What a worker is asked, as JSON takes it: see `verifier_worker`."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -147,21 +119,45 @@ class Verifier:
             RuntimeError: the workers do not start, or the verifier is closed.
             ValueError: `verifier.check` lacks `check_answer` or `SELF_TEST`.
         """
+        requests: list[Request] = [
+            ("check", answer.text, answer.references, answer.is_cut_off) for answer in answers
+        ]
+        replies = self._ask(requests)
+        return [_to_verdict(*pair) for pair in zip(replies, answers, strict=True)]
+
+    def group(self, samples: Sequence[Sequence[Answer]]) -> list[list[int] | None]:
+        """Which answers to one problem are equal, by the domain's own notion; problem by problem.
+
+        Equal answers have the same number, those without an answer -1. None: it cannot be told,
+        for lack of time or because the domain has no `find_answer(text, is_cut_off) -> str | None`
+        (and `is_equal(answer, other)`, where equal answers may be spelt in several ways).
+        """
+        requests: list[Request] = [
+            ("group", [(answer.text, answer.is_cut_off) for answer in answers])
+            for answers in samples
+        ]
+        return [
+            None if isinstance(reply, Verdict) or reply == FAILED else json.loads(reply)
+            for reply in self._ask(requests)
+        ]
+
+    def _ask(self, requests: Sequence[Request]) -> list[bytes | Verdict]:
+        """Replies in order; a verdict for a request that a worker was lost at."""
         with self._lock:
             if not self._finalizer.alive:
                 raise RuntimeError("the verifier is closed")
-            todo = deque(range(len(answers)))
-            verdicts: dict[int, Verdict] = {}
+            todo = deque(range(len(requests)))
+            replies: dict[int, bytes | Verdict] = {}
             try:
-                while len(verdicts) < len(answers):
+                while len(replies) < len(requests):
                     for worker in list(self._workers):
                         if worker.is_ready and not worker.pending and todo:
-                            self._send(worker, answers, todo)
-                    self._wait(answers, todo, verdicts)
-            except BaseException:  # the workers still hold answers of this call
+                            self._send(worker, requests, todo)
+                    self._wait(todo, replies)
+            except BaseException:  # the workers still hold requests of this call
                 self.close()
                 raise
-            return [verdicts[index] for index in range(len(answers))]
+            return [replies[index] for index in range(len(requests))]
 
     def self_test(self) -> None:
         """Grade the domain's `SELF_TEST` in the workers.
@@ -171,7 +167,7 @@ class Verifier:
         """
         with self._lock:
             while not any(worker.is_ready for worker in self._workers):
-                self._wait((), deque(), {})
+                self._wait(deque(), {})
         pairs = self._self_test
         verdicts = self.grade(
             [Answer(text=text, references=tuple(refs), is_cut_off=False) for text, refs, _ in pairs]
@@ -206,11 +202,10 @@ class Verifier:
         self._workers.append(_Worker(process=process, connection=ours, deadline=deadline))
         self._on_start(process.pid)
 
-    def _send(self, worker: _Worker, answers: Sequence[Answer], todo: deque[int]) -> None:
+    def _send(self, worker: _Worker, requests: Sequence[Request], todo: deque[int]) -> None:
         share = math.ceil(len(todo) / (2 * len(self._workers)))
         worker.pending.extend(todo.popleft() for _ in range(min(CHUNK, share)))
-        sent = [answers[index] for index in worker.pending]
-        chunk = [(answer.text, answer.references, answer.is_cut_off) for answer in sent]
+        chunk = [requests[index] for index in worker.pending]
         try:
             worker.connection.send_bytes(json.dumps(chunk).encode())
         except OSError:  # it died while idle: none of these answers is to blame
@@ -218,9 +213,7 @@ class Verifier:
         else:
             worker.deadline = time.monotonic() + self._timeout_s
 
-    def _wait(
-        self, answers: Sequence[Answer], todo: deque[int], verdicts: dict[int, Verdict]
-    ) -> None:
+    def _wait(self, todo: deque[int], replies: dict[int, bytes | Verdict]) -> None:
         """Take replies until something may be sent again; replace workers that died or hang."""
         if not any(worker.is_ready for worker in self._workers):
             logger.info("waiting for %d verifier workers to start", len(self._workers))
@@ -230,18 +223,17 @@ class Verifier:
         for worker in busy:
             if worker.connection not in heard:
                 if time.monotonic() >= worker.deadline:
-                    self._lose(worker, todo, verdicts, Verdict.TIMED_OUT)
+                    self._lose(worker, todo, replies, Verdict.TIMED_OUT)
                 continue
             try:
                 reply = worker.connection.recv_bytes()
             except (EOFError, OSError):
                 has_rung = worker.process.wait() == -signal.SIGALRM
                 verdict = Verdict.TIMED_OUT if has_rung else Verdict.ERRORED
-                self._lose(worker, todo, verdicts, verdict)
+                self._lose(worker, todo, replies, verdict)
                 continue
             if worker.is_ready:
-                index = worker.pending.popleft()
-                verdicts[index] = _to_verdict(reply.removesuffix(RETIRED), answers[index])
+                replies[worker.pending.popleft()] = reply.removesuffix(RETIRED)
                 worker.deadline = time.monotonic() + self._timeout_s
                 if reply.endswith(RETIRED):
                     self._replace(worker, todo)
@@ -256,11 +248,15 @@ class Verifier:
         worker.is_ready = True
 
     def _lose(
-        self, worker: _Worker, todo: deque[int], verdicts: dict[int, Verdict], verdict: Verdict
+        self,
+        worker: _Worker,
+        todo: deque[int],
+        replies: dict[int, bytes | Verdict],
+        verdict: Verdict,
     ) -> None:
         """Blame the answer that the worker was at and put another worker in its place."""
         if worker.pending:
-            verdicts[worker.pending.popleft()] = verdict
+            replies[worker.pending.popleft()] = verdict
         elif not worker.is_ready:
             self._num_start_failures += 1
             if self._num_start_failures >= MAX_START_FAILURES:
@@ -289,7 +285,9 @@ def is_module(name: str) -> bool:
         return False
 
 
-def _to_verdict(reply: bytes, answer: Answer) -> Verdict:
+def _to_verdict(reply: bytes | Verdict, answer: Answer) -> Verdict:
+    if isinstance(reply, Verdict):
+        return reply
     if reply == REPLIES[None]:
         return Verdict.CUT_OFF if answer.is_cut_off else Verdict.UNANSWERED
     if reply == FAILED:

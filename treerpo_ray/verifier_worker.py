@@ -3,11 +3,14 @@
 import ctypes
 import importlib
 import json
+import operator
 import os
 import resource
 import signal
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from types import ModuleType
+from typing import Any
 
 PR_SET_PDEATHSIG = 1
 REPLIES: dict[bool | None, bytes] = {True: b"1", False: b"0", None: b"-"}
@@ -30,7 +33,7 @@ def serve(check: str, fd: int, timeout_s: float, memory_mib: int, parent: int) -
     with suppress(EOFError, OSError):
         try:
             module = importlib.import_module(check)
-            check_answer, self_test = module.check_answer, module.SELF_TEST
+            _, self_test = module.check_answer, module.SELF_TEST
         except (ImportError, AttributeError) as error:
             connection.send_bytes(f"!cannot be used: {error}".encode())
             return
@@ -39,11 +42,11 @@ def serve(check: str, fd: int, timeout_s: float, memory_mib: int, parent: int) -
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         connection.send_bytes(json.dumps(self_test).encode())
         while True:
-            for text, references, is_cut_off in json.loads(connection.recv_bytes()):
+            for request in json.loads(connection.recv_bytes()):
                 # The kernel ends a worker that hangs with nobody left to kill it.
                 signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s)
                 try:
-                    reply = REPLIES[check_answer(text, tuple(references), is_cut_off)]
+                    reply = _reply(module, *request)
                 except MemoryError:
                     os._exit(1)  # what else failed in here is unknown
                 except Exception:
@@ -54,6 +57,35 @@ def serve(check: str, fd: int, timeout_s: float, memory_mib: int, parent: int) -
                     connection.send_bytes(reply + RETIRED)
                     return
                 connection.send_bytes(reply)
+
+
+def _reply(module: ModuleType, kind: str, *arguments: Any) -> bytes:
+    """What is sent back for a request: one byte for `check`, a list of numbers for `group`."""
+    if kind == "check":
+        text, references, is_cut_off = arguments
+        return REPLIES[module.check_answer(text, tuple(references), is_cut_off)]
+    return json.dumps(group(module, arguments[0])).encode()
+
+
+def group(module: ModuleType, texts: list[tuple[str, bool]]) -> list[int]:
+    """Which texts have equal answers: numbers from 0 in order of appearance, -1 without an answer.
+
+    An answer joins the first group whose first answer it equals by the domain's `is_equal`.
+    """
+    is_equal = getattr(module, "is_equal", operator.eq)
+    firsts: list[str] = []
+    numbers = []
+    for text, is_cut_off in texts:
+        answer = module.find_answer(text, is_cut_off)
+        if answer is None:
+            numbers.append(-1)
+            continue
+        same = (n for n, first in enumerate(firsts) if answer == first or is_equal(answer, first))
+        number = next(same, len(firsts))
+        if number == len(firsts):
+            firsts.append(answer)
+        numbers.append(number)
+    return numbers
 
 
 def _address_space() -> int:

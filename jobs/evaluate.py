@@ -1,0 +1,88 @@
+"""Evaluate a model on benchmarks, or compare two evaluations problem by problem.
+
+python jobs/evaluate.py Qwen/Qwen2.5-Math-1.5B --benchmarks math500,aime24
+python jobs/evaluate.py ~/treerpo_runs/mine --benchmarks gsm8k evaluate.num_samples=16
+python jobs/evaluate.py MODEL --benchmarks math500 evaluate.benchmarks.math500.path=math500.jsonl
+python jobs/evaluate.py --compare RUN_OR_EVALUATION OTHER
+ray job submit --working-dir . -- python jobs/evaluate.py MODEL --benchmarks math500
+
+MODEL is a model folder, a Hugging Face id or a run folder. Benchmarks and sampling settings (the
+paper's) stand in conf/benchmarks.yaml; all benchmarks are taken if none is named. Files (.yaml)
+and overrides (section.key=value) come after it. The scores go to stdout as a table and one line of
+JSON, and with every sample into run.root/run.name/eval: NAME.json and NAME.parquet.
+"""
+
+import json
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job has only a working folder
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; returns the exit status."""
+    if {"-h", "--help"} & set(arguments) or not arguments:
+        print(__doc__)
+        return 0
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    from treerpo_ray.train import RunFailed
+
+    try:
+        if "--compare" in arguments:
+            return compare([argument for argument in arguments if argument != "--compare"])
+        return evaluate(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Evaluate, and print the table and one line of JSON."""
+    from treerpo_ray.benchmarks import configure, run_benchmarks
+    from treerpo_ray.cluster import check_vllm
+    from treerpo_ray.console import Console
+    from treerpo_ray.evaluation_report import show, table
+
+    names: list[str] = []
+    rest = list(arguments)
+    if "--benchmarks" in rest:
+        at = rest.index("--benchmarks")
+        if at + 1 == len(rest):
+            raise ValueError("--benchmarks: name them, as in --benchmarks math500,aime24")
+        names = rest[at + 1].split(",")
+        del rest[at : at + 2]
+    if not rest or rest[0].startswith("-") or "=" in rest[0] or rest[0].endswith(".yaml"):
+        raise ValueError("the model comes first: a folder, a Hugging Face id or a run folder")
+    config = configure(rest[0], names, rest[1:])
+    check_vllm(config)
+    found = run_benchmarks(config, Console(0))
+    show(table(found))
+    scores = {
+        name: {key: asdict(score) for key, score in each.scores.items()}
+        for name, each in found.items()
+    }
+    print(json.dumps({"folder": config.folder, "scores": scores}))
+    return 0
+
+
+def compare(places: list[str]) -> int:
+    """Print the paired differences of two evaluations as a table and one line of JSON."""
+    from treerpo_ray.evaluation_report import differences, show
+
+    if len(places) != 2:
+        raise ValueError("--compare takes two: folders of runs or evaluations, or files in eval/")
+    found, shown = differences(*places)
+    show(shown)
+    print(json.dumps({name: {key: asdict(s) for key, s in d.items()} for name, d in found.items()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,125 @@
+"""Benchmarks: a job on local files with the small model, and what it says of wrong input."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import rich.console
+
+from treerpo_ray.benchmarks import configure, evaluate_all, load_benchmarks
+from treerpo_ray.console import Console
+from treerpo_ray.evaluate import Evaluation
+from treerpo_ray.evaluation_report import differences, read_samples, table
+from treerpo_ray.prompts import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = str(ROOT / "treerpo_ray/quickstart/model")
+
+
+def test_the_preset_has_the_papers_sampling_and_its_benchmarks() -> None:
+    config = configure(MODEL, ["math500", "aime24"], [])
+    settings = config.evaluate
+    assert (settings.num_samples, settings.temperature, settings.top_p) == (8, 0.6, 0.95)
+    assert settings.max_tokens == 1152
+    assert list(settings.benchmarks) == ["math500", "aime24"]
+    assert config.max_model_tokens == 512 + 1152
+    everything = configure(MODEL, [], []).evaluate.benchmarks
+    assert {"math500", "olympiadbench", "minerva", "aime24", "amc", "gsm8k"} <= everything.keys()
+
+
+@pytest.mark.parametrize(
+    ("names", "overrides", "told"),
+    [
+        (["math5000"], [], r"^--benchmarks: no benchmark math5000; there are math500, "),
+        ([], ["evaluate.pass_ks=[16]"], r"^evaluate\.pass_ks=\[16\] must lie between 1 and"),
+        ([], ["evaluate.top_p=1.5"], r"^evaluate\.top_p=1\.5 must not be more than 1"),
+        ([], ["evaluate.max_tokens=0"], r"^evaluate\.max_tokens=0 must be more than 0"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_key(names, overrides, told) -> None:
+    with pytest.raises(ValueError, match=told):
+        configure(MODEL, names, overrides)
+
+
+def test_a_run_folder_stands_for_its_model_and_settings(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("verifier: {num_workers: 3}\n")
+    with pytest.raises(ValueError, match="neither a model nor a checkpoint"):
+        configure(str(tmp_path), [], [])
+    for name in ("checkpoints/step=000004/model", "checkpoints/step=000012/model", "model"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "model.safetensors").write_text("")
+        config = configure(str(tmp_path), [], [])
+        assert config.model.path == str(tmp_path / name)
+        assert config.verifier.num_workers == 3
+
+
+def test_a_benchmark_that_is_not_there_is_one_line_with_its_key() -> None:
+    overrides = ["evaluate.benchmarks.math500.path=gone.jsonl"]
+    config = configure(MODEL, ["math500"], overrides)
+    with pytest.raises(ValueError, match=r"^evaluate\.benchmarks\.math500\.path=gone\.jsonl"):
+        load_benchmarks(config, load_tokenizer(MODEL, False))
+
+
+@pytest.fixture(scope="module")
+def evaluated(ray_cluster, tmp_path_factory) -> tuple[Path, dict[str, Evaluation]]:
+    """Two evaluations of the small model, cold and hot, on two files."""
+    root = tmp_path_factory.mktemp("evaluated")
+    rows = [("38+47=?", "85"), ("12+30-5=?", ["37", "37.0"]), ("9+9=?", 18)]
+    for name, part in (("one", rows), ("two", rows[:2])):
+        lines = [json.dumps({"q": question, "a": answer}) for question, answer in part]
+        (root / f"{name}.jsonl").write_text("\n".join(lines))
+    found = {}
+    for name, temperature in (("cold", 0.1), ("hot", 2.0)):
+        data = [
+            f"evaluate.benchmarks.{file}={{path: {root}/{file}.jsonl, question_column: q, "
+            "answer_column: a, max_prompt_tokens: 32}"
+            for file in ("one", "two")
+        ]
+        config = configure(
+            MODEL,
+            ["one", "two"],
+            [*data, f"run.root={root}", f"run.name={name}", "evaluate.num_samples=4",
+             f"evaluate.temperature={temperature}", "evaluate.max_tokens=40",
+             "engine.kv_cache_gib=0.125"],
+        )  # fmt: skip
+        tokenizer = load_tokenizer(MODEL, False)
+        console = Console(0, rich.console.Console(file=io.StringIO()))
+        prompts = load_benchmarks(config, tokenizer)
+        found |= {
+            f"{name}/{key}": each for key, each in evaluate_all(config, prompts, tokenizer, console)
+        }
+    return root, found
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+def test_a_job_leaves_scores_and_samples_of_every_benchmark(evaluated) -> None:
+    root, found = evaluated
+    for name, evaluation in found.items():
+        run, _, benchmark = name.partition("/")
+        written = json.loads((root / run / f"eval/{benchmark}.json").read_text())
+        assert Evaluation.from_fields(written) == evaluation
+        assert {"pass@1", "pass@2", "pass@4", "maj@4", "length", "cut_off"} <= written[
+            "scores"
+        ].keys()
+        samples = read_samples(root / run / f"eval/{benchmark}.parquet")
+        assert len(samples) == evaluation.num_problems == (3 if benchmark == "one" else 2)
+        shares = [problem.pass_at_1 for problem in samples.values()]
+        assert sum(shares) / len(shares) == pytest.approx(evaluation.pass_at_1)
+        assert sum(problem.length.sum() for problem in samples.values()) == (
+            evaluation.num_sampled_tokens
+        )
+    assert table(found).row_count == len(found["cold/one"].scores)
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+def test_two_evaluations_are_compared_problem_by_problem(evaluated) -> None:
+    root, found = evaluated
+    compared, _ = differences(str(root / "cold"), str(root / "hot"))
+    assert compared.keys() == {"one", "two"}
+    gap = found["cold/one"].pass_at_1 - found["hot/one"].pass_at_1
+    assert compared["one"]["pass@1"].value == pytest.approx(gap)
+    itself, _ = differences(str(root / "cold"), str(root / "cold/eval/one.json"))
+    assert all(score.value == score.low == score.high == 0 for score in itself["one"].values())

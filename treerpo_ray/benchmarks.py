@@ -1,0 +1,130 @@
+"""Benchmarks: evaluates a model on data sets by name, as a job of its own."""
+
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import ray
+from transformers import PreTrainedTokenizerBase
+
+from treerpo_ray.actor import Actor, make_actor
+from treerpo_ray.cluster import connected
+from treerpo_ray.config import Config
+from treerpo_ray.config_file import load
+from treerpo_ray.console import Console
+from treerpo_ray.engine_pool import EnginePool
+from treerpo_ray.evaluate import Evaluation, grade_samples, save, save_samples, summarise
+from treerpo_ray.learner import MODEL_FOLDER
+from treerpo_ray.metrics import RunLog
+from treerpo_ray.problems import load_problems
+from treerpo_ray.prompts import PromptSet, load_tokenizer
+from treerpo_ray.train import RunFailed, output_to_log, root_cause
+from treerpo_ray.tree_stream import Scorer
+
+PRESET = Path(__file__).resolve().parents[1] / "conf/benchmarks.yaml"
+"""Data sets and sampling settings, before what the command line says."""
+
+
+def configure(model: str, names: Sequence[str], arguments: Sequence[str]) -> Config:
+    """Configuration of an evaluation of `model`: folder, Hugging Face id or run folder.
+
+    A run's own configuration comes first, then PRESET, then `arguments`: files and overrides.
+
+    Raises:
+        ValueError: a benchmark is not known, or a run folder holds no model.
+    """
+    run = Path(model).expanduser()
+    if (run / "config.yaml").is_file():
+        base = [str(run / "config.yaml"), f"model.path={_model_of(run)}"]
+    else:
+        base = [f"model.path={model}"]
+    name = f"run.name=eval-{run.name}"
+    own = [name, "metrics.wandb_project=null", "prompts.path=''", "evaluate.data.path=''"]
+    config = load([*base, str(PRESET), *own, *arguments])
+    known = config.evaluate.benchmarks
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--benchmarks: no benchmark {unknown[0]}; there are {', '.join(known)}")
+    chosen = {name: known[name] for name in names or known}
+    return replace(config, evaluate=replace(config.evaluate, benchmarks=chosen))
+
+
+def _model_of(run: Path) -> Path:
+    """The model that a run exported at its end, else that of its newest checkpoint."""
+    checkpoints = sorted((run / "checkpoints").glob(f"step=*/{MODEL_FOLDER}"), reverse=True)
+    for folder in (run / "model", *checkpoints):
+        if any(folder.glob("*.safetensors")):
+            return folder.absolute()
+    raise ValueError(f"{run}: the run has written neither a model nor a checkpoint yet")
+
+
+def load_benchmarks(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, PromptSet]:
+    """Prompts of each benchmark by its name.
+
+    Raises:
+        ValueError: a data set is not as it must be; one line with its key.
+    """
+    prompts = {}
+    for name, data in config.evaluate.benchmarks.items():
+        section = f"evaluate.benchmarks.{name}"
+        problems, _ = load_problems(data, section)
+        prompts[name] = PromptSet.encode(problems, tokenizer, data, section)
+    return prompts
+
+
+def run_benchmarks(config: Config, console: Console) -> dict[str, Evaluation]:
+    """Evaluate `model.path` on every benchmark of `config`, into its folder.
+
+    Raises:
+        ValueError: an input is not as it must be, or the cluster lacks resources.
+        RunFailed: something failed for good.
+    """
+    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+    prompts = load_benchmarks(config, tokenizer)
+    with output_to_log(config.folder):
+        try:
+            with connected(config, trains=False):
+                return dict(evaluate_all(config, prompts, tokenizer, console))
+        except Exception as error:
+            if isinstance(error, ValueError) and not isinstance(error, ray.exceptions.RayError):
+                raise
+            traceback.print_exc()
+            raise RunFailed(f"{root_cause(error)}; traces are in {config.folder}/logs") from error
+
+
+def evaluate_all(
+    config: Config,
+    prompts: dict[str, PromptSet],
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+) -> Iterator[tuple[str, Evaluation]]:
+    """Evaluate each benchmark on the Ray cluster that is connected, on the same engines."""
+    run_log = make_actor(RunLog, config, concurrency=1)
+    logs = None if "://" in config.folder else f"{config.folder}/logs"
+    pool = make_actor(EnginePool, config, logs)
+    first = next(iter(prompts.values()))
+    try:
+        ray.get(pool.begin.remote(config, first, config.shape, run_log))
+        with console.progress(f"starting {config.engine.num_engines} engine(s)", None):
+            ray.get(pool.start.remote())
+        with closing(Scorer(config, tokenizer)) as scorer:
+            for name, problems in prompts.items():
+                yield name, _evaluate(config, name, problems, pool, scorer, console)
+    finally:
+        ray.get([pool.stop.remote(), run_log.close.remote()])
+
+
+def _evaluate(
+    config: Config, name: str, prompts: PromptSet, pool: Actor, scorer: Scorer, console: Console
+) -> Evaluation:
+    with console.progress(f"{name}: {len(prompts)} problems", len(prompts)) as advance:
+        graded = grade_samples(config, prompts, pool, scorer, advance)
+    data = config.evaluate.benchmarks[name].path
+    spent = max(each.record.finished_at_s for each in graded) - min(
+        each.record.finished_at_s - each.record.grow_s for each in graded
+    )
+    result = summarise(config, graded, data=data, step=0, version=0, seconds=spent)
+    save(result, config.folder, name)
+    save_samples(graded, config.folder, name)
+    return result
