@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import rich.console
 
-from treerpo_ray.benchmarks import configure, evaluate_all, load_benchmarks
+from treerpo_ray.benchmarks import check_length, configure, evaluate_all, load_benchmarks
 from treerpo_ray.console import Console
 from treerpo_ray.evaluate import Evaluation
 from treerpo_ray.evaluation_report import differences, read_samples, table
@@ -59,6 +59,12 @@ def test_a_benchmark_that_is_not_there_is_one_line_with_its_key() -> None:
     config = configure(MODEL, ["math500"], overrides)
     with pytest.raises(ValueError, match=r"^evaluate\.benchmarks\.math500\.path=gone\.jsonl"):
         load_benchmarks(config, load_tokenizer(MODEL, False))
+
+
+def test_answers_longer_than_the_model_takes_are_one_line() -> None:
+    with pytest.raises(ValueError, match=r"^evaluate\.max_tokens=1152 .* 1664 tokens; .* 511$"):
+        check_length(configure(MODEL, ["math500"], []))
+    check_length(configure(MODEL, ["quickstart"], ["evaluate.max_tokens=46"]))
 
 
 @pytest.fixture(scope="module")

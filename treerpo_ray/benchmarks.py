@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import ray
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from treerpo_ray.actor import Actor, make_actor
 from treerpo_ray.cluster import connected
@@ -19,7 +19,7 @@ from treerpo_ray.evaluate import Evaluation, grade_samples, save, save_samples, 
 from treerpo_ray.learner import MODEL_FOLDER
 from treerpo_ray.metrics import RunLog
 from treerpo_ray.problems import load_problems
-from treerpo_ray.prompts import PromptSet, load_tokenizer
+from treerpo_ray.prompts import PromptSet, load_tokenizer, resolve_model_path
 from treerpo_ray.train import RunFailed, output_to_log, root_cause
 from treerpo_ray.tree_stream import Scorer
 
@@ -73,6 +73,24 @@ def load_benchmarks(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[
     return prompts
 
 
+def check_length(config: Config) -> None:
+    """Check that the longest prompt and answer fit the model.
+
+    Raises:
+        ValueError: they do not.
+    """
+    model = AutoConfig.from_pretrained(
+        resolve_model_path(config.model.path), trust_remote_code=config.model.trust_remote_code
+    )
+    limit = getattr(model, "max_position_embeddings", None)
+    if limit is not None and config.max_model_tokens >= limit:
+        raise ValueError(
+            f"evaluate.max_tokens={config.max_evaluated_tokens} and the longest prompt "
+            f"(max_prompt_tokens) come to {config.max_model_tokens} tokens; this model takes "
+            f"{limit - 1}"
+        )
+
+
 def run_benchmarks(config: Config, console: Console) -> dict[str, Evaluation]:
     """Evaluate `model.path` on every benchmark of `config`, into its folder.
 
@@ -81,6 +99,7 @@ def run_benchmarks(config: Config, console: Console) -> dict[str, Evaluation]:
         RunFailed: something failed for good.
     """
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+    check_length(config)
     prompts = load_benchmarks(config, tokenizer)
     with output_to_log(config.folder):
         try:
