@@ -211,6 +211,20 @@ def test_a_resumed_learner_goes_on_bitwise_as_if_nothing_had_happened(
     assert again.metrics["learner/learning_rate"] == pytest.approx(3 / 6 * 1e-3)
 
 
+def test_a_resumed_learner_takes_rate_and_decay_from_its_configuration(
+    path: str, tmp_path: Path
+) -> None:
+    learner = Learner(make_config(path, replace(FREE, warmup_steps=3)), CPU, None)
+    learner.update(mixed())
+    learner.write(tmp_path)
+    changed = replace(FREE, warmup_steps=3, learning_rate=8e-3, weight_decay=0.5)
+    resumed = Learner(make_config(path, changed), CPU, tmp_path)
+    assert resumed.optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert State.of(resumed).moments, "they are the checkpoint's"
+    rates = [resumed.update(mixed(version=k)).metrics["learner/learning_rate"] for k in (1, 2, 3)]
+    assert rates == pytest.approx([4e-3, 6e-3, 8e-3]), "the warm-up goes on where it was"
+
+
 def test_the_kl_is_to_the_model_that_the_run_started_from(path: str, tmp_path: Path) -> None:
     config = make_config(path, FREE, LossConfig(kl_coef=0.1))
     learner = Learner(config, CPU, None)

@@ -65,17 +65,20 @@ class Learner:
         self.policy = self._load(start if checkpoint is None else str(checkpoint / MODEL_FOLDER))
         # The KL is to the model that the run started from, whatever it is resumed from.
         self.reference = self._load(start) if config.loss.kl_coef else None
+        rate = settings.learning_rate
         self.optimizer = torch.optim.AdamW(
-            self.policy.model.parameters(),
-            lr=settings.learning_rate,
+            [{"params": self.policy.model.parameters(), "initial_lr": rate}],
+            lr=rate,
             weight_decay=settings.weight_decay,
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda done: min(1.0, (done + 1) / (settings.warmup_steps + 1))
-        )
-        self.version = 0
+        self.version = num_steps = 0
         if checkpoint is not None:
-            self._restore(checkpoint)
+            num_steps = self._restore(checkpoint)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer,
+            lambda done: min(1.0, (done + 1) / (settings.warmup_steps + 1)),
+            last_epoch=num_steps - 1,
+        )
 
     def _load(self, path: str) -> Policy:
         return load_policy(
@@ -212,19 +215,25 @@ class Learner:
         """Write everything that a resumed run needs."""
         self.policy.save_pretrained(folder / MODEL_FOLDER)
         state = {
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
             "torch_rng": torch.get_rng_state(),
         }
         torch.save(state, folder / OPTIMIZER_FILE)
-        (folder / STATE_FILE).write_text(json.dumps({"version": self.version}))
+        counts = {"version": self.version, "optimizer_steps": self.schedule.last_epoch}
+        (folder / STATE_FILE).write_text(json.dumps(counts))
 
-    def _restore(self, folder: Path) -> None:
+    def _restore(self, folder: Path) -> int:
+        """Take over moments and counts; returns the optimizer steps that were made.
+
+        Rate, weight decay and the like are the configuration's, which may have been changed.
+        """
         state = torch.load(folder / OPTIMIZER_FILE, map_location=self.device, weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
         torch.set_rng_state(state["torch_rng"].cpu())
-        self.version = json.loads((folder / STATE_FILE).read_text())["version"]
+        counts: dict[str, int] = json.loads((folder / STATE_FILE).read_text())
+        self.version = counts["version"]
+        return counts["optimizer_steps"]
 
 
 def _all_reduce(tensor: torch.Tensor) -> None:
