@@ -149,18 +149,35 @@ Seen = list[tuple[UpdateResult, State]]
 """What each update returned and left."""
 
 
-def run_updates(config: Config, updates: Updates, rank: int | None) -> Seen:
-    """What a new learner makes of the shares of `rank`; of all shares, without a rank."""
-    learner = Learner(config, CPU, None)
+def run_updates(
+    config: Config,
+    updates: Updates,
+    rank: int | None,
+    *,
+    start: Path | None = None,
+    end: Path | None = None,
+) -> Seen:
+    """What a learner makes of the shares of `rank`; of all shares, without a rank.
+
+    It goes on from the checkpoint `start` and leaves one at `end`.
+    """
+    learner = Learner(config, CPU, start)
     seen = []
     for shares in updates:
         records = [r for share in shares for r in share] if rank is None else shares[rank]
         seen.append((learner.update(records), State.of(learner)))
+    if end is not None and not rank:
+        end.mkdir()
+        learner.write(end)
     return seen
 
 
 def run_worker(rank: int, folder: Path, cases: dict[str, tuple[Config, Updates]]) -> None:
-    """One of two workers: writes what it saw of each case to `folder`/`rank`.pt."""
+    """One of two workers: writes what it saw of each case to `folder`/`rank`.pt.
+
+    A case goes on from the checkpoint `start-NAME` in `folder`, if there is one, and leaves its
+    own at `end-NAME`.
+    """
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -170,6 +187,10 @@ def run_worker(rank: int, folder: Path, cases: dict[str, tuple[Config, Updates]]
         world_size=2,
         timeout=timedelta(seconds=60),  # workers that disagree fail, and do not wait for ever
     )
-    seen = {name: run_updates(*case, rank) for name, case in cases.items()}
+    seen = {}
+    for name, case in cases.items():
+        start = folder / f"start-{name}"
+        checkpoint = start if start.exists() else None
+        seen[name] = run_updates(*case, rank, start=checkpoint, end=folder / f"end-{name}")
     torch.save(seen, folder / f"{rank}.pt")
     dist.destroy_process_group()

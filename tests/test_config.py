@@ -178,6 +178,19 @@ def test_a_number_that_must_be_positive_is_told_with_its_key(key: str) -> None:
             ["gate.trees_per_step=6", "learner.num_workers=2", "learner.minibatches=2"],
             "learner.num_workers=2 times learner.minibatches=2",
         ),
+        (
+            ["gate.trees_per_step=8", "learner.num_workers=4", "learner.min_workers=2"],
+            "gate.trees_per_step=8 must be a multiple of learner.num_workers=3",
+        ),
+        (
+            ["learner.min_workers=2"],
+            "learner.min_workers=2 must be from 1 to learner.num_workers=1",
+        ),
+        (
+            ["learner.min_workers=0"],
+            "learner.min_workers=0 must be from 1 to learner.num_workers=1",
+        ),
+        (["learner.num_workers=2", "learner.min_workers=1"], "learner.resources.train_slot=1"),
         (["learner.token_budget=1663"], "learner.token_budget=1663 is smaller .* = 1664$"),
         (["gate.max_staleness=-1"], "gate.max_staleness=-1 must not be negative"),
         (["tree.num_children=[8]"], r"tree.num_children .* not \[8\] and \[384, 384, 384\]"),
@@ -189,6 +202,12 @@ def test_a_number_that_must_be_positive_is_told_with_its_key(key: str) -> None:
 )
 def test_values_that_do_not_go_together_are_refused(arguments: list[str], told: str) -> None:
     assert re.search(told, mistake(*arguments))
+
+
+def test_a_number_of_workers_that_may_change_is_accepted_where_each_gets_an_equal_share() -> None:
+    slots = ["learner.resources.train_slot=1", "gate.trees_per_step=12"]
+    config = load([*slots, "learner.num_workers=4", "learner.min_workers=1"])
+    assert config.learner.fewest_workers == 1
 
 
 def test_the_largest_path_that_fits_the_token_budget_is_accepted() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pytest
 
-from treerpo_ray.train_worker import ShareAhead
+from treerpo_ray.share_ahead import ShareAhead
 
 
 class Shard:

@@ -202,6 +202,11 @@ def test_a_lost_train_worker_is_made_good_from_the_last_checkpoint(
     assert run.metrics()["version"].tolist() == [1, 2, 3, 4, 5]
     assert sorted(trees_of(run)) == list(range(30))
     assert run.metrics()["staleness/max"].max() <= staleness
+    events = run.events()
+    started = events[events.kind == "learner_started"]
+    assert started["saved_trees"].tolist()[0] == 0
+    # Whatever was sampled for later steps when the checkpoint was written is used again.
+    assert (events.kind == "tree_reused").sum() == started["saved_trees"].sum()
     if staleness == 0:
         # No block of the prefix cache outlived the weights that were rolled back.
         assert run.metrics()["mismatch/max"].max() < 1e-3

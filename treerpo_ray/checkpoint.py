@@ -30,6 +30,8 @@ class Checkpoints:
     def __init__(self, folder: str, keep: int) -> None:
         self._fs, root = fsspec.core.url_to_fs(folder)
         self._root, self.keep = f"{root}/checkpoints", keep
+        self.passed_over: dict[int, str] = {}
+        """What is wrong with each checkpoint that `newest` passed over, by its step."""
 
     def steps(self) -> list[int]:
         """Learner steps of which there is a complete-looking checkpoint, ascending."""
@@ -60,6 +62,7 @@ class Checkpoints:
                 if (fault := _fault(folder)) is None:
                     yield step, folder
                     return
+                self.passed_over[step] = fault
                 log.warning("checkpoint of step %d is passed over: %s", step, fault)
             yield None
 

@@ -92,17 +92,32 @@ class Config:
                 f"evaluate.num_samples={self.evaluate.num_samples}"
             )
         self._check_engine()
-        workers, trees = self.learner.num_workers, self.gate.trees_per_step
-        if trees % (workers * self.learner.minibatches):
-            raise ValueError(
-                f"gate.trees_per_step={trees} must be a multiple of learner.num_workers="
-                f"{workers} times learner.minibatches={self.learner.minibatches}"
-            )
+        self._check_workers()
         if self.max_path_tokens > self.learner.token_budget:
             raise ValueError(
                 f"learner.token_budget={self.learner.token_budget} is smaller than one path: "
                 "prompts.max_prompt_tokens + the sum of tree.step_tokens = "
                 f"{self.max_path_tokens}"
+            )
+
+    def _check_workers(self) -> None:
+        """Check that each number of workers that there may be gets equal shares."""
+        learner, trees = self.learner, self.gate.trees_per_step
+        if not 1 <= learner.fewest_workers <= learner.num_workers:
+            raise ValueError(
+                f"learner.min_workers={learner.min_workers} must be from 1 to "
+                f"learner.num_workers={learner.num_workers}"
+            )
+        for workers in range(learner.fewest_workers, learner.num_workers + 1):
+            if trees % (workers * learner.minibatches):
+                raise ValueError(
+                    f"gate.trees_per_step={trees} must be a multiple of learner.num_workers="
+                    f"{workers} times learner.minibatches={learner.minibatches}"
+                )
+        if learner.min_workers is not None and not set(learner.resources) - {"CPU", "GPU"}:
+            raise ValueError(
+                "learner.min_workers needs a resource that only train nodes have, such as "
+                "learner.resources.train_slot=1: Ray would count what engines take as free"
             )
 
     def _check_engine(self) -> None:

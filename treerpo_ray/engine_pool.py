@@ -3,25 +3,23 @@
     gate ──ticket──► least busy engine ──sibling groups──► finished trees ──► tree stream
 
 Trees leave in whole batches: those of batch k (tickets [kB, (k+1)B)) before any of batch k + 1,
-and within a batch as they finish. A tree whose engine dies or hangs goes on at another one from
-the groups that had arrived.
+and within a batch as they finish. What no learner step has consumed is kept for checkpoints.
 """
 
 import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine
-from dataclasses import replace
 
 import ray
-from ray.exceptions import RayError
 
 from treerpo_ray.actor import Actor
-from treerpo_ray.algo.search import SiblingGroup, TreeShape, assemble, step_seed
+from treerpo_ray.algo.search import TreeShape, step_seed
 from treerpo_ray.config import Config
 from treerpo_ray.engine import EngineStats, Sampling
-from treerpo_ray.engines import Engines, Member, first_line
+from treerpo_ray.engines import Engines
 from treerpo_ray.gate import Ticket
+from treerpo_ray.growth import Growth
 from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.weights import Manifest, Probe
@@ -45,8 +43,14 @@ class EnginePool:
         self.shape: TreeShape
         self.engines = Engines(config, log_folder)
         self._changed = self.engines.changed
+        self._saved: dict[int, TreeRecord] = {}
+        """Trees of a checkpoint whose tickets have not been issued again."""
+        self._growing: dict[int, Growth] = {}
         self._finished: dict[int, TreeRecord] = {}
+        self._taken: dict[int, TreeRecord] = {}
+        """Trees in the stream, at least all that no learner step has consumed."""
         self._released = 0
+        self._num_workers = 1
         self._work: set[asyncio.Task[None]] = set()
         self._reader = ""
         self._past_readers: set[str] = set()
@@ -93,54 +97,92 @@ class EnginePool:
             task.cancel()
         await self.engines.stop()
 
-    async def grow_tickets(self, gate: Actor, session: int, first: int) -> None:
-        """Drop what is in flight and grow every ticket of a session of the gate, from `first`."""
+    async def grow_tickets(
+        self, gate: Actor, session: int, first: int, num_workers: int, saved: list[TreeRecord]
+    ) -> None:
+        """Drop what is in flight and grow every ticket of a session of the gate, from `first`.
+
+        Args:
+            gate: Actor of `Gate`.
+            session: The session that its `restart` began.
+            first: The first ticket of the session.
+            num_workers: Learner workers, between whom the trees of a step are shared out.
+            saved: Trees of a checkpoint, finished or partly grown, that tickets go on from.
+        """
         self._drop_work()
+        self._saved = {tree.ticket: tree for tree in saved}
         self._released = first
+        self._num_workers = num_workers
         self._gate = gate
         self._spawn(self._admit(gate, session))
 
     def _drop_work(self) -> None:
         for task in list(self._work):
             task.cancel()
-        self._finished.clear()
+        for trees in (self._saved, self._growing, self._finished, self._taken):
+            trees.clear()
         self._reader = ""  # the one of the stream that ended may still be waiting
         self._failure = None
 
+    async def share_size(self) -> int:
+        """Trees that each learner worker consumes in a step."""
+        return self.config.gate.trees_per_step // self._num_workers
+
     async def _admit(self, gate: Actor, session: int) -> None:
+        size, staleness = self.config.gate.trees_per_step, self.config.gate.max_staleness
         while (ticket := await gate.next.remote(session)) is not None:
+            due = (ticket.number // size - staleness) * size  # the gate lets no ticket out sooner
+            self._taken = {n: tree for n, tree in self._taken.items() if n >= due}
             self._spawn(self._grow_ticket(ticket))
 
     async def redraw(self, reader: str, past: TreeRecord) -> None:
         """Grow the ticket of a tree that was taken anew, with another prompt."""
         if reader == self._reader:
             self._released -= 1
+            del self._taken[past.ticket]
             self._spawn(self._redraw(past))
 
     async def _redraw(self, past: TreeRecord) -> None:
         num_redraws = past.num_redraws + 1
         tokens = past.redrawn_tokens + past.tree.num_sampled_tokens
-        ticket = await self._gate.redrawn.remote(past.ticket, num_redraws)
-        await self._grow_ticket(ticket, num_redraws, tokens)
+        ticket: Ticket = await self._gate.redrawn.remote(past.ticket, num_redraws)
+        await self._grow(self._growth(ticket, num_redraws=num_redraws, redrawn_tokens=tokens))
 
-    async def _grow_ticket(
-        self, ticket: Ticket, num_redraws: int = 0, redrawn_tokens: int = 0
-    ) -> None:
-        problem = self.prompts.problems[ticket.prompt]
-        record = await self._grow(
-            ticket.number,
-            ticket.prompt,
-            self.prompts,
-            self.shape,
-            ticket.seed,
-            Sampling(temperature=self.config.tree.temperature),
+    async def _grow_ticket(self, ticket: Ticket) -> None:
+        past = self._saved.get(ticket.number)
+        if past is not None and past.num_redraws:
+            ticket = await self._gate.redrawn.remote(ticket.number, past.num_redraws)
+        growth = self._growth(ticket)
+        self._saved.pop(ticket.number, None)
+        if past is not None and growth.take_up(past):
+            self.engines.note(
+                "tree_reused",
+                ticket=ticket.number,
+                groups=len(growth.groups),
+                is_finished=bool(growth.finished_at_s),
+            )
+        await self._grow(growth)
+
+    def _growth(self, ticket: Ticket, num_redraws: int = 0, redrawn_tokens: int = 0) -> Growth:
+        return Growth(
+            ticket=ticket,
+            prompts=self.prompts,
+            shape=self.shape,
+            sampling=Sampling(temperature=self.config.tree.temperature),
+            num_redraws=num_redraws,
+            redrawn_tokens=redrawn_tokens,
         )
-        record = replace(record, num_redraws=num_redraws, redrawn_tokens=redrawn_tokens)
-        self._finished[ticket.number] = record
+
+    async def _grow(self, growth: Growth) -> None:
+        number = growth.ticket.number
+        self._growing[number] = growth
+        record = await growth.finish(self.engines)
+        del self._growing[number]
+        self._finished[number] = record
         self.engines.note(
             "tree_finished",
-            ticket=ticket.number,
-            problem=problem.id,
+            ticket=number,
+            problem=record.prompt_id,
             attempt=record.attempt,
             engine=record.engine,
             min_version=record.tree.min_version,
@@ -148,80 +190,11 @@ class EnginePool:
         )
         await self._notify()
 
-    async def _grow(
-        self,
-        number: int,
-        prompt: int,
-        prompts: PromptSet,
-        shape: TreeShape,
-        seed: int,
-        sampling: Sampling,
-    ) -> TreeRecord:
-        """Grow one tree, on as many engines as it takes."""
-        start = time.monotonic()
-        groups: list[SiblingGroup] = []
-        prompt_ids = prompts.token_ids[prompt]
-        attempt = 0
-        while True:
-            member = await self.engines.pick()
-            member.num_trees += 1
-            try:
-                await self._collect(member, groups, prompt_ids, shape, sampling, seed)
-                break
-            except (RayError, TimeoutError) as error:
-                attempt += 1
-                self.engines.note(
-                    "tree_moved",
-                    ticket=number,
-                    engine=member.index,
-                    groups=len(groups),
-                    reason=first_line(error),
-                )
-                self.engines.replace(member, error)
-            finally:
-                member.num_trees -= 1
-        member.num_starts = 1
-        problem = prompts.problems[prompt]
-        return TreeRecord(
-            ticket=number,
-            attempt=attempt,
-            prompt_id=problem.id,
-            question=problem.question,
-            answers=problem.answers,
-            seed=seed,
-            engine=member.index,
-            grow_s=time.monotonic() - start,
-            finished_at_s=time.time(),
-            tree=assemble(prompt_ids, groups),
-            leaf_texts=(),
-            verdicts=(),
-        )
-
-    async def _collect(
-        self,
-        member: Member,
-        groups: list[SiblingGroup],
-        prompt_ids: list[int],
-        shape: TreeShape,
-        sampling: Sampling,
-        seed: int,
-    ) -> None:
-        """Append the groups that the engine finishes to `groups`."""
-        stream = member.actor.grow.options(num_returns="streaming").remote(
-            prompt_ids, shape, sampling, seed, list(groups)
-        )
-        name = f"engine {member.index} to finish a step group"
-        try:
-            while True:
-                arrived = self.engines.wait_for(
-                    anext(stream, None), name, self.config.engine.request_timeout_s
-                )
-                if (group := await arrived) is None:
-                    return
-                groups.append(await group)
-        except asyncio.CancelledError:
-            ray.cancel(stream)
-            raise
+    async def unconsumed(self, first: int) -> list[TreeRecord]:
+        """The trees of tickets from `first` on, finished or partly grown, for a checkpoint."""
+        growing = [growth.record() for growth in self._growing.values() if growth.groups]
+        held = [*self._saved.values(), *self._taken.values(), *self._finished.values(), *growing]
+        return [tree for tree in held if tree.ticket >= first]
 
     async def take(self, reader: str, max_trees: int, wait_s: float) -> list[TreeRecord] | None:
         """Up to `max_trees` finished trees in batch order; none after `wait_s` without any.
@@ -240,14 +213,17 @@ class EnginePool:
                 return []
             async with self._changed:
                 try:
-                    await asyncio.wait_for(self._changed.wait(), left)
+                    async with asyncio.timeout(left):
+                        await self._changed.wait()
                 except TimeoutError:
                     return []
         if reader != self._reader:
             return None
         taken = self._ready()[:max_trees]
         self._released += len(taken)
-        return [self._finished.pop(number) for number in taken]
+        trees = {number: self._finished.pop(number) for number in taken}
+        self._taken |= trees
+        return list(trees.values())
 
     def _ready(self) -> list[int]:
         """Finished tickets of the batch that is due."""
@@ -261,7 +237,12 @@ class EnginePool:
         """One tree for each prompt, as they finish; used with depth 1, outside the gate."""
         grows = [
             asyncio.ensure_future(
-                self._grow(number, number, prompts, shape, step_seed(seed, (number,)), sampling)
+                Growth(
+                    ticket=Ticket(number=number, prompt=number, seed=step_seed(seed, (number,))),
+                    prompts=prompts,
+                    shape=shape,
+                    sampling=sampling,
+                ).finish(self.engines)
             )
             for number in range(len(prompts))
         ]

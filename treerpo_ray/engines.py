@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from treerpo_ray.actor import Actor
 from treerpo_ray.config import Config
@@ -34,6 +34,8 @@ class Member:
     index: int
     actor: Actor
     is_serving: bool = False
+    version: int = -1
+    """Newest version that it has proved; -1 before the first."""
     num_trees: int = 0
     num_starts: int = 1
 
@@ -127,6 +129,7 @@ class Engines:
                     f"{served.manifest.version} (sync.probe_tolerance="
                     f"{self.config.sync.probe_tolerance})"
                 )
+        member.version = served.manifest.version
 
     async def serve(
         self, manifest: Manifest, chunks: list[ray.ObjectRef], probe: Probe, should_probe: bool
@@ -179,7 +182,14 @@ class Engines:
     async def stats(self) -> list[EngineStats]:
         """Totals of each serving engine; one that does not answer is replaced."""
         members = [member for member in self._members if member.is_serving]
-        asked = (member.actor.stats.remote() for member in members)
+        asked = (
+            self.wait_for(
+                member.actor.stats.remote(),
+                f"engine {member.index} to answer",
+                self.config.engine.request_timeout_s,
+            )
+            for member in members
+        )
         answers = await asyncio.gather(*asked, return_exceptions=True)
         for member, answer in zip(members, answers, strict=True):
             if isinstance(answer, BaseException):
@@ -212,7 +222,8 @@ class Engines:
                 )
             async with self.changed:
                 try:
-                    await asyncio.wait_for(self.changed.wait(), REPORT_EVERY_S)
+                    async with asyncio.timeout(REPORT_EVERY_S):
+                        await self.changed.wait()
                 except TimeoutError:
                     waited = round(time.monotonic() - start)
                     self.note("waiting", seconds=waited, what="an engine that serves")
@@ -221,16 +232,16 @@ class Engines:
     async def wait_for(self, result: Awaitable[T], name: str, timeout_s: float) -> T:
         """Await `result`, logging what is waited for; TimeoutError after `timeout_s`."""
         start = time.monotonic()
-        task = asyncio.ensure_future(_awaited(result))
-        while True:
-            done, _ = await asyncio.wait([task], timeout=min(REPORT_EVERY_S, timeout_s))
-            if done:
-                return task.result()
-            waited = time.monotonic() - start
-            self.note("waiting", seconds=round(waited), what=name)
-            if waited >= timeout_s:
-                task.cancel()
-                raise TimeoutError(f"waited {waited:.0f} s for {name}")
+        task = asyncio.ensure_future(result)
+        try:
+            while not (await asyncio.wait([task], timeout=min(REPORT_EVERY_S, timeout_s)))[0]:
+                waited = time.monotonic() - start
+                self.note("waiting", seconds=round(waited), what=name)
+                if waited >= timeout_s:
+                    raise TimeoutError(f"waited {waited:.0f} s for {name}")
+            return task.result()
+        finally:
+            task.cancel()
 
     def note(self, kind: str, **fields: str | int) -> None:
         """Append an event to the run's log."""
@@ -243,10 +254,8 @@ def can_serve(started: Config, config: Config) -> bool:
     return parts[0] == parts[1] and started.max_model_tokens >= config.max_model_tokens
 
 
-async def _awaited(result: Awaitable[T]) -> T:
-    return await result
-
-
 def first_line(error: BaseException) -> str:
-    """Kind and first line of an error."""
+    """Kind and first line of an error, without what Ray puts around that of an actor."""
+    if isinstance(error, RayTaskError):
+        error = error.cause
     return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"

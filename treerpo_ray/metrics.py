@@ -31,7 +31,10 @@ METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 FATAL = "fatal"
 """Kind of an event that ends the run, with its `reason`."""
-NOTICES = {FATAL, "engine_lost", "tree_moved", "waiting", "learner_started", "write_failed"}
+NOTICES = {
+    *(FATAL, "engine_lost", "tree_moved", "waiting", "learner_started", "write_failed"),
+    "checkpoint_passed_over",
+}
 """Events that whoever follows the run should see; what this module warns of comes with them."""
 
 

@@ -67,7 +67,7 @@ class TreeRecord:
     grow_s: float
     """Seconds from the ticket to the last step."""
     finished_at_s: float
-    """Unix time of the last step."""
+    """Unix time of the last step; 0 while the tree is partly grown."""
     tree: Tree
     leaf_texts: tuple[str, ...]
     """Decoded answer of each leaf, in the order of `tree.leaves`; for verifier and viewer only."""

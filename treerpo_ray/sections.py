@@ -145,6 +145,9 @@ class LearnerConfig:
 
     num_workers: int = 1
     """Data-parallel workers; `gate.trees_per_step` must be a multiple."""
+    min_workers: int | None = None
+    """Fewest workers to go on with when train nodes are lost; up to `num_workers` as they come
+    back. None: always `num_workers`. Needs nodes of its own, by a resource such as train_slot."""
     resources: dict[str, float] = field(default_factory=lambda: {"CPU": 0.5})
     """Ray resources of one worker, such as {GPU: 1, train_slot: 1}."""
     cpu_threads: int = 1
@@ -174,6 +177,11 @@ class LearnerConfig:
     """Most tokens of one forward pass."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
+
+    @property
+    def fewest_workers(self) -> int:
+        """Workers that the run needs to go on."""
+        return self.num_workers if self.min_workers is None else self.min_workers
 
     @property
     def pruning(self) -> Pruning:

@@ -21,12 +21,12 @@ class Shares:
 
     Args:
         config: The run's configuration.
+        size: Trees of a share.
         first: A ticket of the learner step that is due first.
     """
 
-    def __init__(self, config: Config, *, first: int) -> None:
-        self.trees_per_step = config.gate.trees_per_step
-        self.size = self.trees_per_step // config.learner.num_workers
+    def __init__(self, config: Config, *, size: int, first: int) -> None:
+        self.trees_per_step, self.size = config.gate.trees_per_step, size
         self.due = first // self.trees_per_step
         self.num_given = 0
         """Trees of the step that is due that have been given out."""

@@ -155,12 +155,14 @@ def _fit(config: Config, inputs: Inputs, stations: Stations, console: Console) -
         stations=stations,
     )
     records = tempfile.TemporaryDirectory(prefix="treerpo-train-", ignore_cleanup_errors=True)
-    resources = dict(config.learner.resources)
+    learner, resources = config.learner, dict(config.learner.resources)
+    is_fixed = learner.min_workers is None
+    workers = learner.num_workers if is_fixed else (learner.min_workers, learner.num_workers)
     trainer = TorchTrainer(
         run_worker,
         train_loop_config={"task": task},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.learner.num_workers,
+            num_workers=workers,  # type: ignore[arg-type]  # Ray's hint knows no range
             use_gpu=resources.get("GPU", 0) > 0,
             resources_per_worker=resources,
         ),

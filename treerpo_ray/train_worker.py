@@ -2,23 +2,21 @@
 
 import math
 import os
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-import ray.data
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
 
+from treerpo_ray import saved_trees
 from treerpo_ray.actor import Actor
 from treerpo_ray.checkpoint import Checkpoints, publish_folder
 from treerpo_ray.config import Config
@@ -28,7 +26,8 @@ from treerpo_ray.learner import DTYPES, Learner, UpdateResult
 from treerpo_ray.metrics import Event, Row
 from treerpo_ray.outbox import Outbox
 from treerpo_ray.prompts import PromptSet
-from treerpo_ray.records import from_table
+from treerpo_ray.records import TreeRecord, from_table
+from treerpo_ray.share_ahead import ShareAhead
 from treerpo_ray.shares import from_share
 from treerpo_ray.tree_stream import Scorer
 from treerpo_ray.weights import Probe, pack_weights
@@ -57,37 +56,6 @@ class WorkerTask:
     stations: Stations
 
 
-class ShareAhead:
-    """A worker's shares, the next of which is fetched while it trains on the one before.
-
-    Ray Data deals shares out by count, not by who asks first, so that asking early takes nothing
-    from another worker; what may be in flight at all is the gate's to say. Ray's own prefetch
-    would hold a share back until the next one has come, which at staleness 0 is never.
-    """
-
-    def __init__(self, shard: ray.data.DataIterator) -> None:
-        batches = shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
-        self._batches: Iterator[pa.Table] = iter(batches)
-        self._ask()
-
-    def take(self) -> pa.Table | None:
-        """The next share, waiting for it; None if the stream has ended."""
-        share = self._asked.result()
-        self._ask()
-        return share
-
-    def _ask(self) -> None:
-        self._asked: Future[pa.Table | None] = Future()
-        # A daemon: behind the last step it waits for a share that never comes.
-        threading.Thread(target=self._fetch, args=(self._asked,), daemon=True).start()
-
-    def _fetch(self, asked: "Future[pa.Table | None]") -> None:
-        try:
-            asked.set_result(next(self._batches, None))
-        except BaseException as error:  # raised again in `take`
-            asked.set_exception(error)
-
-
 def run_worker(settings: dict[str, WorkerTask]) -> None:
     """Entry point for Ray Train, which hands over a dict."""
     TrainWorker(settings["task"]).run()
@@ -108,10 +76,13 @@ class TrainWorker:
         self.cpu_s = 0.0
         self.outbox = Outbox(self._warn)
         self.checkpoints = Checkpoints(self.folder, self.config.checkpoint.keep)
+        self.left_over: list[TreeRecord] = []
         with self.checkpoints.newest() as found:
             self.step, checkpoint = found or (0, None)
             self.saved = self.step
             self.learner = Learner(self.config, ray.train.torch.get_device(), checkpoint)
+            if checkpoint is not None and self.is_first:
+                self.left_over = saved_trees.read(checkpoint, self.config)
 
     def run(self) -> None:
         """Take batches until the gate says that it was the last one."""
@@ -133,13 +104,26 @@ class TrainWorker:
 
     def _open(self) -> None:
         """Bring engines, gate and log to where the learner is, before the first ticket."""
+        for step, fault in self.checkpoints.passed_over.items():
+            self._note("checkpoint_passed_over", step=step, fault=fault)
         self._publish()
         self._engine_metrics()
-        gate, pool = self.stations.gate, self.stations.pool
+        gate, pool, version = self.stations.gate, self.stations.pool, self.learner.version
         session: int = ray.get(gate.restart.remote(self.step))
         first = self.step * self.config.gate.trees_per_step
-        ray.get(pool.grow_tickets.remote(gate, session, first))
-        self._note("learner_started", step=self.step, version=self.learner.version, pid=os.getpid())
+        saved = saved_trees.usable(
+            self.left_over, step=self.step, version=version, config=self.config
+        )
+        ray.get(pool.grow_tickets.remote(gate, session, first, self.num_workers, saved))
+        self._note(
+            "learner_started",
+            step=self.step,
+            version=version,
+            workers=self.num_workers,
+            saved_trees=len(saved),
+            pid=os.getpid(),
+        )
+        self.left_over = []
 
     def _step(self, shares: "ShareAhead") -> bool:
         """One learner step; returns whether it was the last."""
@@ -256,8 +240,15 @@ class TrainWorker:
 
     def _save(self, is_last: bool) -> None:
         """Write a checkpoint; one that fails is left to the next step, but for the last one."""
+        first = self.step * self.config.gate.trees_per_step
+        trees: list[TreeRecord] = ray.get(self.stations.pool.unconsumed.remote(first))
+
+        def write(folder: Path) -> None:
+            self.learner.write(folder)
+            saved_trees.write(folder, trees, self.config)
+
         try:
-            self.checkpoints.save(self.step, self.learner.write)
+            self.checkpoints.save(self.step, write)
         except Exception as error:  # any store's own
             if is_last:
                 raise

@@ -104,7 +104,9 @@ def _shares(config: Config, pool: Actor, run_log: Actor, reader: str) -> Iterato
             if not trees:
                 log.info("waiting for finished trees")
                 continue
-            shares = shares or Shares(config, first=trees[0].ticket)
+            if shares is None:
+                size: int = ray.get(pool.share_size.remote())
+                shares = Shares(config, size=size, first=trees[0].ticket)
             try:
                 scored = scorer.score(trees)
             except VerifierFailing as error:  # workers that start anew would only run into it again

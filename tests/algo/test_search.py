@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.algo.trees import trees
 from treerpo_ray.algo.search import (
     Path,
     SiblingGroup,
@@ -16,6 +17,7 @@ from treerpo_ray.algo.search import (
     assemble,
     cut_at_surprise,
     grow,
+    sibling_groups,
     step_seed,
 )
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
@@ -303,6 +305,26 @@ def scripted_tree(shape: TreeShape, groups: list[SiblingGroup]) -> list[SiblingG
         for number, step in enumerate(group.steps)
     }
     return grown(Script(shape, stops=stops))
+
+
+@given(trees())
+def test_the_groups_of_a_tree_make_the_tree_again(tree: Tree) -> None:
+    groups = sibling_groups(tree)
+    assert len(groups) == len(tree.children)
+    held: set[tuple[int, ...]] = set()
+    for group in groups:
+        assert not group.parent or group.parent in held, "parents come first"
+        held |= {(*group.parent, number) for number in range(len(group.steps))}
+        assert {step.parent for step in group.steps} == {ROOT}
+    again = assemble(tree.prompt_ids.tolist(), reversed(groups))
+    assert edges(again) == edges(tree)
+    assert plain(assemble(tree.prompt_ids.tolist(), sibling_groups(again))) == plain(again)
+
+
+def edges(tree: Tree) -> dict[tuple[int, ...], list[tuple[int, ...]]]:
+    """Tokens of each step, which are unique, with those of its children in order; () is ROOT."""
+    own = {ROOT: ()} | {i: tuple(step.token_ids.tolist()) for i, step in enumerate(tree.steps)}
+    return {own[parent]: [own[i] for i in found] for parent, found in tree.children.items()}
 
 
 def test_a_group_without_its_parents_is_refused() -> None:

@@ -231,6 +231,17 @@ def assemble(prompt_ids: list[int], groups: Iterable[SiblingGroup]) -> Tree:
     return Tree(prompt_ids=np.asarray(prompt_ids, np.int32), steps=tuple(steps))
 
 
+def sibling_groups(tree: Tree) -> list[SiblingGroup]:
+    """The sibling groups that a tree is made of, parents first: `assemble` undone."""
+    paths: dict[int, Path] = {ROOT: ()}
+    groups = []
+    for parent, children in tree.children.items():  # in the order of the first children
+        paths |= {index: (*paths[parent], number) for number, index in enumerate(children)}
+        steps = tuple(replace(tree.steps[index], parent=ROOT) for index in children)
+        groups.append(SiblingGroup(parent=paths[parent], steps=steps))
+    return groups
+
+
 def step_seed(tree_seed: int, path: Path) -> int:
     """Seed of the request for the step at `path`: the same whenever and wherever it is sampled."""
     digest = hashlib.blake2b(repr((tree_seed, path)).encode(), digest_size=8).digest()

@@ -1,0 +1,56 @@
+"""Saved trees: what a checkpoint keeps of the learner steps to come, trees whole or partly grown.
+
+A resumed run goes on from them, where they are what it would have sampled itself: trees of the
+same tickets, of versions that the learner knows, and no staler than it allows.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from treerpo_ray.config import Config
+from treerpo_ray.records import TreeRecord, from_table, to_table
+
+FILE = "trees.parquet"
+CONFIG_KEY = b"treerpo_tree"
+"""Of the table's metadata: the section `tree` that the trees were grown with."""
+
+
+def write(folder: Path, trees: Sequence[TreeRecord], config: Config) -> None:
+    """Write `trees` into the folder of a checkpoint."""
+    table = to_table(trees)
+    metadata = (table.schema.metadata or {}) | {CONFIG_KEY: _tree_section(config)}
+    pq.write_table(table.replace_schema_metadata(metadata), folder / FILE)
+
+
+def read(folder: Path, config: Config) -> list[TreeRecord]:
+    """Trees of a checkpoint; none if `tree` has been configured anew since."""
+    table = pq.read_table(folder / FILE)
+    if table.schema.metadata[CONFIG_KEY] != _tree_section(config):
+        return []
+    return from_table(table)
+
+
+def _tree_section(config: Config) -> bytes:
+    return json.dumps(asdict(config.tree), sort_keys=True).encode()
+
+
+def usable(
+    trees: Sequence[TreeRecord], *, step: int, version: int, config: Config
+) -> list[TreeRecord]:
+    """Those of `trees` that a learner of `version` may use from learner step `step` on.
+
+    Learner step k is made at version + (k - step) at most, so this bounds the staleness of each
+    tree by `gate.max_staleness`. Under an unchanged configuration admission has done that before.
+    """
+    size, limit = config.gate.trees_per_step, config.gate.max_staleness
+    return [
+        tree
+        for tree in trees
+        if tree.ticket >= step * size
+        and tree.tree.max_version <= version
+        and version + tree.ticket // size - step - tree.tree.min_version <= limit
+    ]
