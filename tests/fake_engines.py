@@ -124,10 +124,10 @@ class FakeEngine:
             raise RayTaskError(method, "trace", dead).as_instanceof_cause()
         return True
 
-    async def start(self) -> int:
+    async def start(self) -> tuple[int, int]:
         self.calls.append("start")
         await self.meet("start")
-        return 1000 + self.index
+        return 1000 + self.index, 2000 + self.index
 
     async def load(self, manifest: Manifest, chunks: list[object]) -> None:
         self.calls.append(f"load {manifest.version}")

@@ -191,6 +191,10 @@ def test_a_number_that_must_be_positive_is_told_with_its_key(key: str) -> None:
             "learner.min_workers=0 must be from 1 to learner.num_workers=1",
         ),
         (["learner.num_workers=2", "learner.min_workers=1"], "learner.resources.train_slot=1"),
+        (
+            ["learner.min_workers=1", "learner.resources={CPU: 0.4, train_slot: 1}"],
+            "learner.resources.CPU=0.4 must be a multiple of 0.5",
+        ),
         (["learner.token_budget=1663"], "learner.token_budget=1663 is smaller .* = 1664$"),
         (["gate.max_staleness=-1"], "gate.max_staleness=-1 must not be negative"),
         (["tree.num_children=[8]"], r"tree.num_children .* not \[8\] and \[384, 384, 384\]"),

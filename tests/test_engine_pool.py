@@ -69,10 +69,7 @@ async def opened(config: Config, fleet: Fleet, gate: Gate) -> EnginePool:
 
 
 async def serve_from_start(pool: EnginePool, version: int = 0) -> None:
-    starting = asyncio.create_task(pool.start())
-    await asyncio.sleep(0)
-    await serve(pool, version, should_probe=True)
-    await starting
+    await asyncio.gather(pool.start(), serve(pool, version, should_probe=True))
 
 
 async def consume(pool: EnginePool, gate: Gate, first: int = 0) -> list[TreeRecord]:

@@ -114,11 +114,19 @@ class Config:
                     f"gate.trees_per_step={trees} must be a multiple of learner.num_workers="
                     f"{workers} times learner.minibatches={learner.minibatches}"
                 )
-        if learner.min_workers is not None and not set(learner.resources) - {"CPU", "GPU"}:
+        if learner.min_workers is None:
+            return
+        if not set(learner.resources) - {"CPU", "GPU"}:
             raise ValueError(
                 "learner.min_workers needs a resource that only train nodes have, such as "
                 "learner.resources.train_slot=1: Ray would count what engines take as free"
             )
+        for name, amount in learner.resources.items():
+            if amount % 0.5:  # others are not exact, and Ray divides by them and rounds down
+                raise ValueError(
+                    f"learner.resources.{name}={amount} must be a multiple of 0.5 where "
+                    "learner.min_workers is set"
+                )
 
     def _check_engine(self) -> None:
         """Check the engine's share of the machine."""
