@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 import uuid
@@ -19,7 +20,7 @@ from small_run import (
 
 from treerpo_ray.algo.tree import ROOT, StopReason
 from treerpo_ray.analysis import Run, most_mixed_tree, newest_run, path_changes, worst_leaf
-from treerpo_ray.plots import plot_curves, plot_kept_by_depth
+from treerpo_ray.plots import plot_curves, plot_kept_by_depth, plot_pool
 from treerpo_ray.tree_plots import MAX_LEAVES, plot_tree, plot_value_along_path
 
 REPOSITORY = Path(__file__).parents[1]
@@ -195,6 +196,25 @@ def test_kept_groups_by_depth_add_up_over_the_run(run):
     names = [f"groups/{state}_depth_{depth}" for state in ("kept", "pruned") for depth in (1, 2)]
     assert heights == metrics[names].sum().tolist()
     assert [line.get_label() for line in lines.lines] == ["depth 1", "depth 2"]
+
+
+def test_the_pool_is_drawn_over_the_time_since_the_run_began(tmp_path):
+    folder = write_small_run(tmp_path)
+    with pytest.raises(ValueError, match="has no event pool in its events"):
+        plot_pool(Run(folder))
+    counts = {"nodes": 2, "serving": 1, "starting": 1, "draining": 0, "growing": 3, "waiting": 4}
+    more = {"time": 1012.5, "kind": "pool", **counts}
+    with (Path(folder) / "events.jsonl").open("a") as file:
+        file.write(json.dumps(more) + "\n")
+    above, below = plot_pool(Run(folder)).axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in (*above.lines, *below.lines)}
+    assert drawn == {
+        "nodes": [[12.5, 2]],
+        "engines": [[12.5, 2]],
+        "serving": [[12.5, 1]],
+        "growing or waiting": [[12.5, 7]],
+        "growing": [[12.5, 3]],
+    }
 
 
 def test_a_drawn_tree_has_every_step_with_text_value_advantage_and_verdict(run):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from treerpo_ray.cluster import (
+    check_fit,
     check_vllm,
     local_resources,
     missing_resources,
@@ -64,13 +65,13 @@ def test_a_run_needs_what_its_engines_workers_and_stream_reserve() -> None:
             *("learner.num_workers=2", "learner.resources={CPU: 4, GPU: 1, train_slot: 1}"),
         ]
     )
-    needed = needed_resources(config)
+    needed = needed_resources(config, 3)
     # 3 engines of 2, 2 workers of 4, and the read task of the stream
     assert needed == pytest.approx({"CPU": 14.1, "GPU": 5, "rollout_slot": 3, "train_slot": 2})
 
 
 def test_the_default_run_fits_a_node_of_two_cpus() -> None:
-    assert missing_resources(needed_resources(Config()), {"CPU": 2.0}) == {}
+    assert missing_resources(needed_resources(Config(), 1), {"CPU": 2.0}) == {}
 
 
 def test_role_slots_are_declared_on_a_cluster_of_ones_own(monkeypatch) -> None:
@@ -81,7 +82,25 @@ def test_role_slots_are_declared_on_a_cluster_of_ones_own(monkeypatch) -> None:
     )
     have = local_resources(config)
     assert have == {"CPU": 6, "GPU": 1, "rollout_slot": 2}
-    assert missing_resources(needed_resources(config), have) == {"GPU": 3, "special": 2}
+    assert missing_resources(needed_resources(config, 2), have) == {"GPU": 3, "special": 2}
+
+
+def test_a_cluster_of_ones_own_has_role_slots_for_all_engines_that_the_pool_may_grow_to() -> None:
+    config = load(
+        ["engine.resources={rollout_slot: 2}", "engine.max_engines=3", "engine.max_trees=4"]
+    )
+    assert local_resources(config)["rollout_slot"] == 6
+
+
+def test_what_one_engine_asks_for_must_be_on_one_node() -> None:
+    nodes = [{"CPU": 4.0}, {"CPU": 1.0, "GPU": 1.0}]
+    check_fit("engine.resources", {"CPU": 1.0, "GPU": 1.0}, nodes, {})
+    with pytest.raises(
+        ValueError, match=r"^engine\.resources=.*: no node has all of that at once$"
+    ):
+        check_fit("engine.resources", {"CPU": 2.0, "GPU": 1.0}, nodes, {})
+    with pytest.raises(ValueError, match=r"no node with the labels .*rollout.* \(engine\.labels\)"):
+        check_fit("engine.resources", {"CPU": 2.0}, [], {"role": "rollout"})
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,14 @@ def test_the_plan_counts_memory_and_resources(quickstart) -> None:
     assert needs["train_slot"] == "2"
 
 
+def test_the_plan_of_a_pool_that_may_grow_says_from_where_to_where() -> None:
+    shown = plan("engine.max_engines=5", "engine.max_trees=8")
+    assert "; 3 to 5 engine(s) of" in shown["memory"]
+    fewest, most = shown["resources"].split(",")[0].removeprefix("CPU ").split(" to ")
+    assert float(most) - float(fewest) == pytest.approx(2 * 0.5)
+    assert "train_slot 2" in shown["resources"].split(", ")
+
+
 def test_a_reference_model_a_smaller_number_format_and_an_open_cache_change_the_memory() -> None:
     num_parameters = saved_parameters()
     gpu = ("engine.resources={GPU: 1}", "engine.kv_cache_gib=null")

@@ -43,10 +43,12 @@ def _is_installed(name: str) -> bool:
     return True
 
 
-def needed_resources(config: Config, *, trains: bool = True) -> dict[str, float]:
-    """Sum of what engines reserve and, if the job trains, learner workers and the stream."""
-    engine, learner = config.engine, config.learner
-    parts = [(engine.num_engines, engine.resources)]
+def needed_resources(
+    config: Config, num_engines: int, *, trains: bool = True
+) -> dict[str, float]:
+    """Sum of what so many engines reserve and, if the job trains, learner workers and stream."""
+    learner = config.learner
+    parts = [(num_engines, config.engine.resources)]
     if trains:
         parts += [(learner.num_workers, learner.resources), (1, config.verifier.resources)]
     needed: dict[str, float] = {}
@@ -60,9 +62,13 @@ def local_resources(config: Config) -> dict[str, float]:
     """What a cluster started here would have; role slots are declared as far as needed."""
     import torch
 
-    needed = needed_resources(config)
-    slots = {name: needed[name] for name in needed if name.endswith("_slot")}
-    return {"CPU": len(os.sched_getaffinity(0)), "GPU": torch.cuda.device_count(), **slots}
+    cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    return {"CPU": cpus, "GPU": gpus, **_local_slots(config)}
+
+
+def _local_slots(config: Config) -> dict[str, float]:
+    needed = needed_resources(config, config.most_engines)
+    return {name: needed[name] for name in needed if name.endswith("_slot")}
 
 
 def missing_resources(needed: dict[str, float], available: dict[str, float]) -> dict[str, float]:
@@ -76,38 +82,67 @@ def connected(config: Config, *, trains: bool = True) -> Iterator[None]:
     """Connect to the cluster that the environment names, or start one here for the while.
 
     Raises:
-        ValueError: the run needs more than the cluster has or can scale to; names what and where
-            to change it.
+        ValueError: the run needs more than the cluster has; names what and where to change it.
     """
-    needed = needed_resources(config, trains=trains)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:
-        slots = {name: needed[name] for name in needed if name.endswith("_slot")}
         # Ray listens on every interface, and who may talk to it may run code. Unless told otherwise
         # it asks for a token: one that only the processes of this run know.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         ray.init(
             address="local",
-            resources=slots,
+            resources=_local_slots(config),
+            labels=config.engine.labels,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
     try:
-        lacking = missing_resources(needed, _cluster_limits())
-        if lacking:
-            raise ValueError(
-                f"the cluster lacks {lacking} for this run: change engine.num_engines, "
-                "engine.resources, learner.num_workers or learner.resources, or add nodes"
-            )
+        _check_cluster(config, trains=trains)
         yield
     finally:
         ray.shutdown()
 
 
-def _cluster_limits() -> dict[str, float]:
-    """What the cluster has now, or can scale to where it has an autoscaler."""
-    limits = dict(ray.cluster_resources())
-    scaled = ray_state.get_max_resources_from_cluster_config() or {}
-    return {name: max(limits.get(name, 0), scaled.get(name, 0)) for name in limits | scaled}
+def _check_cluster(config: Config, *, trains: bool) -> None:
+    """Check that what the run starts with has a place.
+
+    Few autoscalers tell Ray what they could add (its own for VMs and Kubernetes do not), so the
+    engines of a pool that may grow are taken on trust on a cluster that was there before: they
+    wait for nodes, say so, and fail the start after `engine.start_timeout_s`.
+    """
+    may_come = config.engine.max_engines is not None and bool(os.environ.get("RAY_ADDRESS"))
+    num_engines = 0 if may_come else config.engine.num_engines
+    needed = needed_resources(config, num_engines, trains=trains)
+    limits, scaled = ray.cluster_resources(), ray_state.get_max_resources_from_cluster_config()
+    limits |= {name: max(limits.get(name, 0), most) for name, most in (scaled or {}).items()}
+    if lacking := missing_resources(needed, limits):
+        raise ValueError(
+            f"the cluster lacks {lacking} for this run: change engine.num_engines, "
+            "engine.resources, learner.num_workers or learner.resources, add nodes, or set "
+            "engine.max_engines where an autoscaler adds them"
+        )
+    if scaled is not None:
+        return
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if trains:
+        resources = [n["Resources"] for n in nodes]
+        check_fit("learner.resources", config.learner.resources, resources, {})
+    if not may_come:
+        labels = config.engine.labels
+        fitting = [n["Resources"] for n in nodes if labels.items() <= n["Labels"].items()]
+        check_fit("engine.resources", config.engine.resources, fitting, labels)
+
+
+def check_fit(
+    key: str, resources: dict[str, float], nodes: list[dict[str, float]], labels: dict[str, str]
+) -> None:
+    """Check that one of the nodes has everything that one engine or worker asks for.
+
+    Raises:
+        ValueError: none has; names the key.
+    """
+    if all(missing_resources(resources, node) for node in nodes):
+        where = f" with the labels {labels} (engine.labels)" if labels else ""
+        raise ValueError(f"{key}={resources}: no node{where} has all of that at once")

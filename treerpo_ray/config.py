@@ -47,7 +47,7 @@ NOT_NEGATIVE = (
     ),
     *("gate.max_staleness", "evaluate.temperature", "evaluate.every", "metrics.save_trees_every"),
     *("learner.max_failures", "learner.warmup_steps", "learner.weight_decay"),
-    *("loss.kl_coef", "loss.entropy_coef"),
+    *("loss.kl_coef", "loss.entropy_coef", "engine.shrink_after_s"),
 )
 """Keys whose value must be zero or more."""
 
@@ -129,8 +129,20 @@ class Config:
                 )
 
     def _check_engine(self) -> None:
-        """Check the engine's share of the machine."""
+        """Check the engine's share of the machine, and how far the pool may grow."""
         engine, num_gpus = self.engine, self.engine.resources.get("GPU", 0)
+        if engine.max_trees is not None and engine.max_trees < 1:
+            raise ValueError(f"engine.max_trees={engine.max_trees} must be more than 0")
+        if engine.max_engines is not None and engine.max_engines < engine.num_engines:
+            raise ValueError(
+                f"engine.max_engines={engine.max_engines} must not be less than "
+                f"engine.num_engines={engine.num_engines}"
+            )
+        if self.most_engines > engine.num_engines and engine.max_trees is None:
+            raise ValueError(
+                f"engine.max_engines={engine.max_engines} needs engine.max_trees: the pool grows "
+                "while more trees are in hand than its engines may grow at a time"
+            )
         if engine.kv_cache_gib is None and not num_gpus:
             raise ValueError("engine.kv_cache_gib is needed on a CPU; 1 is enough for small models")
         if engine.kv_cache_gib is not None and engine.kv_cache_gib <= 0:
@@ -140,6 +152,12 @@ class Config:
                 f"engine.tensor_parallel={engine.tensor_parallel} needs as many GPUs, but "
                 f"engine.resources has GPU: {num_gpus:g}"
             )
+
+    @property
+    def most_engines(self) -> int:
+        """Engines that the pool may grow to."""
+        most = self.engine.max_engines
+        return self.engine.num_engines if most is None else most
 
     @property
     def shape(self) -> TreeShape:

@@ -1,8 +1,7 @@
 """Engine: one vLLM engine in an actor; searches trees and serves one version of the weights.
 
-The whole search of a tree runs in here, so that children find the blocks of their parents in
-the prefix cache; finished sibling groups stream out, so that a caller whose engine dies holds
-every finished step. Ray wraps the class where the pool is built.
+The whole search of a tree runs in here, so that children find the blocks of their parents in the
+prefix cache; finished sibling groups stream out, so that a caller whose engine dies holds them.
 """
 
 import asyncio
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import ray
 
 from treerpo_ray.algo.search import SiblingGroup, TreeShape, grow
 from treerpo_ray.algo.tree import ROOT, Step, StopReason
@@ -25,7 +25,6 @@ from treerpo_ray.prompts import end_token_ids, load_tokenizer, resolve_model_pat
 from treerpo_ray.weights import ChunkFiles, LoadProof, Manifest
 
 if TYPE_CHECKING:
-    import ray
     from vllm import CompletionOutput
     from vllm.engine.arg_utils import AsyncEngineArgs
 
@@ -84,6 +83,10 @@ class Engine:
         self._totals = np.zeros(4, np.int64)
         if log_folder is not None:
             redirect_output(Path(log_folder) / f"engine-{index}.log")
+
+    async def node(self) -> str:
+        """Ray's id of this actor's node."""
+        return ray.get_runtime_context().get_node_id()
 
     async def start(self) -> tuple[int, int]:
         """Load the model; returns the ids of this process and of vLLM's core once it can sample."""
@@ -218,7 +221,7 @@ class Engine:
             stop=StopReason.END_OF_TEXT if is_end else StopReason.BOUNDARY,
         )
 
-    async def load(self, manifest: Manifest, chunks: "list[ray.ObjectRef]") -> None:
+    async def load(self, manifest: Manifest, chunks: list[ray.ObjectRef]) -> None:
         """Take over the weights of `manifest` and prove it; requests in flight wait and go on.
 
         Raises:

@@ -17,6 +17,7 @@ from treerpo_ray.actor import Actor
 from treerpo_ray.algo.search import TreeShape, step_seed
 from treerpo_ray.config import Config
 from treerpo_ray.engine import EngineStats, Sampling
+from treerpo_ray.engine_keeper import EngineKeeper
 from treerpo_ray.engines import Engines
 from treerpo_ray.gate import Ticket
 from treerpo_ray.growth import Growth
@@ -74,8 +75,11 @@ class EnginePool:
         self.engines.run_log = run_log
 
     async def start(self) -> None:
-        """Start every engine, unless that was done; returns once all of them can serve."""
+        """Start the engines, unless that was done, and from then on keep their number right."""
+        if self.engines.members:
+            return
         await self.engines.start()
+        self.engines.spawn(EngineKeeper(self.engines).run())
 
     async def serve(
         self, manifest: Manifest, chunks: list[ray.ObjectRef], probe: Probe, should_probe: bool

@@ -1,19 +1,23 @@
-"""Engines: the pool's engine actors; starts them, keeps them current, replaces the failed."""
+"""Engines: the pool's engine actors; starts them, keeps them current, replaces the failed.
+
+An engine that the cluster has no room for is a pending actor, which is the demand that Ray's
+autoscaler sees; nothing but the start of a run waits for it.
+"""
 
 import asyncio
-import statistics
+import math
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from treerpo_ray.actor import Actor
 from treerpo_ray.config import Config
 from treerpo_ray.engine import Engine, EngineStats
+from treerpo_ray.engine_places import Member, Places
 from treerpo_ray.metrics import Event
 from treerpo_ray.weights import Manifest, Probe
 
@@ -25,23 +29,6 @@ STOP_S = 30
 """Time that engines have to shut down by themselves."""
 MAX_STARTS = 5
 """Starts of one engine, without a tree in between, after which the run fails."""
-
-
-@dataclass(eq=False, slots=True)
-class Member:
-    """An engine of the pool."""
-
-    index: int
-    actor: Actor
-    is_serving: bool = False
-    version: int = -1
-    """Newest version that it has proved; -1 before the first."""
-    num_trees: int = 0
-    num_starts: int = 1
-
-    def kill(self) -> None:
-        """End its process at once."""
-        ray.kill(cast(ActorHandle, self.actor))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,18 +56,25 @@ class Engines:
         """Notified whenever an engine begins to serve, and by the pool."""
         self.failure: BaseException | None = None
         """Why engines could not be replaced any more."""
-        self._members: list[Member] = []
+        self.members: list[Member] = []
+        """Those that take trees, or will once they serve."""
+        self.leaving: list[Member] = []
+        """Those that only finish their trees."""
+        self.places = Places(self.members, config.engine.max_trees)
         self._served: Served | None = None
         self._serving = asyncio.Lock()
         self._work: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Start every engine, unless that was done; returns once all of them can serve."""
-        if self._members:
-            return
-        count = self.config.engine.num_engines
-        self._members = [Member(index, self._make_actor(index)) for index in range(count)]
-        await asyncio.gather(*(self._bring_up(member) for member in self._members))
+        """Start `engine.num_engines`; returns once all of them can serve.
+
+        Raises:
+            TimeoutError: one had no node or was not up after `engine.start_timeout_s`.
+        """
+        for index in range(self.config.engine.num_engines):
+            self.members.append(Member(index, self._make_actor(index)))
+        timeout_s = self.config.engine.start_timeout_s
+        await asyncio.gather(*(self._bring_up(member, timeout_s) for member in self.members))
 
     def _make_actor(self, index: int) -> Actor:
         resources = dict(self.config.engine.resources)
@@ -88,12 +82,17 @@ class Engines:
             num_cpus=resources.pop("CPU", 0),
             num_gpus=resources.pop("GPU", 0),
             resources=resources,  # what the two above left
+            label_selector=self.config.engine.labels or None,
             max_concurrency=10_000,
         )
         return cast(Actor, actor.remote(self.config, index, self.log_folder))
 
-    async def _bring_up(self, member: Member) -> None:
+    async def _bring_up(self, member: Member, node_timeout_s: float = math.inf) -> None:
         """Start an engine, give it the latest weights, and let it serve once it has proved them."""
+        start = time.monotonic()
+        needs = self.config.engine.resources | self.config.engine.labels
+        name = f"a node with {needs} for engine {member.index}"
+        member.node = await self.wait_for(member.actor.node.remote(), name, node_timeout_s)
         pid, core = await self.wait_for(
             member.actor.start.remote(),
             f"engine {member.index} to start",
@@ -105,11 +104,19 @@ class Engines:
             assert served is not None  # versions only ever replace each other
             await self._load(member, served, should_probe=True)
         member.is_serving = True
+        self.places.fill()
         self.note(
-            "engine_serving", engine=member.index, pid=pid, core=core, starts=member.num_starts
+            "engine_serving",
+            engine=member.index,
+            pid=pid,
+            core=core,
+            starts=member.num_starts,
+            node=member.node,
+            version=self.version,
+            trees=member.num_trees,
+            seconds=round(time.monotonic() - start),
         )
-        async with self.changed:
-            self.changed.notify_all()
+        await self._notify()
 
     async def _load(self, member: Member, served: Served, *, should_probe: bool) -> None:
         timeout = self.config.engine.start_timeout_s
@@ -121,8 +128,7 @@ class Engines:
             found: list[float] = await self.wait_for(
                 probe, f"engine {member.index} to be probed", timeout
             )
-            pairs = zip(found, served.probe.logprobs, strict=True)
-            off = statistics.fmean(abs(ours - theirs) for ours, theirs in pairs)
+            off = served.probe.distance(found)
             if off > self.config.sync.probe_tolerance:
                 raise RuntimeError(
                     f"engine {member.index} is {off:.2g} nats a token off the learner at version "
@@ -141,38 +147,70 @@ class Engines:
         """
         async with self._serving:  # a worker that died may have left a publication under way
             served = self._served = Served(manifest=manifest, chunks=chunks, probe=probe)
-            members = [member for member in self._members if member.is_serving]
+            members = [m for m in (*self.members, *self.leaving) if m.is_serving]
             loads = (self._load(member, served, should_probe=should_probe) for member in members)
             results = await asyncio.gather(*loads, return_exceptions=True)
             for member, result in zip(members, results, strict=True):
                 if isinstance(result, BaseException):
                     self.replace(member, result)
-        await self.pick()  # one that comes up anew has loaded this version before it serves
+        # One that comes up anew has loaded this version before it serves.
+        async with self.changed:
+            await self.changed.wait_for(lambda: not self.members or self._is_serving())
+        if not self.members:
+            raise self._gave_up()
+
+    def _is_serving(self) -> bool:
+        return any(member.is_serving for member in self.members)
+
+    def _gave_up(self) -> RuntimeError:
+        assert self.failure is not None  # it is why the last engine was not replaced
+        return RuntimeError(
+            f"an engine failed {MAX_STARTS} times in a row: {first_line(self.failure)}"
+        )
 
     def replace(self, member: Member, error: BaseException) -> None:
         """Take an engine out and start another in its place; nothing if that was done already."""
-        if member not in self._members:
+        if member in self.leaving:  # another was asked for, if one is needed
+            member.kill()
+        if member not in self.members:
             return
-        member.is_serving = False
         self.note("engine_lost", engine=member.index, reason=first_line(error))
-        member.kill()
+        self.remove(member)
         if member.num_starts == MAX_STARTS:
             self.failure = error
-            self._members.remove(member)
-            return
-        fresh = Member(
-            member.index, self._make_actor(member.index), num_starts=member.num_starts + 1
-        )
-        self._members[self._members.index(member)] = fresh
-        task = asyncio.create_task(self._bring_up_again(fresh))
-        self._work.add(task)
-        task.add_done_callback(self._work.discard)
+            if not self.members:
+                self.places.fail(self._gave_up())
+            self.spawn(self._notify())
+        else:
+            self.add(member.index, member.num_starts + 1)
+
+    def add(self, index: int, num_starts: int = 1) -> None:
+        """Ask Ray for an engine; it serves when it is up."""
+        member = Member(index, self._make_actor(index), num_starts=num_starts)
+        self.members.append(member)
+        self.spawn(self._bring_up_again(member))
+
+    def remove(self, member: Member) -> None:
+        """Let an engine go at once."""
+        member.is_serving = False
+        self.members.remove(member)
+        member.kill()
 
     async def _bring_up_again(self, member: Member) -> None:
         try:
             await self._bring_up(member)
         except (RayError, RuntimeError, TimeoutError) as error:
             self.replace(member, error)
+
+    def spawn(self, work: Coroutine[None, None, None]) -> None:
+        """Run `work` beside everything else, until `stop`."""
+        task = asyncio.create_task(work)
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+
+    async def _notify(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()
 
     @property
     def version(self) -> int:
@@ -181,7 +219,7 @@ class Engines:
 
     async def stats(self) -> list[EngineStats]:
         """Totals of each serving engine; one that does not answer is replaced."""
-        members = [member for member in self._members if member.is_serving]
+        members = [member for member in self.members if member.is_serving]
         asked = (
             self.wait_for(
                 member.actor.stats.remote(),
@@ -200,34 +238,32 @@ class Engines:
         """End all work and shut the engines down."""
         for task in self._work:
             task.cancel()
-        stops = (member.actor.stop.remote() for member in self._members)
+        members = [*self.members, *self.leaving]
+        await self.stop_actors([member for member in members if member.is_serving])
+        for member in members:
+            member.kill()
+
+    async def stop_actors(self, members: list[Member]) -> None:
+        """Shut engines down; those that fail to end by themselves are for `kill`."""
+        stops = (member.actor.stop.remote() for member in members)
         try:
             await asyncio.wait_for(asyncio.gather(*stops, return_exceptions=True), STOP_S)
         except TimeoutError:
             self.note("waiting", seconds=STOP_S, what="engines to stop; they are killed")
-        for member in self._members:
-            member.kill()
 
     async def pick(self) -> Member:
-        """The serving engine with the fewest trees; waits for one if there is none.
+        """The engine with the fewest trees, for one more tree; `release` gives the place back.
 
         Raises:
             RuntimeError: engines cannot be replaced any more.
         """
-        start = time.monotonic()
-        while not (serving := [m for m in self._members if m.is_serving]):
-            if self.failure is not None:
-                raise RuntimeError(
-                    f"an engine failed {MAX_STARTS} times in a row: {first_line(self.failure)}"
-                )
-            async with self.changed:
-                try:
-                    async with asyncio.timeout(REPORT_EVERY_S):
-                        await self.changed.wait()
-                except TimeoutError:
-                    waited = round(time.monotonic() - start)
-                    self.note("waiting", seconds=waited, what="an engine that serves")
-        return min(serving, key=lambda member: member.num_trees)
+        if not self.members:
+            raise self._gave_up()
+        return await self.places.take()
+
+    def release(self, member: Member) -> None:
+        """A tree has left an engine that `pick` gave it."""
+        self.places.release(member)
 
     async def wait_for(self, result: Awaitable[T], name: str, timeout_s: float) -> T:
         """Await `result`, logging what is waited for; TimeoutError after `timeout_s`."""

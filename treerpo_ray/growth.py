@@ -14,7 +14,8 @@ from ray.exceptions import RayError
 
 from treerpo_ray.algo.search import SiblingGroup, TreeShape, assemble, sibling_groups
 from treerpo_ray.engine import Sampling
-from treerpo_ray.engines import Engines, Member, first_line
+from treerpo_ray.engine_places import Member
+from treerpo_ray.engines import Engines, first_line
 from treerpo_ray.gate import Ticket
 from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import TreeRecord
@@ -77,7 +78,6 @@ class Growth:
         """Grow what is missing, on one engine after the other; returns the finished tree."""
         while not self.finished_at_s:
             member = await engines.pick()
-            member.num_trees += 1
             self.engine = member.index
             try:
                 await self._collect(engines, member)
@@ -94,7 +94,7 @@ class Growth:
                 )
                 engines.replace(member, error)
             finally:
-                member.num_trees -= 1
+                engines.release(member)
         return self.record()
 
     async def _collect(self, engines: Engines, member: Member) -> None:

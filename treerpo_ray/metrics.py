@@ -32,8 +32,8 @@ EVENTS_FILE = "events.jsonl"
 FATAL = "fatal"
 """Kind of an event that ends the run, with its `reason`."""
 NOTICES = {
-    *(FATAL, "engine_lost", "tree_moved", "waiting", "learner_started", "write_failed"),
-    "checkpoint_passed_over",
+    *("engine_serving", "engine_lost", "engine_draining", "engine_left", "tree_moved"),
+    *(FATAL, "waiting", "learner_started", "write_failed", "checkpoint_passed_over"),
 }
 """Events that whoever follows the run should see; what this module warns of comes with them."""
 

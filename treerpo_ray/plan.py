@@ -186,7 +186,8 @@ def plan_lines(config: Config, found: Survey) -> list[str]:
     length = f"{run.num_steps} learner steps, {run.num_steps * trees:,} trees"
     if found.train is not None and found.train.prompts is not None:
         length += f", {run.num_steps * trees / len(found.train.prompts):.1f} epochs"
-    needed = needed_resources(config)
+    needed = needed_resources(config, config.engine.num_engines)
+    at_most = needed_resources(config, config.most_engines)
     return [
         f"run         {config.folder}",
         f"model       {config.model.path}: {_size_line(config, found)}",
@@ -200,7 +201,8 @@ def plan_lines(config: Config, found: Survey) -> list[str]:
         f"staleness   at most {gate.max_staleness} versions: {in_flight} trees in flight",
         f"run length  {length}, up to {run.num_steps * minibatches:,} optimizer steps",
         f"memory      {_memory_line(config, found)}",
-        "resources   " + ", ".join(f"{name} {amount:g}" for name, amount in needed.items()),
+        "resources   "
+        + ", ".join(f"{name} {_range(needed[name], at_most[name])}" for name in needed),
         *_missing_lines(config, needed),
         *(f"unchecked   {line}" for line in found.unchecked),
     ]
@@ -242,7 +244,8 @@ def _memory_line(config: Config, found: Survey) -> str:
     cache = "the rest of its GPU" if kv_gib is None else f"{kv_gib:g} GiB"
     return (
         f"{config.learner.num_workers} worker(s) of {learner_gib:.2f} GiB and activations; "
-        f"{config.engine.num_engines} engine(s) of {engine_gib:.2f} GiB and {cache} as KV cache"
+        f"{_range(config.engine.num_engines, config.most_engines)} engine(s) of "
+        f"{engine_gib:.2f} GiB and {cache} as KV cache"
     )
 
 
@@ -255,3 +258,7 @@ def _missing_lines(config: Config, needed: dict[str, float]) -> list[str]:
     except ValueError as error:
         lines.append(f"missing     {error}")
     return lines
+
+
+def _range(fewest: float, most: float) -> str:
+    return f"{fewest:g} to {most:g}" if most > fewest else f"{fewest:g}"

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from treerpo_ray.analysis import Run
+from treerpo_ray.metrics import EVENTS_FILE
 
 KEPT, PRUNED, GRID = "#2a6f97", "#b8c0c8", "#eceff1"
 LINES = (KEPT, "#e08e2b", "#5b8c5a", "#8e5ea2")
@@ -79,6 +80,35 @@ def plot_kept_by_depth(run: Run) -> Figure:
     lines.set(xlabel="learner step", ylim=(-0.03, 1.03))
     lines.yaxis.set_major_formatter(PercentFormatter(1))
     lines.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_pool(run: Run) -> Figure:
+    """Nodes and engines above, trees in hand below, by the time since the first event (s).
+
+    Raises:
+        ValueError: the run has no such events yet.
+    """
+    events = run.events()
+    pool = events[events["kind"] == "pool"]
+    if pool.empty:
+        raise ValueError(f"{run.folder} has no event pool in its {EVENTS_FILE} yet")
+    pool = pool.set_index((pool["time"] - events["time"].iloc[0]).dt.total_seconds())
+    pool = pool.assign(engines=pool["serving"] + pool["starting"] + pool["draining"])
+    pool = pool.assign(trees=pool["growing"] + pool["waiting"])
+    figure, panels = figure_grid(2, num_columns=1, height=2.6)
+    shown = (
+        ("nodes and engines", {"nodes": "nodes", "engines": "engines", "serving": "serving"}),
+        ("trees in hand", {"growing or waiting": "trees", "growing": "growing"}),
+    )
+    for axes, (title, lines) in zip(panels, shown, strict=True):
+        for color, (label, name) in zip(LINES, lines.items(), strict=False):
+            axes.step(pool.index, pool[name], where="post", color=color, label=label)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axes.legend(frameon=False, fontsize=8)
+    panels[-1].set_xlabel("seconds", fontsize=9)
     return figure
 
 

@@ -98,9 +98,17 @@ class EngineConfig:
     """vLLM engines, each in an actor of its own."""
 
     num_engines: int = 1
-    """Engines that search and evaluate."""
+    """Engines that search and evaluate; the fewest, where the pool may grow."""
+    max_engines: int | None = None
+    """Most engines: the pool grows to them while trees wait; null: always `num_engines`."""
+    max_trees: int | None = None
+    """Trees that one engine grows at a time, the others wait; null: any number."""
+    shrink_after_s: float = 120.0
+    """Time that fewer engines must have been enough before the pool shrinks to them."""
     resources: dict[str, float] = field(default_factory=lambda: {"CPU": 0.5})
     """Ray resources of one engine, such as {GPU: 1, rollout_slot: 1}."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Labels of the Ray nodes that engines may run on, such as {role: rollout}."""
     tensor_parallel: int = 1
     """GPUs of one engine."""
     max_num_seqs: int = 256

@@ -20,6 +20,7 @@ import ray
 import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import PreTrainedTokenizerBase
 
 from treerpo_ray.actor import Actor
@@ -46,6 +47,8 @@ def tree_stream(config: Config, pool: Actor, run_log: Actor) -> Callable[[], ray
 
     def make() -> ray.data.Dataset:
         resources = dict(config.verifier.resources)
+        # Where there is room: on the node of the driver, not on one that may be taken away.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         stream = ray.data.read_datasource(
             ScoredTrees(config, pool, run_log, uuid.uuid4().hex),
             override_num_blocks=1,
@@ -53,7 +56,7 @@ def tree_stream(config: Config, pool: Actor, run_log: Actor) -> Callable[[], ray
             resources=resources,  # what the CPUs left
             # Ray would run a lost task again and drop as many shares as had come out before,
             # although they would be other trees: better the workers start anew and say so.
-            ray_remote_args={"max_retries": 0},
+            ray_remote_args={"max_retries": 0, "scheduling_strategy": here},
         )
         # Ray Train calls this in its own process, where settings made elsewhere are not known.
         stream.context.target_max_block_size = 1

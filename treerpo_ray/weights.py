@@ -6,6 +6,7 @@ with the digests of the bytes that its workers received.
 
 import hashlib
 import os
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
@@ -78,6 +79,11 @@ class Probe:
     token_ids: list[int]
     logprobs: list[float]
     """Of each token after the first."""
+
+    def distance(self, found: list[float]) -> float:
+        """Mean absolute difference (nats a token) of an engine's log-probabilities from these."""
+        pairs = zip(found, self.logprobs, strict=True)
+        return statistics.fmean(abs(ours - theirs) for ours, theirs in pairs)
 
 
 def pack_weights(

@@ -1,0 +1,199 @@
+"""Show autoscaling on one machine: a real run whose rollout nodes Ray starts and takes away.
+
+python jobs/autoscale_demo.py
+python jobs/autoscale_demo.py run.name=mine engine.max_engines=2    # overrides, as for train.py
+
+The head has room for the learner only. Engines ask for rollout nodes, which Ray's own autoscaler
+starts (as further Ray processes of this machine, the only part that is not as on a cloud). The
+evaluations have many trees in hand, the training in between few, so that the pool grows, shrinks
+and grows again. Leaves `pool.png` in the run folder.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+MARK = "TREERPO_AUTOSCALE_DEMO"
+"""Variable that every process of the cluster inherits, so that none is left over."""
+HEAD_ID = "f" * 51 + "00000"
+"""What the provider calls the head; its nodes are numbered from there."""
+MAX_NODES = 3
+IDLE_MINUTES = 0.1
+IDLE_WAIT_S = 90
+"""Time after which a rollout node that stands idle should be gone."""
+SETTINGS = [
+    str(ROOT / "conf/quickstart.yaml"),
+    *("run.name=autoscale", "run.num_steps=40", "gate.trees_per_step=6"),
+    *("engine.num_engines=1", f"engine.max_engines={MAX_NODES}", "engine.max_trees=16"),
+    *("engine.shrink_after_s=10", "engine.kv_cache_gib=0.125"),
+    *("engine.resources={CPU: 0.2, rollout_slot: 1}", "engine.labels={role: rollout}"),
+    *("learner.resources={CPU: 0.2, train_slot: 1}", "metrics.wandb_project=null"),
+    *("evaluate.data.num_problems=300", "evaluate.num_samples=16"),
+]
+
+
+def main(overrides: list[str]) -> int:
+    """Run the demonstration; returns the exit status."""
+    from treerpo_ray.cluster import check_vllm
+    from treerpo_ray.config_file import load
+    from treerpo_ray.console import Console
+    from treerpo_ray.plan import load_inputs
+    from treerpo_ray.train import run
+
+    try:
+        config = load([*SETTINGS, *overrides])
+        check_vllm(config)
+        inputs = load_inputs(config)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    console = Console(config.run.num_steps)
+    with autoscaling_cluster() as address:
+        os.environ |= {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
+        outcome = run(config, inputs, console)
+        start = time.monotonic()
+        wait_until_idle(address)
+        console.note(f"no rollout node is left {time.monotonic() - start:.0f} s after the run")
+    draw(config.folder)
+    console.note(f"nodes, engines and trees over time: {config.folder}/pool.png")
+    return 0 if outcome.is_complete else 1
+
+
+def draw(folder: str) -> None:
+    """Write `pool.png` into a run folder."""
+    from treerpo_ray.analysis import Run
+    from treerpo_ray.plots import plot_pool
+
+    plot_pool(Run(folder)).savefig(f"{folder}/pool.png", dpi=120)
+
+
+@contextmanager
+def autoscaling_cluster() -> Iterator[str]:
+    """A head with an autoscaler and no rollout node; yields its address."""
+    mark = uuid.uuid4().hex
+    with tempfile.TemporaryDirectory(prefix="tr", ignore_cleanup_errors=True) as folder:
+        try:
+            yield _start_head(folder, mark)
+        finally:
+            _end_processes(f"{MARK}={mark}")
+
+
+def _start_head(folder: str, mark: str) -> str:
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    config = Path(folder, "cluster.json")
+    config.write_text(json.dumps(_cluster_config(address)))
+    ports = {
+        "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port",
+        "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port",
+    }  # fmt: skip
+    command = [
+        *("ray", "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}"),
+        *("--num-cpus=1", "--num-gpus=0", '--resources={"train_slot": 1}'),
+        *(f"--temp-dir={folder}", f"--autoscaling-config={config}", "--disable-usage-stats"),
+        *(f"--{name}={free_port()}" for name in ports),
+    ]
+    environment = {
+        MARK: mark,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    }
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the head did not start: {done.stderr or done.stdout}")
+    return address
+
+
+def _cluster_config(address: str) -> dict[str, object]:
+    """The cluster as its autoscaler sees it."""
+    module = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+    return {
+        "cluster_name": "autoscale-demo",
+        "max_workers": MAX_NODES,
+        "idle_timeout_minutes": IDLE_MINUTES,
+        "provider": {
+            "type": "external",
+            "module": module,
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+            "launch_multiple": True,
+            "head_node_id": HEAD_ID,
+            "gcs_address": address,
+        },
+        "available_node_types": {
+            "ray.head.default": {
+                "resources": {"CPU": 1, "train_slot": 1},
+                "node_config": {},
+                "max_workers": 0,
+            },
+            "rollout": {
+                "resources": {"CPU": 1, "rollout_slot": 1},
+                "labels": {"role": "rollout"},
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": MAX_NODES,
+            },
+        },
+        "head_node_type": "ray.head.default",
+    }
+
+
+def wait_until_idle(address: str) -> None:
+    """Return once only the head is left.
+
+    Raises:
+        TimeoutError: a node was not taken away.
+    """
+    import ray
+
+    from treerpo_ray.nodes import see_nodes
+
+    ray.init(address=address, log_to_driver=False)
+    try:
+        deadline = time.monotonic() + IDLE_WAIT_S
+        while see_nodes().num_alive > 1:
+            if time.monotonic() > deadline:
+                raise TimeoutError("an idle rollout node was not taken away")
+            time.sleep(0.5)
+    finally:
+        ray.shutdown()
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _end_processes(variable: str) -> None:
+    """End the processes that inherited an environment variable."""
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and variable.encode() in (entry / "environ").read_bytes():
+                os.kill(int(entry.name), signal.SIGKILL)
+        except OSError:
+            continue  # it ended meanwhile, or is another user's
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

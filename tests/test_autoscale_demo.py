@@ -1,0 +1,32 @@
+"""Ray's autoscaler and a real run: the demonstration as a user calls it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.test_elastic import check_ledger
+from treerpo_ray.analysis import Run
+
+pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.slow]
+
+
+def test_ray_starts_and_takes_away_nodes_as_trees_come_and_go(tmp_path) -> None:
+    """The demonstration, smaller: many trees in hand, then few, then many again."""
+    command = [sys.executable, "jobs/autoscale_demo.py", f"run.root={tmp_path}"]
+    smaller = ["run.num_steps=15", "engine.max_engines=2", "engine.shrink_after_s=4"]
+    smaller += ["evaluate.data.num_problems=120", "run.name=scaled"]
+    done = subprocess.run([*command, *smaller], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "no rollout node is left" in done.stderr
+    run = Run(str(tmp_path / "scaled"))
+    check_ledger(run)
+    events = run.events()
+    assert (events.kind == "consumed").sum() == 15
+    nodes = events[events.kind == "pool"]["nodes"].tolist()
+    top = nodes.index(3)
+    assert min(nodes[top:]) == 2
+    [draining] = events[events.kind == "engine_draining"].itertuples()
+    assert draining.reason == "fewer are enough"
+    assert (tmp_path / "scaled/pool.png").stat().st_size > 10_000
