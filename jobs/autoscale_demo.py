@@ -60,6 +60,7 @@ def main(overrides: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     console = Console(config.run.num_steps)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is taken down
     with autoscaling_cluster() as address:
         os.environ |= {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
         outcome = run(config, inputs, console)
