@@ -17,6 +17,7 @@ from treerpo_ray.engine import EngineStats, Sampling
 from treerpo_ray.engine_pool import EnginePool
 from treerpo_ray.engines import Engines
 from treerpo_ray.metrics import Event
+from treerpo_ray.nodes import Nodes
 from treerpo_ray.problems import Problem
 from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import TreeRecord
@@ -123,6 +124,9 @@ class FakeEngine:
             dead = RuntimeError("vLLM's core is dead")
             raise RayTaskError(method, "trace", dead).as_instanceof_cause()
         return True
+
+    async def node(self) -> str:
+        return "node"
 
     async def start(self) -> tuple[int, int]:
         self.calls.append("start")
@@ -232,6 +236,7 @@ def fake_fleet(faults: dict[int, list[Fault]] | None = None) -> Iterator[Fleet]:
         mock.patch.object(Engines, "_make_actor", lambda e, index: fleet.make(e, index)),
         mock.patch("ray.kill", lambda handle: fleet.killed.append(handle.target)),
         mock.patch("ray.cancel", lambda stream: None),
+        mock.patch("treerpo_ray.engine_keeper.see_nodes", lambda: Nodes(num_alive=1, leaving={})),
     ):
         yield fleet
 

@@ -165,7 +165,8 @@ def test_an_engine_that_does_not_prove_new_weights_serves_none_and_is_replaced(
         fleet.started[0][0].fault = Fault(method, how)
         await serve(pool, 1, should_probe=True)
         assert fleet.killed == [fleet.started[0][0]]
-        assert [member.is_serving for member in pool.engines._members] == [False, True]
+        serving = {member.index: member.is_serving for member in pool.engines.members}
+        assert serving == {0: False, 1: True}
         gate.consumed(0)
         while len(fleet.of("engine_serving")) < 3:
             await asyncio.sleep(0.01)

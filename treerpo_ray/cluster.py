@@ -43,9 +43,7 @@ def _is_installed(name: str) -> bool:
     return True
 
 
-def needed_resources(
-    config: Config, num_engines: int, *, trains: bool = True
-) -> dict[str, float]:
+def needed_resources(config: Config, num_engines: int, *, trains: bool = True) -> dict[str, float]:
     """Sum of what so many engines reserve and, if the job trains, learner workers and stream."""
     learner = config.learner
     parts = [(num_engines, config.engine.resources)]
