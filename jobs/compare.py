@@ -3,11 +3,11 @@
 python jobs/compare.py jobs/comparisons/main.yaml
 python jobs/compare.py jobs/comparisons/main.yaml run.root=/data/runs   # overrides for all runs
 python jobs/compare.py --report jobs/comparisons/main.yaml              # only the table and plot
-ray job submit --working-dir . -- python jobs/compare.py jobs/comparisons/main.yaml
+ray job submit --working-dir . -- python jobs/compare.py /shared/comparisons/main.yaml
 
 Results lie beside the file, in a folder of its name, one small file a run; runs that have one are
-not run again. Runs share one Ray session and its engines where these can serve them all. As a Ray
-job, write into a folder that outlives it: name the file by its path there.
+not run again. Runs share one Ray session and its engines where these can serve them all. A Ray job
+works in a copy of the project that goes when it ends: there, name a file that lies elsewhere.
 """
 
 import sys
