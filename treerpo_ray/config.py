@@ -84,6 +84,12 @@ class Config:
                 raise ValueError(f"{key}={value} must not be negative")
         if self.evaluate.top_p > 1:
             raise ValueError(f"evaluate.top_p={self.evaluate.top_p} must not be more than 1")
+        if self.run.stall_timeout_s <= self.engine.request_timeout_s:
+            raise ValueError(
+                f"run.stall_timeout_s={self.run.stall_timeout_s:g} must be more than "
+                f"engine.request_timeout_s={self.engine.request_timeout_s:g}, after which a hung "
+                "engine is replaced"
+            )
         if self.evaluate.max_tokens is not None and self.evaluate.max_tokens < 1:
             raise ValueError(f"evaluate.max_tokens={self.evaluate.max_tokens} must be more than 0")
         if any(not 1 <= k <= self.evaluate.num_samples for k in self.evaluate.pass_ks):

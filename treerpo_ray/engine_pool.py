@@ -19,10 +19,12 @@ from treerpo_ray.config import Config
 from treerpo_ray.engine import EngineStats, Sampling
 from treerpo_ray.engine_keeper import EngineKeeper
 from treerpo_ray.engines import Engines
+from treerpo_ray.flights import Flights
 from treerpo_ray.gate import Ticket
 from treerpo_ray.growth import Growth
 from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import TreeRecord
+from treerpo_ray.watchdog import Movement
 from treerpo_ray.weights import Manifest, Probe
 
 log = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ class EnginePool:
         self._reader = ""
         self._past_readers: set[str] = set()
         self._failure: Exception | None = None
+        self._flights = Flights()
         self._gate: Actor
         """Of the tickets that are grown; a tree can be redrawn only once there are any."""
 
@@ -180,7 +183,7 @@ class EnginePool:
     async def _grow(self, growth: Growth) -> None:
         number = growth.ticket.number
         self._growing[number] = growth
-        record = await growth.finish(self.engines)
+        record = await growth.finish(self.engines, self._flights)
         del self._growing[number]
         self._finished[number] = record
         self.engines.note(
@@ -199,6 +202,11 @@ class EnginePool:
         growing = [growth.record() for growth in self._growing.values() if growth.groups]
         held = [*self._saved.values(), *self._taken.values(), *self._finished.values(), *growing]
         return [tree for tree in held if tree.ticket >= first]
+
+    async def movement(self) -> Movement:
+        """What is in flight, and since when nothing has moved."""
+        finished = f"finished and not taken: {sorted(self._finished)}"
+        return self._flights.movement(f"{finished}; {self.engines.states()}")
 
     async def take(self, reader: str, max_trees: int, wait_s: float) -> list[TreeRecord] | None:
         """Up to `max_trees` finished trees in batch order; none after `wait_s` without any.
@@ -246,7 +254,7 @@ class EnginePool:
                     prompts=prompts,
                     shape=shape,
                     sampling=sampling,
-                ).finish(self.engines)
+                ).finish(self.engines, self._flights)
             )
             for number in range(len(prompts))
         ]

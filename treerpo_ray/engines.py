@@ -217,6 +217,13 @@ class Engines:
         """Version that the engines serve."""
         return 0 if self._served is None else self._served.manifest.version
 
+    def states(self) -> str:
+        """Which engines serve, for people."""
+        return ", ".join(
+            f"engine {m.index} {'serves' if m.is_serving else 'starts'} with {m.num_trees} trees"
+            for m in (*self.members, *self.leaving)
+        )
+
     async def stats(self) -> list[EngineStats]:
         """Totals of each serving engine; one that does not answer is replaced."""
         members = [member for member in self.members if member.is_serving]

@@ -8,9 +8,12 @@ and the age of every tree by max_staleness, without throwing any work away.
 
 import asyncio
 import logging
+import time
 from dataclasses import dataclass
 
 import numpy as np
+
+from treerpo_ray.watchdog import Movement
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,7 @@ class Gate:
         self.session = 0
         self.is_stopping = False
         self._moved = asyncio.Event()
+        self._moved_at = time.monotonic()
 
     def ticket(self, number: int) -> Ticket:
         """The ticket with that number; always the same for the same seed and data."""
@@ -82,6 +86,7 @@ class Gate:
             return None
         ticket = self.ticket(self.issued)
         self.issued += 1
+        self._moved_at = time.monotonic()
         return ticket
 
     def consumed(self, step: int) -> bool:
@@ -95,6 +100,7 @@ class Gate:
         if step != self.steps_done:
             raise RuntimeError(f"learner step {step} consumed, but step {self.steps_done} is due")
         self.steps_done = step + 1
+        self._moved_at = time.monotonic()
         self._moved.set()
         return self.is_stopping or self.steps_done == self.num_steps
 
@@ -108,6 +114,16 @@ class Gate:
         self.session += 1
         self._moved.set()
         return self.session
+
+    def movement(self) -> Movement:
+        """What the gate waits for, and since when."""
+        return Movement(
+            stage="gate",
+            doing=f"issued {self.issued} tickets and lets out {self.limit}; waits for learner "
+            f"step {self.steps_done}",
+            is_busy=False,
+            age_s=time.monotonic() - self._moved_at,
+        )
 
     def done(self) -> int:
         """Learner steps that are done."""

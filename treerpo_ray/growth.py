@@ -16,6 +16,7 @@ from treerpo_ray.algo.search import SiblingGroup, TreeShape, assemble, sibling_g
 from treerpo_ray.engine import Sampling
 from treerpo_ray.engine_places import Member
 from treerpo_ray.engines import Engines, first_line
+from treerpo_ray.flights import Flights
 from treerpo_ray.gate import Ticket
 from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import TreeRecord
@@ -74,13 +75,13 @@ class Growth:
             verdicts=(),
         )
 
-    async def finish(self, engines: Engines) -> TreeRecord:
+    async def finish(self, engines: Engines, flights: Flights) -> TreeRecord:
         """Grow what is missing, on one engine after the other; returns the finished tree."""
         while not self.finished_at_s:
             member = await engines.pick()
             self.engine = member.index
             try:
-                await self._collect(engines, member)
+                await self._collect(engines, member, flights)
                 self.finished_at_s = time.time()
                 member.num_starts = 1
             except (RayError, TimeoutError, StaleEngine) as error:
@@ -97,7 +98,7 @@ class Growth:
                 engines.release(member)
         return self.record()
 
-    async def _collect(self, engines: Engines, member: Member) -> None:
+    async def _collect(self, engines: Engines, member: Member, flights: Flights) -> None:
         """Take the groups that the engine finishes."""
         proved = member.version
         stream = member.actor.grow.options(num_returns="streaming").remote(
@@ -110,14 +111,16 @@ class Growth:
 
         name = f"engine {member.index} to finish a step group"
         timeout = engines.config.engine.request_timeout_s
-        try:
-            while (group := await engines.wait_for(arrived(), name, timeout)) is not None:
-                # What is served goes back only when the learner does, after a failure of its own.
-                _check_version(group, min(proved, engines.version), member)
-                self.groups.append(group)
-        except asyncio.CancelledError:
-            ray.cancel(stream)
-            raise
+        with flights.begin(self.ticket.number, member.index, len(self.groups)) as flight:
+            try:
+                while (group := await engines.wait_for(arrived(), name, timeout)) is not None:
+                    # What is served goes back only when the learner does, after its own failure.
+                    _check_version(group, min(proved, engines.version), member)
+                    self.groups.append(group)
+                    flight.move(len(self.groups))
+            except asyncio.CancelledError:
+                ray.cancel(stream)
+                raise
 
 
 class StaleEngine(RuntimeError):

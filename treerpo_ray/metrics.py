@@ -18,6 +18,7 @@ import fsspec
 
 from treerpo_ray.spool import Scalar, Spool
 from treerpo_ray.wandb_run import ID_FILE, WandbRun
+from treerpo_ray.watchdog import Movement
 
 if TYPE_CHECKING:
     from treerpo_ray.config import Config
@@ -70,6 +71,7 @@ class RunLog:
 
     def __init__(self, config: "Config") -> None:
         self._notices: list[Event] = []
+        self._moved_at = time.monotonic()
         self._spool = Spool(config.folder, (METRICS_FILE, EVENTS_FILE, ID_FILE), self._warn)
         self._rows = _parse_rows(_parse(self._spool.read(METRICS_FILE)))
         self._wandb: WandbRun | None = None
@@ -83,6 +85,7 @@ class RunLog:
         self._spool.append(METRICS_FILE, {name: _finite(value) for name, value in row.items()})
         self._spool.settle()
         self._rows.append(row)
+        self._moved_at = time.monotonic()
         if self._wandb is not None:
             self._wandb.put(row)
 
@@ -103,6 +106,15 @@ class RunLog:
         event = Event(kind=kind, fields={"reason": reason})
         self._notices.append(event)
         self._append(event)
+
+    def movement(self) -> Movement:
+        """Whether rows and events get where they should, and when the last row came."""
+        return Movement(
+            stage="metrics",
+            doing=f"{len(self._rows)} rows; last notices: {[n.kind for n in self._notices[-3:]]}",
+            is_busy=False,
+            age_s=time.monotonic() - self._moved_at,
+        )
 
     def rows_since(self, num_rows: int) -> list[Row]:
         """All rows of `metrics.jsonl`, those of earlier sessions too, but the first `num_rows`."""

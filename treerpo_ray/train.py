@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from treerpo_ray.plan import Inputs
 from treerpo_ray.prompts import load_tokenizer
 from treerpo_ray.train_worker import STREAM, Stations, WorkerTask, run_worker
 from treerpo_ray.tree_stream import Scorer, tree_stream
+from treerpo_ray.watchdog import Stages, Watch, Watchdog
 from treerpo_ray.weight_sync import WeightSync
 
 log = logging.getLogger(__name__)
@@ -139,7 +140,8 @@ def _build(config: Config, inputs: Inputs, pool: Actor | None) -> Stations:
         config.run.seed,
     )
     weight_sync = make_actor(WeightSync, pool, config.sync.probe_every)
-    return Stations(gate=gate, pool=pool, weight_sync=weight_sync, run_log=run_log)
+    watch = make_actor(Watch)
+    return Stations(gate=gate, pool=pool, weight_sync=weight_sync, run_log=run_log, watch=watch)
 
 
 def _log_folder(config: Config) -> str | None:
@@ -174,7 +176,7 @@ def _fit(config: Config, inputs: Inputs, stations: Stations, console: Console) -
             storage_path=records.name,
             failure_config=ray.train.FailureConfig(max_failures=config.learner.max_failures),
         ),
-        datasets={STREAM: tree_stream(config, stations.pool, stations.run_log)},
+        datasets={STREAM: tree_stream(config, stations.pool, stations.run_log, stations.watch)},
         dataset_config=ray.train.DataConfig(enable_shard_locality=False),
     )
     failures: list[BaseException] = []
@@ -189,11 +191,19 @@ def _fit(config: Config, inputs: Inputs, stations: Stations, console: Console) -
     num_notices = 0
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
-    with _stop_on_interrupt(stations.gate, console):
+    with _stop_on_interrupt(stations.gate, console), closing(_watchdog(config, stations)) as dog:
         while thread.is_alive():
             thread.join(POLL_S)
-            notices: list[Event] = ray.get(stations.run_log.notices_since.remote(num_notices))
-            rows: list[Row] = ray.get(stations.run_log.rows_since.remote(num_rows))
+            if dog.failure is not None:
+                raise RuntimeError(dog.failure)
+            asked = [
+                stations.run_log.notices_since.remote(num_notices),
+                stations.run_log.rows_since.remote(num_rows),
+            ]
+            if len(ray.wait(asked, num_returns=2, timeout=POLL_S)[0]) < 2:
+                continue
+            notices: list[Event] = ray.get(asked[0])
+            rows: list[Row] = ray.get(asked[1])
             num_rows, num_notices = num_rows + len(rows), num_notices + len(notices)
             for notice in notices:
                 if notice.kind == FATAL:
@@ -206,6 +216,18 @@ def _fit(config: Config, inputs: Inputs, stations: Stations, console: Console) -
         raise failures[0]
     steps_done: int = ray.get(stations.gate.done.remote())
     return steps_done
+
+
+def _watchdog(config: Config, stations: Stations) -> Watchdog:
+    actors = {
+        "gate": stations.gate,
+        "engines": stations.pool,
+        "weight sync": stations.weight_sync,
+        "metrics": stations.run_log,
+    }
+    folder = _log_folder(config)
+    look = Stages(actors, stations.watch)
+    return Watchdog(config.run.stall_timeout_s, look, None if folder is None else Path(folder))
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from treerpo_ray.records import TreeRecord, from_table
 from treerpo_ray.share_ahead import ShareAhead
 from treerpo_ray.shares import from_share
 from treerpo_ray.tree_stream import Scorer
+from treerpo_ray.watchdog import Mover
 from treerpo_ray.weights import Probe, pack_weights
 
 STREAM = "trees"
@@ -43,6 +44,7 @@ class Stations:
     pool: Actor
     weight_sync: Actor
     run_log: Actor
+    watch: Actor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +77,9 @@ class TrainWorker:
         self.asked = self.cached = 0
         self.cpu_s = 0.0
         self.outbox = Outbox(self._warn)
+        limit_s = self.config.run.stall_timeout_s
+        self.mover = Mover(self.stations.watch, f"learner {self.rank}", self.folder, limit_s)
+        self.mover.at("restoring its state")
         self.checkpoints = Checkpoints(self.folder, self.config.checkpoint.keep)
         self.left_over: list[TreeRecord] = []
         with self.checkpoints.newest() as found:
@@ -98,6 +103,7 @@ class TrainWorker:
                 self._save(is_last)
             if self.is_first and not is_last:
                 self._evaluate()
+        self.mover.at("writing the model")
         self.outbox.close()
         if self.is_first:
             publish_folder(self.folder, "model", self.learner.policy.save_pretrained)
@@ -128,6 +134,7 @@ class TrainWorker:
     def _step(self, shares: "ShareAhead") -> bool:
         """One learner step; returns whether it was the last."""
         start = time.time()
+        self.mover.at(f"waiting for the trees of step {self.step}", is_busy=False)
         share = shares.take()
         if share is None:
             raise RuntimeError(f"the tree stream ended before learner step {self.step}")
@@ -136,6 +143,7 @@ class TrainWorker:
         records = from_table(table)
         self._check_tickets([record.ticket for record in records])
         version = self.learner.version
+        self.mover.at(f"updating in step {self.step}")
         result = self.learner.update(records)
         updated = time.time()
         self._save_trees(table)
@@ -207,6 +215,7 @@ class TrainWorker:
 
     def _publish(self) -> None:
         """Have every engine serve the learner's weights."""
+        self.mover.at(f"publishing version {self.learner.version}")
         learner = self.learner
         manifest, chunks = pack_weights(
             learner.policy.named_weights(),
@@ -235,7 +244,7 @@ class TrainWorker:
                 scorer,
                 step=self.step,
                 version=self.learner.version,
-                advance=lambda num_problems: None,
+                advance=lambda num_problems: self.mover.at("evaluating"),
             )
 
     def _save(self, is_last: bool) -> None:
@@ -248,6 +257,7 @@ class TrainWorker:
             saved_trees.write(folder, trees, self.config)
 
         try:
+            self.mover.at(f"writing the checkpoint of step {self.step}")
             self.checkpoints.save(self.step, write)
         except Exception as error:  # any store's own
             if is_last:
@@ -285,6 +295,8 @@ class TrainWorker:
         """What the first worker says, on every worker."""
         if self.num_workers == 1:
             return is_last
+        if not self.is_first:
+            self.mover.at("waiting for the first worker", is_busy=False)
         flag = torch.tensor([int(is_last)], device=self.learner.device)
         dist.broadcast(flag, src=0)
         return bool(flag.item())

@@ -33,6 +33,7 @@ from treerpo_ray.records import TreeRecord
 from treerpo_ray.reward_noise import add_noise
 from treerpo_ray.shares import Shares, has_signal, to_share
 from treerpo_ray.verifier import Answer, Verdict, Verifier
+from treerpo_ray.watchdog import Mover
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,9 @@ SCORED_TREES = 16
 """Most trees scored at a time: more make fewer calls, fewer are scored sooner."""
 
 
-def tree_stream(config: Config, pool: Actor, run_log: Actor) -> Callable[[], ray.data.Dataset]:
+def tree_stream(
+    config: Config, pool: Actor, run_log: Actor, watch: Actor
+) -> Callable[[], ray.data.Dataset]:
     """A callable that makes the data set of shares; each call is a stream of its own."""
 
     def make() -> ray.data.Dataset:
@@ -50,7 +53,7 @@ def tree_stream(config: Config, pool: Actor, run_log: Actor) -> Callable[[], ray
         # Where there is room: on the node of the driver, not on one that may be taken away.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         stream = ray.data.read_datasource(
-            ScoredTrees(config, pool, run_log, uuid.uuid4().hex),
+            ScoredTrees(config, pool, run_log, watch, uuid.uuid4().hex),
             override_num_blocks=1,
             num_cpus=resources.pop("CPU", 0),
             resources=resources,  # what the CPUs left
@@ -73,9 +76,12 @@ def tree_stream(config: Config, pool: Actor, run_log: Actor) -> Callable[[], ray
 class ScoredTrees(Datasource):
     """Reads finished trees from the engine pool, without end, and scores them."""
 
-    def __init__(self, config: Config, pool: Actor, run_log: Actor, reader: str) -> None:
+    def __init__(
+        self, config: Config, pool: Actor, run_log: Actor, watch: Actor, reader: str
+    ) -> None:
         super().__init__()
-        self.config, self.pool, self.run_log, self.reader = config, pool, run_log, reader
+        self.config, self.pool, self.reader = config, pool, reader
+        self.run_log, self.watch = run_log, watch
 
     def get_read_tasks(
         self,
@@ -84,7 +90,7 @@ class ScoredTrees(Datasource):
         data_context: ray.data.DataContext | None = None,
     ) -> list[ReadTask]:
         """One task, whatever `parallelism`: there is one queue of finished trees."""
-        arguments = (self.config, self.pool, self.run_log, self.reader)
+        arguments = (self.config, self.pool, self.run_log, self.watch, self.reader)
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         return [ReadTask(lambda: _shares(*arguments), unknown)]
 
@@ -93,14 +99,19 @@ class ScoredTrees(Datasource):
         return None
 
 
-def _shares(config: Config, pool: Actor, run_log: Actor, reader: str) -> Iterator[pa.Table]:
+def _shares(
+    config: Config, pool: Actor, run_log: Actor, watch: Actor, reader: str
+) -> Iterator[pa.Table]:
     def on_start(pid: int) -> None:
         run_log.event.remote(Event(kind="verifier_started", fields={"pid": pid}))
 
+    mover = Mover(watch, "scoring", config.folder, config.run.stall_timeout_s)
+    mover.at("starting the verifier")
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     shares: Shares | None = None
     with closing(Scorer(config, tokenizer, on_start)) as scorer:
         while True:
+            mover.at("waiting for finished trees", is_busy=False)
             trees: list[TreeRecord] | None = ray.get(pool.take.remote(reader, SCORED_TREES, WAIT_S))
             if trees is None:
                 return
@@ -110,6 +121,7 @@ def _shares(config: Config, pool: Actor, run_log: Actor, reader: str) -> Iterato
             if shares is None:
                 size: int = ray.get(pool.share_size.remote())
                 shares = Shares(config, size=size, first=trees[0].ticket)
+            mover.at(f"scoring tickets {[tree.ticket for tree in trees]}")
             try:
                 scored = scorer.score(trees)
             except VerifierFailing as error:  # workers that start anew would only run into it again
@@ -122,6 +134,7 @@ def _shares(config: Config, pool: Actor, run_log: Actor, reader: str) -> Iterato
                     ray.get(pool.redraw.remote(reader, noisy))
                 else:
                     shares.add(noisy)
+            mover.at("handing trees on", is_busy=False)
             yield from map(to_share, shares.complete())
 
 

@@ -1,0 +1,164 @@
+"""The watchdog: who holds up a run, from when each stage last moved; and that the run then ends."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+from treerpo_ray.metrics import read_lines
+from treerpo_ray.watchdog import Movement, Mover, Stages, Watch, Watchdog, stalled
+
+LIMIT_S = 60.0
+
+
+def movement(stage: str, age_s: float, is_busy: bool = True) -> Movement:
+    return Movement(stage=stage, doing="something", is_busy=is_busy, age_s=age_s)
+
+
+def names(*movements: Movement) -> list[str]:
+    return [found.stage for found in stalled(list(movements), LIMIT_S)]
+
+
+def test_a_stage_may_work_for_as_long_as_the_limit() -> None:
+    assert names(movement("learner 0", 60.0)) == []
+    assert names(movement("learner 0", 60.1)) == ["learner 0"]
+
+
+def test_a_stage_that_waits_is_not_blamed_while_another_works() -> None:
+    assert names(movement("gate", 900.0, False), movement("learner 0", 50.0)) == []
+    waiting = movement("gate", 900.0, False), movement("scoring", 900.0, False)
+    assert names(*waiting, movement("learner 0", 61.0)) == ["learner 0"]
+
+
+def test_the_stage_that_stands_longest_comes_first_and_those_that_move_are_left_out() -> None:
+    found = names(movement("a", 70.0), movement("b", 90.0), movement("c", 5.0))
+    assert found == ["b", "a"]
+
+
+def test_where_all_wait_for_each_other_all_are_named_once_nothing_moved_for_so_long() -> None:
+    waiting = movement("gate", 61.0, False), movement("engines", 75.0, False)
+    assert names(*waiting) == ["engines", "gate"]
+    assert names(*waiting, movement("metrics", 59.0, False)) == []
+    assert names() == []
+
+
+def test_ages_are_told_by_the_clock_of_the_one_that_collects() -> None:
+    now = 100.0
+    watch = Watch(lambda: now)
+    watch.moved(movement("scoring", 0.0))
+    watch.moved(movement("learner 0", 0.0))
+    now = 107.0
+    watch.moved(movement("learner 0", 0.0))
+    now = 110.0
+    assert {m.stage: m.age_s for m in watch.movements()} == {"scoring": 10.0, "learner 0": 3.0}
+
+
+def test_a_stall_is_reported_with_all_stages_and_the_stacks_of_this_process(tmp_path) -> None:
+    movements = [movement("learner 0", 5.0), movement("gate", 9.0, False)]
+    watchdog = Watchdog(0.2, lambda: movements, tmp_path / "logs")
+    end = time.monotonic() + 10
+    while watchdog.failure is None and time.monotonic() < end:
+        time.sleep(0.01)
+    watchdog.close()
+    [report] = (tmp_path / "logs").glob("stall-*.txt")
+    assert watchdog.failure is not None
+    assert watchdog.failure.startswith("nothing moved for 5 s: learner 0 (busy for 5 s): something")
+    assert watchdog.failure.endswith(str(report))
+    text = report.read_text()
+    assert "stalled: learner 0" in text and "gate (idle for 9 s): something" in text
+    assert "test_a_stall_is_reported" in text  # this very frame
+
+
+def test_a_run_that_moves_is_left_alone(tmp_path) -> None:
+    looks = threading.Semaphore(0)
+
+    def look() -> list[Movement]:
+        looks.release()
+        return [movement("learner 0", 0.1)]
+
+    watchdog = Watchdog(0.2, look, tmp_path)
+    for _ in range(30):
+        assert looks.acquire(timeout=10)
+    watchdog.close()
+    assert watchdog.failure is None
+
+
+class Stage:
+    """An actor of a stage that answers until it is told to sleep."""
+
+    def movement(self) -> Movement:
+        return Movement(stage="gate", doing="waiting", is_busy=False)
+
+    def sleep(self) -> None:
+        time.sleep(3600)
+
+    def hang(self, watch: ray.actor.ActorHandle, folder: str) -> None:
+        Mover(watch, "scoring", folder, 0.5).at("scoring ticket 7")
+        time.sleep(3600)
+
+
+@pytest.mark.ray
+def test_a_stage_that_does_not_answer_counts_as_busy_and_a_hung_one_writes_its_stacks(
+    ray_cluster, tmp_path
+) -> None:
+    kind = ray.remote(num_cpus=0)(Stage)
+    gate, scoring = kind.remote(), kind.remote()
+    watch = ray.remote(num_cpus=0)(Watch).remote()
+    stages = Stages({"gate": gate}, watch)
+    assert [(m.stage, m.is_busy) for m in stages()] == [("gate", False)]
+    scoring.hang.remote(watch, str(tmp_path))
+    gate.sleep.remote()
+    end = time.monotonic() + 60
+    while {m.stage for m in stages() if m.is_busy} != {"gate", "scoring"}:
+        assert time.monotonic() < end
+    silent = next(m for m in stages() if m.stage == "gate" and m.is_busy)
+    assert "does not answer" in silent.doing and silent.age_s > 0
+    stacks = tmp_path / "logs/stacks-scoring.txt"
+    while "in hang" not in (stacks.read_text() if stacks.exists() else ""):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    ray.kill(gate)
+    ray.kill(scoring)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.engine
+def test_a_train_worker_that_stands_still_ends_the_run_with_a_report(
+    small_config, ray_cluster
+) -> None:
+    from tests.test_training import run_training
+
+    config = small_config(
+        "run.name=stalled", "run.num_steps=50", "evaluate.data.path=''",
+        "engine.request_timeout_s=100", "run.stall_timeout_s=120",
+    )  # fmt: skip
+    stopped: list[int] = []
+    stopper = threading.Thread(target=stop_the_train_worker, args=(config.folder, stopped))
+    stopper.start()
+    try:
+        with pytest.raises(RuntimeError, match=r"nothing moved for 1\d\d s: learner 0") as caught:
+            run_training(config)
+    finally:
+        stopper.join()
+        for pid in stopped:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    [report] = (Path(config.folder) / "logs").glob("stall-*.txt")
+    assert str(report) in str(caught.value)
+    for stage in ("gate", "engines", "weight sync", "metrics", "scoring", "learner 0"):
+        assert f"{stage} (" in report.read_text()
+
+
+def stop_the_train_worker(folder: str, stopped: list[int]) -> None:
+    """SIGSTOP it once a step is done."""
+    while not read_lines(folder, "metrics.jsonl"):
+        time.sleep(0.1)
+    events = read_lines(folder, "events.jsonl")
+    stopped.append(next(event["pid"] for event in events if event["kind"] == "learner_started"))
+    os.kill(stopped[0], signal.SIGSTOP)

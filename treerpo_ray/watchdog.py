@@ -1,0 +1,211 @@
+"""Watchdog: knows when each stage of a run last moved, and ends a run that hangs, loudly.
+
+What is repaired elsewhere comes first: the pool replaces a hung engine after
+`engine.request_timeout_s`, the verifier kills a hung worker after `verifier.timeout_s`, Ray Train
+starts the workers anew when one dies. What still stands after `run.stall_timeout_s` is a hang that
+nobody repairs: the watchdog writes down what each stage waits for and stops the run, which the same
+command takes up from its last checkpoint.
+"""
+
+import faulthandler
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TextIO
+
+import ray
+
+from treerpo_ray.actor import Actor
+
+CHECKS = 20
+"""Looks at the stages within one time limit."""
+ANSWER_S = 5.0
+"""Time that the stages get to answer one look."""
+STACKS_EARLY = 0.9
+"""Share of the limit after which a process writes its stacks, to have done so when it is over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Movement:
+    """What a stage does since it last moved."""
+
+    stage: str
+    doing: str
+    is_busy: bool
+    """Whether it is at work itself; otherwise it waits for other stages."""
+    age_s: float = 0.0
+    """Seconds since it last moved."""
+    where: str = ""
+    """Host and process."""
+
+    def __str__(self) -> str:
+        state = "busy" if self.is_busy else "idle"
+        return f"{self.stage} ({state} for {self.age_s:.0f} s{self.where}): {self.doing}"
+
+
+def stalled(movements: list[Movement], limit_s: float) -> list[Movement]:
+    """The stages that hold up the run, the longest one first; none while something moves.
+
+    A stage that is busy may take `limit_s`. Where none is busy each waits for another one, which is
+    a hang of them all once nothing has moved for so long.
+    """
+    oldest_first = sorted(movements, key=lambda movement: -movement.age_s)
+    if any(movement.is_busy for movement in movements):
+        return [m for m in oldest_first if m.is_busy and m.age_s > limit_s]
+    return oldest_first if all(m.age_s > limit_s for m in oldest_first) else []
+
+
+class Watch:
+    """Collects what the stages report; an actor, whose clock is the only one that counts."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._moved: dict[str, tuple[float, Movement]] = {}
+
+    def moved(self, movement: Movement) -> None:
+        """The stage has moved just now."""
+        self._moved[movement.stage] = self._clock(), movement
+
+    def movements(self) -> list[Movement]:
+        """The latest of each stage."""
+        now = self._clock()
+        return [replace(movement, age_s=now - at) for at, movement in self._moved.values()]
+
+
+class Mover:
+    """A stage's own hand in it: reports movements, and has this process write its stacks if it
+    stays busy too long (a C thread does it, whatever holds the interpreter).
+
+    Args:
+        watch: Actor of `Watch`.
+        stage: Name of the stage.
+        folder: Run folder; the stacks of a local one go to its logs, else to standard error.
+        limit_s: `run.stall_timeout_s`.
+    """
+
+    def __init__(self, watch: Actor, stage: str, folder: str, limit_s: float) -> None:
+        self._watch, self._stage, self._limit_s = watch, stage, limit_s
+        self._where = f", {socket.gethostname()} process {os.getpid()}"
+        name = f"stacks-{stage.replace(' ', '-')}.txt"
+        self._path = None if "://" in folder else Path(folder) / "logs" / name
+        self._file: TextIO | None = None
+
+    def at(self, doing: str, *, is_busy: bool = True) -> None:
+        """The stage begins something, or is further with it."""
+        movement = Movement(stage=self._stage, doing=doing, is_busy=is_busy, where=self._where)
+        self._watch.moved.remote(movement)
+        if is_busy:
+            faulthandler.dump_traceback_later(STACKS_EARLY * self._limit_s, file=self._stacks())
+        else:
+            faulthandler.cancel_dump_traceback_later()
+
+    def close(self) -> None:
+        """The stage has ended its work in this process."""
+        self.at("ended", is_busy=False)
+        if self._file is not None:
+            self._file.close()
+
+    def _stacks(self) -> TextIO:
+        if self._file is None and self._path is not None:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("w")
+            except OSError:  # a full disk: standard error will do
+                self._path = None
+        return self._file or sys.__stderr__ or sys.stderr
+
+
+class Watchdog:
+    """Looks at the stages from a thread; `failure` says so once the run hangs.
+
+    Args:
+        limit_s: Time for which a stage may stand still.
+        look: Latest movements of all stages; may raise or take long, which is a stage's fault too.
+        folder: Where the report goes, None for standard error.
+    """
+
+    def __init__(
+        self, limit_s: float, look: Callable[[], list[Movement]], folder: Path | None
+    ) -> None:
+        self._limit_s, self._look, self._folder = limit_s, look, folder
+        self.failure: str | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop looking."""
+        self._ended.set()
+
+    def _work(self) -> None:
+        while self.failure is None and not self._ended.wait(self._limit_s / CHECKS):
+            movements = self._look()
+            if found := stalled(movements, self._limit_s):
+                where = self._report(movements, found)
+                self.failure = f"nothing moved for {found[0].age_s:.0f} s: {found[0]}; see {where}"
+
+    def _report(self, movements: list[Movement], found: list[Movement]) -> str:
+        """Write what each stage waits for and this process's stacks; returns where."""
+        lines = [f"stalled: {movement}" for movement in found]
+        lines += [str(movement) for movement in movements if movement not in found]
+        lines.append("stacks of the stages are in stacks-*.txt, those of the driver are:")
+        name = time.strftime("stall-%Y%m%d-%H%M%S.txt")
+        try:
+            if self._folder is None:
+                raise OSError("the run folder is no local one")
+            path = self._folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w") as file:
+                file.write("\n".join(lines) + "\n")
+                file.flush()
+                faulthandler.dump_traceback(file)
+        except OSError:
+            print("\n".join(lines), file=sys.__stderr__)
+            return "standard error"
+        return str(path)
+
+
+class Stages:
+    """Asks the stages of a run for their latest movements; one that does not answer is busy.
+
+    Args:
+        actors: Actor of each stage that has a method `movement`, by the stage's name.
+        watch: Actor of `Watch`, for the stages that cannot be asked.
+    """
+
+    def __init__(self, actors: dict[str, Actor], watch: Actor) -> None:
+        self._actors, self._watch = actors, watch
+        self._asked: dict[str, ray.ObjectRef] = {}
+        self._answered: dict[str, tuple[float, list[Movement]]] = {}
+
+    def __call__(self) -> list[Movement]:
+        """The latest movements."""
+        for stage, actor in self._actors.items():
+            self._asked.setdefault(stage, actor.movement.remote())
+        self._asked.setdefault("watch", self._watch.movements.remote())
+        ray.wait(list(self._asked.values()), num_returns=len(self._asked), timeout=ANSWER_S)
+        movements: list[Movement] = []
+        for stage in [*self._actors, "watch"]:
+            movements += self._latest(stage)
+        return movements
+
+    def _latest(self, stage: str) -> list[Movement]:
+        now = time.monotonic()
+        at, movements = self._answered.setdefault(stage, (now, []))
+        try:
+            answer = ray.get(self._asked[stage], timeout=0)
+        except ray.exceptions.RayError as error:  # late, or dead
+            kind = type(error).__name__
+            silence = Movement(
+                stage=stage, doing=f"does not answer ({kind})", is_busy=True, age_s=now - at
+            )
+            return [*(replace(m, age_s=m.age_s + now - at) for m in movements), silence]
+        del self._asked[stage]
+        movements = answer if isinstance(answer, list) else [answer]
+        self._answered[stage] = now, movements
+        return movements
