@@ -4,6 +4,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import ray
+import ray.train
+
 from treerpo_ray import evaluate
 from treerpo_ray.checkpoint import Checkpoints
 from treerpo_ray.config import Config
@@ -85,3 +88,17 @@ def describe_outcome(config: Config, outcome: Outcome) -> str:
         f"held-out problems, answers from {before.length:.1f} to {after.length:.1f} tokens, "
         f"with {spent}; the run folder is {config.folder}"
     )
+
+
+def root_cause(error: BaseException) -> str:
+    """One line for what made a run fail, from under the wrappers that Ray puts around it."""
+    while True:
+        inner = error.__cause__
+        if isinstance(error, ray.train.WorkerGroupError):
+            inner = next(iter(error.worker_failures.values()))
+        elif isinstance(error, ray.exceptions.RayTaskError):
+            inner = error.cause
+        if inner is None or inner is error:
+            lines = str(error).strip().splitlines()
+            return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
+        error = inner

@@ -29,7 +29,7 @@ from treerpo_ray.engine_pool import EnginePool
 from treerpo_ray.evaluate import Evaluation
 from treerpo_ray.gate import Gate
 from treerpo_ray.metrics import FATAL, Event, Row, RunLog
-from treerpo_ray.outcome import Outcome, collect_outcome, finished_outcome
+from treerpo_ray.outcome import Outcome, collect_outcome, finished_outcome, root_cause
 from treerpo_ray.plan import Inputs
 from treerpo_ray.prompts import load_tokenizer
 from treerpo_ray.train_worker import STREAM, Stations, WorkerTask, run_worker
@@ -311,17 +311,3 @@ def _write_config(config: Config) -> None:
     fs, root = fsspec.core.url_to_fs(config.folder)
     fs.makedirs(root, exist_ok=True)
     fs.pipe_file(f"{root}/config.yaml", to_yaml(config).encode())
-
-
-def root_cause(error: BaseException) -> str:
-    """One line for what made a run fail, from under the wrappers that Ray puts around it."""
-    while True:
-        inner = error.__cause__
-        if isinstance(error, ray.train.WorkerGroupError):
-            inner = next(iter(error.worker_failures.values()))
-        elif isinstance(error, ray.exceptions.RayTaskError):
-            inner = error.cause
-        if inner is None or inner is error:
-            lines = str(error).strip().splitlines()
-            return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
-        error = inner
