@@ -58,6 +58,33 @@ def test_ages_are_told_by_the_clock_of_the_one_that_collects() -> None:
     assert {m.stage: m.age_s for m in watch.movements()} == {"scoring": 10.0, "learner 0": 3.0}
 
 
+def test_workers_that_are_no_more_are_forgotten() -> None:
+    watch = Watch()
+    for stage in ("learner 0", "learner 1", "scoring"):
+        watch.moved(movement(stage, 0.0))
+    watch.forget("learner")
+    watch.moved(movement("learner 0", 0.0))
+    assert [m.stage for m in watch.movements()] == ["scoring", "learner 0"]
+
+
+def test_a_look_that_fails_is_no_stall(tmp_path, caplog) -> None:
+    looks = iter([RuntimeError("no answer"), [movement("learner 0", 5.0)]])
+
+    def look() -> list[Movement]:
+        result = next(looks)
+        if isinstance(result, RuntimeError):
+            raise result
+        return result
+
+    watchdog = Watchdog(0.2, look, tmp_path)
+    end = time.monotonic() + 10
+    while watchdog.failure is None and time.monotonic() < end:
+        time.sleep(0.01)
+    watchdog.close()
+    assert watchdog.failure is not None
+    assert "cannot look: no answer" in caplog.text
+
+
 def test_a_stall_is_reported_with_all_stages_and_the_stacks_of_this_process(tmp_path) -> None:
     movements = [movement("learner 0", 5.0), movement("gate", 9.0, False)]
     watchdog = Watchdog(0.2, lambda: movements, tmp_path / "logs")

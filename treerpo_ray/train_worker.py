@@ -107,9 +107,11 @@ class TrainWorker:
         self.outbox.close()
         if self.is_first:
             publish_folder(self.folder, "model", self.learner.policy.save_pretrained)
+        self.mover.close()
 
     def _open(self) -> None:
         """Bring engines, gate and log to where the learner is, before the first ticket."""
+        ray.get(self.stations.watch.forget.remote("learner"))
         for step, fault in self.checkpoints.passed_over.items():
             self._note("checkpoint_passed_over", step=step, fault=fault)
         self._publish()

@@ -114,6 +114,7 @@ def _shares(
             mover.at("waiting for finished trees", is_busy=False)
             trees: list[TreeRecord] | None = ray.get(pool.take.remote(reader, SCORED_TREES, WAIT_S))
             if trees is None:
+                mover.close()
                 return
             if not trees:
                 log.info("waiting for finished trees")

@@ -8,6 +8,7 @@ command takes up from its last checkpoint.
 """
 
 import faulthandler
+import logging
 import os
 import socket
 import sys
@@ -21,6 +22,8 @@ from typing import TextIO
 import ray
 
 from treerpo_ray.actor import Actor
+
+log = logging.getLogger(__name__)
 
 CHECKS = 20
 """Looks at the stages within one time limit."""
@@ -70,6 +73,10 @@ class Watch:
     def moved(self, movement: Movement) -> None:
         """The stage has moved just now."""
         self._moved[movement.stage] = self._clock(), movement
+
+    def forget(self, prefix: str) -> None:
+        """Stages of that kind begin anew, and there may be fewer of them."""
+        self._moved = {stage: m for stage, m in self._moved.items() if not stage.startswith(prefix)}
 
     def movements(self) -> list[Movement]:
         """The latest of each stage."""
@@ -125,7 +132,7 @@ class Watchdog:
 
     Args:
         limit_s: Time for which a stage may stand still.
-        look: Latest movements of all stages; may raise or take long, which is a stage's fault too.
+        look: Latest movements of all stages.
         folder: Where the report goes, None for standard error.
     """
 
@@ -139,12 +146,17 @@ class Watchdog:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop looking."""
+        """Stop looking; returns once the last look is over."""
         self._ended.set()
+        self._thread.join(2 * ANSWER_S)
 
     def _work(self) -> None:
         while self.failure is None and not self._ended.wait(self._limit_s / CHECKS):
-            movements = self._look()
+            try:
+                movements = self._look()
+            except Exception as error:  # whatever a look runs into is no hang
+                log.warning("the watchdog cannot look: %s", error)
+                continue
             if found := stalled(movements, self._limit_s):
                 where = self._report(movements, found)
                 self.failure = f"nothing moved for {found[0].age_s:.0f} s: {found[0]}; see {where}"
@@ -186,8 +198,10 @@ class Stages:
     def __call__(self) -> list[Movement]:
         """The latest movements."""
         for stage, actor in self._actors.items():
-            self._asked.setdefault(stage, actor.movement.remote())
-        self._asked.setdefault("watch", self._watch.movements.remote())
+            if stage not in self._asked:
+                self._asked[stage] = actor.movement.remote()
+        if "watch" not in self._asked:
+            self._asked["watch"] = self._watch.movements.remote()
         ray.wait(list(self._asked.values()), num_returns=len(self._asked), timeout=ANSWER_S)
         movements: list[Movement] = []
         for stage in [*self._actors, "watch"]:
