@@ -137,10 +137,11 @@ def test_a_stage_that_does_not_answer_counts_as_busy_and_a_hung_one_writes_its_s
     gate, scoring = kind.remote(), kind.remote()
     watch = ray.remote(num_cpus=0)(Watch).remote()
     stages = Stages({"gate": gate}, watch)
-    assert [(m.stage, m.is_busy) for m in stages()] == [("gate", False)]
+    end = time.monotonic() + 120
+    while [(m.stage, m.is_busy) for m in stages()] != [("gate", False)]:  # they are starting
+        assert time.monotonic() < end
     scoring.hang.remote(watch, str(tmp_path))
     gate.sleep.remote()
-    end = time.monotonic() + 60
     while {m.stage for m in stages() if m.is_busy} != {"gate", "scoring"}:
         assert time.monotonic() < end
     silent = next(m for m in stages() if m.stage == "gate" and m.is_busy)
