@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from tests.hung_stage import Stage
 from treerpo_ray.metrics import read_lines
 from treerpo_ray.watchdog import Movement, Mover, Stages, Watch, Watchdog, stalled
 
@@ -115,20 +116,6 @@ def test_a_run_that_moves_is_left_alone(tmp_path) -> None:
     assert watchdog.failure is None
 
 
-class Stage:
-    """An actor of a stage that answers until it is told to sleep."""
-
-    def movement(self) -> Movement:
-        return Movement(stage="gate", doing="waiting", is_busy=False)
-
-    def sleep(self) -> None:
-        time.sleep(3600)
-
-    def hang(self, watch: ray.actor.ActorHandle, folder: str) -> None:
-        Mover(watch, "scoring", folder, 0.5).at("scoring ticket 7")
-        time.sleep(3600)
-
-
 @pytest.mark.ray
 def test_a_stage_that_does_not_answer_counts_as_busy_and_a_hung_one_writes_its_stacks(
     ray_cluster, tmp_path
@@ -137,9 +124,11 @@ def test_a_stage_that_does_not_answer_counts_as_busy_and_a_hung_one_writes_its_s
     gate, scoring = kind.remote(), kind.remote()
     watch = ray.remote(num_cpus=0)(Watch).remote()
     stages = Stages({"gate": gate}, watch)
-    end = time.monotonic() + 120
-    while [(m.stage, m.is_busy) for m in stages()] != [("gate", False)]:  # they are starting
-        assert time.monotonic() < end
+    end = time.monotonic() + 60
+    found = stages()
+    while any(m.is_busy for m in found):  # they are starting
+        assert time.monotonic() < end, found
+        found = stages()
     scoring.hang.remote(watch, str(tmp_path))
     gate.sleep.remote()
     while {m.stage for m in stages() if m.is_busy} != {"gate", "scoring"}:
