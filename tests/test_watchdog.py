@@ -12,7 +12,7 @@ import ray
 
 from tests.hung_stage import Stage
 from treerpo_ray.metrics import read_lines
-from treerpo_ray.watchdog import Movement, Mover, Stages, Watch, Watchdog, stalled
+from treerpo_ray.watchdog import Movement, Stages, Watch, Watchdog, stalled
 
 LIMIT_S = 60.0
 
