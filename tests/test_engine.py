@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,16 +32,26 @@ class ServedEngine:
         ray.get(self.actor.start.remote())
 
     def start_tree(
-        self, prompt_ids: list[int], seed: int, temperature: float = 1.0, top_p: float = 1.0
+        self,
+        prompt_ids: list[int],
+        seed: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        shape: TreeShape = SHAPE,
     ):
         grow = self.actor.grow.options(num_returns="streaming")
         sampling = Sampling(temperature=temperature, top_p=top_p)
-        return grow.remote(prompt_ids, SHAPE, sampling, seed, [])
+        return grow.remote(prompt_ids, shape, sampling, seed, [])
 
     def tree(
-        self, prompt_ids: list[int], seed: int, temperature: float = 1.0, top_p: float = 1.0
+        self,
+        prompt_ids: list[int],
+        seed: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        shape: TreeShape = SHAPE,
     ) -> Tree:
-        return collect(prompt_ids, self.start_tree(prompt_ids, seed, temperature, top_p))
+        return collect(prompt_ids, self.start_tree(prompt_ids, seed, temperature, top_p, shape))
 
     def stats(self) -> EngineStats:
         return ray.get(self.actor.stats.remote())
@@ -146,6 +157,25 @@ def test_steps_end_at_their_length_or_with_the_end_token(served, prompts) -> Non
         assert (step.stop is StopReason.END_OF_TEXT) == ends
         if not ends:
             assert len(step.token_ids) == SHAPE.step_tokens[tree.depths[index] - 1]
+
+
+def test_above_the_last_depth_a_delimiter_ends_a_step(served, prompts) -> None:
+    newline = prompts[1][-1]
+    tree = served.tree(prompts[1], seed=2, shape=replace(SHAPE, delimiters=(newline,)))
+    inner = [step for step, depth in zip(tree.steps, tree.depths, strict=True) if depth == 1]
+    assert all(step.stop is StopReason.BOUNDARY for step in inner)
+    assert all(step.token_ids.tolist().index(newline) + 1 == len(step.token_ids) for step in inner)
+    last = [step for step, depth in zip(tree.steps, tree.depths, strict=True) if depth == 2]
+    assert any(newline in step.token_ids[:-1] for step in last), "it ends none of the last depth"
+
+
+def test_entropy_branching_ends_a_step_before_its_least_likely_token(served, prompts) -> None:
+    plain = served.tree(prompts[1], seed=2)
+    tree = served.tree(prompts[1], seed=2, shape=replace(SHAPE, entropy_window=8))
+    for full, step in zip(plain.steps[:3], tree.steps[:3], strict=True):
+        end = 12 + int(np.argmin(full.logprobs[12:]))
+        assert step.token_ids.tolist() == full.token_ids[:end].tolist()
+        assert step.num_discarded == 20 - end
 
 
 def test_children_find_their_parents_blocks_in_the_prefix_cache(served, prompts) -> None:
