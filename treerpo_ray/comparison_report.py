@@ -192,6 +192,7 @@ def write_plot(comparison: Comparison, results: list[Result], folder: Path) -> N
                         (setting, arm, title, *point) for point in zip(at, mean, half, strict=True)
                     ]
             axes.set_xlabel(title)
+            axes.set_ylim(0, 1)
             axes.yaxis.set_major_formatter(PercentFormatter(1))
             axes.grid(alpha=0.3)
         axes_row[0].set_ylabel(f"{setting}: training reward")
