@@ -7,6 +7,7 @@ What a method returns is not known here either: callers name its type.
 from typing import Literal, Protocol, cast
 
 import ray
+from ray.exceptions import RayTaskError
 
 
 class Actor(Protocol):
@@ -39,3 +40,10 @@ def make_actor(kind: type[object], *arguments: object, concurrency: int = 10_000
     node = {ray._raylet.RAY_NODE_ID_KEY: here}  # type: ignore[attr-defined]  # not in Ray's stub
     made = ray.remote(kind).options(num_cpus=0, label_selector=node, max_concurrency=concurrency)
     return cast(Actor, made.remote(*arguments))
+
+
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error, without what Ray puts around that of an actor."""
+    if isinstance(error, RayTaskError):
+        error = error.cause
+    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"

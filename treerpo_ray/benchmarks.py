@@ -18,9 +18,11 @@ from treerpo_ray.engine_pool import EnginePool
 from treerpo_ray.evaluate import Evaluation, grade_samples, save, save_samples, summarise
 from treerpo_ray.learner import MODEL_FOLDER
 from treerpo_ray.metrics import RunLog
+from treerpo_ray.outcome import root_cause
 from treerpo_ray.problems import load_problems
+from treerpo_ray.process import output_to_log
 from treerpo_ray.prompts import PromptSet, load_tokenizer, resolve_model_path
-from treerpo_ray.train import RunFailed, output_to_log, root_cause
+from treerpo_ray.train import RunFailed
 from treerpo_ray.tree_stream import Scorer
 
 PRESET = Path(__file__).resolve().parents[1] / "conf/benchmarks.yaml"

@@ -18,7 +18,7 @@ import numpy as np
 import ray
 
 from treerpo_ray.algo.search import SiblingGroup, TreeShape, grow
-from treerpo_ray.algo.tree import ROOT, Step, StopReason
+from treerpo_ray.algo.tree import ROOT, Step, StopReason, error_step
 from treerpo_ray.config import Config
 from treerpo_ray.process import cpu_seconds, redirect_output
 from treerpo_ray.prompts import end_token_ids, load_tokenizer, resolve_model_path
@@ -194,7 +194,7 @@ class Engine:
                 final = output
         except VLLMClientError as error:
             log.warning("request %s was turned down: %s", request_id, error)
-            return _error_step()
+            return error_step()
         except EngineDeadError:
             # One line: the traces of all requests in flight would say the same.
             raise RuntimeError(f"vLLM's core of engine {self.index} is dead, see its log") from None
@@ -207,7 +207,7 @@ class Engine:
 
         ids = np.asarray(done.token_ids, np.int32)
         if done.finish_reason not in ("stop", "length") or not len(ids):
-            return _error_step()
+            return error_step()
         versions = np.zeros(len(ids), np.int32)
         for span in done.weight_versions or []:
             versions[span.start : span.end] = _version(span.version)
@@ -303,14 +303,3 @@ class _Sampler:
 def _version(label: str) -> int:
     """Version behind vLLM's label; "default" are the weights that it was started with."""
     return 0 if label == "default" else int(label)
-
-
-def _error_step() -> Step:
-    """A step that the engine turned down: no tokens, no reward."""
-    return Step(
-        parent=ROOT,
-        token_ids=np.empty(0, np.int32),
-        logprobs=np.empty(0, np.float32),
-        versions=np.empty(0, np.int32),
-        stop=StopReason.ERROR,
-    )

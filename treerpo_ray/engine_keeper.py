@@ -10,9 +10,10 @@ import asyncio
 import logging
 import time
 
+from treerpo_ray.actor import first_line
 from treerpo_ray.engine_places import Member, first_to_leave
 from treerpo_ray.engine_scaling import EngineScaling
-from treerpo_ray.engines import Engines, first_line
+from treerpo_ray.engines import Engines
 from treerpo_ray.nodes import Nodes, see_nodes
 
 log = logging.getLogger(__name__)

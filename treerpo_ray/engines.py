@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
-from treerpo_ray.actor import Actor
+from treerpo_ray.actor import Actor, first_line
 from treerpo_ray.config import Config
 from treerpo_ray.engine import Engine, EngineStats
 from treerpo_ray.engine_places import Member, Places
@@ -295,10 +295,3 @@ def can_serve(started: Config, config: Config) -> bool:
     """Whether engines that were started for one configuration can serve a run of another."""
     parts = [(each.model, each.engine, each.sync) for each in (started, config)]
     return parts[0] == parts[1] and started.max_model_tokens >= config.max_model_tokens
-
-
-def first_line(error: BaseException) -> str:
-    """Kind and first line of an error, without what Ray puts around that of an actor."""
-    if isinstance(error, RayTaskError):
-        error = error.cause
-    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"

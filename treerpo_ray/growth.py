@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 import ray
 from ray.exceptions import RayError
 
+from treerpo_ray.actor import first_line
 from treerpo_ray.algo.search import SiblingGroup, TreeShape, assemble, sibling_groups
 from treerpo_ray.engine import Sampling
 from treerpo_ray.engine_places import Member
-from treerpo_ray.engines import Engines, first_line
+from treerpo_ray.engines import Engines
 from treerpo_ray.flights import Flights
 from treerpo_ray.gate import Ticket
 from treerpo_ray.prompts import PromptSet

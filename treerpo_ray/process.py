@@ -1,7 +1,8 @@
 """Process: what this one prints and how much CPU time it takes."""
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import psutil
@@ -24,3 +25,18 @@ def redirect_output(path: Path) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.close(file)
+
+
+@contextmanager
+def output_to_log(folder: str) -> Iterator[None]:
+    """Send what libraries print in this process to `logs/driver.log` of a local run folder.
+
+    The console keeps the terminal that it was made for, and errors are raised, not printed.
+    """
+    if "://" in folder:
+        yield
+        return
+    path = Path(folder) / "logs" / "driver.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", buffering=1) as file, redirect_stderr(file), redirect_stdout(file):
+        yield

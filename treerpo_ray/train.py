@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,8 +31,10 @@ from treerpo_ray.gate import Gate
 from treerpo_ray.metrics import FATAL, Event, Row, RunLog
 from treerpo_ray.outcome import Outcome, collect_outcome, finished_outcome, root_cause
 from treerpo_ray.plan import Inputs
+from treerpo_ray.process import output_to_log
 from treerpo_ray.prompts import load_tokenizer
-from treerpo_ray.train_worker import STREAM, Stations, WorkerTask, run_worker
+from treerpo_ray.stations import Stations, WorkerTask
+from treerpo_ray.train_worker import STREAM, run_worker
 from treerpo_ray.tree_stream import Scorer, tree_stream
 from treerpo_ray.watchdog import Stages, Watch, Watchdog
 from treerpo_ray.weight_sync import WeightSync
@@ -281,21 +283,6 @@ def _evaluate(
         )
     console.print_step(result.row())
     return result
-
-
-@contextmanager
-def output_to_log(folder: str) -> Iterator[None]:
-    """Send what libraries print in this process to `logs/driver.log` of a local run folder.
-
-    The console keeps the terminal that it was made for, and errors are raised, not printed.
-    """
-    if "://" in folder:
-        yield
-        return
-    path = Path(folder) / "logs" / "driver.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", buffering=1) as file, redirect_stderr(file), redirect_stdout(file):
-        yield
 
 
 def _end(station: Actor, method: str, console: Console | None = None) -> None:

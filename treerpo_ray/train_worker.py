@@ -4,7 +4,6 @@ import math
 import os
 import time
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
@@ -17,45 +16,21 @@ import torch
 import torch.distributed as dist
 
 from treerpo_ray import saved_trees
-from treerpo_ray.actor import Actor
 from treerpo_ray.checkpoint import Checkpoints, publish_folder
-from treerpo_ray.config import Config
 from treerpo_ray.engine import EngineStats
 from treerpo_ray.evaluate import evaluate
 from treerpo_ray.learner import DTYPES, Learner, UpdateResult
 from treerpo_ray.metrics import Event, Row
 from treerpo_ray.outbox import Outbox
-from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import TreeRecord, from_table
 from treerpo_ray.share_ahead import ShareAhead
 from treerpo_ray.shares import from_share
+from treerpo_ray.stations import WorkerTask
 from treerpo_ray.tree_stream import Scorer
 from treerpo_ray.watchdog import Mover
 from treerpo_ray.weights import Probe, pack_weights
 
 STREAM = "trees"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stations:
-    """The actors that a worker talks to."""
-
-    gate: Actor
-    pool: Actor
-    weight_sync: Actor
-    run_log: Actor
-    watch: Actor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerTask:
-    """What every worker is given."""
-
-    config: Config
-    probe_ids: list[int]
-    """Sequence that engines and learner are compared on."""
-    held_out: PromptSet | None
-    stations: Stations
 
 
 def run_worker(settings: dict[str, WorkerTask]) -> None:

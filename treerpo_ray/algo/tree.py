@@ -59,6 +59,17 @@ class Step:
             )
 
 
+def error_step() -> Step:
+    """A step that a sampler turned down: no tokens, no reward."""
+    return Step(
+        parent=ROOT,
+        token_ids=np.empty(0, np.int32),
+        logprobs=np.empty(0, np.float32),
+        versions=np.empty(0, np.int32),
+        stop=StopReason.ERROR,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tree:
     """A prompt and its steps; see the module's drawing for the order of `steps`."""
