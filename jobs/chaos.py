@@ -1,0 +1,273 @@
+"""Failure drill: a real training in which engines, learners, verifiers and a node are killed.
+
+python jobs/chaos.py                    # 20 kills, at most 15 minutes on two cores
+python jobs/chaos.py --kills 5 --steps 8 run.seed=1 run.root=/tmp/drills
+Ends with a table of what was killed and how long it took to be made good, and one line of JSON;
+the exit status is 1 if a ticket was lost or doubled, a bound was broken or something is stale.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job has only a working folder
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # on this machine alone
+
+import pyarrow.parquet as pq
+import rich.console
+import rich.table
+from ray.cluster_utils import Cluster
+
+from treerpo_ray.config import Config
+from treerpo_ray.config_file import load
+from treerpo_ray.console import Console
+from treerpo_ray.ledger import (
+    ConsumedTree,
+    Fields,
+    Kill,
+    Victim,
+    check_ledger,
+    draw_schedule,
+    recovery_s,
+    serving,
+)
+from treerpo_ray.metrics import Scalar, latest_rows, read_lines
+from treerpo_ray.plan import load_inputs
+from treerpo_ray.records import from_table
+from treerpo_ray.train import RunFailed, run
+
+HEALTH = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 5000,
+    "health_check_failure_threshold": 3,
+}
+"""Else Ray takes minutes to see that a node is gone."""
+TAKES_DOWN = {
+    "engine_serving": {Victim.ENGINE, Victim.CORE, Victim.NODE},
+    "learner_started": {Victim.LEARNER},
+    "verifier_started": {Victim.VERIFIER, Victim.LEARNER},
+}
+"""Whose end is also that of what an event says to be up."""
+POLL_S = 0.2
+"""Time between looks at the run folder."""
+SMALL = [
+    *("prompts.num_problems=256", "evaluate.data.path=''", "metrics.wandb_project=null"),
+    *("gate.trees_per_step=6", "gate.max_staleness=1", "checkpoint.every=1"),
+    *("engine.num_engines=2", "engine.resources={CPU: 0.1, rollout_slot: 1}"),
+    *("engine.kv_cache_gib=0.125", "engine.request_timeout_s=120"),
+    "learner.resources={CPU: 0.1, train_slot: 1}",
+]
+"""The quickstart, small enough to be killed often; each node holds one engine."""
+
+
+class Drill:
+    """Kills what `schedule` names while a run goes on; nothing but processes that it recorded."""
+
+    def __init__(
+        self,
+        config: Config,
+        cluster: Cluster,
+        schedule: list[tuple[int, Victim]],
+        console: Console,
+    ) -> None:
+        self.config, self.cluster, self.console = config, cluster, console
+        self.schedule = schedule
+        self.kills: list[Kill] = []
+
+    def run(self, training: threading.Thread) -> None:
+        """Kill while `training` lasts; in the main thread, where alone Ray starts a node."""
+        for step, victim in self.schedule:
+            while training.is_alive():
+                time.sleep(POLL_S)
+                if self._steps_done() >= step and (kill := self._kill(victim)):
+                    self.kills.append(kill)
+                    self.console.note(f"killed: {victim}, pid {kill.pid}")
+                    break
+        training.join()
+
+    def _steps_done(self) -> int:
+        rows = latest_rows(self.config.folder)
+        return int(rows[-1]["step"]) if rows else 0
+
+    def _kill(self, victim: Victim) -> Kill | None:
+        """Kill one of its kind; None if none is up."""
+        events = read_lines(self.config.folder, "events.jsonl")
+        if victim is Victim.NODE:
+            return self._kill_node(events)
+        if victim in (Victim.ENGINE, Victim.CORE):
+            up: Sequence[Fields] = list(serving(events).values())
+        else:
+            kind = "learner_started" if victim is Victim.LEARNER else "verifier_started"
+            up = [event for event in events if event["kind"] == kind][-1:]
+        # The one that has been up longest, so that none is spared.
+        for event in sorted(
+            filter(self._is_whole, up), key=lambda event: float(str(event["time"]))
+        ):
+            pid, engine = event["core" if victim is Victim.CORE else "pid"], event.get("engine")
+            assert isinstance(pid, int) and isinstance(engine, int | None)
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue  # its end is not in the events yet
+            return Kill(time=time.time(), victim=victim, pid=pid, engine=engine)
+        return None
+
+    def _is_whole(self, up: Fields) -> bool:
+        """Whether nothing that this event says to be up was killed since."""
+        return all(
+            kill.time < float(str(up["time"]))
+            for kill in self.kills
+            if kill.victim in TAKES_DOWN[str(up["kind"])] and kill.engine == up.get("engine")
+        )
+
+    def _kill_node(self, events: list[dict[str, Scalar]]) -> Kill | None:
+        """Kill the node that an engine is on, and put another in its place."""
+        [node] = self.cluster.worker_nodes
+        raylet = raylet_pid(node)
+        up = {engine: event for engine, event in serving(events).items() if self._is_whole(event)}
+        on_it = [engine for engine, event in up.items() if parent_pid(event["pid"]) == raylet]
+        if not on_it:
+            return None
+        kill = Kill(time=time.time(), victim=Victim.NODE, pid=raylet, engine=on_it[0])
+        self.cluster.remove_node(node, allow_graceful=False)
+        add_node(self.cluster)
+        return kill
+
+
+def raylet_pid(node: object) -> int:
+    """Process id of a node's raylet."""
+    [raylet] = node.all_processes["raylet"]  # type: ignore[attr-defined]  # Ray's own, untyped
+    return raylet.process.pid
+
+
+def parent_pid(pid: Scalar) -> int | None:
+    """Parent of a process; None if it is gone. That of an actor is its node's raylet."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except FileNotFoundError:
+        return None
+
+
+def add_node(cluster: Cluster) -> None:
+    """Add the node that may go, with room for one engine."""
+    cluster.add_node(num_cpus=1, resources={"rollout_slot": 1})
+
+
+@contextmanager
+def small_cluster() -> Iterator[Cluster]:
+    """A head with the learner and one engine, and a node with the other."""
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 2,
+            "resources": {"rollout_slot": 1, "train_slot": 1},
+            "include_dashboard": False,
+            "_system_config": HEALTH,
+        },
+    )
+    add_node(cluster)
+    os.environ["RAY_ADDRESS"] = cluster.address
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def faults(config: Config) -> list[str]:
+    """What the ledger of the finished run says against it."""
+    trees: dict[int, list[ConsumedTree]] = {}
+    for path in Path(config.folder).glob("trees/step=*/*.parquet"):
+        step = int(path.parent.name.removeprefix("step=")) - 1
+        trees.setdefault(step, []).extend(
+            ConsumedTree(
+                ticket=record.ticket,
+                min_version=record.tree.min_version,
+                max_version=record.tree.max_version,
+            )
+            for record in from_table(pq.read_table(path))
+        )
+    return check_ledger(
+        read_lines(config.folder, "events.jsonl"),
+        latest_rows(config.folder),
+        trees,
+        num_steps=config.run.num_steps,
+        trees_per_step=config.gate.trees_per_step,
+        max_staleness=config.gate.max_staleness,
+    )
+
+
+def report(config: Config, kills: list[Kill], problems: list[str], seconds: float) -> None:
+    """The table on stderr, one line of JSON on stdout."""
+    events = read_lines(config.folder, "events.jsonl")
+    table = rich.table.Table("time", "killed", "pid", "engine", "made good after", box=None)
+    start = float(str(events[0]["time"])) if events else 0.0
+    times = [recovery_s(kill, events) for kill in kills]
+    for kill, time_s in zip(kills, times, strict=True):
+        engine = "" if kill.engine is None else str(kill.engine)
+        good = "not before the end" if time_s is None else f"{time_s:.1f} s"
+        table.add_row(f"{kill.time - start:.0f} s", kill.victim, str(kill.pid), engine, good)
+    console = rich.console.Console(file=sys.stderr)
+    console.print(table)
+    for problem in problems:
+        console.print(f"broken: {problem}", markup=False)
+    summary = {
+        "run": config.folder,
+        "kills": {v.value: sum(kill.victim is v for kill in kills) for v in Victim},
+        "seconds": round(seconds, 1),
+        "recoveries": [
+            asdict(kill) | {"recovery_s": None if s is None else round(s, 2)}
+            for kill, s in zip(kills, times, strict=True)
+        ],
+        "broken": problems,
+    }
+    print(json.dumps(summary))
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("overrides", nargs="*", help="section.key=value")
+    options = parser.parse_args(arguments)
+    quickstart = str(Path(__file__).resolve().parents[1] / "conf/quickstart.yaml")
+    name = f"run.name=chaos-{time.time_ns()}"
+    config = load(
+        [
+            *(quickstart, name, *SMALL, f"run.num_steps={options.steps}"),
+            *(f"learner.max_failures={options.kills}", *options.overrides),
+        ]
+    )
+    start = time.monotonic()
+    schedule = draw_schedule(options.kills, config.run.num_steps, config.run.seed)
+    console = Console(config.run.num_steps)
+
+    def train() -> None:
+        try:
+            run(config, load_inputs(config), console)
+        except RunFailed as error:
+            console.note(f"failed: {error}")
+
+    with small_cluster() as cluster:
+        drill = Drill(config, cluster, schedule, console)
+        training = threading.Thread(target=train, name="training", daemon=True)
+        training.start()
+        drill.run(training)
+    problems = faults(config)
+    if len(drill.kills) < len(schedule):
+        problems.append(f"{len(drill.kills)} kills, should be {len(schedule)}")
+    report(config, drill.kills, problems, time.monotonic() - start)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
