@@ -206,3 +206,10 @@ def test_folders_that_are_written_can_be_read_by_others(tmp_path: Path) -> None:
     Checkpoints(str(tmp_path), keep=1).save(1, contents("a"))
     for name in ("model", "checkpoints/step=000001"):
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o755
+
+
+def test_a_later_checkpoint_that_was_passed_over_does_not_push_out_a_new_one(folder: str) -> None:
+    checkpoints = Checkpoints(folder, keep=1)
+    checkpoints.save(40, contents("forty"))
+    checkpoints.save(25, contents("twenty-five"))
+    assert checkpoints.steps() == [25]

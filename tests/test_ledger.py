@@ -1,5 +1,6 @@
 """The ledger of a run: what it finds wrong, and what it lets pass."""
 
+import math
 from collections import Counter
 
 import pytest
@@ -165,3 +166,14 @@ def test_an_engine_that_was_lost_does_not_serve_until_it_says_so_again() -> None
     assert {engine: found["pid"] for engine, found in serving(events).items()} == {1: 8}
     events.append(event(4, "engine_serving", engine=0, pid=9))
     assert serving(events)[0]["pid"] == 9
+
+
+def test_a_row_without_any_engine_is_no_fault_but_the_last_one_must_have_one() -> None:
+    def without_engines(place: int) -> list[dict[str, float]]:
+        rows = good_rows()
+        gone = {"engine/oldest_version": math.nan, "engine/newest_version": math.nan}
+        rows[place] = rows[place] | gone
+        return rows
+
+    assert faults(rows=without_engines(0)) == []
+    assert len(faults(rows=without_engines(-1))) == 1

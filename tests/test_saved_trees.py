@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -87,3 +88,15 @@ def test_every_tree_that_the_gate_admitted_can_be_used_if_each_step_is_an_update
         due = [tree.ticket for tree in trees if tree.ticket >= step * 2]
         assert used(trees, step=step, version=versions[-1], staleness=staleness) == due
         versions.append(versions[-1] + data.draw(st.integers(0, 1)))
+
+
+def test_a_checkpoint_without_trees_or_with_those_of_another_schema_gives_none(
+    tmp_path: Path,
+) -> None:
+    config = config_of()
+    assert saved_trees.read(tmp_path, config) == []
+    saved_trees.write(tmp_path, [tree_of(0, 1)], config)
+    table = pq.read_table(tmp_path / saved_trees.FILE)
+    metadata = table.schema.metadata | {b"treerpo_schema": b"0"}
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / saved_trees.FILE)
+    assert saved_trees.read(tmp_path, config) == []

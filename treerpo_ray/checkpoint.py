@@ -50,7 +50,10 @@ class Checkpoints:
             files = {str(p.relative_to(staging)): _digest(p) for p in _files(staging)}
             (staging / LIST_FILE).write_text(json.dumps(files, indent=1))
             _place(self._fs, staging, [*files, LIST_FILE], f"{self._root}/step={step:06d}")
-        for old in self.steps()[: -self.keep]:
+        steps = self.steps()
+        # A later one was passed over when this session began: it must not push out what is whole.
+        later = [old for old in steps if old > step]
+        for old in [*later, *[old for old in steps if old <= step][: -self.keep]]:
             self._fs.rm(f"{self._root}/step={old:06d}", recursive=True)
 
     @contextmanager

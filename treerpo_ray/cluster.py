@@ -4,6 +4,7 @@ import importlib.metadata
 import logging
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,11 @@ import ray
 from ray._private.state import state as ray_state
 
 from treerpo_ray.config import Config
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 15.0
+"""Time between looks at a cluster that is still starting."""
 
 
 def check_vllm(config: Config) -> None:
@@ -97,10 +103,28 @@ def connected(config: Config, *, trains: bool = True) -> Iterator[None]:
             logging_level=logging.WARNING,
         )
     try:
-        _check_cluster(config, trains=trains)
+        _await_cluster(config, trains=trains)
         yield
     finally:
         ray.shutdown()
+
+
+def _await_cluster(config: Config, *, trains: bool) -> None:
+    """Check the cluster; one that grows by itself may still be starting its first nodes."""
+    patience_s = config.engine.start_timeout_s if _may_grow(config) else 0.0
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            return _check_cluster(config, trains=trains)
+        except ValueError as error:
+            if time.monotonic() >= end:
+                raise
+            log.warning("waiting for nodes, for %.0f s more: %s", end - time.monotonic(), error)
+            time.sleep(min(LOOK_EVERY_S, patience_s))
+
+
+def _may_grow(config: Config) -> bool:
+    return config.engine.max_engines is not None and bool(os.environ.get("RAY_ADDRESS"))
 
 
 def _check_cluster(config: Config, *, trains: bool) -> None:
@@ -110,7 +134,7 @@ def _check_cluster(config: Config, *, trains: bool) -> None:
     engines of a pool that may grow are taken on trust on a cluster that was there before: they
     wait for nodes, say so, and fail the start after `engine.start_timeout_s`.
     """
-    may_come = config.engine.max_engines is not None and bool(os.environ.get("RAY_ADDRESS"))
+    may_come = _may_grow(config)
     num_engines = 0 if may_come else config.engine.num_engines
     needed = needed_resources(config, num_engines, trains=trains)
     limits, scaled = ray.cluster_resources(), ray_state.get_max_resources_from_cluster_config()

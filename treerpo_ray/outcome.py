@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import fsspec
 import ray
 import ray.train
 
@@ -30,6 +31,9 @@ class Outcome:
 def finished_outcome(config: Config) -> Outcome | None:
     """What a run came to that the run folder holds complete; None if there is work left."""
     num_steps = config.run.num_steps
+    fs, root = fsspec.core.url_to_fs(config.folder)
+    if not fs.exists(f"{root}/model/config.json"):  # it is put in place behind the last checkpoint
+        return None
     if num_steps not in Checkpoints(config.folder, config.checkpoint.keep).steps():
         return None
     before, after = (evaluate.read(config.folder, step) for step in (0, num_steps))

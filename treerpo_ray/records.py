@@ -95,16 +95,25 @@ def to_table(records: Sequence[TreeRecord]) -> pa.Table:
     return pa.Table.from_pylist([_to_row(record) for record in records], schema=SCHEMA)
 
 
+def is_readable(table: pa.Table) -> bool:
+    """Whether the table was written with this schema's version."""
+    return _schema_version(table) == str(SCHEMA_VERSION)
+
+
 def from_table(table: pa.Table) -> list[TreeRecord]:
     """Trees of a table.
 
     Raises:
         ValueError: the table was written with another schema version.
     """
-    found = (table.schema.metadata or {}).get(b"treerpo_schema", b"?").decode()
-    if found != str(SCHEMA_VERSION):
+    if not is_readable(table):
+        found = _schema_version(table)
         raise ValueError(f"trees were written with schema {found}, this reads {SCHEMA_VERSION}")
     return [_from_row(row) for row in table.to_pylist()]
+
+
+def _schema_version(table: pa.Table) -> str:
+    return (table.schema.metadata or {}).get(b"treerpo_schema", b"?").decode()
 
 
 def _to_row(record: TreeRecord) -> dict[str, object]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from treerpo_ray.config import Config
-from treerpo_ray.records import TreeRecord, from_table, to_table
+from treerpo_ray.records import TreeRecord, from_table, is_readable, to_table
 
 FILE = "trees.parquet"
 CONFIG_KEY = b"treerpo_tree"
@@ -27,11 +27,13 @@ def write(folder: Path, trees: Sequence[TreeRecord], config: Config) -> None:
 
 
 def read(folder: Path, config: Config) -> list[TreeRecord]:
-    """Trees of a checkpoint; none if `tree` has been configured anew since."""
-    table = pq.read_table(folder / FILE)
-    if table.schema.metadata[CONFIG_KEY] != _tree_section(config):
+    """Trees of a checkpoint; none if they were written for another `tree` or in another schema."""
+    if not (folder / FILE).exists():  # by a version that saved none
         return []
-    return from_table(table)
+    table = pq.read_table(folder / FILE)
+    if (table.schema.metadata or {}).get(CONFIG_KEY) != _tree_section(config):
+        return []
+    return from_table(table) if is_readable(table) else []
 
 
 def _tree_section(config: Config) -> bytes:

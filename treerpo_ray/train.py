@@ -142,7 +142,7 @@ def _build(config: Config, inputs: Inputs, pool: Actor | None) -> Stations:
         config.run.seed,
     )
     weight_sync = make_actor(WeightSync, pool, config.sync.probe_every)
-    watch = make_actor(Watch)
+    watch = make_actor(Watch, concurrency=1)
     return Stations(gate=gate, pool=pool, weight_sync=weight_sync, run_log=run_log, watch=watch)
 
 

@@ -214,6 +214,8 @@ class Stages:
         try:
             answer = ray.get(self._asked[stage], timeout=0)
         except ray.exceptions.RayError as error:  # late, or dead
+            if not isinstance(error, ray.exceptions.GetTimeoutError):
+                del self._asked[stage]
             kind = type(error).__name__
             silence = Movement(
                 stage=stage, doing=f"does not answer ({kind})", is_busy=True, age_s=now - at

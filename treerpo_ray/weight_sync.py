@@ -30,12 +30,14 @@ class WeightSync:
             RuntimeError: no engine could take it over.
         """
         self._move(f"having the engines serve version {manifest.version}")
-        # What the learner put dies with its worker; what is put here lives as long as the run.
-        owned = [ray.put(await chunk) for chunk in chunks]
-        should_probe = self._num_syncs % self.probe_every == 0
-        self._num_syncs += 1
-        await self.pool.serve.remote(manifest, owned, probe, should_probe)
-        self._move("")
+        try:
+            # What the learner put dies with its worker; what is put here lives as long as the run.
+            owned = [ray.put(await chunk) for chunk in chunks]
+            should_probe = self._num_syncs % self.probe_every == 0
+            self._num_syncs += 1
+            await self.pool.serve.remote(manifest, owned, probe, should_probe)
+        finally:
+            self._move("")
 
     def _move(self, doing: str) -> None:
         self._doing, self._moved_at = doing, time.monotonic()
