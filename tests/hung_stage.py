@@ -4,7 +4,8 @@ import time
 
 import ray
 
-from treerpo_ray.watchdog import Movement, Mover
+from treerpo_ray.movement import Movement
+from treerpo_ray.watchdog import Mover
 
 
 class Stage:

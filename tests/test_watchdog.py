@@ -12,7 +12,8 @@ import ray
 
 from tests.hung_stage import Stage
 from treerpo_ray.metrics import read_lines
-from treerpo_ray.watchdog import Movement, Stages, Watch, Watchdog, stalled
+from treerpo_ray.movement import Movement, stalled
+from treerpo_ray.watchdog import Stages, Watch, Watchdog
 
 LIMIT_S = 60.0
 

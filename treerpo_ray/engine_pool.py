@@ -22,9 +22,9 @@ from treerpo_ray.engines import Engines
 from treerpo_ray.flights import Flights
 from treerpo_ray.gate import Ticket
 from treerpo_ray.growth import Growth
+from treerpo_ray.movement import Movement
 from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import TreeRecord
-from treerpo_ray.watchdog import Movement
 from treerpo_ray.weights import Manifest, Probe
 
 log = logging.getLogger(__name__)

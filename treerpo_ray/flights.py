@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from treerpo_ray.watchdog import Movement
+from treerpo_ray.movement import Movement
 
 
 @dataclass(eq=False, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from treerpo_ray.watchdog import Movement
+from treerpo_ray.movement import Movement
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import fsspec
 
+from treerpo_ray.movement import Movement
 from treerpo_ray.spool import Scalar, Spool
 from treerpo_ray.wandb_run import ID_FILE, WandbRun
-from treerpo_ray.watchdog import Movement
 
 if TYPE_CHECKING:
     from treerpo_ray.config import Config

@@ -15,13 +15,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
 import ray
 
 from treerpo_ray.actor import Actor
+from treerpo_ray.movement import Movement, stalled
 
 log = logging.getLogger(__name__)
 
@@ -31,36 +32,6 @@ ANSWER_S = 5.0
 """Time that the stages get to answer one look."""
 STACKS_EARLY = 0.9
 """Share of the limit after which a process writes its stacks, to have done so when it is over."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Movement:
-    """What a stage does since it last moved."""
-
-    stage: str
-    doing: str
-    is_busy: bool
-    """Whether it is at work itself; otherwise it waits for other stages."""
-    age_s: float = 0.0
-    """Seconds since it last moved."""
-    where: str = ""
-    """Host and process."""
-
-    def __str__(self) -> str:
-        state = "busy" if self.is_busy else "idle"
-        return f"{self.stage} ({state} for {self.age_s:.0f} s{self.where}): {self.doing}"
-
-
-def stalled(movements: list[Movement], limit_s: float) -> list[Movement]:
-    """The stages that hold up the run, the longest one first; none while something moves.
-
-    A stage that is busy may take `limit_s`. Where none is busy each waits for another one, which is
-    a hang of them all once nothing has moved for so long.
-    """
-    oldest_first = sorted(movements, key=lambda movement: -movement.age_s)
-    if any(movement.is_busy for movement in movements):
-        return [m for m in oldest_first if m.is_busy and m.age_s > limit_s]
-    return oldest_first if all(m.age_s > limit_s for m in oldest_first) else []
 
 
 class Watch:

@@ -5,7 +5,7 @@ import time
 import ray
 
 from treerpo_ray.actor import Actor
-from treerpo_ray.watchdog import Movement
+from treerpo_ray.movement import Movement
 from treerpo_ray.weights import Manifest, Probe
 
 
