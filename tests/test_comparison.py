@@ -70,6 +70,15 @@ def test_trials_come_by_number_of_seeds_then_seed_and_only_in_the_settings_of_th
     ]
 
 
+def test_the_seeds_of_all_arms_begin_where_the_comparison_says(tmp_path: Path) -> None:
+    path = tmp_path / "fresh.yaml"
+    path.write_text(FILE + "first_seed: 10\n")
+    trials = read_comparison(str(path)).trials()
+    assert {(trial.arm, trial.seed) for trial in trials} == {
+        *(("flat", 10), ("flat", 11), ("tree", 10), ("late", 10))
+    }
+
+
 def test_steps_share_their_tokens_and_an_answer_ends_where_it_ends() -> None:
     flat = TreeShape(num_children=(10,), step_tokens=(46,))
     assert expected_tokens(flat, 40) == 400

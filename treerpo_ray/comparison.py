@@ -64,6 +64,8 @@ class Comparison:
     """Arm that the others are compared with."""
     settings: dict[str, Setting]
     arms: dict[str, Arm]
+    first_seed: int = 0
+    """Seed of each arm's first run; seeds that no search has used make a fair comparison."""
 
     def __post_init__(self) -> None:
         if self.reference not in self.arms:
@@ -81,7 +83,7 @@ class Comparison:
             if setting in (arm.settings or self.settings)
         }
         for count in sorted(set(counts.values()), reverse=True):
-            for seed in range(count):
+            for seed in range(self.first_seed, self.first_seed + count):
                 for (setting, name), num_seeds in counts.items():
                     if num_seeds == count:
                         yield Trial(setting=setting, arm=name, seed=seed)
