@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 15.0
 """Time between looks at a cluster that is still starting."""
+RUNTIME_ENV = {"env_vars": {"RAY_DATA_METADATA_PREFETCH_ON_THREAD": "0"}}
+"""Ray Data notices metadata that it fetches on a thread when the next block comes, or after 0.1 s:
+a share of the tree stream would always wait that long, since the next one comes a step later."""
 
 
 def check_vllm(config: Config) -> None:
@@ -89,7 +92,7 @@ def connected(config: Config, *, trains: bool = True) -> Iterator[None]:
         ValueError: the run needs more than the cluster has; names what and where to change it.
     """
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(log_to_driver=False, logging_level=logging.WARNING, runtime_env=RUNTIME_ENV)
     else:
         # Ray listens on every interface, and who may talk to it may run code. Unless told otherwise
         # it asks for a token: one that only the processes of this run know.
@@ -101,6 +104,7 @@ def connected(config: Config, *, trains: bool = True) -> Iterator[None]:
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
+            runtime_env=RUNTIME_ENV,
         )
     try:
         _await_cluster(config, trains=trains)
