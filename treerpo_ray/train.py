@@ -5,19 +5,16 @@ gate ──► engine pool ──► tree stream (scoring) ──► train worke
 
 import logging
 import signal
-import tempfile
 import threading
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import fsspec
 import ray
-import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
 
 from treerpo_ray import evaluate
 from treerpo_ray.actor import Actor, make_actor
@@ -33,18 +30,14 @@ from treerpo_ray.outcome import Outcome, collect_outcome, finished_outcome, root
 from treerpo_ray.plan import Inputs
 from treerpo_ray.process import output_to_log
 from treerpo_ray.prompts import load_tokenizer
-from treerpo_ray.stations import Stations, WorkerTask
-from treerpo_ray.train_worker import STREAM, run_worker
-from treerpo_ray.tree_stream import Scorer, tree_stream
+from treerpo_ray.stations import Stations
+from treerpo_ray.trainer import make_trainer
+from treerpo_ray.tree_stream import Scorer
 from treerpo_ray.watchdog import Stages, Watch, Watchdog
 from treerpo_ray.weight_sync import WeightSync
 
 log = logging.getLogger(__name__)
 
-PROBE_TOKENS = 256
-"""Most tokens of the sequence that engines and learner are compared on."""
-COLLECTIVE_TIMEOUT_S = 6 * 3600
-"""Time after which a worker gives up waiting for the others."""
 SHUT_DOWN_S = 180
 """Time for engines to stop, and for the run's log to reach disk, store and W&B."""
 POLL_S = 0.5
@@ -152,72 +145,58 @@ def _log_folder(config: Config) -> str | None:
 
 def _fit(config: Config, inputs: Inputs, stations: Stations, console: Console) -> int:
     """Run the train workers beside the console; returns the learner steps that are done."""
-    task = WorkerTask(
-        config=config,
-        probe_ids=max(inputs.prompts.token_ids, key=len)[:PROBE_TOKENS],
-        held_out=inputs.held_out,
-        stations=stations,
-    )
-    records = tempfile.TemporaryDirectory(prefix="treerpo-train-", ignore_cleanup_errors=True)
-    learner, resources = config.learner, dict(config.learner.resources)
-    is_fixed = learner.min_workers is None
-    workers = learner.num_workers if is_fixed else (learner.min_workers, learner.num_workers)
-    trainer = TorchTrainer(
-        run_worker,
-        train_loop_config={"task": task},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers,  # type: ignore[arg-type]  # Ray's hint knows no range
-            use_gpu=resources.get("GPU", 0) > 0,
-            resources_per_worker=resources,
-        ),
-        # Workers wait in collectives while the first one syncs weights or evaluates.
-        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
-        # Ray Train's own records are not ours: checkpoints and metrics lie in the run folder.
-        run_config=ray.train.RunConfig(
-            name=f"treerpo-{time.time_ns()}",
-            storage_path=records.name,
-            failure_config=ray.train.FailureConfig(max_failures=config.learner.max_failures),
-        ),
-        datasets={STREAM: tree_stream(config, stations.pool, stations.run_log, stations.watch)},
-        dataset_config=ray.train.DataConfig(enable_shard_locality=False),
-    )
-    failures: list[BaseException] = []
+    with TemporaryDirectory(prefix="treerpo-train-", ignore_cleanup_errors=True) as storage:
+        trainer = make_trainer(config, inputs, stations, storage)
+        failures: list[BaseException] = []
 
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:  # raised again below, in the main thread
-            failures.append(error)
+        def fit() -> None:
+            try:
+                trainer.fit()
+            except BaseException as error:  # raised again below, in the main thread
+                failures.append(error)
 
-    num_rows = len(ray.get(stations.run_log.rows_since.remote(0)))
-    num_notices = 0
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    thread.start()
-    with _stop_on_interrupt(stations.gate, console), closing(_watchdog(config, stations)) as dog:
-        while thread.is_alive():
-            thread.join(POLL_S)
-            if dog.failure is not None:
-                raise RuntimeError(dog.failure)
-            asked = [
-                stations.run_log.notices_since.remote(num_notices),
-                stations.run_log.rows_since.remote(num_rows),
-            ]
-            if len(ray.wait(asked, num_returns=2, timeout=POLL_S)[0]) < 2:
-                continue
-            notices: list[Event] = ray.get(asked[0])
-            rows: list[Row] = ray.get(asked[1])
-            num_rows, num_notices = num_rows + len(rows), num_notices + len(notices)
-            for notice in notices:
-                if notice.kind == FATAL:
-                    raise RuntimeError(notice.fields["reason"])
-                console.print_event(notice)
-            for row in rows:
-                console.print_step(row)
-    records.cleanup()
-    if failures:
-        raise failures[0]
+        thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+        num_rows = len(ray.get(stations.run_log.rows_since.remote(0)))
+        thread.start()
+        with (
+            _stop_on_interrupt(stations.gate, console),
+            closing(_watchdog(config, stations)) as dog,
+        ):
+            _show_until_done(thread, dog, stations, console, num_rows)
+        if failures:
+            raise failures[0]
     steps_done: int = ray.get(stations.gate.done.remote())
     return steps_done
+
+
+def _show_until_done(
+    thread: threading.Thread, dog: Watchdog, stations: Stations, console: Console, num_rows: int
+) -> None:
+    """Show steps behind the first `num_rows` and notices while the workers run.
+
+    Raises:
+        RuntimeError: nothing moves any more, or a stage says that the run cannot go on.
+    """
+    num_notices = 0
+    while thread.is_alive():
+        thread.join(POLL_S)
+        if dog.failure is not None:
+            raise RuntimeError(dog.failure)
+        asked = [
+            stations.run_log.notices_since.remote(num_notices),
+            stations.run_log.rows_since.remote(num_rows),
+        ]
+        if len(ray.wait(asked, num_returns=2, timeout=POLL_S)[0]) < 2:
+            continue
+        notices: list[Event] = ray.get(asked[0])
+        rows: list[Row] = ray.get(asked[1])
+        num_rows, num_notices = num_rows + len(rows), num_notices + len(notices)
+        for notice in notices:
+            if notice.kind == FATAL:
+                raise RuntimeError(notice.fields["reason"])
+            console.print_event(notice)
+        for row in rows:
+            console.print_step(row)
 
 
 def _watchdog(config: Config, stations: Stations) -> Watchdog:
