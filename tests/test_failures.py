@@ -31,13 +31,17 @@ def wait_for_step(folder: str, step: int) -> None:
         time.sleep(0.02)
 
 
+def actor_of(folder: str, engine: int) -> psutil.Process:
+    """The newest actor of an engine."""
+    serving = [e for e in read_lines(folder, "events.jsonl") if e["kind"] == "engine_serving"]
+    return psutil.Process([event["pid"] for event in serving if event["engine"] == engine][-1])
+
+
 def core_of(folder: str, engine: int) -> psutil.Process:
     """The process of vLLM's core under the newest actor of an engine."""
-    serving = [e for e in read_lines(folder, "events.jsonl") if e["kind"] == "engine_serving"]
-    pid = [event["pid"] for event in serving if event["engine"] == engine][-1]
     (core,) = [
         child
-        for child in psutil.Process(pid).children(recursive=True)
+        for child in actor_of(folder, engine).children(recursive=True)
         if "EngineCore" in child.name() or "EngineCore" in " ".join(child.cmdline())
     ]
     return core
@@ -49,9 +53,11 @@ def assert_gone(process: psutil.Process) -> None:
     assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-def test_a_core_that_is_killed_and_one_that_hangs_cost_no_ticket(small_config, ray_cluster) -> None:
+def test_engines_that_are_killed_or_hang_cost_no_ticket_and_leave_no_core(
+    small_config, ray_cluster
+) -> None:
     config = small_config(
-        "run.name=cores", "run.num_steps=6", "engine.num_engines=2", "engine.resources.CPU=0.4",
+        "run.name=cores", "run.num_steps=8", "engine.num_engines=2", "engine.resources.CPU=0.4",
         "engine.request_timeout_s=20", "evaluate.data.path=''",
     )  # fmt: skip
     hit: list[psutil.Process] = []
@@ -61,6 +67,9 @@ def test_a_core_that_is_killed_and_one_that_hangs_cost_no_ticket(small_config, r
             wait_for_step(config.folder, step)
             hit.append(core_of(config.folder, engine))
             hit[-1].send_signal(number)
+        wait_for_step(config.folder, 5)
+        hit.append(core_of(config.folder, 0))
+        actor_of(config.folder, 0).kill()  # its core must not outlive it
 
     striker = threading.Thread(target=strike)
     striker.start()
@@ -71,8 +80,8 @@ def test_a_core_that_is_killed_and_one_that_hangs_cost_no_ticket(small_config, r
     metrics, events = run.metrics(), run.events()
     assert set(events[events.kind == "engine_lost"]["engine"]) == {0, 1}
     assert shown.count("engine lost") >= 2
-    assert events[events.kind == "consumed"]["step"].tolist() == list(range(6))
-    assert sorted(trees_of(run)) == list(range(36))
+    assert events[events.kind == "consumed"]["step"].tolist() == list(range(8))
+    assert sorted(trees_of(run)) == list(range(48))
     assert metrics["staleness/max"].max() <= 1
     assert metrics["version"].max() == metrics["learner/grad_norm"].count()
     for core in hit:
@@ -118,7 +127,7 @@ def test_after_its_driver_was_killed_the_same_command_goes_on_with_the_same_tree
         assert record.seed == theirs[ticket].seed
         assert sampled(record) == sampled(theirs[ticket])
     metrics = run.metrics()
-    assert metrics["step"].tolist() == [1, 2, 3]
+    assert metrics.index.tolist() == [1, 2, 3]
     assert metrics["version"].max() == metrics["learner/grad_norm"].count()
     assert metrics["staleness/max"].max() == 0
     events = run.events()

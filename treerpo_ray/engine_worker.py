@@ -6,6 +6,9 @@ loaded layer by layer. Ray is not known here.
 """
 
 import hashlib
+import os
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -23,6 +26,8 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 BACKEND = "treerpo_store"
+PARENT_CHECK_S = 1.0
+"""Time between looks at the process that started this one."""
 
 
 class WorkerExtension:
@@ -59,7 +64,8 @@ class StoreTransfer(WeightTransferEngine):
     digests: tuple[str, ...] = ()
 
     def init_transfer_engine(self, init_info: StoreInit) -> None:
-        """Nothing to set up."""
+        """Nothing to set up. From here on the process ends with the one that started it."""
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
     def start_weight_update(self) -> None:
         """Move the parameters away and wrap their loaders."""
@@ -106,6 +112,16 @@ class StoreTransfer(WeightTransferEngine):
 
     def shutdown(self) -> None:
         """Nothing to close."""
+
+
+def _end_with(parent: int) -> None:
+    """End this process once `parent` is gone: vLLM's core would go on holding its memory.
+
+    The kernel's own signal for this follows the thread that started the process, not the process.
+    """
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_S)
+    os._exit(1)
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:
