@@ -33,6 +33,11 @@ MAX_NODES = 3
 IDLE_MINUTES = 0.1
 IDLE_WAIT_S = 90
 """Time after which a rollout node that stands idle should be gone."""
+NO_COMMANDS = (
+    *("initialization_commands", "setup_commands", "head_setup_commands"),
+    *("worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"),
+)
+"""Keys of a cluster file that say how nodes are set up."""
 SETTINGS = [
     str(ROOT / "conf/quickstart.yaml"),
     *("run.name=autoscale", "run.num_steps=40", "gate.trees_per_step=6"),
@@ -155,6 +160,11 @@ def _cluster_config(address: str) -> dict[str, object]:
             },
         },
         "head_node_type": "ray.head.default",
+        # Nothing is set up on the nodes, but Ray has no defaults for a provider of this type.
+        "auth": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        **{name: [] for name in NO_COMMANDS},
     }
 
 

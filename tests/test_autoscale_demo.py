@@ -1,17 +1,32 @@
 """Ray's autoscaler and a real run: the demonstration as a user calls it."""
 
+import importlib.util
 import subprocess
 import sys
 
 import pytest
+from ray.autoscaler._private.util import prepare_config, validate_config
 
 from tests.conftest import ROOT
 from tests.test_elastic import check_ledger
 from treerpo_ray.analysis import Run
 
-pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.slow]
+
+def test_rays_autoscaler_takes_the_demonstrations_cluster() -> None:
+    """What its monitor does with the file; it dies of a field that is missing, and nobody hears."""
+    path = ROOT / "jobs/autoscale_demo.py"
+    spec = importlib.util.spec_from_file_location("autoscale_demo", path)
+    assert spec is not None and spec.loader is not None
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    config = prepare_config(demo._cluster_config("127.0.0.1:1"))
+    validate_config(config)
+    assert config["available_node_types"]["rollout"]["labels"] == {"role": "rollout"}
 
 
+@pytest.mark.ray
+@pytest.mark.engine
+@pytest.mark.slow
 def test_ray_starts_and_takes_away_nodes_as_trees_come_and_go(tmp_path) -> None:
     """The demonstration, smaller: many trees in hand, then few, then many again."""
     command = [sys.executable, "jobs/autoscale_demo.py", f"run.root={tmp_path}"]

@@ -97,15 +97,19 @@ def train(config: Config, inputs: Inputs, console: Console, pool: Actor | None =
     """
     _write_config(config)
     stations = _build(config, inputs, pool)
+    follower = _Follower(stations.run_log, console)
     scorer = None
     try:
         with console.progress(f"starting {config.engine.num_engines} engine(s)", None):
-            ray.get(stations.pool.start.remote())
+            starting = stations.pool.start.remote()
+            while not ray.wait([starting], timeout=POLL_S)[0]:
+                follower.look()
+            ray.get(starting)
         if inputs.held_out is not None:
             tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
             scorer = Scorer(config, tokenizer)
         before = _evaluate(config, inputs, stations, scorer, console, step=0)
-        steps_done = _fit(config, inputs, stations, console)
+        steps_done = _fit(config, inputs, stations, follower)
         is_complete = steps_done >= config.run.num_steps
         after = None
         if is_complete:
@@ -143,8 +147,8 @@ def _log_folder(config: Config) -> str | None:
     return None if "://" in config.folder else f"{config.folder}/logs"
 
 
-def _fit(config: Config, inputs: Inputs, stations: Stations, console: Console) -> int:
-    """Run the train workers beside the console; returns the learner steps that are done."""
+def _fit(config: Config, inputs: Inputs, stations: Stations, follower: "_Follower") -> int:
+    """Run the train workers and follow them; returns the learner steps that are done."""
     with TemporaryDirectory(prefix="treerpo-train-", ignore_cleanup_errors=True) as storage:
         trainer = make_trainer(config, inputs, stations, storage)
         failures: list[BaseException] = []
@@ -156,47 +160,55 @@ def _fit(config: Config, inputs: Inputs, stations: Stations, console: Console) -
                 failures.append(error)
 
         thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-        num_rows = len(ray.get(stations.run_log.rows_since.remote(0)))
+        follower.skip_rows()
         thread.start()
         with (
-            _stop_on_interrupt(stations.gate, console),
+            _stop_on_interrupt(stations.gate, follower.console),
             closing(_watchdog(config, stations)) as dog,
         ):
-            _show_until_done(thread, dog, stations, console, num_rows)
+            while thread.is_alive():
+                thread.join(POLL_S)
+                if dog.failure is not None:
+                    raise RuntimeError(dog.failure)
+                follower.look()
         if failures:
             raise failures[0]
     steps_done: int = ray.get(stations.gate.done.remote())
     return steps_done
 
 
-def _show_until_done(
-    thread: threading.Thread, dog: Watchdog, stations: Stations, console: Console, num_rows: int
-) -> None:
-    """Show steps behind the first `num_rows` and notices while the workers run.
+class _Follower:
+    """Shows what the run's log has to say; rows that are there before `skip_rows` are not shown."""
 
-    Raises:
-        RuntimeError: nothing moves any more, or a stage says that the run cannot go on.
-    """
-    num_notices = 0
-    while thread.is_alive():
-        thread.join(POLL_S)
-        if dog.failure is not None:
-            raise RuntimeError(dog.failure)
+    def __init__(self, run_log: Actor, console: Console) -> None:
+        self.run_log, self.console = run_log, console
+        self.num_notices = self.num_rows = 0
+
+    def skip_rows(self) -> None:
+        """Leave out the rows that there are."""
+        self.num_rows = len(ray.get(self.run_log.rows_since.remote(0)))
+
+    def look(self) -> None:
+        """Show what is new; nothing if the log does not answer in time.
+
+        Raises:
+            RuntimeError: a stage says that the run cannot go on.
+        """
         asked = [
-            stations.run_log.notices_since.remote(num_notices),
-            stations.run_log.rows_since.remote(num_rows),
+            self.run_log.notices_since.remote(self.num_notices),
+            self.run_log.rows_since.remote(self.num_rows),
         ]
         if len(ray.wait(asked, num_returns=2, timeout=POLL_S)[0]) < 2:
-            continue
+            return
         notices: list[Event] = ray.get(asked[0])
         rows: list[Row] = ray.get(asked[1])
-        num_rows, num_notices = num_rows + len(rows), num_notices + len(notices)
+        self.num_rows, self.num_notices = self.num_rows + len(rows), self.num_notices + len(notices)
         for notice in notices:
             if notice.kind == FATAL:
                 raise RuntimeError(notice.fields["reason"])
-            console.print_event(notice)
+            self.console.print_event(notice)
         for row in rows:
-            console.print_step(row)
+            self.console.print_step(row)
 
 
 def _watchdog(config: Config, stations: Stations) -> Watchdog:
