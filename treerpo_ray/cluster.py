@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import ray
 from ray._private.state import state as ray_state
@@ -140,7 +141,8 @@ def _check_cluster(config: Config, *, trains: bool) -> None:
     """
     may_come = _may_grow(config)
     num_engines = 0 if may_come else config.engine.num_engines
-    needed = needed_resources(config, num_engines, trains=trains)
+    learner = replace(config.learner, num_workers=config.learner.fewest_workers)
+    needed = needed_resources(replace(config, learner=learner), num_engines, trains=trains)
     limits, scaled = ray.cluster_resources(), ray_state.get_max_resources_from_cluster_config()
     limits |= {name: max(limits.get(name, 0), most) for name, most in (scaled or {}).items()}
     if lacking := missing_resources(needed, limits):
