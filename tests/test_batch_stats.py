@@ -12,6 +12,7 @@ from tests.algo.trees import by_range, make_tree, trees
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree
 from treerpo_ray.batch_stats import BatchStats, Sums, assess
+from treerpo_ray.curriculum import RootValue
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.verifier import Verdict
 
@@ -63,6 +64,7 @@ def turned_down() -> TreeRecord:
 def test_the_statistics_of_a_tree_by_hand() -> None:
     tree = make_tree(PARENTS, lengths=[3, 2, 5, 1, 4, 4])
     graded = record(tree, C, W, W, W, version=4, attempt=2, finished_at_s=9, scored_at_s=10)
+    graded = replace(graded, ticket=7)
     advantages, stats = stats_of([graded])
     np.testing.assert_allclose(advantages[0], [0.25, -0.25, 0.5, -0.5, np.nan, np.nan])
     # The children of step 0 have S^2 = 1/4, step 1's, of equal values, 5/36; the prompt's, of
@@ -93,6 +95,7 @@ def test_the_statistics_of_a_tree_by_hand() -> None:
         version_sum=4,
         last_finished_s=9,
         last_scored_s=10,
+        measured=(RootValue(ticket=7, num_redraws=0, value=0.25),),
         num_moved=2,
     )
 
@@ -109,6 +112,7 @@ def test_an_errored_leaf_leaves_out_its_groups_up_to_the_prompt_and_no_others() 
         "errored_depth_2": 1,
     }
     assert (stats.num_valued, stats.value_sum, stats.num_with_correct) == (0, 0.0, 1)
+    assert stats.measured == ()
 
 
 def test_the_metrics_of_a_batch_by_hand() -> None:

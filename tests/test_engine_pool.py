@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from treerpo_ray.algo.tree import Tree
 from treerpo_ray.config import Config
 from treerpo_ray.config_file import load
+from treerpo_ray.curriculum import RootValue
 from treerpo_ray.engine_pool import EnginePool
 from treerpo_ray.engines import MAX_STARTS
 from treerpo_ray.gate import Gate
@@ -83,7 +84,7 @@ async def consume(pool: EnginePool, gate: Gate, first: int = 0) -> list[TreeReco
             assert tree.tree.max_version <= step
         consumed += batch
         await serve(pool, step + 1)
-        gate.consumed(step)
+        gate.consumed(step, ())
     return consumed
 
 
@@ -167,7 +168,7 @@ def test_an_engine_that_does_not_prove_new_weights_serves_none_and_is_replaced(
         assert fleet.killed == [fleet.started[0][0]]
         serving = {member.index: member.is_serving for member in pool.engines.members}
         assert serving == {0: False, 1: True}
-        gate.consumed(0)
+        gate.consumed(0, ())
         while len(fleet.of("engine_serving")) < 3:
             await asyncio.sleep(0.01)
         assert fleet.started[0][1].calls[:3] == ["start", "load 1", "probe"]
@@ -242,7 +243,7 @@ def test_a_pool_goes_on_from_what_another_one_had_not_had_consumed(
         for done in range(step):
             await take(pool, TREES)
             await serve(pool, done + 1)
-            gate.consumed(done)
+            gate.consumed(done, ())
         for _ in range(turns):
             await asyncio.sleep(0)
         await pool.take("reader", taken, 0.0)
@@ -252,7 +253,7 @@ def test_a_pool_goes_on_from_what_another_one_had_not_had_consumed(
         assert len({tree.ticket for tree in saved}) == len(saved)
 
         later = make_gate(config)
-        session = later.restart(step)
+        session = later.restart(step, ())
         other = await make_pool(config, fleet)
         await serve_from_start(other, version=step)
         await other.grow_tickets(Handle(later), session, step * TREES, 1, saved)
@@ -277,7 +278,7 @@ def test_trees_in_the_stream_are_kept_until_their_step_is_consumed() -> None:
         assert {tree.ticket for tree in await pool.unconsumed(0)} >= tickets
         for step in range(3):
             await serve(pool, step + 1)
-            gate.consumed(step)
+            gate.consumed(step, ())
             await take(pool, TREES)
         kept = [tree.ticket for tree in await pool.unconsumed(0)]
         assert min(kept) >= TREES, "what was consumed steps ago is given up"
@@ -311,6 +312,35 @@ def test_a_saved_tree_of_another_seed_or_prompt_is_not_used(other: tuple[int, in
         run(scenario(fleet))
 
 
+@pytest.mark.parametrize("keeps_values", [True, False])
+def test_a_saved_tree_of_a_revisited_prompt_is_used_where_its_ticket_comes_back_to_it_again(
+    keeps_values: bool,
+) -> None:
+    async def scenario(fleet: Fleet) -> None:
+        config = make_config()
+        gate = Gate(len(PROMPTS), TREES, config.gate.max_staleness, STEPS, SEED, revisit=0.9)
+        pool = await opened(config, fleet, gate)
+        for step in range(2):
+            batch = await take(pool, TREES)
+            await serve(pool, step + 1)
+            gate.consumed(step, [RootValue(tree.ticket, 0, 0.5) for tree in batch])
+        await pool.take("reader", TREES, 1.0)
+        saved = await pool.unconsumed(2 * TREES)
+        before = {tree.ticket: gate.ticket(tree.ticket) for tree in saved}
+        session = gate.restart(2, gate.measurements() if keeps_values else ())
+        same = {number for number, ticket in before.items() if gate.ticket(number) == ticket}
+        assert (len(same) == len(saved) > 0) == keeps_values
+        await pool.grow_tickets(Handle(gate), session, 2 * TREES, 1, saved)
+        for tree in await take(pool, TREES, "another reader"):
+            prompt = gate.ticket(tree.ticket).prompt
+            assert tree.tree.prompt_ids.tolist() == PROMPTS.token_ids[prompt]
+        assert {event["ticket"] for event in fleet.of("tree_reused")} == same
+        await pool.stop()
+
+    with fake_fleet() as fleet:
+        run(scenario(fleet))
+
+
 def test_a_redrawn_tree_is_saved_as_such_and_goes_on_as_such() -> None:
     async def scenario(fleet: Fleet) -> None:
         config = make_config("gate.max_redraws=2")
@@ -325,7 +355,7 @@ def test_a_redrawn_tree_is_saved_as_such_and_goes_on_as_such() -> None:
 
         other = await make_pool(config, fleet)
         await serve_from_start(other)
-        await other.grow_tickets(Handle(gate), gate.restart(0), 0, 1, saved)
+        await other.grow_tickets(Handle(gate), gate.restart(0, ()), 0, 1, saved)
         (again,) = [tree for tree in await take(other, TREES) if tree.ticket == 2]
         assert contents(again.tree) == contents(redrawn.tree)
         assert (again.num_redraws, again.redrawn_tokens) == (1, redrawn.redrawn_tokens)
@@ -342,7 +372,7 @@ def test_the_share_of_a_worker_follows_from_the_workers_that_there_are() -> None
         gate = make_gate(config)
         pool = await opened(config, fleet, gate)
         for num_workers, size in ((1, 4), (2, 2), (4, 1)):
-            await pool.grow_tickets(Handle(gate), gate.restart(0), 0, num_workers, [])
+            await pool.grow_tickets(Handle(gate), gate.restart(0, ()), 0, num_workers, [])
             assert await pool.share_size() == size
         await pool.stop()
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import holds_secret
 from treerpo_ray.actor import Actor, make_actor
+from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.analysis import Run
 from treerpo_ray.config import Config
 from treerpo_ray.console import Console
@@ -29,6 +30,9 @@ from treerpo_ray.shares import has_signal
 from treerpo_ray.train import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine]
+
+STRICT = ("gate.max_staleness=0", "gate.revisit=0.5")
+"""Every prompt follows from the trees of the steps before."""
 
 
 def run_training(config: Config, pool: Actor | None = None) -> tuple[Outcome, str]:
@@ -48,10 +52,8 @@ def sampled(record: TreeRecord) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def strict(small_config, ray_cluster) -> tuple[Run, Outcome, str]:
-    """Three steps, strictly on-policy, one worker, one engine, without a break."""
-    config = small_config(
-        "run.name=strict", "run.num_steps=3", "gate.max_staleness=0", "sync.probe_every=1"
-    )
+    """Three steps, strictly on-policy, half of the tickets back at prompts, without a break."""
+    config = small_config("run.name=strict", "run.num_steps=3", "sync.probe_every=1", *STRICT)
     outcome, shown = run_training(config)
     return Run(config.folder), outcome, shown
 
@@ -111,16 +113,29 @@ def test_every_ticket_is_consumed_once_by_its_step(strict) -> None:
         assert tickets == list(range(6 * (step - 1), 6 * step))
 
 
+def test_tickets_come_back_to_prompts_with_a_value_between_0_and_1(strict) -> None:
+    run, _, _ = strict
+    values: dict[str, float] = {}
+    num_back = 0
+    for step in run.tree_steps():
+        batch = sorted(run.trees(step), key=lambda record: record.ticket)
+        back = [values[record.prompt_id] for record in batch if record.prompt_id in values]
+        assert all(0 < value < 1 for value in back)
+        num_back += len(back)
+        values |= {r.prompt_id: mean_backup(r.tree, r.rewards).root for r in batch}
+    assert num_back > 1
+
+
 def test_a_finished_run_is_not_run_again(strict, small_config) -> None:
     _, outcome, _ = strict
-    config = small_config("run.name=strict", "run.num_steps=3", "gate.max_staleness=0")
+    config = small_config("run.name=strict", "run.num_steps=3", *STRICT)
     again = finished_outcome(config)
     assert again == outcome
 
 
 def test_a_stopped_and_resumed_run_consumes_the_same_trees(strict, small_config) -> None:
     whole, _, _ = strict
-    common = ("gate.max_staleness=0", "sync.probe_every=1", "run.name=resumed")
+    common = ("sync.probe_every=1", "run.name=resumed", *STRICT)
     first = small_config(*common, "run.num_steps=2")
     assert run_training(first)[0].is_complete
     config = small_config(*common, "run.num_steps=3")
@@ -138,7 +153,7 @@ def test_a_stopped_and_resumed_run_consumes_the_same_trees(strict, small_config)
 
 def test_engines_that_served_another_run_grow_the_same_trees(strict, small_config) -> None:
     whole, _, _ = strict
-    common = ("gate.max_staleness=0", "sync.probe_every=1")
+    common = ("sync.probe_every=1", *STRICT)
     other = small_config(*common, "run.name=other", "run.num_steps=1", "evaluate.data.path=''")
     config = small_config(
         *common, "run.name=reused", "run.num_steps=2", "run.seed=0", "evaluate.data.path=''"

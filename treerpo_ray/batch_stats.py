@@ -10,6 +10,7 @@ from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import GroupState, Pruning, step_groups
 from treerpo_ray.algo.standard_errors import standard_error_of_mean
+from treerpo_ray.curriculum import RootValue
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.verifier import Verdict
 
@@ -57,6 +58,8 @@ class BatchStats:
     """Unix time at which the last tree was scored."""
     num_moved: int = 0
     """Times a tree had to go to another engine."""
+    measured: tuple[RootValue, ...] = ()
+    """Root values of the trees that have one."""
     num_redraws: int = 0
     """Trees that were put aside for having no kept group; their tokens count as sampled."""
 
@@ -126,6 +129,7 @@ def assess(
                 sums[f"signal_depth_{depth}"] += float((deviations**2).sum())
                 sums[f"noise_depth_{depth}"] += float((group.difference_errors**2).sum())
         tree, is_valued = record.tree, not np.isnan(values.root)
+        root = RootValue(record.ticket, record.num_redraws, float(values.root))
         has_tokens = tree.num_sampled_tokens > 0
         stats += BatchStats(
             num_trees=1,
@@ -144,6 +148,7 @@ def assess(
             last_finished_s=record.finished_at_s,
             last_scored_s=record.scored_at_s,
             num_moved=record.attempt,
+            measured=(root,) if is_valued else (),
             num_redraws=record.num_redraws,
         )
     return advantages, stats

@@ -82,6 +82,11 @@ class Config:
         for key in NOT_NEGATIVE:
             if (value := attrgetter(key)(self)) < 0:
                 raise ValueError(f"{key}={value} must not be negative")
+        if not 0 <= self.gate.revisit < 1:
+            raise ValueError(
+                f"gate.revisit={self.gate.revisit} must be at least 0 and less than 1: only what "
+                "follows the data set meets new prompts"
+            )
         if self.evaluate.top_p > 1:
             raise ValueError(f"evaluate.top_p={self.evaluate.top_p} must not be more than 1")
         if self.run.stall_timeout_s <= self.engine.request_timeout_s:

@@ -94,6 +94,9 @@ class GateConfig:
     """Learner steps by which a tree may be behind; 0 is strictly on-policy."""
     max_redraws: int = 0
     """Times a ticket whose tree has no kept group draws another prompt (DAPO's refill)."""
+    revisit: float = 0.0
+    """Share of tickets that come back to a prompt whose last measured root value v was neither 0
+    nor 1, drawn in proportion to v(1 - v); the others follow the data set."""
 
 
 @dataclass(frozen=True, kw_only=True)

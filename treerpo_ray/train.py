@@ -137,6 +137,7 @@ def _build(config: Config, inputs: Inputs, pool: Actor | None) -> Stations:
         config.gate.max_staleness,
         config.run.num_steps,
         config.run.seed,
+        config.gate.revisit,
     )
     weight_sync = make_actor(WeightSync, pool, config.sync.probe_every)
     watch = make_actor(Watch, concurrency=1)

@@ -15,8 +15,9 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from treerpo_ray import saved_trees
+from treerpo_ray import curriculum, saved_trees
 from treerpo_ray.checkpoint import Checkpoints, publish_folder
+from treerpo_ray.curriculum import Measurement
 from treerpo_ray.engine import EngineStats
 from treerpo_ray.evaluate import evaluate
 from treerpo_ray.learner import DTYPES, Learner, UpdateResult
@@ -57,12 +58,14 @@ class TrainWorker:
         self.mover.at("restoring its state")
         self.checkpoints = Checkpoints(self.folder, self.config.checkpoint.keep)
         self.left_over: list[TreeRecord] = []
+        self.measurements: list[Measurement] = []
         with self.checkpoints.newest() as found:
             self.step, checkpoint = found or (0, None)
             self.saved = self.step
             self.learner = Learner(self.config, ray.train.torch.get_device(), checkpoint)
             if checkpoint is not None and self.is_first:
                 self.left_over = saved_trees.read(checkpoint, self.config)
+                self.measurements = curriculum.read(checkpoint, self.config)
 
     def run(self) -> None:
         """Take batches until the gate says that it was the last one."""
@@ -92,7 +95,7 @@ class TrainWorker:
         self._publish()
         self._engine_metrics()
         gate, pool, version = self.stations.gate, self.stations.pool, self.learner.version
-        session: int = ray.get(gate.restart.remote(self.step))
+        session: int = ray.get(gate.restart.remote(self.step, self.measurements))
         first = self.step * self.config.gate.trees_per_step
         saved = saved_trees.usable(
             self.left_over, step=self.step, version=version, config=self.config
@@ -129,7 +132,8 @@ class TrainWorker:
         if self.is_first:
             if result.has_updated:
                 self._publish()
-            is_last = ray.get(self.stations.gate.consumed.remote(self.step - 1))
+            consumed = self.stations.gate.consumed.remote(self.step - 1, result.stats.measured)
+            is_last = ray.get(consumed)
             # Of the wait, what a finished tree spent on scoring, and a scored one on its way here.
             finished = max(start, result.stats.last_finished_s)
             scored = max(finished, result.stats.last_scored_s)
@@ -228,10 +232,12 @@ class TrainWorker:
         """Write a checkpoint; one that fails is left to the next step, but for the last one."""
         first = self.step * self.config.gate.trees_per_step
         trees: list[TreeRecord] = ray.get(self.stations.pool.unconsumed.remote(first))
+        measurements: list[Measurement] = ray.get(self.stations.gate.measurements.remote())
 
         def write(folder: Path) -> None:
             self.learner.write(folder)
             saved_trees.write(folder, trees, self.config)
+            curriculum.write(folder, measurements, self.config)
 
         try:
             self.mover.at(f"writing the checkpoint of step {self.step}")
