@@ -78,11 +78,15 @@ class Curriculum:
     def add(self, measured: Sequence[Measurement], last_step: int) -> None:
         """Add those of a learner step; tickets to come ask for none older than `last_step`.
 
-        So of each prompt only the newest one up to there is kept, and all that are newer.
+        So of each prompt only the newest one up to there is kept, where it has weight, and all
+        that are newer.
         """
         together = [*self.measurements, *measured]
         settled = {m.prompt: m for m in together if m.step <= last_step}
-        self.measurements = [*settled.values(), *(m for m in together if m.step > last_step)]
+        self.measurements = [
+            *(m for m in settled.values() if 0 < m.value < 1),
+            *(m for m in together if m.step > last_step),
+        ]
         self._weights.clear()
 
 
