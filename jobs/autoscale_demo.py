@@ -10,6 +10,7 @@ and grows again. Leaves `pool.png` in the run folder.
 """
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -178,7 +179,7 @@ def wait_until_idle(address: str) -> None:
 
     from treerpo_ray.nodes import see_nodes
 
-    ray.init(address=address, log_to_driver=False)
+    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     try:
         deadline = time.monotonic() + IDLE_WAIT_S
         while see_nodes().num_alive > 1:

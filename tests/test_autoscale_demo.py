@@ -42,6 +42,7 @@ def test_ray_starts_and_takes_away_nodes_as_trees_come_and_go(tmp_path) -> None:
     nodes = events[events.kind == "pool"]["nodes"].tolist()
     top = nodes.index(3)
     assert min(nodes[top:]) == 2
-    [draining] = events[events.kind == "engine_draining"].itertuples()
-    assert draining.reason == "fewer are enough"
+    # An engine that has not come up yet leaves at once, one that serves drains first.
+    leaving = events[events.kind.isin(["engine_draining", "engine_left"])]
+    assert "fewer are enough" in set(leaving["reason"])
     assert (tmp_path / "scaled/pool.png").stat().st_size > 10_000
