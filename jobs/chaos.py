@@ -9,6 +9,7 @@ the exit status is 1 if a ticket was lost or doubled, a bound was broken or some
 import argparse
 import json
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -19,7 +20,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job has only a working folder
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # on this machine alone
+# Ray listens on every interface: only who knows the token may talk to this one.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 import pyarrow.parquet as pq
 import rich.console

@@ -73,12 +73,14 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray cluster of two CPUs, as on a laptop."""
     import ray
 
+    from treerpo_ray.cluster import RUNTIME_ENV
+
     ray.init(
         address="local",
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+        runtime_env={"env_vars": RUNTIME_ENV["env_vars"] | {"PYTHONPATH": str(ROOT)}},
     )
     yield
     ray.shutdown()

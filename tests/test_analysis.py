@@ -8,7 +8,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from small_run import (
+from tests.small_run import (
     NUM_STEPS,
     SAVED,
     grown_record,

@@ -30,8 +30,13 @@ def test_rays_autoscaler_takes_the_demonstrations_cluster() -> None:
 def test_ray_starts_and_takes_away_nodes_as_trees_come_and_go(tmp_path) -> None:
     """The demonstration, smaller: many trees in hand, then few, then many again."""
     command = [sys.executable, "jobs/autoscale_demo.py", f"run.root={tmp_path}"]
-    smaller = ["run.num_steps=15", "engine.max_engines=2", "engine.shrink_after_s=4"]
-    smaller += ["evaluate.data.num_problems=120", "run.name=scaled"]
+    smaller = [
+        "run.num_steps=15",
+        "engine.max_engines=2",
+        "engine.shrink_after_s=4",
+        "engine.max_trees=4",
+    ]
+    smaller += ["run.name=scaled"]
     done = subprocess.run([*command, *smaller], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "no rollout node is left" in done.stderr
@@ -42,6 +47,7 @@ def test_ray_starts_and_takes_away_nodes_as_trees_come_and_go(tmp_path) -> None:
     nodes = events[events.kind == "pool"]["nodes"].tolist()
     top = nodes.index(3)
     assert min(nodes[top:]) == 2
+    assert set(events[events.kind == "engine_serving"]["engine"]) == {0, 1}
     # An engine that has not come up yet leaves at once, one that serves drains first.
     leaving = events[events.kind.isin(["engine_draining", "engine_left"])]
     assert "fewer are enough" in set(leaving["reason"])

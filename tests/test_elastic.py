@@ -74,7 +74,8 @@ class Job:
 
     def wait_for(self, kind: str, count: int = 1) -> dict:
         """The event that is the `count`th of its kind, as soon as it is there."""
-        while True:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
             is_over = self.process.poll() is not None
             path = self.folder / "events.jsonl"
             events = read_lines(str(self.folder), "events.jsonl") if path.exists() else []
@@ -83,6 +84,7 @@ class Job:
                 return found[count - 1]
             assert not is_over, f"the job ended without {count} {kind}"
             time.sleep(0.1)
+        raise TimeoutError(f"no {count} {kind}")
 
 
 def check_ledger(run: Run) -> None:
@@ -122,7 +124,9 @@ def test_a_node_that_is_lost_or_drained_costs_no_tree(cluster, tmp_path) -> None
         add_rollout_node(cluster)
         job.wait_for("engine_serving", 4)
         process.send_signal(signal.SIGINT)
-        assert process.wait() == 130, shown.read_text()  # it ended after a step, as asked
+        assert process.wait(timeout=120) == 130, (
+            shown.read_text()
+        )  # it ended after a step, as asked
     finally:
         process.kill()
     run = Run(str(job.folder))

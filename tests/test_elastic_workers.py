@@ -64,7 +64,7 @@ def test_workers_go_and_come_with_their_nodes_and_every_ticket_is_trained(
         cluster.add_node(num_cpus=1, resources={"train_slot": 1})
         wait_for_workers(str(folder), 2, 1, 2)
         job.send_signal(signal.SIGINT)
-        assert job.wait() == 130, shown.read_text()  # it ended after a step, as asked
+        assert job.wait(timeout=120) == 130, shown.read_text()  # it ended after a step, as asked
     finally:
         job.kill()
     run = Run(str(folder))

@@ -71,7 +71,7 @@ def test_engines_that_are_killed_or_hang_cost_no_ticket_and_leave_no_core(
         hit.append(core_of(config.folder, 0))
         actor_of(config.folder, 0).kill()  # its core must not outlive it
 
-    striker = threading.Thread(target=strike)
+    striker = threading.Thread(target=strike, daemon=True)
     striker.start()
     outcome, shown = run_training(config)
     striker.join()

@@ -6,7 +6,8 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from small_run import write_small_run
+
+from tests.small_run import write_small_run
 
 REPOSITORY = Path(__file__).parents[1]
 NOTEBOOK = REPOSITORY / "notebooks/read_a_run.ipynb"
@@ -15,7 +16,10 @@ NOTEBOOK = REPOSITORY / "notebooks/read_a_run.ipynb"
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
     """The notebook after a run over a small run folder; a cell that fails is an error."""
-    folder = write_small_run(tmp_path_factory.mktemp("runs"))
+    return execute(write_small_run(tmp_path_factory.mktemp("runs")))
+
+
+def execute(folder):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     env = os.environ | {"TREERPO_RUN": folder, "PYTHONPATH": str(REPOSITORY)}
     NotebookClient(notebook, timeout=120).execute(env=env)

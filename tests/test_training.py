@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import holds_secret
+from tests.test_notebook import execute, outputs
 from treerpo_ray.actor import Actor, make_actor
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.analysis import Run
@@ -139,8 +140,9 @@ def test_a_stopped_and_resumed_run_consumes_the_same_trees(strict, small_config)
     first = small_config(*common, "run.num_steps=2")
     assert run_training(first)[0].is_complete
     config = small_config(*common, "run.num_steps=3")
-    outcome, _ = run_training(config)
+    outcome, shown = run_training(config)
     assert outcome.is_complete
+    assert "3/3" in shown and "2/3" not in shown  # only what is new
     ours, theirs = trees_of(Run(config.folder)), trees_of(whole)
     assert ours.keys() == theirs.keys()
     for ticket, record in ours.items():
@@ -178,12 +180,19 @@ def test_engines_that_served_another_run_grow_the_same_trees(strict, small_confi
     assert run.metrics()["mismatch/max"].max() < 1e-3
 
 
+def test_the_notebook_shows_a_real_run(strict) -> None:
+    run, _, _ = strict
+    assert [o for o in outputs(execute(run.folder)) if o.get("name") == "stderr"] == []
+
+
 def test_two_workers_two_engines_and_a_lost_engine(small_config, ray_cluster) -> None:
     config = small_config(
         "run.name=two", "run.num_steps=6", "learner.num_workers=2", "engine.num_engines=2",
         "engine.resources.CPU=0.4", "learner.resources.CPU=0.4", "evaluate.data.path=''",
     )  # fmt: skip
-    killer = threading.Thread(target=kill_an_engine_after_step, args=(config.folder, 2))
+    killer = threading.Thread(
+        target=kill_an_engine_after_step, args=(config.folder, 2), daemon=True
+    )
     killer.start()
     outcome, shown = run_training(config)
     killer.join()
@@ -193,7 +202,7 @@ def test_two_workers_two_engines_and_a_lost_engine(small_config, ray_cluster) ->
     assert (events.kind == "engine_lost").sum() == 1
     assert "engine lost" in shown
     assert metrics["staleness/max"].max() <= 1
-    assert metrics["version"].max() == 6
+    assert metrics["version"].max() == metrics["learner/grad_norm"].count()
     trees = trees_of(run)
     assert sorted(trees) == list(range(36))
     assert (events.kind == "tree_finished").sum() == 36
@@ -207,14 +216,17 @@ def test_a_lost_train_worker_is_made_good_from_the_last_checkpoint(
         f"run.name=worker{staleness}", "run.num_steps=5", f"gate.max_staleness={staleness}",
         "checkpoint.every=1", "evaluate.data.path=''",
     )  # fmt: skip
-    killer = threading.Thread(target=kill_the_train_worker_after_step, args=(config.folder, 2))
+    killer = threading.Thread(
+        target=kill_the_train_worker_after_step, args=(config.folder, 2), daemon=True
+    )
     killer.start()
     outcome, shown = run_training(config)
     killer.join()
     assert outcome.is_complete
     assert shown.count("learner started") == 2
     run = Run(config.folder)
-    assert run.metrics()["version"].tolist() == [1, 2, 3, 4, 5]
+    assert run.metrics().index.tolist() == [1, 2, 3, 4, 5]
+    assert run.metrics()["version"].max() == run.metrics()["learner/grad_norm"].count()
     assert sorted(trees_of(run)) == list(range(30))
     assert run.metrics()["staleness/max"].max() <= staleness
     events = run.events()

@@ -157,7 +157,9 @@ def test_a_train_worker_that_stands_still_ends_the_run_with_a_report(
         "engine.request_timeout_s=60", "run.stall_timeout_s=80",
     )  # fmt: skip
     stopped: list[int] = []
-    stopper = threading.Thread(target=stop_the_train_worker, args=(config.folder, stopped))
+    stopper = threading.Thread(
+        target=stop_the_train_worker, args=(config.folder, stopped), daemon=True
+    )
     stopper.start()
     try:
         with pytest.raises(RuntimeError, match=r"nothing moved for \d+ s: learner 0") as caught:

@@ -96,6 +96,9 @@ class Engine:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from treerpo_ray.engine_worker import ACTOR_VARIABLE
+
+        os.environ[ACTOR_VARIABLE] = str(os.getpid())
         path = self.config.model.path
         tokenizer = load_tokenizer(path, self.config.model.trust_remote_code)
         self._end_ids = frozenset(end_token_ids(path, tokenizer))

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import psutil
 import torch
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -26,8 +27,10 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 BACKEND = "treerpo_store"
-PARENT_CHECK_S = 1.0
-"""Time between looks at the process that started this one."""
+ACTOR_VARIABLE = "TREERPO_ENGINE_ACTOR"
+"""Process id of the engine's actor, for the processes that vLLM starts in it."""
+ACTOR_CHECK_S = 1.0
+"""Time between looks at the engine's actor."""
 
 
 class WorkerExtension:
@@ -64,8 +67,7 @@ class StoreTransfer(WeightTransferEngine):
     digests: tuple[str, ...] = ()
 
     def init_transfer_engine(self, init_info: StoreInit) -> None:
-        """Nothing to set up. From here on the process ends with the one that started it."""
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        """Nothing to set up."""
 
     def start_weight_update(self) -> None:
         """Move the parameters away and wrap their loaders."""
@@ -114,15 +116,18 @@ class StoreTransfer(WeightTransferEngine):
         """Nothing to close."""
 
 
-def _end_with(parent: int) -> None:
-    """End this process once `parent` is gone: vLLM's core would go on holding its memory.
+def _end_with(actor: int) -> None:
+    """End this process once the engine's actor is gone: it would go on holding its memory.
 
-    The kernel's own signal for this follows the thread that started the process, not the process.
+    The kernel's own signal for this follows the thread that started a process, and tells only
+    direct children: with tensor parallelism the workers are those of vLLM's core.
     """
-    while os.getppid() == parent:
-        time.sleep(PARENT_CHECK_S)
+    while psutil.pid_exists(actor):
+        time.sleep(ACTOR_CHECK_S)
     os._exit(1)
 
 
+if (_actor := int(os.environ.get(ACTOR_VARIABLE, os.getpid()))) != os.getpid():
+    threading.Thread(target=_end_with, args=(_actor,), daemon=True).start()
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, StoreTransfer)

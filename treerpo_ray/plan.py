@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -203,7 +203,7 @@ def plan_lines(config: Config, found: Survey) -> list[str]:
         f"memory      {_memory_line(config, found)}",
         "resources   "
         + ", ".join(f"{name} {_range(needed[name], at_most[name])}" for name in needed),
-        *_missing_lines(config, needed),
+        *_missing_lines(config),
         *(f"unchecked   {line}" for line in found.unchecked),
     ]
 
@@ -249,7 +249,10 @@ def _memory_line(config: Config, found: Survey) -> str:
     )
 
 
-def _missing_lines(config: Config, needed: dict[str, float]) -> list[str]:
+def _missing_lines(config: Config) -> list[str]:
+    """What the fewest workers and engines lack."""
+    learner = replace(config.learner, num_workers=config.learner.fewest_workers)
+    needed = needed_resources(replace(config, learner=learner), config.engine.num_engines)
     lacking = missing_resources(needed, local_resources(config))
     amounts = ", ".join(f"{name} {amount:g}" for name, amount in lacking.items()) or "nothing"
     lines = [f"missing     {amounts} (on this machine alone)"]

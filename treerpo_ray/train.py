@@ -179,11 +179,12 @@ def _fit(config: Config, inputs: Inputs, stations: Stations, follower: "_Followe
 
 
 class _Follower:
-    """Shows what the run's log has to say; rows that are there before `skip_rows` are not shown."""
+    """Shows what the run's log says from now on."""
 
     def __init__(self, run_log: Actor, console: Console) -> None:
         self.run_log, self.console = run_log, console
-        self.num_notices = self.num_rows = 0
+        self.num_notices = 0
+        self.skip_rows()
 
     def skip_rows(self) -> None:
         """Leave out the rows that there are."""
