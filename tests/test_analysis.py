@@ -8,6 +8,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+
 from tests.small_run import (
     NUM_STEPS,
     SAVED,
@@ -17,7 +18,6 @@ from tests.small_run import (
     text_step,
     write_small_run,
 )
-
 from treerpo_ray.algo.tree import ROOT, StopReason
 from treerpo_ray.analysis import Run, most_mixed_tree, newest_run, path_changes, worst_leaf
 from treerpo_ray.plots import plot_curves, plot_kept_by_depth, plot_pool

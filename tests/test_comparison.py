@@ -1,6 +1,7 @@
 """Comparison: which runs it has, how long they are, and what its table says."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from treerpo_ray.comparison import (
     write_result,
 )
 from treerpo_ray.comparison_report import difference_interval, mean_interval, report, write_plot
+from treerpo_ray.config_file import to_yaml
 from treerpo_ray.evaluate import Evaluation
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,6 +70,19 @@ def test_trials_come_by_number_of_seeds_then_seed_and_only_in_the_settings_of_th
         *((0, "short", "flat"), (0, "long", "flat"), (1, "short", "flat"), (1, "long", "flat")),
         *((0, "short", "tree"), (0, "few", "late")),
     ]
+
+
+def test_a_result_of_an_arm_that_was_changed_since_is_passed_over(
+    comparison: Comparison, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = list(comparison.trials())[:2]
+    for trial, rate in ((first, 1e-5), (second, None)):
+        overrides = ["run.root=elsewhere"] + [f"learner.learning_rate={rate}"] * (rate is not None)
+        config = to_yaml(comparison.config(trial, overrides))
+        write_result(replace(make_result(trial, 0.5), config=config), tmp_path)
+    assert [result.trial for result in read_results(comparison, tmp_path)] == [second]
+    [record] = caplog.records
+    assert "['learner.learning_rate']" in record.message
 
 
 def test_the_seeds_of_all_arms_begin_where_the_comparison_says(tmp_path: Path) -> None:

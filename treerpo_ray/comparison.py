@@ -6,6 +6,7 @@ stopped goes on with the runs that are missing.
 """
 
 import json
+import logging
 import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -22,6 +23,8 @@ from treerpo_ray.config_file import load, to_yaml
 from treerpo_ray.evaluate import Evaluation
 from treerpo_ray.metrics import latest_rows
 from treerpo_ray.sections import RunConfig
+
+log = logging.getLogger(__name__)
 
 CURVE = (
     *("step", "tokens/sampled", "time/step_s", "time/cpu_s", "reward/mean", "length/mean"),
@@ -179,12 +182,18 @@ def result_path(trial: Trial, folder: Path) -> Path:
 
 
 def read_results(comparison: Comparison, folder: Path) -> list[Result]:
-    """The results that there are, in the order of the trials."""
-    paths = [result_path(trial, folder) for trial in comparison.trials()]
+    """The results that there are, in the order of the trials.
+
+    One of an arm that has been given other settings since is passed over, with a warning.
+    """
     results = []
-    for path in paths:
+    for trial in comparison.trials():
+        path = result_path(trial, folder)
         if path.is_file():
             found = json.loads(path.read_text())
+            if changed := _changed(found["config"], comparison.config(trial, [])):
+                log.warning("%s is of other settings than the comparison: %s", path, changed)
+                continue
             results.append(
                 Result(
                     trial=Trial(**found["trial"]),
@@ -197,6 +206,23 @@ def read_results(comparison: Comparison, folder: Path) -> list[Result]:
                 )
             )
     return results
+
+
+def _changed(then: str, now: Config) -> list[str]:
+    """Settings that differ; a result may be older than a setting, or have another run folder."""
+    ours, theirs = (
+        _flat(OmegaConf.to_container(OmegaConf.create(t))) for t in (to_yaml(now), then)
+    )
+    known = ours.keys() & theirs.keys() - {"run.root", "run.name"}
+    return sorted(name for name in known if ours[name] != theirs[name])
+
+
+def _flat(node: object, name: str = "") -> dict[str, object]:
+    """Values by dotted name."""
+    if not isinstance(node, dict):
+        return {name: node}
+    parts = [_flat(value, f"{name}.{key}" if name else str(key)) for key, value in node.items()]
+    return dict(item for part in parts for item in part.items())
 
 
 def _commit() -> str:

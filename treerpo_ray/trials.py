@@ -13,7 +13,6 @@ from treerpo_ray.comparison import (
     Trial,
     read_results,
     result_of,
-    result_path,
     write_result,
 )
 from treerpo_ray.config import Config
@@ -36,8 +35,10 @@ class Trials:
     def __init__(self, comparison: Comparison, folder: Path, common: list[str]) -> None:
         self.folder = folder
         self.configs = {trial: comparison.config(trial, common) for trial in comparison.trials()}
+        results = read_results(comparison, folder)
+        self._done = {result.trial for result in results}
         self._starts: dict[str, Evaluation] = {
-            result.trial.setting: result.before for result in read_results(comparison, folder)
+            result.trial.setting: result.before for result in results
         }
         self._session = ExitStack()
         self._started: Config | None = None
@@ -53,7 +54,7 @@ class Trials:
         num_failed = 0
         with self._session:
             for number, trial in enumerate(self.configs, 1):
-                if result_path(trial, self.folder).is_file():
+                if trial in self._done:
                     continue
                 try:
                     result = self._run(trial, f"run {number} of {len(self.configs)}")
