@@ -182,12 +182,13 @@ def write_plot(comparison: Comparison, results: list[Result], folder: Path) -> N
     rows: list[tuple[str, str, str, float, float, float]] = []
     for axes_row, setting in zip(grid, settings, strict=True):
         for axes, (title, metric) in zip(axes_row, AXES.items(), strict=True):
-            for arm in comparison.arms:
+            for number, arm in enumerate(comparison.arms):
                 if own := _of(results, setting, arm):
                     at, mean, half = _curve(own, metric)
                     if comparison.arms[arm].num_seeds == most:
-                        axes.plot(at, mean, label=arm, linewidth=1.4)
-                        axes.fill_between(at, mean - half, mean + half, alpha=0.15)
+                        color = f"C{number}"  # the same in every setting
+                        axes.plot(at, mean, label=arm, linewidth=1.4, color=color)
+                        axes.fill_between(at, mean - half, mean + half, alpha=0.15, color=color)
                     rows += [
                         (setting, arm, title, *point) for point in zip(at, mean, half, strict=True)
                     ]
