@@ -132,7 +132,8 @@ def test_a_node_that_is_lost_or_drained_costs_no_tree(cluster, tmp_path) -> None
     run = Run(str(job.folder))
     check_ledger(run)
     events = run.events()
-    assert (events.kind == "engine_lost").sum() == 1
+    # More than once where Ray put it on the node that was gone and not yet missed.
+    assert set(events[events.kind == "engine_lost"]["engine"]) == {0}
     [draining] = events[events.kind == "engine_draining"].itertuples()
     [left] = events[events.kind == "engine_left"].itertuples()
     assert draining.node == left.node == drained.node_id
