@@ -216,6 +216,21 @@ def test_a_broken_wandb_warns_once_and_loses_nothing(tmp_path, fake_wandb):
     assert len(latest_rows(config.folder)) == 5
 
 
+def test_the_warning_of_a_failure_is_out_when_the_run_is_closed(tmp_path, fake_wandb):
+    fake_wandb.error = RuntimeError("no such entity")
+    is_failing, told = threading.Event(), []
+
+    def warn(kind: str, reason: str) -> None:
+        is_failing.set()
+        threading.Event().wait(0.2)
+        told.append(kind)
+
+    run = wandb_run.WandbRun(run_config(tmp_path, "p"), tmp_path, -1, warn)
+    assert is_failing.wait(10)
+    run.close()
+    assert told == ["wandb_stopped"]
+
+
 def test_a_hanging_wandb_delays_nothing(tmp_path, fake_wandb, monkeypatch):
     monkeypatch.setattr(wandb_run, "QUEUE_ROWS", 2)
     monkeypatch.setattr(wandb_run, "CLOSE_S", 0.1)

@@ -41,6 +41,7 @@ class WandbRun:
         self._config, self._folder, self._last_step = config, folder, last_step
         self._rows: queue.Queue[dict[str, float] | None] = queue.Queue(QUEUE_ROWS)
         self._has_failed = False
+        self._failing = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
@@ -55,8 +56,9 @@ class WandbRun:
 
     def close(self) -> None:
         """Finish the run, within a limited time."""
-        if self._has_failed:
-            return
+        with self._failing:  # the warning of a failure is out before this returns
+            if self._has_failed:
+                return
         deadline = time.monotonic() + CLOSE_S
         try:
             self._rows.put(None, timeout=CLOSE_S)
@@ -76,9 +78,10 @@ class WandbRun:
             self._fail(f"{type(error).__name__}: {error}")
 
     def _fail(self, reason: str) -> None:
-        if not self._has_failed:
-            self._has_failed = True
-            self._warn("wandb_stopped", f"{reason}; metrics.jsonl has all rows")
+        with self._failing:
+            if not self._has_failed:
+                self._has_failed = True
+                self._warn("wandb_stopped", f"{reason}; metrics.jsonl has all rows")
 
     def _start(self) -> "wandb.Run":
         import wandb
