@@ -31,12 +31,9 @@ def test_ray_starts_and_takes_away_nodes_as_trees_come_and_go(tmp_path) -> None:
     """The demonstration, smaller: many trees in hand, then few, then many again."""
     command = [sys.executable, "jobs/autoscale_demo.py", f"run.root={tmp_path}"]
     smaller = [
-        "run.num_steps=15",
-        "engine.max_engines=2",
-        "engine.shrink_after_s=4",
-        "engine.max_trees=4",
+        *("run.name=scaled", "run.num_steps=15"),
+        *("engine.max_engines=2", "engine.max_trees=4", "engine.shrink_after_s=4"),
     ]
-    smaller += ["run.name=scaled"]
     done = subprocess.run([*command, *smaller], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "no rollout node is left" in done.stderr
