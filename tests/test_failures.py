@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.conftest import ROOT, SMALL
-from tests.test_training import run_training, sampled, trees_of
+from tests.test_training import assert_versions_count_updates, run_training, sampled, trees_of
 from treerpo_ray.analysis import Run
 from treerpo_ray.metrics import read_lines
 
@@ -83,7 +83,7 @@ def test_engines_that_are_killed_or_hang_cost_no_ticket_and_leave_no_core(
     assert events[events.kind == "consumed"]["step"].tolist() == list(range(8))
     assert sorted(trees_of(run)) == list(range(48))
     assert metrics["staleness/max"].max() <= 1
-    assert metrics["version"].max() == metrics["learner/grad_norm"].count()
+    assert_versions_count_updates(metrics)
     for core in hit:
         assert_gone(core)
 
@@ -128,7 +128,7 @@ def test_after_its_driver_was_killed_the_same_command_goes_on_with_the_same_tree
         assert sampled(record) == sampled(theirs[ticket])
     metrics = run.metrics()
     assert metrics.index.tolist() == [1, 2, 3]
-    assert metrics["version"].max() == metrics["learner/grad_norm"].count()
+    assert_versions_count_updates(metrics)
     assert metrics["staleness/max"].max() == 0
     events = run.events()
     started = events[events.kind == "learner_started"]
