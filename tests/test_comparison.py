@@ -35,7 +35,7 @@ arms:
     num_seeds: 2
     settings: [short, long]
     overrides: ["tree.num_children=[10]", "tree.step_tokens=[46]"]
-  tree: {num_seeds: 1, settings: [short], overrides: [learner.advantage=difference]}
+  tree: {num_seeds: 1, settings: [short], redraws: 1.0, overrides: [learner.advantage=difference]}
   late: {num_seeds: 2, settings: [few]}
 """
 
@@ -105,10 +105,10 @@ def test_steps_share_their_tokens_and_an_answer_ends_where_it_ends() -> None:
 def test_every_run_samples_the_tokens_of_its_setting(comparison: Comparison) -> None:
     configs = {trial: comparison.config(trial, ["run.root=runs"]) for trial in comparison.trials()}
     steps = {(t.setting, t.arm): config.run.num_steps for t, config in configs.items()}
-    # 24 trees a step: of 10 * 40, of 4 * 23 + 16 * 17 and of 10 * 46 tokens
+    # 24 trees a step: of 10 * 40, of 4 * 23 + 16 * 17, twice where redrawn, and of 10 * 46 tokens
     assert steps == {
         ("short", "flat"): 10,
-        ("short", "tree"): 11,
+        ("short", "tree"): 5,
         ("long", "flat"): 9,
         ("few", "late"): 11,
     }

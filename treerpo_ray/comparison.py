@@ -55,6 +55,8 @@ class Arm:
     num_seeds: int = 1
     settings: list[str] = field(default_factory=list)
     """Settings that it is run in; all if none are named."""
+    redraws: float = 0.0
+    """Redraws of a ticket that are expected; their tokens count too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,8 @@ class Comparison:
         own = [f"run.seed={trial.seed}", name, *common]
         parts = [*self.base, *setting.overrides, *arm.overrides, *own]
         config = load(parts)
-        step = config.gate.trees_per_step * expected_tokens(config.shape, setting.answer_tokens)
+        tree = expected_tokens(config.shape, setting.answer_tokens) * (1 + arm.redraws)
+        step = config.gate.trees_per_step * tree
         return load([*parts, f"run.num_steps={max(1, round(setting.sampled_tokens / step))}"])
 
 

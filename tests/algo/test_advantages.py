@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import pytest
@@ -188,6 +189,51 @@ def test_treepo_by_hand() -> None:
     right, wrong = 1 - (2 / 5 + 1 / 4 + 1 / 2) / 3, -(2 / 5 + 1 / 4 + 1 / 2) / 3
     below = right + wrong
     np.testing.assert_allclose(found, [2 * two + below, 3 / 5, below, two, two, right, wrong])
+
+
+def test_the_policy_gradient_by_hand() -> None:
+    """Step 0 has (0 + 0 + 1/2) / 3 = 1/6; below it a step counts 1/3, below step 2 1/6."""
+    values = mean_backup(UNEVEN, on_leaves(UNEVEN, [1.0, 0.0, 0.0, 1.0, 0.0]))
+    found = step_advantages(UNEVEN, values, form=AdvantageForm.POLICY_GRADIENT, pruning=KEEP_ALL)
+    expected = [1 / 6 - 1, 1 - 1 / 6, 1 / 3 * 1 / 2, *[1 / 3 * (0 - 1 / 4)] * 2, 1 / 6, -1 / 6]
+    np.testing.assert_allclose(found, expected)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("form", [AdvantageForm.POLICY_GRADIENT, AdvantageForm.DIFFERENCE])
+def test_the_policy_gradient_alone_has_the_gradient_of_the_expected_reward_as_its_mean(
+    form: AdvantageForm, ends: bool
+) -> None:
+    """All trees of 2 x 2 steps over two tokens, each with its chance; token 1 may end an answer."""
+    first, second = np.array([0.3, 0.7]), np.array([[0.2, 0.8], [0.6, 0.4]])
+    reward = np.array([[1.0, 0.25], [0.0, 0.5]])
+    worth = (second * reward).sum(1)
+    if ends:
+        worth[1] = 0.75
+    # Of the logits of the first token, then of the second after each first one.
+    exact = [first * (worth - first @ worth)]
+    exact += [first[a] * second[a] * (reward[a] - second[a] @ reward[a]) for a in (0, 1)]
+    if ends:
+        exact[2] = np.zeros(2)
+    mean = np.zeros((3, 2))
+    for tokens in product((0, 1), repeat=2):
+        inner = [index for index, token in enumerate(tokens) if not (ends and token == 1)]
+        tree = make_tree([-1, -1, *(parent for parent in inner for _ in range(2))])
+        for below in product((0, 1), repeat=2 * len(inner)):
+            leaves = {2 + i: reward[tokens[inner[i // 2]]][b] for i, b in enumerate(below)}
+            leaves |= {i: worth[1] for i in (0, 1) if i not in inner}
+            values = mean_backup(tree, on_leaves(tree, [leaves[leaf] for leaf in tree.leaves]))
+            found = step_advantages(tree, values, form=form, pruning=KEEP_ALL)
+            chance, gradient = np.prod(first[list(tokens)]), np.zeros((3, 2))
+            for index, token in enumerate(tokens):
+                gradient[0] += found[index] * (np.eye(2)[token] - first)
+            for i, b in enumerate(below):
+                a = tokens[inner[i // 2]]
+                chance *= second[a][b]
+                gradient[1 + a] += found[2 + i] * (np.eye(2)[b] - second[a])
+            mean += chance * gradient
+    is_gradient = np.allclose(mean, 2 * np.array(exact))
+    assert is_gradient == (form is AdvantageForm.POLICY_GRADIENT)
 
 
 def test_a_subgroup_of_one_answer_compares_it_with_none() -> None:

@@ -30,6 +30,7 @@ class AdvantageForm(StrEnum):
     LEAVE_ONE_OUT = "leave_one_out"
     TREERL = "treerl"
     TREEPO = "treepo"
+    POLICY_GRADIENT = "policy_gradient"
 
 
 # Of a step group ---------------------------------------------------------------------------------
@@ -104,6 +105,22 @@ def treepo(tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]:
     return total
 
 
+def policy_gradient(tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]:
+    """w (R minus the mean of the other siblings): the gradient of the prompt's expected reward.
+
+    w is the share that a step has in its first ancestor's value: one over the number of siblings
+    at each depth but the first. With it the sum of A grad log p over the N steps of the first
+    depth and all below them has N times that gradient as its expectation (REINFORCE with RLOO's
+    baseline, arXiv 2402.14740); the other forms give the steps of each depth the weight of their
+    number, so that in a tree of N x N the first steps count N times too little.
+    """
+    weights = np.ones(len(tree.steps))
+    for group in step_groups(tree, values):  # parents come first
+        if group.parent != ROOT:
+            weights[list(group.children)] = weights[group.parent] / len(group.children)
+    return weights * _by_group(leave_one_out, tree, values)
+
+
 def _leaf_means(
     tree: Tree, values: Values
 ) -> tuple[Float64[np.ndarray, " steps_and_root"], Float64[np.ndarray, " steps_and_root"]]:
@@ -139,6 +156,8 @@ def all_advantages(
             return treerl(tree, values)
         case AdvantageForm.TREEPO:
             return treepo(tree, values)
+        case AdvantageForm.POLICY_GRADIENT:
+            return policy_gradient(tree, values)
     assert_never(form)
 
 
