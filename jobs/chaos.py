@@ -62,6 +62,8 @@ TAKES_DOWN = {
 """Whose end is also that of what an event says to be up."""
 POLL_S = 0.2
 """Time between looks at the run folder."""
+REPAIR_S = 180.0
+"""Time after which what was killed must be there again, if the run goes on so long."""
 SMALL = [
     *("prompts.num_problems=256", "evaluate.data.path=''", "metrics.wandb_project=null"),
     *("gate.trees_per_step=6", "gate.max_staleness=1", "checkpoint.every=1"),
@@ -208,6 +210,17 @@ def faults(config: Config) -> list[str]:
     )
 
 
+def unrepaired(config: Config, kills: list[Kill]) -> list[str]:
+    """The kills that were never made good, but for those shortly before the end."""
+    events = read_lines(config.folder, "events.jsonl")
+    end = float(str(events[-1]["time"])) if events else 0.0
+    return [
+        f"{kill.victim}, pid {kill.pid}, was not made good in {end - kill.time:.0f} s"
+        for kill in kills
+        if recovery_s(kill, events) is None and end - kill.time > REPAIR_S
+    ]
+
+
 def report(config: Config, kills: list[Kill], problems: list[str], seconds: float) -> None:
     """The table on stderr, one line of JSON on stdout."""
     events = read_lines(config.folder, "events.jsonl")
@@ -247,17 +260,19 @@ def main(arguments: list[str]) -> int:
     config = load(
         [
             *(quickstart, name, *SMALL, f"run.num_steps={options.steps}"),
-            *(f"learner.max_failures={options.kills}", *options.overrides),
+            *options.overrides,
         ]
     )
     start = time.monotonic()
     schedule = draw_schedule(options.kills, config.run.num_steps, config.run.seed)
+    failures: list[str] = []
     console = Console(config.run.num_steps)
 
     def train() -> None:
         try:
             run(config, load_inputs(config), console)
-        except RunFailed as error:
+        except (ValueError, RunFailed) as error:
+            failures.append(str(error))
             console.note(f"failed: {error}")
 
     with small_cluster() as cluster:
@@ -265,7 +280,8 @@ def main(arguments: list[str]) -> int:
         training = threading.Thread(target=train, name="training", daemon=True)
         training.start()
         drill.run(training)
-    problems = faults(config)
+    problems = failures + faults(config)
+    problems += unrepaired(config, drill.kills)
     if len(drill.kills) < len(schedule):
         problems.append(f"{len(drill.kills)} kills, should be {len(schedule)}")
     report(config, drill.kills, problems, time.monotonic() - start)

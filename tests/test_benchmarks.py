@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -109,7 +110,7 @@ def test_a_job_leaves_scores_and_samples_of_every_benchmark(evaluated) -> None:
         assert {"pass@1", "pass@2", "pass@4", "maj@4", "length", "cut_off"} <= written[
             "scores"
         ].keys()
-        samples = read_samples(root / run / f"eval/{benchmark}.parquet")
+        samples = read_samples(f"{root}/{run}/eval/{benchmark}.parquet")
         assert len(samples) == evaluation.num_problems == (3 if benchmark == "one" else 2)
         shares = [problem.pass_at_1 for problem in samples.values()]
         assert sum(shares) / len(shares) == pytest.approx(evaluation.pass_at_1)
@@ -129,3 +130,22 @@ def test_two_evaluations_are_compared_problem_by_problem(evaluated) -> None:
     assert compared["one"]["pass@1"].value == pytest.approx(gap)
     itself, _ = differences(str(root / "cold"), str(root / "cold/eval/one.json"))
     assert all(score.value == score.low == score.high == 0 for score in itself["one"].values())
+    first, second = (
+        read_samples(f"{root}/{name}/eval/one.parquet").values() for name in ("cold", "hot")
+    )
+    any_right = [any(samples.is_correct == 1) for samples in (*first, *second)]
+    expected = (sum(any_right[:3]) - sum(any_right[3:])) / 3
+    assert compared["one"]["pass@4"].value == pytest.approx(expected)
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+def test_problems_that_only_one_evaluation_has_are_counted(evaluated, tmp_path) -> None:
+    root, _ = evaluated
+    (tmp_path / "eval").mkdir()
+    for suffix in ("json", "parquet"):
+        shutil.copy(root / f"cold/eval/two.{suffix}", tmp_path / f"eval/one.{suffix}")
+    shown = io.StringIO()
+    _, compared = differences(f"file://{root}/cold/eval/one.json", str(tmp_path))
+    rich.console.Console(file=shown, width=200).print(compared)
+    assert "2 of 3" in shown.getvalue()

@@ -80,20 +80,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     head.wait(timeout=60)
 
 
-@pytest.mark.ray
-@pytest.mark.engine
-def test_the_job_runs_when_it_is_submitted_to_a_cluster(cluster: str, tmp_path: Path) -> None:
-    with pytest.raises(AuthenticationError, match="Missing authentication token"):
-        JobSubmissionClient(cluster).list_jobs()
-    client = JobSubmissionClient(cluster, headers=WITH_TOKEN)
-    overrides = " ".join([*TINY, f"run.root={tmp_path}", "run.name=job"])
+def last_line(client: JobSubmissionClient, entrypoint: str) -> dict:
+    """Run a job to its good end; returns the JSON that it ends with."""
     deadline = time.monotonic() + 60
     while True:
         try:
-            job = client.submit_job(
-                entrypoint=f"python jobs/train.py conf/quickstart.yaml {overrides}",
-                runtime_env={"working_dir": str(ROOT)},
-            )
+            job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(ROOT)})
             break
         except RuntimeError as error:  # the head's agent comes up after the job server
             assert "No available agent" in str(error) and time.monotonic() < deadline
@@ -104,9 +96,28 @@ def test_the_job_runs_when_it_is_submitted_to_a_cluster(cluster: str, tmp_path: 
         time.sleep(1)
     logs = client.get_job_logs(job)
     assert status is JobStatus.SUCCEEDED, logs
-    result = json.loads(logs.strip().splitlines()[-1])
-    assert result["run"] == str(tmp_path / "job")
-    assert (tmp_path / "job" / "model" / "model.safetensors").exists()
+    return json.loads(logs.strip().splitlines()[-1])
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+def test_training_and_evaluation_run_when_they_are_submitted_to_a_cluster(
+    cluster: str, tmp_path: Path
+) -> None:
+    with pytest.raises(AuthenticationError, match="Missing authentication token"):
+        JobSubmissionClient(cluster).list_jobs()
+    client = JobSubmissionClient(cluster, headers=WITH_TOKEN)
+    overrides = " ".join([*TINY, f"run.root={tmp_path}", "run.name=job"])
+    result = last_line(client, f"python jobs/train.py conf/quickstart.yaml {overrides}")
+    run = tmp_path / "job"
+    assert result["run"] == str(run)
+    assert (run / "model" / "model.safetensors").exists()
+
+    benchmark = "evaluate.max_tokens=46 evaluate.benchmarks.quickstart.num_problems=6"
+    result = last_line(client, f"python jobs/evaluate.py {run} --benchmarks quickstart {benchmark}")
+    assert result["folder"] == str(tmp_path / "eval-job")
+    assert result["scores"]["quickstart"]["pass@1"]["num_problems"] == 6
+    assert (tmp_path / "eval-job/eval/quickstart.parquet").exists()
 
 
 @pytest.mark.ray

@@ -53,6 +53,7 @@ def sampled(record: TreeRecord) -> list[list[int]]:
 
 def assert_versions_count_updates(metrics: pd.DataFrame) -> None:
     """Each step's version is the number of updates so far; a step that kept no group makes none."""
+    metrics = metrics[metrics.index > 0]  # row 0 is the evaluation of the start
     updates = metrics["learner/grad_norm"].notna().cumsum()
     assert metrics["version"].tolist() == updates.tolist()
 
@@ -223,7 +224,7 @@ def test_a_lost_train_worker_is_made_good_from_the_last_checkpoint(
         "checkpoint.every=1", "evaluate.data.path=''",
     )  # fmt: skip
     killer = threading.Thread(
-        target=kill_the_train_worker_after_step, args=(config.folder, 2), daemon=True
+        target=kill_train_workers_after_steps, args=(config.folder, 2), daemon=True
     )
     killer.start()
     outcome, shown = run_training(config)
@@ -245,11 +246,41 @@ def test_a_lost_train_worker_is_made_good_from_the_last_checkpoint(
         assert run.metrics()["mismatch/max"].max() < 1e-3
 
 
-def kill_the_train_worker_after_step(folder: str, step: int) -> None:
-    while len(read_lines(folder, "metrics.jsonl")) < step:
-        time.sleep(0.05)
-    events = read_lines(folder, "events.jsonl")
-    os.kill(next(event["pid"] for event in events if event["kind"] == "learner_started"), SIGKILL)
+def test_failures_are_counted_anew_with_progress_and_no_evaluation_is_missed(
+    small_config, ray_cluster
+) -> None:
+    config = small_config(
+        "run.name=often", "run.num_steps=5", "checkpoint.every=1", "evaluate.every=2",
+        "learner.max_failures=1",
+    )  # fmt: skip
+    # As the checkpoint is written the evaluation of the step is still to come.
+    killer = threading.Thread(
+        target=kill_train_workers_after_steps, args=(config.folder, 2, 3), daemon=True
+    )
+    killer.start()
+    outcome, shown = run_training(config)
+    killer.join()
+    assert outcome.is_complete
+    assert shown.count("learner started") == 3
+    assert shown.count("the train workers are started anew") == 1
+    run = Run(config.folder)
+    assert run.metrics().index.tolist() == [0, 1, 2, 3, 4, 5]
+    assert_versions_count_updates(run.metrics())
+    assert sorted(trees_of(run)) == list(range(30))
+    assert run.evaluations()["step"].tolist() == [0, 2, 4, 5]
+    assert [shown.count(f"step {step}: Pass@1") for step in (0, 2, 4, 5)] == [1, 1, 1, 1]
+
+
+def kill_train_workers_after_steps(folder: str, *steps: int) -> None:
+    """SIGKILL the first worker once the checkpoint of each of these steps is written."""
+    for step in steps:
+        while True:
+            events = read_lines(folder, "events.jsonl")
+            if any(e["kind"] == "checkpoint" and e["step"] == step for e in events):
+                break
+            time.sleep(0.05)
+        started = [event["pid"] for event in events if event["kind"] == "learner_started"]
+        os.kill(started[-1], SIGKILL)
 
 
 def kill_an_engine_after_step(folder: str, step: int) -> None:

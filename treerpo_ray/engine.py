@@ -20,25 +20,15 @@ import ray
 from treerpo_ray.algo.search import SiblingGroup, TreeShape, grow
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, error_step
 from treerpo_ray.config import Config
+from treerpo_ray.engine_args import engine_args, environment
 from treerpo_ray.process import cpu_seconds, redirect_output
-from treerpo_ray.prompts import end_token_ids, load_tokenizer, resolve_model_path
+from treerpo_ray.prompts import end_token_ids, load_tokenizer
 from treerpo_ray.weights import ChunkFiles, LoadProof, Manifest
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput
-    from vllm.engine.arg_utils import AsyncEngineArgs
 
 log = logging.getLogger(__name__)
-
-# Read by vLLM here and in its core, a spawned child that imports torch anew.
-CPU_ENVIRONMENT = {
-    "TORCH_COMPILE_DISABLE": "1",  # needs no compiler at the first request with log-probs
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every engine of a machine takes the same cores
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker lives in the core: one process less
-}
-CPU_BLOCK_SIZE = 32
-"""Smallest block of the KV cache that vLLM's CPU kernel takes."""
-MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,9 +80,7 @@ class Engine:
 
     async def start(self) -> tuple[int, int]:
         """Load the model; returns the ids of this process and of vLLM's core once it can sample."""
-        os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-        if not self._is_gpu:
-            os.environ |= CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(self.config.engine.cpu_threads)}
+        os.environ |= environment(self.config)
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -102,51 +90,11 @@ class Engine:
         path = self.config.model.path
         tokenizer = load_tokenizer(path, self.config.model.trust_remote_code)
         self._end_ids = frozenset(end_token_ids(path, tokenizer))
-        self._llm: AsyncLLM = AsyncLLM.from_engine_args(self._engine_args())
+        self._llm: AsyncLLM = AsyncLLM.from_engine_args(engine_args(self.config))
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
         [core] = multiprocessing.active_children()
         assert core.pid is not None  # it runs
         return os.getpid(), core.pid
-
-    @property
-    def _is_gpu(self) -> bool:
-        return self.config.engine.resources.get("GPU", 0) > 0
-
-    def _engine_args(self) -> "AsyncEngineArgs":
-        from vllm.config import WeightTransferConfig
-        from vllm.engine.arg_utils import AsyncEngineArgs
-
-        from treerpo_ray.engine_worker import BACKEND
-
-        engine, longest = self.config.engine, self.config.max_model_tokens
-        kv_bytes = None if engine.kv_cache_gib is None else int(engine.kv_cache_gib * 1024 * MIB)
-        args = AsyncEngineArgs(
-            model=resolve_model_path(self.config.model.path),
-            skip_tokenizer_init=True,
-            trust_remote_code=self.config.model.trust_remote_code,
-            dtype=self.config.model.dtype,
-            seed=self.config.run.seed,
-            max_model_len=longest + 1,
-            max_num_seqs=engine.max_num_seqs,
-            max_num_batched_tokens=max(4096, longest + 1),
-            kv_cache_memory_bytes=kv_bytes,
-            enable_prefix_caching=True,
-            logprobs_mode="processed_logprobs",
-            disable_log_stats=True,
-            worker_extension_cls="treerpo_ray.engine_worker.WorkerExtension",
-            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-        )
-        if self._is_gpu:
-            args.tensor_parallel_size = engine.tensor_parallel
-            args.gpu_memory_utilization = engine.gpu_memory_utilization
-            args.distributed_executor_backend = "mp" if engine.tensor_parallel > 1 else "uni"
-        else:
-            args.enforce_eager = True
-            args.block_size = CPU_BLOCK_SIZE
-            # A prompt prefilled in parts makes the runner wind a seeded request's generator
-            # back, which torch cannot do on CPU: the core would die.
-            args.enable_chunked_prefill = False
-        return args
 
     async def grow(
         self,

@@ -2,15 +2,25 @@
 
 import json
 import sys
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path, PurePosixPath
 
+import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import rich.console
 import rich.table
 
 from treerpo_ray.evaluate import Evaluation
-from treerpo_ray.scores import Samples, Score, majority, paired_difference
+from treerpo_ray.scores import (
+    Samples,
+    Score,
+    majority,
+    paired_difference,
+    pass_at,
+    powers_of_two,
+)
 from treerpo_ray.verdict import Verdict
 
 IN_TOKENS = ("length", "median_length")
@@ -55,8 +65,8 @@ def differences(ours: str, theirs: str) -> tuple[dict[str, dict[str, Score]], ri
     """Paired differences, first less second, by benchmark and score, on the same problems.
 
     Args:
-        ours, theirs: Folder of a run or of an evaluation, or one of the files in its `eval/`. Of a
-            run the newest evaluation counts.
+        ours, theirs: Folder or URI of a run or of an evaluation, or one of the files in its
+            `eval/`. Of a run the newest evaluation counts.
 
     Raises:
         ValueError: there is no evaluation, or the two share no benchmark or problem.
@@ -68,62 +78,75 @@ def differences(ours: str, theirs: str) -> tuple[dict[str, dict[str, Score]], ri
         raise ValueError(
             f"{ours} and {theirs} share no benchmark: {', '.join(first)}; {', '.join(second)}"
         )
-    found = {name: compare(first[name], second[name]) for name in common}
+    found, sizes = {}, {}
+    for name in common:
+        pair = read_samples(first[name]), read_samples(second[name])
+        found[name], sizes[name] = compare(*pair), max(map(len, pair))
     shown = rich.table.Table(title=f"{ours} less {theirs}, paired by problem [95 %]; in points")
-    for title in ("benchmark", "problems", *next(iter(found.values()))):
+    names = dict.fromkeys(name for scores in found.values() for name in scores)
+    for title in ("benchmark", "problems", *names):
         shown.add_column(title, justify="left" if title == "benchmark" else "right")
     for name, scores in found.items():
-        size = str(scores["pass@1"].num_problems)
-        shown.add_row(name, size, *(cell(key, score) for key, score in scores.items()))
+        size = f"{scores['pass@1'].num_problems} of {sizes[name]}"
+        cells = (cell(key, scores[key]) if key in scores else "" for key in names)
+        shown.add_row(name, size, *cells)
     return found, shown
 
 
-def find(place: str) -> dict[str, Path]:
+def find(place: str) -> dict[str, str]:
     """Files of samples by benchmark; see `differences`."""
-    path = Path(place).expanduser()
-    if path.suffix in (".json", ".parquet"):
-        files = [path.with_suffix(".parquet")]
+    fs, path = fsspec.core.url_to_fs(str(Path(place).expanduser()) if "://" not in place else place)
+    if path.endswith((".json", ".parquet")):
+        files = [path.rpartition(".")[0] + ".parquet"]
     else:
-        files = sorted((path / "eval").glob("*.parquet"))
-        steps = [file for file in files if file.stem.startswith("step=")]
+        files = sorted(fs.glob(f"{path}/eval/*.parquet"))
+        steps = [file for file in files if _stem(file).startswith("step=")]
         files = [file for file in files if file not in steps[:-1]]
-    if not files or not files[0].is_file():
+    if not files or not fs.isfile(files[0]):
         raise ValueError(f"{place}: there are no samples of an evaluation (eval/*.parquet)")
-    return {_benchmark(file): file for file in files}
+    return {_benchmark(fs, file): fs.unstrip_protocol(file) for file in files}
 
 
-def _benchmark(file: Path) -> str:
+def _benchmark(fs: fsspec.AbstractFileSystem, file: str) -> str:
     """Name of what was evaluated: the file's, or of a training run the path of its data."""
-    if not file.stem.startswith("step="):
-        return file.stem
-    return str(json.loads(file.with_suffix(".json").read_text())["data"])
+    if not _stem(file).startswith("step="):
+        return _stem(file)
+    return str(json.loads(fs.cat_file(f"{file.rpartition('.')[0]}.json"))["data"])
 
 
-def compare(ours: Path, theirs: Path) -> dict[str, Score]:
-    """Paired differences of two files of samples by score.
+def _stem(file: str) -> str:
+    return PurePosixPath(file).stem
+
+
+def compare(ours: dict[Problem, Samples], theirs: dict[Problem, Samples]) -> dict[str, Score]:
+    """Paired differences by score, over the problems that both have.
 
     Raises:
         ValueError: they have no problem in common.
     """
-    first, second = read_samples(ours), read_samples(theirs)
-    if not (common := [problem for problem in first if problem in second]):
-        raise ValueError(f"{ours} and {theirs} have no problem in common")
-    found = {}
-    for name, value in {
-        "pass@1": lambda samples: samples.pass_at_1,
+    if not (common := [problem for problem in ours if problem in theirs]):
+        raise ValueError("the two evaluations have no problem in common")
+    fewest = min(len(side[problem].length) for side in (ours, theirs) for problem in common)
+    measures: dict[str, Callable[[Samples], float]] = {"pass@1": lambda samples: samples.pass_at_1}
+    for k in powers_of_two(fewest)[1:]:
+        measures[f"pass@{k}"] = partial(pass_at, k=k)
+    measures |= {
         "majority": majority,
         "length": lambda samples: float(samples.length.mean()),
         "cut_off": lambda samples: float(samples.is_cut_off.mean()),
-    }.items():
-        pair = (np.array([value(side[problem]) for problem in common]) for side in (first, second))
+    }
+    found = {}
+    for name, value in measures.items():
+        pair = (np.array([value(side[problem]) for problem in common]) for side in (ours, theirs))
         found[name] = paired_difference(*pair, seed=0)
     return found
 
 
-def read_samples(path: Path) -> dict[Problem, Samples]:
-    """Samples of each problem in a file that `evaluate.save_samples` wrote."""
+def read_samples(path: str) -> dict[Problem, Samples]:
+    """Samples of each problem in a file (path or URI) that `evaluate.save_samples` wrote."""
+    fs, file = fsspec.core.url_to_fs(path)
     rows: dict[Problem, list[dict]] = {}
-    for row in pq.read_table(path).to_pylist():
+    for row in pq.read_table(file, filesystem=fs).to_pylist():
         rows.setdefault((row["problem"], row["question"]), []).append(row)
     return {problem: _samples(own) for problem, own in rows.items()}
 

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 import fsspec
 import ray
+import ray.train
 
 from treerpo_ray import evaluate
 from treerpo_ray.actor import Actor, make_actor
@@ -24,8 +25,9 @@ from treerpo_ray.config_file import to_yaml
 from treerpo_ray.console import Console
 from treerpo_ray.engine_pool import EnginePool
 from treerpo_ray.evaluate import Evaluation
+from treerpo_ray.follower import Follower
 from treerpo_ray.gate import Gate
-from treerpo_ray.metrics import FATAL, Event, Row, RunLog
+from treerpo_ray.metrics import RunLog
 from treerpo_ray.outcome import Outcome, collect_outcome, finished_outcome, root_cause
 from treerpo_ray.plan import Inputs
 from treerpo_ray.process import output_to_log
@@ -40,8 +42,6 @@ log = logging.getLogger(__name__)
 
 SHUT_DOWN_S = 180
 """Time for engines to stop, and for the run's log to reach disk, store and W&B."""
-POLL_S = 0.5
-"""Time between looks at the run's log."""
 
 
 class RunFailed(Exception):
@@ -97,23 +97,25 @@ def train(config: Config, inputs: Inputs, console: Console, pool: Actor | None =
     """
     _write_config(config)
     stations = _build(config, inputs, pool)
-    follower = _Follower(stations.run_log, console)
     scorer = None
     try:
-        with console.progress(f"starting {config.engine.num_engines} engine(s)", None):
-            starting = stations.pool.start.remote()
-            while not ray.wait([starting], timeout=POLL_S)[0]:
-                follower.look()
-            ray.get(starting)
-        if inputs.held_out is not None:
-            tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-            scorer = Scorer(config, tokenizer)
-        before = _evaluate(config, inputs, stations, scorer, console, step=0)
-        steps_done = _fit(config, inputs, stations, follower)
-        is_complete = steps_done >= config.run.num_steps
-        after = None
-        if is_complete:
-            after = _evaluate(config, inputs, stations, scorer, console, step=steps_done)
+        with closing(_watchdog(config, stations)) as dog:
+            follower = Follower(stations.run_log, console, dog)
+            with console.progress(f"starting {config.engine.num_engines} engine(s)", None):
+                follower.follow(lambda: ray.get(stations.pool.start.remote()))
+            if inputs.held_out is not None:
+                tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+                scorer = Scorer(config, tokenizer)
+
+            def evaluated(step: int) -> Evaluation | None:
+                return follower.follow(
+                    lambda: _evaluate(config, inputs, stations, scorer, console, step)
+                )
+
+            before = evaluated(0)
+            steps_done = _fit(config, inputs, stations, follower)
+            is_complete = steps_done >= config.run.num_steps
+            after = evaluated(steps_done) if is_complete else None
     finally:
         if scorer is not None:
             scorer.close()
@@ -148,69 +150,29 @@ def _log_folder(config: Config) -> str | None:
     return None if "://" in config.folder else f"{config.folder}/logs"
 
 
-def _fit(config: Config, inputs: Inputs, stations: Stations, follower: "_Follower") -> int:
-    """Run the train workers and follow them; returns the learner steps that are done."""
-    with TemporaryDirectory(prefix="treerpo-train-", ignore_cleanup_errors=True) as storage:
-        trainer = make_trainer(config, inputs, stations, storage)
-        failures: list[BaseException] = []
+def _fit(config: Config, inputs: Inputs, stations: Stations, follower: Follower) -> int:
+    """Run the train workers and follow them; returns the learner steps that are done.
 
-        def fit() -> None:
-            try:
-                trainer.fit()
-            except BaseException as error:  # raised again below, in the main thread
-                failures.append(error)
-
-        thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-        follower.skip_rows()
-        thread.start()
+    Ray Train starts the group again `learner.max_failures` times in all; here it gets as many once
+    more whenever it failed further on than ever before.
+    """
+    reached = 0
+    while True:
         with (
+            TemporaryDirectory(prefix="treerpo-train-", ignore_cleanup_errors=True) as storage,
             _stop_on_interrupt(stations.gate, follower.console),
-            closing(_watchdog(config, stations)) as dog,
         ):
-            while thread.is_alive():
-                thread.join(POLL_S)
-                if dog.failure is not None:
-                    raise RuntimeError(dog.failure)
-                follower.look()
-        if failures:
-            raise failures[0]
-    steps_done: int = ray.get(stations.gate.done.remote())
-    return steps_done
-
-
-class _Follower:
-    """Shows what the run's log says from now on."""
-
-    def __init__(self, run_log: Actor, console: Console) -> None:
-        self.run_log, self.console = run_log, console
-        self.num_notices = 0
-        self.skip_rows()
-
-    def skip_rows(self) -> None:
-        """Leave out the rows that there are."""
-        self.num_rows = len(ray.get(self.run_log.rows_since.remote(0)))
-
-    def look(self) -> None:
-        """Show what is new; nothing if the log does not answer in time.
-
-        Raises:
-            RuntimeError: a stage says that the run cannot go on.
-        """
-        asked = [
-            self.run_log.notices_since.remote(self.num_notices),
-            self.run_log.rows_since.remote(self.num_rows),
-        ]
-        if len(ray.wait(asked, num_returns=2, timeout=POLL_S)[0]) < 2:
-            return
-        notices: list[Event] = ray.get(asked[0])
-        rows: list[Row] = ray.get(asked[1])
-        self.num_rows, self.num_notices = self.num_rows + len(rows), self.num_notices + len(notices)
-        for notice in notices:
-            if notice.kind == FATAL:
-                raise RuntimeError(notice.fields["reason"])
-            self.console.print_event(notice)
-        for row in rows:
-            self.console.print_step(row)
+            trainer = make_trainer(config, inputs, stations, storage)
+            try:
+                follower.follow(trainer.fit)
+            except ray.train.TrainingFailedError:
+                done: int = ray.get(stations.gate.done.remote())
+                if done <= reached or not config.learner.max_failures:
+                    raise
+                reached = done
+                follower.console.note("the train workers are started anew")
+            else:
+                return ray.get(stations.gate.done.remote())
 
 
 def _watchdog(config: Config, stations: Stations) -> Watchdog:
@@ -250,7 +212,6 @@ def _evaluate(
     stations: Stations,
     scorer: Scorer | None,
     console: Console,
-    *,
     step: int,
 ) -> Evaluation | None:
     """Evaluate what the engines serve now, unless the run folder holds the result."""
@@ -274,7 +235,6 @@ def _evaluate(
             version=version,
             advance=advance,
         )
-    console.print_step(result.row())
     return result
 
 

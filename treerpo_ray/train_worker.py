@@ -19,10 +19,11 @@ from treerpo_ray import curriculum, saved_trees
 from treerpo_ray.checkpoint import Checkpoints, publish_folder
 from treerpo_ray.curriculum import Measurement
 from treerpo_ray.engine import EngineStats
-from treerpo_ray.evaluate import evaluate
+from treerpo_ray.evaluate import evaluate, read
 from treerpo_ray.learner import DTYPES, Learner, UpdateResult
 from treerpo_ray.metrics import Event, Row
 from treerpo_ray.outbox import Outbox
+from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import TreeRecord, from_table
 from treerpo_ray.share_ahead import ShareAhead
 from treerpo_ray.shares import from_share
@@ -74,12 +75,14 @@ class TrainWorker:
         self._barrier()
         shares = ShareAhead(ray.train.get_dataset_shard(STREAM))
         is_last = self.step >= self.config.run.num_steps
+        if not is_last:
+            self._evaluate(unless_done=True)  # the workers before may have died over it
         while not is_last:
             is_last = self._step(shares)
             is_due = self.step - self.saved >= self.config.checkpoint.every
             if self.is_first and (is_last or is_due):
                 self._save(is_last)
-            if self.is_first and not is_last:
+            if not is_last:
                 self._evaluate()
         self.mover.at("writing the model")
         self.outbox.close()
@@ -210,16 +213,23 @@ class TrainWorker:
         ray.get(self.stations.weight_sync.publish.remote(manifest, refs, probe))
         self._note("published", version=learner.version, digest=manifest.digests[0])
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, *, unless_done: bool = False) -> None:
         """Evaluate if it is due; the learner waits, so that all answers are of one version."""
         every = self.config.evaluate.every
         if not every or self.step % every or self.held_out is None:
             return
+        if not self.is_first:
+            self.mover.at("waiting for the evaluation", is_busy=False)
+        elif not (unless_done and read(self.folder, self.step)):
+            self._evaluate_on(self.held_out)
+        self._barrier()
+
+    def _evaluate_on(self, held_out: PromptSet) -> None:
         tokenizer = self.learner.policy.tokenizer
         with closing(Scorer(self.config, tokenizer)) as scorer:
             evaluate(
                 self.config,
-                self.held_out,
+                held_out,
                 self.stations.pool,
                 self.stations.run_log,
                 scorer,

@@ -1,0 +1,77 @@
+"""Follower: waits for the parts of a run in the driver, shows what happens, ends what hangs."""
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import ray
+
+from treerpo_ray.actor import Actor
+from treerpo_ray.console import Console
+from treerpo_ray.metrics import FATAL, Event, Row
+from treerpo_ray.watchdog import Watchdog
+
+T = TypeVar("T")
+
+POLL_S = 0.5
+"""Time between looks at the run's log."""
+
+
+class Follower:
+    """Shows what the run's log says from now on.
+
+    Args:
+        run_log: Actor of `RunLog`.
+        console: Where it is shown.
+        watchdog: Knows whether the run hangs.
+    """
+
+    def __init__(self, run_log: Actor, console: Console, watchdog: Watchdog) -> None:
+        self.run_log, self.console, self.watchdog = run_log, console, watchdog
+        self._num_notices = 0
+        self._num_rows = len(ray.get(run_log.rows_since.remote(0)))
+
+    def follow(self, work: Callable[[], T]) -> T:
+        """Do `work` in a thread of its own and show meanwhile what is new; returns its result.
+
+        Raises:
+            RuntimeError: the run hangs, or a stage says that it cannot go on.
+        """
+        results: list[T] = []
+        failures: list[BaseException] = []
+
+        def do() -> None:
+            try:
+                results.append(work())
+            except BaseException as error:  # raised again below, in the thread that waits
+                failures.append(error)
+
+        thread = threading.Thread(target=do, name="followed", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_S)
+            if self.watchdog.failure is not None:
+                raise RuntimeError(self.watchdog.failure)
+            self._look()
+        if failures:
+            raise failures[0]
+        return results[0]
+
+    def _look(self) -> None:
+        """Show what is new; nothing if the log does not answer in time."""
+        asked = [
+            self.run_log.notices_since.remote(self._num_notices),
+            self.run_log.rows_since.remote(self._num_rows),
+        ]
+        if len(ray.wait(asked, num_returns=2, timeout=POLL_S)[0]) < 2:
+            return
+        notices: list[Event] = ray.get(asked[0])
+        rows: list[Row] = ray.get(asked[1])
+        self._num_rows += len(rows)
+        self._num_notices += len(notices)
+        for notice in notices:
+            if notice.kind == FATAL:
+                raise RuntimeError(notice.fields["reason"])
+            self.console.print_event(notice)
+        for row in rows:
+            self.console.print_step(row)
