@@ -166,6 +166,13 @@ UNEVEN = make_tree([-1, -1, 0, 0, 0, 2, 2])
 KEEP_ALL = by_range(-1.0)
 
 
+def test_the_global_form_by_hand() -> None:
+    """Means over leaves: the root 2/5, step 0 1/4, step 2 1/2."""
+    values = mean_backup(UNEVEN, on_leaves(UNEVEN, [1.0, 0.0, 0.0, 1.0, 0.0]))
+    found = step_advantages(UNEVEN, values, form=AdvantageForm.GLOBAL, pruning=KEEP_ALL)
+    np.testing.assert_allclose(found, [-0.15, 0.6, 0.1, -0.4, -0.4, 0.6, -0.4])
+
+
 def test_treerl_by_hand() -> None:
     """Means over leaves: the root 2/5, step 0 1/4, step 2 1/2 (over children step 0 has 1/6)."""
     values = mean_backup(UNEVEN, on_leaves(UNEVEN, [1.0, 0.0, 0.0, 1.0, 0.0]))
@@ -246,6 +253,7 @@ def test_a_subgroup_of_one_answer_compares_it_with_none() -> None:
 @pytest.mark.parametrize(
     ("form", "expected"),
     [
+        (AdvantageForm.GLOBAL, [1 - 2 / 3, 0 - 2 / 3]),
         (AdvantageForm.TREERL, [2 * 1 - 2 / 3 - 1 / 2, 2 * 0 - 2 / 3 - 1 / 2]),
         (AdvantageForm.TREEPO, [1 - (2 / 3 + 1 / 2) / 2, -(2 / 3 + 1 / 2) / 2]),
     ],
@@ -260,7 +268,7 @@ def test_a_scheme_of_the_tree_takes_means_over_the_leaves_that_have_a_reward(
     np.testing.assert_allclose(found, [np.nan] * 4 + expected)
 
 
-@pytest.mark.parametrize("form", [AdvantageForm.TREERL, AdvantageForm.TREEPO])
+@pytest.mark.parametrize("form", [AdvantageForm.GLOBAL, AdvantageForm.TREERL, AdvantageForm.TREEPO])
 @given(rewards=group_values)
 def test_at_depth_one_the_schemes_of_a_tree_are_the_difference(
     form: AdvantageForm, rewards: list[float]
@@ -310,7 +318,7 @@ def test_the_error_of_an_advantage_is_that_of_the_difference_in_the_scale_of_the
 
 def test_an_advantage_without_one_scale_for_its_group_has_no_error() -> None:
     values = mean_backup(UNEVEN, on_leaves(UNEVEN, [1.0, 0.0, 0.0, 1.0, 0.0]))
-    for form in (AdvantageForm.TREERL, AdvantageForm.TREEPO):
+    for form in (AdvantageForm.GLOBAL, AdvantageForm.TREERL, AdvantageForm.TREEPO):
         advantages = step_advantages(UNEVEN, values, form=form, pruning=KEEP_ALL)
         assert np.isnan(advantage_errors(UNEVEN, values, advantages)).any()
     equal = mean_backup(UNEVEN, on_leaves(UNEVEN, [1.0] * 5))

@@ -28,6 +28,7 @@ class AdvantageForm(StrEnum):
     DIFFERENCE = "difference"
     STANDARD = "standard"
     LEAVE_ONE_OUT = "leave_one_out"
+    GLOBAL = "global"
     TREERL = "treerl"
     TREEPO = "treepo"
     POLICY_GRADIENT = "policy_gradient"
@@ -72,6 +73,17 @@ def leave_one_out(values: Float64[np.ndarray, " children"]) -> Float64[np.ndarra
 
 
 # Of a tree ---------------------------------------------------------------------------------------
+
+
+def global_difference(tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]:
+    """V - V of the root: how much better a step leaves the prompt than it was.
+
+    V is the mean reward of the leaves below. TreeRL's global advantage (arXiv 2506.11902) without
+    its weights: each step counts once. Below a wrong step all steps are pushed down, and below a
+    right one up, as in an answer of GRPO; siblings still differ by their own values.
+    """
+    means, _ = _leaf_means(tree, values)
+    return (means - means[ROOT])[:ROOT]
 
 
 def treerl(tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]:
@@ -152,6 +164,8 @@ def all_advantages(
             return _by_group(standard, tree, values)
         case AdvantageForm.LEAVE_ONE_OUT:
             return _by_group(leave_one_out, tree, values)
+        case AdvantageForm.GLOBAL:
+            return global_difference(tree, values)
         case AdvantageForm.TREERL:
             return treerl(tree, values)
         case AdvantageForm.TREEPO:
