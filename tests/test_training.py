@@ -295,12 +295,14 @@ def test_a_run_in_which_nothing_can_be_learned_says_so_and_ends_well(
     small_config, ray_cluster
 ) -> None:
     config = small_config(
-        "run.name=pruned", "run.num_steps=2", "tree.step_tokens=[3,3]", "evaluate.data.path=''"
-    )
+        "run.name=pruned", "tree.step_tokens=[3,3]", "evaluate.data.path=''",
+        "run.num_steps=9", "run.max_sampled_tokens=361",  # a step has 6 trees of 60
+    )  # fmt: skip
     Path(config.folder).mkdir(parents=True)
     (Path(config.folder) / "trees").touch()  # so that no tree can be saved
     outcome, shown = run_training(config)
-    assert outcome.is_complete
+    assert outcome.is_complete and outcome.sampled_tokens == 720
+    assert finished_outcome(config) == outcome
     assert "write failed: what trees/step=000001/rank-0.parquet, reason NotADirectoryError" in shown
     assert shown.count("no step group was kept, so there was no update") == 2
     metrics = Run(config.folder).metrics()

@@ -97,6 +97,9 @@ class Config:
             )
         if self.evaluate.max_tokens is not None and self.evaluate.max_tokens < 1:
             raise ValueError(f"evaluate.max_tokens={self.evaluate.max_tokens} must be more than 0")
+        budget = self.run.max_sampled_tokens
+        if budget is not None and budget < 1:
+            raise ValueError(f"run.max_sampled_tokens={budget} must be more than 0")
         if any(not 1 <= k <= self.evaluate.num_samples for k in self.evaluate.pass_ks):
             raise ValueError(
                 f"evaluate.pass_ks={list(self.evaluate.pass_ks)} must lie between 1 and "

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -143,13 +143,18 @@ def read_lines(folder: str, name: str) -> list[dict[str, Scalar]]:
 
 
 def latest_rows(folder: str) -> list[Row]:
-    """The rows of a run folder by increasing step, one a step, as the last resume left them.
+    """The rows of a run folder by increasing step, one a step, as the last resume left them."""
+    return latest(_parse_rows(read_lines(folder, METRICS_FILE)))
+
+
+def latest(written: Sequence[Row]) -> list[Row]:
+    """Rows as they were written, without those that a resume replaced.
 
     Rows of one step are merged. A row of an earlier step than the one before it tells of a
     resume: what came after that step belongs to a timeline that was rolled back.
     """
     rows: list[Row] = []
-    for row in _parse_rows(read_lines(folder, METRICS_FILE)):
+    for row in written:
         if rows and row["step"] < rows[-1]["step"]:
             rows = [kept for kept in rows if kept["step"] <= row["step"]]
         if rows and row["step"] == rows[-1]["step"]:

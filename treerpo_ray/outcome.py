@@ -1,6 +1,7 @@
 """Outcome: what a run came to, in words and as JSON."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from treerpo_ray import evaluate
 from treerpo_ray.checkpoint import Checkpoints
 from treerpo_ray.config import Config
 from treerpo_ray.evaluate import Evaluation
-from treerpo_ray.metrics import latest_rows
+from treerpo_ray.metrics import Row, latest_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,16 +31,29 @@ class Outcome:
 
 def finished_outcome(config: Config) -> Outcome | None:
     """What a run came to that the run folder holds complete; None if there is work left."""
-    num_steps = config.run.num_steps
     fs, root = fsspec.core.url_to_fs(config.folder)
     if not fs.exists(f"{root}/model/config.json"):  # it is put in place behind the last checkpoint
         return None
-    if num_steps not in Checkpoints(config.folder, config.checkpoint.keep).steps():
+    last = last_step(config, latest_rows(config.folder))
+    if last not in Checkpoints(config.folder, config.checkpoint.keep).steps():
         return None
-    before, after = (evaluate.read(config.folder, step) for step in (0, num_steps))
+    before, after = (evaluate.read(config.folder, step) for step in (0, last))
     if config.evaluate.data.path and (before is None or after is None):
         return None
     return collect_outcome(config, before, after, is_complete=True)
+
+
+def last_step(config: Config, rows: Sequence[Row]) -> int:
+    """The learner step that ends the run, as far as the rows of those that are done tell.
+
+    It is `run.num_steps`, or before it the one that reached `run.max_sampled_tokens`.
+    """
+    limit, total = config.run.max_sampled_tokens, 0.0
+    for row in rows:
+        total += row.get("tokens/sampled", 0.0)
+        if limit is not None and total >= limit:
+            return int(row["step"])
+    return config.run.num_steps
 
 
 def collect_outcome(

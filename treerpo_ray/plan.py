@@ -186,6 +186,8 @@ def plan_lines(config: Config, found: Survey) -> list[str]:
     length = f"{run.num_steps} learner steps, {run.num_steps * trees:,} trees"
     if found.train is not None and found.train.prompts is not None:
         length += f", {run.num_steps * trees / len(found.train.prompts):.1f} epochs"
+    if run.max_sampled_tokens is not None:
+        length += f", or {run.max_sampled_tokens:,} sampled tokens"
     needed = needed_resources(config, config.engine.num_engines)
     at_most = needed_resources(config, config.most_engines)
     return [

@@ -22,6 +22,9 @@ class RunConfig:
     """Seed of prompts, trees and the learner."""
     num_steps: int = 100
     """Learner steps of the whole run; each consumes `gate.trees_per_step` trees."""
+    max_sampled_tokens: int | None = None
+    """The learner step that reaches so many sampled tokens is the last one, whatever `num_steps`
+    says; null: `num_steps` alone ends the run."""
     stall_timeout_s: float = 7200.0
     """Time that a stage may stand still before the run stops with a report; longer than any
     learner step, and than `engine.request_timeout_s`, after which a hung engine is replaced."""

@@ -27,8 +27,14 @@ from treerpo_ray.engine_pool import EnginePool
 from treerpo_ray.evaluate import Evaluation
 from treerpo_ray.follower import Follower
 from treerpo_ray.gate import Gate
-from treerpo_ray.metrics import RunLog
-from treerpo_ray.outcome import Outcome, collect_outcome, finished_outcome, root_cause
+from treerpo_ray.metrics import RunLog, latest
+from treerpo_ray.outcome import (
+    Outcome,
+    collect_outcome,
+    finished_outcome,
+    last_step,
+    root_cause,
+)
 from treerpo_ray.plan import Inputs
 from treerpo_ray.process import output_to_log
 from treerpo_ray.prompts import load_tokenizer
@@ -114,7 +120,8 @@ def train(config: Config, inputs: Inputs, console: Console, pool: Actor | None =
 
             before = evaluated(0)
             steps_done = _fit(config, inputs, stations, follower)
-            is_complete = steps_done >= config.run.num_steps
+            rows = latest(ray.get(stations.run_log.rows_since.remote(0)))
+            is_complete = steps_done >= last_step(config, rows)
             after = evaluated(steps_done) if is_complete else None
     finally:
         if scorer is not None:

@@ -1,6 +1,5 @@
 """Train worker: the loop that each Ray Train worker runs, from restored state to last step."""
 
-import math
 import os
 import time
 from contextlib import closing
@@ -18,10 +17,10 @@ import torch.distributed as dist
 from treerpo_ray import curriculum, saved_trees
 from treerpo_ray.checkpoint import Checkpoints, publish_folder
 from treerpo_ray.curriculum import Measurement
-from treerpo_ray.engine import EngineStats
+from treerpo_ray.engine_totals import EngineTotals
 from treerpo_ray.evaluate import evaluate, read
 from treerpo_ray.learner import DTYPES, Learner, UpdateResult
-from treerpo_ray.metrics import Event, Row
+from treerpo_ray.metrics import Event, Row, latest
 from treerpo_ray.outbox import Outbox
 from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import TreeRecord, from_table
@@ -51,8 +50,8 @@ class TrainWorker:
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         self.is_first = self.rank == 0
         self.folder = self.config.folder
-        self.asked = self.cached = 0
-        self.cpu_s = 0.0
+        self.engines = EngineTotals()
+        self.sampled_tokens = 0.0
         self.outbox = Outbox(self._warn)
         limit_s = self.config.run.stall_timeout_s
         self.mover = Mover(self.stations.watch, f"learner {self.rank}", self.folder, limit_s)
@@ -74,7 +73,11 @@ class TrainWorker:
             self._open()
         self._barrier()
         shares = ShareAhead(ray.train.get_dataset_shard(STREAM))
-        is_last = self.step >= self.config.run.num_steps
+        done = latest(ray.get(self.stations.run_log.rows_since.remote(0)))
+        self.sampled_tokens = sum(
+            row.get("tokens/sampled", 0.0) for row in done if row["step"] <= self.step
+        )
+        is_last = self._is_over()
         if not is_last:
             self._evaluate(unless_done=True)  # the workers before may have died over it
         while not is_last:
@@ -96,7 +99,7 @@ class TrainWorker:
         for step, fault in self.checkpoints.passed_over.items():
             self._note("checkpoint_passed_over", step=step, fault=fault)
         self._publish()
-        self._engine_metrics()
+        self.engines.since_last(ray.get(self.stations.pool.stats.remote()))
         gate, pool, version = self.stations.gate, self.stations.pool, self.learner.version
         session: int = ray.get(gate.restart.remote(self.step, self.measurements))
         first = self.step * self.config.gate.trees_per_step
@@ -131,12 +134,13 @@ class TrainWorker:
         updated = time.time()
         self._save_trees(table)
         self.step += 1
+        self.sampled_tokens += result.stats.num_sampled_tokens
         is_last = False
         if self.is_first:
             if result.has_updated:
                 self._publish()
             consumed = self.stations.gate.consumed.remote(self.step - 1, result.stats.measured)
-            is_last = ray.get(consumed)
+            is_last = ray.get(consumed) or self._is_over()
             # Of the wait, what a finished tree spent on scoring, and a scored one on its way here.
             finished = max(start, result.stats.last_finished_s)
             scored = max(finished, result.stats.last_scored_s)
@@ -150,6 +154,12 @@ class TrainWorker:
             }
             self._report(result, version, times)
         return self._agreed(is_last)
+
+    def _is_over(self) -> bool:
+        """Whether the steps that are done are all of the run."""
+        limit = self.config.run.max_sampled_tokens
+        has_spent_all = limit is not None and self.sampled_tokens >= limit
+        return has_spent_all or self.step >= self.config.run.num_steps
 
     def _check_tickets(self, tickets: list[int]) -> None:
         """Invariant: this step consumes its own tickets, each once, and an equal share of them."""
@@ -166,7 +176,7 @@ class TrainWorker:
             **result.metrics,
             **times,
             "tokens/per_s": result.stats.num_sampled_tokens / times["time/step_s"],
-            **self._engine_metrics(),
+            **self.engines.since_last(ray.get(self.stations.pool.stats.remote())),
         }
         ray.get(self.stations.run_log.step.remote(row))
         self._note(
@@ -176,26 +186,6 @@ class TrainWorker:
             trees=self.config.gate.trees_per_step,
             version=self.learner.version,
         )
-
-    def _engine_metrics(self) -> Row:
-        """What the engines did since the last row, with this process's CPU time, and serve now.
-
-        The totals start anew with an engine that was replaced; that step's shares are zero.
-        """
-        stats: list[EngineStats] = ray.get(self.stations.pool.stats.remote())
-        asked = sum(engine.num_prompt_tokens for engine in stats)
-        cached = sum(engine.num_cached_tokens for engine in stats)
-        cpu_s = time.process_time() + sum(engine.cpu_s for engine in stats)
-        since = asked - self.asked, cached - self.cached, cpu_s - self.cpu_s
-        self.asked, self.cached, self.cpu_s = asked, cached, cpu_s
-        is_whole = since[0] >= 0
-        versions = [engine.version for engine in stats]
-        return {
-            "engine/prefix_hit_rate": since[1] / max(since[0], 1) if is_whole else 0.0,
-            "time/cpu_s": since[2] if is_whole else 0.0,
-            "engine/oldest_version": min(versions, default=math.nan),
-            "engine/newest_version": max(versions, default=math.nan),
-        }
 
     def _publish(self) -> None:
         """Have every engine serve the learner's weights."""
