@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it was", file=sys.stderr)
         return 130
-    results = read_results(comparison, folder)
+    results = read_results(comparison, folder, common)
     if not results:
         print(f"there are no results in {folder} yet", file=sys.stderr)
         return 1

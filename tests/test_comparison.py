@@ -16,6 +16,7 @@ from treerpo_ray.comparison import (
     expected_tokens,
     read_comparison,
     read_results,
+    result_path,
     write_result,
 )
 from treerpo_ray.comparison_report import difference_interval, mean_interval, report, write_plot
@@ -25,7 +26,7 @@ from treerpo_ray.evaluate import Evaluation
 ROOT = Path(__file__).resolve().parents[1]
 FILE = """
 base: [conf/quickstart.yaml]
-reference: flat
+references: [flat]
 settings:
   short: {answer_tokens: 40, sampled_tokens: 96000}
   long: {answer_tokens: 80, sampled_tokens: 96000, overrides: [prompts.num_problems=99]}
@@ -35,7 +36,7 @@ arms:
     num_seeds: 2
     settings: [short, long]
     overrides: ["tree.num_children=[10]", "tree.step_tokens=[46]"]
-  tree: {num_seeds: 1, settings: [short], redraws: 1.0, overrides: [learner.advantage=difference]}
+  tree: {num_seeds: 1, settings: [short], overrides: [learner.advantage=difference]}
   late: {num_seeds: 2, settings: [few]}
 """
 
@@ -49,7 +50,7 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comparison:
 
 
 def make_result(trial: Trial, pass_at_1: float, num_steps: int = 20) -> Result:
-    """A run whose training reward is 0.04 times the step; a step takes 2 CPU seconds."""
+    """A run of 96,000 tokens whose training reward is 0.04 times the step of 2 CPU seconds."""
     evaluation = Evaluation(
         **dict.fromkeys(Evaluation.__dataclass_fields__, 0.0)
         | {"pass_at_1": pass_at_1, "length": 40.0, "scores": {}}
@@ -57,8 +58,15 @@ def make_result(trial: Trial, pass_at_1: float, num_steps: int = 20) -> Result:
     steps = [float(step) for step in range(1, num_steps + 1)]
     curve = {name: [2.0] * num_steps for name in CURVE}
     curve |= {"step": steps, "reward/mean": [0.04 * step for step in steps]}
+    curve["tokens/sampled"] = [96000 / num_steps] * num_steps
     return Result(
-        trial=trial, version="v", config="", before=evaluation, after=evaluation, curve=curve
+        trial=trial,
+        version="v",
+        start="",
+        config="",
+        before=evaluation,
+        after=evaluation,
+        curve=curve,
     )
 
 
@@ -72,17 +80,29 @@ def test_trials_come_by_number_of_seeds_then_seed_and_only_in_the_settings_of_th
     ]
 
 
-def test_a_result_of_an_arm_that_was_changed_since_is_passed_over(
+def test_a_result_of_other_settings_start_or_tokens_is_passed_over(
     comparison: Comparison, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first, second = list(comparison.trials())[:2]
-    for trial, rate in ((first, 1e-5), (second, None)):
-        overrides = ["run.root=elsewhere"] + [f"learner.learning_rate={rate}"] * (rate is not None)
+    common = ["learner.cpu_threads=2"]
+    trials = list(comparison.trials())[:4]
+    for trial, rate in zip(trials, (1e-5, 3e-4, 3e-4, 3e-4), strict=True):
+        overrides = ["run.root=elsewhere", f"learner.learning_rate={rate}", *common]
         config = to_yaml(comparison.config(trial, overrides))
         write_result(replace(make_result(trial, 0.5), config=config), tmp_path)
-    assert [result.trial for result in read_results(comparison, tmp_path)] == [second]
-    [record] = caplog.records
-    assert "['learner.learning_rate']" in record.message
+    for trial, changed in ((trials[1], "start"), (trials[2], "tokens")):
+        path = result_path(trial, tmp_path)
+        found = json.loads(path.read_text())
+        if changed == "start":
+            found["start"] = "0123456789abcdef"
+        else:
+            found["curve"]["tokens/sampled"] += [4800.0, 4800.0]  # two steps more
+        path.write_text(json.dumps(found))
+    assert [r.trial for r in read_results(comparison, tmp_path, common)] == [trials[3]]
+    told = [record.message.partition("it has other ")[2] for record in caplog.records]
+    assert told == [
+        *("learner.learning_rate", "weights at the start"),
+        "tokens: 105,600 instead of 96,000",
+    ]
 
 
 def test_the_seeds_of_all_arms_begin_where_the_comparison_says(tmp_path: Path) -> None:
@@ -105,13 +125,14 @@ def test_steps_share_their_tokens_and_an_answer_ends_where_it_ends() -> None:
 def test_every_run_samples_the_tokens_of_its_setting(comparison: Comparison) -> None:
     configs = {trial: comparison.config(trial, ["run.root=runs"]) for trial in comparison.trials()}
     steps = {(t.setting, t.arm): config.run.num_steps for t, config in configs.items()}
-    # 24 trees a step: of 10 * 40, of 4 * 23 + 16 * 17, twice where redrawn, and of 10 * 46 tokens
+    # 24 trees a step: of 10 * 40, of 4 * 23 + 16 * 17, and of 10 * 46 tokens; a fifth to spare
     assert steps == {
-        ("short", "flat"): 10,
-        ("short", "tree"): 5,
-        ("long", "flat"): 9,
-        ("few", "late"): 11,
+        ("short", "flat"): 12,
+        ("short", "tree"): 14,
+        ("long", "flat"): 11,
+        ("few", "late"): 14,
     }
+    assert {config.run.max_sampled_tokens for config in configs.values()} == {96000}
     seeded = configs[Trial(setting="long", arm="flat", seed=1)]
     assert (seeded.run.seed, seeded.prompts.num_problems) == (1, 99)
     assert len({config.folder for config in configs.values()}) == len(configs)
@@ -120,7 +141,7 @@ def test_every_run_samples_the_tokens_of_its_setting(comparison: Comparison) -> 
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ("reference: flat", "reference: other", "reference: other is none of the arms"),
+        ("references: [flat]", "references: [other]", "references: .*other.* none of the arms"),
         ("settings: [short]", "settings: [brief]", "arms.tree.settings: .*brief"),
         ("num_seeds: 1", "seeds: 1", "seeds"),
         ("answer_tokens: 40", "answer_tokens: many", "many"),
@@ -147,20 +168,22 @@ def test_results_come_back_and_make_a_table_and_a_plot(
     ]
     for result in given:
         write_result(result, tmp_path)
-    results = read_results(comparison, tmp_path)
+    results = read_results(comparison, tmp_path, [])
     assert results == given
     table = report(comparison, results)
     flat, tree = table.lines
     assert (flat.arm, flat.num_seeds, flat.num_steps) == ("flat", 2, 20)
     assert flat.pass_at_1.mean == pytest.approx(55)
-    assert tree.ahead.mean == pytest.approx(20) and np.isnan(tree.ahead.low)
-    # Step 10 and 20 CPU seconds are where the tree ends; smoothed over steps 7 to 13 or 7 to 10.
-    assert flat.same_steps.mean == flat.same_cpu.mean == pytest.approx(40)
-    assert tree.same_steps.mean == tree.same_cpu.mean == pytest.approx(4 * 8.5)
+    assert flat.ahead == {} and tree.ahead["flat"].mean == pytest.approx(20)
+    assert np.isnan(tree.ahead["flat"].low)
+    # Step 10 and 20 CPU seconds are where the tree ends: the mean over steps 4 to 10 of each.
+    assert flat.same_steps.mean == flat.same_cpu.mean == pytest.approx(4 * 7)
+    assert tree.same_steps.mean == tree.same_cpu.mean == pytest.approx(4 * 7)
     assert (flat.cpu_s, tree.cpu_s) == pytest.approx((40, 20))
     table.write(tmp_path)
     write_plot(comparison, results, tmp_path)
-    assert len(json.loads((tmp_path / "table.json").read_text())["lines"]) == 2
+    lines_of_table = json.loads((tmp_path / "table.json").read_text())["lines"]
+    assert [line["same_steps"]["low"] is None for line in lines_of_table] == [False, True]
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     lines = (tmp_path / "curves.csv").read_text().splitlines()
     assert len(lines) == 1 + 2 * 3 * 40
@@ -175,10 +198,10 @@ def test_a_result_older_than_a_metric_has_no_place_on_its_axis(
     del old.curve["time/cpu_s"]
     for result in (old, new):
         write_result(result, tmp_path)
-    results = read_results(comparison, tmp_path)
+    results = read_results(comparison, tmp_path, [])
     flat, tree = report(comparison, results).lines
     assert np.isnan(flat.cpu_s) and np.isnan(flat.same_cpu.mean)
-    assert tree.same_cpu.mean == pytest.approx(4 * 18.5)
+    assert tree.same_cpu.mean == pytest.approx(4 * 17)
     write_plot(comparison, results, tmp_path)
 
 

@@ -19,7 +19,7 @@ from treerpo_ray.trials import Trials
 ROOT = Path(__file__).resolve().parents[1]
 FILE = """
 base: [conf/quickstart.yaml, prompts.num_problems=20, evaluate.data.num_problems=4]
-reference: flat
+references: [flat]
 settings:
   short: {answer_tokens: 44, sampled_tokens: 20000}
   long: {answer_tokens: 44, sampled_tokens: 20000, overrides: [prompts.max_prompt_tokens=40]}
@@ -55,8 +55,8 @@ class Sessions:
         if evaluate.read(config.folder, 0) is None:
             assert len(self.started[-1]) == 1  # a start is evaluated on fresh engines
             evaluate.save(START, config.folder)
-        evaluate.save(replace(START, step=config.run.num_steps), config.folder)
-        row = dict.fromkeys(CURVE, 1.0)
+        evaluate.save(replace(START, step=1), config.folder)
+        row = dict.fromkeys(CURVE, 1.0) | {"tokens/sampled": 20000.0}
         (Path(config.folder) / "metrics.jsonl").write_text(json.dumps(row) + "\n")
         return SimpleNamespace(is_complete=True)
 
@@ -88,7 +88,7 @@ def test_runs_share_engines_once_their_start_is_known_and_are_not_run_again(
             *("short-flat-1", "short-tree-1", "long-flat-1", "long-tree-1"),
         ],
     ]
-    assert len(read_results(comparison, tmp_path)) == 8
+    assert len(read_results(comparison, tmp_path, [])) == 8
     again = Sessions()
     assert run_trials(comparison, tmp_path, again, monkeypatch) == 0
     assert again.started == []
@@ -114,7 +114,7 @@ def test_a_run_that_was_stopped_ends_the_comparison_until_it_is_run_again(
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_trials(comparison, tmp_path, Sessions(stopped="short-tree-0"), monkeypatch)
-    assert len(read_results(comparison, tmp_path)) == 1
+    assert len(read_results(comparison, tmp_path, [])) == 1
     again = Sessions()
     assert run_trials(comparison, tmp_path, again, monkeypatch) == 0
     assert again.started[0][0] == "short-tree-0"

@@ -5,8 +5,10 @@ of its seeds in each setting, and leaves one small result file, so that a compar
 stopped goes on with the runs that are missing.
 """
 
+import hashlib
 import json
 import logging
+import math
 import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -22,6 +24,7 @@ from treerpo_ray.config import Config
 from treerpo_ray.config_file import load, to_yaml
 from treerpo_ray.evaluate import Evaluation
 from treerpo_ray.metrics import latest_rows
+from treerpo_ray.outcome import last_step
 from treerpo_ray.sections import RunConfig
 
 log = logging.getLogger(__name__)
@@ -31,6 +34,10 @@ CURVE = (
     "groups/kept_share",
 )
 """Metrics of a learner step that a result keeps."""
+LENGTH = ("run.num_steps", "run.max_sampled_tokens")
+"""Settings that say how long a run is."""
+SPARE_STEPS = 1.2
+"""Learner steps that a run may take at most, for each that its tokens are expected to come to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +47,7 @@ class Setting:
     overrides: list[str] = field(default_factory=list)
     """Files and `section.key=value` that make it of the base."""
     answer_tokens: float
-    """Mean length of an answer, from which the tokens of a tree are estimated."""
+    """Mean length of an answer, from which the learner steps of a run are estimated."""
     sampled_tokens: int
     """Tokens that each run samples, to within one learner step."""
     max_seeds: int | None = None
@@ -55,8 +62,6 @@ class Arm:
     num_seeds: int = 1
     settings: list[str] = field(default_factory=list)
     """Settings that it is run in; all if none are named."""
-    redraws: float = 0.0
-    """Redraws of a ticket that are expected; their tokens count too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +70,16 @@ class Comparison:
 
     base: list[str]
     """Configuration that all runs share."""
-    reference: str
-    """Arm that the others are compared with."""
+    references: list[str]
+    """Arms that the others are compared with."""
     settings: dict[str, Setting]
     arms: dict[str, Arm]
     first_seed: int = 0
     """Seed of each arm's first run; seeds that no search has used make a fair comparison."""
 
     def __post_init__(self) -> None:
-        if self.reference not in self.arms:
-            raise ValueError(f"reference: {self.reference} is none of the arms {list(self.arms)}")
+        if unknown := set(self.references) - set(self.arms):
+            raise ValueError(f"references: {unknown} are none of the arms {list(self.arms)}")
         for name, arm in self.arms.items():
             if unknown := set(arm.settings) - set(self.settings):
                 raise ValueError(f"arms.{name}.settings: {unknown} are none of the settings")
@@ -100,9 +105,11 @@ class Comparison:
         own = [f"run.seed={trial.seed}", name, *common]
         parts = [*self.base, *setting.overrides, *arm.overrides, *own]
         config = load(parts)
-        tree = expected_tokens(config.shape, setting.answer_tokens) * (1 + arm.redraws)
-        step = config.gate.trees_per_step * tree
-        return load([*parts, f"run.num_steps={max(1, round(setting.sampled_tokens / step))}"])
+        step = config.gate.trees_per_step * expected_tokens(config.shape, setting.answer_tokens)
+        # Answers that come out shorter than expected take some more steps; tokens end the run.
+        num_steps = math.ceil(SPARE_STEPS * setting.sampled_tokens / step)
+        limit = f"run.max_sampled_tokens={setting.sampled_tokens}"
+        return load([*parts, f"run.num_steps={num_steps}", limit])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +127,9 @@ class Result:
 
     trial: Trial
     version: str
-    """Commit of the project."""
+    """Commit of the project; `-dirty` if its code or settings were changed since."""
+    start: str
+    """Checksum of the weights that it started from; empty if they are in no local folder."""
     config: str
     """Resolved configuration, YAML, but for where it was run."""
     before: Evaluation
@@ -156,20 +165,28 @@ def expected_tokens(shape: TreeShape, answer_tokens: float) -> float:
 
 def result_of(trial: Trial, config: Config) -> Result:
     """The result of a run that is complete, from its run folder."""
-    before, after = (evaluate.read(config.folder, step) for step in (0, config.run.num_steps))
+    rows = latest_rows(config.folder)
+    before, after = (evaluate.read(config.folder, step) for step in (0, last_step(config, rows)))
     if before is None or after is None:
         raise ValueError(
             f"{config.folder}: a comparison needs held-out problems: evaluate.data.path"
         )
-    rows = [row for row in latest_rows(config.folder) if "tokens/sampled" in row]
+    rows = [row for row in rows if "tokens/sampled" in row]
     return Result(
         trial=trial,
         version=_commit(),
+        start=start_of(config),
         config=to_yaml(replace(config, run=replace(config.run, root=RunConfig.root))),
         before=before,
         after=after,
         curve={name: [round(row[name], 4) for row in rows] for name in CURVE},
     )
+
+
+def start_of(config: Config) -> str:
+    """Checksum of the weights that a run starts from; empty if they are in no local folder."""
+    weights = Path(config.model.path).expanduser() / "model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16] if weights.is_file() else ""
 
 
 def write_result(result: Result, folder: Path) -> None:
@@ -184,40 +201,52 @@ def result_path(trial: Trial, folder: Path) -> Path:
     return folder / trial.setting / f"{trial.arm}-{trial.seed}.json"
 
 
-def read_results(comparison: Comparison, folder: Path) -> list[Result]:
-    """The results that there are, in the order of the trials.
+def read_results(comparison: Comparison, folder: Path, common: list[str]) -> list[Result]:
+    """The results that there are, in the order of the trials; `common` are overrides for all.
 
-    One of an arm that has been given other settings since is passed over, with a warning.
+    One of an arm that has been given other settings since, of another start, or that sampled
+    other than the tokens of its setting, is passed over with a warning.
     """
     results = []
     for trial in comparison.trials():
         path = result_path(trial, folder)
         if path.is_file():
-            found = json.loads(path.read_text())
-            if changed := _changed(found["config"], comparison.config(trial, [])):
-                log.warning("%s is of other settings than the comparison: %s", path, changed)
-                continue
-            results.append(
-                Result(
-                    trial=Trial(**found["trial"]),
-                    version=found["version"],
-                    config=found["config"],
-                    before=Evaluation.from_fields(found["before"]),
-                    after=Evaluation.from_fields(found["after"]),
-                    # A result may be older than a metric.
-                    curve={name: found["curve"].get(name, []) for name in CURVE},
-                )
-            )
+            result = _read_result(path)
+            if unlike := _unlike(result, comparison.config(trial, common)):
+                log.warning("%s is passed over, for it has other %s", path, ", ".join(unlike))
+            else:
+                results.append(result)
     return results
 
 
-def _changed(then: str, now: Config) -> list[str]:
-    """Settings that differ; a result may be older than a setting, or have another run folder."""
-    ours, theirs = (
-        _flat(OmegaConf.to_container(OmegaConf.create(t))) for t in (to_yaml(now), then)
+def _read_result(path: Path) -> Result:
+    found = json.loads(path.read_text())
+    return Result(
+        trial=Trial(**found["trial"]),
+        version=found["version"],
+        start=found.get("start", ""),  # a result may be older than a field or a metric
+        config=found["config"],
+        before=Evaluation.from_fields(found["before"]),
+        after=Evaluation.from_fields(found["after"]),
+        curve={name: found["curve"].get(name, []) for name in CURVE},
     )
-    known = ours.keys() & theirs.keys() - {"run.root", "run.name"}
-    return sorted(name for name in known if ours[name] != theirs[name])
+
+
+def _unlike(result: Result, config: Config) -> list[str]:
+    """What a result has otherwise than a run of `config` would: settings, start, tokens."""
+    ours, theirs = (
+        _flat(OmegaConf.to_container(OmegaConf.create(text)))
+        for text in (to_yaml(config), result.config)
+    )
+    # How many steps its tokens come to is found out by the run; folders may have been moved.
+    known = ours.keys() & theirs.keys() - {"run.root", "run.name", *LENGTH}
+    unlike = sorted(name for name in known if ours[name] != theirs[name])
+    if result.start and start_of(config) not in ("", result.start):
+        unlike.append("weights at the start")
+    tokens, limit = result.curve["tokens/sampled"], config.run.max_sampled_tokens
+    if limit is not None and abs(sum(tokens) - limit) > max(tokens):
+        unlike.append(f"tokens: {sum(tokens):,.0f} instead of {limit:,}")
+    return unlike
 
 
 def _flat(node: object, name: str = "") -> dict[str, object]:
@@ -230,8 +259,11 @@ def _flat(node: object, name: str = "") -> dict[str, object]:
 
 def _commit() -> str:
     """The project's commit, or `unknown` outside a clone."""
-    here = Path(__file__).parent
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
-    )
-    return found.stdout.strip() or "unknown"
+    root = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
+
+    is_dirty = git("status", "--porcelain", "--", "treerpo_ray", "conf", "pyproject.toml")
+    return (git("describe", "--always") or "unknown") + "-dirty" * bool(is_dirty)

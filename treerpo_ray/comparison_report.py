@@ -22,8 +22,8 @@ from treerpo_ray.comparison import Comparison, Result
 
 GRID_POINTS = 40
 """Points of a plotted curve."""
-WINDOW = 3
-"""Learner steps before and behind that smooth the training reward of a step."""
+WINDOW = 7
+"""Learner steps, the last of them its own, whose mean is a step's training reward."""
 CPU = "time/cpu_s"
 """Its sum is the time axis: wall time says little on a machine that other work shares."""
 
@@ -55,8 +55,8 @@ class Line:
     """CPU time of engines and learner in the learner steps; NaN if a result has none."""
     start: float
     pass_at_1: Interval
-    ahead: Interval
-    """Pass@1 less that of the reference arm (Welch), at the same sampled tokens."""
+    ahead: dict[str, Interval]
+    """Pass@1 less that of each other reference arm (Welch), at the same sampled tokens."""
     same_steps: Interval
     """Training reward after as many learner steps as the arm with the fewest made."""
     same_cpu: Interval
@@ -69,12 +69,21 @@ class Line:
 class Report:
     """Table of a comparison."""
 
-    reference: str
+    references: list[str]
     lines: list[Line]
 
     def write(self, folder: Path) -> None:
-        """Write the table as JSON."""
-        (folder / "table.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
+        """Write the table as JSON, in which an unknown number is null."""
+        table = _without_nan(asdict(self))
+        (folder / "table.json").write_text(json.dumps(table, indent=1, allow_nan=False) + "\n")
+
+
+def _without_nan(node: object) -> object:
+    if isinstance(node, dict):
+        return {name: _without_nan(value) for name, value in node.items()}
+    if isinstance(node, list):
+        return [_without_nan(value) for value in node]
+    return None if isinstance(node, float) and np.isnan(node) else node
 
 
 def report(comparison: Comparison, results: list[Result]) -> Report:
@@ -84,11 +93,18 @@ def report(comparison: Comparison, results: list[Result]) -> Report:
         here = [result for result in results if result.trial.setting == setting]
         for arm in comparison.arms:
             if own := _of(here, setting, arm):
-                lines.append(_line(own, _of(here, setting, comparison.reference), here))
-    return Report(reference=comparison.reference, lines=lines)
+                others = {
+                    reference: _percent(_of(here, setting, reference))
+                    for reference in comparison.references
+                    if reference != arm
+                }
+                lines.append(_line(own, others, here))
+    return Report(references=comparison.references, lines=lines)
 
 
-def _line(own: list[Result], reference: list[Result], here: list[Result]) -> Line:
+def _line(
+    own: list[Result], others: dict[str, Float[np.ndarray, " seeds"]], here: list[Result]
+) -> Line:
     passed = _percent(own)
     return Line(
         setting=own[0].trial.setting,
@@ -99,7 +115,7 @@ def _line(own: list[Result], reference: list[Result], here: list[Result]) -> Lin
         cpu_s=float(np.mean([_total(result, CPU) for result in own])),
         start=100 * own[0].before.pass_at_1,
         pass_at_1=mean_interval(passed),
-        ahead=difference_interval(passed, _percent(reference)),
+        ahead={name: difference_interval(passed, theirs) for name, theirs in others.items()},
         same_steps=mean_interval(_rewards_at_least(own, here, "step")),
         same_cpu=mean_interval(_rewards_at_least(own, here, CPU)),
         length=mean_interval(np.array([result.after.length for result in own])),
@@ -136,9 +152,7 @@ def difference_interval(
 
 def print_table(table: Report) -> None:
     """Print the table to stdout."""
-    shown = rich.table.Table(
-        title=f"Pass@1 in %, mean over seeds [95 %], ahead of {table.reference}"
-    )
+    shown = rich.table.Table(title="Pass@1 in %, mean over seeds [95 %]")
     for title in (
         "setting",
         "arm",
@@ -147,7 +161,7 @@ def print_table(table: Report) -> None:
         "tokens",
         "CPU",
         "Pass@1",
-        "ahead",
+        *(f"ahead of {name}" for name in table.references),
         "same steps",
         "same CPU",
         "length",
@@ -162,7 +176,7 @@ def print_table(table: Report) -> None:
             f"{line.sampled_tokens / 1000:.0f} k",
             f"{line.cpu_s:.0f} s",
             str(line.pass_at_1),
-            "" if line.arm == table.reference else str(line.ahead),
+            *(str(line.ahead.get(name, "")) for name in table.references),
             str(line.same_steps),
             str(line.same_cpu),
             f"{line.length.mean:.1f}",
@@ -225,7 +239,7 @@ def _curve(
             for at, r in zip(ats, results, strict=True)
         ]
     )
-    half = np.zeros(GRID_POINTS)
+    half = np.full(GRID_POINTS, np.nan)
     if (count := len(results)) > 1:
         half = stats.t.ppf(0.975, count - 1) * rewards.std(0, ddof=1) / count**0.5
     return grid, rewards.mean(0), half
@@ -241,10 +255,8 @@ def _total(result: Result, metric: str) -> float:
 
 
 def _smooth(values: list[float]) -> Float[np.ndarray, " steps"]:
-    """Mean over the steps around each."""
-    return np.array(
-        [np.mean(values[max(0, i - WINDOW) : i + WINDOW + 1]) for i in range(len(values))]
-    )
+    """Mean over the last steps at each, so that no run is judged by what came after."""
+    return np.array([np.mean(values[max(0, i - WINDOW + 1) : i + 1]) for i in range(len(values))])
 
 
 def _rewards_at_least(

@@ -35,7 +35,7 @@ class Trials:
     def __init__(self, comparison: Comparison, folder: Path, common: list[str]) -> None:
         self.folder = folder
         self.configs = {trial: comparison.config(trial, common) for trial in comparison.trials()}
-        results = read_results(comparison, folder)
+        results = read_results(comparison, folder, common)
         self._done = {result.trial for result in results}
         self._starts: dict[str, Evaluation] = {
             result.trial.setting: result.before for result in results
