@@ -170,8 +170,8 @@ class LearnerConfig:
     cpu_threads: int = 1
     """Torch threads of a CPU worker."""
     max_failures: int = 3
-    """Times the worker group is started again after a worker failed, until it gets further than
-    ever before; workers whose node was preempted are not counted. 0: a failure ends the run."""
+    """Times the worker group is started again after a worker or its node was lost, until it gets
+    further than ever before. 0: a failure ends the run."""
     learning_rate: float = 1e-6
     """Rate of AdamW after warm-up."""
     warmup_steps: int = 0

@@ -27,7 +27,7 @@ from treerpo_ray.engine_pool import EnginePool
 from treerpo_ray.evaluate import Evaluation
 from treerpo_ray.follower import Follower
 from treerpo_ray.gate import Gate
-from treerpo_ray.metrics import RunLog, latest
+from treerpo_ray.metrics import Event, RunLog, latest
 from treerpo_ray.outcome import (
     Outcome,
     collect_outcome,
@@ -160,11 +160,13 @@ def _log_folder(config: Config) -> str | None:
 def _fit(config: Config, inputs: Inputs, stations: Stations, follower: Follower) -> int:
     """Run the train workers and follow them; returns the learner steps that are done.
 
-    Ray Train starts the group again `learner.max_failures` times in all; here it gets as many once
-    more whenever it failed further on than ever before.
+    A group that failed is started again from the last checkpoint, with whatever workers there are.
     """
-    reached = 0
+    failures = reached = 0
+    fewest, most = config.learner.fewest_workers, config.learner.num_workers
+    number = f"{most}" if fewest == most else f"{fewest} to {most}"
     while True:
+        follower.console.note(f"starting {number} train worker(s)")
         with (
             TemporaryDirectory(prefix="treerpo-train-", ignore_cleanup_errors=True) as storage,
             _stop_on_interrupt(stations.gate, follower.console),
@@ -172,12 +174,16 @@ def _fit(config: Config, inputs: Inputs, stations: Stations, follower: Follower)
             trainer = make_trainer(config, inputs, stations, storage)
             try:
                 follower.follow(trainer.fit)
-            except ray.train.TrainingFailedError:
+            except ray.train.TrainingFailedError as error:
                 done: int = ray.get(stations.gate.done.remote())
-                if done <= reached or not config.learner.max_failures:
+                failures = 1 if done > reached else failures + 1
+                reached = max(done, reached)
+                lost: dict[str, int | str] = {"step": done, "failures": failures}
+                lost["cause"] = root_cause(error)
+                ray.get(stations.run_log.event.remote(Event(kind="learner_lost", fields=lost)))
+                if failures > config.learner.max_failures:
                     raise
-                reached = done
-                follower.console.note("the train workers are started anew")
+                ray.get(stations.watch.forget.remote("learner"))
             else:
                 return ray.get(stations.gate.done.remote())
 

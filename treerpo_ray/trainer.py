@@ -42,7 +42,8 @@ def make_trainer(config: Config, inputs: Inputs, stations: Stations, storage: st
         run_config=ray.train.RunConfig(
             name=f"treerpo-{time.time_ns()}",
             storage_path=storage,
-            failure_config=ray.train.FailureConfig(max_failures=learner.max_failures),
+            # Whoever runs the trainer starts it again, and says so.
+            failure_config=ray.train.FailureConfig(max_failures=0),
         ),
         datasets={STREAM: tree_stream(config, stations.pool, stations.run_log, stations.watch)},
         dataset_config=ray.train.DataConfig(enable_shard_locality=False),
