@@ -41,6 +41,7 @@ SHARED = {
     "loss.entropy_coef": 0.001,  # printed as -0.001 H in the loss
     "loss.importance_cap": None,  # [C], and the next
     "loss.normalisation": Normalisation.TOKEN_MEAN,
+    "verifier.check": "treerpo_ray.boxed_answer",  # [C]: the last box, or reward 0
     "evaluate.data.path": "HuggingFaceH4/MATH-500",
     "evaluate.data.split": "test",
     "evaluate.data.question_column": "problem",
