@@ -1,4 +1,4 @@
-"""The paper's recipes: every value that a file sets is the one written down here from the paper."""
+"""The paper's recipes: what a file sets, and what it inherits of the method, is the paper's."""
 
 import gzip
 import json
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from treerpo_ray.algo.advantages import AdvantageForm
-from treerpo_ray.algo.loss import Normalisation
+from treerpo_ray.algo.groups import PruneRule
+from treerpo_ray.algo.loss import Normalisation, Ratio
 from treerpo_ray.config import Config
 from treerpo_ray.config_file import load
 from treerpo_ray.plan import plan_lines, survey
@@ -26,14 +27,20 @@ SHARED = {
     "prompts.answer_column": "expected_answer",
     "prompts.system_prompt": DOUBLED,  # [C]
     "prompts.max_prompt_tokens": 512,
+    "prompts.num_problems": None,  # all
+    "tree.delimiter": None,  # by length alone
+    "tree.entropy_window": 0,
     "tree.temperature": 0.6,
     "gate.trees_per_step": 128,
     "gate.max_staleness": 0,  # synchronous
+    "gate.max_redraws": 0,  # no refill
+    "gate.revisit": 0.0,
     "learner.learning_rate": 1e-6,
     "learner.warmup_steps": 0,  # [C], and the next two
     "learner.weight_decay": 0.01,
     "learner.clip_grad_norm": 1.0,
     "learner.minibatches": 2,
+    "learner.prune": PruneRule.RANGE,  # eq. 1-2
     "learner.gradient_checkpointing": True,  # [C]
     "loss.clip_low": 0.2,
     "loss.clip_high": 0.2,
@@ -41,15 +48,21 @@ SHARED = {
     "loss.entropy_coef": 0.001,  # printed as -0.001 H in the loss
     "loss.importance_cap": None,  # [C], and the next
     "loss.normalisation": Normalisation.TOKEN_MEAN,
+    "loss.ratio": Ratio.TOKEN,  # eq. 5
+    "verifier.check": "treerpo_ray.boxed_answer",  # [C]: the last box, or reward 0
+    "verifier.false_positive_rate": 0.0,
+    "verifier.false_negative_rate": 0.0,
     "evaluate.data.path": "HuggingFaceH4/MATH-500",
     "evaluate.data.split": "test",
     "evaluate.data.question_column": "problem",
     "evaluate.data.answer_column": "answer",
     "evaluate.data.system_prompt": DOUBLED,
     "evaluate.data.max_prompt_tokens": 512,
+    "evaluate.data.num_problems": None,
     "evaluate.num_samples": 8,
     "evaluate.temperature": 0.6,
     "evaluate.top_p": 0.95,  # [C]
+    "evaluate.max_tokens": None,  # as in training
     "evaluate.every": 20,  # [C], and the next
     "checkpoint.every": 20,
     "model.dtype": "bfloat16",
@@ -57,8 +70,6 @@ SHARED = {
 TREE = {
     "tree.num_children": (8, 8, 8),  # N = 8, D = 3
     "tree.step_tokens": (384, 384, 384),
-    "tree.delimiter": None,  # by length alone
-    "tree.entropy_window": 0,
     "learner.advantage": AdvantageForm.BERNOULLI,  # eq. 4
     "learner.prune_threshold": 0.1,  # eq. 1-2
 }

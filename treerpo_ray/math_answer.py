@@ -51,7 +51,7 @@ def find_answer(text: str, is_cut_off: bool = False) -> str | None:
     Where the length limit cut the text, its last line may be half an answer and its last number is
     one of the reasoning's, so that neither counts.
     """
-    box = _last_box(text)
+    box = last_box(text)
     if box is not None:
         return box
     if is_cut_off:
@@ -67,7 +67,8 @@ def find_answer(text: str, is_cut_off: bool = False) -> str | None:
     return numbers[-1] if numbers else None
 
 
-def _last_box(text: str) -> str | None:
+def last_box(text: str) -> str | None:
+    r"""Content of the last balanced \boxed{} or \fbox{} that is not empty, and of a box in it."""
     last: str | None = None
     opened: list[int | None] = []  # start of a box's content, none for another brace
     for token in TOKEN.finditer(text):
@@ -81,7 +82,7 @@ def _last_box(text: str) -> str | None:
                 last = text[start : token.start()].strip() or last
     if last is None or len(last) > MAX_ANSWER_CHARS:
         return last
-    return _last_box(last) or last
+    return last_box(last) or last
 
 
 def _claimed(claim: str) -> str:

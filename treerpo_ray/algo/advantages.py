@@ -104,8 +104,9 @@ def treepo(tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]:
     An answer's advantage is its R minus the mean of a subgroup, averaged over its subgroups.
     An ancestor's subgroup are the leaves below it; that of the prompt always counts, of the
     others those of two answers or more. TreePO trains a step once for each answer through it,
-    hence the sum. It also divides by the standard deviation over the batch: a factor common to
-    all steps, which is left to the optimizer here.
+    hence the sum. It also whitens over the batch's tokens, which is left out here: its division
+    is a factor common to all steps, but the mean that it takes off first is zero only for even
+    trees, whose answers have equally many subgroups and tokens.
     """
     means, counts = _leaf_means(tree, values)
     total = np.zeros(len(tree.steps))
