@@ -76,6 +76,8 @@ def test_the_statistics_of_a_tree_by_hand() -> None:
             "noise_depth_1": (1 / 8 + 1 / 16) / 2 + (5 / 72 + 1 / 16) / 2,
             "signal_depth_2": 1 / 2,
             "noise_depth_2": 2 * 1 / 8 + 2 * 5 / 72,
+            "advantage_se": (3 / 32) ** 0.5 + (19 / 288) ** 0.5 + 2 * (1 / 8) ** 0.5,
+            "num_advantage_se": 4,
         }
     )
     assert replace(stats, group_sums=Sums()) == BatchStats(
@@ -137,6 +139,7 @@ def test_the_metrics_of_a_batch_by_hand() -> None:
         "groups/pruned_depth_2": 1,
         "groups/errored_depth_1": 2,
         "groups/value_se": (1 / 2 + 5**0.5 / 6 + 1 / 4 + 5**0.5 / 6) / 4,
+        "groups/advantage_se": ((3 / 32) ** 0.5 + (19 / 288) ** 0.5 + 2 * (1 / 8) ** 0.5) / 4,
         "groups/signal_to_noise_depth_1": (
             (1 / 8) / ((1 / 8 + 1 / 16) / 2 + (5 / 72 + 1 / 16) / 2 + 2 * 5 / 72)
         )
@@ -157,6 +160,11 @@ def test_the_metrics_of_a_batch_by_hand() -> None:
         "engine/moved_trees": 3,
     }
     assert metrics == pytest.approx(expected)
+
+
+def test_a_batch_without_an_advantage_has_no_standard_error_of_one() -> None:
+    _, stats = stats_of([record(make_tree(PARENTS), W, W, W, W)])
+    assert "groups/advantage_se" not in stats.metrics(version=0)
 
 
 def test_a_tree_without_any_token_has_no_version_and_counts_as_neither_old_nor_valued() -> None:

@@ -1,13 +1,14 @@
 """Evaluation: shares by hand, and intervals that cover as often as they say."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.algo.trees import make_tree
-from treerpo_ray.algo.tree import ROOT
+from treerpo_ray.algo.tree import ROOT, StopReason
 from treerpo_ray.config import Config
 from treerpo_ray.config_file import load
 from treerpo_ray.evaluate import Evaluation, Graded, read, save
@@ -35,9 +36,24 @@ def config() -> Config:
     )
 
 
-def graded(*verdicts: Verdict, length: int = 2) -> TreeRecord:
-    """The answers to one problem, each of `length` tokens."""
-    tree = make_tree([ROOT] * len(verdicts), lengths=[length] * len(verdicts))
+def graded(*verdicts: Verdict, length: int = 2, is_full: bool = False) -> TreeRecord:
+    """The answers to one problem, each of `length` tokens; requests failed where ERR stands.
+
+    All are at the length limit if `is_full`, otherwise those that are cut off.
+    """
+    stops = {
+        verdict: StopReason.BOUNDARY if is_full or verdict is CUT else StopReason.END_OF_TEXT
+        for verdict in verdicts
+    } | {ERR: StopReason.ERROR}
+    tree = make_tree(
+        [ROOT] * len(verdicts),
+        lengths=[0 if verdict is ERR else length for verdict in verdicts],
+    )
+    steps = (
+        replace(step, stop=stops[verdict])
+        for step, verdict in zip(tree.steps, verdicts, strict=True)
+    )
+    tree = replace(tree, steps=tuple(steps))
     return TreeRecord(
         ticket=0,
         attempt=0,
@@ -69,22 +85,33 @@ def bernoulli(num_problems: int, num_correct: int) -> np.ndarray:
 
 def test_the_summary_of_graded_answers_by_hand() -> None:
     records = [
-        graded(C, W, C, length=4),
+        graded(C, W, C, length=4, is_full=True),
         graded(W, W, CUT, length=10),
         graded(C, ERR, W),
-        graded(ERR, SLOW, ERR, length=0),
+        graded(ERR, SLOW, ERR, length=6),
+        graded(ERR, ERR, ERR),
     ]
     result = summarise(config(), records, step=3, version=2, seconds=1.5)
     assert result.pass_at_1 == pytest.approx((2 / 3 + 0 + 1 / 2) / 3)
-    assert result.pass_at_k == pytest.approx(2 / 3)
-    assert result.length == pytest.approx((3 * 4 + 3 * 10 + 3 * 2) / 12)
-    assert result.cut_off_share == pytest.approx(1 / 12)
-    assert result.errored_share == pytest.approx(4 / 12)
-    assert result.num_sampled_tokens == 48
-    assert (result.num_problems, result.num_samples, result.temperature) == (4, 3, 0.7)
+    assert result.pass_at_k == pytest.approx(1 / 2)  # of the two that have three verdicts
+    assert result.length == pytest.approx((4 + 10 + 2 + 6) / 4)
+    assert result.scores["median_length"].value == 4  # of 2, 2, 4, 4, 4, 6, 10, 10, 10
+    assert result.cut_off_share == pytest.approx((1 + 1 / 3 + 0 + 0) / 4)
+    assert result.errored_share == pytest.approx(7 / 15)
+    assert result.num_sampled_tokens == 12 + 30 + 4 + 6
+    assert (result.num_problems, result.num_samples, result.temperature) == (5, 3, 0.7)
     assert (result.step, result.version, result.data, result.seconds) == (3, 2, "held.jsonl", 1.5)
     expected = bootstrap_interval(np.array([2 / 3, 0, 1 / 2]), seed=5)
     assert (result.ci95_low, result.ci95_high) == expected
+
+
+def test_what_stands_flat_in_an_evaluation_is_what_its_scores_say() -> None:
+    result = summarise(config(), [graded(C, ERR, W), graded(W, W, CUT, length=5)], 0, 0, 0.0)
+    found = result.scores
+    assert result.pass_at_k == found["pass@3"].value == 0.0
+    assert (result.length, result.cut_off_share) == (found["length"].value, found["cut_off"].value)
+    alone = summarise(config(), [graded(C, ERR, W)], 0, 0, 0.0)
+    assert alone.pass_at_k is None and "pass@3" not in alone.scores
 
 
 def test_a_problem_without_a_verdict_moves_neither_share_nor_interval() -> None:
@@ -156,3 +183,12 @@ def test_an_evaluation_is_a_json_object_in_the_file_of_its_step(tmp_path) -> Non
     written = json.loads((tmp_path / "eval/step=000012.json").read_text())
     assert written == asdict(saved)
     assert written.keys() == set(Evaluation.__slots__)
+
+
+def test_the_evaluations_of_committed_results_are_read_whatever_their_version() -> None:
+    paths = list((Path(__file__).resolve().parents[1] / "jobs/comparisons").glob("*/*/*-*.json"))
+    for path in paths:
+        result = json.loads(path.read_text())
+        for found in (result["before"], result["after"]):
+            assert Evaluation.from_fields(found).pass_at_1 == found["pass_at_1"]
+    assert len(paths) > 100

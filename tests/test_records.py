@@ -133,11 +133,11 @@ def test_logprobs_that_are_not_numbers_come_back_as_they_were() -> None:
     np.testing.assert_array_equal(back.tree.steps[0].logprobs, logprobs)
 
 
-@pytest.mark.parametrize("metadata", [None, {"treerpo_schema": "2"}, {"treerpo_schema": "4"}])
+@pytest.mark.parametrize("metadata", [None, {"treerpo_schema": "3"}, {"treerpo_schema": "5"}])
 def test_a_table_of_another_schema_version_is_refused(metadata: dict[str, str] | None) -> None:
     table = to_table([]).replace_schema_metadata(metadata)
     found = "0" if metadata is None else metadata["treerpo_schema"]
-    told = rf"^trees were written with schema {'[?]' if metadata is None else found}, this reads 3$"
+    told = rf"^trees were written with schema {'[?]' if metadata is None else found}, this reads 4$"
     with pytest.raises(ValueError, match=told):
         from_table(table)
 
@@ -150,11 +150,13 @@ def test_a_scored_row_tells_values_with_their_errors_and_one_without_verdicts_do
     tree = make_tree([ROOT, ROOT, 0, 0])
     verdicts = (Verdict.CORRECT, Verdict.CORRECT, Verdict.WRONG)
     scored, bare = to_table([make_record(tree, verdicts), make_record(tree, ())]).to_pylist()
+    assert (scored["root_value"], scored["root_se"]) == (0.75, 0.25)
     assert scored["value"] == [0.5, 1.0, 1.0, 0.0]
     assert scored["value_se"] == [0.5, 0.0, 0.0, 0.0]
     expected = [(3 / 32) ** 0.5, (1 / 32) ** 0.5, 8**-0.5, 8**-0.5]
     assert scored["difference_se"] == pytest.approx(expected)
-    assert [bare[name] for name in ("value", "value_se", "difference_se")] == [None] * 3
+    estimates = ("root_value", "root_se", "value", "value_se", "difference_se")
+    assert [bare[name] for name in estimates] == [None] * 5
 
 
 def test_rewards_stand_at_the_leaves_and_an_errored_or_timed_out_leaf_has_none() -> None:

@@ -82,6 +82,19 @@ def test_the_scores_of_two_problems_by_hand() -> None:
     assert (found["length"].low, found["length"].high) == (2.5, 6.5)
 
 
+def test_requests_that_failed_are_no_short_samples() -> None:
+    problems = [
+        samples([1, NAN], None, [6, 0]), samples([NAN, NAN], None, [0, 0]),
+        samples([0, 1], None, [2, 4]),
+    ]  # fmt: skip
+    problems[0].is_cut_off[0] = True
+    found = scores(problems, pass_ks=(1, 2), num_samples=2, seed=0)
+    assert (found["length"].value, found["length"].num_problems) == ((6 + 3) / 2, 2)
+    assert (found["median_length"].value, found["median_length"].num_problems) == (4, 2)
+    assert (found["cut_off"].value, found["cut_off"].num_problems) == (1 / 2, 2)
+    assert scores(problems[1:2], pass_ks=(1, 2), num_samples=2, seed=0) == {}
+
+
 def test_powers_of_two_end_at_the_number_of_samples() -> None:
     assert [powers_of_two(n) for n in (1, 2, 3, 8)] == [(1,), (1, 2), (1, 2), (1, 2, 4, 8)]
 

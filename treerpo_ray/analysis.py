@@ -113,7 +113,10 @@ class Run:
         return [self._decoded(step.token_ids) for step in record.tree.steps]
 
     def tree_table(self, step: int | None = None) -> pd.DataFrame:
-        """The steps of the trees of a learner step (the newest one if not given), a row a step."""
+        """The steps of the trees of a learner step (the newest one if not given), a row a step.
+
+        `value_se` and `advantage_se` are the standard errors of `value` and `advantage`.
+        """
         return pd.concat([self._steps(record) for record in self.trees(step)], ignore_index=True)
 
     def _steps(self, record: TreeRecord) -> pd.DataFrame:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
+from treerpo_ray.algo.advantages import AdvantageForm, advantage_errors, step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import GroupState, Pruning, step_groups
 from treerpo_ray.algo.standard_errors import standard_error_of_mean
@@ -41,7 +41,8 @@ class BatchStats:
     group_sums: Sums = field(default_factory=Sums)
     """Over step groups that are not errored: `value_se` of their means; and, squared and for the
     depth d of their steps, of the differences of values to the mean, `signal_depth_d`, and of
-    the standard errors of those, `noise_depth_d`."""
+    the standard errors of those, `noise_depth_d`. Over the advantages that have a standard error:
+    `advantage_se`, and how many there are, `num_advantage_se`."""
     verdicts: Counter[str] = field(default_factory=Counter)
     num_sampled_tokens: int = 0
     answer_tokens: int = 0
@@ -85,6 +86,7 @@ class BatchStats:
             "groups/errored": self.groups[GroupState.ERRORED],
             **{f"groups/{name}": n for name, n in sorted(self.groups.items()) if "depth" in name},
             "groups/value_se": self.group_sums["value_se"] / max(kept + pruned, 1),
+            **self._advantage_error(),
             **self._signal_to_noise(),
             **{f"verdict/{verdict}": self.verdicts[verdict] for verdict in Verdict},
             "tokens/sampled": self.num_sampled_tokens,
@@ -96,6 +98,12 @@ class BatchStats:
             "engine/moved_trees": self.num_moved,
             "gate/redraws": self.num_redraws,
         }
+
+    def _advantage_error(self) -> dict[str, float]:
+        """Mean standard error of the advantages that have one: in all groups with a form of the
+        step group, in few with a form of the whole tree."""
+        count = self.group_sums["num_advantage_se"]
+        return {"groups/advantage_se": self.group_sums["advantage_se"] / count} if count else {}
 
     def _signal_to_noise(self) -> dict[str, float]:
         """Root mean square difference over that of its standard error; chance alone gives 1 above
@@ -116,9 +124,12 @@ def assess(
     advantages, stats = [], BatchStats()
     for record in records:
         values = mean_backup(record.tree, record.rewards)
-        advantages.append(step_advantages(record.tree, values, form=form, pruning=pruning))
+        own = step_advantages(record.tree, values, form=form, pruning=pruning)
+        advantages.append(own)
+        errors = advantage_errors(record.tree, values, own)
+        known = errors[~np.isnan(errors)]
         groups: Counter[str] = Counter()
-        sums = Sums()
+        sums = Sums(advantage_se=float(known.sum()), num_advantage_se=len(known))
         for group in step_groups(record.tree, values):
             state = group.state(pruning)
             depth = record.tree.depths[group.children[0]]

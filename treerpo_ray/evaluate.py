@@ -25,7 +25,6 @@ from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.scores import Samples, Score, powers_of_two, scores
 from treerpo_ray.tree_stream import Scorer
-from treerpo_ray.verdict import Verdict
 
 GRADE_TREES = 32
 """Problems that are graded at a time, while the engines go on."""
@@ -82,11 +81,12 @@ class Evaluation:
     ci95_low: float
     """Bootstrap 95 % interval of `pass_at_1` over problems."""
     ci95_high: float
-    pass_at_k: float
-    """Share of problems with a correct answer among the k samples."""
+    pass_at_k: float | None
+    """pass@k of `scores` with all k samples; None if no problem has k verdicts."""
     length: float
-    """Mean tokens of an answer."""
+    """Mean tokens of an answer, as in `scores`."""
     cut_off_share: float
+    """Share of answers that the length limit ended, with or without a result: `scores` too."""
     errored_share: float
     """Answers without a verdict (errored or timed out); they count as neither right nor wrong."""
     num_sampled_tokens: int
@@ -196,21 +196,17 @@ def summarise(
     Raises:
         RuntimeError: not one answer has a verdict.
     """
-    settings = config.evaluate
-    problems = [each.samples for each in graded]
-    found: dict[str, Score] = {}
-    if problems:
-        found = scores(
-            problems,
-            pass_ks=settings.pass_ks or powers_of_two(settings.num_samples),
-            num_samples=settings.num_samples,
-            seed=config.run.seed,
-        )
+    settings, most = config.evaluate, config.evaluate.num_samples
+    found = scores(
+        [each.samples for each in graded],
+        pass_ks=sorted({*(settings.pass_ks or powers_of_two(most)), most}),
+        num_samples=most,
+        seed=config.run.seed,
+    )
     if "pass@1" not in found:
         raise RuntimeError(f"evaluation: none of {len(graded)} problems has a graded answer")
-    shares = np.array([problem.pass_at_1 for problem in problems])
     verdicts = [verdict for each in graded for verdict in each.record.verdicts]
-    num_tokens = sum(each.record.tree.num_sampled_tokens for each in graded)
+    all_passed = found.get(f"pass@{most}")
     return Evaluation(
         step=step,
         version=version,
@@ -222,11 +218,11 @@ def summarise(
         pass_at_1=found["pass@1"].value,
         ci95_low=found["pass@1"].low,
         ci95_high=found["pass@1"].high,
-        pass_at_k=float((shares[~np.isnan(shares)] > 0).mean()),
-        length=num_tokens / len(verdicts),
-        cut_off_share=verdicts.count(Verdict.CUT_OFF) / len(verdicts),
+        pass_at_k=None if all_passed is None else all_passed.value,
+        length=found["length"].value,
+        cut_off_share=found["cut_off"].value,
         errored_share=sum(not verdict.is_reward for verdict in verdicts) / len(verdicts),
-        num_sampled_tokens=num_tokens,
+        num_sampled_tokens=sum(each.record.tree.num_sampled_tokens for each in graded),
         seconds=seconds,
         scores=found,
     )

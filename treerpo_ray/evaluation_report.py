@@ -132,8 +132,8 @@ def compare(ours: dict[Problem, Samples], theirs: dict[Problem, Samples]) -> dic
         measures[f"pass@{k}"] = partial(pass_at, k=k)
     measures |= {
         "majority": majority,
-        "length": lambda samples: float(samples.length.mean()),
-        "cut_off": lambda samples: float(samples.is_cut_off.mean()),
+        "length": lambda samples: samples.mean_length,
+        "cut_off": lambda samples: samples.cut_off_share,
     }
     found = {}
     for name, value in measures.items():

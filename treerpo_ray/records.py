@@ -1,7 +1,10 @@
 """Records: scored trees as Arrow rows, one row a tree, flat lists inside.
 
 The same schema travels through Ray Data to the learner and lies in the run folder, so a saved
-tree is exactly what was trained on.
+tree is exactly what was trained on. A row is written when its tree is scored and holds what the
+tree alone tells: values, differences and their standard errors. An advantage is a difference in
+the scale of the learner's form and pruning, and so is its error: `analysis.Run.tree_table` derives
+both from the run's configuration, `batch_stats.assess` for the metrics.
 """
 
 from collections.abc import Sequence
@@ -16,7 +19,7 @@ from treerpo_ray.algo.groups import step_groups
 from treerpo_ray.algo.tree import Step, StopReason, Tree
 from treerpo_ray.verifier import Verdict
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 SCHEMA = pa.schema(
     [
@@ -44,6 +47,8 @@ SCHEMA = pa.schema(
         ("leaf_text", pa.list_(pa.string())),
         ("verdict", pa.list_(pa.string())),
         # What follows from the columns above, for readers of the files; null until it is scored.
+        ("root_value", pa.float64()),
+        ("root_se", pa.float64()),
         ("value", pa.list_(pa.float64())),
         ("value_se", pa.list_(pa.float64())),
         ("difference_se", pa.list_(pa.float64())),
@@ -150,15 +155,18 @@ def _to_row(record: TreeRecord) -> dict[str, object]:
     }
 
 
-def _estimates(record: TreeRecord) -> dict[str, np.ndarray | None]:
-    """Value of each step, its standard error, and that of its difference to the parent's value."""
+def _estimates(record: TreeRecord) -> dict[str, float | np.ndarray]:
+    """Value of the prompt and of each step with their standard errors, and the standard error of
+    each step's difference to its parent's value; nothing before the tree is scored."""
     if len(record.verdicts) != len(record.tree.leaves):
-        return {"value": None, "value_se": None, "difference_se": None}
+        return {}
     values = mean_backup(record.tree, record.rewards)
     differences = np.full(len(record.tree.steps), np.nan)
     for group in step_groups(record.tree, values):
         differences[list(group.children)] = group.difference_errors
     return {
+        "root_value": values.root,
+        "root_se": values.root_error,
         "value": values.steps,
         "value_se": values.step_errors,
         "difference_se": differences,

@@ -36,17 +36,35 @@ class Samples:
     is_correct: Float[np.ndarray, " samples"]
     """1 or 0, NaN without a verdict."""
     length: Int[np.ndarray, " samples"]
-    """Tokens."""
+    """Tokens; 0 of a request that failed, which is left out of what is said of lengths."""
     is_cut_off: Bool[np.ndarray, " samples"]
-    """Whether the length limit ended the sample."""
+    """Whether the length limit ended the sample, with or without an answer."""
     group: Int[np.ndarray, " samples"] | None
     """Which samples have equal answers, -1 for one that votes for nothing; None: not known."""
 
     @property
     def pass_at_1(self) -> float:
         """Share of correct samples; NaN without a verdict."""
-        graded = self.is_correct[~np.isnan(self.is_correct)]
-        return float(graded.mean()) if len(graded) else float("nan")
+        return _mean(self.is_correct[~np.isnan(self.is_correct)])
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " sampled"]:
+        """Tokens of each sample that there is."""
+        return self.length[self.length > 0]
+
+    @property
+    def mean_length(self) -> float:
+        """Mean tokens of a sample; NaN if all requests failed."""
+        return _mean(self.lengths)
+
+    @property
+    def cut_off_share(self) -> float:
+        """Share of the samples that were cut off; NaN if all requests failed."""
+        return _mean(self.is_cut_off[self.length > 0])
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
 
 
 def pass_at(samples: Samples, k: int) -> float:
@@ -93,8 +111,8 @@ def scores(
         "pass@1": [problem.pass_at_1 for problem in problems],
         **{f"pass@{k}": [pass_at(each, k) for each in problems] for k in pass_ks if k > 1},
         f"maj@{num_samples}": [majority(problem) for problem in problems],
-        "length": [float(problem.length.mean()) for problem in problems],
-        "cut_off": [float(problem.is_cut_off.mean()) for problem in problems],
+        "length": [problem.mean_length for problem in problems],
+        "cut_off": [problem.cut_off_share for problem in problems],
     }
     found = {}
     for name, values in by_problem.items():
@@ -104,7 +122,8 @@ def scores(
             found[name] = Score(
                 value=float(known.mean()), low=low, high=high, num_problems=len(known)
             )
-    found["median_length"] = median_length(problems, seed=seed)
+    if sampled := [problem for problem in problems if len(problem.lengths)]:
+        found["median_length"] = median_length(sampled, seed=seed)
     return found
 
 
@@ -125,8 +144,8 @@ def bootstrap_interval(values: Float[np.ndarray, " problems"], *, seed: int) -> 
 
 def median_length(problems: Sequence[Samples], *, seed: int) -> Score:
     """Median of the lengths of all samples; problems are resampled with all of theirs."""
-    lengths = np.concatenate([problem.length for problem in problems])
-    owner = np.repeat(np.arange(len(problems)), [len(problem.length) for problem in problems])
+    lengths = np.concatenate([problem.lengths for problem in problems])
+    owner = np.repeat(np.arange(len(problems)), [len(problem.lengths) for problem in problems])
     order = np.argsort(lengths, kind="stable")
     lengths, owner = lengths[order], owner[order]
     rng = np.random.default_rng(seed)
