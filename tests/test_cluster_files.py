@@ -245,6 +245,15 @@ def test_the_image_has_the_pinned_ray_and_python_and_installs_the_project() -> N
     assert [value for name, value in steps if name == "USER"] == ["root", "ray"]
 
 
+def test_the_image_asks_the_nvidia_runtime_for_the_gpus_of_its_host() -> None:
+    """Ray starts a container with `--runtime=nvidia` alone, and its base is an image for CPUs."""
+    set_to = dict(
+        pair.split("=") for name, value in dockerfile() if name == "ENV" for pair in value.split()
+    )
+    assert set_to["NVIDIA_VISIBLE_DEVICES"] == "all"
+    assert {"compute", "utility"} <= set(set_to["NVIDIA_DRIVER_CAPABILITIES"].split(","))
+
+
 def test_what_a_job_uploads_is_the_code_alone() -> None:
     environment = yaml.safe_load((ROOT / "jobs/runtime_env.yaml").read_text())
     RuntimeEnv(env_vars=environment["env_vars"], excludes=environment["excludes"])
