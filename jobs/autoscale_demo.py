@@ -12,6 +12,7 @@ and grows again. Leaves `pool.png` in the run folder.
 import json
 import logging
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -52,6 +53,7 @@ SETTINGS = [
 
 def main(overrides: list[str]) -> int:
     """Run the demonstration; returns the exit status."""
+    _ask_for_token()
     from treerpo_ray.cluster import check_vllm
     from treerpo_ray.config_file import load
     from treerpo_ray.console import Console
@@ -68,7 +70,7 @@ def main(overrides: list[str]) -> int:
     console = Console(config.run.num_steps)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is taken down
     with autoscaling_cluster() as address:
-        os.environ |= {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
+        os.environ["RAY_ADDRESS"] = address
         outcome = run(config, inputs, console)
         start = time.monotonic()
         wait_until_idle(address)
@@ -76,6 +78,12 @@ def main(overrides: list[str]) -> int:
     draw(config.folder)
     console.note(f"nodes, engines and trees over time: {config.folder}/pool.png")
     return 0 if outcome.is_complete else 1
+
+
+def _ask_for_token() -> None:
+    """Let only who knows a random token talk to Ray, whose nodes listen on every interface."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def draw(folder: str) -> None:
@@ -116,7 +124,6 @@ def _start_head(folder: str, mark: str) -> str:
         MARK: mark,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "RAY_AUTH_MODE": "disabled",
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD_ID,

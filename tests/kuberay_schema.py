@@ -31,6 +31,10 @@ CONTAINER = record(
     envFrom=array(
         record(["secretRef"], secretRef=record(["name"], name=TEXT, optional={"type": "boolean"}))
     ),
+    lifecycle=record(
+        ["preStop"],
+        preStop=record(["exec"], exec=record(["command"], command=array(TEXT))),
+    ),
     ports=array(record(["containerPort"], containerPort=COUNT, name=TEXT)),
     resources=record(["requests", "limits"], requests=STRINGS, limits=STRINGS),
     volumeMounts=array(record(["name", "mountPath"], name=TEXT, mountPath=TEXT)),
@@ -51,6 +55,10 @@ TEMPLATE = record(
     spec=record(
         ["containers"],
         restartPolicy={"const": "Never"},  # what autoscaler v2 asks
+        securityContext=record(
+            ["fsGroup"], fsGroup=COUNT, fsGroupChangePolicy={"enum": ["OnRootMismatch", "Always"]}
+        ),
+        terminationGracePeriodSeconds=COUNT,
         nodeSelector=STRINGS,
         tolerations=array(TOLERATION),
         containers=array(CONTAINER),

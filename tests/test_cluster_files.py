@@ -18,6 +18,7 @@ from ray.runtime_env import RuntimeEnv
 
 from tests import kuberay_schema
 from tests.conftest import ROOT
+from tests.test_drain import DRAIN, drain_script
 from treerpo_ray.cluster import missing_resources, needed_resources
 from treerpo_ray.config import Config
 from treerpo_ray.config_file import load
@@ -84,6 +85,7 @@ def config_of(command) -> Config:
 
 
 ALL = [*VM_FILES, *KUBERNETES_FILES]
+IMAGE_DRAIN = str(image_folder() / DRAIN.relative_to(ROOT))
 
 
 @pytest.mark.parametrize("name", VM_FILES)
@@ -195,6 +197,42 @@ def test_rollout_nodes_are_preemptible_and_train_nodes_are_not(name) -> None:
     assert not any(mark in str(groups["train"]) for mark in marks)
 
 
+@pytest.mark.parametrize(("name", "cloud"), [("aws.yaml", "aws"), ("gcp.yaml", "gcp")])
+def test_a_machine_listens_for_its_clouds_notice_once_ray_is_up(name, cloud) -> None:
+    *_, start, listen = prepare_config(read(name))["worker_start_ray_commands"]
+    assert "ray start" in start
+    # In a session of its own and without the terminal, it outlives the shell that starts it.
+    command, _, streams = listen.partition(" > ")
+    assert shlex.split(command) == ["setsid", "--fork", "python", IMAGE_DRAIN, cloud]
+    assert streams.endswith("2>&1 < /dev/null")
+
+
+@pytest.mark.parametrize("name", KUBERNETES_FILES)
+def test_a_rollout_pod_is_drained_before_it_ends(name) -> None:
+    for group in kuberay_spec(name)["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        [container] = pod["containers"]
+        if group["groupName"] != "rollout":
+            assert "lifecycle" not in container
+            continue
+        assert container["lifecycle"]["preStop"]["exec"]["command"] == [
+            "python",
+            IMAGE_DRAIN,
+            "pod",
+        ]
+        # The hook's time counts, and Ray has to end within it too.
+        assert pod["terminationGracePeriodSeconds"] >= drain_script().NOTICE_S["pod"] + 10
+
+
+@pytest.mark.parametrize("name", KUBERNETES_FILES)
+def test_every_pod_may_write_into_the_folder_of_the_runs(name) -> None:
+    """The image's user is 1000 in group 100; a new volume is root's."""
+    spec = kuberay_spec(name)
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        context = group["template"]["spec"]["securityContext"]
+        assert context == {"fsGroup": 100, "fsGroupChangePolicy": "OnRootMismatch"}
+
+
 @pytest.mark.parametrize("name", KUBERNETES_FILES)
 def test_every_pod_mounts_the_folder_of_the_runs(name) -> None:
     spec = kuberay_spec(name)
@@ -243,6 +281,15 @@ def test_the_image_has_the_pinned_ray_and_python_and_installs_the_project() -> N
     assert "gpu" in extras and set(extras) <= set(PROJECT["optional-dependencies"])
     # Root installs what the system needs and nothing runs as root.
     assert [value for name, value in steps if name == "USER"] == ["root", "ray"]
+
+
+def test_the_image_asks_the_nvidia_runtime_for_the_gpus_of_its_host() -> None:
+    """Ray starts a container with `--runtime=nvidia` alone, and its base is an image for CPUs."""
+    set_to = dict(
+        pair.split("=") for name, value in dockerfile() if name == "ENV" for pair in value.split()
+    )
+    assert set_to["NVIDIA_VISIBLE_DEVICES"] == "all"
+    assert {"compute", "utility"} <= set(set_to["NVIDIA_DRIVER_CAPABILITIES"].split(","))
 
 
 def test_what_a_job_uploads_is_the_code_alone() -> None:

@@ -12,6 +12,7 @@ from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.loss import Normalisation
 from treerpo_ray.config import POSITIVE, Config
 from treerpo_ray.config_file import describe, load, to_yaml
+from treerpo_ray.credentials import credential_keys
 
 CONF = Path(__file__).parents[1] / "conf"
 FILES = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml"))
@@ -271,6 +272,9 @@ def test_the_defaults_as_described_can_be_given_as_they_stand() -> None:
         "prompts.path=https://example.com/train.jsonl?X-Amz-Signature=abc",
         "evaluate.data.path='simplecache::s3://AKIA:wJalr@bucket/test.jsonl'",
         "model.path=https://example.com/model?api_key=abc",
+        "engine.labels.place=https://user:password@host/x",
+        "evaluate.benchmarks.mine.path=https://user:password@host/test.jsonl",
+        "evaluate.benchmarks.mine.path=https://example.com/test.jsonl?X-Amz-Signature=abc",
     ],
 )
 def test_a_credential_in_a_setting_is_refused_and_not_repeated(value) -> None:
@@ -281,11 +285,19 @@ def test_a_credential_in_a_setting_is_refused_and_not_repeated(value) -> None:
 
 
 @pytest.mark.parametrize(
+    "values", [["s3://bucket", "https://user:password@host"], ("", "s3://a:b@c")]
+)
+def test_a_credential_in_a_sequence_is_found_with_its_place(values) -> None:
+    assert list(credential_keys({"places": values}, "run")) == ["run.places.1"]
+
+
+@pytest.mark.parametrize(
     "value",
     [
         "run.root=s3://bucket/runs@home",
         "run.root=abfs://container@account.dfs.core.windows.net/runs",
         "prompts.path=https://example.com/train.jsonl?download=true",
+        "evaluate.benchmarks.mine.path=https://example.com/test.jsonl",
         "prompts.system_prompt='Which key=value pairs? Mail a@b.c.'",
     ],
 )

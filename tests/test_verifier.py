@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import holds_secret
 from treerpo_ray.verifier import Answer, Verdict, Verifier
 
 TIMEOUT_S = 1.0
@@ -130,6 +131,13 @@ def test_a_worker_that_has_grown_ends_before_it_fails_an_answer(tmp_path):
 
 def test_workers_leave_no_core_and_read_no_input(unruly):
     assert unruly.grade(answers("core", "stdin")) == [Verdict.CORRECT, Verdict.CORRECT]
+
+
+def test_workers_get_no_secret_of_the_environment(unruly):
+    unruly.grade(answers("right"))
+    for worker in unruly._workers:
+        environment = Path(f"/proc/{worker.process.pid}/environ").read_bytes()
+        assert b"PATH=" in environment and not holds_secret(environment)
 
 
 def test_workers_run_in_parallel(unruly):

@@ -4,7 +4,7 @@ They belong into the environment, a profile or the machine's role, where every s
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 
 # `abfs://container@account` and its kin name a place with an at sign, without a secret.
@@ -13,12 +13,18 @@ SIGNED = re.compile(r"[?&][^=&\s]*(?:key|sig|token|secret|password|credential)[^
 """A parameter of a URL that opens what it points to."""
 
 
-def credential_keys(section: object, prefix: str = "") -> Iterator[str]:
-    """Keys of a configuration (a dataclass) whose value holds a credential."""
-    if not is_dataclass(section):
-        return
-    for field in fields(section):
-        value, key = getattr(section, field.name), f"{prefix}{field.name}"
-        if isinstance(value, str) and (USER.search(value) or SIGNED.search(value)):
+def credential_keys(value: object, key: str = "") -> Iterator[str]:
+    """Keys of what a configuration (a dataclass) holds at any depth that have a credential."""
+    if isinstance(value, str):
+        if USER.search(value) or SIGNED.search(value):
             yield key
-        yield from credential_keys(value, f"{key}.")
+        return
+    inner: Iterable[tuple[object, object]] = ()
+    if is_dataclass(value):
+        inner = ((item.name, getattr(value, item.name)) for item in fields(value))
+    elif isinstance(value, dict):
+        inner = value.items()
+    elif isinstance(value, list | tuple):
+        inner = enumerate(value)
+    for name, part in inner:
+        yield from credential_keys(part, f"{key}.{name}" if key else f"{name}")

@@ -1,9 +1,9 @@
 """Verifier: grades answers in killable processes.
 
 The parent never unpickles what a worker sends, and a worker never runs what it reads: texts go out
-as JSON, a byte or a number an answer comes back. A worker that hangs (also in C code), dies or runs
-out of memory takes only the answer that it was at with it; the rest of its chunk goes to another
-worker.
+as JSON, a byte or a number an answer comes back, and no secret of the environment is handed on. A
+worker that hangs (also in C code), dies or runs out of memory takes only the answer that it was at
+with it; the rest of its chunk goes to another worker.
 """
 
 import importlib.util
@@ -34,8 +34,11 @@ MAX_START_FAILURES = 3  # in a row; a worker may be killed from outside, all of 
 WORKER = "import sys, json; a = json.loads(sys.argv[1]); sys.path[:] = a.pop(0)\n" + (
     "from treerpo_ray.verifier_worker import serve; serve(*a)"
 )
-
-
+ENVIRONMENT = (
+    *("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH", "TMPDIR"),
+    *("TZ", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"),
+)
+"""What a worker gets of the environment; the checks in this package need none of it."""
 Request = tuple[object, ...]
 """What a worker is asked, as JSON takes it: see `verifier_worker`."""
 
@@ -184,14 +187,11 @@ class Verifier:
         ours, theirs = Pipe()
         # The death signal follows the thread that started the worker, not the process.
         is_bound = threading.current_thread() is threading.main_thread()
-        arguments = [sys.path, self._check, theirs.fileno(), self._timeout_s, self._memory_mib]
+        limits = (self._timeout_s, self._memory_mib, os.getpid() if is_bound else 0)
+        arguments = json.dumps([sys.path, self._check, theirs.fileno(), *limits])
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                WORKER,
-                json.dumps([*arguments, os.getpid() if is_bound else 0]),
-            ],
+            [sys.executable, "-c", WORKER, arguments],
+            env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],

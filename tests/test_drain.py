@@ -1,0 +1,142 @@
+"""The script that drains a node whose machine goes: metadata services and `ray` are stand-ins."""
+
+import importlib.util
+import shutil
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import ModuleType
+
+import pytest
+from ray.scripts.scripts import drain_node
+
+from tests.conftest import ROOT
+
+DRAIN = ROOT / "jobs/cluster/drain.py"
+NODE_ID = "eb85e68d534ed6789ee1b78f6feb2d2b3b37f1b04676b8d99a46445a"
+AWS = "/latest/meta-data/spot/instance-action"
+GCP = "/computeMetadata/v1/instance/preempted"
+
+
+def drain_script() -> ModuleType:
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("drain", DRAIN)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def drain(monkeypatch, tmp_path) -> ModuleType:
+    """The script on a machine with one raylet, which ends when `ray` is called."""
+    module = drain_script()
+    raylet = (
+        "/lib/ray/core/src/ray/raylet/raylet",
+        f"--node_id={NODE_ID}",
+        "--agent=x --node_id=y",
+    )
+    worker = ("python", "worker.py", "--node_id=other")
+    for pid, words in (("12", raylet), ("13", worker), ("14", ())):
+        (tmp_path / pid).mkdir()
+        (tmp_path / pid / "cmdline").write_text("\0".join(words))
+    ray = tmp_path / "bin/ray"
+    ray.parent.mkdir()
+    ray.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >> {tmp_path}/calls\nrm -r {tmp_path}/12\n')
+    ray.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{ray.parent}:/usr/bin:/bin")
+    monkeypatch.setattr(module, "PROC", tmp_path)
+    monkeypatch.setattr(module, "POLL_S", 0.02)
+    return module
+
+
+@pytest.fixture
+def metadata(drain, monkeypatch):
+    """A metadata service: what it answers by path, and the requests that it has seen."""
+    answers: dict[str, str] = {}
+    seen: list[tuple[str, str]] = []
+
+    class Service(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append((self.command, self.path))
+            needs = ("X-aws-ec2-metadata-token", "T") if self.path == AWS else None
+            needs = ("Metadata-Flavor", "Google") if self.path == GCP else needs
+            allowed = needs is None or self.headers[needs[0]] == needs[1]
+            self.reply(answers.get(self.path) if allowed else None)
+
+        def do_PUT(self) -> None:
+            seen.append((self.command, self.path))
+            has_ttl = int(self.headers["X-aws-ec2-metadata-token-ttl-seconds"]) > 0
+            self.reply("T" if self.path == "/latest/api/token" and has_ttl else None)
+
+        def reply(self, text: str | None) -> None:
+            self.send_response(404 if text is None else 200)
+            self.end_headers()
+            self.wfile.write((text or "").encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Service) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        monkeypatch.setattr(drain, "METADATA", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # it is not for this address
+        yield answers, seen
+        server.shutdown()
+
+
+def drained(folder) -> dict[str, object]:
+    """What the installed Ray makes of the arguments that its stand-in was called with."""
+    command, *arguments = (folder / "calls").read_text().splitlines()
+    assert command == drain_node.name
+    return drain_node.make_context(command, arguments).params
+
+
+@pytest.mark.parametrize(
+    ("where", "path", "before", "notice"),
+    [
+        ("aws", AWS, None, '{"action": "terminate", "time": "2026-11-26T08:22:00Z"}'),
+        ("gcp", GCP, "FALSE", "TRUE"),
+    ],
+)
+def test_a_machine_is_drained_once_its_cloud_gives_notice(
+    drain, metadata, tmp_path, where, path, before, notice
+) -> None:
+    answers, seen = metadata
+    if before:
+        answers[path] = before
+    script = threading.Thread(target=drain.main, args=(where,), daemon=True)
+    script.start()
+    while [asked for _, asked in seen].count(path) < 3:
+        time.sleep(0.01)
+    assert not (tmp_path / "calls").exists()
+    answers[path] = notice
+    script.join(timeout=20)
+    assert not script.is_alive()
+    params = drained(tmp_path)
+    assert params["node_id"] == NODE_ID
+    assert params["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
+    assert params["deadline_remaining_seconds"] == drain.NOTICE_S[where]
+
+
+def test_no_notice_is_taken_from_a_metadata_service_that_is_not_there(drain, monkeypatch) -> None:
+    monkeypatch.setattr(drain, "METADATA", "http://127.0.0.1:1")
+    assert not drain.is_noticed("aws") and not drain.is_noticed("gcp")
+
+
+def test_a_pod_is_drained_at_once_and_waits_until_its_node_has_ended(drain, tmp_path) -> None:
+    start = time.monotonic()
+    drain.main("pod")
+    assert time.monotonic() - start < 10
+    assert drained(tmp_path)["node_id"] == NODE_ID
+
+
+def test_a_pod_without_a_node_ends_and_one_that_is_not_drained_in_time_does_too(
+    drain, monkeypatch, tmp_path
+) -> None:
+    (tmp_path / "bin/ray").write_text("#!/bin/sh\nexit 1\n")
+    monkeypatch.setitem(drain.NOTICE_S, "pod", 1)
+    drain.main("pod")
+    shutil.rmtree(tmp_path / "12")
+    (tmp_path / "bin/ray").unlink()
+    drain.main("pod")
