@@ -209,8 +209,9 @@ async def _search(config: Config) -> Row:
     from vllm.inputs.engine import tokens_input
     from vllm.sampling_params import RequestOutputKind
 
-    from treerpo_ray.engine import Engine, Sampling
+    from treerpo_ray.engine import Engine
     from treerpo_ray.plan import load_inputs
+    from treerpo_ray.sampling import Sampling
 
     prompts = load_inputs(config).prompts.token_ids[:NUM_TREES]
     engine = Engine(config, 0, None)

@@ -13,7 +13,6 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 from treerpo_ray.algo.search import SiblingGroup, TreeShape, assemble, grow
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
 from treerpo_ray.config import Config
-from treerpo_ray.engine import EngineStats, Sampling
 from treerpo_ray.engine_pool import EnginePool
 from treerpo_ray.engines import Engines
 from treerpo_ray.metrics import Event
@@ -21,6 +20,7 @@ from treerpo_ray.nodes import Nodes
 from treerpo_ray.problems import Problem
 from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import TreeRecord
+from treerpo_ray.sampling import EngineStats, Sampling
 from treerpo_ray.weights import Manifest, Probe
 
 SHAPE = TreeShape(num_children=(2, 2, 2), step_tokens=(3, 3, 3))

@@ -13,10 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from treerpo_ray.algo.search import TreeShape, assemble
 from treerpo_ray.algo.tree import StopReason, Tree
 from treerpo_ray.config import Config
-from treerpo_ray.engine import Engine, EngineStats, Sampling
+from treerpo_ray.engine import Engine
 from treerpo_ray.engine_args import CPU_BLOCK_SIZE
 from treerpo_ray.policy import Policy, load_policy
 from treerpo_ray.prompts import load_tokenizer, resolve_model_path
+from treerpo_ray.sampling import EngineStats, Sampling
 from treerpo_ray.weights import Manifest, pack_weights
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine]

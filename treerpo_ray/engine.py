@@ -23,37 +23,13 @@ from treerpo_ray.config import Config
 from treerpo_ray.engine_args import engine_args, environment
 from treerpo_ray.process import cpu_seconds, redirect_output
 from treerpo_ray.prompts import end_token_ids, load_tokenizer
+from treerpo_ray.sampling import EngineStats, Sampling
 from treerpo_ray.weights import ChunkFiles, LoadProof, Manifest
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How tokens are drawn."""
-
-    temperature: float
-    top_p: float = 1.0
-    """Tokens come from the smallest set that has this probability; recorded log-probabilities
-    are those within it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """What an engine has done since it started."""
-
-    num_requests: int
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    """Prompt tokens that the prefix cache held."""
-    num_sampled_tokens: int
-    cpu_s: float
-    """CPU time of the engine's processes on the actor's machine."""
-    version: int
-    """Version of the weights that vLLM serves."""
 
 
 class Engine:

@@ -16,7 +16,6 @@ import ray
 from treerpo_ray.actor import Actor
 from treerpo_ray.algo.search import TreeShape, step_seed
 from treerpo_ray.config import Config
-from treerpo_ray.engine import EngineStats, Sampling
 from treerpo_ray.engine_keeper import EngineKeeper
 from treerpo_ray.engines import Engines
 from treerpo_ray.flights import Flights
@@ -25,6 +24,7 @@ from treerpo_ray.growth import Growth
 from treerpo_ray.movement import Movement
 from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import TreeRecord
+from treerpo_ray.sampling import EngineStats, Sampling
 from treerpo_ray.weights import Manifest, Probe
 
 log = logging.getLogger(__name__)

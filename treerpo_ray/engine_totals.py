@@ -4,8 +4,8 @@ import math
 import time
 from collections.abc import Sequence
 
-from treerpo_ray.engine import EngineStats
 from treerpo_ray.metrics import Row
+from treerpo_ray.sampling import EngineStats
 
 
 class EngineTotals:

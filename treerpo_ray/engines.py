@@ -16,9 +16,10 @@ from ray.exceptions import RayError
 
 from treerpo_ray.actor import Actor, first_line
 from treerpo_ray.config import Config
-from treerpo_ray.engine import Engine, EngineStats
+from treerpo_ray.engine import Engine
 from treerpo_ray.engine_places import Member, Places
 from treerpo_ray.metrics import Event
+from treerpo_ray.sampling import EngineStats
 from treerpo_ray.weights import Manifest, Probe
 
 T = TypeVar("T")

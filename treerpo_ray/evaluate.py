@@ -19,10 +19,10 @@ from treerpo_ray.actor import Actor
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.algo.tree import StopReason
 from treerpo_ray.config import Config
-from treerpo_ray.engine import Sampling
 from treerpo_ray.metrics import Row
 from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import TreeRecord
+from treerpo_ray.sampling import Sampling
 from treerpo_ray.scores import Samples, Score, powers_of_two, scores
 from treerpo_ray.tree_stream import Scorer
 

@@ -14,13 +14,13 @@ from ray.exceptions import RayError
 
 from treerpo_ray.actor import first_line
 from treerpo_ray.algo.search import SiblingGroup, TreeShape, assemble, sibling_groups
-from treerpo_ray.engine import Sampling
 from treerpo_ray.engine_places import Member
 from treerpo_ray.engines import Engines
 from treerpo_ray.flights import Flights
 from treerpo_ray.gate import Ticket
 from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import TreeRecord
+from treerpo_ray.sampling import Sampling
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
