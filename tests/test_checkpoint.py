@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from treerpo_ray.checkpoint import LIST_FILE, Checkpoints, publish_folder
+from treerpo_ray.checkpoint import LIST_FILE, Checkpoints, publish_file, publish_folder
 
 Write = Callable[[Path], None]
 
@@ -199,6 +200,25 @@ def test_a_full_disk_leaves_the_published_folder_as_it_was(folder: str) -> None:
     with pytest.raises(OSError, match="No space left on device"):
         publish_folder(folder, "model", full_disk)
     assert files(folder) == before
+
+
+def test_a_published_file_takes_the_old_ones_place(folder: str) -> None:
+    for content in (b"a", b"b"):
+        publish_file(folder, "eval/step=000001.json", content)
+        assert files(folder) == {"/eval/step=000001.json": content}
+
+
+def test_a_file_is_in_its_place_only_when_the_disk_holds_it(tmp_path: Path, monkeypatch) -> None:
+    publish_file(str(tmp_path), "file", b"old")
+
+    def sync(opened: int) -> None:
+        assert files(str(tmp_path)) == {"/file": b"old", "/file.writing": b"new"}
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with pytest.raises(OSError, match="Input/output error"):
+        publish_file(str(tmp_path), "file", b"new")
+    assert files(str(tmp_path)) == {"/file": b"old"}
 
 
 def test_folders_that_are_written_can_be_read_by_others(tmp_path: Path) -> None:

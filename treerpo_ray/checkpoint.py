@@ -1,4 +1,4 @@
-"""Checkpoints: folders of a run that are whole or not there.
+"""Checkpoints, and whatever else of a run is whole or not there.
 
 A checkpoint is written beside its place, listed with a digest of each file, and renamed (on an
 object store: uploaded, its list last). One that is torn or corrupt is passed over for the one
@@ -6,8 +6,10 @@ before.
 """
 
 import hashlib
+import io
 import json
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
@@ -92,6 +96,35 @@ def publish_folder(folder: str, name: str, write: Callable[[Path], None]) -> str
     return f"{folder}/{name}"
 
 
+def publish_file(folder: str, name: str, content: bytes) -> None:
+    """Put a file at `folder/name` (path or URI).
+
+    Raises:
+        OSError: the disk is full or the store refuses; what was there is untouched.
+    """
+    fs, root = fsspec.core.url_to_fs(folder)
+    if not isinstance(fs, LocalFileSystem):
+        fs.pipe_file(f"{root}/{name}", content)  # there once it is whole
+        return
+    path = Path(root, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.writing")
+    try:
+        beside.write_bytes(content)
+        _sync(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def publish_table(folder: str, name: str, table: pa.Table) -> None:
+    """Put a Parquet file at `folder/name`, as `publish_file` does."""
+    content = io.BytesIO()
+    pq.write_table(table, content)
+    publish_file(folder, name, content.getvalue())
+
+
 @contextmanager
 def _staging(fs: AbstractFileSystem, root: str) -> Iterator[Path]:
     """A folder to write in: beside its place, or here for an object store; gone afterwards."""
@@ -115,6 +148,18 @@ def _place(fs: AbstractFileSystem, staging: Path, files: list[str], target: str)
         return
     for name in files:
         fs.put_file(str(staging / name), f"{target}/{name}")
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold a file or, as far as its file system can, the names in a folder."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(opened)
 
 
 def _files(folder: Path) -> list[Path]:

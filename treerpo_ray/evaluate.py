@@ -4,6 +4,7 @@ An evaluation leaves two files: NAME.json with the scores and NAME.parquet with 
 """
 
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,19 +13,22 @@ from typing import Any
 import fsspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from treerpo_ray.actor import Actor
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.algo.tree import StopReason
+from treerpo_ray.checkpoint import publish_file, publish_table
 from treerpo_ray.config import Config
-from treerpo_ray.metrics import Row
+from treerpo_ray.metrics import Row, write_failed
+from treerpo_ray.outbox import Outbox
 from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.sampling import Sampling
 from treerpo_ray.scores import Samples, Score, powers_of_two, scores
 from treerpo_ray.tree_stream import Scorer
+
+log = logging.getLogger(__name__)
 
 GRADE_TREES = 32
 """Problems that are graded at a time, while the engines go on."""
@@ -122,8 +126,11 @@ def evaluate(
     step: int,
     version: int,
     advance: Callable[[int], None],
+    outbox: Outbox | None = None,
 ) -> Evaluation:
     """Evaluate during training, into the run folder; engines must serve `version` already.
+
+    Files that cannot be written are told as events `write_failed`; the metrics have the result.
 
     Args:
         config: The run's configuration.
@@ -134,13 +141,18 @@ def evaluate(
         step: Learner steps done.
         version: Version of the weights that is evaluated.
         advance: Told how many more problems are done.
+        outbox: Writes the files when it can; without it they get a limited time.
     """
     start = time.monotonic()
     graded = grade_samples(config, prompts, pool, scorer, advance)
     data, seconds = config.evaluate.data.path, time.monotonic() - start
     result = summarise(config, graded, data=data, step=step, version=version, seconds=seconds)
-    save(result, config.folder)
-    save_samples(graded, config.folder, step_name(step))
+    box = outbox or Outbox(lambda *why: run_log.event.remote(write_failed(*why)))
+    name = step_name(step)
+    box.put(f"eval/{name}.parquet", lambda: save_samples(graded, config.folder, name))
+    box.put(f"eval/{name}.json", lambda: save(result, config.folder))
+    if outbox is None:
+        box.close()
     ray.get(run_log.step.remote(result.row()))
     return result
 
@@ -235,10 +247,8 @@ def step_name(step: int) -> str:
 
 def save(evaluation: Evaluation, folder: str, name: str | None = None) -> None:
     """Write an evaluation into `folder`/eval; it is named by its step if no name is given."""
-    fs, root = fsspec.core.url_to_fs(folder)
-    fs.makedirs(f"{root}/eval", exist_ok=True)
     text = json.dumps(asdict(evaluation), indent=1)
-    fs.pipe_file(f"{root}/eval/{name or step_name(evaluation.step)}.json", text.encode())
+    publish_file(folder, f"eval/{name or step_name(evaluation.step)}.json", text.encode())
 
 
 def save_samples(graded: Sequence[Graded], folder: str, name: str) -> None:
@@ -262,14 +272,17 @@ def save_samples(graded: Sequence[Graded], folder: str, name: str) -> None:
                     "group": None if each.group is None else each.group[number],
                 }
             )
-    fs, root = fsspec.core.url_to_fs(folder)
-    fs.makedirs(f"{root}/eval", exist_ok=True)
-    table = pa.Table.from_pylist(rows, schema=SAMPLES)
-    pq.write_table(table, f"{root}/eval/{name}.parquet", filesystem=fs)
+    publish_table(folder, f"eval/{name}.parquet", pa.Table.from_pylist(rows, schema=SAMPLES))
 
 
 def read(folder: str, step: int) -> Evaluation | None:
-    """The evaluation at `step` that the run folder holds, if there is one."""
+    """The evaluation at `step` that the run folder holds, if there is one that can be read."""
     fs, root = fsspec.core.url_to_fs(folder)
     path = f"{root}/eval/{step_name(step)}.json"
-    return Evaluation.from_fields(json.loads(fs.cat_file(path))) if fs.exists(path) else None
+    if not fs.exists(path):
+        return None
+    try:
+        return Evaluation.from_fields(json.loads(fs.cat_file(path)))
+    except (ValueError, TypeError, AttributeError) as error:  # torn, or of another version
+        log.warning("%s cannot be read and is passed over: %s", path, error)
+        return None

@@ -58,6 +58,11 @@ class Event:
             raise ValueError(f"event {self.kind}: the field name {min(taken)} is taken")
 
 
+def write_failed(what: str, reason: str) -> Event:
+    """Something of the run folder could not be written."""
+    return Event(kind="write_failed", fields={"what": what, "reason": reason})
+
+
 class RunLog:
     """Writes the metrics and events of the run that `config` describes.
 

@@ -20,7 +20,7 @@ class Outbox:
             when it is left out.
     """
 
-    def __init__(self, warn: Callable[[str, str], None]) -> None:
+    def __init__(self, warn: Callable[[str, str], object]) -> None:
         self._warn = warn
         self._waiting: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue(MAX_WAITING)
         self._is_closing = threading.Event()

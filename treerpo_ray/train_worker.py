@@ -20,7 +20,7 @@ from treerpo_ray.curriculum import Measurement
 from treerpo_ray.engine_totals import EngineTotals
 from treerpo_ray.evaluate import evaluate, read
 from treerpo_ray.learner import DTYPES, Learner, UpdateResult
-from treerpo_ray.metrics import Event, Row, latest
+from treerpo_ray.metrics import Event, Row, latest, write_failed
 from treerpo_ray.outbox import Outbox
 from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import TreeRecord, from_table
@@ -226,6 +226,7 @@ class TrainWorker:
                 step=self.step,
                 version=self.learner.version,
                 advance=lambda num_problems: self.mover.at("evaluating"),
+                outbox=self.outbox,
             )
 
     def _save(self, is_last: bool) -> None:
@@ -264,8 +265,7 @@ class TrainWorker:
         self.outbox.put(name, write)
 
     def _warn(self, what: str, reason: str) -> None:
-        event = Event(kind="write_failed", fields={"what": what, "reason": reason})
-        self.stations.run_log.event.remote(event)
+        self.stations.run_log.event.remote(write_failed(what, reason))
 
     def _note(self, kind: str, **fields: str | int) -> None:
         ray.get(self.stations.run_log.event.remote(Event(kind=kind, fields=fields)))
