@@ -126,6 +126,17 @@ y=2x-13|2x-y-13=0
 5\text{ sq. cm}|5\text{ cm}^2
 5\text{ in}|5\text{ inches}
 18 eggs per day|18
+10-2t|-2t+10
+\frac{1}{2}h|\frac{h}{2}
+\sin^2 t|1-\cos^2 t
+a + b + c|c+b+a
+2007+\frac{\pi}{2}|2007 + \frac\pi 2
+\frac{x}y|x/y
+2(1+i)|2+2i
+2\sqrt{3} i - 1|-1+2i\sqrt3
+-37_{8}|-37_8
+8.24|\approx 8.24 \text{ mph}
+\begin{pmatrix}1 & \phantom -1\end{pmatrix}|\begin{pmatrix}1&1\end{pmatrix}
 """
 
 DIFFERENT = r"""
@@ -218,6 +229,10 @@ x=x|2x=2x
 3 squared|3
 2 xy|2
 5\text{ cents}|\$5
+t+2t|2+t
+h^{2}h|h^{2}
+e^{t}t|e^{t}
+37_8|-37_8
 """
 
 # Every answer of MATH train that is correct for the next row's different reference, looked at by
