@@ -14,8 +14,8 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from latex2sympy2_extended import latex2sympy2
-from math_verify import LatexExtractionConfig, parse, verify
+from latex2sympy2_extended import NormalizationConfig, latex2sympy2
+from math_verify import LatexExtractionConfig, parse, parser, verify
 from sympy import Add, Basic, Eq, Expr, Float, Integer, MatrixBase, Mul, nan, zoo
 
 from treerpo_ray.math_notation import (
@@ -38,9 +38,14 @@ MAX_POWER = 1_000_000  # product of all exponents, which bounds a number's digit
 MAX_PRODUCTS = 8  # products inside of each other, which double the time
 MAX_RELATIVE_ERROR = 1e-9
 PROBES = (0.7390851, 1.3247179)  # values that no answer is likely to be a root at
-LATEX = [LatexExtractionConfig(boxed_match_priority=-1)]
+LATEX = [  # without its units, which would be any letter t, c, h, ... at the end of an expression
+    LatexExtractionConfig(
+        boxed_match_priority=-1,
+        normalization_config=NormalizationConfig(malformed_operators=True, nits=True),
+    )
+]
 
-BASE = re.compile(r"(\d[0-9A-F]*|[0-9A-F]{2,})_\{?(\d+)\}?")
+BASE = re.compile(r"(-?\d[0-9A-F]*|[0-9A-F]{2,})_\{?(\d+)\}?")
 TEXT = re.compile(r"\\text\{([^{}]*)\}")
 WORDS = re.compile(r"\(?[A-Za-z][A-Za-z ,.'-]*\)?")
 NAME = re.compile(
@@ -64,6 +69,7 @@ def _to_number(reader: object, text: str) -> Integer | Float:
 
 
 latex2sympy2._Latex2Sympy.parse_number = _to_number  # its own is SymPy's, which runs `eval` on it
+parser.should_treat_as_complex = lambda latex: False  # the symbols of 2 i are not those of 2i
 
 
 def is_equal(answer: str, reference: str) -> bool:
@@ -75,9 +81,12 @@ def is_equal(answer: str, reference: str) -> bool:
 
 
 def _is_same(a: str, b: str) -> bool:
-    """Compare structure by structure; `b` is the reference."""
-    if key(a) == key(b):
-        return bool(a)
+    """Compare spellings, then values; `b` is the reference."""
+    return bool(a) if key(a) == key(b) else _is_same_value(a, b)
+
+
+def _is_same_value(a: str, b: str) -> bool:
+    """Compare structure by structure."""
     if max(nesting(a), nesting(b)) > MAX_NESTING:
         return False
     (a, unit_a), (b, unit_b) = without_unit(a), without_unit(b)

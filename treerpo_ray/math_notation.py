@@ -12,21 +12,21 @@ REWRITES = [
         (r"\$|(?<!\\)\\[()\[\]]|^\*\*|\*\*$", ""),
         (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])", ""),
         (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])", " "),
-        (r"(?<!\\)\\!", ""),
+        (r"(?<!\\)\\!|\\phantom\s*(?:\{[^{}]*\}|[^\\])", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\(?:mathbf|boldsymbol|bm)\s*\{([^{}]*)\}", r"\1"),
         (r"\\(?:mbox|mathrm|textbf|textit|textrm|textnormal|operatorname)\s*\{", r"\\text{"),
         (r"\\text\s*\{\s*(?:,|and|or|\s)+\s*\}", ","),
         (r"\\text\s*\{\s*([^{}A-Za-z]*)\s*\}", r"\1"),
         (
-            r"\\frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))",
+            r"\\frac\s*(?:\{([^{}]*)\}|(\w|\\pi))\s*(?:\{([^{}]*)\}|(\w|\\pi))",
             r"\\frac{\1\2}{\3\4}",
         ),
         (r"\\varnothing(?![a-z])", r"\\emptyset"),
         (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
         (r"\\geq(?:slant)?(?![a-z])", r"\\ge "),
         (r"\\leq(?:slant)?(?![a-z])", r"\\le "),
-        (r"(?<=[\d})])\s*\\approx.*", ""),  # the exact value counts
+        (r"^\s*\\approx|(?<=[\d})])\s*\\approx.*", ""),  # the exact value counts
         (r",\s*,", ","),
     )
 ]
