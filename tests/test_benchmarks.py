@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import fsspec
 import pytest
 import rich.console
 
@@ -53,6 +54,26 @@ def test_a_run_folder_stands_for_its_model_and_settings(tmp_path: Path) -> None:
         config = configure(str(tmp_path), [], [])
         assert config.model.path == str(tmp_path / name)
         assert config.verifier.num_workers == 3
+
+
+def test_a_run_or_model_at_a_uri_is_fetched(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("verifier: {num_workers: 3}\n")
+    (tmp_path / "model/parts").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "parts/more"):
+        (tmp_path / "model" / name).write_text(name)
+    uri = f"memory:/{tmp_path}/mine"
+    fsspec.filesystem("memory").put(str(tmp_path), uri, recursive=True)
+    for place in (uri, f"{uri}/", f"{uri}/model"):
+        config = configure(place, [], [])
+        fetched = Path(config.model.path)
+        for path in (tmp_path / "model").rglob("*.*"):
+            assert (fetched / path.name).read_text() == path.name
+        assert (fetched / "parts/more").read_text() == "parts/more"
+        assert config.run.name == ("eval-model" if place.endswith("model") else "eval-mine")
+        assert config.verifier.num_workers == (3 if config.run.name == "eval-mine" else 1)
+    assert configure(f"file://{tmp_path}", [], []).model.path == f"{tmp_path}/model"
+    with pytest.raises(ValueError, match=rf"^{uri}/none: neither a run .* nor a model"):
+        configure(f"{uri}/none", [], [])
 
 
 def test_a_benchmark_that_is_not_there_is_one_line_with_its_key() -> None:
