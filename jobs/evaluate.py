@@ -6,16 +6,17 @@ python jobs/evaluate.py MODEL --benchmarks math500 evaluate.benchmarks.math500.p
 python jobs/evaluate.py --compare RUN_OR_EVALUATION OTHER
 ray job submit --working-dir . -- python jobs/evaluate.py MODEL --benchmarks math500
 
-MODEL is a model folder, a Hugging Face id or a run folder. Benchmarks and sampling settings (the
-paper's) stand in conf/benchmarks.yaml; all benchmarks are taken if none is named. Files (.yaml)
-and overrides (section.key=value) come after it. The scores go to stdout as a table and one line of
-JSON, and with every sample into run.root/run.name/eval: NAME.json and NAME.parquet.
+MODEL is a model folder, a Hugging Face id or a run folder; a folder may be a URI (s3://...) whose
+model is fetched to this machine. Benchmarks and sampling settings (the paper's) stand in
+conf/benchmarks.yaml; all benchmarks are taken if none is named. Files (.yaml) and overrides
+(section.key=value) come after it. The scores go to stdout as a table and one line of JSON, and with
+every sample into run.root/run.name/eval: NAME.json and NAME.parquet. Their mean is over the paper's
+four benchmarks if those are among them, otherwise over all.
 """
 
 import json
 import logging
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job has only a working folder
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> int:
         if "--compare" in arguments:
             return compare([argument for argument in arguments if argument != "--compare"])
         return evaluate(arguments)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:  # a store's package may not be installed
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RunFailed as error:
@@ -48,7 +49,7 @@ def evaluate(arguments: list[str]) -> int:
     from treerpo_ray.benchmarks import configure, run_benchmarks
     from treerpo_ray.cluster import check_vllm
     from treerpo_ray.console import Console
-    from treerpo_ray.evaluation_report import show, table
+    from treerpo_ray.evaluation_report import plain, show, table, with_mean
 
     names: list[str] = []
     rest = list(arguments)
@@ -62,25 +63,21 @@ def evaluate(arguments: list[str]) -> int:
         raise ValueError("the model comes first: a folder, a Hugging Face id or a run folder")
     config = configure(rest[0], names, rest[1:])
     check_vllm(config)
-    found = run_benchmarks(config, Console(0))
-    show(table(found))
-    scores = {
-        name: {key: asdict(score) for key, score in each.scores.items()}
-        for name, each in found.items()
-    }
-    print(json.dumps({"folder": config.folder, "scores": scores}))
+    scores = with_mean(config.folder, run_benchmarks(config, Console(0)))
+    show(table(scores))
+    print(json.dumps({"folder": config.folder, "scores": plain(scores)}))
     return 0
 
 
 def compare(places: list[str]) -> int:
     """Print the paired differences of two evaluations as a table and one line of JSON."""
-    from treerpo_ray.evaluation_report import differences, show
+    from treerpo_ray.evaluation_report import differences, plain, show
 
     if len(places) != 2:
         raise ValueError("--compare takes two: folders of runs or evaluations, or files in eval/")
     found, shown = differences(*places)
     show(shown)
-    print(json.dumps({name: {key: asdict(s) for key, s in d.items()} for name, d in found.items()}))
+    print(json.dumps(plain(found)))
     return 0
 
 

@@ -5,13 +5,14 @@ import json
 import shutil
 from pathlib import Path
 
+import fsspec
 import pytest
 import rich.console
 
 from treerpo_ray.benchmarks import check_length, configure, evaluate_all, load_benchmarks
 from treerpo_ray.console import Console
 from treerpo_ray.evaluate import Evaluation
-from treerpo_ray.evaluation_report import differences, read_samples, table
+from treerpo_ray.evaluation_report import differences, read_samples, table, with_mean
 from treerpo_ray.prompts import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +56,26 @@ def test_a_run_folder_stands_for_its_model_and_settings(tmp_path: Path) -> None:
         assert config.verifier.num_workers == 3
 
 
+def test_a_run_or_model_at_a_uri_is_fetched(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("verifier: {num_workers: 3}\n")
+    (tmp_path / "model/parts").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "parts/more"):
+        (tmp_path / "model" / name).write_text(name)
+    uri = f"memory:/{tmp_path}/mine"
+    fsspec.filesystem("memory").put(str(tmp_path), uri, recursive=True)
+    for place in (uri, f"{uri}/", f"{uri}/model"):
+        config = configure(place, [], [])
+        fetched = Path(config.model.path)
+        for path in (tmp_path / "model").rglob("*.*"):
+            assert (fetched / path.name).read_text() == path.name
+        assert (fetched / "parts/more").read_text() == "parts/more"
+        assert config.run.name == ("eval-model" if place.endswith("model") else "eval-mine")
+        assert config.verifier.num_workers == (3 if config.run.name == "eval-mine" else 1)
+    assert configure(f"file://{tmp_path}", [], []).model.path == f"{tmp_path}/model"
+    with pytest.raises(ValueError, match=rf"^{uri}/none: neither a run .* nor a model"):
+        configure(f"{uri}/none", [], [])
+
+
 def test_a_benchmark_that_is_not_there_is_one_line_with_its_key() -> None:
     overrides = ["evaluate.benchmarks.math500.path=gone.jsonl"]
     config = configure(MODEL, ["math500"], overrides)
@@ -70,14 +91,14 @@ def test_answers_longer_than_the_model_takes_are_one_line() -> None:
 
 @pytest.fixture(scope="module")
 def evaluated(ray_cluster, tmp_path_factory) -> tuple[Path, dict[str, Evaluation]]:
-    """Two evaluations of the small model, cold and hot, on two files."""
+    """Two evaluations of the small model, of two seeds, on two files."""
     root = tmp_path_factory.mktemp("evaluated")
     rows = [("38+47=?", "85"), ("12+30-5=?", ["37", "37.0"]), ("9+9=?", 18)]
     for name, part in (("one", rows), ("two", rows[:2])):
         lines = [json.dumps({"q": question, "a": answer}) for question, answer in part]
         (root / f"{name}.jsonl").write_text("\n".join(lines))
     found = {}
-    for name, temperature in (("cold", 0.1), ("hot", 2.0)):
+    for seed, name in enumerate(("first", "second")):
         data = [
             f"evaluate.benchmarks.{file}={{path: {root}/{file}.jsonl, question_column: q, "
             "answer_column: a, max_prompt_tokens: 32}"
@@ -87,7 +108,7 @@ def evaluated(ray_cluster, tmp_path_factory) -> tuple[Path, dict[str, Evaluation
             MODEL,
             ["one", "two"],
             [*data, f"run.root={root}", f"run.name={name}", "evaluate.num_samples=4",
-             f"evaluate.temperature={temperature}", "evaluate.max_tokens=40",
+             f"run.seed={seed}", "evaluate.temperature=1.5", "evaluate.max_tokens=40",
              "engine.kv_cache_gib=0.125"],
         )  # fmt: skip
         tokenizer = load_tokenizer(MODEL, False)
@@ -117,21 +138,25 @@ def test_a_job_leaves_scores_and_samples_of_every_benchmark(evaluated) -> None:
         assert sum(problem.length.sum() for problem in samples.values()) == (
             evaluation.num_sampled_tokens
         )
-    assert table(found).row_count == len(found["cold/one"].scores)
+    scores = with_mean(f"{root}/first", {name: found[f"first/{name}"] for name in ("one", "two")})
+    assert list(scores) == ["one", "two", "mean of one, two"]
+    assert (
+        table(scores).row_count == len(found["first/one"].scores) == len(scores["mean of one, two"])
+    )
 
 
 @pytest.mark.ray
 @pytest.mark.engine
 def test_two_evaluations_are_compared_problem_by_problem(evaluated) -> None:
     root, found = evaluated
-    compared, _ = differences(str(root / "cold"), str(root / "hot"))
-    assert compared.keys() == {"one", "two"}
-    gap = found["cold/one"].pass_at_1 - found["hot/one"].pass_at_1
+    compared, _ = differences(str(root / "first"), str(root / "second"))
+    assert compared.keys() == {"one", "two", "mean of one, two"}
+    gap = found["first/one"].pass_at_1 - found["second/one"].pass_at_1
     assert compared["one"]["pass@1"].value == pytest.approx(gap)
-    itself, _ = differences(str(root / "cold"), str(root / "cold/eval/one.json"))
+    itself, _ = differences(str(root / "first"), str(root / "first/eval/one.json"))
     assert all(score.value == score.low == score.high == 0 for score in itself["one"].values())
     first, second = (
-        read_samples(f"{root}/{name}/eval/one.parquet").values() for name in ("cold", "hot")
+        read_samples(f"{root}/{name}/eval/one.parquet").values() for name in ("first", "second")
     )
     any_right = [any(samples.is_correct == 1) for samples in (*first, *second)]
     expected = (sum(any_right[:3]) - sum(any_right[3:])) / 3
@@ -144,8 +169,8 @@ def test_problems_that_only_one_evaluation_has_are_counted(evaluated, tmp_path) 
     root, _ = evaluated
     (tmp_path / "eval").mkdir()
     for suffix in ("json", "parquet"):
-        shutil.copy(root / f"cold/eval/two.{suffix}", tmp_path / f"eval/one.{suffix}")
+        shutil.copy(root / f"first/eval/two.{suffix}", tmp_path / f"eval/one.{suffix}")
     shown = io.StringIO()
-    _, compared = differences(f"file://{root}/cold/eval/one.json", str(tmp_path))
+    _, compared = differences(f"file://{root}/first/eval/one.json", str(tmp_path))
     rich.console.Console(file=shown, width=200).print(compared)
     assert "2 of 3" in shown.getvalue()

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from tests.algo.trees import make_tree
+from tests.test_scores import interval
 from treerpo_ray.algo.tree import ROOT, StopReason
 from treerpo_ray.config import Config
 from treerpo_ray.config_file import load
 from treerpo_ray.evaluate import Evaluation, Graded, read, save
 from treerpo_ray.evaluate import summarise as summarise_graded
 from treerpo_ray.records import TreeRecord
-from treerpo_ray.scores import Score, bootstrap_interval
+from treerpo_ray.scores import Score
 from treerpo_ray.verdict import Verdict
 
 C, W = Verdict.CORRECT, Verdict.WRONG
@@ -101,7 +102,7 @@ def test_the_summary_of_graded_answers_by_hand() -> None:
     assert result.num_sampled_tokens == 12 + 30 + 4 + 6
     assert (result.num_problems, result.num_samples, result.temperature) == (5, 3, 0.7)
     assert (result.step, result.version, result.data, result.seconds) == (3, 2, "held.jsonl", 1.5)
-    expected = bootstrap_interval(np.array([2 / 3, 0, 1 / 2]), seed=5)
+    expected = interval(np.array([2 / 3, 0, 1 / 2]), seed=5)
     assert (result.ci95_low, result.ci95_high) == expected
 
 
@@ -134,7 +135,7 @@ def test_the_interval_of_a_bernoulli_mean_is_close_to_the_normal_one(
 ) -> None:
     mean = num_correct / num_problems
     half = NORMAL_975 * np.sqrt(mean * (1 - mean) / num_problems)
-    low, high = bootstrap_interval(bernoulli(num_problems, num_correct), seed=0)
+    low, high = interval(bernoulli(num_problems, num_correct), seed=0)
     assert low == pytest.approx(mean - half, abs=0.07 * half)
     assert high == pytest.approx(mean + half, abs=0.07 * half)
 
@@ -142,7 +143,7 @@ def test_the_interval_of_a_bernoulli_mean_is_close_to_the_normal_one(
 def test_the_interval_of_shares_of_several_answers_is_close_to_the_normal_one() -> None:
     values = np.random.default_rng(0).binomial(8, 0.4, 1000) / 8
     half = NORMAL_975 * values.std() / np.sqrt(len(values))
-    low, high = bootstrap_interval(values, seed=1)
+    low, high = interval(values, seed=1)
     assert low == pytest.approx(values.mean() - half, abs=0.07 * half)
     assert high == pytest.approx(values.mean() + half, abs=0.07 * half)
 
@@ -150,20 +151,20 @@ def test_the_interval_of_shares_of_several_answers_is_close_to_the_normal_one() 
 def test_intervals_cover_the_true_mean_about_95_times_in_100() -> None:
     rng, covered, num_trials = np.random.default_rng(0), 0, 600
     for trial in range(num_trials):
-        low, high = bootstrap_interval((rng.random(300) < 0.3).astype(float), seed=trial)
+        low, high = interval((rng.random(300) < 0.3).astype(float), seed=trial)
         covered += low <= 0.3 <= high
     assert 0.92 <= covered / num_trials <= 0.975
 
 
 def test_an_interval_is_reproducible_and_does_not_depend_on_the_order_of_the_problems() -> None:
     values = np.random.default_rng(0).binomial(4, 0.5, 100) / 4
-    assert bootstrap_interval(values, seed=3) == bootstrap_interval(values[::-1], seed=3)
-    assert bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
+    assert interval(values, seed=3) == interval(values[::-1], seed=3)
+    assert interval(values, seed=3) != interval(values, seed=4)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.375, 1.0])
 def test_equal_values_leave_no_doubt(value: float) -> None:
-    assert bootstrap_interval(np.full(50, value), seed=0) == pytest.approx((value, value))
+    assert interval(np.full(50, value), seed=0) == pytest.approx((value, value))
 
 
 @pytest.mark.parametrize("place", ["local", "memory"])

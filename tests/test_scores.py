@@ -4,16 +4,22 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from treerpo_ray.scores import (
+    Estimate,
     Samples,
-    bootstrap_interval,
+    Score,
     majority,
+    mean_estimate,
+    mean_over_benchmarks,
     median_length,
-    paired_difference,
+    paired_differences,
     pass_at,
     powers_of_two,
     scores,
+    weighted_medians,
 )
 
 NAN = float("nan")
@@ -99,45 +105,102 @@ def test_powers_of_two_end_at_the_number_of_samples() -> None:
     assert [powers_of_two(n) for n in (1, 2, 3, 8)] == [(1,), (1, 2), (1, 2), (1, 2, 4, 8)]
 
 
-@pytest.mark.parametrize("count", [1, 4, 7])
-def test_a_resampled_median_is_that_of_the_samples_repeated(count: int) -> None:
-    rng = np.random.default_rng(count)
-    problems = [samples([0.0] * 3, length=rng.integers(1, 9, 3).tolist()) for _ in range(count)]
+@given(data=st.data(), lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12))
+def test_a_weighted_median_is_that_of_the_values_repeated(
+    data: st.DataObject, lengths: list[int]
+) -> None:
+    weights = st.lists(st.integers(0, 3), min_size=len(lengths), max_size=len(lengths))
+    times = np.array(data.draw(st.lists(weights.filter(any), min_size=1, max_size=5)))
+    ascending = np.sort(lengths)
+    found = weighted_medians(ascending, times)
+    assert found.tolist() == [np.median(np.repeat(ascending, row)) for row in times]
+
+
+def test_a_median_is_resampled_by_problem_with_all_samples() -> None:
+    """Of two problems both, or one twice: each pair has the chance 1/4."""
+    problems = [samples([0, 0, 0], length=[1, 2, 9]), samples([0, 0], length=[5, 5])]
     found = median_length(problems, seed=0)
-    assert found.value == np.median(np.concatenate([problem.length for problem in problems]))
-    medians = [
-        np.median(np.concatenate([problems[i].length for i in rng.integers(0, count, count)]))
-        for _ in range(4000)
-    ]
-    assert [found.low, found.high] == pytest.approx(np.percentile(medians, [2.5, 97.5]), abs=1.0)
+    assert found.value == 5
+    medians, counts = np.unique(found.resampled, return_counts=True)
+    assert medians.tolist() == [2, 5]
+    assert counts / counts.sum() == pytest.approx([1 / 4, 3 / 4], abs=0.02)
+
+
+def test_two_medians_of_the_same_problems_are_resampled_together() -> None:
+    """Though one side has more samples, so that fewer resamples of it are held at a time."""
+    rng = np.random.default_rng(0)
+    ours = [samples([0.0] * 3, length=rng.integers(1, 99, 3).tolist()) for _ in range(150)]
+    theirs = [samples([0.0] * 6, length=[*each.length] * 2) for each in ours]
+    found = paired_differences(ours, theirs, pass_ks=(1,), num_samples=3, seed=0)
+    score = found["median_length"].score
+    assert (score.value, score.low, score.high, score.num_problems) == (0, 0, 0, 150)
 
 
 def test_paired_differences_know_nothing_of_what_both_share() -> None:
+    """Of one sample a problem; ours has in addition a fifth of what theirs has wrong."""
     rng = np.random.default_rng(0)
-    hardness, gain = rng.random(400), rng.normal(0.05, 0.1, 400)
-    found = paired_difference(hardness + gain, hardness, seed=0)
+    is_right = rng.random(400) < 0.5
+    gain = (~is_right & (rng.random(400) < 0.2)).astype(float)
+    ours, theirs = ([samples([right]) for right in side] for side in (is_right + gain, is_right))
+    found = paired_differences(ours, theirs, pass_ks=(1,), num_samples=1, seed=0)["pass@1"].score
     half = 1.959964 * gain.std() / 20
     assert found.value == pytest.approx(gain.mean())
     assert found.low == pytest.approx(gain.mean() - half, abs=0.1 * half)
     assert found.high == pytest.approx(gain.mean() + half, abs=0.1 * half)
-    assert paired_difference(hardness, hardness, seed=0).value == 0
 
 
 def test_paired_differences_leave_out_what_one_side_does_not_know() -> None:
-    found = paired_difference(np.array([1.0, NAN, 0.5]), np.array([0.0, 1.0, NAN]), seed=0)
-    assert (found.value, found.num_problems) == (1.0, 1)
+    ours = [samples([1.0], length=[3]), samples([NAN], length=[0]), samples([1.0], length=[5])]
+    theirs = [samples([0.0], length=[1]), samples([1.0], length=[9]), samples([NAN], length=[1])]
+    found = paired_differences(ours, theirs, pass_ks=(1,), num_samples=1, seed=0)
+    assert (found["pass@1"].value, found["pass@1"].num_problems) == (1.0, 1)
+    assert (found["length"].value, found["length"].num_problems) == ((2 + 4) / 2, 2)
+    assert (found["median_length"].value, found["median_length"].num_problems) == (4 - 1, 2)
+    assert "maj@1" not in found
 
 
 def test_an_interval_of_paired_differences_covers_about_95_times_in_100() -> None:
+    """200 problems of any hardness, of which ours gets each right more often by 0.1."""
     rng, covered = np.random.default_rng(1), 0
     for trial in range(400):
-        shares = rng.random(200)
-        ours, theirs = (rng.binomial(8, np.clip(shares + d, 0, 1)) / 8 for d in (0.0, 0.0))
-        found = paired_difference(ours, theirs, seed=trial)
-        covered += found.low <= 0 <= found.high
+        chances = 0.9 * rng.random(200)
+        ours, theirs = (rng.binomial(8, chances + gain) / 8 for gain in (0.1, 0.0))
+        score = mean_estimate(ours - theirs, seed=trial).score
+        covered += score.low <= 0.1 <= score.high
     assert 0.92 <= covered / 400 <= 0.975
+
+
+def test_the_mean_over_benchmarks_by_hand_has_only_what_all_have() -> None:
+    first, second = (
+        {
+            name: Estimate(value=value, resampled=np.array([value, value + 2]), num_problems=3)
+            for name, value in values.items()
+        }
+        for values in ({"pass@1": 1.0, "pass@2": 1.0}, {"pass@1": 4.0})
+    )
+    (mean,) = mean_over_benchmarks([first, second]).items()
+    assert mean == ("pass@1", Score(value=2.5, low=2.55, high=4.45, num_problems=6))
+
+
+def test_the_interval_of_a_mean_over_benchmarks_is_as_wide_as_those_of_its_parts_tell() -> None:
+    """Benchmarks of 30 and 500 problems count alike: the smaller one makes most of the width."""
+    rng = np.random.default_rng(0)
+    parts = [(rng.random(size) < 0.4).astype(float) for size in (30, 500)]
+    found = [{"pass@1": mean_estimate(part, seed=seed)} for seed, part in enumerate(parts)]
+    score = mean_over_benchmarks(found)["pass@1"]
+    half = 1.959964 * sum(part.var() / len(part) for part in parts) ** 0.5 / 2
+    assert score.value == pytest.approx((parts[0].mean() + parts[1].mean()) / 2)
+    assert [score.low, score.high] == pytest.approx(
+        [score.value - half, score.value + half], abs=0.07 * half
+    )
+
+
+def interval(values: np.ndarray, seed: int) -> tuple[float, float]:
+    """95 % bootstrap interval of a mean."""
+    score = mean_estimate(values, seed=seed).score
+    return score.low, score.high
 
 
 def test_the_interval_of_a_mean_does_not_depend_on_the_order() -> None:
     values = np.random.default_rng(0).binomial(4, 0.5, 100) / 4
-    assert bootstrap_interval(values, seed=3) == bootstrap_interval(values[::-1], seed=3)
+    assert interval(values, 3) == interval(values[::-1], 3)

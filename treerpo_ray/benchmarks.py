@@ -1,12 +1,18 @@
 """Benchmarks: evaluates a model on data sets by name, as a job of its own."""
 
+import atexit
+import shutil
+import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+import fsspec
 import ray
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from treerpo_ray.actor import Actor, make_actor
@@ -30,19 +36,28 @@ PRESET = Path(__file__).resolve().parents[1] / "conf/benchmarks.yaml"
 
 
 def configure(model: str, names: Sequence[str], arguments: Sequence[str]) -> Config:
-    """Configuration of an evaluation of `model`: folder, Hugging Face id or run folder.
+    """Configuration of an evaluation of `model`: folder or URI of a model or run, or Hub id.
 
     A run's own configuration comes first, then PRESET, then `arguments`: files and overrides.
+    What lies at a URI is fetched to this machine, where the engines must then be.
 
     Raises:
-        ValueError: a benchmark is not known, or a run folder holds no model.
+        ValueError: a benchmark is not known, or there is no model.
+        ImportError: the package that the URI needs is not installed.
     """
-    run = Path(model).expanduser()
-    if (run / "config.yaml").is_file():
-        base = [str(run / "config.yaml"), f"model.path={_model_of(run)}"]
-    else:
+    fs, root = fsspec.core.url_to_fs(model)
+    if fs.isfile(f"{root}/config.yaml"):
+        base = [
+            _fetched(fs, f"{root}/config.yaml"),
+            f"model.path={_fetched(fs, _model_of(fs, root))}",
+        ]
+    elif "://" not in model:
         base = [f"model.path={model}"]
-    name = f"run.name=eval-{run.name}"
+    elif _is_model(fs, root):
+        base = [f"model.path={_fetched(fs, root)}"]
+    else:
+        raise ValueError(f"{model}: neither a run (config.yaml) nor a model (*.safetensors)")
+    name = f"run.name=eval-{PurePosixPath(root).name}"
     own = [name, "metrics.wandb_project=null", "prompts.path=''", "evaluate.data.path=''"]
     config = load([*base, str(PRESET), *own, *arguments])
     known = config.evaluate.benchmarks
@@ -52,13 +67,28 @@ def configure(model: str, names: Sequence[str], arguments: Sequence[str]) -> Con
     return replace(config, evaluate=replace(config.evaluate, benchmarks=chosen))
 
 
-def _model_of(run: Path) -> Path:
+def _model_of(fs: AbstractFileSystem, run: str) -> str:
     """The model that a run exported at its end, else that of its newest checkpoint."""
-    checkpoints = sorted((run / "checkpoints").glob(f"step=*/{MODEL_FOLDER}"), reverse=True)
-    for folder in (run / "model", *checkpoints):
-        if any(folder.glob("*.safetensors")):
-            return folder.absolute()
+    checkpoints = sorted(fs.glob(f"{run}/checkpoints/step=*/{MODEL_FOLDER}"), reverse=True)
+    for folder in (f"{run}/model", *checkpoints):
+        if _is_model(fs, folder):
+            return folder
     raise ValueError(f"{run}: the run has written neither a model nor a checkpoint yet")
+
+
+def _is_model(fs: AbstractFileSystem, folder: str) -> bool:
+    return bool(fs.glob(f"{folder}/*.safetensors"))
+
+
+def _fetched(fs: AbstractFileSystem, path: str) -> str:
+    """Local path of a file or folder; what lies elsewhere is copied for as long as this process."""
+    if isinstance(fs, LocalFileSystem):
+        return path
+    folder = tempfile.mkdtemp(prefix="treerpo-fetched-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    target = f"{folder}/{PurePosixPath(path).name}"
+    fs.get(path, target, recursive=True)
+    return target
 
 
 def load_benchmarks(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, PromptSet]:

@@ -96,6 +96,8 @@ class Evaluation:
     num_sampled_tokens: int
     seconds: float
     top_p: float = 1.0
+    max_tokens: int | None = None
+    """Most tokens of an answer; None in the file of a version that did not record it."""
     scores: dict[str, Score] = field(default_factory=dict)
     """Every statistic with its interval, by name: pass@k, maj@k, length, median_length, cut_off."""
 
@@ -227,6 +229,7 @@ def summarise(
         num_samples=settings.num_samples,
         temperature=settings.temperature,
         top_p=settings.top_p,
+        max_tokens=config.max_evaluated_tokens,
         pass_at_1=found["pass@1"].value,
         ci95_low=found["pass@1"].low,
         ci95_high=found["pass@1"].high,

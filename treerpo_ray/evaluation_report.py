@@ -1,10 +1,12 @@
 """Evaluation report: the table of an evaluation, and the differences between two of them."""
 
 import json
+import logging
 import sys
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import PurePosixPath
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -14,34 +16,67 @@ import rich.table
 
 from treerpo_ray.evaluate import Evaluation
 from treerpo_ray.scores import (
+    Estimate,
     Samples,
     Score,
-    majority,
-    paired_difference,
-    pass_at,
+    estimates,
+    mean_over_benchmarks,
+    paired_differences,
     powers_of_two,
 )
 from treerpo_ray.verdict import Verdict
 
+log = logging.getLogger(__name__)
+
 IN_TOKENS = ("length", "median_length")
 """Scores that are no shares."""
+PAPER = ("math500", "olympiadbench", "minerva", "aime24")
+"""Benchmarks of the mean that TreeRPO's paper reports (arXiv 2506.05183, table 1)."""
+SETTINGS = ("num_samples", "temperature", "top_p", "max_tokens")
+"""What two evaluations must share to be compared."""
 Problem = tuple[str, str]
 """Id and question, by which problems of two evaluations are the same."""
 
 
-def table(evaluations: dict[str, Evaluation]) -> rich.table.Table:
-    """A column a benchmark, a row a score with its interval; the last column is their mean."""
+def with_mean(folder: str, evaluations: dict[str, Evaluation]) -> dict[str, dict[str, Score]]:
+    """Scores by benchmark, and behind them those of their mean; samples lie in `folder`/eval."""
+    found = {}
+    for seed, name in enumerate(averaged(evaluations)):
+        scores, num_samples = evaluations[name].scores, evaluations[name].num_samples
+        found[name] = estimates(
+            list(read_samples(f"{folder}/eval/{name}.parquet").values()),
+            pass_ks=[int(key.removeprefix("pass@")) for key in scores if key.startswith("pass@")],
+            num_samples=num_samples,
+            seed=seed,
+        )
+    return {name: each.scores for name, each in evaluations.items()} | mean_of(found)
+
+
+def mean_of(benchmarks: dict[str, dict[str, Estimate]]) -> dict[str, dict[str, Score]]:
+    """Mean over the benchmarks that count, by a name that tells them; none if there is but one."""
+    if not (names := averaged(benchmarks)):
+        return {}
+    label = f"mean of {', '.join(names)}"
+    return {label: mean_over_benchmarks([benchmarks[name] for name in names])}
+
+
+def averaged(names: Iterable[str]) -> tuple[str, ...]:
+    """Benchmarks that a mean is over: the paper's if all are there, or else all if several are."""
+    names = tuple(names)
+    chosen = PAPER if set(PAPER) <= set(names) else names
+    return chosen if len(chosen) > 1 else ()
+
+
+def table(scores: dict[str, dict[str, Score]]) -> rich.table.Table:
+    """A column a benchmark or mean, a row a score with its interval."""
     shown = rich.table.Table(title="value [95 % interval over problems]; shares in %")
     shown.add_column("")
-    for name, evaluation in evaluations.items():
-        shown.add_column(f"{name} ({evaluation.num_problems})", justify="right")
-    shown.add_column("mean", justify="right")
-    names = dict.fromkeys(name for each in evaluations.values() for name in each.scores)
-    for name in names:
-        found = [each.scores.get(name) for each in evaluations.values()]
-        known = [score.value for score in found if score is not None]
-        mean = number(name, float(np.mean(known))) if len(known) == len(found) else ""
-        shown.add_row(name, *("" if s is None else cell(name, s) for s in found), mean)
+    for name, found in scores.items():
+        size = max(score.num_problems for score in found.values())
+        shown.add_column(f"{name} ({size})", justify="right")
+    for key in dict.fromkeys(key for found in scores.values() for key in found):
+        cells = (cell(key, found[key]) if key in found else "" for found in scores.values())
+        shown.add_row(key, *cells)
     return shown
 
 
@@ -54,6 +89,11 @@ def cell(name: str, score: Score) -> str:
 def number(name: str, value: float) -> str:
     """A value of the score of that name: tokens, or percent."""
     return f"{value:.1f}" if name in IN_TOKENS else f"{100 * value:.1f}"
+
+
+def plain(scores: dict[str, dict[str, Score]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Scores by benchmark and name as JSON takes them."""
+    return {name: {key: asdict(s) for key, s in each.items()} for name, each in scores.items()}
 
 
 def show(shown: rich.table.Table) -> None:
@@ -69,7 +109,8 @@ def differences(ours: str, theirs: str) -> tuple[dict[str, dict[str, Score]], ri
             `eval/`. Of a run the newest evaluation counts.
 
     Raises:
-        ValueError: there is no evaluation, or the two share no benchmark or problem.
+        ValueError: there is no evaluation, the two share no benchmark or problem, or they were
+            sampled in different ways.
     """
     first, second = find(ours), find(theirs)
     if len(first) == len(second) == 1:  # one of each, whatever they are called
@@ -79,23 +120,29 @@ def differences(ours: str, theirs: str) -> tuple[dict[str, dict[str, Score]], ri
             f"{ours} and {theirs} share no benchmark: {', '.join(first)}; {', '.join(second)}"
         )
     found, sizes = {}, {}
-    for name in common:
+    for seed, name in enumerate(common):
+        check_alike(first[name], second[name])
         pair = read_samples(first[name]), read_samples(second[name])
-        found[name], sizes[name] = compare(*pair), max(map(len, pair))
+        found[name] = compare(*pair, seed=seed)
+        num_common = len(pair[0].keys() & pair[1].keys())
+        sizes[name] = f"{num_common} of {max(map(len, pair))}"
+    scores = {
+        name: {key: estimate.score for key, estimate in each.items()}
+        for name, each in found.items()
+    } | mean_of(found)
     shown = rich.table.Table(title=f"{ours} less {theirs}, paired by problem [95 %]; in points")
-    names = dict.fromkeys(name for scores in found.values() for name in scores)
-    for title in ("benchmark", "problems", *names):
+    keys = dict.fromkeys(key for each in scores.values() for key in each)
+    for title in ("benchmark", "problems", *keys):
         shown.add_column(title, justify="left" if title == "benchmark" else "right")
-    for name, scores in found.items():
-        size = f"{scores['pass@1'].num_problems} of {sizes[name]}"
-        cells = (cell(key, scores[key]) if key in scores else "" for key in names)
-        shown.add_row(name, size, *cells)
-    return found, shown
+    for name, each in scores.items():
+        cells = (cell(key, each[key]) if key in each else "" for key in keys)
+        shown.add_row(name, sizes.get(name, ""), *cells)
+    return scores, shown
 
 
 def find(place: str) -> dict[str, str]:
     """Files of samples by benchmark; see `differences`."""
-    fs, path = fsspec.core.url_to_fs(str(Path(place).expanduser()) if "://" not in place else place)
+    fs, path = fsspec.core.url_to_fs(place)
     if path.endswith((".json", ".parquet")):
         files = [path.rpartition(".")[0] + ".parquet"]
     else:
@@ -111,35 +158,50 @@ def _benchmark(fs: fsspec.AbstractFileSystem, file: str) -> str:
     """Name of what was evaluated: the file's, or of a training run the path of its data."""
     if not _stem(file).startswith("step="):
         return _stem(file)
-    return str(json.loads(fs.cat_file(f"{file.rpartition('.')[0]}.json"))["data"])
+    return str(_evaluation(fs.unstrip_protocol(file))["data"])
 
 
 def _stem(file: str) -> str:
     return PurePosixPath(file).stem
 
 
-def compare(ours: dict[Problem, Samples], theirs: dict[Problem, Samples]) -> dict[str, Score]:
+def check_alike(ours: str, theirs: str) -> None:
+    """Check that two files of samples were sampled in the same way, and warn if it is not known.
+
+    Raises:
+        ValueError: they were not; one line with the setting and both values.
+    """
+    first, second = _evaluation(ours), _evaluation(theirs)
+    for key in SETTINGS:
+        one, other = first.get(key), second.get(key)
+        if one is None or other is None:
+            log.warning("evaluate.%s is not recorded of both %s and %s", key, ours, theirs)
+        elif one != other:
+            raise ValueError(f"evaluate.{key} is {one} in {ours} and {other} in {theirs}")
+
+
+def _evaluation(file: str) -> dict[str, Any]:
+    """What is written beside a file of samples; nothing if it stands alone."""
+    fs, path = fsspec.core.url_to_fs(f"{file.removesuffix('.parquet')}.json")
+    return json.loads(fs.cat_file(path)) if fs.exists(path) else {}
+
+
+def compare(
+    ours: dict[Problem, Samples], theirs: dict[Problem, Samples], *, seed: int
+) -> dict[str, Estimate]:
     """Paired differences by score, over the problems that both have.
 
     Raises:
-        ValueError: they have no problem in common.
+        ValueError: they have no problem in common, or other numbers of samples of one.
     """
     if not (common := [problem for problem in ours if problem in theirs]):
         raise ValueError("the two evaluations have no problem in common")
-    fewest = min(len(side[problem].length) for side in (ours, theirs) for problem in common)
-    measures: dict[str, Callable[[Samples], float]] = {"pass@1": lambda samples: samples.pass_at_1}
-    for k in powers_of_two(fewest)[1:]:
-        measures[f"pass@{k}"] = partial(pass_at, k=k)
-    measures |= {
-        "majority": majority,
-        "length": lambda samples: samples.mean_length,
-        "cut_off": lambda samples: samples.cut_off_share,
-    }
-    found = {}
-    for name, value in measures.items():
-        pair = (np.array([value(side[problem]) for problem in common]) for side in (ours, theirs))
-        found[name] = paired_difference(*pair, seed=0)
-    return found
+    sides = [[side[problem] for problem in common] for side in (ours, theirs)]
+    counts = sorted({len(samples.length) for side in sides for samples in side})
+    if len(counts) > 1:
+        raise ValueError(f"the two evaluations have {counts} samples of a problem")
+    ks = powers_of_two(counts[0])
+    return paired_differences(*sides, pass_ks=ks, num_samples=counts[0], seed=seed)
 
 
 def read_samples(path: str) -> dict[Problem, Samples]:

@@ -30,6 +30,23 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Estimate:
+    """A statistic with its bootstrap distribution over problems."""
+
+    value: float
+    resampled: Float[np.ndarray, " resamples"]
+    num_problems: int
+
+    @property
+    def score(self) -> Score:
+        """The statistic with its interval."""
+        low, high = np.percentile(self.resampled, [2.5, 97.5])
+        return Score(
+            value=self.value, low=float(low), high=float(high), num_problems=self.num_problems
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Samples:
     """The samples of one problem, in the order in which they were asked for."""
 
@@ -99,7 +116,15 @@ def majority(samples: Samples) -> float:
 def scores(
     problems: Sequence[Samples], *, pass_ks: Sequence[int], num_samples: int, seed: int
 ) -> dict[str, Score]:
-    """All statistics of a benchmark by their name.
+    """All statistics of a benchmark by their name; the arguments are those of `estimates`."""
+    found = estimates(problems, pass_ks=pass_ks, num_samples=num_samples, seed=seed)
+    return {name: estimate.score for name, estimate in found.items()}
+
+
+def estimates(
+    problems: Sequence[Samples], *, pass_ks: Sequence[int], num_samples: int, seed: int
+) -> dict[str, Estimate]:
+    """All statistics of a benchmark by their name; those that no problem has are left out.
 
     Args:
         problems: The samples of each problem.
@@ -107,24 +132,55 @@ def scores(
         num_samples: Samples of a problem, which is the k of maj@k.
         seed: Of the bootstrap.
     """
-    by_problem = {
-        "pass@1": [problem.pass_at_1 for problem in problems],
-        **{f"pass@{k}": [pass_at(each, k) for each in problems] for k in pass_ks if k > 1},
-        f"maj@{num_samples}": [majority(problem) for problem in problems],
-        "length": [problem.mean_length for problem in problems],
-        "cut_off": [problem.cut_off_share for problem in problems],
-    }
-    found = {}
-    for name, values in by_problem.items():
-        known = np.array([value for value in values if not np.isnan(value)])
-        if len(known):
-            low, high = bootstrap_interval(known, seed=seed)
-            found[name] = Score(
-                value=float(known.mean()), low=low, high=high, num_problems=len(known)
-            )
+    found = _means(_by_problem(problems, pass_ks, num_samples), seed)
     if sampled := [problem for problem in problems if len(problem.lengths)]:
         found["median_length"] = median_length(sampled, seed=seed)
     return found
+
+
+def paired_differences(
+    ours: Sequence[Samples],
+    theirs: Sequence[Samples],
+    *,
+    pass_ks: Sequence[int],
+    num_samples: int,
+    seed: int,
+) -> dict[str, Estimate]:
+    """All statistics of ours less theirs, of the same problems in the same order.
+
+    A problem that a statistic is not defined for on one side is left out of it. The other
+    arguments are those of `estimates`.
+    """
+    first, second = (_by_problem(side, pass_ks, num_samples) for side in (ours, theirs))
+    found = _means({name: first[name] - second[name] for name in first}, seed)
+    pairs = [
+        pair for pair in zip(ours, theirs, strict=True) if all(len(each.lengths) for each in pair)
+    ]
+    if pairs:
+        one, other = (median_length(side, seed=seed) for side in zip(*pairs, strict=True))
+        found["median_length"] = Estimate(
+            value=one.value - other.value,
+            resampled=one.resampled - other.resampled,
+            num_problems=len(pairs),
+        )
+    return found
+
+
+def mean_over_benchmarks(benchmarks: Sequence[dict[str, Estimate]]) -> dict[str, Score]:
+    """Plain mean over benchmarks of each statistic that all have.
+
+    Its problems are resampled within each benchmark, so the estimates must be of different seeds.
+    """
+    means = {}
+    for name in benchmarks[0]:
+        if all(name in found for found in benchmarks):
+            parts = [found[name] for found in benchmarks]
+            means[name] = Estimate(
+                value=float(np.mean([part.value for part in parts])),
+                resampled=np.mean([part.resampled for part in parts], axis=0),
+                num_problems=sum(part.num_problems for part in parts),
+            ).score
+    return means
 
 
 def powers_of_two(limit: int) -> tuple[int, ...]:
@@ -132,18 +188,43 @@ def powers_of_two(limit: int) -> tuple[int, ...]:
     return tuple(2**power for power in range(limit.bit_length()))
 
 
-def bootstrap_interval(values: Float[np.ndarray, " problems"], *, seed: int) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `values`, resampled by problem."""
+def _by_problem(
+    problems: Sequence[Samples], pass_ks: Sequence[int], num_samples: int
+) -> dict[str, Float[np.ndarray, " problems"]]:
+    """What each statistic that is a mean over problems is for each of them; NaN: not defined."""
+    values = {
+        "pass@1": [problem.pass_at_1 for problem in problems],
+        **{f"pass@{k}": [pass_at(each, k) for each in problems] for k in pass_ks if k > 1},
+        f"maj@{num_samples}": [majority(problem) for problem in problems],
+        "length": [problem.mean_length for problem in problems],
+        "cut_off": [problem.cut_off_share for problem in problems],
+    }
+    return {name: np.array(each) for name, each in values.items()}
+
+
+def _means(values: dict[str, Float[np.ndarray, " problems"]], seed: int) -> dict[str, Estimate]:
+    known = {name: each[~np.isnan(each)] for name, each in values.items()}
+    return {name: mean_estimate(each, seed=seed) for name, each in known.items() if len(each)}
+
+
+def mean_estimate(values: Float[np.ndarray, " problems"], *, seed: int) -> Estimate:
+    """Mean of `values`, resampled by problem."""
     levels, counts = np.unique(values, return_counts=True)  # a few: shares of k answers
     rng = np.random.default_rng(seed)
     resampled = rng.multinomial(len(values), counts / len(values), NUM_RESAMPLES)
-    means = resampled @ levels / len(values)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    return Estimate(
+        value=float(values.mean()),
+        resampled=resampled @ levels / len(values),
+        num_problems=len(values),
+    )
 
 
-def median_length(problems: Sequence[Samples], *, seed: int) -> Score:
-    """Median of the lengths of all samples; problems are resampled with all of theirs."""
+def median_length(problems: Sequence[Samples], *, seed: int) -> Estimate:
+    """Median of the lengths of all samples; problems are resampled with all of theirs.
+
+    Which ones are drawn follows from their number and the seed alone, so that two medians of the
+    same problems are resampled together. Each must have a sample.
+    """
     lengths = np.concatenate([problem.lengths for problem in problems])
     owner = np.repeat(np.arange(len(problems)), [len(problem.lengths) for problem in problems])
     order = np.argsort(lengths, kind="stable")
@@ -153,15 +234,15 @@ def median_length(problems: Sequence[Samples], *, seed: int) -> Score:
     medians: list[np.ndarray] = []
     for start in range(0, NUM_RESAMPLES, size):
         times = rng.multinomial(len(problems), share, min(size, NUM_RESAMPLES - start))
-        medians.append(_weighted_medians(lengths, times[:, owner]))
-    low, high = np.percentile(np.concatenate(medians), [2.5, 97.5])
-    return Score(
-        value=float(np.median(lengths)), low=float(low), high=float(high),
+        medians.append(weighted_medians(lengths, times[:, owner]))
+    return Estimate(
+        value=float(np.median(lengths)),
+        resampled=np.concatenate(medians),
         num_problems=len(problems),
-    )  # fmt: skip
+    )
 
 
-def _weighted_medians(
+def weighted_medians(
     ascending: Int[np.ndarray, " samples"], times: Int[np.ndarray, "resamples samples"]
 ) -> Float[np.ndarray, " resamples"]:
     """Median of `ascending` with each value repeated `times`: the mean of the middle two."""
@@ -170,15 +251,3 @@ def _weighted_medians(
     lower = (below < (total + 1) // 2).sum(1)
     upper = (below < total // 2 + 1).sum(1)
     return (ascending[lower] + ascending[upper]) / 2
-
-
-def paired_difference(
-    ours: Float[np.ndarray, " problems"], theirs: Float[np.ndarray, " problems"], *, seed: int
-) -> Score:
-    """Mean of `ours - theirs` over the problems that both know, in the same order."""
-    differences = ours - theirs
-    known = differences[~np.isnan(differences)]
-    if not len(known):
-        return Score(value=float("nan"), low=float("nan"), high=float("nan"), num_problems=0)
-    low, high = bootstrap_interval(known, seed=seed)
-    return Score(value=float(known.mean()), low=low, high=high, num_problems=len(known))
