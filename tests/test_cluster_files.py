@@ -58,6 +58,11 @@ def commands(name):
     return [shlex.split(command) for command in found]
 
 
+def head_commands(text):
+    """The commands at the head of a file, without the lines that continue them."""
+    return re.findall(r"^#   (\w+ .+)$", text, re.MULTILINE)
+
+
 def dockerfile():
     """Instructions of the Dockerfile with their arguments, continued lines joined."""
     text = (FOLDER / "Dockerfile").read_text().replace("\\\n", " ")
@@ -166,6 +171,17 @@ def test_the_head_does_no_work(name) -> None:
     [head] = [node for node in node_types(name).values() if node["labels"]["role"] == "head"]
     assert head["resources"].pop("CPU") == 0
     assert set(head["resources"]) <= {"memory"}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_five_commands_at_most_lead_from_nothing_to_a_running_job(name) -> None:
+    image = head_commands((FOLDER / "Dockerfile").read_text())
+    operator = ["helm install"] if name in KUBERNETES_FILES else []
+    steps = [*image, *operator, *head_commands((FOLDER / name).read_text())]
+    assert len(steps) <= 5
+    if name == "rayjob.yaml":
+        readme = (ROOT / "README.md").read_text()
+        assert all(step in readme for step in head_commands((FOLDER / name).read_text()))
 
 
 @pytest.mark.parametrize("name", VM_FILES)
