@@ -248,6 +248,29 @@ def test_requests_in_flight_go_on_under_new_weights_and_say_so(served, policy, p
     assert all(low <= high for low, high in spans)
 
 
+def test_after_a_rollback_blocks_that_were_finished_under_other_weights_are_not_found(
+    served, policy, prompts
+) -> None:
+    served.load(policy, 1)
+    before = served.stats().num_requests
+    shape = TreeShape(num_children=(1, 1), step_tokens=(8, 48))
+    streams = [served.start_tree(ids, 11, temperature=2.0, shape=shape) for ids in prompts]
+    while served.stats().num_requests == before:
+        time.sleep(0.002)
+    served.load(policy, 2)
+    trees = [collect(ids, stream) for ids, stream in zip(prompts, streams, strict=True)]
+    mixed = [tree for tree in trees if set(tree.steps[-1].versions) == {1, 2}]
+    longest = max(mixed, key=lambda tree: tree.num_sampled_tokens)
+    prefix = longest.prompt_ids.tolist() + longest.path_token_ids(longest.leaves[0])
+    whole = (len(prefix) - 1) // CPU_BLOCK_SIZE * CPU_BLOCK_SIZE
+    assert whole
+    served.load(policy, 1)
+    for expected in (0, whole):
+        cached = served.stats().num_cached_tokens
+        served.tree(prefix, 12, shape=TreeShape(num_children=(1,), step_tokens=(1,)))
+        assert served.stats().num_cached_tokens - cached == expected
+
+
 def test_a_tied_models_head_is_not_stale_after_an_update(
     small_config, ray_cluster, tmp_path
 ) -> None:

@@ -21,6 +21,7 @@ from fake_engines import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from treerpo_ray import waits
 from treerpo_ray.algo.tree import Tree
 from treerpo_ray.config import Config
 from treerpo_ray.config_file import load
@@ -127,8 +128,10 @@ def test_whatever_fails_each_ticket_is_consumed_once_by_its_step_and_has_its_own
 
 @pytest.mark.parametrize("how", [*ENDS, "hung", "stale"])
 def test_a_tree_goes_on_from_its_groups_at_another_engine_and_the_first_is_replaced(
-    how: str,
+    how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(waits, "REPORT_EVERY_S", 0.1)
+
     async def scenario(fleet: Fleet) -> None:
         limit = 2 if how == "hung" else 600
         config = make_config("gate.max_staleness=0", f"engine.request_timeout_s={limit}")
@@ -146,6 +149,8 @@ def test_a_tree_goes_on_from_its_groups_at_another_engine_and_the_first_is_repla
         assert fleet.killed == [lost]
         assert fresh.calls[:3] == ["start", "load 1", "probe"]
         assert fresh.held == [after] * TREES
+        told = [str(event["what"]) for event in fleet.of("waiting")]
+        assert not [what for what in told if "step group" in what]
         await pool.stop()
 
     with fake_fleet() as fleet:

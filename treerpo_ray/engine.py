@@ -43,7 +43,7 @@ class Engine:
 
     def __init__(self, config: Config, index: int, log_folder: str | None) -> None:
         self.config, self.index = config, index
-        self._salt = "start"
+        self._num_loads = 0
         self._loading = asyncio.Lock()
         self._request_ids = itertools.count()
         self._totals = np.zeros(4, np.int64)
@@ -113,8 +113,9 @@ class Engine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        # The salt keeps blocks of other weights from requests; versions come again after a resume.
-        prompt = tokens_input(prefix, cache_salt=self._salt)
+        # The salt keeps blocks of other weights from requests. It is no version's: these come again
+        # after a rollback, and a request in flight goes on under its salt with newer weights.
+        prompt = tokens_input(prefix, cache_salt=f"load {self._num_loads}")
         request_id = f"{self.index}-{next(self._request_ids)}"
         try:
             async for output in self._llm.generate(prompt, params, request_id):
@@ -161,6 +162,7 @@ class Engine:
             with ChunkFiles() as files:
                 paths = [files.write(await chunk) for chunk in chunks]
                 await self._llm.pause_generation(mode="keep", clear_cache=False)
+                self._num_loads += 1  # what is asked from here on is computed with these weights
                 await self._llm.start_weight_update()
                 for number, path in enumerate(paths):
                     update = manifest.update_info(number) | {"path": path}
@@ -172,7 +174,6 @@ class Engine:
                 digests=tuple(tuple(worker) for worker in digests),
             )
             proof.check(manifest)
-            self._salt = f"v{manifest.version}-{'-'.join(manifest.digests)}"
             await self._llm.resume_generation()
 
     async def probe(self, token_ids: list[int]) -> list[float]:

@@ -7,9 +7,9 @@ autoscaler sees; nothing but the start of a run waits for it.
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import cast
 
 import ray
 from ray.exceptions import RayError
@@ -20,12 +20,9 @@ from treerpo_ray.engine import Engine
 from treerpo_ray.engine_places import Member, Places
 from treerpo_ray.metrics import Event
 from treerpo_ray.sampling import EngineStats
+from treerpo_ray.waits import Waits
 from treerpo_ray.weights import Manifest, Probe
 
-T = TypeVar("T")
-
-REPORT_EVERY_S = 30.0
-"""Time between reports of something that is being waited for."""
 STOP_S = 30
 """Time that engines have to shut down by themselves."""
 MAX_STARTS = 5
@@ -62,6 +59,7 @@ class Engines:
         self.leaving: list[Member] = []
         """Those that only finish their trees."""
         self.places = Places(self.members, config.engine.max_trees)
+        self.waits = Waits(self._note_wait)
         self._served: Served | None = None
         self._serving = asyncio.Lock()
         self._work: set[asyncio.Task[None]] = set()
@@ -93,8 +91,8 @@ class Engines:
         start = time.monotonic()
         needs = self.config.engine.resources | self.config.engine.labels
         name = f"a node with {needs} for engine {member.index}"
-        member.node = await self.wait_for(member.actor.node.remote(), name, node_timeout_s)
-        pid, core = await self.wait_for(
+        member.node = await self.waits.wait(member.actor.node.remote(), name, node_timeout_s)
+        pid, core = await self.waits.wait(
             member.actor.start.remote(),
             f"engine {member.index} to start",
             self.config.engine.start_timeout_s,
@@ -123,10 +121,10 @@ class Engines:
         timeout = self.config.engine.start_timeout_s
         name = f"engine {member.index} to load version {served.manifest.version}"
         load = member.actor.load.remote(served.manifest, served.chunks)
-        await self.wait_for(load, name, timeout)
+        await self.waits.wait(load, name, timeout)
         if should_probe:
             probe = member.actor.probe.remote(served.probe.token_ids)
-            found: list[float] = await self.wait_for(
+            found: list[float] = await self.waits.wait(
                 probe, f"engine {member.index} to be probed", timeout
             )
             off = served.probe.distance(found)
@@ -229,7 +227,7 @@ class Engines:
         """Totals of each serving engine; one that does not answer is replaced."""
         members = [member for member in self.members if member.is_serving]
         asked = (
-            self.wait_for(
+            self.waits.wait(
                 member.actor.stats.remote(),
                 f"engine {member.index} to answer",
                 self.config.engine.request_timeout_s,
@@ -273,19 +271,8 @@ class Engines:
         """A tree has left an engine that `pick` gave it."""
         self.places.release(member)
 
-    async def wait_for(self, result: Awaitable[T], name: str, timeout_s: float) -> T:
-        """Await `result`, logging what is waited for; TimeoutError after `timeout_s`."""
-        start = time.monotonic()
-        task = asyncio.ensure_future(result)
-        try:
-            while not (await asyncio.wait([task], timeout=min(REPORT_EVERY_S, timeout_s)))[0]:
-                waited = time.monotonic() - start
-                self.note("waiting", seconds=round(waited), what=name)
-                if waited >= timeout_s:
-                    raise TimeoutError(f"waited {waited:.0f} s for {name}")
-            return task.result()
-        finally:
-            task.cancel()
+    def _note_wait(self, seconds: float, what: str) -> None:
+        self.note("waiting", seconds=round(seconds), what=what)
 
     def note(self, kind: str, **fields: str | int) -> None:
         """Append an event to the run's log."""

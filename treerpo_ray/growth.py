@@ -106,15 +106,19 @@ class Growth:
             self.prompt_ids, self.shape, self.sampling, self.ticket.seed, list(self.groups)
         )
 
-        async def arrived() -> SiblingGroup | None:
+        async def next_group() -> SiblingGroup | None:
             group: Awaitable[SiblingGroup] | None = await anext(stream, None)
             return None if group is None else await group
 
         name = f"engine {member.index} to finish a step group"
         timeout = engines.config.engine.request_timeout_s
+
+        async def arrived() -> SiblingGroup | None:  # there are many trees, and `flights` has them
+            return await engines.waits.wait(next_group(), name, timeout, is_quiet=True)
+
         with flights.begin(self.ticket.number, member.index, len(self.groups)) as flight:
             try:
-                while (group := await engines.wait_for(arrived(), name, timeout)) is not None:
+                while (group := await arrived()) is not None:
                     # What is served goes back only when the learner does, after its own failure.
                     _check_version(group, min(proved, engines.version), member)
                     self.groups.append(group)
