@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job has only a
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
-import pyarrow.parquet as pq
 import rich.console
 import rich.table
 from ray.cluster_utils import Cluster
@@ -32,19 +31,9 @@ from ray.cluster_utils import Cluster
 from treerpo_ray.config import Config
 from treerpo_ray.config_file import load
 from treerpo_ray.console import Console
-from treerpo_ray.ledger import (
-    ConsumedTree,
-    Fields,
-    Kill,
-    Victim,
-    check_ledger,
-    draw_schedule,
-    recovery_s,
-    serving,
-)
-from treerpo_ray.metrics import Scalar, latest_rows, read_lines
+from treerpo_ray.ledger import Fields, Kill, Victim, draw_schedule, faults, recovery_s, serving
+from treerpo_ray.metrics import EVENTS_FILE, Scalar, latest_rows, read_lines
 from treerpo_ray.plan import load_inputs
-from treerpo_ray.records import from_table
 from treerpo_ray.train import RunFailed, run
 
 HEALTH = {
@@ -105,7 +94,7 @@ class Drill:
 
     def _kill(self, victim: Victim) -> Kill | None:
         """Kill one of its kind; None if none is up."""
-        events = read_lines(self.config.folder, "events.jsonl")
+        events = read_lines(self.config.folder, EVENTS_FILE)
         if victim is Victim.NODE:
             return self._kill_node(events)
         if victim in (Victim.ENGINE, Victim.CORE):
@@ -187,49 +176,28 @@ def small_cluster() -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-def faults(config: Config) -> list[str]:
-    """What the ledger of the finished run says against it."""
-    trees: dict[int, list[ConsumedTree]] = {}
-    for path in Path(config.folder).glob("trees/step=*/*.parquet"):
-        step = int(path.parent.name.removeprefix("step=")) - 1
-        trees.setdefault(step, []).extend(
-            ConsumedTree(
-                ticket=record.ticket,
-                min_version=record.tree.min_version,
-                max_version=record.tree.max_version,
-            )
-            for record in from_table(pq.read_table(path))
-        )
-    return check_ledger(
-        read_lines(config.folder, "events.jsonl"),
-        latest_rows(config.folder),
-        trees,
-        num_steps=config.run.num_steps,
-        trees_per_step=config.gate.trees_per_step,
-        max_staleness=config.gate.max_staleness,
-    )
-
-
-def unrepaired(config: Config, kills: list[Kill]) -> list[str]:
-    """The kills that were never made good, but for those shortly before the end."""
-    events = read_lines(config.folder, "events.jsonl")
-    end = float(str(events[-1]["time"])) if events else 0.0
+def unrepaired(kills: list[Kill], recoveries: list[float | None], end: float) -> list[str]:
+    """The kills that were never made good, but for those shortly before the `end` of the run."""
     return [
         f"{kill.victim}, pid {kill.pid}, was not made good in {end - kill.time:.0f} s"
-        for kill in kills
-        if recovery_s(kill, events) is None and end - kill.time > REPAIR_S
+        for kill, recovery in zip(kills, recoveries, strict=True)
+        if recovery is None and end - kill.time > REPAIR_S
     ]
 
 
-def report(config: Config, kills: list[Kill], problems: list[str], seconds: float) -> None:
-    """The table on stderr, one line of JSON on stdout."""
-    events = read_lines(config.folder, "events.jsonl")
+def report(
+    config: Config,
+    kills: list[Kill],
+    recoveries: list[float | None],
+    problems: list[str],
+    start: float,
+    seconds: float,
+) -> None:
+    """The table on stderr, with times from the `start` of the run; one line of JSON on stdout."""
     table = rich.table.Table("time", "killed", "pid", "engine", "made good after", box=None)
-    start = float(str(events[0]["time"])) if events else 0.0
-    times = [recovery_s(kill, events) for kill in kills]
-    for kill, time_s in zip(kills, times, strict=True):
+    for kill, recovery in zip(kills, recoveries, strict=True):
         engine = "" if kill.engine is None else str(kill.engine)
-        good = "not before the end" if time_s is None else f"{time_s:.1f} s"
+        good = "not before the end" if recovery is None else f"{recovery:.1f} s"
         table.add_row(f"{kill.time - start:.0f} s", kill.victim, str(kill.pid), engine, good)
     console = rich.console.Console(file=sys.stderr)
     console.print(table)
@@ -241,7 +209,7 @@ def report(config: Config, kills: list[Kill], problems: list[str], seconds: floa
         "seconds": round(seconds, 1),
         "recoveries": [
             asdict(kill) | {"recovery_s": None if s is None else round(s, 2)}
-            for kill, s in zip(kills, times, strict=True)
+            for kill, s in zip(kills, recoveries, strict=True)
         ],
         "broken": problems,
     }
@@ -280,11 +248,13 @@ def main(arguments: list[str]) -> int:
         training = threading.Thread(target=train, name="training", daemon=True)
         training.start()
         drill.run(training)
-    problems = failures + faults(config)
-    problems += unrepaired(config, drill.kills)
-    if len(drill.kills) < len(schedule):
-        problems.append(f"{len(drill.kills)} kills, should be {len(schedule)}")
-    report(config, drill.kills, problems, time.monotonic() - start)
+    kills, events = drill.kills, read_lines(config.folder, EVENTS_FILE)
+    times = [float(str(event["time"])) for event in events] or [0.0]
+    recoveries = [recovery_s(kill, events) for kill in kills]
+    problems = [*failures, *faults(config, events), *unrepaired(kills, recoveries, times[-1])]
+    if len(kills) < len(schedule):
+        problems.append(f"{len(kills)} kills, should be {len(schedule)}")
+    report(config, kills, recoveries, problems, times[0], time.monotonic() - start)
     return 1 if problems else 0
 
 

@@ -18,9 +18,12 @@ from tests.small_run import (
     text_step,
     write_small_run,
 )
+from treerpo_ray import saved_trees
 from treerpo_ray.algo.tree import ROOT, StopReason
 from treerpo_ray.analysis import Run, most_mixed_tree, newest_run, path_changes, worst_leaf
+from treerpo_ray.checkpoint import publish_table
 from treerpo_ray.plots import plot_curves, plot_kept_by_depth, plot_pool
+from treerpo_ray.records import to_table
 from treerpo_ray.tree_plots import MAX_LEAVES, plot_tree, plot_value_along_path
 
 REPOSITORY = Path(__file__).parents[1]
@@ -99,6 +102,33 @@ def test_a_ticket_trained_again_after_a_resume_has_its_last_tree(folder, tmp_pat
     save_trees(again, 20, [worked_record(7, finished_at_s=1.0), worked_record(3)])
     records = Run(again).trees(20)
     assert [(record.ticket, record.finished_at_s) for record in records] == [(3, 0.0), (7, 2.0)]
+
+
+@pytest.mark.parametrize("place", ["local", "memory"])
+def test_trees_of_steps_that_were_rolled_back_are_not_those_of_the_run(place, tmp_path):
+    folder = write_small_run(tmp_path)
+    save_trees(folder, 13, [worked_record(3)])
+    if place == "memory":
+        uri = f"memory://{uuid.uuid4().hex}/small"
+        fsspec.filesystem("memory").put(folder, uri, recursive=True)
+        folder = uri
+    saved_trees.take_back(folder, 11)
+    assert Run(folder).tree_steps() == [11]
+    saved_trees.take_back(folder, 0)
+    saved_trees.take_back(folder, 0)  # there are none
+    assert Run(folder).tree_steps() == []
+
+
+def test_the_trees_of_a_step_are_there_once_those_of_all_workers_are(tmp_path):
+    folder = str(tmp_path)
+    for rank in (1, 0):
+        assert not saved_trees.are_kept(folder, 7, num_workers=2)
+        publish_table(folder, saved_trees.name(7, rank), to_table([worked_record(rank)]))
+    assert saved_trees.are_kept(folder, 7, num_workers=2)
+    beside = tmp_path / f"{saved_trees.name(7, 2)}.writing"
+    beside.write_bytes(b"torn")  # by a worker that was killed over it
+    (tmp_path / "config.yaml").touch()
+    assert [record.ticket for record in Run(folder).trees(7)] == [0, 1]
 
 
 def test_the_tree_table_has_a_row_a_step(tmp_path):

@@ -7,9 +7,11 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from treerpo_ray.checkpoint import LIST_FILE, Checkpoints, publish_file, publish_folder
 
@@ -125,6 +127,93 @@ def test_what_a_killed_writer_left_is_cleared_by_the_next_save(tmp_path: Path) -
     checkpoints.save(2, contents("b"))
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step=000001", "step=000002"]
+
+
+def corrupting(fsync: Callable[[int], None], name: str) -> Callable[[int], None]:
+    """What a disk does that syncs, but holds something else in the file `name`."""
+
+    def sync(opened: int) -> None:
+        fsync(opened)
+        path = Path(os.readlink(f"/proc/self/fd/{opened}"))
+        if path.name == name and path.parent.name.startswith(".writing-"):
+            path.write_bytes(b"something else")
+
+    return sync
+
+
+def test_what_the_disk_does_not_hold_as_it_was_written_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(str(tmp_path), keep=1)
+    checkpoints.save(1, contents("a"))
+    before = files(str(tmp_path))
+    monkeypatch.setattr(os, "fsync", corrupting(os.fsync, "state.pt"))
+    with pytest.raises(OSError, match=r"state\.pt is corrupt"):
+        checkpoints.save(2, contents("b"))
+    assert files(str(tmp_path)) == before
+
+
+def test_a_checkpoint_is_on_the_disk_with_what_tells_of_it_before_it_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def sync(opened: int) -> None:
+        fsync(opened)
+        synced.append(Path(os.readlink(f"/proc/self/fd/{opened}")).name)
+
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    monkeypatch.setattr(os, "fsync", sync)
+    checkpoints = Checkpoints(str(tmp_path), keep=1)
+    staging = checkpoints.stage(contents("a"))
+    names = {"state.pt", "0.safetensors", LIST_FILE, "model", "shards", staging.name}
+    monkeypatch.setattr(
+        Path, "rename", lambda *places: synced.append("renamed") or os.rename(*places)
+    )
+    checkpoints.place(1, staging)
+    assert set(synced[:-2]) == {*names, "metrics.jsonl"}
+    assert synced[-2:] == ["renamed", "checkpoints"]
+
+
+class LossyStore(MemoryFileSystem):
+    """An object store that keeps one byte less of the file `torn`."""
+
+    protocol = "lossy"
+    store = {}  # noqa: RUF012 - fsspec's own form
+    pseudo_dirs = [""]  # noqa: RUF012
+    torn = "nothing"
+    arrived: ClassVar[list[str]] = []
+
+    def put_file(self, local: str, remote: str, **options: object) -> None:
+        content = Path(local).read_bytes()
+        self.pipe_file(remote, content[:-1] if remote.endswith(self.torn) else content)
+        self.arrived.append(remote.rpartition("/")[2])
+
+
+@pytest.mark.parametrize("name", ["state.pt", LIST_FILE])
+def test_a_store_that_did_not_get_all_is_no_reason_to_remove_older_checkpoints(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec.register_implementation("lossy", LossyStore, clobber=True)
+    LossyStore.store.clear()
+    checkpoints = Checkpoints("lossy://bucket/run", keep=1)
+    checkpoints.save(1, contents("a"))
+    monkeypatch.setattr(LossyStore, "torn", name)
+    with pytest.raises(OSError, match=f"bytes of {name} arrived"):
+        checkpoints.save(2, contents("b"))
+    assert read_newest(checkpoints) == (1, "state a", b"a" * 1000)
+
+
+def test_in_a_store_the_file_that_tells_that_a_model_is_there_comes_last() -> None:
+    def write(target: Path) -> None:
+        contents("a")(target)
+        (target / "config.json").write_text("{}")
+
+    fsspec.register_implementation("lossy", LossyStore, clobber=True)
+    LossyStore.arrived.clear()
+    publish_folder("lossy://bucket/run", "model", write)
+    assert LossyStore.arrived == ["0.safetensors", "state.pt", "config.json"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from ray.cluster_utils import Cluster
 
 from tests.conftest import ROOT, SMALL
 from tests.test_elastic import HEALTH
-from tests.test_training import assert_versions_count_updates, trees_of
+from tests.test_training import assert_ledger, assert_versions_count_updates
 from treerpo_ray.analysis import Run
 from treerpo_ray.metrics import read_lines
 
@@ -72,4 +72,4 @@ def test_workers_go_and_come_with_their_nodes_and_every_ticket_is_trained(
     assert events[events.kind == "learner_started"]["workers"].tolist() == [2, 1, 2]
     assert_versions_count_updates(metrics)
     assert metrics["staleness/max"].max() <= 1
-    assert sorted(trees_of(run)) == list(range(6 * int(metrics.index.max())))
+    assert_ledger(str(folder), f"run.num_steps={metrics.index.max()}")

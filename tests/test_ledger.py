@@ -1,10 +1,15 @@
 """The ledger of a run: what it finds wrong, and what it lets pass."""
 
 import math
+import uuid
 from collections import Counter
 
 import pytest
 
+from tests.test_saved_trees import tree_of
+from treerpo_ray import ledger, saved_trees
+from treerpo_ray.checkpoint import publish_table
+from treerpo_ray.config_file import load
 from treerpo_ray.ledger import (
     ConsumedTree,
     Kill,
@@ -15,6 +20,8 @@ from treerpo_ray.ledger import (
     serving,
     standing,
 )
+from treerpo_ray.metrics import RunLog
+from treerpo_ray.records import to_table
 
 NUM_STEPS, SIZE = 3, 2
 
@@ -101,11 +108,48 @@ def test_a_learner_that_goes_on_ahead_of_what_was_consumed_is_found() -> None:
     assert "the learner went on at step 4 after 3 steps" in faults(events)
 
 
-@pytest.mark.parametrize("tickets", [(2, 2), (2, 4), (2,)])
-def test_a_doubled_foreign_or_lost_ticket_is_found(tickets) -> None:
+@pytest.mark.parametrize(
+    ("tickets", "lost", "more"),
+    [((2, 2), [3], [2]), ((2, 4), [3], [4]), ((2,), [3], []), ((2, 2, 3, 2), [], [2, 2])],
+)
+def test_a_doubled_foreign_or_lost_ticket_is_found(tickets, lost, more) -> None:
     trees = good_trees()
     trees[1] = [ConsumedTree(ticket=t, min_version=1, max_version=1) for t in tickets]
-    assert faults(trees=trees) == [f"step 1 was trained on tickets {list(tickets)}"]
+    told = [f"step 1 was not trained on its tickets {lost}"] if lost else []
+    told += [f"step 1 was trained on tickets {more} too many"] if more else []
+    assert faults(trees=trees) == told
+
+
+@pytest.mark.parametrize("place", ["local", "memory"])
+def test_a_doubled_and_a_lost_ticket_in_a_run_folder_are_both_found(place, tmp_path) -> None:
+    root = tmp_path if place == "local" else f"memory://{uuid.uuid4().hex}"
+    config = load(
+        [
+            *(f"run.root={root}", "run.name=run", f"run.num_steps={NUM_STEPS}"),
+            *(f"gate.trees_per_step={SIZE}", "metrics.wandb_project=null"),
+        ]
+    )
+    run_log = RunLog(config)
+    for row in good_rows():
+        run_log.step(row)
+    run_log.close()
+
+    def keep(rank: int, *tickets: int) -> None:
+        for ticket in tickets:
+            step = ticket // SIZE
+            table = to_table([tree_of(ticket, step)])
+            publish_table(config.folder, saved_trees.name(step + 1, rank), table)
+
+    keep(0, 0, 2, 4)
+    keep(1, 1, 3, 5)
+    assert ledger.faults(config, good_events()) == []
+    keep(2, 2)  # once more, by a worker of a larger group
+    keep(1, 4)  # in the place of 5
+    assert ledger.faults(config, good_events()) == [
+        "step 1 was trained on tickets [2] too many",
+        "step 2 was not trained on its tickets [5]",
+        "step 2 was trained on tickets [4] too many",
+    ]
 
 
 def test_a_tree_that_is_too_old_or_from_the_future_is_found() -> None:

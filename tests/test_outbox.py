@@ -1,4 +1,4 @@
-"""Files that cannot be written are tried again, told of, and hold nobody up."""
+"""Files and checkpoints that cannot be written are told of, tried again, and hold nobody up."""
 
 import threading
 import time
@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from treerpo_ray import evaluate, outbox
+from treerpo_ray.checkpoint import Checkpoints
 from treerpo_ray.config_file import load
 from treerpo_ray.evaluate import Evaluation
-from treerpo_ray.outbox import Outbox
+from treerpo_ray.outbox import Outbox, Saver
 
 
 @pytest.fixture
@@ -156,3 +157,133 @@ def test_a_torn_or_foreign_evaluation_is_passed_over(
     assert evaluate.read(str(tmp_path), 3) is None
     [record] = caplog.records
     assert "eval/step=000003.json cannot be read and is passed over" in record.getMessage()
+
+
+class Store(Checkpoints):
+    """Takes a checkpoint only while `is_up` is set; `error` is what it says to it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder), keep=2)
+        self.is_up, self.error = threading.Event(), None
+        self.is_up.set()
+
+    def place(self, step: int, staging: Path) -> None:
+        assert self.is_up.wait(30)
+        if self.error is not None:
+            raise self.error
+        super().place(step, staging)
+
+
+class Saving:
+    """A saver of each second step and what it told; `save` does as the learner after a step."""
+
+    def __init__(self, folder: Path, told: list[tuple[str, str]]) -> None:
+        self.store, self.told, self.placed = Store(folder), told, []
+        self.is_settled = True
+        self.saver = Saver(self.store, 2, 0, lambda *failed: told.append(failed))
+
+    def save(self, step: int, *, is_last: bool = False) -> bool:
+        """Save if it is time to; returns whether it was."""
+        if not is_last and not self.saver.is_due(step):
+            return False
+
+        def write(target: Path) -> None:
+            (target / "state").write_text(f"{step}")
+
+        placed = lambda: self.placed.append(step)  # noqa: E731
+        self.saver.save(step, write, lambda: self.is_settled, placed, is_last=is_last)
+        return True
+
+    def wait(self) -> None:
+        self.saver._thread.join(60)
+
+
+@pytest.fixture
+def saving(tmp_path: Path, told, monkeypatch: pytest.MonkeyPatch) -> Saving:
+    monkeypatch.setattr(outbox, "POLL_S", 0.01)
+    return Saving(tmp_path, told)
+
+
+def test_a_checkpoint_is_saved_each_time_it_is_due_and_at_the_end(saving: Saving) -> None:
+    assert [saving.save(step) for step in (1, 2, 3, 4)] == [False, True, False, True]
+    saving.save(5, is_last=True)
+    assert saving.placed == [2, 4, 5]
+    assert saving.store.steps() == [4, 5]
+    assert saving.told == []
+
+
+def test_a_store_that_hangs_is_waited_for_once_and_the_checkpoint_tried_at_each_step(
+    saving: Saving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "PLACE_S", 0.3)
+    saving.store.is_up.clear()
+    start = time.monotonic()
+    assert [saving.save(step) for step in range(2, 40)] == [True, False, *[True] * 36]
+    assert time.monotonic() - start < 5
+    left_out = "left out: checkpoint of step 2 is not in its place within 0.3 s"
+    assert saving.told == [("checkpoint of step 4", left_out)]
+    assert saving.store.steps() == []
+    saving.store.is_up.set()
+    saving.wait()
+    assert saving.placed == [2]
+    saving.save(40)
+    saving.wait()
+    assert saving.placed == [2, 40]
+
+
+def test_a_checkpoint_that_fails_is_told_and_tried_at_the_next_step(saving: Saving) -> None:
+    saving.store.error = ConnectionError("the store is gone")
+    for step in (2, 3):
+        assert saving.save(step)
+        saving.wait()
+    saving.store.error = None
+    assert saving.save(4) and not saving.save(5)
+    saving.wait()
+    gone = "ConnectionError: the store is gone"
+    assert saving.told == [("checkpoint of step 2", gone), ("checkpoint of step 3", gone)]
+    assert saving.store.steps() == saving.placed == [4]
+
+
+def test_the_last_checkpoint_is_waited_for_and_raises(
+    saving: Saving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "PLACE_S", 0.1)
+    saving.store.is_up.clear()
+    saving.save(2)
+    threading.Timer(0.5, saving.store.is_up.set).start()
+    saving.save(3, is_last=True)
+    assert saving.placed == [2, 3]
+    saving.store.error = ConnectionError("the store is gone")
+    with pytest.raises(ConnectionError, match="gone"):
+        saving.save(4, is_last=True)
+
+
+def test_what_comes_before_a_checkpoint_is_waited_for_but_not_for_ever(
+    saving: Saving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saving.is_settled = False
+    saving.save(2)
+    assert saving.placed == []
+    saving.is_settled = True
+    saving.wait()
+    assert saving.placed == [2] and saving.told == []
+    monkeypatch.setattr(outbox, "SETTLE_S", 0.3)
+    saving.is_settled = False
+    saving.save(4, is_last=True)
+    assert saving.placed == [2, 4]
+    late = "not in the run folder within 0.3 s"
+    assert saving.told == [("what comes before the checkpoint of step 4", late)]
+
+
+def test_a_disk_that_is_slow_while_training_waits_is_told(
+    saving: Saving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "SLOW_S", 0.1)
+    monkeypatch.setattr(
+        saving.store,
+        "stage",
+        lambda write: time.sleep(0.5) or Checkpoints.stage(saving.store, write),
+    )
+    saving.save(2, is_last=True)
+    assert saving.told == [("checkpoint of step 2", "the disk has not taken it within 0.1 s")]
+    assert saving.store.steps() == [2]

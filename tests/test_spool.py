@@ -171,6 +171,26 @@ def test_a_store_that_is_gone_or_hangs_at_the_end_is_told_with_where_the_files_a
     assert len((local / "metrics.jsonl").read_text().splitlines()) == 20
 
 
+def test_it_is_known_which_lines_are_in_the_run_folder(weak, tmp_path):
+    for root in (tmp_path, f"{weak}/lines"):
+        run_log, folder = run_log_at(root)
+        WeakStore.is_gone = True
+        run_log.step({"step": 1})
+        run_log.event(Event(kind="consumed"))
+        taken, kept = run_log.num_lines()
+        if root != tmp_path:
+            assert kept == 0
+            wait_for_notice(run_log, "upload_delayed")
+            WeakStore.is_gone = False
+        end = time.monotonic() + 20
+        while run_log.num_lines()[1] < taken:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert len(latest_rows(folder)) == 1
+        assert "consumed" in [event["kind"] for event in read_lines(folder, "events.jsonl")]
+        run_log.close()
+
+
 def test_a_terminal_that_is_gone_does_not_end_the_run(tmp_path):
     """In a process of its own, whose standard error is a pipe that nobody reads."""
     code = (

@@ -1,8 +1,8 @@
 """Checkpoints, and whatever else of a run is whole or not there.
 
-A checkpoint is written beside its place, listed with a digest of each file, and renamed (on an
-object store: uploaded, its list last). One that is torn or corrupt is passed over for the one
-before.
+A checkpoint is written beside its place, listed with a digest of each file, checked and renamed (on
+an object store: uploaded, its list last, and compared). One that is torn or corrupt is passed over
+for the one before.
 """
 
 import hashlib
@@ -43,17 +43,40 @@ class Checkpoints:
         names = [path.split("/")[-2].removeprefix("step=") for path in found]
         return sorted(int(name) for name in names if name.isdecimal())
 
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Have `write` fill a folder and make it the checkpoint of `step`.
+    def stage(self, write: Callable[[Path], None]) -> Path:
+        """Have `write` fill a folder on this machine, which `place` is to have.
 
         Raises:
-            OSError: the disk is full or the store refuses; older checkpoints are untouched.
+            OSError: the disk is full.
         """
-        with _staging(self._fs, self._root) as staging:
-            write(staging)
-            files = {str(p.relative_to(staging)): _digest(p) for p in _files(staging)}
+        return _stage(self._fs, self._root, write)
+
+    def place(self, step: int, staging: Path) -> None:
+        """Make a staged folder the checkpoint of `step`.
+
+        Raises:
+            OSError: the disk or the store refuses, or does not hold what was written; older
+                checkpoints are untouched.
+        """
+        try:
+            files = {name: _digest(staging / name) for name in _names(staging)}
             (staging / LIST_FILE).write_text(json.dumps(files, indent=1))
+            _sync_all(staging)
+            if fault := _fault(staging):
+                raise OSError(f"{staging}: {fault}")
+            if isinstance(self._fs, LocalFileSystem):
+                for path in Path(self._root).parent.glob("*.jsonl"):
+                    _sync(path)  # what tells of the steps before is not to be lost where this stays
             _place(self._fs, staging, [*files, LIST_FILE], f"{self._root}/step={step:06d}")
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        self._remove_old(step)
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        """Stage what `write` writes and place it, both at once."""
+        self.place(step, self.stage(write))
+
+    def _remove_old(self, step: int) -> None:
         steps = self.steps()
         # A later one was passed over when this session began: it must not push out what is whole.
         later = [old for old in steps if old > step]
@@ -84,15 +107,20 @@ class Checkpoints:
 def publish_folder(folder: str, name: str, write: Callable[[Path], None]) -> str:
     """Have `write` fill a folder and put it at `folder/name` (path or URI); returns where it is.
 
+    A model is whole where its `config.json` is, which comes last.
+
     Raises:
         OSError: the disk is full or the store refuses; what was there is untouched by a failing
             `write`.
     """
     fs, root = fsspec.core.url_to_fs(folder)
-    with _staging(fs, root) as staging:
-        write(staging)
-        files = [str(path.relative_to(staging)) for path in _files(staging)]
+    staging = _stage(fs, root, write)
+    try:
+        _sync_all(staging)
+        files = sorted(_names(staging), key=lambda file: file == "config.json")
         _place(fs, staging, files, f"{root}/{name}")
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     return f"{folder}/{name}"
 
 
@@ -125,19 +153,22 @@ def publish_table(folder: str, name: str, table: pa.Table) -> None:
     publish_file(folder, name, content.getvalue())
 
 
-@contextmanager
-def _staging(fs: AbstractFileSystem, root: str) -> Iterator[Path]:
-    """A folder to write in: beside its place, or here for an object store; gone afterwards."""
-    fs.makedirs(root, exist_ok=True)
-    is_local = isinstance(fs, LocalFileSystem)
-    for left in Path(root).glob(".writing-*") if is_local else ():
-        shutil.rmtree(left, ignore_errors=True)  # by a process that was killed
-    staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=root if is_local else None))
+def _stage(fs: AbstractFileSystem, root: str, write: Callable[[Path], None]) -> Path:
+    """A folder that `write` filled: beside its place, or here for an object store."""
+    beside: Path | None = None
+    if isinstance(fs, LocalFileSystem):
+        beside = Path(root)
+        beside.mkdir(parents=True, exist_ok=True)
+        for left in beside.glob(".writing-*"):
+            shutil.rmtree(left, ignore_errors=True)  # by a process that was killed
+    staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=beside))
     staging.chmod(0o755)
     try:
-        yield staging
-    finally:
+        write(staging)
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return staging
 
 
 def _place(fs: AbstractFileSystem, staging: Path, files: list[str], target: str) -> None:
@@ -145,9 +176,20 @@ def _place(fs: AbstractFileSystem, staging: Path, files: list[str], target: str)
     if isinstance(fs, LocalFileSystem):
         shutil.rmtree(target, ignore_errors=True)
         staging.rename(target)
+        _sync(Path(target).parent)
         return
+    if fs.exists(target):
+        fs.rm(target, recursive=True)
     for name in files:
         fs.put_file(str(staging / name), f"{target}/{name}")
+        written, arrived = (staging / name).stat().st_size, fs.size(f"{target}/{name}")
+        if arrived != written:
+            raise OSError(f"{arrived} of the {written} bytes of {name} arrived at {target}")
+
+
+def _sync_all(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
 
 
 def _sync(path: Path) -> None:
@@ -155,6 +197,8 @@ def _sync(path: Path) -> None:
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
+        if hasattr(os, "posix_fadvise"):  # who reads it next is to see what the disk holds
+            os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_DONTNEED)
     except OSError:
         if not path.is_dir():
             raise
@@ -162,8 +206,9 @@ def _sync(path: Path) -> None:
         os.close(opened)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def _names(folder: Path) -> list[str]:
+    """Files of a folder, those of its folders too."""
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
 def _digest(path: Path) -> str:

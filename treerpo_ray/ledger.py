@@ -6,11 +6,17 @@ each step once, in order, with the tickets that are its own.
 
 import math
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from treerpo_ray.metrics import Row, Scalar
+import fsspec
+import pyarrow.parquet as pq
+
+from treerpo_ray.config import Config
+from treerpo_ray.metrics import Row, Scalar, latest_rows
+from treerpo_ray.records import from_table
 
 Fields = Mapping[str, Scalar]
 """One event of `events.jsonl`: `time` (Unix seconds), `kind` and its own fields."""
@@ -42,6 +48,40 @@ def standing(events: Sequence[Fields]) -> tuple[list[Fields], list[str]]:
     return kept, faults
 
 
+def faults(config: Config, events: Sequence[Fields]) -> list[str]:
+    """What the folder of a finished run says against it; `events` are those of its file."""
+    return check_ledger(
+        events,
+        latest_rows(config.folder),
+        consumed_trees(config.folder),
+        num_steps=config.run.num_steps,
+        trees_per_step=config.gate.trees_per_step,
+        max_staleness=config.gate.max_staleness,
+    )
+
+
+def consumed_trees(folder: str) -> dict[int, list[ConsumedTree]]:
+    """All trees in a run folder (path or URI), doubled ones too, by learner step (0 is the first).
+
+    Every step's trees must be saved: `metrics.save_trees_every` is 1.
+    """
+    fs, root = fsspec.core.url_to_fs(folder)
+    found: dict[int, list[ConsumedTree]] = {}
+    for path in fs.glob(f"{root}/trees/step=*/*.parquet"):
+        step = int(path.split("/")[-2].removeprefix("step=")) - 1
+        with fs.open(path) as file:
+            records = from_table(pq.read_table(file))
+        found.setdefault(step, []).extend(
+            ConsumedTree(
+                ticket=record.ticket,
+                min_version=record.tree.min_version,
+                max_version=record.tree.max_version,
+            )
+            for record in records
+        )
+    return found
+
+
 def check_ledger(
     events: Sequence[Fields],
     rows: Sequence[Row],
@@ -68,9 +108,12 @@ def check_ledger(
         faults.append(f"trees are there of {len(trees)} steps, should be {num_steps}")
     version = 0
     for step, event in enumerate(consumed):
-        found = sorted(tree.ticket for tree in trees.get(step, ()))
-        if found != list(range(step * trees_per_step, (step + 1) * trees_per_step)):
-            faults.append(f"step {step} was trained on tickets {found}")
+        found = Counter(tree.ticket for tree in trees.get(step, ()))
+        own = Counter(range(step * trees_per_step, (step + 1) * trees_per_step))
+        if lost := sorted(own - found):
+            faults.append(f"step {step} was not trained on its tickets {lost}")
+        if more := sorted((found - own).elements()):
+            faults.append(f"step {step} was trained on tickets {more} too many")
         for tree in trees.get(step, ()):
             if not version - max_staleness <= tree.min_version <= tree.max_version <= version:
                 faults.append(

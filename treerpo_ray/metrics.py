@@ -130,6 +130,10 @@ class RunLog:
         """What there was to notice in this session but the first `num_notices` events."""
         return self._notices[num_notices:]
 
+    def num_lines(self) -> tuple[int, int]:
+        """Rows and events so far, and how many of them are in the run folder."""
+        return self._spool.num_lines()
+
     def close(self) -> None:
         """Finish W&B and uploads; nothing may be appended afterwards.
 

@@ -1,7 +1,8 @@
-"""Saved trees: what a checkpoint keeps of the learner steps to come, trees whole or partly grown.
+"""Saved trees: in a run's folder those that it was trained on, in a checkpoint those to come.
 
-A resumed run goes on from them, where they are what it would have sampled itself: trees of the
-same tickets, of versions that the learner knows, and no staler than it allows.
+A resumed run goes on from the trees of its checkpoint, whole or partly grown, where they are what
+it would have sampled itself: trees of the same tickets, of versions that the learner knows, and no
+staler than it allows.
 """
 
 import json
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import fsspec
 import pyarrow.parquet as pq
 
 from treerpo_ray.config import Config
@@ -56,3 +58,22 @@ def usable(
         and tree.tree.max_version <= version
         and version + tree.ticket // size - step - tree.tree.min_version <= limit
     ]
+
+
+def name(step: int, rank: int) -> str:
+    """File in a run folder for the trees of a share; `step` counts the steps, theirs included."""
+    return f"trees/step={step:06d}/rank-{rank}.parquet"
+
+
+def are_kept(folder: str, step: int, num_workers: int) -> bool:
+    """Whether the trees of all shares of a learner step are there."""
+    fs, root = fsspec.core.url_to_fs(folder)
+    return all(fs.exists(f"{root}/{name(step, rank)}") for rank in range(num_workers))
+
+
+def take_back(folder: str, step: int) -> None:
+    """Remove the trees of the steps after `step`: they were rolled back, and other trees come."""
+    fs, root = fsspec.core.url_to_fs(folder)
+    for path in fs.glob(f"{root}/trees/step=*"):
+        if int(path.rstrip("/").rpartition("=")[2]) > step:
+            fs.rm(path, recursive=True)

@@ -54,6 +54,7 @@ class Spool:
             self._take_up(name)
         self._writer = _LineWriter(self.path, warn)
         self._sizes: dict[str, int] = {}
+        self._num_uploaded = 0
         self._upload_fault: str | None = None
         self._stop = threading.Event()
         self._uploader = threading.Thread(
@@ -83,6 +84,11 @@ class Spool:
         """Wait until all lines are on disk, but not for a disk that is known to be late."""
         self._writer.settle()
 
+    def num_lines(self) -> tuple[int, int]:
+        """Lines that were handed over, and how many of them are in the run folder by now."""
+        taken, written = self._writer.num_taken, self._writer.num_written
+        return taken, written if self._is_local else self._num_uploaded
+
     def close(self) -> None:
         """Write and upload the rest, within a limited time.
 
@@ -109,6 +115,7 @@ class Spool:
         while not is_last:
             is_last = self._stop.wait(UPLOAD_EVERY_S)
             found = self.path.rglob("*") if is_last else self.path.iterdir()
+            num_written = self._writer.num_written
             try:
                 self._upload([path for path in found if path.is_file()])
             except Exception as error:  # any store's own error: tried again, and raised by close
@@ -119,6 +126,7 @@ class Spool:
                 if self._upload_fault is not None:
                     self._warn("upload_caught_up", str(self._root))
                 self._upload_fault = None
+                self._num_uploaded = num_written
 
     def _upload(self, paths: list[Path]) -> None:
         for path in paths:
@@ -137,6 +145,7 @@ class _LineWriter:
         self._changed = threading.Condition()
         self._lines: deque[tuple[str, bytes]] = deque()
         self._sizes: dict[str, int] = {}
+        self.num_taken = self.num_written = 0
         self._is_late = self._is_closing = False
         self._thread = threading.Thread(target=self._work, name="metrics-write", daemon=True)
         self._thread.start()
@@ -144,6 +153,7 @@ class _LineWriter:
     def append(self, name: str, line: bytes) -> None:
         with self._changed:
             self._lines.append((name, line))
+            self.num_taken += 1
             self._changed.notify_all()
 
     def settle(self) -> None:
@@ -185,6 +195,7 @@ class _LineWriter:
                 continue
             with self._changed:
                 self._lines.popleft()
+                self.num_written += 1
                 if not self._lines and self._is_late:
                     self._is_late = False
                     self._warn("log_caught_up", str(self._folder))

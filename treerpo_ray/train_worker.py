@@ -3,11 +3,10 @@
 import os
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
-import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.train
 import ray.train.torch
@@ -15,13 +14,13 @@ import torch
 import torch.distributed as dist
 
 from treerpo_ray import curriculum, saved_trees
-from treerpo_ray.checkpoint import Checkpoints, publish_folder
+from treerpo_ray.checkpoint import Checkpoints, publish_folder, publish_table
 from treerpo_ray.curriculum import Measurement
 from treerpo_ray.engine_totals import EngineTotals
 from treerpo_ray.evaluate import evaluate, read
 from treerpo_ray.learner import DTYPES, Learner, UpdateResult
 from treerpo_ray.metrics import Event, Row, latest, write_failed
-from treerpo_ray.outbox import Outbox
+from treerpo_ray.outbox import Outbox, Saver
 from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import TreeRecord, from_table
 from treerpo_ray.share_ahead import ShareAhead
@@ -61,11 +60,12 @@ class TrainWorker:
         self.measurements: list[Measurement] = []
         with self.checkpoints.newest() as found:
             self.step, checkpoint = found or (0, None)
-            self.saved = self.step
             self.learner = Learner(self.config, ray.train.torch.get_device(), checkpoint)
             if checkpoint is not None and self.is_first:
                 self.left_over = saved_trees.read(checkpoint, self.config)
                 self.measurements = curriculum.read(checkpoint, self.config)
+        self.saver = Saver(self.checkpoints, self.config.checkpoint.every, self.step, self._warn)
+        self.trees_kept: int | None = None
 
     def run(self) -> None:
         """Take batches until the gate says that it was the last one."""
@@ -82,8 +82,7 @@ class TrainWorker:
             self._evaluate(unless_done=True)  # the workers before may have died over it
         while not is_last:
             is_last = self._step(shares)
-            is_due = self.step - self.saved >= self.config.checkpoint.every
-            if self.is_first and (is_last or is_due):
+            if self.is_first and (is_last or self.saver.is_due(self.step)):
                 self._save(is_last)
             if not is_last:
                 self._evaluate()
@@ -98,6 +97,10 @@ class TrainWorker:
         ray.get(self.stations.watch.forget.remote("learner"))
         for step, fault in self.checkpoints.passed_over.items():
             self._note("checkpoint_passed_over", step=step, fault=fault)
+        try:
+            saved_trees.take_back(self.folder, self.step)
+        except Exception as error:  # any store's own
+            self._warn(f"trees after step {self.step}", f"left: {type(error).__name__}: {error}")
         self._publish()
         self.engines.since_last(ray.get(self.stations.pool.stats.remote()))
         gate, pool, version = self.stations.gate, self.stations.pool, self.learner.version
@@ -230,39 +233,40 @@ class TrainWorker:
             )
 
     def _save(self, is_last: bool) -> None:
-        """Write a checkpoint; one that fails is left to the next step, but for the last one."""
+        """Save a checkpoint; training goes on while it is put in its place, but for the last."""
+        self.mover.at(f"writing the checkpoint of step {self.step}")
+        num_lines: int = ray.get(self.stations.run_log.num_lines.remote())[0]
         first = self.step * self.config.gate.trees_per_step
-        trees: list[TreeRecord] = ray.get(self.stations.pool.unconsumed.remote(first))
-        measurements: list[Measurement] = ray.get(self.stations.gate.measurements.remote())
 
         def write(folder: Path) -> None:
             self.learner.write(folder)
+            trees: list[TreeRecord] = ray.get(self.stations.pool.unconsumed.remote(first))
             saved_trees.write(folder, trees, self.config)
+            measurements: list[Measurement] = ray.get(self.stations.gate.measurements.remote())
             curriculum.write(folder, measurements, self.config)
 
-        try:
-            self.mover.at(f"writing the checkpoint of step {self.step}")
-            self.checkpoints.save(self.step, write)
-        except Exception as error:  # any store's own
-            if is_last:
-                raise
-            self._warn(f"checkpoint of step {self.step}", f"{type(error).__name__}: {error}")
-        else:
-            self.saved = self.step
-            self._note("checkpoint", step=self.step, version=self.learner.version)
+        self.saver.save(
+            self.step,
+            write,
+            partial(self._is_settled, num_lines, self.trees_kept),
+            partial(self._note, "checkpoint", step=self.step, version=self.learner.version),
+            is_last=is_last,
+        )
+
+    def _is_settled(self, num_lines: int, trees_kept: int | None) -> bool:
+        """Whether the run folder has so many rows and events, and the trees of that step."""
+        if ray.get(self.stations.run_log.num_lines.remote())[1] < num_lines:
+            return False
+        if trees_kept is None:
+            return True
+        return saved_trees.are_kept(self.folder, trees_kept, self.num_workers)
 
     def _save_trees(self, table: pa.Table) -> None:
-        every = self.config.metrics.save_trees_every
-        if not every or (self.step + 1) % every:
-            return
-        name = f"trees/step={self.step + 1:06d}/rank-{self.rank}.parquet"
-
-        def write() -> None:
-            fs, root = fsspec.core.url_to_fs(self.folder)
-            fs.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
-            pq.write_table(table, f"{root}/{name}", filesystem=fs)
-
-        self.outbox.put(name, write)
+        every, step = self.config.metrics.save_trees_every, self.step + 1
+        if every and step % every == 0:
+            name = saved_trees.name(step, self.rank)
+            self.outbox.put(name, lambda: publish_table(self.folder, name, table))
+            self.trees_kept = step
 
     def _warn(self, what: str, reason: str) -> None:
         self.stations.run_log.event.remote(write_failed(what, reason))
