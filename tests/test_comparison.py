@@ -225,3 +225,16 @@ def test_intervals_of_means_cover_in_simulation() -> None:
     share = np.mean([interval.low < 10 < interval.high for interval in found])
     # 4 standard deviations of a share of 2000 at 0.95
     assert share == pytest.approx(0.95, abs=0.02)
+
+
+@pytest.mark.parametrize("deviations", [(3.0, 1.0), (1.0, 3.0)])
+def test_intervals_of_differences_cover_in_simulation(deviations: tuple[float, float]) -> None:
+    """Five draws around 7 less three around 5.
+
+    Welch's degrees of freedom are an estimate: it costs a point where the three are the wider ones.
+    """
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.normal(7, deviations[0], (2000, 5)), rng.normal(5, deviations[1], (2000, 3))
+    found = [difference_interval(*pair) for pair in zip(ours, theirs, strict=True)]
+    share = np.mean([interval.low < 2 < interval.high for interval in found])
+    assert 0.92 < share < 0.97
