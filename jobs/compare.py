@@ -31,14 +31,15 @@ def main(arguments: list[str]) -> int:
     folder = Path(path).with_suffix("")
     try:
         comparison = read_comparison(path)
-        num_failed = 0 if is_report else Trials(comparison, folder, common).run()
+        configs = comparison.configs(common)
+        num_failed = 0 if is_report else Trials(configs, folder).run()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it was", file=sys.stderr)
         return 130
-    results = read_results(comparison, folder, common)
+    results = read_results(configs, folder)
     if not results:
         print(f"there are no results in {folder} yet", file=sys.stderr)
         return 1

@@ -87,7 +87,7 @@ def test_a_result_of_other_settings_start_or_tokens_is_passed_over(
     trials = list(comparison.trials())[:4]
     for trial, rate in zip(trials, (1e-5, 3e-4, 3e-4, 3e-4), strict=True):
         overrides = ["run.root=elsewhere", f"learner.learning_rate={rate}", *common]
-        config = to_yaml(comparison.config(trial, overrides))
+        config = to_yaml(comparison.configs(overrides)[trial])
         write_result(replace(make_result(trial, 0.5), config=config), tmp_path)
     for trial, changed in ((trials[1], "start"), (trials[2], "tokens")):
         path = result_path(trial, tmp_path)
@@ -97,7 +97,7 @@ def test_a_result_of_other_settings_start_or_tokens_is_passed_over(
         else:
             found["curve"]["tokens/sampled"] += [4800.0, 4800.0]  # two steps more
         path.write_text(json.dumps(found))
-    assert [r.trial for r in read_results(comparison, tmp_path, common)] == [trials[3]]
+    assert [r.trial for r in read_results(comparison.configs(common), tmp_path)] == [trials[3]]
     told = [record.message.partition("it has other ")[2] for record in caplog.records]
     assert told == [
         *("learner.learning_rate", "weights at the start"),
@@ -123,7 +123,7 @@ def test_steps_share_their_tokens_and_an_answer_ends_where_it_ends() -> None:
 
 
 def test_every_run_samples_the_tokens_of_its_setting(comparison: Comparison) -> None:
-    configs = {trial: comparison.config(trial, ["run.root=runs"]) for trial in comparison.trials()}
+    configs = comparison.configs(["run.root=runs"])
     steps = {(t.setting, t.arm): config.run.num_steps for t, config in configs.items()}
     # 24 trees a step: of 10 * 40, of 4 * 23 + 16 * 17, and of 10 * 46 tokens; a fifth to spare
     assert steps == {
@@ -168,7 +168,7 @@ def test_results_come_back_and_make_a_table_and_a_plot(
     ]
     for result in given:
         write_result(result, tmp_path)
-    results = read_results(comparison, tmp_path, [])
+    results = read_results(comparison.configs([]), tmp_path)
     assert results == given
     table = report(comparison, results)
     flat, tree = table.lines
@@ -198,7 +198,7 @@ def test_a_result_older_than_a_metric_has_no_place_on_its_axis(
     del old.curve["time/cpu_s"]
     for result in (old, new):
         write_result(result, tmp_path)
-    results = read_results(comparison, tmp_path, [])
+    results = read_results(comparison.configs([]), tmp_path)
     flat, tree = report(comparison, results).lines
     assert np.isnan(flat.cpu_s) and np.isnan(flat.same_cpu.mean)
     assert tree.same_cpu.mean == pytest.approx(4 * 17)

@@ -73,7 +73,7 @@ def run_trials(
 ) -> int:
     monkeypatch.setattr(trials, "run", sessions.run)
     monkeypatch.setattr(trials, "kept_engines", sessions.kept_engines)
-    return Trials(comparison, folder, [f"run.root={folder}/runs"]).run()
+    return Trials(comparison.configs([f"run.root={folder}/runs"]), folder).run()
 
 
 def test_runs_share_engines_once_their_start_is_known_and_are_not_run_again(
@@ -88,7 +88,7 @@ def test_runs_share_engines_once_their_start_is_known_and_are_not_run_again(
             *("short-flat-1", "short-tree-1", "long-flat-1", "long-tree-1"),
         ],
     ]
-    assert len(read_results(comparison, tmp_path, [])) == 8
+    assert len(read_results(comparison.configs([]), tmp_path)) == 8
     again = Sessions()
     assert run_trials(comparison, tmp_path, again, monkeypatch) == 0
     assert again.started == []
@@ -114,7 +114,7 @@ def test_a_run_that_was_stopped_ends_the_comparison_until_it_is_run_again(
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_trials(comparison, tmp_path, Sessions(stopped="short-tree-0"), monkeypatch)
-    assert len(read_results(comparison, tmp_path, [])) == 1
+    assert len(read_results(comparison.configs([]), tmp_path)) == 1
     again = Sessions()
     assert run_trials(comparison, tmp_path, again, monkeypatch) == 0
     assert again.started[0][0] == "short-tree-0"

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import cast
@@ -98,18 +98,20 @@ class Comparison:
                     if num_seeds == count:
                         yield Trial(setting=setting, arm=name, seed=seed)
 
-    def config(self, trial: "Trial", common: list[str]) -> Config:
-        """Configuration of a run; `common` are overrides for all of them."""
+    def configs(self, common: list[str]) -> dict["Trial", Config]:
+        """Configuration of each run; `common` are overrides for all of them."""
+        return {trial: self._config(trial, common) for trial in self.trials()}
+
+    def _config(self, trial: "Trial", common: list[str]) -> Config:
         setting, arm = self.settings[trial.setting], self.arms[trial.arm]
         name = f"run.name={trial.setting}-{trial.arm}-{trial.seed}"
         own = [f"run.seed={trial.seed}", name, *common]
-        parts = [*self.base, *setting.overrides, *arm.overrides, *own]
-        config = load(parts)
+        config = load([*self.base, *setting.overrides, *arm.overrides, *own])
         step = config.gate.trees_per_step * expected_tokens(config.shape, setting.answer_tokens)
         # Answers that come out shorter than expected take some more steps; tokens end the run.
         num_steps = math.ceil(SPARE_STEPS * setting.sampled_tokens / step)
-        limit = f"run.max_sampled_tokens={setting.sampled_tokens}"
-        return load([*parts, f"run.num_steps={num_steps}", limit])
+        length = replace(config.run, num_steps=num_steps, max_sampled_tokens=setting.sampled_tokens)
+        return replace(config, run=length)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,18 +203,18 @@ def result_path(trial: Trial, folder: Path) -> Path:
     return folder / trial.setting / f"{trial.arm}-{trial.seed}.json"
 
 
-def read_results(comparison: Comparison, folder: Path, common: list[str]) -> list[Result]:
-    """The results that there are, in the order of the trials; `common` are overrides for all.
+def read_results(configs: Mapping[Trial, Config], folder: Path) -> list[Result]:
+    """The results that there are, in the order of the trials.
 
     One of an arm that has been given other settings since, of another start, or that sampled
     other than the tokens of its setting, is passed over with a warning.
     """
     results = []
-    for trial in comparison.trials():
+    for trial, config in configs.items():
         path = result_path(trial, folder)
         if path.is_file():
             result = _read_result(path)
-            if unlike := _unlike(result, comparison.config(trial, common)):
+            if unlike := _unlike(result, config):
                 log.warning("%s is passed over, for it has other %s", path, ", ".join(unlike))
             else:
                 results.append(result)

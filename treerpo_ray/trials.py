@@ -1,6 +1,7 @@
 """Trials: runs the missing trials of a comparison, one after the other, on shared engines."""
 
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -8,7 +9,6 @@ from treerpo_ray import evaluate
 from treerpo_ray.actor import Actor
 from treerpo_ray.cluster import check_vllm
 from treerpo_ray.comparison import (
-    Comparison,
     Result,
     Trial,
     read_results,
@@ -27,15 +27,13 @@ class Trials:
     """The trials of a comparison and the engines that they share.
 
     Args:
-        comparison: The comparison.
-        folder: Where its results lie.
-        common: Overrides for all runs.
+        configs: Their configurations, in the order in which they are run.
+        folder: Where their results lie.
     """
 
-    def __init__(self, comparison: Comparison, folder: Path, common: list[str]) -> None:
-        self.folder = folder
-        self.configs = {trial: comparison.config(trial, common) for trial in comparison.trials()}
-        results = read_results(comparison, folder, common)
+    def __init__(self, configs: Mapping[Trial, Config], folder: Path) -> None:
+        self.folder, self.configs = folder, configs
+        results = read_results(configs, folder)
         self._done = {result.trial for result in results}
         self._starts: dict[str, Evaluation] = {
             result.trial.setting: result.before for result in results
