@@ -99,6 +99,7 @@ ENDS = ["killed", "core dead", "out of memory"]
 FAULTS = st.one_of(
     st.builds(Fault, st.just("grow"), st.sampled_from([*ENDS, "stale"]), st.integers(0, 6)),
     st.builds(Fault, st.sampled_from(["load", "probe"]), st.sampled_from([*ENDS, "stale"])),
+    st.builds(Fault, st.sampled_from(["node", "start"]), st.sampled_from(ENDS)),
 )
 
 
@@ -110,19 +111,11 @@ def test_whatever_fails_each_ticket_is_consumed_once_by_its_step_and_has_its_own
     async def scenario(fleet: Fleet) -> None:
         config = make_config("engine.num_engines=3")
         gate = make_gate(config)
-        # The engines of the start must come up; what fails later is made good.
-        fleet.faults = {}
-        pool = await make_pool(config, fleet)
-        await serve_from_start(pool)
-        for index, (engine,) in fleet.started.items():
-            planned = faults.get(index, [])
-            engine.fault = planned[0] if planned else None
-        fleet.faults = faults
-        await pool.grow_tickets(Handle(gate), gate.session, 0, 1, [])
+        pool = await opened(config, fleet, gate)
         assert_whole(await consume(pool, gate))
         await pool.stop()
 
-    with fake_fleet() as fleet:
+    with fake_fleet(faults) as fleet:
         run(scenario(fleet))
 
 
