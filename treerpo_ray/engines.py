@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 
 import ray
 
@@ -25,6 +26,11 @@ from treerpo_ray.weights import Manifest, Probe
 
 log = logging.getLogger(__name__)
 
+LOAD_SHARE = 0.5
+"""Share of `engine.start_timeout_s` that an engine which serves gets to take weights over, and once
+more to be probed: 5 minutes, unless set otherwise, in which 7B weights (15 GB) need 50 MB/s."""
+ANSWER_S = 5.0
+"""Time that engines have to answer for their totals; the learner waits."""
 STOP_S = 30
 """Time that engines have to shut down by themselves."""
 MAX_STARTS = 5
@@ -55,7 +61,7 @@ class Engines:
         self.leaving: list[Member] = []
         """Those that only finish their trees."""
         self.places = Places(self.members, config.engine.max_trees)
-        self.waits = Waits(self._note_wait)
+        self.waits = Waits(lambda s, what: self.note("waiting", seconds=round(s), what=what))
         self._served: Served | None = None
         self._serving = asyncio.Lock()
         self._work: set[asyncio.Task[None]] = set()
@@ -132,7 +138,7 @@ class Engines:
         async with self._serving:  # a worker that died may have left a publication under way
             served = self._served = Served(manifest=manifest, chunks=chunks, probe=probe)
             members = [m for m in (*self.members, *self.leaving) if m.is_serving]
-            limit_s = self.config.engine.start_timeout_s
+            limit_s = LOAD_SHARE * self.config.engine.start_timeout_s
             tolerance = self.config.sync.probe_tolerance if should_probe else None
             loads = (served.load_into(m, self.waits, limit_s, tolerance) for m in members)
             results = await asyncio.gather(*loads, return_exceptions=True)
@@ -230,21 +236,25 @@ class Engines:
         )
 
     async def stats(self) -> list[EngineStats]:
-        """Totals of each serving engine; one that does not answer is replaced."""
+        """Totals of each serving engine; one that answers late counts as it last did.
+
+        Whether that one hangs is for the trees on it and for the next version to find out.
+        """
         members = [member for member in self.members if member.is_serving]
         asked = (
-            self.waits.wait(
-                member.actor.stats.remote(),
-                f"engine {member.index} to answer",
-                self.config.engine.request_timeout_s,
-            )
-            for member in members
+            self.waits.wait(m.actor.stats.remote(), f"engine {m.index} to answer", ANSWER_S)
+            for m in members
         )
         answers = await asyncio.gather(*asked, return_exceptions=True)
         for member, answer in zip(members, answers, strict=True):
-            if isinstance(answer, BaseException):
+            if isinstance(answer, EngineStats):
+                member.stats = answer
+            elif not isinstance(answer, TimeoutError):
+                member.stats = None
                 self.replace(member, answer)
-        return [answer for answer in answers if isinstance(answer, EngineStats)]
+            elif member.stats is not None:
+                member.stats = replace(member.stats, version=member.version)
+        return [member.stats for member in members if member.stats is not None]
 
     async def stop(self) -> None:
         """End all work and shut the engines down."""
@@ -276,9 +286,6 @@ class Engines:
     def release(self, member: Member) -> None:
         """A tree has left an engine that `pick` gave it."""
         self.places.release(member)
-
-    def _note_wait(self, seconds: float, what: str) -> None:
-        self.note("waiting", seconds=round(seconds), what=what)
 
     def note(self, kind: str, **fields: str | int) -> None:
         """Append an event to the run's log."""
