@@ -14,7 +14,6 @@ from treerpo_ray.algo.search import SiblingGroup, TreeShape, assemble, grow
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
 from treerpo_ray.config import Config
 from treerpo_ray.engine_pool import EnginePool
-from treerpo_ray.engines import Engines
 from treerpo_ray.metrics import Event
 from treerpo_ray.nodes import Nodes
 from treerpo_ray.problems import Problem
@@ -126,6 +125,7 @@ class FakeEngine:
         return True
 
     async def node(self) -> str:
+        await self.meet("node")
         return "node"
 
     async def start(self) -> tuple[int, int]:
@@ -214,7 +214,7 @@ class Fleet:
     events: list[Event] = field(default_factory=list)
     killed: list[FakeEngine] = field(default_factory=list)
 
-    def make(self, engines: Engines, index: int) -> Handle:
+    def make(self, index: int) -> Handle:
         faults, before = self.faults.get(index, []), self.started.setdefault(index, [])
         fault = faults[len(before)] if len(before) < len(faults) else None
         before.append(FakeEngine(index, fault))
@@ -233,7 +233,7 @@ def fake_fleet(faults: dict[int, list[Fault]] | None = None) -> Iterator[Fleet]:
     """Pools made within start fake engines."""
     fleet = Fleet(faults or {})
     with (
-        mock.patch.object(Engines, "_make_actor", lambda e, index: fleet.make(e, index)),
+        mock.patch("treerpo_ray.engines.make_engine", lambda _, index, __: fleet.make(index)),
         mock.patch("ray.kill", lambda handle: fleet.killed.append(handle.target)),
         mock.patch("ray.cancel", lambda stream: None),
         mock.patch("treerpo_ray.engine_keeper.see_nodes", lambda: Nodes(num_alive=1, leaving={})),

@@ -4,6 +4,7 @@ The engines are stand-ins in this process (see `fake_engines`); `test_engine_fau
 """
 
 import asyncio
+import time
 from collections.abc import Coroutine
 
 import pytest
@@ -21,7 +22,7 @@ from fake_engines import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treerpo_ray import waits
+from treerpo_ray import engines, waits
 from treerpo_ray.algo.tree import Tree
 from treerpo_ray.config import Config
 from treerpo_ray.config_file import load
@@ -99,6 +100,7 @@ ENDS = ["killed", "core dead", "out of memory"]
 FAULTS = st.one_of(
     st.builds(Fault, st.just("grow"), st.sampled_from([*ENDS, "stale"]), st.integers(0, 6)),
     st.builds(Fault, st.sampled_from(["load", "probe"]), st.sampled_from([*ENDS, "stale"])),
+    st.builds(Fault, st.sampled_from(["node", "start"]), st.sampled_from(ENDS)),
 )
 
 
@@ -110,19 +112,11 @@ def test_whatever_fails_each_ticket_is_consumed_once_by_its_step_and_has_its_own
     async def scenario(fleet: Fleet) -> None:
         config = make_config("engine.num_engines=3")
         gate = make_gate(config)
-        # The engines of the start must come up; what fails later is made good.
-        fleet.faults = {}
-        pool = await make_pool(config, fleet)
-        await serve_from_start(pool)
-        for index, (engine,) in fleet.started.items():
-            planned = faults.get(index, [])
-            engine.fault = planned[0] if planned else None
-        fleet.faults = faults
-        await pool.grow_tickets(Handle(gate), gate.session, 0, 1, [])
+        pool = await opened(config, fleet, gate)
         assert_whole(await consume(pool, gate))
         await pool.stop()
 
-    with fake_fleet() as fleet:
+    with fake_fleet(faults) as fleet:
         run(scenario(fleet))
 
 
@@ -163,13 +157,16 @@ def test_an_engine_that_does_not_prove_new_weights_serves_none_and_is_replaced(
     method: str, how: str
 ) -> None:
     async def scenario(fleet: Fleet) -> None:
-        limit = 2 if how == "hung" else 600
+        limit = 10 if how == "hung" else 600
         config = make_config("engine.num_engines=2", f"engine.start_timeout_s={limit}")
         gate = make_gate(config)
         pool = await opened(config, fleet, gate)
         await take(pool, TREES)
         fleet.started[0][0].fault = Fault(method, how)
+        start = time.monotonic()
         await serve(pool, 1, should_probe=True)
+        if how == "hung":  # taking weights over must not take as long as a start may
+            assert time.monotonic() - start < limit
         assert fleet.killed == [fleet.started[0][0]]
         serving = {member.index: member.is_serving for member in pool.engines.members}
         assert serving == {0: False, 1: True}
@@ -199,12 +196,37 @@ def test_with_a_single_engine_hung_while_it_loads_the_version_is_served_by_its_s
         run(scenario(fleet))
 
 
-def test_an_engine_that_does_not_answer_for_its_totals_is_replaced_and_holds_nobody_up() -> None:
+def test_an_engine_that_answers_late_for_its_totals_counts_as_before_and_holds_nobody_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def scenario(fleet: Fleet) -> None:
-        config = make_config("engine.num_engines=2", "engine.request_timeout_s=2")
-        pool = await make_pool(config, fleet)
+        pool = await make_pool(make_config("engine.num_engines=3"), fleet)
         await serve_from_start(pool)
-        fleet.started[1][0].fault = Fault("stats", "hung")
+        never, late, alert = (fleet.started[index][0] for index in range(3))
+        never.fault = Fault("stats", "hung")
+        late.num_sampled = alert.num_sampled = 5
+        monkeypatch.setattr(engines, "ANSWER_S", 1.0)
+        assert [stats.num_requests for stats in await pool.stats()] == [5, 5]
+        late.fault = Fault("stats", "hung")
+        late.num_sampled = alert.num_sampled = 7
+        await serve(pool, 1)
+        assert [(s.num_requests, s.version) for s in await pool.stats()] == [(5, 1), (7, 1)]
+        late.fault = None
+        assert [stats.num_requests for stats in await pool.stats()] == [7, 7]
+        assert fleet.killed == []
+        await pool.stop()
+
+    with fake_fleet() as fleet:
+        run(scenario(fleet))
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_an_engine_that_fails_when_asked_for_its_totals_is_replaced(how: str) -> None:
+    async def scenario(fleet: Fleet) -> None:
+        pool = await make_pool(make_config("engine.num_engines=2"), fleet)
+        await serve_from_start(pool)
+        assert len(await pool.stats()) == 2
+        fleet.started[1][0].fault = Fault("stats", how)
         assert len(await pool.stats()) == 1
         assert fleet.killed == [fleet.started[1][0]]
         await pool.stop()

@@ -12,11 +12,12 @@ import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import ray
 
+from treerpo_ray.actor import Actor
 from treerpo_ray.algo.search import SiblingGroup, TreeShape, grow
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, error_step
 from treerpo_ray.config import Config
@@ -207,6 +208,19 @@ class Engine:
     async def stop(self) -> None:
         """Shut vLLM's processes down."""
         await asyncio.to_thread(self._llm.shutdown)
+
+
+def make_engine(config: Config, index: int, log_folder: str | None) -> Actor:
+    """An actor of `Engine`; Ray places it by the resources and labels of `engine`."""
+    resources = dict(config.engine.resources)
+    actor = ray.remote(Engine).options(
+        num_cpus=resources.pop("CPU", 0),
+        num_gpus=resources.pop("GPU", 0),
+        resources=resources,  # what the two above left
+        label_selector=config.engine.labels or None,
+        max_concurrency=10_000,
+    )
+    return cast(Actor, actor.remote(config, index, log_folder))
 
 
 @dataclass(frozen=True, slots=True)

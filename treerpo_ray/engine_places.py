@@ -10,6 +10,7 @@ import ray
 from ray.actor import ActorHandle
 
 from treerpo_ray.actor import Actor
+from treerpo_ray.sampling import EngineStats
 
 
 @dataclass(eq=False, slots=True)
@@ -25,6 +26,8 @@ class Member:
     """Newest version that it has proved; -1 before the first."""
     num_trees: int = 0
     num_starts: int = 1
+    stats: EngineStats | None = None
+    """Its last answer for its totals."""
     ends_at_s: float = math.inf
     """Unix time at which its node will be gone, once that is known."""
 

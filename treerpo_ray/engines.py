@@ -1,41 +1,42 @@
 """Engines: the pool's engine actors; starts them, keeps them current, replaces the failed.
 
 An engine that the cluster has no room for is a pending actor, which is the demand that Ray's
-autoscaler sees; nothing but the start of a run waits for it.
+autoscaler sees; nothing but the start of a run waits for it. One that fails time and again is
+given up, and the others go on.
 """
 
 import asyncio
+import logging
 import math
 import time
-from collections.abc import Coroutine
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
 
 import ray
-from ray.exceptions import RayError
 
 from treerpo_ray.actor import Actor, first_line
 from treerpo_ray.config import Config
-from treerpo_ray.engine import Engine
+from treerpo_ray.engine import make_engine
 from treerpo_ray.engine_places import Member, Places
 from treerpo_ray.metrics import Event
 from treerpo_ray.sampling import EngineStats
+from treerpo_ray.served import Served
 from treerpo_ray.waits import Waits
 from treerpo_ray.weights import Manifest, Probe
 
+log = logging.getLogger(__name__)
+
+LOAD_SHARE = 0.5
+"""Share of `engine.start_timeout_s` that an engine which serves gets to take weights over, and once
+more to be probed: 5 minutes, unless set otherwise, in which 7B weights (15 GB) need 50 MB/s."""
+ANSWER_S = 5.0
+"""Time that engines have to answer for their totals; the learner waits."""
 STOP_S = 30
 """Time that engines have to shut down by themselves."""
 MAX_STARTS = 5
-"""Starts of one engine, without a tree in between, after which the run fails."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
-    """A version of the weights that the engines serve."""
-
-    manifest: Manifest
-    chunks: list[ray.ObjectRef]
-    probe: Probe
+"""Starts of one engine, without a tree in between, after which it is given up."""
+REST_S = 300.0
+"""Time after which the pool may start another one in place of an engine that was given up."""
 
 
 class Engines:
@@ -53,13 +54,14 @@ class Engines:
         self.changed = asyncio.Condition()
         """Notified whenever an engine begins to serve, and by the pool."""
         self.failure: BaseException | None = None
-        """Why engines could not be replaced any more."""
+        """Why an engine was given up; none is added until trees have been finished without it."""
+        self._rests_until = 0.0
         self.members: list[Member] = []
         """Those that take trees, or will once they serve."""
         self.leaving: list[Member] = []
         """Those that only finish their trees."""
         self.places = Places(self.members, config.engine.max_trees)
-        self.waits = Waits(self._note_wait)
+        self.waits = Waits(lambda s, what: self.note("waiting", seconds=round(s), what=what))
         self._served: Served | None = None
         self._serving = asyncio.Lock()
         self._work: set[asyncio.Task[None]] = set()
@@ -67,41 +69,49 @@ class Engines:
     async def start(self) -> None:
         """Start `engine.num_engines`; returns once all of them can serve.
 
+        One that fails is replaced as it is later, which is waited for only if no other one serves.
+
         Raises:
-            TimeoutError: one had no node or was not up after `engine.start_timeout_s`.
+            TimeoutError: one had no node after `engine.start_timeout_s`.
+            RuntimeError: all were given up.
         """
         for index in range(self.config.engine.num_engines):
-            self.members.append(Member(index, self._make_actor(index)))
-        timeout_s = self.config.engine.start_timeout_s
-        await asyncio.gather(*(self._bring_up(member, timeout_s) for member in self.members))
+            self.add(index)
 
-    def _make_actor(self, index: int) -> Actor:
-        resources = dict(self.config.engine.resources)
-        actor = ray.remote(Engine).options(
-            num_cpus=resources.pop("CPU", 0),
-            num_gpus=resources.pop("GPU", 0),
-            resources=resources,  # what the two above left
-            label_selector=self.config.engine.labels or None,
-            max_concurrency=10_000,
-        )
-        return cast(Actor, actor.remote(self.config, index, self.log_folder))
+        def new() -> list[Member]:
+            return [m for m in self.members if m.num_starts == 1]
 
-    async def _bring_up(self, member: Member, node_timeout_s: float = math.inf) -> None:
+        limit_s = self.config.engine.start_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._until(lambda: all(member.node for member in new()))
+        except TimeoutError:
+            lacking = ", ".join(str(member.index) for member in new() if not member.node)
+            raise TimeoutError(
+                f"waited {limit_s:.0f} s for {self._needed_node} for engine {lacking}"
+            ) from None
+        await self._until(lambda: self._is_serving() and all(m.is_serving for m in new()))
+
+    @property
+    def _needed_node(self) -> str:
+        return f"a node with {self.config.engine.resources | self.config.engine.labels}"
+
+    async def _bring_up(self, member: Member) -> None:
         """Start an engine, give it the latest weights, and let it serve once it has proved them."""
         start = time.monotonic()
-        needs = self.config.engine.resources | self.config.engine.labels
-        name = f"a node with {needs} for engine {member.index}"
-        member.node = await self.waits.wait(member.actor.node.remote(), name, node_timeout_s)
+        timeout_s = self.config.engine.start_timeout_s
+        node_name = f"{self._needed_node} for engine {member.index}"
+        member.node = await self.waits.wait(member.actor.node.remote(), node_name, math.inf)
+        await self._notify()
         pid, core = await self.waits.wait(
-            member.actor.start.remote(),
-            f"engine {member.index} to start",
-            self.config.engine.start_timeout_s,
+            member.actor.start.remote(), f"engine {member.index} to start", timeout_s
         )
         served = None
         while served is not self._served:  # a newer version may come while one is loaded
             served = self._served
             assert served is not None  # versions only ever replace each other
-            await self._load(member, served, should_probe=True)
+            tolerance = self.config.sync.probe_tolerance
+            await served.load_into(member, self.waits, timeout_s, tolerance)
         member.is_serving = True
         self.places.fill()
         self.note(
@@ -117,25 +127,6 @@ class Engines:
         )
         await self._notify()
 
-    async def _load(self, member: Member, served: Served, *, should_probe: bool) -> None:
-        timeout = self.config.engine.start_timeout_s
-        name = f"engine {member.index} to load version {served.manifest.version}"
-        load = member.actor.load.remote(served.manifest, served.chunks)
-        await self.waits.wait(load, name, timeout)
-        if should_probe:
-            probe = member.actor.probe.remote(served.probe.token_ids)
-            found: list[float] = await self.waits.wait(
-                probe, f"engine {member.index} to be probed", timeout
-            )
-            off = served.probe.distance(found)
-            if off > self.config.sync.probe_tolerance:
-                raise RuntimeError(
-                    f"engine {member.index} is {off:.2g} nats a token off the learner at version "
-                    f"{served.manifest.version} (sync.probe_tolerance="
-                    f"{self.config.sync.probe_tolerance})"
-                )
-        member.version = served.manifest.version
-
     async def serve(
         self, manifest: Manifest, chunks: list[ray.ObjectRef], probe: Probe, should_probe: bool
     ) -> None:
@@ -147,14 +138,20 @@ class Engines:
         async with self._serving:  # a worker that died may have left a publication under way
             served = self._served = Served(manifest=manifest, chunks=chunks, probe=probe)
             members = [m for m in (*self.members, *self.leaving) if m.is_serving]
-            loads = (self._load(member, served, should_probe=should_probe) for member in members)
+            limit_s = LOAD_SHARE * self.config.engine.start_timeout_s
+            tolerance = self.config.sync.probe_tolerance if should_probe else None
+            loads = (served.load_into(m, self.waits, limit_s, tolerance) for m in members)
             results = await asyncio.gather(*loads, return_exceptions=True)
             for member, result in zip(members, results, strict=True):
                 if isinstance(result, BaseException):
                     self.replace(member, result)
         # One that comes up anew has loaded this version before it serves.
+        await self._until(self._is_serving)
+
+    async def _until(self, is_so: Callable[[], bool]) -> None:
+        """Wait for something; RuntimeError once all engines were given up."""
         async with self.changed:
-            await self.changed.wait_for(lambda: not self.members or self._is_serving())
+            await self.changed.wait_for(lambda: not self.members or is_so())
         if not self.members:
             raise self._gave_up()
 
@@ -176,18 +173,21 @@ class Engines:
         self.note("engine_lost", engine=member.index, reason=first_line(error))
         self.remove(member)
         if member.num_starts == MAX_STARTS:
-            self.failure = error
+            reason = f"it is given up after {MAX_STARTS} starts without a tree"
+            self.note("engine_left", engine=member.index, node=member.node, trees=0, reason=reason)
+            self.failure, self._rests_until = error, time.monotonic() + REST_S
             if not self.members:
                 self.places.fail(self._gave_up())
-            self.spawn(self._notify())
         else:
             self.add(member.index, member.num_starts + 1)
+        self.spawn(self._notify())
 
     def add(self, index: int, num_starts: int = 1) -> None:
         """Ask Ray for an engine; it serves when it is up."""
-        member = Member(index, self._make_actor(index), num_starts=num_starts)
+        actor = make_engine(self.config, index, self.log_folder)
+        member = Member(index, actor, num_starts=num_starts)
         self.members.append(member)
-        self.spawn(self._bring_up_again(member))
+        self.spawn(self._bring_up_or_replace(member))
 
     def remove(self, member: Member) -> None:
         """Let an engine go at once."""
@@ -195,17 +195,29 @@ class Engines:
         self.members.remove(member)
         member.kill()
 
-    async def _bring_up_again(self, member: Member) -> None:
+    async def _bring_up_or_replace(self, member: Member) -> None:
         try:
             await self._bring_up(member)
-        except (RayError, RuntimeError, TimeoutError) as error:
+        except Exception as error:  # whatever it is, this one will not serve
             self.replace(member, error)
+
+    def finished_tree(self, member: Member) -> None:
+        """An engine has finished a tree: what failed before counts no more."""
+        member.num_starts = 1
+        if self.members and time.monotonic() >= self._rests_until:
+            self.failure = None
 
     def spawn(self, work: Coroutine[None, None, None]) -> None:
         """Run `work` beside everything else, until `stop`."""
         task = asyncio.create_task(work)
         self._work.add(task)
-        task.add_done_callback(self._work.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._work.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("work on the engines failed", exc_info=error)
+            self.note("engine_work_failed", reason=first_line(error))
 
     async def _notify(self) -> None:
         async with self.changed:
@@ -224,21 +236,25 @@ class Engines:
         )
 
     async def stats(self) -> list[EngineStats]:
-        """Totals of each serving engine; one that does not answer is replaced."""
+        """Totals of each serving engine; one that answers late counts as it last did.
+
+        Whether that one hangs is for the trees on it and for the next version to find out.
+        """
         members = [member for member in self.members if member.is_serving]
         asked = (
-            self.waits.wait(
-                member.actor.stats.remote(),
-                f"engine {member.index} to answer",
-                self.config.engine.request_timeout_s,
-            )
-            for member in members
+            self.waits.wait(m.actor.stats.remote(), f"engine {m.index} to answer", ANSWER_S)
+            for m in members
         )
         answers = await asyncio.gather(*asked, return_exceptions=True)
         for member, answer in zip(members, answers, strict=True):
-            if isinstance(answer, BaseException):
+            if isinstance(answer, EngineStats):
+                member.stats = answer
+            elif not isinstance(answer, TimeoutError):
+                member.stats = None
                 self.replace(member, answer)
-        return [answer for answer in answers if isinstance(answer, EngineStats)]
+            elif member.stats is not None:
+                member.stats = replace(member.stats, version=member.version)
+        return [member.stats for member in members if member.stats is not None]
 
     async def stop(self) -> None:
         """End all work and shut the engines down."""
@@ -270,9 +286,6 @@ class Engines:
     def release(self, member: Member) -> None:
         """A tree has left an engine that `pick` gave it."""
         self.places.release(member)
-
-    def _note_wait(self, seconds: float, what: str) -> None:
-        self.note("waiting", seconds=round(seconds), what=what)
 
     def note(self, kind: str, **fields: str | int) -> None:
         """Append an event to the run's log."""

@@ -84,7 +84,7 @@ class Growth:
             try:
                 await self._collect(engines, member, flights)
                 self.finished_at_s = time.time()
-                member.num_starts = 1
+                engines.finished_tree(member)
             except (RayError, TimeoutError, StaleEngine) as error:
                 self.attempt += 1
                 engines.note(
