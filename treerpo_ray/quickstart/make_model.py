@@ -67,7 +67,7 @@ LONGER = Recipe(
 RECIPES = {
     "chains4": Recipe(),
     "chains10": replace(LONGER, slip_rate=0.07),
-    "chains10_hard": replace(LONGER, slip_rate=0.4),
+    "chains10_hard": replace(LONGER, slip_rate=0.35),
     "countdown": Recipe(
         start=MODEL_FOLDER,
         task="countdown",
