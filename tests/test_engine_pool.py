@@ -1,6 +1,7 @@
 """The pool: whatever becomes of its engines, each ticket gives its tree, once and of its version.
 
-The engines are stand-ins in this process (see `fake_engines`); `test_engine_faults` has real ones.
+The engines are stand-ins in this process (see `fake_engines`). Of real ones `test_engine_faults`
+has one that is stale; they are killed and hang in `test_failures`.
 """
 
 import asyncio
