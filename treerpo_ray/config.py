@@ -50,6 +50,8 @@ NOT_NEGATIVE = (
     *("loss.kl_coef", "loss.entropy_coef", "engine.shrink_after_s"),
 )
 """Keys whose value must be zero or more."""
+MAX_TEMPERATURE = 2.0
+"""The highest that vLLM samples at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,11 @@ class Config:
             )
         if self.evaluate.max_tokens is not None and self.evaluate.max_tokens < 1:
             raise ValueError(f"evaluate.max_tokens={self.evaluate.max_tokens} must be more than 0")
+        for key in ("tree.temperature", "evaluate.temperature"):
+            if (value := attrgetter(key)(self)) > MAX_TEMPERATURE:
+                raise ValueError(
+                    f"{key}={value:g} must not be more than {MAX_TEMPERATURE:g} in vLLM"
+                )
         budget = self.run.max_sampled_tokens
         if budget is not None and budget < 1:
             raise ValueError(f"run.max_sampled_tokens={budget} must be more than 0")

@@ -35,7 +35,7 @@ FATAL = "fatal"
 NOTICES = {
     *("engine_serving", "engine_lost", "engine_draining", "engine_left", "tree_moved"),
     *(FATAL, "waiting", "learner_started", "learner_lost", "write_failed"),
-    "checkpoint_passed_over",
+    *("checkpoint_passed_over", "engine_work_failed"),
 }
 """Events that whoever follows the run should see; what this module warns of comes with them."""
 

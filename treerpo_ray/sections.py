@@ -129,7 +129,8 @@ class EngineConfig:
     cpu_threads: int = 1
     """OpenMP threads of a CPU engine."""
     start_timeout_s: float = 600.0
-    """Time after which an engine that does not come up is an error."""
+    """Time after which an engine that does not come up is started again, five times at most; half
+    of it is for taking over weights."""
     request_timeout_s: float = 1800.0
     """Time that a tree may go without a finished step group before its engine counts as hung."""
 
