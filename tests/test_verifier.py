@@ -108,6 +108,7 @@ def test_a_worker_killed_while_it_starts_is_replaced():
     with Verifier("unruly_answers", num_workers=2, timeout_s=5.0, memory_mib=64) as verifier:
         for worker in list(verifier._workers):
             worker.process.kill()
+            worker.process.wait()  # or it may yet take an answer, if it had just started
         assert verifier.grade(answers(*["right"] * 20)) == [Verdict.CORRECT] * 20
 
 
