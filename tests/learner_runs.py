@@ -114,8 +114,9 @@ class State:
     moments: list[Tensor]
     """The optimizer's state."""
     num_steps: int
-    """Optimizer steps that the schedule has counted."""
+    """Optimizer steps."""
     learning_rate: float
+    """Of the next one, at the start of a run."""
 
     @classmethod
     def of(cls, learner: Learner) -> "State":
@@ -130,8 +131,8 @@ class State:
                 for entry in learner.optimizer.state_dict()["state"].values()
                 for tensor in entry.values()
             ],
-            num_steps=learner.schedule.last_epoch,
-            learning_rate=learner.optimizer.param_groups[0]["lr"],
+            num_steps=learner.optimizer_steps,
+            learning_rate=learner.learning_rate(0.0),
         )
 
 

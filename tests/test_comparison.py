@@ -105,6 +105,21 @@ def test_a_result_of_other_settings_start_or_tokens_is_passed_over(
     ]
 
 
+def test_a_setting_that_a_result_is_older_than_had_its_default(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    trial = next(comparison.trials())
+    old = "".join(
+        line
+        for line in to_yaml(comparison.configs([])[trial]).splitlines(keepends=True)
+        if "final_rate" not in line
+    )
+    result = replace(make_result(trial, 0.5), config=old)
+    write_result(result, tmp_path)
+    assert read_results(comparison.configs([]), tmp_path) == [result]
+    assert not read_results(comparison.configs(["learner.final_rate=0"]), tmp_path)
+
+
 def test_the_seeds_of_all_arms_begin_where_the_comparison_says(tmp_path: Path) -> None:
     path = tmp_path / "fresh.yaml"
     path.write_text(FILE + "first_seed: 10\n")
@@ -161,14 +176,18 @@ def test_results_come_back_and_make_a_table_and_a_plot(
     comparison: Comparison, tmp_path: Path
 ) -> None:
     shares = {"flat": [0.5, 0.6], "tree": [0.75]}
+    configs = comparison.configs([])
     given = [
-        make_result(trial, shares[trial.arm][trial.seed], {"flat": 20, "tree": 10}[trial.arm])
-        for trial in comparison.trials()
+        replace(
+            make_result(trial, shares[trial.arm][trial.seed], {"flat": 20, "tree": 10}[trial.arm]),
+            config=to_yaml(config),
+        )
+        for trial, config in configs.items()
         if trial.setting == "short"
     ]
     for result in given:
         write_result(result, tmp_path)
-    results = read_results(comparison.configs([]), tmp_path)
+    results = read_results(configs, tmp_path)
     assert results == given
     table = report(comparison, results)
     flat, tree = table.lines
@@ -192,13 +211,15 @@ def test_results_come_back_and_make_a_table_and_a_plot(
 def test_a_result_older_than_a_metric_has_no_place_on_its_axis(
     comparison: Comparison, tmp_path: Path
 ) -> None:
+    configs = comparison.configs([])
+    trials = [Trial(setting="short", arm=arm, seed=0) for arm in ("flat", "tree")]
     old, new = (
-        make_result(Trial(setting="short", arm=arm, seed=0), 0.5) for arm in ("flat", "tree")
+        replace(make_result(trial, 0.5), config=to_yaml(configs[trial])) for trial in trials
     )
     del old.curve["time/cpu_s"]
     for result in (old, new):
         write_result(result, tmp_path)
-    results = read_results(comparison.configs([]), tmp_path)
+    results = read_results(configs, tmp_path)
     flat, tree = report(comparison, results).lines
     assert np.isnan(flat.cpu_s) and np.isnan(flat.same_cpu.mean)
     assert tree.same_cpu.mean == pytest.approx(4 * 17)

@@ -190,6 +190,20 @@ def test_the_learning_rate_rises_over_the_warm_up_and_the_rate_used_is_reported(
     assert largest == pytest.approx(rates[0], rel=0.02), "Adam's first step is as long as the rate"
 
 
+def test_the_learning_rate_falls_linearly_to_what_is_left_of_it_at_the_end(path: str) -> None:
+    config = make_config(path, replace(FREE, warmup_steps=1, final_rate=0.2))
+    learner = Learner(config, CPU, None)
+    rates = []
+    for k, progress in enumerate((0.0, 0.25, 0.5, 1.0)):
+        before = {n: p.detach().clone() for n, p in learner.policy.model.named_parameters()}
+        metrics = learner.update(mixed(version=k), progress).metrics
+        rates.append(metrics["learner/learning_rate"])
+        assert learner.optimizer.param_groups[0]["lr"] == rates[-1]
+        moved = learner.policy.model.named_parameters()
+        assert any(not torch.equal(p, before[name]) for name, p in moved)
+    assert rates == pytest.approx([0.5e-3, 0.8e-3, 0.6e-3, 0.2e-3])
+
+
 # Checkpoints -----------------------------------------------------------------------------------
 
 

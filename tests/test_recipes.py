@@ -36,6 +36,7 @@ SHARED = {
     "gate.max_redraws": 0,  # no refill
     "gate.revisit": 0.0,
     "learner.learning_rate": 1e-6,
+    "learner.final_rate": 1.0,  # constant
     "learner.warmup_steps": 0,  # [C], and the next two
     "learner.weight_decay": 0.01,
     "learner.clip_grad_norm": 1.0,

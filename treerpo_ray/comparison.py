@@ -236,13 +236,14 @@ def _read_result(path: Path) -> Result:
 
 def _unlike(result: Result, config: Config) -> list[str]:
     """What a result has otherwise than a run of `config` would: settings, start, tokens."""
-    ours, theirs = (
+    default, ours, theirs = (
         _flat(OmegaConf.to_container(OmegaConf.create(text)))
-        for text in (to_yaml(config), result.config)
+        for text in (to_yaml(Config()), to_yaml(config), result.config)
     )
+    theirs = default | theirs  # a result may be older than a setting
     # How many steps its tokens come to is found out by the run; folders may have been moved.
-    known = ours.keys() & theirs.keys() - {"run.root", "run.name", *LENGTH}
-    unlike = sorted(name for name in known if ours[name] != theirs[name])
+    known = ours.keys() - {"run.root", "run.name", *LENGTH}
+    unlike = sorted(name for name in known if ours[name] != theirs.get(name))
     if result.start and start_of(config) not in ("", result.start):
         unlike.append("weights at the start")
     tokens, limit = result.curve["tokens/sampled"], config.run.max_sampled_tokens

@@ -47,6 +47,7 @@ NOT_NEGATIVE = (
     ),
     *("gate.max_staleness", "evaluate.temperature", "evaluate.every", "metrics.save_trees_every"),
     *("learner.max_failures", "learner.warmup_steps", "learner.weight_decay"),
+    "learner.final_rate",
     *("loss.kl_coef", "loss.entropy_coef", "engine.shrink_after_s"),
 )
 """Keys whose value must be zero or more."""
@@ -89,8 +90,9 @@ class Config:
                 f"gate.revisit={self.gate.revisit} must be at least 0 and less than 1: only what "
                 "follows the data set meets new prompts"
             )
-        if self.evaluate.top_p > 1:
-            raise ValueError(f"evaluate.top_p={self.evaluate.top_p} must not be more than 1")
+        for key in ("evaluate.top_p", "learner.final_rate"):
+            if (value := attrgetter(key)(self)) > 1:
+                raise ValueError(f"{key}={value} must not be more than 1")
         if self.run.stall_timeout_s <= self.engine.request_timeout_s:
             raise ValueError(
                 f"run.stall_timeout_s={self.run.stall_timeout_s:g} must be more than "

@@ -48,7 +48,7 @@ class UpdateResult:
 
 
 class Learner:
-    """Policy, optimizer and schedule of one worker.
+    """Policy and optimizer of one worker.
 
     Args:
         config: The run's configuration.
@@ -65,20 +65,14 @@ class Learner:
         self.policy = self._load(start if checkpoint is None else str(checkpoint / MODEL_FOLDER))
         # The KL is to the model that the run started from, whatever it is resumed from.
         self.reference = self._load(start) if config.loss.kl_coef else None
-        rate = settings.learning_rate
         self.optimizer = torch.optim.AdamW(
-            [{"params": self.policy.model.parameters(), "initial_lr": rate}],
-            lr=rate,
+            self.policy.model.parameters(),
+            lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
         )
-        self.version = num_steps = 0
+        self.version = self.optimizer_steps = 0
         if checkpoint is not None:
-            num_steps = self._restore(checkpoint)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer,
-            lambda done: min(1.0, (done + 1) / (settings.warmup_steps + 1)),
-            last_epoch=num_steps - 1,
-        )
+            self._restore(checkpoint)
 
     def _load(self, path: str) -> Policy:
         return load_policy(
@@ -91,8 +85,18 @@ class Learner:
 
     # The update ------------------------------------------------------------------------------
 
-    def update(self, records: Sequence[TreeRecord]) -> UpdateResult:
+    def learning_rate(self, progress: float) -> float:
+        """Rate of the next optimizer step, when the share `progress` of the run is done."""
+        settings = self.config.learner
+        warm = min(1.0, (self.optimizer_steps + 1) / (settings.warmup_steps + 1))
+        return settings.learning_rate * warm * (1 - (1 - settings.final_rate) * progress)
+
+    def update(self, records: Sequence[TreeRecord], progress: float = 0.0) -> UpdateResult:
         """Train on this worker's share of a batch; every worker must call it.
+
+        Args:
+            records: Its trees.
+            progress: Share of the run that was done before this batch.
 
         Raises:
             RuntimeError: a tree is staler than `gate.max_staleness` allows, or the gradient is
@@ -101,7 +105,7 @@ class Learner:
         settings = self.config.learner
         # Trees come as they finish; their order decides minibatches and how sums are rounded.
         records = sorted(records, key=lambda record: record.ticket)
-        metrics = {"learner/learning_rate": float(self.schedule.get_last_lr()[0])}
+        metrics = {"learner/learning_rate": self.learning_rate(progress)}
         advantages, own = assess(records, form=settings.advantage, pruning=settings.pruning)
         self._check_staleness(own)
         trees = [record.tree for record in records]
@@ -117,7 +121,7 @@ class Learner:
         ]
         sums, norms = LossSums.zeros(self.device), []
         for forests, logprobs in zip(minibatches, old, strict=True):
-            part, norm = self._optimize(forests, logprobs)
+            part, norm = self._optimize(forests, logprobs, progress)
             sums += part
             norms += [] if norm is None else [norm]
         self.version += bool(norms)
@@ -142,7 +146,7 @@ class Learner:
             )
 
     def _optimize(
-        self, forests: list[Forest], old_logprobs: list[torch.Tensor | None]
+        self, forests: list[Forest], old_logprobs: list[torch.Tensor | None], progress: float
     ) -> tuple[LossSums, float | None]:
         """One optimizer step; returns what the loss saw and the gradient's norm, None if no
         worker had anything to train."""
@@ -172,8 +176,10 @@ class Learner:
             self.config.learner.clip_grad_norm,
             error_if_nonfinite=True,
         )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(progress)
         self.optimizer.step()
-        self.schedule.step()
+        self.optimizer_steps += 1
         return sums, float(norm)
 
     def _loss_inputs(self, packed: Forest, old: torch.Tensor | None) -> LossInputs:
@@ -219,11 +225,11 @@ class Learner:
             "torch_rng": torch.get_rng_state(),
         }
         torch.save(state, folder / OPTIMIZER_FILE)
-        counts = {"version": self.version, "optimizer_steps": self.schedule.last_epoch}
+        counts = {"version": self.version, "optimizer_steps": self.optimizer_steps}
         (folder / STATE_FILE).write_text(json.dumps(counts))
 
-    def _restore(self, folder: Path) -> int:
-        """Take over moments and counts; returns the optimizer steps that were made.
+    def _restore(self, folder: Path) -> None:
+        """Take over moments and counts.
 
         Rate, weight decay and the like are the configuration's, which may have been changed.
         """
@@ -232,8 +238,7 @@ class Learner:
         self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
         torch.set_rng_state(state["torch_rng"].cpu())
         counts: dict[str, int] = json.loads((folder / STATE_FILE).read_text())
-        self.version = counts["version"]
-        return counts["optimizer_steps"]
+        self.version, self.optimizer_steps = counts["version"], counts["optimizer_steps"]
 
 
 def _all_reduce(tensor: torch.Tensor) -> None:

@@ -175,6 +175,9 @@ class LearnerConfig:
     further than ever before. 0: a failure ends the run."""
     learning_rate: float = 1e-6
     """Rate of AdamW after warm-up."""
+    final_rate: float = 1.0
+    """Share of `learning_rate` that is left at the end of the run, to which the rate falls
+    linearly with learner steps or, if they are further, with `run.max_sampled_tokens`."""
     warmup_steps: int = 0
     """Optimizer steps over which the rate rises from zero."""
     weight_decay: float = 0.01

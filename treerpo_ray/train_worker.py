@@ -133,7 +133,7 @@ class TrainWorker:
         self._check_tickets([record.ticket for record in records])
         version = self.learner.version
         self.mover.at(f"updating in step {self.step}")
-        result = self.learner.update(records)
+        result = self.learner.update(records, self._progress())
         updated = time.time()
         self._save_trees(table)
         self.step += 1
@@ -158,11 +158,15 @@ class TrainWorker:
             self._report(result, version, times)
         return self._agreed(is_last)
 
+    def _progress(self) -> float:
+        """Share of the run that is done, by its learner steps or its tokens."""
+        run = self.config.run
+        spent = self.sampled_tokens / run.max_sampled_tokens if run.max_sampled_tokens else 0.0
+        return max(self.step / run.num_steps, spent)
+
     def _is_over(self) -> bool:
         """Whether the steps that are done are all of the run."""
-        limit = self.config.run.max_sampled_tokens
-        has_spent_all = limit is not None and self.sampled_tokens >= limit
-        return has_spent_all or self.step >= self.config.run.num_steps
+        return self._progress() >= 1
 
     def _check_tickets(self, tickets: list[int]) -> None:
         """Invariant: this step consumes its own tickets, each once, and an equal share of them."""
