@@ -195,9 +195,10 @@ def test_results_come_back_and_make_a_table_and_a_plot(
     assert flat.pass_at_1.mean == pytest.approx(55)
     assert flat.ahead == {} and tree.ahead["flat"].mean == pytest.approx(20)
     assert np.isnan(tree.ahead["flat"].low)
-    # Step 10 and 20 CPU seconds are where the tree ends: the mean over steps 4 to 10 of each.
-    assert flat.same_steps.mean == flat.same_cpu.mean == pytest.approx(4 * 7)
-    assert tree.same_steps.mean == tree.same_cpu.mean == pytest.approx(4 * 7)
+    # Step 10 and 20 CPU seconds are where the tree ends. 12,000 tokens are 2.5 steps of the flat
+    # run, of which three end in the window, and 1.25 of the tree's, of which two do.
+    assert flat.same_steps.mean == flat.same_cpu.mean == pytest.approx(4 * 9)
+    assert tree.same_steps.mean == tree.same_cpu.mean == pytest.approx(4 * 9.5)
     assert (flat.cpu_s, tree.cpu_s) == pytest.approx((40, 20))
     table.write(tmp_path)
     write_plot(comparison, results, tmp_path)
@@ -222,8 +223,23 @@ def test_a_result_older_than_a_metric_has_no_place_on_its_axis(
     results = read_results(configs, tmp_path)
     flat, tree = report(comparison, results).lines
     assert np.isnan(flat.cpu_s) and np.isnan(flat.same_cpu.mean)
-    assert tree.same_cpu.mean == pytest.approx(4 * 17)
+    assert tree.same_cpu.mean == pytest.approx(4 * 19)
     write_plot(comparison, results, tmp_path)
+
+
+def test_the_training_reward_of_what_was_chosen_is_not_compared(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    configs = comparison.configs([])
+    trials = [Trial(setting="short", arm=arm, seed=0) for arm in ("flat", "tree")]
+    plain, refilled = (replace(make_result(t, 0.5), config=to_yaml(configs[t])) for t in trials)
+    chosen = to_yaml(comparison.configs(["gate.max_redraws=2"])[trials[1]])
+    results = [plain, replace(refilled, config=chosen)]
+    flat, tree = report(comparison, results).lines
+    assert flat.same_steps.mean == flat.same_cpu.mean == pytest.approx(4 * 19)
+    assert tree.pass_at_1.mean == 50 and str(tree.same_steps) == str(tree.same_cpu) == ""
+    write_plot(comparison, results, tmp_path)
+    assert ",tree," not in (tmp_path / "curves.csv").read_text()
 
 
 def test_a_mean_has_the_interval_of_student() -> None:

@@ -16,14 +16,17 @@ import rich.table
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from omegaconf import OmegaConf
 from scipy import stats
 
 from treerpo_ray.comparison import Comparison, Result
 
 GRID_POINTS = 40
 """Points of a plotted curve."""
-WINDOW = 7
-"""Learner steps, the last of them its own, whose mean is a step's training reward."""
+WINDOW_TOKENS = 12_000
+"""Sampled tokens, the last of them its own, over which a step's training reward is the mean."""
+MIN_PLOTTED = 3
+"""Fewest seeds of an arm that is plotted."""
 CPU = "time/cpu_s"
 """Its sum is the time axis: wall time says little on a machine that other work shares."""
 
@@ -38,7 +41,7 @@ class Interval:
 
     def __str__(self) -> str:
         if np.isnan(self.low):
-            return f"{self.mean:.1f}"
+            return "" if np.isnan(self.mean) else f"{self.mean:.1f}"
         return f"{self.mean:.1f} [{self.low:.1f}, {self.high:.1f}]"
 
 
@@ -58,9 +61,10 @@ class Line:
     ahead: dict[str, Interval]
     """Pass@1 less that of each other reference arm (Welch), at the same sampled tokens."""
     same_steps: Interval
-    """Training reward after as many learner steps as the arm with the fewest made."""
+    """Training reward after as many learner steps as the arm with the fewest made; NaN for an arm
+    that chooses what it trains on."""
     same_cpu: Interval
-    """Training reward after the CPU time of the run that took least."""
+    """Training reward after the CPU time of the run that took least; NaN as above."""
     length: Interval
     """Tokens of a held-out answer."""
 
@@ -187,9 +191,10 @@ def print_table(table: Report) -> None:
 def write_plot(comparison: Comparison, results: list[Result], folder: Path) -> None:
     """Training reward of each arm against learner steps, tokens and time: `curves.csv`.
 
-    `curves.png` draws the arms that have the most seeds.
+    `curves.png` draws the arms that have `MIN_PLOTTED` seeds there. Arms that choose what they
+    train on are left out of both.
     """
-    most = max(arm.num_seeds for arm in comparison.arms.values())
+    results = [result for result in results if not _is_chosen_mix(result)]
     settings = [s for s in comparison.settings if any(r.trial.setting == s for r in results)]
     figure = Figure(figsize=(12, 3.2 * len(settings)), layout="constrained")
     grid = figure.subplots(len(settings), 3, squeeze=False)
@@ -199,7 +204,7 @@ def write_plot(comparison: Comparison, results: list[Result], folder: Path) -> N
             for number, arm in enumerate(comparison.arms):
                 if own := _of(results, setting, arm):
                     at, mean, half = _curve(own, metric)
-                    if comparison.arms[arm].num_seeds == most:
+                    if len(own) >= MIN_PLOTTED:
                         color = f"C{number}"  # the same in every setting
                         axes.plot(at, mean, label=arm, linewidth=1.4, color=color)
                         axes.fill_between(at, mean - half, mean + half, alpha=0.15, color=color)
@@ -211,7 +216,8 @@ def write_plot(comparison: Comparison, results: list[Result], folder: Path) -> N
             axes.yaxis.set_major_formatter(PercentFormatter(1))
             axes.grid(alpha=0.3)
         axes_row[0].set_ylabel(f"{setting}: training reward")
-    grid[0, 0].legend(fontsize=8)
+        if axes_row[0].lines:
+            axes_row[0].legend(fontsize=7)
     figure.savefig(folder / "curves.png", dpi=110)
     with (folder / "curves.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -234,10 +240,7 @@ def _curve(
     ats = [_places(result, metric) for result in results]
     grid = np.linspace(max(at[0] for at in ats), min(at[-1] for at in ats), GRID_POINTS)
     rewards = np.stack(
-        [
-            np.interp(grid, at, _smooth(r.curve["reward/mean"]))
-            for at, r in zip(ats, results, strict=True)
-        ]
+        [np.interp(grid, at, _smooth(r)) for at, r in zip(ats, results, strict=True)]
     )
     half = np.full(GRID_POINTS, np.nan)
     if (count := len(results)) > 1:
@@ -254,21 +257,31 @@ def _total(result: Result, metric: str) -> float:
     return float(_places(result, metric)[-1])
 
 
-def _smooth(values: list[float]) -> Float[np.ndarray, " steps"]:
-    """Mean over the last steps at each, so that no run is judged by what came after."""
-    return np.array([np.mean(values[max(0, i - WINDOW + 1) : i + 1]) for i in range(len(values))])
+def _smooth(result: Result) -> Float[np.ndarray, " steps"]:
+    """Training reward over the last tokens at each step: no run is judged by what came after.
+
+    The same tokens for all arms: in steps, a run of few large ones would be judged by its past.
+    """
+    rewards, ends = np.array(result.curve["reward/mean"]), _places(result, "tokens/sampled")
+    firsts = np.searchsorted(ends, ends - WINDOW_TOKENS, side="right")
+    return np.array([rewards[first : i + 1].mean() for i, first in enumerate(firsts)])
+
+
+def _is_chosen_mix(result: Result) -> bool:
+    """Whether the run refilled or came back to prompts, so that its reward is of no fair sample."""
+    gate = OmegaConf.create(result.config).get("gate", {})
+    return bool(gate.get("max_redraws") or gate.get("revisit"))
 
 
 def _rewards_at_least(
     own: list[Result], here: list[Result], metric: str
 ) -> Float[np.ndarray, " seeds"]:
     """Training reward in percent where the run with the least of `metric` in its setting ended."""
+    if any(map(_is_chosen_mix, own)):
+        return np.full(len(own), np.nan)
     least = np.nanmin([_total(result, metric) for result in here])
     return np.array(
-        [
-            100 * np.interp(least, _places(result, metric), _smooth(result.curve["reward/mean"]))
-            for result in own
-        ]
+        [100 * np.interp(least, _places(result, metric), _smooth(result)) for result in own]
     )
 
 
