@@ -44,3 +44,24 @@ def test_a_solver_that_slips_in_each_line_goes_on_from_its_wrong_results():
     assert chain.write_solution(slip_rate=0.0, rng=random.Random(0)) == (
         "51-38=13\n13+17=30\n30-16=14\n14+26=40\n#### 40"
     )
+
+
+def test_a_winding_solution_takes_off_again_what_it_adds_and_answers_the_same():
+    rng, detours = random.Random(0), 0
+    for _ in range(300):
+        chain = chains.draw_chain(4, rng, chains.WindingChain)
+        *work, last = chain.write_solution(slip_rate=0.0, rng=rng).split("\n")
+        assert last == f"#### {chain.answer}"
+        added = [int(re.fullmatch(r"\d+([+-]\d+)=\d+", line).group(1)) for line in work]
+        assert sum(added) == sum(chain.operands)
+        detours += (len(added) - 4) / 2
+    assert detours / (4 * 300) == pytest.approx(chains.DETOUR_RATE, abs=0.04)
+
+
+def test_a_chain_without_detours_draws_no_chance_for_them():
+    chain = chains.Chain(first=51, operands=(-38, 17))
+    ours, theirs = random.Random(1), random.Random(1)
+    chain.write_solution(slip_rate=0.3, rng=ours)
+    for _ in chain.operands:
+        theirs.random()
+    assert ours.random() == theirs.random()

@@ -15,6 +15,7 @@ import random
 from dataclasses import dataclass
 
 SMALLEST, LARGEST = 10, 99
+DETOUR_RATE = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,11 +38,31 @@ class Chain:
         """Write a worked solution; a slip is a line that is added without carry."""
         value, lines = self.first, []
         for operand in self.operands:
-            has_slipped = rng.random() < slip_rate
-            result = add_without_carry(value, operand) if has_slipped else value + operand
-            lines.append(f"{value}{operand:+d}={result}")
-            value = result
+            for added in (*self.detour(value, rng), operand):
+                has_slipped = rng.random() < slip_rate
+                result = add_without_carry(value, added) if has_slipped else value + added
+                lines.append(f"{value}{added:+d}={result}")
+                value = result
         return "\n".join([*lines, f"#### {value}"])
+
+    def detour(self, value: int, rng: random.Random) -> tuple[int, ...]:
+        """What the solver adds at `value` without need, before it goes on; nothing here."""
+        return ()
+
+
+class WindingChain(Chain):
+    """A chain whose solver goes out of its way at times: it adds a number and takes it off again.
+
+    Both lines carry and may slip, so that the shorter answer is the safer one.
+    """
+
+    def detour(self, value: int, rng: random.Random) -> tuple[int, ...]:
+        """A number that carries and its opposite, before every fourth line."""
+        choices = OPERANDS.get(value)
+        if not choices or rng.random() >= DETOUR_RATE:
+            return ()
+        added = rng.choice(choices)
+        return added, -added
 
 
 def add_without_carry(value: int, operand: int) -> int:
@@ -67,7 +88,7 @@ OPERANDS = {
 }
 
 
-def draw_chain(num_lines: int, rng: random.Random) -> Chain:
+def draw_chain(num_lines: int, rng: random.Random, kind: type[Chain] = Chain) -> Chain:
     """Draw a chain in which every line carries; one that runs into a dead end is drawn again."""
     while True:
         first = value = rng.randint(SMALLEST, LARGEST)
@@ -76,4 +97,4 @@ def draw_chain(num_lines: int, rng: random.Random) -> Chain:
             operands.append(rng.choice(OPERANDS[value]))
             value += operands[-1]
         if len(operands) == num_lines:
-            return Chain(first=first, operands=tuple(operands))
+            return kind(first=first, operands=tuple(operands))
