@@ -46,22 +46,31 @@ def test_a_solver_that_slips_in_each_line_goes_on_from_its_wrong_results():
     )
 
 
-def test_a_winding_solution_takes_off_again_what_it_adds_and_answers_the_same():
-    rng, detours = random.Random(0), 0
+def test_a_wordy_solution_has_every_other_line_in_parts_and_answers_the_same():
+    rng, in_parts = random.Random(0), 0
     for _ in range(300):
-        chain = chains.draw_chain(4, rng, chains.WindingChain)
-        *work, last = chain.write_solution(slip_rate=0.0, rng=rng).split("\n")
+        chain = chains.draw_chain(4, rng, chains.WordyChain)
+        *lines, last = chain.write_solution(slip_rate=0.0, rng=rng).split("\n")
         assert last == f"#### {chain.answer}"
-        added = [int(re.fullmatch(r"\d+([+-]\d+)=\d+", line).group(1)) for line in work]
-        assert sum(added) == sum(chain.operands)
-        detours += (len(added) - 4) / 2
-    assert detours / (4 * 300) == pytest.approx(chains.DETOUR_RATE, abs=0.04)
+        for line, operand in zip(lines, chain.operands, strict=True):
+            left, *parts, result = line.split("=")
+            value = int(re.match(r"\d+", left).group())
+            assert left == f"{value}{operand:+d}" and int(result) == value + operand
+            for part in parts:
+                tens, units = re.fullmatch(r"(\d+)([+-]\d)", part).groups()
+                assert (int(tens) - value) % 10 == 0
+                assert int(tens) + int(units) == int(result)
+            in_parts += len(parts)
+    assert in_parts / (4 * 300) == pytest.approx(0.5, abs=0.05)
 
 
-def test_a_chain_without_detours_draws_no_chance_for_them():
-    chain = chains.Chain(first=51, operands=(-38, 17))
-    ours, theirs = random.Random(1), random.Random(1)
-    chain.write_solution(slip_rate=0.3, rng=ours)
-    for _ in chain.operands:
-        theirs.random()
-    assert ours.random() == theirs.random()
+def test_a_line_in_parts_slips_twice_as_often_and_forgets_its_carry():
+    chain, rng = chains.WordyChain(first=38, operands=(47,)), random.Random(0)
+    drawn = [chain.write_solution(slip_rate=0.2, rng=rng).split("\n")[0] for _ in range(4000)]
+    assert set(drawn) == {"38+47=85", "38+47=75", "38+47=78+7=85", "38+47=78+7=75"}
+    shares = {
+        in_parts: sum(line.endswith("=75") for line in lines) / len(lines)
+        for in_parts in (False, True)
+        if (lines := [line for line in drawn if ("78" in line) == in_parts])
+    }
+    assert shares == {False: pytest.approx(0.2, abs=0.03), True: pytest.approx(0.4, abs=0.04)}

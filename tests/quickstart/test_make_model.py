@@ -15,7 +15,7 @@ SMALL = script.Recipe(num_layers=1, hidden_size=32, num_steps=20, batch_size=8)
 CONF = Path(__file__).parents[2] / "conf"
 TASK_FILES = [
     ("countdown.yaml",),
-    ("quickstart.yaml", "tasks/winding4.yaml"),
+    ("quickstart.yaml", "tasks/wordy4.yaml"),
     ("quickstart.yaml", "tasks/chains10.yaml"),
     ("quickstart.yaml", "tasks/chains10.yaml", "tasks/chains10_hard.yaml"),
 ]

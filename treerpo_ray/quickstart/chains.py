@@ -15,7 +15,8 @@ import random
 from dataclasses import dataclass
 
 SMALLEST, LARGEST = 10, 99
-DETOUR_RATE = 0.25
+PARTS_SLIP = 2.0
+"""How much more often a line in two parts slips."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,31 +39,35 @@ class Chain:
         """Write a worked solution; a slip is a line that is added without carry."""
         value, lines = self.first, []
         for operand in self.operands:
-            for added in (*self.detour(value, rng), operand):
-                has_slipped = rng.random() < slip_rate
-                result = add_without_carry(value, added) if has_slipped else value + added
-                lines.append(f"{value}{added:+d}={result}")
-                value = result
+            line, value = self.write_line(value, operand, slip_rate, rng)
+            lines.append(line)
         return "\n".join([*lines, f"#### {value}"])
 
-    def detour(self, value: int, rng: random.Random) -> tuple[int, ...]:
-        """What the solver adds at `value` without need, before it goes on; nothing here."""
-        return ()
+    def write_line(
+        self, value: int, operand: int, slip_rate: float, rng: random.Random
+    ) -> tuple[str, int]:
+        """One line of a solution and what it comes to."""
+        has_slipped = rng.random() < slip_rate
+        result = add_without_carry(value, operand) if has_slipped else value + operand
+        return f"{value}{operand:+d}={result}", result
 
 
-class WindingChain(Chain):
-    """A chain whose solver goes out of its way at times: it adds a number and takes it off again.
+class WordyChain(Chain):
+    """A chain whose solver writes every other line in two parts, first the tens, then the units.
 
-    Both lines carry and may slip, so that the shorter answer is the safer one.
+    In those lines it slips more often, so that the shorter answer is the safer one.
     """
 
-    def detour(self, value: int, rng: random.Random) -> tuple[int, ...]:
-        """A number that carries and its opposite, before every fourth line."""
-        choices = OPERANDS.get(value)
-        if not choices or rng.random() >= DETOUR_RATE:
-            return ()
-        added = rng.choice(choices)
-        return added, -added
+    def write_line(
+        self, value: int, operand: int, slip_rate: float, rng: random.Random
+    ) -> tuple[str, int]:
+        """As in a plain chain, or as 38+47=78+7=85."""
+        if rng.random() < 0.5:
+            return super().write_line(value, operand, slip_rate, rng)
+        units = operand % 10 if operand > 0 else -(-operand % 10)
+        tens = value + operand - units
+        part, result = super().write_line(tens, units, PARTS_SLIP * slip_rate, rng)
+        return f"{value}{operand:+d}={part}", result
 
 
 def add_without_carry(value: int, operand: int) -> int:

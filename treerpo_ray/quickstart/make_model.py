@@ -68,7 +68,7 @@ RECIPES = {
     "chains4": Recipe(),
     "chains10": replace(LONGER, slip_rate=0.07),
     "chains10_hard": replace(LONGER, slip_rate=0.35),
-    "winding4": replace(LONGER, task="winding4", slip_rate=0.2, num_steps=1000, batch_size=16),
+    "wordy4": replace(LONGER, task="wordy4", max_response_tokens=72, slip_rate=0.2),
     "countdown": Recipe(
         start=MODEL_FOLDER,
         task="countdown",

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from treerpo_ray.quickstart.chains import WindingChain, draw_chain
+from treerpo_ray.quickstart.chains import WordyChain, draw_chain
 from treerpo_ray.quickstart.countdown import draw_countdown
 
 SPLITS = ("train", "test")
@@ -44,7 +44,7 @@ class Exercise(Protocol):
 TASKS: dict[str, Callable[[random.Random], Exercise]] = {
     "chains4": partial(draw_chain, 4),
     "chains10": partial(draw_chain, 10),
-    "winding4": partial(draw_chain, 4, kind=WindingChain),
+    "wordy4": partial(draw_chain, 4, kind=WordyChain),
     "countdown": draw_countdown,
 }
 """Draws an exercise, by name of the task."""
