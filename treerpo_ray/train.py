@@ -27,6 +27,7 @@ from treerpo_ray.engine_pool import EnginePool
 from treerpo_ray.evaluate import Evaluation
 from treerpo_ray.follower import Follower
 from treerpo_ray.gate import Gate
+from treerpo_ray.lock import only_writer
 from treerpo_ray.metrics import Event, RunLog, latest
 from treerpo_ray.outcome import (
     Outcome,
@@ -60,14 +61,14 @@ def run(config: Config, inputs: Inputs, console: Console, pool: Actor | None = N
     `pool` is that of `kept_engines`, for one run of several that share engines.
 
     Raises:
-        ValueError: the cluster lacks resources that the run needs.
+        ValueError: the cluster lacks resources for it, or another job writes its folder.
         RunFailed: something failed for good; the same command goes on from the last checkpoint.
     """
     outcome = finished_outcome(config)
     if outcome is not None:
         console.note("this run is complete; another run.name starts a new one")
         return outcome
-    with output_to_log(config.folder):
+    with only_writer(config.folder), output_to_log(config.folder):
         try:
             if pool is not None:
                 return train(config, inputs, console, pool)
