@@ -13,7 +13,13 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from treerpo_ray.checkpoint import LIST_FILE, Checkpoints, publish_file, publish_folder
+from treerpo_ray.checkpoint import (
+    LIST_FILE,
+    Checkpoints,
+    publish_file,
+    publish_folder,
+    withdraw_folder,
+)
 
 Write = Callable[[Path], None]
 
@@ -329,6 +335,29 @@ def test_a_full_disk_leaves_the_published_folder_as_it_was(folder: str) -> None:
     with pytest.raises(OSError, match="No space left on device"):
         publish_folder(folder, "model", full_disk)
     assert files(folder) == before
+
+
+def test_a_withdrawn_folder_is_gone_and_until_then_does_not_look_whole(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def model(target: Path) -> None:
+        contents("a")(target)
+        (target / "config.json").write_text("{}")
+
+    withdraw_folder(folder, "model")
+    publish_file(folder, "config.yaml", b"")
+    publish_folder(folder, "model", model)
+    fs, root = fsspec.core.url_to_fs(folder)
+    remove, removed = fs.rm, []
+
+    def rm(path: str, recursive: bool) -> None:
+        remove(path, recursive=recursive)
+        removed.append(path.removeprefix(root))
+
+    monkeypatch.setattr(fs, "rm", rm)
+    withdraw_folder(folder, "model")
+    assert removed == ["/model/config.json", "/model"]
+    assert files(folder) == {"/config.yaml": b""}
 
 
 def test_a_published_file_takes_the_old_ones_place(folder: str) -> None:

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import fsspec
@@ -148,6 +148,18 @@ def publish_folder(folder: str, name: str, write: Callable[[Path], None]) -> str
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return f"{folder}/{name}"
+
+
+def withdraw_folder(folder: str, name: str) -> None:
+    """Remove what `publish_folder` put there, if it did; first what tells that it is whole.
+
+    Raises:
+        OSError: the disk or the store refuses.
+    """
+    fs, root = fsspec.core.url_to_fs(folder)
+    for path in (f"{root}/{name}/config.json", f"{root}/{name}"):
+        with suppress(FileNotFoundError):
+            fs.rm(path, recursive=True)
 
 
 def publish_file(folder: str, name: str, content: bytes) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from treerpo_ray import curriculum, saved_trees
-from treerpo_ray.checkpoint import Checkpoints, publish_folder, publish_table
+from treerpo_ray.checkpoint import Checkpoints, publish_folder, publish_table, withdraw_folder
 from treerpo_ray.curriculum import Measurement
 from treerpo_ray.engine_totals import EngineTotals
 from treerpo_ray.evaluate import evaluate, read
@@ -95,6 +95,7 @@ class TrainWorker:
     def _open(self) -> None:
         """Bring engines, gate and log to where the learner is, before the first ticket."""
         ray.get(self.stations.watch.forget.remote("learner"))
+        withdraw_folder(self.folder, "model")  # of a run that was stopped: it tells of a whole one
         for step, fault in self.checkpoints.passed_over.items():
             self._note("checkpoint_passed_over", step=step, fault=fault)
         try:
