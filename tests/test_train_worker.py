@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 
+from tests.test_saved_trees import tree_of
 from treerpo_ray.checkpoint import publish_folder
 from treerpo_ray.config import Config
 from treerpo_ray.config_file import load
@@ -58,6 +59,21 @@ def open_worker(
 def config(tmp_path: Path) -> Config:
     settings = ["gate.trees_per_step=2", "gate.max_staleness=1", "evaluate.data.path=''"]
     return load([f"run.root={tmp_path}", "run.num_steps=2", *settings])
+
+
+def test_a_restart_goes_on_from_the_checkpoints_trees_and_from_those_that_the_pool_still_has(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_over = [tree_of(4, 1), tree_of(5, 2)]
+    further = tree_of(5, 2, 2)
+    grown = [further, tree_of(6, 2), tree_of(7, 2, 3)]
+    station = open_worker(config, monkeypatch, step=2, left_over=left_over, grown=grown)
+    assert station.arguments["unconsumed"] == (4,)
+    _, session, first, _, saved = station.arguments["grow_tickets"]
+    assert (session, first) == (7, 4)
+    assert saved == [left_over[0], further, grown[1]]
+    order = [station.calls.index(name) for name in ("unconsumed", "publish", "grow_tickets")]
+    assert order == sorted(order), "asked before the engines turn back and the pool drops them"
 
 
 def test_the_model_of_a_run_that_was_stopped_does_not_pass_for_that_of_a_whole_one(
