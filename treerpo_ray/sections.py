@@ -249,8 +249,9 @@ class EvaluateConfig:
 class CheckpointConfig:
     """Checkpoints in the run folder."""
 
-    every: int = 20
-    """Learner steps between checkpoints; one is always written at the end."""
+    every: int = 1
+    """Learner steps between checkpoints, and at most what a lost worker or driver costs; one is
+    always written at the end. A large model takes its time to be written: there, more."""
     keep: int = 2
     """Newest checkpoints that are kept."""
 
