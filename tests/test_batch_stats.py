@@ -94,6 +94,7 @@ def test_the_statistics_of_a_tree_by_hand() -> None:
         num_leaves=4,
         num_versioned=1,
         min_version=4,
+        max_version=4,
         version_sum=4,
         last_finished_s=9,
         last_scored_s=10,
@@ -173,8 +174,15 @@ def test_a_tree_without_any_token_has_no_version_and_counts_as_neither_old_nor_v
     assert (metrics["staleness/max"], metrics["staleness/mean"]) == (1, 1)
     assert (stats.num_trees, stats.num_valued, stats.num_versioned) == (2, 1, 1)
     _, alone = stats_of([turned_down()])
-    assert alone.min_version > 8
+    assert alone.max_version < 0 and alone.min_version > 8
     assert (alone.metrics(8)["staleness/max"], alone.metrics(8)["staleness/mean"]) == (0, 0)
+
+
+def test_a_batch_with_a_tree_newer_than_the_learner_shows_it() -> None:
+    trees = [record(make_tree([ROOT]), C, version=version) for version in (5, 7)]
+    _, stats = stats_of(trees)
+    assert (stats.min_version, stats.max_version) == (5, 7)
+    assert stats.metrics(version=4)["staleness/max"] == -1
 
 
 @st.composite

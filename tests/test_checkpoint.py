@@ -13,7 +13,13 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from treerpo_ray.checkpoint import LIST_FILE, Checkpoints, publish_file, publish_folder
+from treerpo_ray.checkpoint import (
+    LIST_FILE,
+    Checkpoints,
+    publish_file,
+    publish_folder,
+    withdraw_folder,
+)
 
 Write = Callable[[Path], None]
 
@@ -255,15 +261,55 @@ def test_a_checkpoint_without_its_list_was_never_finished_and_is_not_one(folder:
     assert read_newest(checkpoints) == (2, "state c", b"c" * 1000)
 
 
-def test_there_is_no_checkpoint_when_all_are_corrupt(
-    folder: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_whose_checkpoints_are_all_corrupt_does_not_begin_anew(folder: str) -> None:
     checkpoints = Checkpoints(folder, keep=2)
     for step in (1, 2):
         checkpoints.save(step, contents("a"))
         spoil(folder, f"checkpoints/step={step:06d}/state.pt", b"")
-    assert read_newest(checkpoints) is None
-    assert len(caplog.records) == 2
+    told = r"all 2 checkpoints in .* are unreadable: step 1: state\.pt is corrupt; step 2"
+    with pytest.raises(RuntimeError, match=told) as caught:
+        read_newest(checkpoints)
+    assert "\n" not in str(caught.value)
+    assert checkpoints.steps() == [1, 2]
+
+
+def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(folder, keep=2)
+    checkpoints.save(1, contents("a"))
+    fs, _ = fsspec.core.url_to_fs(folder)
+    for unlisted in ("checkpoints", "step=000001"):
+
+        def failing(path: str, unlisted: str = unlisted, **options: object) -> object:
+            if path.endswith(unlisted):
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return type(fs).ls(fs, path, **options)
+
+        monkeypatch.setattr(fs, "ls", failing)
+        with pytest.raises(PermissionError):
+            read_newest(checkpoints)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("name", ["state.pt", LIST_FILE])
+def test_a_checkpoint_that_the_disk_does_not_give_back_is_passed_over(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(str(tmp_path), keep=2)
+    checkpoints.save(1, contents("a"))
+    checkpoints.save(2, contents("b"))
+    unreadable = tmp_path / "checkpoints/step=000002" / name
+    open_file = Path.open
+
+    def failing(path: Path, *how: object, **options: object) -> object:
+        if path == unreadable:
+            raise OSError(errno.EIO, "Input/output error")
+        return open_file(path, *how, **options)
+
+    monkeypatch.setattr(Path, "open", failing)
+    assert read_newest(checkpoints) == (1, "state a", b"a" * 1000)
+    assert "Input/output error" in checkpoints.passed_over[2]
 
 
 def test_the_list_of_a_checkpoint_names_all_its_files(folder: str) -> None:
@@ -289,6 +335,29 @@ def test_a_full_disk_leaves_the_published_folder_as_it_was(folder: str) -> None:
     with pytest.raises(OSError, match="No space left on device"):
         publish_folder(folder, "model", full_disk)
     assert files(folder) == before
+
+
+def test_a_withdrawn_folder_is_gone_and_until_then_does_not_look_whole(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def model(target: Path) -> None:
+        contents("a")(target)
+        (target / "config.json").write_text("{}")
+
+    withdraw_folder(folder, "model")
+    publish_file(folder, "config.yaml", b"")
+    publish_folder(folder, "model", model)
+    fs, root = fsspec.core.url_to_fs(folder)
+    remove, removed = fs.rm, []
+
+    def rm(path: str, recursive: bool) -> None:
+        remove(path, recursive=recursive)
+        removed.append(path.removeprefix(root))
+
+    monkeypatch.setattr(fs, "rm", rm)
+    withdraw_folder(folder, "model")
+    assert removed == ["/model/config.json", "/model"]
+    assert files(folder) == {"/config.yaml": b""}
 
 
 def test_a_published_file_takes_the_old_ones_place(folder: str) -> None:

@@ -120,6 +120,14 @@ def test_a_setting_that_a_result_is_older_than_had_its_default(
     assert not read_results(comparison.configs(["learner.final_rate=0"]), tmp_path)
 
 
+def test_all_runs_spend_the_same_time_on_checkpoints_unless_the_comparison_says_otherwise(
+    comparison: Comparison,
+) -> None:
+    for base, every in (([], 20), (["checkpoint.every=3"], 3)):
+        runs = replace(comparison, base=[*comparison.base, *base]).configs([])
+        assert {config.checkpoint.every for config in runs.values()} == {every}
+
+
 def test_the_seeds_of_all_arms_begin_where_the_comparison_says(tmp_path: Path) -> None:
     path = tmp_path / "fresh.yaml"
     path.write_text(FILE + "first_seed: 10\n")

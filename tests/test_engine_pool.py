@@ -23,7 +23,7 @@ from fake_engines import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treerpo_ray import engines, waits
+from treerpo_ray import engines, saved_trees, waits
 from treerpo_ray.algo.tree import Tree
 from treerpo_ray.config import Config
 from treerpo_ray.config_file import load
@@ -76,11 +76,13 @@ async def serve_from_start(pool: EnginePool, version: int = 0) -> None:
     await asyncio.gather(pool.start(), serve(pool, version, should_probe=True))
 
 
-async def consume(pool: EnginePool, gate: Gate, first: int = 0) -> list[TreeRecord]:
+async def consume(
+    pool: EnginePool, gate: Gate, first: int = 0, reader: str = "reader"
+) -> list[TreeRecord]:
     """What the learner gets that does all steps from `first` on, with an update in each."""
     consumed = []
     for step in range(first, STEPS):
-        batch = await take(pool, TREES)
+        batch = await take(pool, TREES, reader)
         assert sorted(tree.ticket for tree in batch) == list(range(step * TREES, step * TREES + 4))
         for tree in batch:
             assert step - gate.max_staleness <= tree.tree.min_version <= tree.tree.max_version
@@ -279,6 +281,7 @@ def test_a_pool_goes_on_from_what_another_one_had_not_had_consumed(
         await pool.stop()
         num_saved = sum(len(tree.tree.steps) for tree in saved)
         assert len({tree.ticket for tree in saved}) == len(saved)
+        assert saved or turns < 30, "there is something to go on from"
 
         later = make_gate(config)
         session = later.restart(step, ())
@@ -292,6 +295,45 @@ def test_a_pool_goes_on_from_what_another_one_had_not_had_consumed(
         assert sampled == expected - num_saved
         assert len(fleet.of("tree_reused")) == len(saved)
         await other.stop()
+
+    with fake_fleet() as fleet:
+        run(scenario(fleet))
+
+
+@settings(max_examples=25)
+@given(
+    lost=st.integers(0, STEPS - 1),
+    back=st.integers(0, 2),
+    turns=st.integers(0, 40),
+    staleness=st.integers(0, 1),
+)
+def test_a_learner_that_is_lost_goes_on_from_what_its_own_pool_holds_of_the_versions_that_it_knows(
+    lost: int, back: int, turns: int, staleness: int
+) -> None:
+    """It is lost in learner step `lost`, `turns` of the event loop after its start, and goes on
+    from the checkpoint `back` steps before, with the same pool."""
+
+    async def scenario(fleet: Fleet) -> None:
+        config = make_config(f"gate.max_staleness={staleness}")
+        gate, first = make_gate(config), max(lost - back, 0)
+        pool = await opened(config, fleet, gate)
+        for done in range(lost):
+            await take(pool, TREES)
+            await serve(pool, done + 1)
+            gate.consumed(done, ())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        grown = await pool.unconsumed(first * TREES)
+        await serve(pool, first)
+        session = gate.restart(first, ())
+        saved = saved_trees.usable(grown, step=first, version=first, config=config)
+        assert all(tree.tree.max_version <= first for tree in saved)
+        assert back or len(saved) == len(grown), "they are of no version that was rolled back"
+        assert saved or back or turns < 30, "there is something to go on from"
+        await pool.grow_tickets(Handle(gate), session, first * TREES, 1, saved)
+        assert_whole(await consume(pool, gate, first, reader="the next stream"))
+        assert len(fleet.of("tree_reused")) == len(saved)
+        await pool.stop()
 
     with fake_fleet() as fleet:
         run(scenario(fleet))

@@ -136,7 +136,4 @@ def test_after_its_driver_was_killed_the_same_command_goes_on_with_the_same_tree
     assert metrics.index.tolist() == [1, 2, 3]
     assert_versions_count_updates(metrics)
     assert metrics["staleness/max"].max() == 0
-    events = run.events()
-    started = events[events.kind == "learner_started"]
-    assert len(started) == 2
-    assert (events.kind == "tree_reused").sum() == started["saved_trees"].sum()
+    assert (run.events().kind == "learner_started").sum() == 2

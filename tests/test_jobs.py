@@ -122,7 +122,12 @@ def test_training_and_evaluation_run_when_they_are_submitted_to_a_cluster(
 
 @pytest.mark.ray
 @pytest.mark.engine
-def test_ctrl_c_stops_with_a_checkpoint_and_leaves_no_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
+def test_a_signal_stops_with_a_checkpoint_and_leaves_no_process(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     command = [
         *SCRIPT, "conf/quickstart.yaml", *TINY, f"run.root={tmp_path}", "run.name=stopped",
         "run.num_steps=1000", "evaluate.data.path=''",
@@ -136,7 +141,7 @@ def test_ctrl_c_stops_with_a_checkpoint_and_leaves_no_process(tmp_path: Path) ->
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, shown = process.communicate(timeout=120)
     assert process.returncode == 130
     assert b"stopped with a checkpoint" in shown

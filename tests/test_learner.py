@@ -272,6 +272,14 @@ def test_a_tree_staler_than_allowed_is_an_error(path: str) -> None:
     assert_nothing_moved(before, State.of(learner))
 
 
+def test_a_tree_of_a_version_that_the_learner_does_not_have_is_an_error(path: str) -> None:
+    learner = Learner(make_config(path, FREE), CPU, None)
+    before = State.of(learner)
+    with pytest.raises(RuntimeError, match=r"tokens of version 1, but the learner is at version 0"):
+        learner.update([*mixed()[:3], make_record(3, "cwwww", version=1)])
+    assert_nothing_moved(before, State.of(learner))
+
+
 def test_a_gradient_that_is_not_finite_is_an_error_before_anything_moves(path: str) -> None:
     learner = Learner(make_config(path, FREE), CPU, None)
     before = State.of(learner)

@@ -60,6 +60,13 @@ def test_a_tree_of_a_version_that_the_learner_has_lost_is_not_used() -> None:
     assert used([tree_of(4, 2), tree_of(5, 1, 3)], step=2, version=2, staleness=1) == [4]
 
 
+def test_of_two_trees_of_a_ticket_the_last_one_that_can_be_used_is() -> None:
+    saved, grown = tree_of(4, 2), tree_of(4, 2, 2)
+    config = config_of("gate.max_staleness=1")
+    for trees in ([saved, grown], [saved, grown, tree_of(4, 2, 3)]):
+        assert saved_trees.usable(trees, step=2, version=2, config=config) == [grown]
+
+
 def test_a_tree_of_a_step_that_is_done_is_not_used() -> None:
     assert used([tree_of(3, 2), tree_of(4, 2)], step=2, version=2, staleness=1) == [4]
 

@@ -51,6 +51,7 @@ class BatchStats:
     num_versioned: int = 0
     """Trees with any token: of the others every request was turned down."""
     min_version: int = 2**62
+    max_version: int = -1
     version_sum: int = 0
     """Sum over trees of their oldest version."""
     last_finished_s: float = 0.0
@@ -65,7 +66,7 @@ class BatchStats:
     """Trees that were put aside for having no kept group; their tokens count as sampled."""
 
     def __add__(self, other: "BatchStats") -> "BatchStats":
-        least, most = {"min_version"}, {"last_finished_s", "last_scored_s"}
+        least, most = {"min_version"}, {"max_version", "last_finished_s", "last_scored_s"}
         joined = {}
         for name in self.__dataclass_fields__:
             ours, theirs = getattr(self, name), getattr(other, name)
@@ -92,7 +93,7 @@ class BatchStats:
             "tokens/sampled": self.num_sampled_tokens,
             "length/mean": self.answer_tokens / max(self.num_leaves, 1),
             "length/cut_off_share": self.verdicts[Verdict.CUT_OFF] / max(self.num_leaves, 1),
-            "staleness/max": max(version - self.min_version, 0),
+            "staleness/max": version - self.min_version if self.num_versioned else 0,
             "staleness/mean": (self.num_versioned * version - self.version_sum)
             / max(self.num_versioned, 1),
             "engine/moved_trees": self.num_moved,
@@ -155,6 +156,7 @@ def assess(
             num_leaves=len(tree.leaves),
             num_versioned=int(has_tokens),
             min_version=tree.min_version if has_tokens else BatchStats().min_version,
+            max_version=tree.max_version if has_tokens else BatchStats().max_version,
             version_sum=tree.min_version if has_tokens else 0,
             last_finished_s=record.finished_at_s,
             last_scored_s=record.scored_at_s,

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import fsspec
@@ -38,10 +38,24 @@ class Checkpoints:
         """What is wrong with each checkpoint that `newest` passed over, by its step."""
 
     def steps(self) -> list[int]:
-        """Learner steps of which there is a complete-looking checkpoint, ascending."""
-        found = self._fs.glob(f"{self._root}/step=*/{LIST_FILE}")
-        names = [path.split("/")[-2].removeprefix("step=") for path in found]
-        return sorted(int(name) for name in names if name.isdecimal())
+        """Learner steps of which there is a complete-looking checkpoint, ascending.
+
+        Raises:
+            OSError: the disk or the store does not say what there is.
+        """
+        self._fs.invalidate_cache()
+        found = []
+        for folder in self._names_in(self._root):
+            name = folder.rstrip("/").rpartition("/step=")[2]
+            files = self._names_in(folder) if name.isdecimal() else []
+            found += [int(name) for path in files if path.endswith(f"/{LIST_FILE}")]
+        return sorted(found)
+
+    def _names_in(self, folder: str) -> list[str]:
+        try:  # not `glob`, which takes what cannot be listed for empty
+            return self._fs.ls(folder, detail=False)
+        except FileNotFoundError:
+            return []
 
     def stage(self, write: Callable[[Path], None]) -> Path:
         """Have `write` fill a folder on this machine, which `place` is to have.
@@ -85,15 +99,27 @@ class Checkpoints:
 
     @contextmanager
     def newest(self) -> Iterator[tuple[int, Path] | None]:
-        """Step and local folder of the newest checkpoint that is whole; None if there is none."""
+        """Step and local folder of the newest checkpoint that is whole; None if there is none.
+
+        Raises:
+            RuntimeError: there are some, but none is whole. To start anew would remove the trees
+                of all their steps, which is the user's to decide.
+        """
         with tempfile.TemporaryDirectory(prefix="treerpo-checkpoint-") as local:
-            for step in reversed(self.steps()):
+            steps = self.steps()
+            for step in reversed(steps):
                 folder = self._local_copy(step, Path(local) / str(step))
                 if (fault := _fault(folder)) is None:
                     yield step, folder
                     return
                 self.passed_over[step] = fault
                 log.warning("checkpoint of step %d is passed over: %s", step, fault)
+            if steps:
+                told = "; ".join(f"step {step}: {self.passed_over[step]}" for step in steps)
+                raise RuntimeError(
+                    f"all {len(steps)} checkpoints in {self._root} are unreadable: {told}; "
+                    "remove them to start anew"
+                )
             yield None
 
     def _local_copy(self, step: int, target: Path) -> Path:
@@ -122,6 +148,18 @@ def publish_folder(folder: str, name: str, write: Callable[[Path], None]) -> str
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return f"{folder}/{name}"
+
+
+def withdraw_folder(folder: str, name: str) -> None:
+    """Remove what `publish_folder` put there, if it did; first what tells that it is whole.
+
+    Raises:
+        OSError: the disk or the store refuses.
+    """
+    fs, root = fsspec.core.url_to_fs(folder)
+    for path in (f"{root}/{name}/config.json", f"{root}/{name}"):
+        with suppress(FileNotFoundError):
+            fs.rm(path, recursive=True)
 
 
 def publish_file(folder: str, name: str, content: bytes) -> None:
@@ -225,8 +263,11 @@ def _fault(folder: Path) -> str | None:
     if not isinstance(files, dict) or not files:
         return f"{LIST_FILE} is no list of files"
     for name, digest in files.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if _digest(folder / name) != digest:
-            return f"{name} is corrupt"
+        try:
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if _digest(folder / name) != digest:
+                return f"{name} is corrupt"
+        except OSError as error:
+            return f"{name} cannot be read ({error})"
     return None

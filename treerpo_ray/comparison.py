@@ -36,6 +36,9 @@ CURVE = (
 """Metrics of a learner step that a result keeps."""
 LENGTH = ("run.num_steps", "run.max_sampled_tokens")
 """Settings that say how long a run is."""
+CHECKPOINTS = "checkpoint.every=20"
+"""Of all runs, unless their file says otherwise: what checkpoints cost is part of a result's time,
+and the same for all."""
 SPARE_STEPS = 1.2
 """Learner steps that a run may take at most, for each that its tokens are expected to come to."""
 
@@ -106,7 +109,7 @@ class Comparison:
         setting, arm = self.settings[trial.setting], self.arms[trial.arm]
         name = f"run.name={trial.setting}-{trial.arm}-{trial.seed}"
         own = [f"run.seed={trial.seed}", name, *common]
-        config = load([*self.base, *setting.overrides, *arm.overrides, *own])
+        config = load([CHECKPOINTS, *self.base, *setting.overrides, *arm.overrides, *own])
         step = config.gate.trees_per_step * expected_tokens(config.shape, setting.answer_tokens)
         # Answers that come out shorter than expected take some more steps; tokens end the run.
         num_steps = math.ceil(SPARE_STEPS * setting.sampled_tokens / step)

@@ -99,8 +99,8 @@ class Learner:
             progress: Share of the run that was done before this batch.
 
         Raises:
-            RuntimeError: a tree is staler than `gate.max_staleness` allows, or the gradient is
-                not finite.
+            RuntimeError: a tree is staler than `gate.max_staleness` allows or newer than the
+                policy, or the gradient is not finite.
         """
         settings = self.config.learner
         # Trees come as they finish; their order decides minibatches and how sums are rounded.
@@ -143,6 +143,11 @@ class Learner:
         if stats.num_trees and staleness > limit:
             raise RuntimeError(
                 f"a tree is {staleness} versions behind the learner, gate.max_staleness is {limit}"
+            )
+        if stats.max_version > self.version:
+            raise RuntimeError(
+                f"a tree has tokens of version {stats.max_version}, but the learner is at version "
+                f"{self.version}: they were sampled before it was set back"
             )
 
     def _optimize(

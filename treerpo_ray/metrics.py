@@ -69,7 +69,7 @@ class RunLog:
     A row is on disk before anything else sees it, unless the disk is late: then it waits in memory
     and the run goes on. W&B is served by a thread of its own, so that it can neither stop nor
     delay the run. On an object store the files lie in a local spool that is uploaded every few
-    seconds and on `close`. A folder has one writer at a time.
+    seconds and on `close`. A folder has one writer at a time (`lock`).
 
     Raises:
         OSError: the folder cannot be made or read.

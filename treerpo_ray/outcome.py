@@ -32,7 +32,7 @@ class Outcome:
 def finished_outcome(config: Config) -> Outcome | None:
     """What a run came to that the run folder holds complete; None if there is work left."""
     fs, root = fsspec.core.url_to_fs(config.folder)
-    if not fs.exists(f"{root}/model/config.json"):  # it is put in place behind the last checkpoint
+    if not fs.exists(f"{root}/model/config.json"):  # put in place last, removed when a run goes on
         return None
     last = last_step(config, latest_rows(config.folder))
     if last not in Checkpoints(config.folder, config.checkpoint.keep).steps():

@@ -1,8 +1,8 @@
 """Saved trees: in a run's folder those that it was trained on, in a checkpoint those to come.
 
-A resumed run goes on from the trees of its checkpoint, whole or partly grown, where they are what
-it would have sampled itself: trees of the same tickets, of versions that the learner knows, and no
-staler than it allows.
+A resumed run goes on from the trees of its checkpoint, a learner that was lost also from those that
+the engine pool holds, whole or partly grown, where they are what it would have sampled itself:
+trees of the same tickets, of versions that the learner knows, and no staler than it allows.
 """
 
 import json
@@ -45,19 +45,21 @@ def _tree_section(config: Config) -> bytes:
 def usable(
     trees: Sequence[TreeRecord], *, step: int, version: int, config: Config
 ) -> list[TreeRecord]:
-    """Those of `trees` that a learner of `version` may use from learner step `step` on.
+    """Those of `trees` that a learner of `version` may use from learner step `step` on; of several
+    of a ticket the last one.
 
     Learner step k is made at version + (k - step) at most, so this bounds the staleness of each
     tree by `gate.max_staleness`. Under an unchanged configuration admission has done that before.
     """
     size, limit = config.gate.trees_per_step, config.gate.max_staleness
-    return [
-        tree
+    found = {
+        tree.ticket: tree
         for tree in trees
         if tree.ticket >= step * size
-        and tree.tree.max_version <= version
+        and tree.tree.max_version <= version  # a newer one is of a timeline that was rolled back
         and version + tree.ticket // size - step - tree.tree.min_version <= limit
-    ]
+    }
+    return list(found.values())
 
 
 def name(step: int, rank: int) -> str:

@@ -36,7 +36,7 @@ class Spool:
     """Files of the run folder `folder` (path or URI) that only ever grow, by whole lines.
 
     Args:
-        folder: The run folder; it has one writer at a time.
+        folder: The run folder; it has one writer at a time (`lock`).
         names: Files that are continued where an earlier session left them.
         warn: Told once when lines begin to wait or uploads to fail, and once when all is written.
 

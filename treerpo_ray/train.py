@@ -6,10 +6,12 @@ gate ──► engine pool ──► tree stream (scoring) ──► train worke
 import logging
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -27,6 +29,7 @@ from treerpo_ray.engine_pool import EnginePool
 from treerpo_ray.evaluate import Evaluation
 from treerpo_ray.follower import Follower
 from treerpo_ray.gate import Gate
+from treerpo_ray.lock import only_writer
 from treerpo_ray.metrics import Event, RunLog, latest
 from treerpo_ray.outcome import (
     Outcome,
@@ -48,6 +51,7 @@ log = logging.getLogger(__name__)
 
 SHUT_DOWN_S = 180
 """Time for engines to stop, and for the run's log to reach disk, store and W&B."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class RunFailed(Exception):
@@ -60,14 +64,14 @@ def run(config: Config, inputs: Inputs, console: Console, pool: Actor | None = N
     `pool` is that of `kept_engines`, for one run of several that share engines.
 
     Raises:
-        ValueError: the cluster lacks resources that the run needs.
+        ValueError: the cluster lacks resources for it, or another job writes its folder.
         RunFailed: something failed for good; the same command goes on from the last checkpoint.
     """
     outcome = finished_outcome(config)
     if outcome is not None:
         console.note("this run is complete; another run.name starts a new one")
         return outcome
-    with output_to_log(config.folder):
+    with only_writer(config.folder), output_to_log(config.folder):
         try:
             if pool is not None:
                 return train(config, inputs, console, pool)
@@ -167,25 +171,45 @@ def _fit(config: Config, inputs: Inputs, stations: Stations, follower: Follower)
     number = f"{most}" if fewest == most else f"{fewest} to {most}"
     while True:
         follower.console.note(f"starting {number} train worker(s)")
-        with (
-            TemporaryDirectory(prefix="treerpo-train-", ignore_cleanup_errors=True) as storage,
-            _stop_on_interrupt(stations.gate, follower.console),
-        ):
-            trainer = make_trainer(config, inputs, stations, storage)
-            try:
-                follower.follow(trainer.fit)
-            except ray.train.TrainingFailedError as error:
-                done: int = ray.get(stations.gate.done.remote())
-                failures = 1 if done > reached else failures + 1
-                reached = max(done, reached)
-                lost: dict[str, int | str] = {"step": done, "failures": failures}
-                lost["cause"] = root_cause(error)
-                ray.get(stations.run_log.event.remote(Event(kind="learner_lost", fields=lost)))
-                if failures > config.learner.max_failures:
-                    raise
-                ray.get(stations.watch.forget.remote("learner"))
-            else:
-                return ray.get(stations.gate.done.remote())
+        error = _fit_once(config, inputs, stations, follower)
+        done: int = ray.get(stations.gate.done.remote())
+        if error is None:
+            return done
+        failures = 1 if done > reached else failures + 1
+        reached = max(done, reached)
+        is_over = failures > config.learner.max_failures
+        wait_s = 0.0 if is_over else restart_wait_s(failures)
+        lost: dict[str, str | float] = {"step": done, "failures": failures, "wait_s": wait_s}
+        lost["cause"] = root_cause(error)
+        ray.get(stations.run_log.event.remote(Event(kind="learner_lost", fields=lost)))
+        if is_over:
+            raise error
+        ray.get(stations.watch.forget.remote("learner"))
+        follower.follow(partial(time.sleep, wait_s))
+
+
+def _fit_once(
+    config: Config, inputs: Inputs, stations: Stations, follower: Follower
+) -> ray.train.TrainingFailedError | None:
+    """Run a group of train workers to its end; returns what it failed of."""
+    with (
+        TemporaryDirectory(prefix="treerpo-train-", ignore_cleanup_errors=True) as storage,
+        stop_on_signal(stations.gate, follower.console),
+    ):
+        try:
+            follower.follow(make_trainer(config, inputs, stations, storage).fit)
+        except ray.train.TrainingFailedError as error:
+            return error
+    return None
+
+
+def restart_wait_s(failures: int) -> float:
+    """Seconds before a group is started again that failed so many times without progress.
+
+    The first time it may well be one machine that was lost, and nothing to wait for; later it is
+    likely something that all need, such as the store, and takes a while to come back.
+    """
+    return 1.0 if failures == 1 else min(60.0, 5.0 * 2**failures)
 
 
 def _watchdog(config: Config, stations: Stations) -> Watchdog:
@@ -201,8 +225,9 @@ def _watchdog(config: Config, stations: Stations) -> Watchdog:
 
 
 @contextmanager
-def _stop_on_interrupt(gate: Actor, console: Console) -> Iterator[None]:
-    """The first Ctrl-C ends the run after its step, with a checkpoint; the second at once."""
+def stop_on_signal(gate: Actor, console: Console) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM (`ray job stop`, the end of a pod) ends the run after its step,
+    with a checkpoint; the second at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -210,13 +235,16 @@ def _stop_on_interrupt(gate: Actor, console: Console) -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         console.note("stopping after this step, with a checkpoint; once more to stop at once")
         gate.stop.remote()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for each in STOP_SIGNALS:
+            signal.signal(each, signal.default_int_handler)
 
-    previous = signal.signal(signal.SIGINT, stop)
+    # Ray's own handler of SIGTERM, which ends the driver at once, stands before and after.
+    previous = {each: signal.signal(each, stop) for each in STOP_SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
 
 
 def _evaluate(

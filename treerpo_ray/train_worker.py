@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from treerpo_ray import curriculum, saved_trees
-from treerpo_ray.checkpoint import Checkpoints, publish_folder, publish_table
+from treerpo_ray.checkpoint import Checkpoints, publish_folder, publish_table, withdraw_folder
 from treerpo_ray.curriculum import Measurement
 from treerpo_ray.engine_totals import EngineTotals
 from treerpo_ray.evaluate import evaluate, read
@@ -95,19 +95,22 @@ class TrainWorker:
     def _open(self) -> None:
         """Bring engines, gate and log to where the learner is, before the first ticket."""
         ray.get(self.stations.watch.forget.remote("learner"))
+        withdraw_folder(self.folder, "model")  # of a run that was stopped: it tells of a whole one
         for step, fault in self.checkpoints.passed_over.items():
             self._note("checkpoint_passed_over", step=step, fault=fault)
         try:
             saved_trees.take_back(self.folder, self.step)
         except Exception as error:  # any store's own
             self._warn(f"trees after step {self.step}", f"left: {type(error).__name__}: {error}")
-        self._publish()
-        self.engines.since_last(ray.get(self.stations.pool.stats.remote()))
         gate, pool, version = self.stations.gate, self.stations.pool, self.learner.version
-        session: int = ray.get(gate.restart.remote(self.step, self.measurements))
         first = self.step * self.config.gate.trees_per_step
+        # What grows on once the engines have turned back would be of weights that never were.
+        grown: list[TreeRecord] = ray.get(pool.unconsumed.remote(first))
+        self._publish()
+        self.engines.since_last(ray.get(pool.stats.remote()))
+        session: int = ray.get(gate.restart.remote(self.step, self.measurements))
         saved = saved_trees.usable(
-            self.left_over, step=self.step, version=version, config=self.config
+            [*self.left_over, *grown], step=self.step, version=version, config=self.config
         )
         ray.get(pool.grow_tickets.remote(gate, session, first, self.num_workers, saved))
         self._note(
