@@ -269,8 +269,8 @@ def _smooth(result: Result) -> Float[np.ndarray, " steps"]:
 
 def _is_chosen_mix(result: Result) -> bool:
     """Whether the run refilled or came back to prompts, so that its reward is of no fair sample."""
-    gate = OmegaConf.create(result.config).get("gate", {})
-    return bool(gate.get("max_redraws") or gate.get("revisit"))
+    config = OmegaConf.create(result.config)
+    return any(OmegaConf.select(config, f"gate.{key}") for key in ("max_redraws", "revisit"))
 
 
 def _rewards_at_least(
