@@ -205,6 +205,13 @@ def test_the_policy_gradient_by_hand() -> None:
     np.testing.assert_allclose(found, expected)
 
 
+def test_an_only_child_has_no_part_in_the_policy_gradient() -> None:
+    tree = make_tree([-1, -1, 0, 1])
+    values = mean_backup(tree, on_leaves(tree, [1.0, 0.0]))
+    found = step_advantages(tree, values, form=AdvantageForm.POLICY_GRADIENT, pruning=KEEP_ALL)
+    assert found.tolist() == [1, -1, 0, 0]
+
+
 @pytest.mark.parametrize("ends", [False, True])
 @pytest.mark.parametrize("form", [AdvantageForm.POLICY_GRADIENT, AdvantageForm.DIFFERENCE])
 def test_the_policy_gradient_alone_has_the_gradient_of_the_expected_reward_as_its_mean(

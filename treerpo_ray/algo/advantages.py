@@ -124,8 +124,9 @@ def policy_gradient(tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]
     w is the share that a step has in its first ancestor's value: one over the number of siblings
     at each depth but the first. With it the sum of A grad log p over the N steps of the first
     depth and all below them has N times that gradient as its expectation (REINFORCE with RLOO's
-    baseline, arXiv 2402.14740); the other forms give the steps of each depth the weight of their
-    number, so that in a tree of N x N the first steps count N times too little.
+    baseline, arXiv 2402.14740), less the part of only children, which have no baseline and so
+    count 0; the other forms give the steps of each depth the weight of their number, so that in a
+    tree of N x N the first steps count N times too little.
     """
     weights = np.ones(len(tree.steps))
     for group in step_groups(tree, values):  # parents come first
