@@ -5,6 +5,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +20,18 @@ from treerpo_ray.evaluation_report import PAPER, averaged, differences, plain, t
 RIGHT, WRONG, HALF = (C, C), (W, W), (C, W)
 
 
-def evaluated(folder: str, name: str, *answers: tuple, length: int = 2, **settings) -> Evaluation:
+def evaluated(
+    folder: str,
+    name: str,
+    *answers: tuple,
+    length: int = 2,
+    check: str = "treerpo_ray.math_answer",
+    **settings,
+) -> Evaluation:
     """Writes an evaluation of problems with these verdicts; `settings` are of its section."""
     given = {"num_samples": len(answers[0]), "temperature": 0.6, "max_tokens": 99} | settings
-    config = load([f"evaluate.{key}={value}" for key, value in given.items()])
+    overrides = [f"evaluate.{key}={value}" for key, value in given.items()]
+    config = load([f"verifier.check={check}", *overrides])
     found = [
         Graded(
             record=replace(graded(*verdicts, length=length), prompt_id=str(number), ticket=number),
@@ -95,10 +104,14 @@ def test_differences_by_hand_with_those_of_the_mean(tmp_path: Path) -> None:
         ({"temperature": 1.0}, "evaluate.temperature is 0.6 in .* and 1.0 in "),
         ({"top_p": 0.95}, "evaluate.top_p is 1.0 in .* and 0.95 in "),
         ({"max_tokens": 100}, "evaluate.max_tokens is 99 in .* and 100 in "),
+        (
+            {"check": "treerpo_ray.boxed_answer"},
+            r"verifier.check is treerpo_ray.math_answer in .* and treerpo_ray.boxed_answer in ",
+        ),
     ],
 )
-def test_what_was_sampled_in_another_way_is_not_compared(
-    settings: dict[str, float], told: str, tmp_path: Path
+def test_what_was_sampled_or_graded_in_another_way_is_not_compared(
+    settings: dict[str, Any], told: str, tmp_path: Path
 ) -> None:
     evaluated(f"{tmp_path}/ours", "one", RIGHT, HALF)
     evaluated(f"{tmp_path}/theirs", "one", RIGHT, HALF, **settings)
@@ -119,19 +132,23 @@ def test_other_numbers_of_samples_are_not_compared_even_if_they_are_not_recorded
         differences(f"{tmp_path}/ours", f"{tmp_path}/theirs")
 
 
+@pytest.mark.parametrize(
+    ("field", "key"), [("max_tokens", "evaluate.max_tokens"), ("verifier", "verifier.check")]
+)
 def test_what_an_older_evaluation_did_not_record_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    field: str, key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     evaluated(f"{tmp_path}/ours", "one", RIGHT, HALF)
     evaluated(f"{tmp_path}/theirs", "one", RIGHT, HALF)
     path = tmp_path / "theirs/eval/one.json"
     fields = json.loads(path.read_text())
-    assert fields.pop("max_tokens") == 99
+    del fields[field]
     path.write_text(json.dumps(fields))
+    assert getattr(Evaluation.from_fields(fields), field) is None
     with caplog.at_level(logging.WARNING):
         differences(f"{tmp_path}/ours", f"{tmp_path}/theirs")
     [record] = caplog.records
-    assert record.getMessage().startswith("evaluate.max_tokens is not recorded of both ")
+    assert record.getMessage().startswith(f"{key} is not recorded of both ")
 
 
 def test_a_place_may_be_in_the_home_folder_or_on_an_object_store(

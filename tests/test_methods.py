@@ -55,6 +55,8 @@ DEFINED_BY: dict[str, dict[str, object]] = {
         "learner.prune": "tree_range",
         "learner.prune_threshold": 0,
         "tree.entropy_window": 8,
+        "loss.clip_low": 0.2,
+        "loss.clip_high": 0.26,  # 1 + 1.3 eps
     },
     "treepo": {
         "learner.advantage": "treepo",

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tests.algo.trees import make_tree
@@ -13,10 +14,10 @@ from treerpo_ray.verifier import Verdict
 RIGHT, WRONG, CUT_OFF, ERRORED = Verdict.CORRECT, Verdict.WRONG, Verdict.CUT_OFF, Verdict.ERRORED
 
 
-def noisy(verdict, false_positive_rate, false_negative_rate, ticket=0, seed=0, count=4000):
+def noisy(verdict, false_positive_rate, false_negative_rate, seed=0, count=4000, **fields):
     record = make_record(make_tree([ROOT] * count), (verdict,) * count)
     return add_noise(
-        replace(record, ticket=ticket),
+        replace(record, **{"ticket": 0} | fields),
         false_positive_rate=false_positive_rate,
         false_negative_rate=false_negative_rate,
         seed=seed,
@@ -42,3 +43,10 @@ def test_the_same_seed_and_ticket_draw_the_same_and_others_do_not() -> None:
     assert first == noisy(WRONG, 0.5, 0.5, ticket=3, seed=1)
     assert first != noisy(WRONG, 0.5, 0.5, ticket=4, seed=1)
     assert first != noisy(WRONG, 0.5, 0.5, ticket=3, seed=2)
+
+
+def test_another_tree_of_a_ticket_has_draws_of_its_own() -> None:
+    first, *others = (noisy(WRONG, 0.5, 0.5, ticket=3, seed=1, num_redraws=n) for n in range(4))
+    assert len({first, *others}) == 4
+    draws = np.random.default_rng((1, 3)).random(4000)  # numpy takes no notice of a last 0
+    assert first == tuple(RIGHT if draw < 0.5 else WRONG for draw in draws)

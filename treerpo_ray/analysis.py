@@ -14,7 +14,8 @@ from jaxtyping import Float64, Int32
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 
-from treerpo_ray.algo.advantages import AdvantageForm, advantage_errors, step_advantages
+from treerpo_ray.algo.advantage_errors import advantage_errors
+from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
 from treerpo_ray.algo.backup import Values, mean_backup
 from treerpo_ray.algo.groups import PruneRule, Pruning
 from treerpo_ray.metrics import EVENTS_FILE, METRICS_FILE, latest_rows, read_lines
@@ -97,16 +98,17 @@ class Run:
 
     def advantages(self, record: TreeRecord) -> Float64[np.ndarray, " steps"]:
         """Advantage of each step as this run computes it; NaN where it is not trained on."""
+        form, pruning = self._scheme
+        return step_advantages(record.tree, self.values(record), form=form, pruning=pruning)
+
+    @property
+    def _scheme(self) -> tuple[AdvantageForm, Pruning]:
         learner = self.config["learner"]
-        return step_advantages(
-            record.tree,
-            self.values(record),
-            form=AdvantageForm(str(learner["advantage"]).lower()),
-            pruning=Pruning(
-                rule=PruneRule(str(learner["prune"]).lower()),
-                threshold=float(str(learner["prune_threshold"])),
-            ),
+        pruning = Pruning(
+            rule=PruneRule(str(learner["prune"]).lower()),
+            threshold=float(str(learner["prune_threshold"])),
         )
+        return AdvantageForm(str(learner["advantage"]).lower()), pruning
 
     def step_texts(self, record: TreeRecord) -> list[str]:
         """Each step's own text; the number of its tokens if the run's tokenizer is not at hand."""
@@ -121,6 +123,7 @@ class Run:
 
     def _steps(self, record: TreeRecord) -> pd.DataFrame:
         tree, values, advantages = record.tree, self.values(record), self.advantages(record)
+        form, pruning = self._scheme
         leaves = dict(zip(tree.leaves, record.verdicts, strict=True))
         return pd.DataFrame(
             {
@@ -139,7 +142,7 @@ class Run:
                 "value": values.steps,
                 "value_se": values.step_errors,
                 "advantage": advantages,
-                "advantage_se": advantage_errors(tree, values, advantages),
+                "advantage_se": advantage_errors(tree, values, form=form, pruning=pruning),
                 "is_kept": ~np.isnan(advantages),
             }
         )

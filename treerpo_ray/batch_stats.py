@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from treerpo_ray.algo.advantages import AdvantageForm, advantage_errors, step_advantages
+from treerpo_ray.algo.advantage_errors import advantage_errors
+from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import GroupState, Pruning, step_groups
 from treerpo_ray.algo.standard_errors import standard_error_of_mean
@@ -101,8 +102,7 @@ class BatchStats:
         }
 
     def _advantage_error(self) -> dict[str, float]:
-        """Mean standard error of the advantages that have one: in all groups with a form of the
-        step group, in few with a form of the whole tree."""
+        """Mean standard error of the advantages that have one."""
         count = self.group_sums["num_advantage_se"]
         return {"groups/advantage_se": self.group_sums["advantage_se"] / count} if count else {}
 
@@ -127,7 +127,7 @@ def assess(
         values = mean_backup(record.tree, record.rewards)
         own = step_advantages(record.tree, values, form=form, pruning=pruning)
         advantages.append(own)
-        errors = advantage_errors(record.tree, values, own)
+        errors = advantage_errors(record.tree, values, form=form, pruning=pruning)
         known = errors[~np.isnan(errors)]
         groups: Counter[str] = Counter()
         sums = Sums(advantage_se=float(known.sum()), num_advantage_se=len(known))

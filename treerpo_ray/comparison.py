@@ -132,7 +132,8 @@ class Result:
 
     trial: Trial
     version: str
-    """Commit of the project; `-dirty` if its code or settings were changed since."""
+    """Commit of the project; `-dirty` if its code or settings were changed since. Outside a clone
+    a checksum of these, `sources-...`."""
     start: str
     """Checksum of the weights that it started from; empty if they are in no local folder."""
     config: str
@@ -179,7 +180,7 @@ def result_of(trial: Trial, config: Config) -> Result:
     rows = [row for row in rows if "tokens/sampled" in row]
     return Result(
         trial=trial,
-        version=_commit(),
+        version=version_of(Path(__file__).parents[1]),
         start=start_of(config),
         config=to_yaml(replace(config, run=replace(config.run, root=RunConfig.root))),
         before=before,
@@ -263,13 +264,19 @@ def _flat(node: object, name: str = "") -> dict[str, object]:
     return dict(item for part in parts for item in part.items())
 
 
-def _commit() -> str:
-    """The project's commit, or `unknown` outside a clone."""
-    root = Path(__file__).parents[1]
+def version_of(root: Path) -> str:
+    """Commit of the clone at `root`; if there is none, as in a Ray job, a checksum of sources."""
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
         return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
 
-    is_dirty = git("status", "--porcelain", "--", "treerpo_ray", "conf", "pyproject.toml")
-    return (git("describe", "--always") or "unknown") + "-dirty" * bool(is_dirty)
+    # A folder that is no clone may lie in another one, whose commit says nothing of it.
+    if (root / ".git").exists() and (commit := git("describe", "--always")):
+        is_dirty = git("status", "--porcelain", "--", "treerpo_ray", "conf", "pyproject.toml")
+        return commit + "-dirty" * bool(is_dirty)
+    listed = hashlib.sha256()
+    for path in sorted([*root.glob("treerpo_ray/**/*.py"), *root.glob("conf/**/*.yaml")]):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        listed.update(f"{path.relative_to(root)} {digest}\n".encode())
+    return f"sources-{listed.hexdigest()[:12]}"

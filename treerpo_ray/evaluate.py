@@ -98,6 +98,8 @@ class Evaluation:
     top_p: float = 1.0
     max_tokens: int | None = None
     """Most tokens of an answer; None in the file of a version that did not record it."""
+    verifier: str | None = None
+    """Module that graded the answers; None as above."""
     scores: dict[str, Score] = field(default_factory=dict)
     """Every statistic with its interval, by name: pass@k, maj@k, length, median_length, cut_off."""
 
@@ -230,6 +232,7 @@ def summarise(
         temperature=settings.temperature,
         top_p=settings.top_p,
         max_tokens=config.max_evaluated_tokens,
+        verifier=config.verifier.check,
         pass_at_1=found["pass@1"].value,
         ci95_low=found["pass@1"].low,
         ci95_high=found["pass@1"].high,

@@ -32,8 +32,14 @@ IN_TOKENS = ("length", "median_length")
 """Scores that are no shares."""
 PAPER = ("math500", "olympiadbench", "minerva", "aime24")
 """Benchmarks of the mean that TreeRPO's paper reports (arXiv 2506.05183, table 1)."""
-SETTINGS = ("num_samples", "temperature", "top_p", "max_tokens")
-"""What two evaluations must share to be compared."""
+SETTINGS = {
+    "num_samples": "evaluate.num_samples",
+    "temperature": "evaluate.temperature",
+    "top_p": "evaluate.top_p",
+    "max_tokens": "evaluate.max_tokens",
+    "verifier": "verifier.check",
+}
+"""What two evaluations must share to be compared: fields of theirs, and the settings behind."""
 Problem = tuple[str, str]
 """Id and question, by which problems of two evaluations are the same."""
 
@@ -110,7 +116,7 @@ def differences(ours: str, theirs: str) -> tuple[dict[str, dict[str, Score]], ri
 
     Raises:
         ValueError: there is no evaluation, the two share no benchmark or problem, or they were
-            sampled in different ways.
+            sampled or graded in different ways.
     """
     first, second = find(ours), find(theirs)
     if len(first) == len(second) == 1:  # one of each, whatever they are called
@@ -166,18 +172,18 @@ def _stem(file: str) -> str:
 
 
 def check_alike(ours: str, theirs: str) -> None:
-    """Check that two files of samples were sampled in the same way, and warn if it is not known.
+    """Check that two files of samples were made in the same way, and warn if it is not known.
 
     Raises:
         ValueError: they were not; one line with the setting and both values.
     """
     first, second = _evaluation(ours), _evaluation(theirs)
-    for key in SETTINGS:
-        one, other = first.get(key), second.get(key)
+    for field, key in SETTINGS.items():
+        one, other = first.get(field), second.get(field)
         if one is None or other is None:
-            log.warning("evaluate.%s is not recorded of both %s and %s", key, ours, theirs)
+            log.warning("%s is not recorded of both %s and %s", key, ours, theirs)
         elif one != other:
-            raise ValueError(f"evaluate.{key} is {one} in {ours} and {other} in {theirs}")
+            raise ValueError(f"{key} is {one} in {ours} and {other} in {theirs}")
 
 
 def _evaluation(file: str) -> dict[str, Any]:

@@ -17,9 +17,11 @@ def add_noise(
     """The tree with verdicts turned over, each leaf by its own draw.
 
     A reward of 0 becomes correct with probability `false_positive_rate`, one of 1 becomes wrong
-    with `false_negative_rate`; what errored stays. The same seed and ticket draw the same.
+    with `false_negative_rate`; what errored stays. The same seed, ticket and number of redraws
+    draw the same.
     """
-    draws = np.random.default_rng((seed, record.ticket)).random(len(record.verdicts))
+    rng = np.random.default_rng((seed, record.ticket, record.num_redraws))
+    draws = rng.random(len(record.verdicts))
 
     def noisy(verdict: Verdict, draw: float) -> Verdict:
         if verdict is Verdict.CORRECT:

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from tests.algo.trees import by_range, make_tree, on_leaves, rewards, shuffled, trees
 from treerpo_ray.algo.advantages import (
     AdvantageForm,
-    advantage_errors,
     bernoulli,
     bernoulli_std,
     difference,
@@ -206,6 +205,13 @@ def test_the_policy_gradient_by_hand() -> None:
     np.testing.assert_allclose(found, expected)
 
 
+def test_an_only_child_has_no_part_in_the_policy_gradient() -> None:
+    tree = make_tree([-1, -1, 0, 1])
+    values = mean_backup(tree, on_leaves(tree, [1.0, 0.0]))
+    found = step_advantages(tree, values, form=AdvantageForm.POLICY_GRADIENT, pruning=KEEP_ALL)
+    assert found.tolist() == [1, -1, 0, 0]
+
+
 @pytest.mark.parametrize("ends", [False, True])
 @pytest.mark.parametrize("form", [AdvantageForm.POLICY_GRADIENT, AdvantageForm.DIFFERENCE])
 def test_the_policy_gradient_alone_has_the_gradient_of_the_expected_reward_as_its_mean(
@@ -293,37 +299,6 @@ def test_shrinkage_scales_the_advantages_of_a_group_by_what_is_no_noise() -> Non
     found = step_advantages(tree, values, form=AdvantageForm.DIFFERENCE, pruning=pruning)
     np.testing.assert_allclose(found[:2], [13 / 36, -13 / 36])
     assert np.isnan(found[2:]).all()
-
-
-@pytest.mark.parametrize(
-    ("form", "scale"),
-    [
-        (AdvantageForm.DIFFERENCE, 1.0),
-        (AdvantageForm.LEAVE_ONE_OUT, 4 / 3),
-        (AdvantageForm.BERNOULLI, 16 / 3),
-        (AdvantageForm.BERNOULLI_STD, (16 / 3) ** 0.5),
-        (AdvantageForm.STANDARD, 1 / (0.5 + 1e-6)),
-    ],
-)
-def test_the_error_of_an_advantage_is_that_of_the_difference_in_the_scale_of_the_form(
-    form: AdvantageForm, scale: float
-) -> None:
-    """One of four leaves is right: S^2 = 1/16, f = 3/4, so a difference has f S^2 = 3/64."""
-    tree = make_tree([-1, -1, -1, -1])
-    values = mean_backup(tree, np.array([1.0, 0.0, 0.0, 0.0]))
-    advantages = step_advantages(tree, values, form=form, pruning=by_range(0.1))
-    errors = advantage_errors(tree, values, advantages)
-    np.testing.assert_allclose(errors, [scale * (3 / 64) ** 0.5] * 4)
-
-
-def test_an_advantage_without_one_scale_for_its_group_has_no_error() -> None:
-    values = mean_backup(UNEVEN, on_leaves(UNEVEN, [1.0, 0.0, 0.0, 1.0, 0.0]))
-    for form in (AdvantageForm.GLOBAL, AdvantageForm.TREERL, AdvantageForm.TREEPO):
-        advantages = step_advantages(UNEVEN, values, form=form, pruning=KEEP_ALL)
-        assert np.isnan(advantage_errors(UNEVEN, values, advantages)).any()
-    equal = mean_backup(UNEVEN, on_leaves(UNEVEN, [1.0] * 5))
-    zero = step_advantages(UNEVEN, equal, form=AdvantageForm.DIFFERENCE, pruning=KEEP_ALL)
-    assert np.isnan(advantage_errors(UNEVEN, equal, zero)).all()
 
 
 def test_a_group_with_an_error_below_is_left_out_and_the_others_are_trained() -> None:

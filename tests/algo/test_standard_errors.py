@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tests.algo.trees import by_range, full_tree, make_tree, on_leaves, rewards, trees
-from treerpo_ray.algo.advantages import AdvantageForm, advantage_errors, step_advantages
+from treerpo_ray.algo.advantage_errors import advantage_errors
+from treerpo_ray.algo.advantages import AdvantageForm, all_advantages, step_advantages
 from treerpo_ray.algo.backup import mean_backup
+from treerpo_ray.algo.groups import PruneRule, Pruning
 from treerpo_ray.algo.standard_errors import standard_error_of_mean
-from treerpo_ray.algo.tree import Tree
+from treerpo_ray.algo.tree import ROOT, Tree
 
 
 @pytest.mark.parametrize(
@@ -149,12 +151,14 @@ def test_intervals_cover_the_true_value_as_tabulated(case: tuple[int, int, float
         assert max(naive for _, _, naive in found) < 0.86, "correlation must not be left out"
 
 
+@pytest.mark.parametrize("form", [AdvantageForm.DIFFERENCE, AdvantageForm.BERNOULLI])
 @pytest.mark.parametrize("shape", [(2, 2), (3, 7), (1, 4)])
 @pytest.mark.parametrize("num_children", [4, 8])
 def test_intervals_of_advantages_cover_what_is_true_of_the_step(
-    num_children: int, shape: tuple[int, int]
+    num_children: int, shape: tuple[int, int], form: AdvantageForm
 ) -> None:
-    """Of all steps of kept groups, with the plain difference and 1.96 standard errors.
+    """Of all steps of kept groups, with 1.96 standard errors of the plain difference, or of that
+    over p (1 - p), which the error takes as known though it is found from the same group.
 
     The chances of the prompt's children are Beta draws; N leaves below each are right by chance.
     Given a child of chance (or reward) q below a parent of chance p, its advantage is
@@ -170,13 +174,75 @@ def test_intervals_of_advantages_cover_what_is_true_of_the_step(
         above = chances.repeat(num_children)
         right = (rng.random(above.shape) < above).astype(float)
         values = mean_backup(tree, on_leaves(tree, right.tolist()))
-        form, pruning = AdvantageForm.DIFFERENCE, by_range(0.1)
-        found = step_advantages(tree, values, form=form, pruning=pruning)
-        errors = advantage_errors(tree, values, found)
+        found = step_advantages(tree, values, form=form, pruning=by_range(0.1))
+        errors = advantage_errors(tree, values, form=form, pruning=by_range(0.1))
         true = free * np.append(chances - mean, right - above)
+        if form is AdvantageForm.BERNOULLI:
+            parents = np.append(np.full(num_children, mean), above)
+            true /= parents * (1 - parents)
         is_covered, is_kept = np.abs(found - true) <= 1.96 * errors, ~np.isnan(found)
         covered += is_covered[:num_children][is_kept[:num_children]].tolist()
         leaves += is_covered[num_children:][is_kept[num_children:]].tolist()
     assert len(covered) > 1000 and len(leaves) > 2000
-    for share in (np.mean(covered), np.mean(leaves)):
-        assert 0.92 <= share <= 0.99
+    assert 0.92 <= np.mean(covered) <= 0.99
+    assert (0.92 if form is AdvantageForm.DIFFERENCE else 0.88) <= np.mean(leaves) <= 0.99
+
+
+def grown_tree(rng: np.random.Generator, num_children: int, ends: float) -> tuple[Tree, np.ndarray]:
+    """A tree of depth 2 with the chances of the prompt's children; a share of these end early."""
+    inner = np.flatnonzero(rng.random(num_children) >= ends)
+    tree = make_tree([-1] * num_children + inner.repeat(num_children).tolist())
+    return tree, rng.beta(2, 2, num_children)
+
+
+def true_advantage(
+    form: AdvantageForm, tree: Tree, right: list[float], chances: np.ndarray, step: int
+) -> float:
+    """Mean of the advantage over all trees of this shape through the step: the form is linear.
+
+    A leaf then has the chance of the last step that it shares with the path to `step`.
+    """
+    own, expected = tree.path(step)[0], list(right)
+    for place, leaf in enumerate(tree.leaves):
+        if leaf != step:
+            expected[place] = chances[own] if own in tree.path(leaf) else 0.5
+    return float(all_advantages(form, tree, mean_backup(tree, on_leaves(tree, expected)))[step])
+
+
+@pytest.mark.parametrize("ends", [0.0, 0.25])
+@pytest.mark.parametrize("num_children", [4, 8])
+def test_intervals_of_advantages_over_the_tree_cover_what_is_true_of_the_step(
+    num_children: int, ends: float
+) -> None:
+    """Of one early leaf, one step with others below and one leaf below that, of each tree.
+
+    TreeRL's advantages and errors are TreePO's times a factor at this depth. The errors are as
+    large as what they are the errors of. An advantage that hangs on the few children of the
+    prompt alone, a leaf's with GLOBAL and that of an early leaf, would need Student's quantile in
+    place of 1.96 to be covered more often.
+    """
+    rng = np.random.default_rng((num_children, int(100 * ends)))
+    forms = (AdvantageForm.GLOBAL, AdvantageForm.TREEPO)
+    pruning = Pruning(rule=PruneRule.TREE_RANGE, threshold=0.0)
+    drawn: dict[tuple[AdvantageForm, str], list[tuple[float, float]]] = {}
+    for _ in range(250):
+        tree, chances = grown_tree(rng, num_children, ends)
+        right = [float(rng.random() < chances[tree.path(leaf)[0]]) for leaf in tree.leaves]
+        values = mean_backup(tree, on_leaves(tree, right))
+        # The first of each kind; there may be no early leaf, or nothing else.
+        kinds = [("leaf" if tree.depths[leaf] == 2 else "early leaf", leaf) for leaf in tree.leaves]
+        kinds += [("above", step) for step in tree.children if step != ROOT]
+        steps = dict(reversed(kinds))
+        for form in forms:
+            found = step_advantages(tree, values, form=form, pruning=pruning)
+            errors = advantage_errors(tree, values, form=form, pruning=pruning)
+            for kind, step in steps.items():
+                off = found[step] - true_advantage(form, tree, right, chances, step)
+                drawn.setdefault((form, kind), []).append((off, errors[step]))
+    assert len(drawn) == len(forms) * (3 if ends else 2)
+    for (form, kind), pairs in drawn.items():
+        off, error = np.array([pair for pair in pairs if not np.isnan(pair[0])]).T
+        size = np.sqrt((error**2).mean() / (off**2).mean())
+        covered = (np.abs(off) <= 1.96 * error).mean()
+        assert 0.9 < size < 1.15, (form, kind)
+        assert (0.92 if kind == "above" else 0.85) <= covered <= 0.99, (form, kind)

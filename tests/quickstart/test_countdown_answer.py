@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from treerpo_ray.config_file import load
 from treerpo_ray.plan import load_inputs
 from treerpo_ray.quickstart import task
-from treerpo_ray.quickstart.countdown_answer import SELF_TEST, check_answer, evaluate
+from treerpo_ray.quickstart.countdown_answer import SELF_TEST, check_answer, evaluate, find_answer
 from treerpo_ray.verifier import Answer, Verdict, Verifier
 
 FILE = Path(__file__).parents[2] / "conf/countdown.yaml"
@@ -52,6 +52,29 @@ def test_what_is_no_expression_of_the_numbers_is_wrong_and_not_an_error(expressi
 )
 def test_the_answer_is_the_last_finished_line_with_the_mark(text, is_cut_off, expected):
     assert check_answer(text, REFERENCE, is_cut_off) is expected
+
+
+@pytest.mark.parametrize(
+    ("expression", "answer"),
+    [
+        ("25+12+3", "40 of [3, 12, 25]"),
+        (" 3 + (25 + 12)", "40 of [3, 12, 25]"),
+        ("20+20", "40 of [20, 20]"),
+        ("3*25-12", "63 of [3, 12, 25]"),
+        ("3/12", "1/4 of [3, 12]"),
+        ("12/(3-3)", "12/(3-3)"),
+        ("40 of [3, 12, 25]", "40of[3,12,25]"),
+        ("", ""),
+    ],
+)
+def test_votes_are_for_a_value_and_the_numbers_that_make_it(expression, answer):
+    assert find_answer(f"12+3=15\n####{expression}") == answer
+
+
+@given(st.text("0123456789+-*/() #\n", max_size=40), st.booleans())
+def test_any_text_with_a_verdict_has_an_answer_to_vote_for(text, is_cut_off):
+    has_answer = find_answer(text, is_cut_off) is not None
+    assert has_answer is (check_answer(text, REFERENCE, is_cut_off) is not None)
 
 
 def test_any_of_several_references_makes_an_answer_right():
@@ -117,6 +140,7 @@ def test_a_run_of_the_domain_has_its_problems_and_its_verifier_by_configuration_
         Answer(text=row.solution, references=problem.answers, is_cut_off=False)
         for row, problem in zip(rows, inputs.prompts.problems, strict=True)
     ]
+    other = Answer(text="#### 1+2", references=(), is_cut_off=False)
     swapped = [
         Answer(text=row.solution, references=answer.references, is_cut_off=False)
         for row, answer in zip(rows[1:], answers, strict=False)
@@ -129,3 +153,4 @@ def test_a_run_of_the_domain_has_its_problems_and_its_verifier_by_configuration_
         assert set(verifier.grade(answers)) == {Verdict.CORRECT}
         assert set(verifier.grade(swapped)) == {Verdict.WRONG}
         assert verifier.grade([half, corrupt]) == [Verdict.CUT_OFF, Verdict.ERRORED]
+        assert verifier.group([[answers[0], half, other, answers[0]]]) == [[0, -1, 1, 0]]

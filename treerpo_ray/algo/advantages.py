@@ -1,7 +1,8 @@
 """Advantages: how much better a step is than its siblings, or than what else the tree holds.
 
 A scheme is one small function: of the values of a step group, or of a whole tree. To add one,
-write it here, name it in `AdvantageForm` and in `all_advantages`.
+write it here, name it in `AdvantageForm` and in `all_advantages`, and one of a tree with what it
+is made of in `advantage_errors`.
 """
 
 from collections.abc import Callable
@@ -82,7 +83,7 @@ def global_difference(tree: Tree, values: Values) -> Float64[np.ndarray, " steps
     its weights: each step counts once. Below a wrong step all steps are pushed down, and below a
     right one up, as in an answer of GRPO; siblings still differ by their own values.
     """
-    means, _ = _leaf_means(tree, values)
+    means, _ = leaf_means(tree, values)
     return (means - means[ROOT])[:ROOT]
 
 
@@ -92,7 +93,7 @@ def treerl(tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]:
     V is the mean reward of the L leaves below. TreeRL divides by sqrt(L), but trains a step once
     for each of the L answers that share it; here a step is trained once, so with L / sqrt(L).
     """
-    means, counts = _leaf_means(tree, values)
+    means, counts = leaf_means(tree, values)
     parents = [step.parent for step in tree.steps]
     total = 2 * means - means[ROOT] - np.append(means[parents], 0.0)
     return (np.sqrt(counts) * total)[:ROOT]
@@ -108,13 +109,12 @@ def treepo(tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]:
     is a factor common to all steps, but the mean that it takes off first is zero only for even
     trees, whose answers have equally many subgroups and tokens.
     """
-    means, counts = _leaf_means(tree, values)
+    means, counts = leaf_means(tree, values)
     total = np.zeros(len(tree.steps))
     for leaf in tree.leaves:
-        reward, path = values.steps[leaf], list(tree.path(leaf))
-        if not np.isnan(reward):
-            above = [ROOT, *(step for step in path[:-1] if counts[step] > 1)]
-            total[path] += reward - means[above].mean()
+        if counts[leaf]:
+            above = subgroups(tree, counts, leaf)
+            total[list(tree.path(leaf))] += values.steps[leaf] - means[above].mean()
     return total
 
 
@@ -124,8 +124,9 @@ def policy_gradient(tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]
     w is the share that a step has in its first ancestor's value: one over the number of siblings
     at each depth but the first. With it the sum of A grad log p over the N steps of the first
     depth and all below them has N times that gradient as its expectation (REINFORCE with RLOO's
-    baseline, arXiv 2402.14740); the other forms give the steps of each depth the weight of their
-    number, so that in a tree of N x N the first steps count N times too little.
+    baseline, arXiv 2402.14740), less the part of only children, which have no baseline and so
+    count 0; the other forms give the steps of each depth the weight of their number, so that in a
+    tree of N x N the first steps count N times too little.
     """
     weights = np.ones(len(tree.steps))
     for group in step_groups(tree, values):  # parents come first
@@ -134,7 +135,12 @@ def policy_gradient(tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]
     return weights * _by_group(leave_one_out, tree, values)
 
 
-def _leaf_means(
+def subgroups(tree: Tree, counts: Float64[np.ndarray, " steps_and_root"], step: int) -> list[int]:
+    """Ancestors of a step whose leaves, `counts` of them, are subgroups of `treepo`."""
+    return [ROOT, *(above for above in tree.path(step)[:-1] if counts[above] > 1)]
+
+
+def leaf_means(
     tree: Tree, values: Values
 ) -> tuple[Float64[np.ndarray, " steps_and_root"], Float64[np.ndarray, " steps_and_root"]]:
     """Mean reward of the leaves below each step that have one, and how many; ROOT is the last."""
@@ -183,34 +189,19 @@ def step_advantages(
 
     Every token of a step has the step's advantage: no discount and no sum over depths.
     """
-    found = all_advantages(form, tree, values)
-    advantages = np.full(len(tree.steps), np.nan)
+    return of_kept(all_advantages(form, tree, values), tree, values, pruning)
+
+
+def of_kept(
+    found: Float64[np.ndarray, " steps"], tree: Tree, values: Values, pruning: Pruning
+) -> Float64[np.ndarray, " steps"]:
+    """What was found of the steps of kept groups, by the weight of the group; NaN elsewhere."""
+    kept = np.full(len(tree.steps), np.nan)
     for group in step_groups(tree, values):
         if group.state(pruning) is GroupState.KEPT:
             children = list(group.children)
-            advantages[children] = found[children] * group.weight(pruning)
-    return advantages
-
-
-def advantage_errors(
-    tree: Tree, values: Values, advantages: Float64[np.ndarray, " steps"]
-) -> Float64[np.ndarray, " steps"]:
-    """Standard error of each advantage that a form of the step group gave; NaN where there is none.
-
-    Each form divides all differences of a group by one number, which is taken as given. Schemes of
-    the whole tree do not, and equal values do not tell it: for those it is NaN too.
-    """
-    errors = np.full(len(tree.steps), np.nan)
-    for group in step_groups(tree, values):
-        own = advantages[list(group.children)]
-        deviations = group.values - group.values.mean()
-        most = int(np.argmax(np.abs(deviations)))
-        if np.isnan(own).any() or abs(deviations[most]) < ROUNDING:
-            continue
-        scale = own[most] / deviations[most]
-        if np.allclose(own, scale * deviations):
-            errors[list(group.children)] = scale * group.difference_errors
-    return errors
+            kept[children] = found[children] * group.weight(pruning)
+    return kept
 
 
 def _by_group(

@@ -38,16 +38,39 @@ RANKS = {"+": 1, "-": 1, "*": 2, "/": 2}
 def check_answer(text: str, references: tuple[str, ...], is_cut_off: bool = False) -> bool | None:
     """Whether the text's last answer is right for any reference; None if it holds none.
 
-    Where the length limit cut the text, its last line may be half an expression and doesn't count.
-
     Raises:
         ValueError: a reference is not numbers and a target.
     """
+    expression = last_expression(text, is_cut_off)
+    if expression is None:
+        return None
+    return any(is_right(expression, reference) for reference in references)
+
+
+def find_answer(text: str, is_cut_off: bool = False) -> str | None:
+    """What the text's last answer makes of which numbers: nothing else decides if it is right.
+
+    So `3+4` and `4 + 3` are one answer, and `2+5` is another. What is no expression stands for
+    itself, without spaces, so that it is none of those.
+    """
+    expression = last_expression(text, is_cut_off)
+    if expression is None:
+        return None
+    try:
+        value, numbers = evaluate(expression)
+    except (ValueError, ZeroDivisionError):
+        return expression.replace(" ", "")
+    return f"{value} of {sorted(numbers)}"
+
+
+def last_expression(text: str, is_cut_off: bool) -> str | None:
+    """What stands behind the last mark; None without one.
+
+    Where the length limit cut the text, its last line may be half an expression and doesn't count.
+    """
     lines = text.split("\n")[: -1 if is_cut_off else None]
     answers = [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
-    if not answers:
-        return None
-    return any(is_right(answers[-1], reference) for reference in references)
+    return answers[-1] if answers else None
 
 
 def is_right(expression: str, reference: str) -> bool:
