@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treerpo_ray import engines, waits
+from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.algo.tree import Tree
 from treerpo_ray.config import Config
 from treerpo_ray.config_file import load
@@ -32,10 +33,13 @@ from treerpo_ray.engine_pool import EnginePool
 from treerpo_ray.engines import MAX_STARTS
 from treerpo_ray.gate import Gate
 from treerpo_ray.records import TreeRecord
+from treerpo_ray.sampling import Sampling
 
 TREES = 4
 STEPS = 4
 SEED = 5
+FLAT = TreeShape(num_children=(2,), step_tokens=(3,))
+SAMPLING = Sampling(temperature=1.0)
 
 
 def make_config(*overrides: str) -> Config:
@@ -146,6 +150,23 @@ def test_a_tree_goes_on_from_its_groups_at_another_engine_and_the_first_is_repla
         assert fresh.held == [after] * TREES
         told = [str(event["what"]) for event in fleet.of("waiting")]
         assert not [what for what in told if "step group" in what]
+        await pool.stop()
+
+    with fake_fleet() as fleet:
+        run(scenario(fleet))
+
+
+def test_a_tree_may_wait_for_longer_than_the_limit_while_its_engine_is_busy_with_others() -> None:
+    async def scenario(fleet: Fleet) -> None:
+        pool = await make_pool(make_config("engine.request_timeout_s=2"), fleet)
+        await serve_from_start(pool)
+        fleet.started[0][0].fault = Fault("grow", "busy")
+        start = time.monotonic()
+        trees = [tree async for tree in pool.evaluate(PROMPTS, FLAT, SAMPLING, SEED)]
+        assert time.monotonic() - start > 2
+        assert sorted(tree.ticket for tree in trees) == list(range(len(PROMPTS)))
+        assert {tree.attempt for tree in trees} == {0}
+        assert not fleet.killed
         await pool.stop()
 
     with fake_fleet() as fleet:

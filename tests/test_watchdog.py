@@ -11,6 +11,7 @@ import pytest
 import ray
 
 from tests.hung_stage import Stage
+from treerpo_ray.flights import Flights
 from treerpo_ray.metrics import read_lines
 from treerpo_ray.movement import Movement, stalled
 from treerpo_ray.watchdog import Stages, Watch, Watchdog
@@ -58,6 +59,14 @@ def test_ages_are_told_by_the_clock_of_the_one_that_collects() -> None:
     watch.moved(movement("learner 0", 0.0))
     now = 110.0
     assert {m.stage: m.age_s for m in watch.movements()} == {"scoring": 10.0, "learner 0": 3.0}
+
+
+def test_trees_that_still_wait_for_their_engine_move_with_those_that_it_has_finished() -> None:
+    flights = Flights()
+    with flights.begin(0, 0, 0) as waiting:
+        with flights.begin(1, 0, 0):
+            waiting.moved_at -= LIMIT_S
+        assert stalled([flights.movement("")], LIMIT_S) == []
 
 
 def test_workers_that_are_no_more_are_forgotten() -> None:

@@ -132,7 +132,8 @@ class EngineConfig:
     """Time after which an engine that does not come up is started again, five times at most; half
     of it is for taking over weights."""
     request_timeout_s: float = 1800.0
-    """Time that a tree may go without a finished step group before its engine counts as hung."""
+    """Time that an engine may go without a finished step group, of whichever of its trees, before
+    it counts as hung."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,16 +26,27 @@ class Waits:
         self._reported_at = -math.inf
 
     async def wait(
-        self, result: Awaitable[T], name: str, timeout_s: float, *, is_quiet: bool = False
+        self,
+        result: Awaitable[T],
+        name: str,
+        timeout_s: float,
+        *,
+        is_quiet: bool = False,
+        moved_at: Callable[[], float] = lambda: -math.inf,
     ) -> T:
-        """Await `result`, told of as `name` unless quiet; TimeoutError after `timeout_s`."""
+        """Await `result`, told of as `name` unless quiet.
+
+        Raises:
+            TimeoutError: after `timeout_s`, counted anew from each monotonic time in seconds that
+                `moved_at` tells: whoever is waited for was seen at work then.
+        """
         start = time.monotonic()
         task = asyncio.ensure_future(result)
         if not is_quiet:
             self._told[task] = start, name
         try:
             while not task.done():
-                left = start + timeout_s - time.monotonic()
+                left = max(start, moved_at()) + timeout_s - time.monotonic()
                 if left <= 0:
                     raise TimeoutError(f"waited {timeout_s:.0f} s for {name}")
                 await asyncio.wait([task], timeout=min(REPORT_EVERY_S, left))
