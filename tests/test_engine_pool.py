@@ -275,6 +275,51 @@ def test_an_engine_that_fails_time_and_again_ends_the_run_with_its_reason() -> N
         run(scenario(fleet))
 
 
+def test_the_evaluation_of_a_learner_that_died_ends_when_the_next_one_begins() -> None:
+    async def scenario(fleet: Fleet) -> None:
+        config = make_config()
+        gate = make_gate(config)
+        pool = await opened(config, fleet, gate)
+        await take(pool, TREES)
+        [engine] = fleet.started[0]
+        engine.fault = Fault("grow", "hung")
+        orphan = asyncio.create_task(anext(pool.evaluate(PROMPTS, FLAT, SAMPLING, SEED)))
+        [member] = pool.engines.members
+        while engine.calls.count("grow") < 2 * TREES + len(PROMPTS):
+            await asyncio.sleep(0)
+        await pool.grow_tickets(Handle(gate), gate.restart(0, ()), 0, 1, [])
+        with pytest.raises(RuntimeError, match="gave this evaluation up"):
+            await orphan
+        assert member.num_trees <= 2 * TREES, "only trees of tickets are left"
+        engine.fault = None
+        own = [tree async for tree in pool.evaluate(PROMPTS, FLAT, SAMPLING, SEED)]
+        assert len(own) == len(PROMPTS)
+        await pool.stop()
+
+    with fake_fleet() as fleet:
+        run(scenario(fleet))
+
+
+def test_an_evaluation_that_its_caller_cancels_leaves_nothing_behind() -> None:
+    async def scenario(fleet: Fleet) -> None:
+        pool = await make_pool(make_config(), fleet)
+        await serve_from_start(pool)
+        fleet.started[0][0].fault = Fault("grow", "hung")
+        evaluation = asyncio.create_task(anext(pool.evaluate(PROMPTS, FLAT, SAMPLING, SEED)))
+        [member] = pool.engines.members
+        while member.num_trees < len(PROMPTS):
+            await asyncio.sleep(0)
+        evaluation.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await evaluation
+        while member.num_trees:
+            await asyncio.sleep(0)
+        await pool.stop()
+
+    with fake_fleet() as fleet:
+        run(scenario(fleet))
+
+
 # Saved trees -----------------------------------------------------------------------------------
 
 
