@@ -179,16 +179,13 @@ def test_an_engine_that_does_not_prove_new_weights_serves_none_and_is_replaced(
     method: str, how: str
 ) -> None:
     async def scenario(fleet: Fleet) -> None:
-        limit = 10 if how == "hung" else 600
-        config = make_config("engine.num_engines=2", f"engine.start_timeout_s={limit}")
+        limit = 2 if how == "hung" else 600
+        config = make_config("engine.num_engines=2", f"engine.load_timeout_s={limit}")
         gate = make_gate(config)
         pool = await opened(config, fleet, gate)
         await take(pool, TREES)
         fleet.started[0][0].fault = Fault(method, how)
-        start = time.monotonic()
         await serve(pool, 1, should_probe=True)
-        if how == "hung":  # taking weights over must not take as long as a start may
-            assert time.monotonic() - start < limit
         assert fleet.killed == [fleet.started[0][0]]
         serving = {member.index: member.is_serving for member in pool.engines.members}
         assert serving == {0: False, 1: True}
@@ -205,7 +202,7 @@ def test_an_engine_that_does_not_prove_new_weights_serves_none_and_is_replaced(
 
 def test_with_a_single_engine_hung_while_it_loads_the_version_is_served_by_its_successor() -> None:
     async def scenario(fleet: Fleet) -> None:
-        config = make_config("engine.num_engines=1", "engine.start_timeout_s=2")
+        config = make_config("engine.num_engines=1", "engine.load_timeout_s=2")
         pool = await make_pool(config, fleet)
         await serve_from_start(pool)
         fleet.started[0][0].fault = Fault("load", "hung")
