@@ -26,6 +26,7 @@ from treerpo_ray.movement import Movement
 from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.sampling import EngineStats, Sampling
+from treerpo_ray.stacks import Stacks
 from treerpo_ray.weights import Manifest, Probe
 
 T = TypeVar("T")
@@ -206,8 +207,9 @@ class EnginePool:
         held = [*self._saved.values(), *self._taken.values(), *self._finished.values(), *growing]
         return [tree for tree in held if tree.ticket >= first]
 
-    async def movement(self) -> Movement:
+    async def movement(self, stacks: Stacks) -> Movement:
         """What is in flight, and since when nothing has moved."""
+        stacks.arm()
         finished = f"finished and not taken: {sorted(self._finished)}"
         return self._flights.movement(f"{finished}; {self.engines.states()}")
 

@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import fsspec
@@ -41,7 +40,7 @@ from treerpo_ray.prompts import load_tokenizer
 from treerpo_ray.stations import Stations
 from treerpo_ray.trainer import make_trainer
 from treerpo_ray.tree_stream import Scorer
-from treerpo_ray.watchdog import Stages, Watch, Watchdog
+from treerpo_ray.watchdog import Watch, Watchdog, watch_over
 from treerpo_ray.weight_sync import WeightSync
 
 log = logging.getLogger(__name__)
@@ -195,9 +194,7 @@ def _watchdog(config: Config, stations: Stations) -> Watchdog:
         "weight sync": stations.weight_sync,
         "metrics": stations.run_log,
     }
-    folder = _log_folder(config)
-    look = Stages(actors, stations.watch)
-    return Watchdog(config.run.stall_timeout_s, look, None if folder is None else Path(folder))
+    return watch_over(config, actors, stations.watch)
 
 
 @contextmanager
