@@ -215,3 +215,8 @@ class Config:
         """The run folder: path or URI."""
         root = self.run.root if "://" in self.run.root else str(Path(self.run.root).expanduser())
         return f"{root.rstrip('/')}/{self.run.name}"
+
+    @property
+    def log_folder(self) -> str | None:
+        """Where engines write what they print; None, and Ray keeps it, if the folder is a URI."""
+        return None if "://" in self.folder else f"{self.folder}/logs"

@@ -3,7 +3,6 @@
 gate ──► engine pool ──► tree stream (scoring) ──► train workers ──► weight sync ──► engines
 """
 
-import logging
 import signal
 import threading
 import traceback
@@ -24,7 +23,7 @@ from treerpo_ray.config_file import to_yaml
 from treerpo_ray.console import Console
 from treerpo_ray.engine_pool import EnginePool
 from treerpo_ray.evaluate import Evaluation
-from treerpo_ray.follower import Follower
+from treerpo_ray.follower import Follower, end, evaluation_progress
 from treerpo_ray.gate import Gate
 from treerpo_ray.metrics import Event, RunLog, latest
 from treerpo_ray.outcome import (
@@ -42,11 +41,6 @@ from treerpo_ray.trainer import make_trainer
 from treerpo_ray.tree_stream import Scorer
 from treerpo_ray.watchdog import Watch, Watchdog, watch_over
 from treerpo_ray.weight_sync import WeightSync
-
-log = logging.getLogger(__name__)
-
-SHUT_DOWN_S = 180
-"""Time for engines to stop, and for the run's log to reach disk, store and W&B."""
 
 
 class RunFailed(Exception):
@@ -86,11 +80,11 @@ def run(config: Config, inputs: Inputs, console: Console, pool: Actor | None = N
 def kept_engines(config: Config) -> Iterator[Actor]:
     """A Ray session and an engine pool for runs one after the other, whom `can_serve` allows."""
     with connected(config):
-        pool = make_actor(EnginePool, config, _log_folder(config))
+        pool = make_actor(EnginePool, config, config.log_folder)
         try:
             yield pool
         finally:
-            _end(pool, "stop")
+            end(pool, "stop")
 
 
 def train(config: Config, inputs: Inputs, console: Console, pool: Actor | None = None) -> Outcome:
@@ -126,8 +120,8 @@ def train(config: Config, inputs: Inputs, console: Console, pool: Actor | None =
         if scorer is not None:
             scorer.close()
         if pool is None:
-            _end(stations.pool, "stop", console)
-        _end(stations.run_log, "close", console)
+            end(stations.pool, "stop", console)
+        end(stations.run_log, "close", console)
     return collect_outcome(config, before, after, is_complete=is_complete)
 
 
@@ -136,7 +130,7 @@ def _build(config: Config, inputs: Inputs, pool: Actor | None) -> Stations:
     shape = replace(config.shape, delimiters=inputs.delimiters)
     run_log = make_actor(RunLog, config, concurrency=1)
     if pool is None:
-        pool = make_actor(EnginePool, config, _log_folder(config))
+        pool = make_actor(EnginePool, config, config.log_folder)
     ray.get(pool.begin.remote(config, inputs.prompts, shape, run_log))
     gate = make_actor(
         Gate,
@@ -150,10 +144,6 @@ def _build(config: Config, inputs: Inputs, pool: Actor | None) -> Stations:
     weight_sync = make_actor(WeightSync, pool, config.sync.probe_every)
     watch = make_actor(Watch, concurrency=1)
     return Stations(gate=gate, pool=pool, weight_sync=weight_sync, run_log=run_log, watch=watch)
-
-
-def _log_folder(config: Config) -> str | None:
-    return None if "://" in config.folder else f"{config.folder}/logs"
 
 
 def _fit(config: Config, inputs: Inputs, stations: Stations, follower: Follower) -> int:
@@ -233,8 +223,9 @@ def _evaluate(
     version: int = ray.get(stations.pool.version.remote())
     if step == 0 and version:
         raise RuntimeError("engines that have served a run cannot evaluate the start of another")
-    title = f"evaluating on {len(inputs.held_out)} problems"
-    with console.progress(title, len(inputs.held_out)) as advance:
+    num_problems = len(inputs.held_out)
+    title = f"evaluating on {num_problems} problems"
+    with evaluation_progress(config, console, stations.watch, title, num_problems) as advance:
         result = evaluate.evaluate(
             config,
             inputs.held_out,
@@ -246,15 +237,6 @@ def _evaluate(
             advance=advance,
         )
     return result
-
-
-def _end(station: Actor, method: str, console: Console | None = None) -> None:
-    try:
-        ray.get(getattr(station, method).remote(), timeout=SHUT_DOWN_S)
-    except ray.exceptions.RayError as error:
-        log.warning("%s did not end well: %s", method, error)
-        if console is not None:
-            console.note(f"{method} did not end well: {root_cause(error)}")
 
 
 def _write_config(config: Config) -> None:
