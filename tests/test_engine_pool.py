@@ -239,6 +239,29 @@ def test_an_engine_that_answers_late_for_its_totals_counts_as_before_and_holds_n
         run(scenario(fleet))
 
 
+def test_an_engine_that_answers_late_claims_no_version_that_it_has_not_proved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(fleet: Fleet) -> None:
+        pool = await make_pool(make_config("engine.num_engines=2"), fleet)
+        await serve_from_start(pool, version=1)
+        await pool.stats()
+        late = fleet.started[0][0]
+        late.fault = Fault("load", "hung")
+        publication = asyncio.create_task(serve(pool, 2))
+        while late.calls[-1] != "load 2":
+            await asyncio.sleep(0)
+        monkeypatch.setattr(engines, "ANSWER_S", 0.1)
+        monkeypatch.setattr(late, "stats", asyncio.Event().wait)
+        assert await pool.version() == 2
+        assert [stats.version for stats in await pool.stats()] == [1, 2]
+        publication.cancel()
+        await pool.stop()
+
+    with fake_fleet() as fleet:
+        run(scenario(fleet))
+
+
 @pytest.mark.parametrize("how", ENDS)
 def test_an_engine_that_fails_when_asked_for_its_totals_is_replaced(how: str) -> None:
     async def scenario(fleet: Fleet) -> None:

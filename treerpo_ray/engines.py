@@ -235,7 +235,8 @@ class Engines:
     async def stats(self) -> list[EngineStats]:
         """Totals of each serving engine; one that answers late counts as it last did.
 
-        Whether that one hangs is for the trees on it and for the next version to find out.
+        Its version is the newest that it proved itself, which may be behind the pool's. Whether it
+        hangs is for the trees on it and for the next version to find out.
         """
         members = [member for member in self.members if member.is_serving]
         asked = (
