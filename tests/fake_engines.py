@@ -29,6 +29,7 @@ PROMPTS = PromptSet(
     num_too_long=0,
 )
 LOGPROB = -0.5
+BUSY_S = 0.4
 
 
 class Handle:
@@ -78,7 +79,8 @@ class Fault:
 
     method: str
     how: str
-    """killed, core dead, out of memory, hung; while it grows also stale."""
+    """killed, core dead, out of memory, hung; while it grows also stale, or busy: one tree after
+    the other takes `BUSY_S` to go on."""
     after: int = 0
 
 
@@ -106,6 +108,7 @@ class FakeEngine:
     num_sampled: int = 0
     held: list[int] = field(default_factory=list)
     """Groups that were handed over with each tree."""
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     calls: list[str] = field(default_factory=list)
 
     async def meet(self, method: str, num_groups: int = 0) -> bool:
@@ -115,6 +118,11 @@ class FakeEngine:
             return False
         if fault.how == "hung":
             await asyncio.Event().wait()
+        if fault.how == "busy":
+            if num_groups == fault.after:
+                async with self.turn:
+                    await asyncio.sleep(BUSY_S)
+            return False
         if fault.how == "killed":
             raise ActorDiedError()
         if fault.how == "out of memory":

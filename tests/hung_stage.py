@@ -5,13 +5,15 @@ import time
 import ray
 
 from treerpo_ray.movement import Movement
+from treerpo_ray.stacks import Stacks
 from treerpo_ray.watchdog import Mover
 
 
 class Stage:
     """An actor of a stage that answers until it is told to sleep."""
 
-    def movement(self) -> Movement:
+    def movement(self, stacks: Stacks) -> Movement:
+        stacks.arm()
         return Movement(stage="gate", doing="waiting", is_busy=False)
 
     def sleep(self) -> None:

@@ -3,17 +3,25 @@
 import io
 import json
 import shutil
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
+import ray
 import rich.console
 
+from tests.thread_actors import Handle, without_ray
+from treerpo_ray import benchmarks
 from treerpo_ray.benchmarks import check_length, configure, evaluate_all, load_benchmarks
 from treerpo_ray.console import Console
+from treerpo_ray.engine_pool import EnginePool
 from treerpo_ray.evaluate import Evaluation
 from treerpo_ray.evaluation_report import differences, read_samples, table, with_mean
-from treerpo_ray.prompts import load_tokenizer
+from treerpo_ray.metrics import Event
+from treerpo_ray.movement import Movement
+from treerpo_ray.prompts import PromptSet, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = str(ROOT / "treerpo_ray/quickstart/model")
@@ -87,6 +95,51 @@ def test_answers_longer_than_the_model_takes_are_one_line() -> None:
     with pytest.raises(ValueError, match=r"^evaluate\.max_tokens=1152 .* 1664 tokens; .* 511$"):
         check_length(configure(MODEL, ["math500"], []))
     check_length(configure(MODEL, ["quickstart"], ["evaluate.max_tokens=46"]))
+
+
+class PoolWithoutNodes:
+    """An engine pool whose last node went when the evaluation had begun."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+
+    def begin(self, config, prompts, shape, run_log) -> None:
+        self.run_log = run_log
+
+    def start(self) -> None:
+        pass
+
+    def evaluate(self, *request) -> Iterator[object]:
+        self.run_log.event.remote(Event(kind="engine_lost", fields={"engine": 0}))
+        self.ended.wait()
+        raise RuntimeError("the pool gave this evaluation up")
+        yield
+
+    def movement(self, stacks) -> Movement:
+        return Movement(stage="engines", doing="waiting for a node", is_busy=False, age_s=9.0)
+
+    def stop(self) -> None:
+        self.ended.set()
+        raise ray.exceptions.RayActorError
+
+
+def test_a_job_whose_engines_are_gone_says_so_and_ends(tmp_path: Path, monkeypatch) -> None:
+    def make(kind, *arguments, concurrency=1) -> Handle:
+        return Handle(PoolWithoutNodes() if kind is EnginePool else kind(*arguments))
+
+    monkeypatch.setattr(benchmarks, "make_actor", make)
+    monkeypatch.setattr(benchmarks, "Scorer", lambda config, tokenizer: io.BytesIO())
+    limits = ["run.stall_timeout_s=2", "engine.request_timeout_s=1"]
+    config = configure(MODEL, ["quickstart"], [*limits, f"run.root={tmp_path}"])
+    shown = io.StringIO()
+    console = Console(0, rich.console.Console(file=shown, width=200))
+    prompts = PromptSet(problems=(), token_ids=(), num_too_long=0)
+    with without_ray(), pytest.raises(RuntimeError, match=r"nothing moved for \d s: evaluation"):
+        dict(evaluate_all(config, {"one": prompts}, None, console))
+    assert "engine lost: engine 0" in shown.getvalue()
+    assert "stop did not end well: " in shown.getvalue()
+    [report] = Path(config.folder).glob("logs/stall-*.txt")
+    assert "engines (idle for 9 s): waiting for a node" in report.read_text()
 
 
 @pytest.fixture(scope="module")

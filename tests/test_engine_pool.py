@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treerpo_ray import engines, saved_trees, waits
+from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.algo.tree import Tree
 from treerpo_ray.config import Config
 from treerpo_ray.config_file import load
@@ -32,10 +33,13 @@ from treerpo_ray.engine_pool import EnginePool
 from treerpo_ray.engines import MAX_STARTS
 from treerpo_ray.gate import Gate
 from treerpo_ray.records import TreeRecord
+from treerpo_ray.sampling import Sampling
 
 TREES = 4
 STEPS = 4
 SEED = 5
+FLAT = TreeShape(num_children=(2,), step_tokens=(3,))
+SAMPLING = Sampling(temperature=1.0)
 
 
 def make_config(*overrides: str) -> Config:
@@ -154,22 +158,36 @@ def test_a_tree_goes_on_from_its_groups_at_another_engine_and_the_first_is_repla
         run(scenario(fleet))
 
 
+def test_a_tree_may_wait_for_longer_than_the_limit_while_its_engine_is_busy_with_others() -> None:
+    async def scenario(fleet: Fleet) -> None:
+        pool = await make_pool(make_config("engine.request_timeout_s=2"), fleet)
+        await serve_from_start(pool)
+        fleet.started[0][0].fault = Fault("grow", "busy")
+        start = time.monotonic()
+        trees = [tree async for tree in pool.evaluate(PROMPTS, FLAT, SAMPLING, SEED)]
+        assert time.monotonic() - start > 2
+        assert sorted(tree.ticket for tree in trees) == list(range(len(PROMPTS)))
+        assert {tree.attempt for tree in trees} == {0}
+        assert not fleet.killed
+        await pool.stop()
+
+    with fake_fleet() as fleet:
+        run(scenario(fleet))
+
+
 @pytest.mark.parametrize("method", ["load", "probe"])
 @pytest.mark.parametrize("how", [*ENDS, "hung", "stale"])
 def test_an_engine_that_does_not_prove_new_weights_serves_none_and_is_replaced(
     method: str, how: str
 ) -> None:
     async def scenario(fleet: Fleet) -> None:
-        limit = 10 if how == "hung" else 600
-        config = make_config("engine.num_engines=2", f"engine.start_timeout_s={limit}")
+        limit = 2 if how == "hung" else 600
+        config = make_config("engine.num_engines=2", f"engine.load_timeout_s={limit}")
         gate = make_gate(config)
         pool = await opened(config, fleet, gate)
         await take(pool, TREES)
         fleet.started[0][0].fault = Fault(method, how)
-        start = time.monotonic()
         await serve(pool, 1, should_probe=True)
-        if how == "hung":  # taking weights over must not take as long as a start may
-            assert time.monotonic() - start < limit
         assert fleet.killed == [fleet.started[0][0]]
         serving = {member.index: member.is_serving for member in pool.engines.members}
         assert serving == {0: False, 1: True}
@@ -186,7 +204,7 @@ def test_an_engine_that_does_not_prove_new_weights_serves_none_and_is_replaced(
 
 def test_with_a_single_engine_hung_while_it_loads_the_version_is_served_by_its_successor() -> None:
     async def scenario(fleet: Fleet) -> None:
-        config = make_config("engine.num_engines=1", "engine.start_timeout_s=2")
+        config = make_config("engine.num_engines=1", "engine.load_timeout_s=2")
         pool = await make_pool(config, fleet)
         await serve_from_start(pool)
         fleet.started[0][0].fault = Fault("load", "hung")
@@ -223,6 +241,29 @@ def test_an_engine_that_answers_late_for_its_totals_counts_as_before_and_holds_n
         run(scenario(fleet))
 
 
+def test_an_engine_that_answers_late_claims_no_version_that_it_has_not_proved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(fleet: Fleet) -> None:
+        pool = await make_pool(make_config("engine.num_engines=2"), fleet)
+        await serve_from_start(pool, version=1)
+        await pool.stats()
+        late = fleet.started[0][0]
+        late.fault = Fault("load", "hung")
+        publication = asyncio.create_task(serve(pool, 2))
+        while late.calls[-1] != "load 2":
+            await asyncio.sleep(0)
+        monkeypatch.setattr(engines, "ANSWER_S", 0.1)
+        monkeypatch.setattr(late, "stats", asyncio.Event().wait)
+        assert await pool.version() == 2
+        assert [stats.version for stats in await pool.stats()] == [1, 2]
+        publication.cancel()
+        await pool.stop()
+
+    with fake_fleet() as fleet:
+        run(scenario(fleet))
+
+
 @pytest.mark.parametrize("how", ENDS)
 def test_an_engine_that_fails_when_asked_for_its_totals_is_replaced(how: str) -> None:
     async def scenario(fleet: Fleet) -> None:
@@ -250,6 +291,51 @@ def test_an_engine_that_fails_time_and_again_ends_the_run_with_its_reason() -> N
         with pytest.raises(RuntimeError, match=r"5 times in a row: .*core is dead"):
             await take(pool, TREES)
         assert len(fleet.started[0]) == MAX_STARTS
+        await pool.stop()
+
+    with fake_fleet() as fleet:
+        run(scenario(fleet))
+
+
+def test_the_evaluation_of_a_learner_that_died_ends_when_the_next_one_begins() -> None:
+    async def scenario(fleet: Fleet) -> None:
+        config = make_config()
+        gate = make_gate(config)
+        pool = await opened(config, fleet, gate)
+        await take(pool, TREES)
+        [engine] = fleet.started[0]
+        engine.fault = Fault("grow", "hung")
+        orphan = asyncio.create_task(anext(pool.evaluate(PROMPTS, FLAT, SAMPLING, SEED)))
+        [member] = pool.engines.members
+        while engine.calls.count("grow") < 2 * TREES + len(PROMPTS):
+            await asyncio.sleep(0)
+        await pool.grow_tickets(Handle(gate), gate.restart(0, ()), 0, 1, [])
+        with pytest.raises(RuntimeError, match="gave this evaluation up"):
+            await orphan
+        assert member.num_trees <= 2 * TREES, "only trees of tickets are left"
+        engine.fault = None
+        own = [tree async for tree in pool.evaluate(PROMPTS, FLAT, SAMPLING, SEED)]
+        assert len(own) == len(PROMPTS)
+        await pool.stop()
+
+    with fake_fleet() as fleet:
+        run(scenario(fleet))
+
+
+def test_an_evaluation_that_its_caller_cancels_leaves_nothing_behind() -> None:
+    async def scenario(fleet: Fleet) -> None:
+        pool = await make_pool(make_config(), fleet)
+        await serve_from_start(pool)
+        fleet.started[0][0].fault = Fault("grow", "hung")
+        evaluation = asyncio.create_task(anext(pool.evaluate(PROMPTS, FLAT, SAMPLING, SEED)))
+        [member] = pool.engines.members
+        while member.num_trees < len(PROMPTS):
+            await asyncio.sleep(0)
+        evaluation.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await evaluation
+        while member.num_trees:
+            await asyncio.sleep(0)
         await pool.stop()
 
     with fake_fleet() as fleet:

@@ -31,7 +31,8 @@ async def until(is_so: Callable[[], bool]) -> None:
 def test_an_engine_that_fails_while_the_run_starts_is_replaced(method: str, how: str) -> None:
     async def scenario() -> None:
         limit = 1 if how == "hung" else 600
-        config = make_config("engine.num_engines=2", f"engine.start_timeout_s={limit}")
+        key = "start_timeout_s" if method == "start" else "load_timeout_s"
+        config = make_config("engine.num_engines=2", f"engine.{key}={limit}")
         pool = await make_pool(config, fleet)
         await serve_from_start(pool, version=1)
         await until(lambda: all(member.is_serving for member in pool.engines.members))

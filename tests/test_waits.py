@@ -32,6 +32,19 @@ def test_one_line_tells_of_the_longest_wait_and_how_many_others_there_are(told) 
     asyncio.run(run())
 
 
+def test_a_long_wait_is_told_of_ever_more_rarely_and_hides_no_other_one(told) -> None:
+    async def run() -> None:
+        all_waits = Waits(lambda seconds, what: told.append((seconds, what)))
+        long = asyncio.create_task(all_waits.wait(asyncio.sleep(3.4), "a node", 60))
+        await asyncio.sleep(1.9)
+        assert await all_waits.wait(asyncio.sleep(1.0, 7), "engine 3 to load", 60) == 7
+        await long
+
+    asyncio.run(run())
+    assert len([what for _, what in told if what == "a node"]) <= 5  # 0.2, 0.4, 0.8, 1.6, 3.2 s
+    assert "engine 3 to load, and for 1 more" in [what for _, what in told]
+
+
 def test_quiet_and_short_waits_are_not_told_of(told) -> None:
     async def run() -> None:
         all_waits = Waits(lambda seconds, what: told.append((seconds, what)))

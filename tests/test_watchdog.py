@@ -7,12 +7,15 @@ import threading
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 import ray
 
 from tests.hung_stage import Stage
+from treerpo_ray.flights import Flights
 from treerpo_ray.metrics import read_lines
 from treerpo_ray.movement import Movement, stalled
+from treerpo_ray.stacks import Stacks
 from treerpo_ray.watchdog import Stages, Watch, Watchdog
 
 LIMIT_S = 60.0
@@ -60,6 +63,14 @@ def test_ages_are_told_by_the_clock_of_the_one_that_collects() -> None:
     assert {m.stage: m.age_s for m in watch.movements()} == {"scoring": 10.0, "learner 0": 3.0}
 
 
+def test_trees_that_still_wait_for_their_engine_move_with_those_that_it_has_finished() -> None:
+    flights = Flights()
+    with flights.begin(0, 0, 0) as waiting:
+        with flights.begin(1, 0, 0):
+            waiting.moved_at -= LIMIT_S
+        assert stalled([flights.movement("")], LIMIT_S) == []
+
+
 def test_workers_that_are_no_more_are_forgotten() -> None:
     watch = Watch()
     for stage in ("learner 0", "learner 1", "scoring"):
@@ -78,7 +89,7 @@ def test_a_look_that_fails_is_no_stall(tmp_path, caplog) -> None:
             raise result
         return result
 
-    watchdog = Watchdog(0.2, look, tmp_path)
+    watchdog = Watchdog(0.2, look, str(tmp_path))
     end = time.monotonic() + 10
     while watchdog.failure is None and time.monotonic() < end:
         time.sleep(0.01)
@@ -87,20 +98,53 @@ def test_a_look_that_fails_is_no_stall(tmp_path, caplog) -> None:
     assert "cannot look: no answer" in caplog.text
 
 
-def test_a_stall_is_reported_with_all_stages_and_the_stacks_of_this_process(tmp_path) -> None:
+def failure_in(folder: str) -> str:
+    """What a watchdog says of a learner that stands still in the run of that folder."""
     movements = [movement("learner 0", 5.0), movement("gate", 9.0, False)]
-    watchdog = Watchdog(0.2, lambda: movements, tmp_path / "logs")
+    watchdog = Watchdog(0.2, lambda: movements, folder)
     end = time.monotonic() + 10
     while watchdog.failure is None and time.monotonic() < end:
         time.sleep(0.01)
     watchdog.close()
-    [report] = (tmp_path / "logs").glob("stall-*.txt")
     assert watchdog.failure is not None
-    assert watchdog.failure.startswith("nothing moved for 5 s: learner 0 (busy for 5 s): something")
-    assert watchdog.failure.endswith(str(report))
-    text = report.read_text()
+    return watchdog.failure
+
+
+@pytest.mark.parametrize("place", ["local", "store"])
+def test_a_stall_is_reported_with_all_stages_and_the_stacks_of_this_process(
+    place, tmp_path
+) -> None:
+    folder = str(tmp_path) if place == "local" else f"memory:/{tmp_path}"
+    failure = failure_in(folder)
+    fs, root = fsspec.core.url_to_fs(folder)
+    [report] = fs.glob(f"{root}/logs/stall-*.txt")
+    assert failure.startswith("nothing moved for 5 s: learner 0 (busy for 5 s): something; see ")
+    assert failure.endswith(f"{folder}/logs/{Path(report).name}")
+    text = fs.cat_file(report).decode()
     assert "stalled: learner 0" in text and "gate (idle for 9 s): something" in text
     assert "test_a_stall_is_reported" in text  # this very frame
+
+
+def test_a_store_that_hangs_does_not_keep_the_report_of_a_stall(monkeypatch, capfd) -> None:
+    monkeypatch.setattr("treerpo_ray.outbox.CLOSE_S", 0.2)
+    answers = threading.Event()
+    monkeypatch.setattr("treerpo_ray.watchdog.publish_file", lambda *file: answers.wait())
+    assert failure_in("memory://hangs").endswith("see standard error")
+    answers.set()
+    assert "stalled: learner 0" in capfd.readouterr().err
+
+
+def test_a_process_writes_its_stacks_unless_it_is_heard_of_in_time(tmp_path) -> None:
+    stacks = Stacks(stage="weight sync", folder=str(tmp_path), limit_s=1.0)
+    path = tmp_path / "logs/stacks-weight-sync.txt"
+    for _ in range(15):
+        stacks.arm()
+        time.sleep(0.1)
+    assert path.read_text() == ""
+    time.sleep(1.0)
+    assert "test_a_process_writes" in path.read_text()
+    stacks.arm()
+    stacks.disarm()
 
 
 def test_a_run_that_moves_is_left_alone(tmp_path) -> None:
@@ -110,7 +154,7 @@ def test_a_run_that_moves_is_left_alone(tmp_path) -> None:
         looks.release()
         return [movement("learner 0", 0.1)]
 
-    watchdog = Watchdog(0.2, look, tmp_path)
+    watchdog = Watchdog(0.2, look, str(tmp_path))
     for _ in range(30):
         assert looks.acquire(timeout=10)
     watchdog.close()
@@ -124,7 +168,7 @@ def test_a_stage_that_does_not_answer_counts_as_busy_and_a_hung_one_writes_its_s
     kind = ray.remote(num_cpus=0)(Stage)
     gate, scoring = kind.remote(), kind.remote()
     watch = ray.remote(num_cpus=0)(Watch).remote()
-    stages = Stages({"gate": gate}, watch)
+    stages = Stages({"gate": gate}, watch, str(tmp_path), 0.5)
     end = time.monotonic() + 60
     found = stages()
     while any(m.is_busy for m in found):  # they are starting
@@ -136,10 +180,11 @@ def test_a_stage_that_does_not_answer_counts_as_busy_and_a_hung_one_writes_its_s
         assert time.monotonic() < end
     silent = next(m for m in stages() if m.stage == "gate" and m.is_busy)
     assert "does not answer" in silent.doing and silent.age_s > 0
-    stacks = tmp_path / "logs/stacks-scoring.txt"
-    while "in hang" not in (stacks.read_text() if stacks.exists() else ""):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    for stage, doing in (("scoring", "in hang"), ("gate", "in sleep")):
+        stacks = tmp_path / f"logs/stacks-{stage}.txt"
+        while doing not in (stacks.read_text() if stacks.exists() else ""):
+            assert time.monotonic() < end
+            time.sleep(0.05)
     ray.kill(gate)
     ray.kill(scoring)
 

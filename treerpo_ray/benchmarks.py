@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import fsspec
@@ -22,6 +23,7 @@ from treerpo_ray.config_file import load
 from treerpo_ray.console import Console
 from treerpo_ray.engine_pool import EnginePool
 from treerpo_ray.evaluate import Evaluation, grade_samples, save, save_samples, summarise
+from treerpo_ray.follower import Follower, end, evaluation_progress
 from treerpo_ray.learner import MODEL_FOLDER
 from treerpo_ray.metrics import RunLog
 from treerpo_ray.outcome import root_cause
@@ -30,6 +32,7 @@ from treerpo_ray.process import output_to_log
 from treerpo_ray.prompts import PromptSet, load_tokenizer, resolve_model_path
 from treerpo_ray.train import RunFailed
 from treerpo_ray.tree_stream import Scorer
+from treerpo_ray.watchdog import Watch, watch_over
 
 PRESET = Path(__file__).resolve().parents[1] / "conf/benchmarks.yaml"
 """Data sets and sampling settings, before what the command line says."""
@@ -152,24 +155,35 @@ def evaluate_all(
 ) -> Iterator[tuple[str, Evaluation]]:
     """Evaluate each benchmark on the Ray cluster that is connected, on the same engines."""
     run_log = make_actor(RunLog, config, concurrency=1)
-    logs = None if "://" in config.folder else f"{config.folder}/logs"
-    pool = make_actor(EnginePool, config, logs)
+    pool = make_actor(EnginePool, config, config.log_folder)
+    watch = make_actor(Watch, concurrency=1)
     first = next(iter(prompts.values()))
     try:
         ray.get(pool.begin.remote(config, first, config.shape, run_log))
-        with console.progress(f"starting {config.engine.num_engines} engine(s)", None):
-            ray.get(pool.start.remote())
-        with closing(Scorer(config, tokenizer)) as scorer:
-            for name, problems in prompts.items():
-                yield name, _evaluate(config, name, problems, pool, scorer, console)
+        with closing(watch_over(config, {"engines": pool, "metrics": run_log}, watch)) as dog:
+            follower = Follower(run_log, console, dog)
+            with console.progress(f"starting {config.engine.num_engines} engine(s)", None):
+                follower.follow(lambda: ray.get(pool.start.remote()))
+            with closing(Scorer(config, tokenizer)) as scorer:
+                for name, problems in prompts.items():
+                    work = partial(_evaluate, config, name, problems, pool, scorer, console, watch)
+                    yield name, follower.follow(work)
     finally:
-        ray.get([pool.stop.remote(), run_log.close.remote()])
+        end(pool, "stop", console)
+        end(run_log, "close", console)
 
 
 def _evaluate(
-    config: Config, name: str, prompts: PromptSet, pool: Actor, scorer: Scorer, console: Console
+    config: Config,
+    name: str,
+    prompts: PromptSet,
+    pool: Actor,
+    scorer: Scorer,
+    console: Console,
+    watch: Actor,
 ) -> Evaluation:
-    with console.progress(f"{name}: {len(prompts)} problems", len(prompts)) as advance:
+    title = f"{name}: {len(prompts)} problems"
+    with evaluation_progress(config, console, watch, title, len(prompts)) as advance:
         graded = grade_samples(config, prompts, pool, scorer, advance)
     data = config.evaluate.benchmarks[name].path
     spent = max(each.record.finished_at_s for each in graded) - min(

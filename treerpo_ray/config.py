@@ -31,7 +31,8 @@ POSITIVE = (
     "evaluate.top_p",
     *("engine.num_engines", "engine.tensor_parallel", "engine.max_num_seqs"),
     *("engine.gpu_memory_utilization", "engine.cpu_threads", "engine.start_timeout_s"),
-    *("engine.request_timeout_s", "verifier.num_workers", "verifier.timeout_s"),
+    *("engine.load_timeout_s", "engine.request_timeout_s"),
+    *("verifier.num_workers", "verifier.timeout_s"),
     *("verifier.memory_mib", "learner.num_workers", "learner.minibatches", "learner.cpu_threads"),
     *("learner.learning_rate", "learner.clip_grad_norm", "learner.token_budget"),
     *("sync.chunk_mib", "sync.probe_every", "sync.probe_tolerance"),
@@ -214,3 +215,8 @@ class Config:
         """The run folder: path or URI."""
         root = self.run.root if "://" in self.run.root else str(Path(self.run.root).expanduser())
         return f"{root.rstrip('/')}/{self.run.name}"
+
+    @property
+    def log_folder(self) -> str | None:
+        """Where engines write what they print; None, and Ray keeps it, if the folder is a URI."""
+        return None if "://" in self.folder else f"{self.folder}/logs"

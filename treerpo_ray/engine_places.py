@@ -25,6 +25,8 @@ class Member:
     version: int = -1
     """Newest version that it has proved; -1 before the first."""
     num_trees: int = 0
+    moved_at: float = -math.inf
+    """Monotonic time in seconds at which a sibling group of any tree last came from it."""
     num_starts: int = 1
     stats: EngineStats | None = None
     """Its last answer for its totals."""

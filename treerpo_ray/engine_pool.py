@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine
+from typing import TypeVar
 
 import ray
 
@@ -25,7 +26,10 @@ from treerpo_ray.movement import Movement
 from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.sampling import EngineStats, Sampling
+from treerpo_ray.stacks import Stacks
 from treerpo_ray.weights import Manifest, Probe
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +58,7 @@ class EnginePool:
         """Trees in the stream, at least all that no learner step has consumed."""
         self._released = 0
         self._num_workers = 1
-        self._work: set[asyncio.Task[None]] = set()
+        self._work: set[asyncio.Task] = set()
         self._reader = ""
         self._past_readers: set[str] = set()
         self._failure: Exception | None = None
@@ -107,7 +111,7 @@ class EnginePool:
     async def grow_tickets(
         self, gate: Actor, session: int, first: int, num_workers: int, saved: list[TreeRecord]
     ) -> None:
-        """Drop what is in flight and grow every ticket of a session of the gate, from `first`.
+        """Drop what is in flight, evaluations too, and grow all tickets of a session from `first`.
 
         Args:
             gate: Actor of `Gate`.
@@ -203,8 +207,9 @@ class EnginePool:
         held = [*self._saved.values(), *self._taken.values(), *self._finished.values(), *growing]
         return [tree for tree in held if tree.ticket >= first]
 
-    async def movement(self) -> Movement:
+    async def movement(self, stacks: Stacks) -> Movement:
         """What is in flight, and since when nothing has moved."""
+        stacks.arm()
         finished = f"finished and not taken: {sorted(self._finished)}"
         return self._flights.movement(f"{finished}; {self.engines.states()}")
 
@@ -246,9 +251,13 @@ class EnginePool:
     async def evaluate(
         self, prompts: PromptSet, shape: TreeShape, sampling: Sampling, seed: int
     ) -> AsyncIterator[TreeRecord]:
-        """One tree for each prompt, as they finish; used with depth 1, outside the gate."""
+        """One tree for each prompt, as they finish; used with depth 1, outside the gate.
+
+        Raises:
+            RuntimeError: the pool began other work, or ended.
+        """
         grows = [
-            asyncio.ensure_future(
+            self._start(
                 Growth(
                     ticket=Ticket(number=number, prompt=number, seed=step_seed(seed, (number,))),
                     prompts=prompts,
@@ -261,16 +270,24 @@ class EnginePool:
         try:
             for finished in asyncio.as_completed(grows):
                 yield await finished
+        except asyncio.CancelledError:
+            if any(task.cancelled() for task in grows):
+                raise RuntimeError("the pool gave this evaluation up") from None
+            raise
         finally:
             for task in grows:
                 task.cancel()
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        """Run `work` beside the others; a failure of it ends the run through `take`."""
+    def _start(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
+        """Run `work` beside the others, until `_drop_work` at the latest."""
         task = asyncio.create_task(work)
         self._work.add(task)
         task.add_done_callback(self._work.discard)
-        task.add_done_callback(self._ended)
+        return task
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        """Run `work` beside the others; a failure of it ends the run through `take`."""
+        self._start(work).add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

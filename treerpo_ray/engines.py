@@ -26,9 +26,6 @@ from treerpo_ray.weights import Manifest, Probe
 
 log = logging.getLogger(__name__)
 
-LOAD_SHARE = 0.5
-"""Share of `engine.start_timeout_s` that an engine which serves gets to take weights over, and once
-more to be probed: 5 minutes, unless set otherwise, in which 7B weights (15 GB) need 50 MB/s."""
 ANSWER_S = 5.0
 """Time that engines have to answer for their totals; the learner waits."""
 STOP_S = 30
@@ -99,19 +96,19 @@ class Engines:
     async def _bring_up(self, member: Member) -> None:
         """Start an engine, give it the latest weights, and let it serve once it has proved them."""
         start = time.monotonic()
-        timeout_s = self.config.engine.start_timeout_s
+        limits = self.config.engine
         node_name = f"{self._needed_node} for engine {member.index}"
         member.node = await self.waits.wait(member.actor.node.remote(), node_name, math.inf)
         await self._notify()
         pid, core = await self.waits.wait(
-            member.actor.start.remote(), f"engine {member.index} to start", timeout_s
+            member.actor.start.remote(), f"engine {member.index} to start", limits.start_timeout_s
         )
         served = None
         while served is not self._served:  # a newer version may come while one is loaded
             served = self._served
             assert served is not None  # versions only ever replace each other
             tolerance = self.config.sync.probe_tolerance
-            await served.load_into(member, self.waits, timeout_s, tolerance)
+            await served.load_into(member, self.waits, limits.load_timeout_s, tolerance)
         member.is_serving = True
         self.places.fill()
         self.note(
@@ -138,7 +135,7 @@ class Engines:
         async with self._serving:  # a worker that died may have left a publication under way
             served = self._served = Served(manifest=manifest, chunks=chunks, probe=probe)
             members = [m for m in (*self.members, *self.leaving) if m.is_serving]
-            limit_s = LOAD_SHARE * self.config.engine.start_timeout_s
+            limit_s = self.config.engine.load_timeout_s
             tolerance = self.config.sync.probe_tolerance if should_probe else None
             loads = (served.load_into(m, self.waits, limit_s, tolerance) for m in members)
             results = await asyncio.gather(*loads, return_exceptions=True)
@@ -238,7 +235,8 @@ class Engines:
     async def stats(self) -> list[EngineStats]:
         """Totals of each serving engine; one that answers late counts as it last did.
 
-        Whether that one hangs is for the trees on it and for the next version to find out.
+        Its version is the newest that it proved itself, which may be behind the pool's. Whether it
+        hangs is for the trees on it and for the next version to find out.
         """
         members = [member for member in self.members if member.is_serving]
         asked = (

@@ -29,6 +29,7 @@ class Flights:
     def __init__(self) -> None:
         self._flights: list[Flight] = []
         self._moved_at = time.monotonic()
+        """When a tree last left an engine: with its only step group, in an evaluation."""
 
     @contextmanager
     def begin(self, ticket: int, engine: int, num_groups: int) -> Iterator[Flight]:
@@ -49,7 +50,7 @@ class Flights:
             f"the last {now - flight.moved_at:.0f} s ago"
             for flight in self._flights
         )
-        moved_at = max((flight.moved_at for flight in self._flights), default=self._moved_at)
+        moved_at = max([flight.moved_at for flight in self._flights] + [self._moved_at])
         return Movement(
             stage="engines",
             doing=f"{shown or 'waiting for tickets'}; {details}",

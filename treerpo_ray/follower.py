@@ -1,20 +1,28 @@
 """Follower: waits for the parts of a run in the driver, shows what happens, ends what hangs."""
 
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from typing import TypeVar
 
 import ray
 
 from treerpo_ray.actor import Actor
+from treerpo_ray.config import Config
 from treerpo_ray.console import Console
 from treerpo_ray.metrics import FATAL, Event, Row
-from treerpo_ray.watchdog import Watchdog
+from treerpo_ray.outcome import root_cause
+from treerpo_ray.watchdog import Mover, Watchdog
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 POLL_S = 0.5
 """Time between looks at the run's log."""
+SHUT_DOWN_S = 180
+"""Time for engines to stop, and for the run's log to reach disk, store and W&B."""
 
 
 class Follower:
@@ -75,3 +83,30 @@ class Follower:
             self.console.print_event(notice)
         for row in rows:
             self.console.print_step(row)
+
+
+@contextmanager
+def evaluation_progress(
+    config: Config, console: Console, watch: Actor, title: str, num_problems: int
+) -> Iterator[Callable[[int], None]]:
+    """Progress of an evaluation in the driver, on the console and for the watchdog that asks
+    `watch`; yields its `advance`."""
+    mover = Mover(watch, "evaluation", config.folder, config.run.stall_timeout_s)
+    with closing(mover), console.progress(title, num_problems) as show:
+
+        def advance(num_done: int) -> None:
+            mover.at(title)
+            show(num_done)
+
+        mover.at(title)
+        yield advance
+
+
+def end(station: Actor, method: str, console: Console | None = None) -> None:
+    """Have an actor end its work; what fails or takes too long is told, not raised."""
+    try:
+        ray.get(getattr(station, method).remote(), timeout=SHUT_DOWN_S)
+    except ray.exceptions.RayError as error:
+        log.warning("%s did not end well: %s", method, error)
+        if console is not None:
+            console.note(f"{method} did not end well: {root_cause(error)}")

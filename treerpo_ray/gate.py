@@ -20,6 +20,7 @@ import numpy as np
 
 from treerpo_ray.curriculum import Curriculum, Measurement, RootValue
 from treerpo_ray.movement import Movement
+from treerpo_ray.stacks import Stacks
 
 log = logging.getLogger(__name__)
 
@@ -166,8 +167,9 @@ class Gate:
         self._moved.set()
         return self.session
 
-    def movement(self) -> Movement:
+    def movement(self, stacks: Stacks) -> Movement:
         """What the gate waits for, and since when."""
+        stacks.arm()
         return Movement(
             stage="gate",
             doing=f"issued {self.issued} tickets and lets out {self.limit}; waits for learner "

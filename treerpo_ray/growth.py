@@ -113,12 +113,17 @@ class Growth:
         name = f"engine {member.index} to finish a step group"
         timeout = engines.config.engine.request_timeout_s
 
-        async def arrived() -> SiblingGroup | None:  # there are many trees, and `flights` has them
-            return await engines.waits.wait(next_group(), name, timeout, is_quiet=True)
+        async def arrived() -> SiblingGroup | None:
+            # Quiet, since there are many trees and `flights` has them. An engine that is busy with
+            # others may leave this one waiting for long; it hangs if none of them gets anything.
+            return await engines.waits.wait(
+                next_group(), name, timeout, is_quiet=True, moved_at=lambda: member.moved_at
+            )
 
         with flights.begin(self.ticket.number, member.index, len(self.groups)) as flight:
             try:
                 while (group := await arrived()) is not None:
+                    member.moved_at = time.monotonic()
                     # What is served goes back only when the learner does, after its own failure.
                     _check_version(group, min(proved, engines.version), member)
                     self.groups.append(group)

@@ -18,6 +18,7 @@ import fsspec
 
 from treerpo_ray.movement import Movement
 from treerpo_ray.spool import Scalar, Spool
+from treerpo_ray.stacks import Stacks
 from treerpo_ray.wandb_run import ID_FILE, WandbRun
 
 if TYPE_CHECKING:
@@ -113,8 +114,9 @@ class RunLog:
         self._notices.append(event)
         self._append(event)
 
-    def movement(self) -> Movement:
+    def movement(self, stacks: Stacks) -> Movement:
         """Whether rows and events get where they should, and when the last row came."""
+        stacks.arm()
         return Movement(
             stage="metrics",
             doing=f"{len(self._rows)} rows; last notices: {[n.kind for n in self._notices[-3:]]}",

@@ -129,10 +129,13 @@ class EngineConfig:
     cpu_threads: int = 1
     """OpenMP threads of a CPU engine."""
     start_timeout_s: float = 600.0
-    """Time after which an engine that does not come up is started again, five times at most; half
-    of it is for taking over weights."""
+    """Time after which an engine that does not come up is started again, five times at most."""
+    load_timeout_s: float = 300.0
+    """Time that an engine gets to take new weights over, and once more to be probed, before it
+    counts as hung while the learner waits; 7B weights (15 GB) need 50 MB/s."""
     request_timeout_s: float = 1800.0
-    """Time that a tree may go without a finished step group before its engine counts as hung."""
+    """Time that an engine may go without a finished step group, of whichever of its trees, before
+    it counts as hung."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 gate ──► engine pool ──► tree stream (scoring) ──► train workers ──► weight sync ──► engines
 """
 
-import logging
 import signal
 import threading
 import time
@@ -12,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import fsspec
@@ -27,7 +25,7 @@ from treerpo_ray.config_file import to_yaml
 from treerpo_ray.console import Console
 from treerpo_ray.engine_pool import EnginePool
 from treerpo_ray.evaluate import Evaluation
-from treerpo_ray.follower import Follower
+from treerpo_ray.follower import Follower, end, evaluation_progress
 from treerpo_ray.gate import Gate
 from treerpo_ray.lock import only_writer
 from treerpo_ray.metrics import Event, RunLog, latest
@@ -44,13 +42,9 @@ from treerpo_ray.prompts import load_tokenizer
 from treerpo_ray.stations import Stations
 from treerpo_ray.trainer import make_trainer
 from treerpo_ray.tree_stream import Scorer
-from treerpo_ray.watchdog import Stages, Watch, Watchdog
+from treerpo_ray.watchdog import Watch, Watchdog, watch_over
 from treerpo_ray.weight_sync import WeightSync
 
-log = logging.getLogger(__name__)
-
-SHUT_DOWN_S = 180
-"""Time for engines to stop, and for the run's log to reach disk, store and W&B."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -91,11 +85,11 @@ def run(config: Config, inputs: Inputs, console: Console, pool: Actor | None = N
 def kept_engines(config: Config) -> Iterator[Actor]:
     """A Ray session and an engine pool for runs one after the other, whom `can_serve` allows."""
     with connected(config):
-        pool = make_actor(EnginePool, config, _log_folder(config))
+        pool = make_actor(EnginePool, config, config.log_folder)
         try:
             yield pool
         finally:
-            _end(pool, "stop")
+            end(pool, "stop")
 
 
 def train(config: Config, inputs: Inputs, console: Console, pool: Actor | None = None) -> Outcome:
@@ -131,8 +125,8 @@ def train(config: Config, inputs: Inputs, console: Console, pool: Actor | None =
         if scorer is not None:
             scorer.close()
         if pool is None:
-            _end(stations.pool, "stop", console)
-        _end(stations.run_log, "close", console)
+            end(stations.pool, "stop", console)
+        end(stations.run_log, "close", console)
     return collect_outcome(config, before, after, is_complete=is_complete)
 
 
@@ -141,7 +135,7 @@ def _build(config: Config, inputs: Inputs, pool: Actor | None) -> Stations:
     shape = replace(config.shape, delimiters=inputs.delimiters)
     run_log = make_actor(RunLog, config, concurrency=1)
     if pool is None:
-        pool = make_actor(EnginePool, config, _log_folder(config))
+        pool = make_actor(EnginePool, config, config.log_folder)
     ray.get(pool.begin.remote(config, inputs.prompts, shape, run_log))
     gate = make_actor(
         Gate,
@@ -155,10 +149,6 @@ def _build(config: Config, inputs: Inputs, pool: Actor | None) -> Stations:
     weight_sync = make_actor(WeightSync, pool, config.sync.probe_every)
     watch = make_actor(Watch, concurrency=1)
     return Stations(gate=gate, pool=pool, weight_sync=weight_sync, run_log=run_log, watch=watch)
-
-
-def _log_folder(config: Config) -> str | None:
-    return None if "://" in config.folder else f"{config.folder}/logs"
 
 
 def _fit(config: Config, inputs: Inputs, stations: Stations, follower: Follower) -> int:
@@ -219,9 +209,7 @@ def _watchdog(config: Config, stations: Stations) -> Watchdog:
         "weight sync": stations.weight_sync,
         "metrics": stations.run_log,
     }
-    folder = _log_folder(config)
-    look = Stages(actors, stations.watch)
-    return Watchdog(config.run.stall_timeout_s, look, None if folder is None else Path(folder))
+    return watch_over(config, actors, stations.watch)
 
 
 @contextmanager
@@ -264,8 +252,9 @@ def _evaluate(
     version: int = ray.get(stations.pool.version.remote())
     if step == 0 and version:
         raise RuntimeError("engines that have served a run cannot evaluate the start of another")
-    title = f"evaluating on {len(inputs.held_out)} problems"
-    with console.progress(title, len(inputs.held_out)) as advance:
+    num_problems = len(inputs.held_out)
+    title = f"evaluating on {num_problems} problems"
+    with evaluation_progress(config, console, stations.watch, title, num_problems) as advance:
         result = evaluate.evaluate(
             config,
             inputs.held_out,
@@ -277,15 +266,6 @@ def _evaluate(
             advance=advance,
         )
     return result
-
-
-def _end(station: Actor, method: str, console: Console | None = None) -> None:
-    try:
-        ray.get(getattr(station, method).remote(), timeout=SHUT_DOWN_S)
-    except ray.exceptions.RayError as error:
-        log.warning("%s did not end well: %s", method, error)
-        if console is not None:
-            console.note(f"{method} did not end well: {root_cause(error)}")
 
 
 def _write_config(config: Config) -> None:

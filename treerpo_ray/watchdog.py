@@ -12,17 +12,20 @@ import logging
 import os
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import TextIO
 
 import ray
 
 from treerpo_ray.actor import Actor
+from treerpo_ray.checkpoint import publish_file
+from treerpo_ray.config import Config
 from treerpo_ray.movement import Movement, stalled
+from treerpo_ray.outbox import Outbox
+from treerpo_ray.stacks import Stacks
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +33,6 @@ CHECKS = 20
 """Looks at the stages within one time limit."""
 ANSWER_S = 5.0
 """Time that the stages get to answer one look."""
-STACKS_EARLY = 0.9
-"""Share of the limit after which a process writes its stacks, to have done so when it is over."""
 
 
 class Watch:
@@ -57,45 +58,32 @@ class Watch:
 
 class Mover:
     """A stage's own hand in it: reports movements, and has this process write its stacks if it
-    stays busy too long (a C thread does it, whatever holds the interpreter).
+    stays busy too long.
 
     Args:
         watch: Actor of `Watch`.
         stage: Name of the stage.
-        folder: Run folder; the stacks of a local one go to its logs, else to standard error.
+        folder: Run folder.
         limit_s: `run.stall_timeout_s`.
     """
 
     def __init__(self, watch: Actor, stage: str, folder: str, limit_s: float) -> None:
-        self._watch, self._stage, self._limit_s = watch, stage, limit_s
+        self._watch, self._stage = watch, stage
         self._where = f", {socket.gethostname()} process {os.getpid()}"
-        name = f"stacks-{stage.replace(' ', '-')}.txt"
-        self._path = None if "://" in folder else Path(folder) / "logs" / name
-        self._file: TextIO | None = None
+        self._stacks = Stacks(stage=stage, folder=folder, limit_s=limit_s)
 
     def at(self, doing: str, *, is_busy: bool = True) -> None:
         """The stage begins something, or is further with it."""
         movement = Movement(stage=self._stage, doing=doing, is_busy=is_busy, where=self._where)
         self._watch.moved.remote(movement)
         if is_busy:
-            faulthandler.dump_traceback_later(STACKS_EARLY * self._limit_s, file=self._stacks())
+            self._stacks.arm()
         else:
-            faulthandler.cancel_dump_traceback_later()
+            self._stacks.disarm()
 
     def close(self) -> None:
         """The stage has ended its work in this process."""
         self.at("ended", is_busy=False)
-        if self._file is not None:
-            self._file.close()
-
-    def _stacks(self) -> TextIO:
-        if self._file is None and self._path is not None:
-            try:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._path.open("w")
-            except OSError:  # a full disk: standard error will do
-                self._path = None
-        return self._file or sys.__stderr__ or sys.stderr
 
 
 class Watchdog:
@@ -104,12 +92,10 @@ class Watchdog:
     Args:
         limit_s: Time for which a stage may stand still.
         look: Latest movements of all stages.
-        folder: Where the report goes, None for standard error.
+        folder: Run folder (path or URI), in whose logs the report goes.
     """
 
-    def __init__(
-        self, limit_s: float, look: Callable[[], list[Movement]], folder: Path | None
-    ) -> None:
+    def __init__(self, limit_s: float, look: Callable[[], list[Movement]], folder: str) -> None:
         self._limit_s, self._look, self._folder = limit_s, look, folder
         self.failure: str | None = None
         self._ended = threading.Event()
@@ -136,21 +122,25 @@ class Watchdog:
         """Write what each stage waits for and this process's stacks; returns where."""
         lines = [f"stalled: {movement}" for movement in found]
         lines += [str(movement) for movement in movements if movement not in found]
-        lines.append("stacks of the stages are in stacks-*.txt, those of the driver are:")
-        name = time.strftime("stall-%Y%m%d-%H%M%S.txt")
-        try:
-            if self._folder is None:
-                raise OSError("the run folder is no local one")
-            path = self._folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w") as file:
-                file.write("\n".join(lines) + "\n")
-                file.flush()
-                faulthandler.dump_traceback(file)
-        except OSError:
-            print("\n".join(lines), file=sys.__stderr__)
-            return "standard error"
-        return str(path)
+        place = "Ray's logs" if "://" in self._folder else "stacks-*.txt"
+        lines.append(f"stacks of the stages are in {place}, those of the driver are:")
+        name = time.strftime("logs/stall-%Y%m%d-%H%M%S.txt")
+        faults: list[str] = []
+        box = Outbox(lambda *why: faults.append(": ".join(why)))
+        report = "\n".join(lines) + "\n"
+        box.put(name, lambda: publish_file(self._folder, name, report.encode() + _own_stacks()))
+        box.close()  # a disk or store that hangs must not keep the run from its end
+        if not faults:
+            return f"{self._folder}/{name}"
+        print(report, *faults, sep="\n", file=sys.__stderr__)
+        return "standard error"
+
+
+def _own_stacks() -> bytes:
+    with tempfile.TemporaryFile() as file:
+        faulthandler.dump_traceback(file)
+        file.seek(0)
+        return file.read()
 
 
 class Stages:
@@ -159,10 +149,15 @@ class Stages:
     Args:
         actors: Actor of each stage that has a method `movement`, by the stage's name.
         watch: Actor of `Watch`, for the stages that cannot be asked.
+        folder: Run folder, for the stacks of those that can.
+        limit_s: `run.stall_timeout_s`.
     """
 
-    def __init__(self, actors: dict[str, Actor], watch: Actor) -> None:
+    def __init__(self, actors: dict[str, Actor], watch: Actor, folder: str, limit_s: float) -> None:
         self._actors, self._watch = actors, watch
+        self._stacks = {
+            stage: Stacks(stage=stage, folder=folder, limit_s=limit_s) for stage in actors
+        }
         self._asked: dict[str, ray.ObjectRef] = {}
         self._answered: dict[str, tuple[float, list[Movement]]] = {}
 
@@ -170,7 +165,7 @@ class Stages:
         """The latest movements."""
         for stage, actor in self._actors.items():
             if stage not in self._asked:
-                self._asked[stage] = actor.movement.remote()
+                self._asked[stage] = actor.movement.remote(self._stacks[stage])
         if "watch" not in self._asked:
             self._asked["watch"] = self._watch.movements.remote()
         ray.wait(list(self._asked.values()), num_returns=len(self._asked), timeout=ANSWER_S)
@@ -196,3 +191,9 @@ class Stages:
         movements = answer if isinstance(answer, list) else [answer]
         self._answered[stage] = now, movements
         return movements
+
+
+def watch_over(config: Config, actors: dict[str, Actor], watch: Actor) -> Watchdog:
+    """The watchdog of a run; `actors` and `watch` are those of `Stages`."""
+    limit_s = config.run.stall_timeout_s
+    return Watchdog(limit_s, Stages(actors, watch, config.folder, limit_s), config.folder)

@@ -6,6 +6,7 @@ import ray
 
 from treerpo_ray.actor import Actor
 from treerpo_ray.movement import Movement
+from treerpo_ray.stacks import Stacks
 from treerpo_ray.weights import Manifest, Probe
 
 
@@ -42,8 +43,9 @@ class WeightSync:
     def _move(self, doing: str) -> None:
         self._doing, self._moved_at = doing, time.monotonic()
 
-    async def movement(self) -> Movement:
+    async def movement(self, stacks: Stacks) -> Movement:
         """What is published, and since when."""
+        stacks.arm()
         return Movement(
             stage="weight sync",
             doing=self._doing or "waiting for a version",
