@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tiny_models import VOCAB_SIZE
 from torch import Tensor
 
-from treerpo_ray.algo.loss import LossConfig
+from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.algo.tree import Step, StopReason, Tree
 from treerpo_ray.config import Config
 from treerpo_ray.learner import Learner, UpdateResult

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from treerpo_ray.algo.loss import Normalisation
+from treerpo_ray.algo.loss_config import Normalisation
 from treerpo_ray.config import Config
 from treerpo_ray.records import TreeRecord
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from treerpo_ray.algo.advantages import AdvantageForm
-from treerpo_ray.algo.loss import Normalisation
+from treerpo_ray.algo.loss_config import Normalisation
 from treerpo_ray.config import POSITIVE, Config
 from treerpo_ray.config_file import describe, load, to_yaml
 from treerpo_ray.credentials import credential_keys

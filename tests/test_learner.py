@@ -24,7 +24,7 @@ from tiny_models import save_tiny_model
 from torch import Tensor
 
 from treerpo_ray.algo.advantages import AdvantageForm
-from treerpo_ray.algo.loss import LossConfig, Normalisation
+from treerpo_ray.algo.loss_config import LossConfig, Normalisation
 from treerpo_ray.learner import Learner
 
 

@@ -12,7 +12,7 @@ from methods_by_hand import ROWS
 from step_rows import gradients, plain_model, row
 from tiny_models import save_tiny_model
 
-from treerpo_ray.algo.loss import Normalisation
+from treerpo_ray.algo.loss_config import Normalisation
 from treerpo_ray.config import Config
 from treerpo_ray.config_file import load
 from treerpo_ray.records import TreeRecord

@@ -9,7 +9,7 @@ import pytest
 
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.groups import PruneRule
-from treerpo_ray.algo.loss import Normalisation, Ratio
+from treerpo_ray.algo.loss_config import Normalisation, Ratio
 from treerpo_ray.config import Config
 from treerpo_ray.config_file import load
 from treerpo_ray.plan import plan_lines, survey

@@ -191,7 +191,7 @@ def print_table(table: Report) -> None:
 def write_plot(comparison: Comparison, results: list[Result], folder: Path) -> None:
     """Training reward of each arm against learner steps, tokens and time: `curves.csv`.
 
-    `curves.png` draws the arms that have `MIN_PLOTTED` seeds there. Arms that choose what they
+    `curves.png` draws the arms that have `MIN_PLOTTED` seeds there, or the most. Arms that choose what they
     train on are left out of both.
     """
     results = [result for result in results if not _is_chosen_mix(result)]
@@ -200,11 +200,12 @@ def write_plot(comparison: Comparison, results: list[Result], folder: Path) -> N
     grid = figure.subplots(len(settings), 3, squeeze=False)
     rows: list[tuple[str, str, str, float, float, float]] = []
     for axes_row, setting in zip(grid, settings, strict=True):
+        most = max(len(_of(results, setting, arm)) for arm in comparison.arms)
         for axes, (title, metric) in zip(axes_row, AXES.items(), strict=True):
             for number, arm in enumerate(comparison.arms):
                 if own := _of(results, setting, arm):
                     at, mean, half = _curve(own, metric)
-                    if len(own) >= MIN_PLOTTED:
+                    if len(own) >= min(MIN_PLOTTED, most):
                         color = f"C{number}"  # the same in every setting
                         axes.plot(at, mean, label=arm, linewidth=1.4, color=color)
                         axes.fill_between(at, mean - half, mean + half, alpha=0.15, color=color)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 
-from treerpo_ray.algo.loss import LossConfig
+from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.credentials import credential_keys
 from treerpo_ray.sections import (

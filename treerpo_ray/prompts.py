@@ -6,13 +6,16 @@ A prompt is tokenised once, here; its ids are what the engines search from and t
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, BatchEncoding, GenerationConfig, PreTrainedTokenizerBase
 
 from treerpo_ray.hub import HUB_ID, Unreachable, is_unreachable
 from treerpo_ray.problems import Problem, one_line
 from treerpo_ray.sections import PromptsConfig
+
+if TYPE_CHECKING:  # prompts also travel to processes that have no use for a tokenizer
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[1]
 
@@ -33,7 +36,7 @@ class PromptSet:
     def encode(
         cls,
         problems: Sequence[Problem],
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: "PreTrainedTokenizerBase",
         config: PromptsConfig,
         section: str = "prompts",
     ) -> "PromptSet":
@@ -68,13 +71,15 @@ class PromptSet:
         )
 
 
-def load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_path: str, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a model folder or Hugging Face id.
 
     Raises:
         ValueError: there is no such folder, or no tokenizer in it; `Unreachable` if the id could
             not be looked up.
     """
+    from transformers import AutoTokenizer
+
     resolved = resolve_model_path(model_path)
     try:
         return AutoTokenizer.from_pretrained(resolved, trust_remote_code=trust_remote_code)
@@ -84,12 +89,14 @@ def load_tokenizer(model_path: str, trust_remote_code: bool) -> PreTrainedTokeni
         raise ValueError(f"model.path={model_path}: no tokenizer ({one_line(error)})") from error
 
 
-def end_token_ids(model_path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def end_token_ids(model_path: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     """Ids that end an answer: the tokenizer's end token, then those of `generation_config.json`.
 
     Raises:
         ValueError: the model has no end token, or its `generation_config.json` is corrupt.
     """
+    from transformers import GenerationConfig
+
     resolved = resolve_model_path(model_path)
     try:
         found = GenerationConfig.from_pretrained(resolved).eos_token_id
@@ -127,7 +134,7 @@ def resolve_model_path(path: str) -> str:
 
 
 def _encode(
-    questions: list[str], tokenizer: PreTrainedTokenizerBase, system_prompt: str | None
+    questions: list[str], tokenizer: "PreTrainedTokenizerBase", system_prompt: str | None
 ) -> list[list[int]]:
     system = [] if system_prompt is None else [system_prompt]
     quiet = {"verbose": False}  # no warning about what is left out for its length afterwards
@@ -139,11 +146,10 @@ def _encode(
     encoded = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, return_dict=True, tokenizer_kwargs=quiet
     )
-    assert isinstance(encoded, BatchEncoding)
-    return encoded["input_ids"]
+    return cast("BatchEncoding", encoded)["input_ids"]
 
 
-def one_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+def one_token(tokenizer: "PreTrainedTokenizerBase", text: str) -> int:
     """Id of the token that `text` is.
 
     Raises:

@@ -25,17 +25,10 @@ from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import TreeRecord, from_table
 from treerpo_ray.share_ahead import ShareAhead
 from treerpo_ray.shares import from_share
-from treerpo_ray.stations import WorkerTask
+from treerpo_ray.stations import STREAM, WorkerTask
 from treerpo_ray.tree_stream import Scorer
 from treerpo_ray.watchdog import Mover
 from treerpo_ray.weights import Probe, pack_weights
-
-STREAM = "trees"
-
-
-def run_worker(settings: dict[str, WorkerTask]) -> None:
-    """Entry point for Ray Train, which hands over a dict."""
-    TrainWorker(settings["task"]).run()
 
 
 class TrainWorker:

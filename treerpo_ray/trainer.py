@@ -7,8 +7,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from treerpo_ray.config import Config
 from treerpo_ray.plan import Inputs
-from treerpo_ray.stations import Stations, WorkerTask
-from treerpo_ray.train_worker import STREAM, run_worker
+from treerpo_ray.stations import STREAM, Stations, WorkerTask, run_worker
 from treerpo_ray.tree_stream import tree_stream
 
 PROBE_TOKENS = 256

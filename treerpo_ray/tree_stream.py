@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import ray
@@ -21,7 +22,6 @@ import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from transformers import PreTrainedTokenizerBase
 
 from treerpo_ray.actor import Actor
 from treerpo_ray.algo.tree import StopReason
@@ -34,6 +34,9 @@ from treerpo_ray.reward_noise import add_noise
 from treerpo_ray.shares import Shares, has_signal, to_share
 from treerpo_ray.verifier import Answer, Verdict, Verifier
 from treerpo_ray.watchdog import Mover
+
+if TYPE_CHECKING:  # Ray's own actors of a data set import this, too
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +160,7 @@ class Scorer:
     def __init__(
         self,
         config: Config,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: "PreTrainedTokenizerBase",
         on_start: Callable[[int], None] = lambda pid: None,
     ) -> None:
         self.config, self.tokenizer = config, tokenizer

@@ -10,11 +10,13 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
-import torch
 from jaxtyping import UInt8
+
+if TYPE_CHECKING:  # manifests go through actors that have no use for it
+    import torch
 
 ALIGNMENT = 64
 """Offsets are multiples of this, so that every dtype can be viewed in place."""
@@ -87,16 +89,18 @@ class Probe:
 
 
 def pack_weights(
-    weights: Iterable[tuple[str, torch.Tensor]],
+    weights: Iterable[tuple[str, "torch.Tensor"]],
     *,
     version: int,
-    dtype: torch.dtype,
+    dtype: "torch.dtype",
     chunk_bytes: int,
 ) -> tuple[Manifest, list[UInt8[np.ndarray, " bytes"]]]:
     """Lay tensors out in chunks of about `chunk_bytes`; floating ones are sent as `dtype`.
 
     A tensor lies in one chunk whole; one that is larger than `chunk_bytes` gets its own.
     """
+    import torch
+
     places: list[TensorPlace] = []
     chunks: list[np.ndarray] = []
     parts: list[np.ndarray] = []

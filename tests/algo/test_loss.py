@@ -10,16 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.algo.trees import edge_contexts, make_tree, trees
-from treerpo_ray.algo.loss import (
-    LossConfig,
-    LossInputs,
-    LossOutput,
-    LossSums,
-    Normalisation,
-    Ratio,
-    k3,
-    policy_loss,
-)
+from treerpo_ray.algo.loss import LossInputs, LossOutput, LossSums, k3, policy_loss
+from treerpo_ray.algo.loss_config import LossConfig, Normalisation, Ratio
 from treerpo_ray.algo.packing import Forest, pack
 from treerpo_ray.algo.tree import Tree
 
