@@ -191,8 +191,8 @@ def print_table(table: Report) -> None:
 def write_plot(comparison: Comparison, results: list[Result], folder: Path) -> None:
     """Training reward of each arm against learner steps, tokens and time: `curves.csv`.
 
-    `curves.png` draws the arms that have `MIN_PLOTTED` seeds there, or the most. Arms that choose what they
-    train on are left out of both.
+    `curves.png` draws the arms that have `MIN_PLOTTED` seeds there, or the most. Arms that choose
+    what they train on are left out of both.
     """
     results = [result for result in results if not _is_chosen_mix(result)]
     settings = [s for s in comparison.settings if any(r.trial.setting == s for r in results)]
