@@ -3,7 +3,8 @@
 python jobs/chaos.py                    # 20 kills, at most 15 minutes on two cores
 python jobs/chaos.py --kills 5 --steps 8 run.seed=1 run.root=/tmp/drills
 Ends with a table of what was killed and how long it took to be made good, and one line of JSON;
-the exit status is 1 if a ticket was lost or doubled, a bound was broken or something is stale.
+the exit status is 1 if a ticket was lost or doubled, a bound was broken, something is stale or it
+took longer than `--minutes`, after which the run is ended.
 """
 
 import argparse
@@ -11,8 +12,8 @@ import json
 import os
 import secrets
 import signal
+import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,12 +31,10 @@ from ray.cluster_utils import Cluster
 
 from treerpo_ray.config import Config
 from treerpo_ray.config_file import load
-from treerpo_ray.console import Console
 from treerpo_ray.ledger import Fields, Kill, Victim, draw_schedule, faults, recovery_s, serving
 from treerpo_ray.metrics import EVENTS_FILE, Scalar, latest_rows, read_lines
-from treerpo_ray.plan import load_inputs
-from treerpo_ray.train import RunFailed, run
 
+ROOT = Path(__file__).resolve().parents[1]
 HEALTH = {
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 1000,
@@ -57,7 +56,7 @@ SMALL = [
     *("prompts.num_problems=256", "evaluate.data.path=''", "metrics.wandb_project=null"),
     *("gate.trees_per_step=6", "gate.max_staleness=1", "checkpoint.every=1"),
     *("engine.num_engines=2", "engine.resources={CPU: 0.1, rollout_slot: 1}"),
-    *("engine.kv_cache_gib=0.125", "engine.request_timeout_s=120"),
+    *("engine.kv_cache_gib=0.125", "engine.request_timeout_s=120", "run.stall_timeout_s=300"),
     "learner.resources={CPU: 0.1, train_slot: 1}",
 ]
 """The quickstart, small enough to be killed often; each node holds one engine."""
@@ -67,26 +66,25 @@ class Drill:
     """Kills what `schedule` names while a run goes on; nothing but processes that it recorded."""
 
     def __init__(
-        self,
-        config: Config,
-        cluster: Cluster,
-        schedule: list[tuple[int, Victim]],
-        console: Console,
+        self, config: Config, cluster: Cluster, schedule: list[tuple[int, Victim]]
     ) -> None:
-        self.config, self.cluster, self.console = config, cluster, console
-        self.schedule = schedule
+        self.config, self.cluster, self.schedule = config, cluster, schedule
         self.kills: list[Kill] = []
 
-    def run(self, training: threading.Thread) -> None:
-        """Kill while `training` lasts; in the main thread, where alone Ray starts a node."""
+    def run(self, training: subprocess.Popen[bytes], end: float) -> None:
+        """Kill while `training` lasts, and at the monotonic time `end` that itself."""
         for step, victim in self.schedule:
-            while training.is_alive():
+            while training.poll() is None and time.monotonic() < end:
                 time.sleep(POLL_S)
                 if self._steps_done() >= step and (kill := self._kill(victim)):
                     self.kills.append(kill)
-                    self.console.note(f"killed: {victim}, pid {kill.pid}")
+                    print(f"killed: {victim}, pid {kill.pid}", file=sys.stderr)
                     break
-        training.join()
+        try:
+            training.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            training.kill()
+            training.wait()
 
     def _steps_done(self) -> int:
         rows = latest_rows(self.config.folder)
@@ -221,40 +219,33 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--minutes", type=float, default=15, help="the longest that it may take")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     options = parser.parse_args(arguments)
-    quickstart = str(Path(__file__).resolve().parents[1] / "conf/quickstart.yaml")
-    name = f"run.name=chaos-{time.time_ns()}"
-    config = load(
-        [
-            *(quickstart, name, *SMALL, f"run.num_steps={options.steps}"),
-            *options.overrides,
-        ]
-    )
-    start = time.monotonic()
+    arguments = [
+        *(str(ROOT / "conf/quickstart.yaml"), f"run.name=chaos-{time.time_ns()}", *SMALL),
+        *(f"run.num_steps={options.steps}", *options.overrides),
+    ]
+    config = load(arguments)
+    start, limit_s = time.monotonic(), 60 * options.minutes
     schedule = draw_schedule(options.kills, config.run.num_steps, config.run.seed)
-    failures: list[str] = []
-    console = Console(config.run.num_steps)
-
-    def train() -> None:
-        try:
-            run(config, load_inputs(config), console)
-        except (ValueError, RunFailed) as error:
-            failures.append(str(error))
-            console.note(f"failed: {error}")
-
     with small_cluster() as cluster:
-        drill = Drill(config, cluster, schedule, console)
-        training = threading.Thread(target=train, name="training", daemon=True)
-        training.start()
-        drill.run(training)
+        command = [sys.executable, str(ROOT / "jobs/train.py"), *arguments]
+        training = subprocess.Popen(command, stdout=sys.stderr)
+        drill = Drill(config, cluster, schedule)
+        drill.run(training, start + limit_s)
+    seconds = time.monotonic() - start
     kills, events = drill.kills, read_lines(config.folder, EVENTS_FILE)
     times = [float(str(event["time"])) for event in events] or [0.0]
     recoveries = [recovery_s(kill, events) for kill in kills]
-    problems = [*failures, *faults(config, events), *unrepaired(kills, recoveries, times[-1])]
+    problems = [*faults(config, events), *unrepaired(kills, recoveries, times[-1])]
+    if training.returncode:
+        problems.append(f"the job ended with status {training.returncode}")
     if len(kills) < len(schedule):
         problems.append(f"{len(kills)} kills, should be {len(schedule)}")
-    report(config, kills, recoveries, problems, times[0], time.monotonic() - start)
+    if seconds > limit_s:
+        problems.append(f"it took {seconds:.0f} s, should be at most {limit_s:.0f} s")
+    report(config, kills, recoveries, problems, times[0], seconds)
     return 1 if problems else 0
 
 

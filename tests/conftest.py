@@ -1,11 +1,16 @@
-"""Fixtures that several tests share: one real engine, one local Ray cluster, each once."""
+"""Fixtures that several tests share: one local Ray cluster, one real run, each once."""
 
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from treerpo_ray.analysis import Run
+    from treerpo_ray.outcome import Outcome
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -22,6 +27,7 @@ SECRETS = {
 """Secrets in the environment of every test: none of them may turn up in what a run writes."""
 os.environ |= SECRETS
 
+pytest.register_assert_rewrite("tests.whole_runs")
 # Property tests draw the same examples in each run and have no deadline on a busy machine.
 settings.register_profile("reproducible", derandomize=True, database=None, deadline=None)
 settings.load_profile("reproducible")
@@ -84,3 +90,15 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def strict(small_config, ray_cluster) -> "tuple[Run, Outcome, str]":
+    """Three steps, strictly on-policy, half of the tickets back at prompts, without a break; and
+    what the terminal showed."""
+    from tests.whole_runs import STRICT, run_training
+    from treerpo_ray.analysis import Run
+
+    config = small_config("run.name=strict", "run.num_steps=3", *STRICT)
+    outcome, shown = run_training(config)
+    return Run(config.folder), outcome, shown

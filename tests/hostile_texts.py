@@ -1,6 +1,10 @@
 """Hostile texts: what a model under training, or an attacker, may hand the verifier."""
 
+import warnings
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.errors import HypothesisWarning
 
 from treerpo_ray.verifier import Answer
 
@@ -125,3 +129,25 @@ def hostile_answers(draw: st.DrawFn) -> Answer:
         references=(reference,),
         is_cut_off=draw(st.booleans()),
     )
+
+
+def drawn_answers(number: int) -> list[Answer]:
+    """A thousand hostile answers, the same for the same number."""
+    answers: list[Answer] = []
+
+    @seed(number)
+    @settings(
+        max_examples=1000,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+        database=None,
+        deadline=None,
+    )
+    @given(hostile_answers())
+    def draw(answer: Answer) -> None:
+        answers.append(answer)
+
+    with warnings.catch_warnings():  # about the length of what it draws
+        warnings.simplefilter("ignore", HypothesisWarning)
+        draw()
+    return answers

@@ -10,7 +10,11 @@ import pytest
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from tests.conftest import ROOT
-from tests.test_elastic import check_ledger
+from tests.whole_runs import (
+    assert_ledger,
+    assert_no_tree_was_finished_twice,
+    assert_versions_count_updates,
+)
 from treerpo_ray.analysis import Run
 
 
@@ -67,8 +71,12 @@ def test_ray_starts_and_takes_away_nodes_as_trees_come_and_go(tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     assert "no rollout node is left" in done.stderr
     run = Run(str(tmp_path / "scaled"))
-    check_ledger(run)
+    assert_ledger(run.folder)
+    assert_no_tree_was_finished_twice(run)
+    assert_versions_count_updates(run.metrics())
+    assert run.metrics()["staleness/max"].max() <= 1
     events = run.events()
+    assert (events.kind == "learner_started").sum() == 1
     assert (events.kind == "consumed").sum() == 15
     nodes = events[events.kind == "pool"]["nodes"].tolist()
     top = nodes.index(3)

@@ -155,6 +155,7 @@ def test_each_role_fits_its_own_nodes_and_no_others(name) -> None:
             }
             assert fitting == {role}
         train, rollout = types["train"], types["rollout"]
+        assert config.engine.labels and config.engine.labels.items() <= rollout["labels"].items()
         together = {
             key: config.learner.resources.get(key, 0) + config.verifier.resources.get(key, 0)
             for key in config.learner.resources | config.verifier.resources

@@ -222,19 +222,6 @@ def test_a_request_that_vllm_turns_down_is_an_error_leaf_and_harms_nothing(serve
     assert len(served.tree([50] * 10, seed=0).steps) > SHAPE.num_children[0]
 
 
-def test_an_engine_that_received_other_bytes_does_not_serve_them(
-    small_config, ray_cluster, policy
-) -> None:
-    engine = ServedEngine(small_config(), 2)
-    manifest, chunks = pack_weights(
-        policy.named_weights(), version=1, dtype=torch.float32, chunk_bytes=2**30
-    )
-    chunks[0][0] ^= 1
-    with pytest.raises(RuntimeError, match="received other bytes"):
-        engine.load_packed(manifest, chunks)
-    engine.stop()
-
-
 def test_requests_in_flight_go_on_under_new_weights_and_say_so(served, policy, prompts) -> None:
     served.load(policy, 1)
     before = served.stats().num_requests
@@ -271,7 +258,7 @@ def test_after_a_rollback_blocks_that_were_finished_under_other_weights_are_not_
         assert served.stats().num_cached_tokens - cached == expected
 
 
-def test_a_tied_models_head_is_not_stale_after_an_update(
+def test_a_tied_models_head_is_not_stale_after_an_update_and_other_bytes_are_not_served(
     small_config, ray_cluster, tmp_path
 ) -> None:
     source = resolve_model_path(small_config().model.path)
@@ -292,4 +279,10 @@ def test_a_tied_models_head_is_not_stale_after_an_update(
             weight.add_(0.05 * torch.randn_like(weight))
     tied.load(policy, 1)
     assert tied.probe(ids) == pytest.approx(policy.sequence_logprobs(ids).tolist(), abs=1e-3)
+    manifest, chunks = pack_weights(
+        policy.named_weights(), version=2, dtype=torch.float32, chunk_bytes=2**30
+    )
+    chunks[0][0] ^= 1
+    with pytest.raises(RuntimeError, match="received other bytes"):
+        tied.load_packed(manifest, chunks)
     tied.stop()

@@ -1,11 +1,14 @@
-"""A pool with a real engine that turns out to be stale; see `test_engine_pool` for other faults."""
+"""A pool with a real engine that turns out to be stale, then loses its worker; `test_engine_pool`
+has other faults."""
 
 import asyncio
 
+import psutil
 import pytest
 import torch
 from fake_engines import Fleet, Handle
 
+from tests.engine_with_worker import EngineWithWorker
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.engine_pool import EnginePool
 from treerpo_ray.policy import load_policy
@@ -19,11 +22,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.engine]
 SHAPE = TreeShape(num_children=(2, 2), step_tokens=(8, 8))
 
 
-def test_an_engine_with_older_weights_than_it_proved_is_replaced_and_its_tree_goes_on(
-    small_config, ray_cluster
+def test_an_engine_that_is_stale_or_without_its_worker_is_replaced_and_its_tree_goes_on(
+    small_config, ray_cluster, monkeypatch
 ) -> None:
-    """It is made to load them behind the pool's back. The next version would make it good again,
-    since an engine takes that over whole; until then its trees give it away."""
+    """It is made to load older weights behind the pool's back. The next version would make it good
+    again, since an engine takes that over whole; until then its trees give it away. Then the
+    process that computes for the next one is killed under vLLM's core."""
     import ray
 
     config = small_config("engine.num_engines=1")
@@ -60,6 +64,7 @@ def test_an_engine_with_older_weights_than_it_proved_is_replaced_and_its_tree_go
             await pool.serve(*packed[version], probe, should_probe=True)
         assert pool.engines.members == [stale], "a version makes it good"
 
+        monkeypatch.setattr("treerpo_ray.engine.Engine", EngineWithWorker)  # for the next one
         await stale.actor.load.remote(*packed[1])
         assert [stats.version for stats in await pool.stats()] == [1]
         sampling = Sampling(temperature=1.0)
@@ -70,6 +75,19 @@ def test_an_engine_with_older_weights_than_it_proved_is_replaced_and_its_tree_go
         [fresh] = pool.engines.members
         assert fresh is not stale
         assert probe.distance(await fresh.actor.probe.remote(ids)) < config.sync.probe_tolerance
+        monkeypatch.undo()
+
+        core = psutil.Process(told.of("engine_serving")[-1]["core"])
+        [worker] = [child for child in core.children() if "Worker" in " ".join(child.cmdline())]
+        growing = asyncio.ensure_future(anext(pool.evaluate(prompts, SHAPE, sampling, seed=4)))
+        while not fresh.num_trees:
+            await asyncio.sleep(0)
+        worker.kill()
+        tree = await growing
+        assert (tree.tree.min_version, tree.tree.max_version, tree.attempt) == (3, 3, 1)
+        assert "core of engine 0 is dead" in str(told.of("engine_lost")[-1]["reason"])
+        assert pool.engines.members != [fresh]
+        assert not psutil.wait_procs([core, worker], timeout=30)[1]
         await pool.stop()
 
     asyncio.run(scenario())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tests.test_training import run_training
+from tests.whole_runs import run_training
 from treerpo_ray.analysis import Run
 
 pytestmark = [

@@ -4,16 +4,15 @@ The long form (`-m slow`) draws more than 100,000 different answers, the short o
 thousand of them.
 """
 
+import multiprocessing
 import time
-import warnings
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis.errors import HypothesisWarning
 
-from tests.hostile_texts import CODE, OPENERS, TOKENS, hostile_answers
+from tests.hostile_texts import CODE, OPENERS, TOKENS, drawn_answers
 from treerpo_ray.verifier import Answer, Verdict, Verifier
 
 MEMORY_MIB = 512
@@ -43,29 +42,15 @@ def assert_all_graded(verifier: Verifier, answers: list[Answer]) -> None:
     assert not faults
 
 
-def drawn_answers(number: int) -> list[Answer]:
-    """A thousand hostile answers, the same for the same number."""
-    answers: list[Answer] = []
-
-    @seed(number)
-    @settings(max_examples=1000, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-    @given(hostile_answers())
-    def draw(answer: Answer) -> None:
-        answers.append(answer)
-
-    with warnings.catch_warnings():  # about the length of what it draws
-        warnings.simplefilter("ignore", HypothesisWarning)
-        draw()
-    return answers
-
-
 def grade_drawn(verifier: Verifier, num_thousands: int) -> int:
-    """Draw and grade; returns how many different answers there were."""
+    """Draw, in processes beside those that grade, and grade; returns how many different answers
+    there were."""
     seen: set[Answer] = set()
-    for number in range(num_thousands):
-        answers = drawn_answers(number)
-        assert_all_graded(verifier, answers)
-        seen.update(answers)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as drawers:
+        for drawn in drawers.map(drawn_answers, range(num_thousands)):
+            answers = [answer for answer in dict.fromkeys(drawn) if answer not in seen]
+            assert_all_graded(verifier, answers)
+            seen.update(answers)
     return len(seen)
 
 

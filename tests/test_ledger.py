@@ -5,10 +5,12 @@ import uuid
 from collections import Counter
 
 import pytest
+import torch
 
 from tests.test_saved_trees import tree_of
+from tests.tiny_models import save_tiny_model
 from treerpo_ray import ledger, saved_trees
-from treerpo_ray.checkpoint import publish_table
+from treerpo_ray.checkpoint import publish_folder, publish_table
 from treerpo_ray.config_file import load
 from treerpo_ray.ledger import (
     ConsumedTree,
@@ -21,7 +23,9 @@ from treerpo_ray.ledger import (
     standing,
 )
 from treerpo_ray.metrics import RunLog
+from treerpo_ray.policy import load_policy
 from treerpo_ray.records import to_table
+from treerpo_ray.weights import pack_weights
 
 NUM_STEPS, SIZE = 3, 2
 
@@ -38,14 +42,14 @@ def good_events():
     """Step 1 is done twice: the learner died after it, and began again at the checkpoint of 1."""
     return [
         event(0, "learner_started", step=0, version=0, pid=1),
-        event(0, "published", version=0),
+        event(0, "published", version=0, digest="start"),
         consumed(1, 0, 1),
         event(1, "checkpoint", step=1, version=1),
         consumed(2, 1, 2),
         event(3, "learner_started", step=1, version=1, pid=2),
         consumed(4, 1, 2),
         event(4, "checkpoint", step=2, version=2),
-        event(5, "published", version=2),
+        event(5, "published", version=2, digest="end"),
         consumed(5, 2, 2),  # nothing was kept, so there was no update
         event(5, "checkpoint", step=3, version=2),
     ]
@@ -121,7 +125,7 @@ def test_a_doubled_foreign_or_lost_ticket_is_found(tickets, lost, more) -> None:
 
 
 @pytest.mark.parametrize("place", ["local", "memory"])
-def test_a_doubled_and_a_lost_ticket_in_a_run_folder_are_both_found(place, tmp_path) -> None:
+def test_wrong_tickets_and_weights_in_a_run_folder_are_found(place, tmp_path) -> None:
     root = tmp_path if place == "local" else f"memory://{uuid.uuid4().hex}"
     config = load(
         [
@@ -140,15 +144,30 @@ def test_a_doubled_and_a_lost_ticket_in_a_run_folder_are_both_found(place, tmp_p
             table = to_table([tree_of(ticket, step)])
             publish_table(config.folder, saved_trees.name(step + 1, rank), table)
 
+    policy = load_policy(
+        save_tiny_model(tmp_path / "start", "qwen2"),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        gradient_checkpointing=False,
+    )
+    manifest, _ = pack_weights(
+        policy.named_weights(), version=2, dtype=torch.float32, chunk_bytes=2**30
+    )
+    events = [*good_events(), event(6, "published", version=2, digest=manifest.digests[0])]
+    publish_folder(config.folder, "model", policy.save_pretrained)
     keep(0, 0, 2, 4)
     keep(1, 1, 3, 5)
-    assert ledger.faults(config, good_events()) == []
+    assert ledger.faults(config, events) == []
     keep(2, 2)  # once more, by a worker of a larger group
     keep(1, 4)  # in the place of 5
-    assert ledger.faults(config, good_events()) == [
+    with torch.no_grad():
+        next(policy.model.parameters())[0, 0] += 1e-6
+    publish_folder(config.folder, "model", policy.save_pretrained)
+    assert ledger.faults(config, events) == [
         "step 1 was trained on tickets [2] too many",
         "step 2 was not trained on its tickets [5]",
         "step 2 was trained on tickets [4] too many",
+        "the exported model is not there or not what was published last",
     ]
 
 

@@ -10,13 +10,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from tempfile import TemporaryDirectory
 
 import fsspec
 import pyarrow.parquet as pq
+import torch
 
 from treerpo_ray.config import Config
+from treerpo_ray.learner import DTYPES
 from treerpo_ray.metrics import Row, Scalar, latest_rows
+from treerpo_ray.policy import load_policy
 from treerpo_ray.records import from_table
+from treerpo_ray.weights import pack_weights
 
 Fields = Mapping[str, Scalar]
 """One event of `events.jsonl`: `time` (Unix seconds), `kind` and its own fields."""
@@ -50,7 +55,7 @@ def standing(events: Sequence[Fields]) -> tuple[list[Fields], list[str]]:
 
 def faults(config: Config, events: Sequence[Fields]) -> list[str]:
     """What the folder of a finished run says against it; `events` are those of its file."""
-    return check_ledger(
+    found = check_ledger(
         events,
         latest_rows(config.folder),
         consumed_trees(config.folder),
@@ -58,6 +63,33 @@ def faults(config: Config, events: Sequence[Fields]) -> list[str]:
         trees_per_step=config.gate.trees_per_step,
         max_staleness=config.gate.max_staleness,
     )
+    published = [event["digest"] for event in events if event["kind"] == "published"]
+    if published[-1:] != [exported_digest(config)]:
+        found.append("the exported model is not there or not what was published last")
+    return found
+
+
+def exported_digest(config: Config) -> str | None:
+    """Digest of the exported model, packed as the learner packs what it publishes."""
+    fs, root = fsspec.core.url_to_fs(config.folder)
+    if not fs.exists(f"{root}/model/config.json"):
+        return None
+    with TemporaryDirectory() as folder:
+        fs.get(f"{root}/model/", folder, recursive=True)
+        policy = load_policy(
+            folder,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            gradient_checkpointing=False,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        manifest, _ = pack_weights(
+            policy.named_weights(),
+            version=0,
+            dtype=DTYPES[config.model.dtype],
+            chunk_bytes=config.sync.chunk_mib * 2**20,
+        )
+    return manifest.digests[0]
 
 
 def consumed_trees(folder: str) -> dict[int, list[ConsumedTree]]:
