@@ -2,7 +2,7 @@
 # Set up, check style and types, and run the tests; arguments go to pytest:
 #   bash jobs/test.sh
 #   bash jobs/test.sh -m 'not ray and not engine and not slow'
-#   bash jobs/test.sh -m slow              # what takes longer than a minute, and is left out above
+#   bash jobs/test.sh -m 'slow or not slow'   # with what takes longer than a minute, as CI does
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" cpu,dev
 export RAY_AUTH_MODE=disabled HF_HUB_OFFLINE=1 WANDB_MODE=offline

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from pathlib import Path
 
 import fsspec
 import pytest
