@@ -57,6 +57,7 @@ SMALL = [
     *("gate.trees_per_step=6", "gate.max_staleness=1", "checkpoint.every=1"),
     *("engine.num_engines=2", "engine.resources={CPU: 0.1, rollout_slot: 1}"),
     *("engine.kv_cache_gib=0.125", "engine.request_timeout_s=120", "run.stall_timeout_s=300"),
+    "engine.load_timeout_s=60",
     "learner.resources={CPU: 0.1, train_slot: 1}",
 ]
 """The quickstart, small enough to be killed often; each node holds one engine."""
@@ -233,7 +234,11 @@ def main(arguments: list[str]) -> int:
         command = [sys.executable, str(ROOT / "jobs/train.py"), *arguments]
         training = subprocess.Popen(command, stdout=sys.stderr)
         drill = Drill(config, cluster, schedule)
-        drill.run(training, start + limit_s)
+        try:
+            drill.run(training, start + limit_s)
+        finally:
+            training.kill()  # does nothing once it has ended
+            training.wait()
     seconds = time.monotonic() - start
     kills, events = drill.kills, read_lines(config.folder, EVENTS_FILE)
     times = [float(str(event["time"])) for event in events] or [0.0]

@@ -129,7 +129,7 @@ def test_a_job_whose_engines_are_gone_says_so_and_ends(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(benchmarks, "make_actor", make)
     monkeypatch.setattr(benchmarks, "Scorer", lambda config, tokenizer: io.BytesIO())
-    limits = ["run.stall_timeout_s=2", "engine.request_timeout_s=1"]
+    limits = ["run.stall_timeout_s=2", "engine.request_timeout_s=1", "engine.load_timeout_s=0.5"]
     config = configure(MODEL, ["quickstart"], [*limits, f"run.root={tmp_path}"])
     shown = io.StringIO()
     console = Console(0, rich.console.Console(file=shown, width=200))

@@ -273,12 +273,14 @@ def test_the_training_reward_of_what_was_chosen_is_not_compared(
 ) -> None:
     configs = comparison.configs([])
     trials = [Trial(setting="short", arm=arm, seed=0) for arm in ("flat", "tree")]
-    plain, refilled = (replace(make_result(t, 0.5), config=to_yaml(configs[t])) for t in trials)
+    plain = replace(make_result(trials[0], 0.5), config=to_yaml(configs[trials[0]]))
     chosen = to_yaml(comparison.configs(["gate.max_redraws=2"])[trials[1]])
-    results = [plain, replace(refilled, config=chosen)]
+    results = [plain, replace(make_result(trials[1], 0.5, num_steps=10), config=chosen)]
     flat, tree = report(comparison, results).lines
     assert flat.same_steps.mean == flat.same_cpu.mean == pytest.approx(4 * 19)
     assert tree.pass_at_1.mean == 50 and str(tree.same_steps) == str(tree.same_cpu) == ""
+    write_plot(comparison, results[1:], tmp_path)
+    assert not (tmp_path / "curves.csv").exists()
     write_plot(comparison, results, tmp_path)
     assert ",tree," not in (tmp_path / "curves.csv").read_text()
 

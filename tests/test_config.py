@@ -204,6 +204,14 @@ def test_a_number_that_must_be_positive_is_told_with_its_key(key: str) -> None:
         (["engine.num_engines=3", "engine.max_engines=2"], "must not be less than engine.num_eng"),
         (["engine.max_engines=2"], "engine.max_engines=2 needs engine.max_trees"),
         (["engine.max_trees=0"], "engine.max_trees=0 must be more than 0"),
+        (
+            ["run.stall_timeout_s=100", "engine.request_timeout_s=100"],
+            "run.stall_timeout_s=100 must be more than engine.request_timeout_s=100, after which",
+        ),
+        (
+            ["run.stall_timeout_s=100", "engine.request_timeout_s=9", "engine.load_timeout_s=50"],
+            "run.stall_timeout_s=100 must be more than twice engine.load_timeout_s=50, after",
+        ),
         (["tree.temperature=2.5"], r"tree.temperature=2\.5 must not be more than 2 in vLLM"),
         (["run.max_sampled_tokens=0"], "run.max_sampled_tokens=0 must be more than 0"),
         (["gate.revisit=1"], r"gate.revisit=1\.0 must be at least 0 and less than 1"),

@@ -242,7 +242,7 @@ def test_a_ticket_without_a_kept_group_draws_another_prompt(refilled) -> None:
 def test_a_train_worker_that_stands_still_ends_the_run_with_a_report(small_config, kept) -> None:
     config = small_config(
         "run.name=stalled", "run.num_steps=50", "evaluate.data.path=''",
-        "engine.request_timeout_s=60", "run.stall_timeout_s=70",
+        "engine.request_timeout_s=60", "engine.load_timeout_s=30", "run.stall_timeout_s=70",
     )  # fmt: skip
     stopped: list[psutil.Process] = []
 

@@ -25,6 +25,7 @@ from treerpo_ray.engine_pool import EnginePool
 from treerpo_ray.evaluate import Evaluation, grade_samples, save, save_samples, summarise
 from treerpo_ray.follower import Follower, end, evaluation_progress
 from treerpo_ray.learner import MODEL_FOLDER
+from treerpo_ray.lock import only_writer
 from treerpo_ray.metrics import RunLog
 from treerpo_ray.outcome import root_cause
 from treerpo_ray.problems import load_problems
@@ -130,13 +131,14 @@ def run_benchmarks(config: Config, console: Console) -> dict[str, Evaluation]:
     """Evaluate `model.path` on every benchmark of `config`, into its folder.
 
     Raises:
-        ValueError: an input is not as it must be, or the cluster lacks resources.
+        ValueError: an input is not as it must be, the cluster lacks resources, or another job
+            writes the folder.
         RunFailed: something failed for good.
     """
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     check_length(config)
     prompts = load_benchmarks(config, tokenizer)
-    with output_to_log(config.folder):
+    with only_writer(config.folder), output_to_log(config.folder):
         try:
             with connected(config, trains=False):
                 return dict(evaluate_all(config, prompts, tokenizer, console))

@@ -84,7 +84,10 @@ class Checkpoints:
             _place(self._fs, staging, [*files, LIST_FILE], f"{self._root}/step={step:06d}")
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-        self._remove_old(step)
+        try:
+            self._remove_old(step)
+        except OSError as error:  # it is in its place all the same
+            log.warning("older checkpoints of %s stay: %s", self._root, error)
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         """Stage what `write` writes and place it, both at once."""

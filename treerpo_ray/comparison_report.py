@@ -62,7 +62,7 @@ class Line:
     """Pass@1 less that of each other reference arm (Welch), at the same sampled tokens."""
     same_steps: Interval
     """Training reward after as many learner steps as the arm with the fewest made; NaN for an arm
-    that chooses what it trains on."""
+    that chooses what it trains on, which does not count among them."""
     same_cpu: Interval
     """Training reward after the CPU time of the run that took least; NaN as above."""
     length: Interval
@@ -195,6 +195,8 @@ def write_plot(comparison: Comparison, results: list[Result], folder: Path) -> N
     what they train on are left out of both.
     """
     results = [result for result in results if not _is_chosen_mix(result)]
+    if not results:
+        return
     settings = [s for s in comparison.settings if any(r.trial.setting == s for r in results)]
     figure = Figure(figsize=(12, 3.2 * len(settings)), layout="constrained")
     grid = figure.subplots(len(settings), 3, squeeze=False)
@@ -280,7 +282,7 @@ def _rewards_at_least(
     """Training reward in percent where the run with the least of `metric` in its setting ended."""
     if any(map(_is_chosen_mix, own)):
         return np.full(len(own), np.nan)
-    least = np.nanmin([_total(result, metric) for result in here])
+    least = np.nanmin([_total(result, metric) for result in here if not _is_chosen_mix(result)])
     return np.array(
         [100 * np.interp(least, _places(result, metric), _smooth(result)) for result in own]
     )

@@ -94,12 +94,13 @@ class Config:
         for key in ("evaluate.top_p", "learner.final_rate"):
             if (value := attrgetter(key)(self)) > 1:
                 raise ValueError(f"{key}={value} must not be more than 1")
-        if self.run.stall_timeout_s <= self.engine.request_timeout_s:
-            raise ValueError(
-                f"run.stall_timeout_s={self.run.stall_timeout_s:g} must be more than "
-                f"engine.request_timeout_s={self.engine.request_timeout_s:g}, after which a hung "
-                "engine is replaced"
-            )
+        for key, times in (("engine.request_timeout_s", 1), ("engine.load_timeout_s", 2)):
+            if self.run.stall_timeout_s <= times * (value := attrgetter(key)(self)):
+                raise ValueError(
+                    f"run.stall_timeout_s={self.run.stall_timeout_s:g} must be more than "
+                    f"{'twice ' * (times - 1)}{key}={value:g}, after which a hung engine is "
+                    "replaced"
+                )
         if self.evaluate.max_tokens is not None and self.evaluate.max_tokens < 1:
             raise ValueError(f"evaluate.max_tokens={self.evaluate.max_tokens} must be more than 0")
         for key in ("tree.temperature", "evaluate.temperature"):

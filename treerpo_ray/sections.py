@@ -27,7 +27,8 @@ class RunConfig:
     says; null: `num_steps` alone ends the run."""
     stall_timeout_s: float = 7200.0
     """Time that a stage may stand still before the run stops with a report; longer than any
-    learner step, and than `engine.request_timeout_s`, after which a hung engine is replaced."""
+    learner step, than `engine.request_timeout_s` and than twice `engine.load_timeout_s`, after
+    which a hung engine is replaced."""
 
 
 @dataclass(frozen=True, kw_only=True)

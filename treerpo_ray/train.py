@@ -61,7 +61,10 @@ def run(config: Config, inputs: Inputs, console: Console, pool: Actor | None = N
         ValueError: the cluster lacks resources for it, or another job writes its folder.
         RunFailed: something failed for good; the same command goes on from the last checkpoint.
     """
-    outcome = finished_outcome(config)
+    try:
+        outcome = finished_outcome(config)
+    except OSError as error:
+        raise RunFailed(f"{config.folder} cannot be read: {error}") from error
     if outcome is not None:
         console.note("this run is complete; another run.name starts a new one")
         return outcome
@@ -214,8 +217,8 @@ def _watchdog(config: Config, stations: Stations) -> Watchdog:
 
 @contextmanager
 def stop_on_signal(gate: Actor, console: Console) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM (`ray job stop`, the end of a pod) ends the run after its step,
-    with a checkpoint; the second at once."""
+    """The first Ctrl-C or SIGTERM ends the run after its step, with a checkpoint; the second at
+    once. `ray job stop` waits for it as long as RAY_JOB_STOP_WAIT_TIME_S of the job says."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -78,6 +78,7 @@ class Waits:
             return
         self._reported_at = now
         for wait in self._told.values():
-            wait.due, wait.gap_s = now + wait.gap_s, 2 * wait.gap_s
+            if wait.due <= now:
+                wait.due, wait.gap_s = now + wait.gap_s, 2 * wait.gap_s
         others = len(self._told) - 1
         self._report(now - first.start, first.name + (f", and for {others} more" * (others > 0)))
