@@ -101,6 +101,9 @@ def test_a_megabyte_of_anything_is_graded(audited, token):
         (rf"\boxed{{{'1/2' * 60}}}", f"{'1/2' * 60}+0", None),  # took time that doubles a factor
         (r"\boxed{" + r"2 \cdot " * 30 + "x}", f"{2**30}x", Verdict.CORRECT),
         (r"\boxed{e^{1}}", "9" * 200_000, Verdict.WRONG),  # took the square of its length
+        # Took 36 seconds, and with a longer number any time.
+        (r"\boxed{\sin((123456)^{123456})}", r"-\sin((123456)^{123456})", Verdict.WRONG),
+        (rf"\boxed{{\cos({'9' * 120}^{{300}})}}", rf"-\cos({'9' * 120}^{{300}})", Verdict.WRONG),
     ],
 )
 def test_what_once_broke_is_graded(audited, text, reference, verdict):

@@ -554,6 +554,6 @@ def test_equal_answers_are_one_group_in_the_workers(verifier):
 
 
 def test_a_domain_that_finds_no_answers_groups_none():
-    answers = [Answer(text="1+2", references=("3",), is_cut_off=False)] * 2
-    with Verifier("treerpo_ray.quickstart.countdown_answer", 1, 5.0, 512) as countdown:
-        assert countdown.group([answers]) == [None]
+    answers = [Answer(text="one", references=("1",), is_cut_off=False)] * 2
+    with Verifier("tests.false_self_test", 1, 5.0, 512) as domain:
+        assert domain.group([answers]) == [None]

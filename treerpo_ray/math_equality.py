@@ -35,6 +35,7 @@ MAX_ANSWER_CHARS = 1000
 MAX_PARSED_CHARS = 300
 MAX_NESTING = 12
 MAX_POWER = 1_000_000  # product of all exponents, which bounds a number's digits
+MAX_ANGLE_POWER = 300  # the same where sines are: to take off full turns needs all digits
 MAX_PRODUCTS = 8  # products inside of each other, which double the time
 MAX_RELATIVE_ERROR = 1e-9
 PROBES = (0.7390851, 1.3247179)  # values that no answer is likely to be a root at
@@ -59,6 +60,7 @@ MATRIX = re.compile(r"\\begin\{([a-z]+)\}(.*)\\end\{\1\}", re.DOTALL)
 UNBOUNDED = re.compile(
     r"\\(?:sum|prod|int|lim|begin|Gamma|exp)|[)}!]\s*!|\d{4}\s*!|\d_|\*\*|binom.*(?:\d{4}|\^)"
 )
+ANGULAR = re.compile("sin|cos|tan|cot|sec|csc")
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -288,4 +290,4 @@ def _is_bounded(text: str) -> bool:
         if "!" in content or ("^" in content and not letters(content)):
             return False
         power *= math.prod(max(1, int(digits)) for digits in re.findall(r"\d+", content))
-    return power <= MAX_POWER
+    return power <= (MAX_ANGLE_POWER if ANGULAR.search(text) else MAX_POWER)
