@@ -21,7 +21,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,19 +106,19 @@ def autoscaling_cluster() -> Iterator[str]:
 
 
 def _start_head(folder: str, mark: str) -> str:
-    port = free_port()
-    address = f"127.0.0.1:{port}"
+    listeners = (
+        "port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port",
+        "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port",
+    )  # fmt: skip
+    ports = dict(zip(listeners, free_ports(len(listeners)), strict=True))
+    address = f"127.0.0.1:{ports['port']}"
     config = Path(folder, "cluster.json")
     config.write_text(json.dumps(_cluster_config(address)))
-    ports = {
-        "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port",
-        "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port",
-    }  # fmt: skip
     command = [
-        *("ray", "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}"),
+        *("ray", "start", "--head", "--node-ip-address=127.0.0.1"),
         *("--num-cpus=1", "--num-gpus=0", '--resources={"train_slot": 1}'),
         *(f"--temp-dir={folder}", f"--autoscaling-config={config}", "--disable-usage-stats"),
-        *(f"--{name}={free_port()}" for name in ports),
+        *(f"--{name}={port}" for name, port in ports.items()),
     ]
     environment = {
         MARK: mark,
@@ -197,11 +197,13 @@ def wait_until_idle(address: str) -> None:
         ray.shutdown()
 
 
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_ports(number: int) -> list[int]:
+    """Different ports that nothing listens on."""
+    with ExitStack() as held:  # all at once, or one might come twice
+        probes = [held.enter_context(socket.socket()) for _ in range(number)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def _end_processes(variable: str) -> None:

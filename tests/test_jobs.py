@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from jobs.autoscale_demo import free_ports
 from tests.conftest import ROOT, SMALL
 
 SCRIPT = [sys.executable, "jobs/train.py"]
@@ -36,17 +36,11 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*SCRIPT, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A cluster started as a user starts it, with a token; yields the address of its job server."""
     folder = Path("/tmp") / f"tr{os.getpid()}"  # Ray's sockets need a short path
-    dashboard = free_port()
+    gcs, dashboard, client, agent, agent_grpc, runtime_env, metrics = free_ports(7)
     environment = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": TOKEN,
@@ -55,13 +49,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     head = subprocess.Popen(
         [
             "ray", "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0",
-            f"--port={free_port()}", f"--dashboard-port={dashboard}",
+            f"--port={gcs}", f"--dashboard-port={dashboard}",
             f"--temp-dir={folder}", "--disable-usage-stats",
-            f"--ray-client-server-port={free_port()}",
-            f"--dashboard-agent-listen-port={free_port()}",
-            f"--dashboard-agent-grpc-port={free_port()}",
-            f"--runtime-env-agent-port={free_port()}",
-            f"--metrics-export-port={free_port()}",
+            f"--ray-client-server-port={client}",
+            f"--dashboard-agent-listen-port={agent}",
+            f"--dashboard-agent-grpc-port={agent_grpc}",
+            f"--runtime-env-agent-port={runtime_env}",
+            f"--metrics-export-port={metrics}",
         ],
         env=environment,
         stdout=subprocess.DEVNULL,

@@ -244,12 +244,17 @@ def test_a_train_worker_that_stands_still_ends_the_run_with_a_report(small_confi
         "run.name=stalled", "run.num_steps=50", "evaluate.data.path=''",
         "engine.request_timeout_s=60", "engine.load_timeout_s=30", "run.stall_timeout_s=70",
     )  # fmt: skip
-    stopped: list[psutil.Process] = []
+    stopped: set[psutil.Process] = set()
+    ended = threading.Event()
 
     def stop() -> None:
-        wait_for_step(config.folder, 1)
-        stopped.append(process_of(config.folder, "learner_started"))
-        stopped[0].suspend()
+        """Hold the worker, and any that takes its place: a machine short of memory loses some."""
+        while not ended.wait(0.05):
+            if any(row["step"] >= 1 for row in read_lines(config.folder, "metrics.jsonl")):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker = process_of(config.folder, "learner_started")
+                    worker.suspend()
+                    stopped.add(worker)
 
     stopper = threading.Thread(target=stop, daemon=True)
     stopper.start()
@@ -257,6 +262,7 @@ def test_a_train_worker_that_stands_still_ends_the_run_with_a_report(small_confi
         with pytest.raises(RuntimeError, match=r"nothing moved for \d\d s: learner 0") as caught:
             run_training(config, kept)
     finally:
+        ended.set()
         stopper.join()
         for process in stopped:
             with contextlib.suppress(psutil.NoSuchProcess):
