@@ -23,7 +23,8 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(__doc__)
         return 0
-    from treerpo_ray.comparison_report import print_table, report, write_plot
+    from treerpo_ray.comparison_curves import write_plot
+    from treerpo_ray.comparison_report import print_table, report
     from treerpo_ray.trials import Trials
 
     is_report = "--report" in arguments

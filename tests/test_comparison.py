@@ -22,7 +22,8 @@ from treerpo_ray.comparison import (
     version_of,
     write_result,
 )
-from treerpo_ray.comparison_report import difference_interval, mean_interval, report, write_plot
+from treerpo_ray.comparison_curves import write_plot
+from treerpo_ray.comparison_report import difference_interval, mean_interval, report
 from treerpo_ray.config_file import to_yaml
 from treerpo_ray.evaluate import Evaluation
 

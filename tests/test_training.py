@@ -26,7 +26,6 @@ from tests.whole_runs import (
     process_of,
     run_training,
     trees_of,
-    wait_for_step,
 )
 from treerpo_ray.actor import Actor, make_actor
 from treerpo_ray.algo.backup import mean_backup

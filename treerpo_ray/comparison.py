@@ -214,11 +214,12 @@ def read_results(configs: Mapping[Trial, Config], folder: Path) -> list[Result]:
     other than the tokens of its setting, is passed over with a warning.
     """
     results = []
+    default = _flat(to_yaml(Config()))
     for trial, config in configs.items():
         path = result_path(trial, folder)
         if path.is_file():
             result = _read_result(path)
-            if unlike := _unlike(result, config):
+            if unlike := _unlike(result, config, default):
                 log.warning("%s is passed over, for it has other %s", path, ", ".join(unlike))
             else:
                 results.append(result)
@@ -238,13 +239,12 @@ def _read_result(path: Path) -> Result:
     )
 
 
-def _unlike(result: Result, config: Config) -> list[str]:
-    """What a result has otherwise than a run of `config` would: settings, start, tokens."""
-    default, ours, theirs = (
-        _flat(OmegaConf.to_container(OmegaConf.create(text)))
-        for text in (to_yaml(Config()), to_yaml(config), result.config)
-    )
-    theirs = default | theirs  # a result may be older than a setting
+def _unlike(result: Result, config: Config, default: dict[str, object]) -> list[str]:
+    """What a result has otherwise than a run of `config` would: settings, start, tokens.
+
+    A result may be older than a setting, which then has its `default`.
+    """
+    ours, theirs = _flat(to_yaml(config)), default | _flat(result.config)
     # How many steps its tokens come to is found out by the run; folders may have been moved.
     known = ours.keys() - {"run.root", "run.name", *LENGTH}
     unlike = sorted(name for name in known if ours[name] != theirs.get(name))
@@ -256,11 +256,15 @@ def _unlike(result: Result, config: Config) -> list[str]:
     return unlike
 
 
-def _flat(node: object, name: str = "") -> dict[str, object]:
-    """Values by dotted name."""
+def _flat(config: str) -> dict[str, object]:
+    """Values of a configuration in YAML by dotted name."""
+    return _values(OmegaConf.to_container(OmegaConf.create(config)))
+
+
+def _values(node: object, name: str = "") -> dict[str, object]:
     if not isinstance(node, dict):
         return {name: node}
-    parts = [_flat(value, f"{name}.{key}" if name else str(key)) for key, value in node.items()]
+    parts = [_values(value, f"{name}.{key}" if name else str(key)) for key, value in node.items()]
     return dict(item for part in parts for item in part.items())
 
 
