@@ -76,8 +76,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     head.wait(timeout=60)
 
 
-def last_line(client: JobSubmissionClient, entrypoint: str) -> dict:
-    """Run a job to its good end; returns the JSON that it ends with."""
+def logs_of(client: JobSubmissionClient, entrypoint: str) -> list[str]:
+    """Run a job to its good end; returns the lines of its log."""
     deadline = time.monotonic() + 60
     while True:
         try:
@@ -92,28 +92,45 @@ def last_line(client: JobSubmissionClient, entrypoint: str) -> dict:
         time.sleep(1)
     logs = client.get_job_logs(job)
     assert status is JobStatus.SUCCEEDED, logs
-    return json.loads(logs.strip().splitlines()[-1])
+    return logs.strip().splitlines()
 
 
 @pytest.mark.ray
 @pytest.mark.engine
-def test_training_and_evaluation_run_when_they_are_submitted_to_a_cluster(
+def test_training_evaluation_and_comparison_run_when_they_are_submitted_to_a_cluster(
     cluster: str, tmp_path: Path
 ) -> None:
+    comparison = {
+        "base": ["conf/quickstart.yaml", *TINY],
+        "references": ["grpo"],
+        "settings": {"tiny": {"answer_tokens": 44, "sampled_tokens": 2000}},
+        "arms": {"grpo": {"overrides": ["conf/methods/grpo.yaml", "tree.num_children=[2]"]}},
+    }
+    (tmp_path / "methods.yaml").write_text(json.dumps(comparison))  # which is YAML too
     with pytest.raises(AuthenticationError, match="Missing authentication token"):
         JobSubmissionClient(cluster).list_jobs()
     client = JobSubmissionClient(cluster, headers=WITH_TOKEN)
     overrides = " ".join([*TINY, f"run.root={tmp_path}", "run.name=job"])
-    result = last_line(client, f"python jobs/train.py conf/quickstart.yaml {overrides}")
+    result = json.loads(
+        logs_of(client, f"python jobs/train.py conf/quickstart.yaml {overrides}")[-1]
+    )
     run = tmp_path / "job"
     assert result["run"] == str(run)
     assert (run / "model" / "model.safetensors").exists()
 
     benchmark = "evaluate.max_tokens=46 evaluate.benchmarks.quickstart.num_problems=6"
-    result = last_line(client, f"python jobs/evaluate.py {run} --benchmarks quickstart {benchmark}")
+    evaluation = f"python jobs/evaluate.py {run} --benchmarks quickstart {benchmark}"
+    result = json.loads(logs_of(client, evaluation)[-1])
     assert result["folder"] == str(tmp_path / "eval-job")
     assert result["scores"]["quickstart"]["pass@1"]["num_problems"] == 6
     assert (tmp_path / "eval-job/eval/quickstart.parquet").exists()
+
+    logs = logs_of(client, f"python jobs/compare.py {tmp_path}/methods.yaml run.root={tmp_path}")
+    assert any("grpo" in line and "Pass@1" not in line for line in logs)
+    result = json.loads((tmp_path / "methods/tiny/grpo-0.json").read_text())
+    assert result["version"].startswith("sources-")  # the job's copy of the project is no clone
+    assert sum(result["curve"]["tokens/sampled"]) >= 2000
+    assert (tmp_path / "methods/curves.png").exists()
 
 
 @pytest.mark.ray
