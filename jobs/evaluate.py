@@ -63,7 +63,7 @@ def evaluate(arguments: list[str]) -> int:
         raise ValueError("the model comes first: a folder, a Hugging Face id or a run folder")
     config = configure(rest[0], names, rest[1:])
     check_vllm(config)
-    scores = with_mean(config.folder, run_benchmarks(config, Console(0)))
+    scores = with_mean(config.folder, run_benchmarks(config, rest[0], Console(0)))
     show(table(scores))
     print(json.dumps({"folder": config.folder, "scores": plain(scores)}))
     return 0

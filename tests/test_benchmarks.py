@@ -14,7 +14,13 @@ import rich.console
 
 from tests.thread_actors import Handle, without_ray
 from treerpo_ray import benchmarks
-from treerpo_ray.benchmarks import check_length, configure, evaluate_all, load_benchmarks
+from treerpo_ray.benchmarks import (
+    check_folder,
+    check_length,
+    configure,
+    evaluate_all,
+    load_benchmarks,
+)
 from treerpo_ray.console import Console
 from treerpo_ray.engine_pool import EnginePool
 from treerpo_ray.evaluate import Evaluation
@@ -77,11 +83,24 @@ def test_a_run_or_model_at_a_uri_is_fetched(tmp_path: Path) -> None:
         for path in (tmp_path / "model").rglob("*.*"):
             assert (fetched / path.name).read_text() == path.name
         assert (fetched / "parts/more").read_text() == "parts/more"
-        assert config.run.name == ("eval-model" if place.endswith("model") else "eval-mine")
-        assert config.verifier.num_workers == (3 if config.run.name == "eval-mine" else 1)
+        assert config.run.name == "eval-mine"
+        assert config.verifier.num_workers == (1 if place.endswith("model") else 3)
     assert configure(f"file://{tmp_path}", [], []).model.path == f"{tmp_path}/model"
     with pytest.raises(ValueError, match=rf"^{uri}/none: neither a run .* nor a model"):
         configure(f"{uri}/none", [], [])
+
+
+@pytest.mark.parametrize("place", ["", "memory:/"])
+def test_a_folder_with_results_of_another_model_is_refused(place: str, tmp_path: Path) -> None:
+    folder = f"{place}{tmp_path}/eval-mine"
+    check_folder(folder, "mine")  # there is nothing yet
+    fs, root = fsspec.core.url_to_fs(folder)
+    fs.makedirs(f"{root}/eval")
+    for name, fields in (("old", {}), ("aime24", {"model": "mine"})):
+        fs.pipe_file(f"{root}/eval/{name}.json", json.dumps(fields).encode())
+    check_folder(folder, "mine")
+    with pytest.raises(ValueError, match=r"eval-mine holds results of mine: .*run\.name="):
+        check_folder(folder, "other/mine")
 
 
 def test_a_benchmark_that_is_not_there_is_one_line_with_its_key() -> None:
@@ -135,7 +154,7 @@ def test_a_job_whose_engines_are_gone_says_so_and_ends(tmp_path: Path, monkeypat
     console = Console(0, rich.console.Console(file=shown, width=200))
     prompts = PromptSet(problems=(), token_ids=(), num_too_long=0)
     with without_ray(), pytest.raises(RuntimeError, match=r"nothing moved for \d s: evaluation"):
-        dict(evaluate_all(config, {"one": prompts}, None, console))
+        dict(evaluate_all(config, "mine", {"one": prompts}, None, console))
     assert "engine lost: engine 0" in shown.getvalue()
     assert "stop did not end well: " in shown.getvalue()
     [report] = Path(config.folder).glob("logs/stall-*.txt")
@@ -168,7 +187,8 @@ def evaluated(ray_cluster, tmp_path_factory) -> tuple[Path, dict[str, Evaluation
         console = Console(0, rich.console.Console(file=io.StringIO()))
         prompts = load_benchmarks(config, tokenizer)
         found |= {
-            f"{name}/{key}": each for key, each in evaluate_all(config, prompts, tokenizer, console)
+            f"{name}/{key}": each
+            for key, each in evaluate_all(config, "mine", prompts, tokenizer, console)
         }
     return root, found
 

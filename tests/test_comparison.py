@@ -34,14 +34,11 @@ references: [flat]
 settings:
   short: {answer_tokens: 40, sampled_tokens: 96000}
   long: {answer_tokens: 80, sampled_tokens: 96000, overrides: [prompts.num_problems=99]}
-  few: {answer_tokens: 40, sampled_tokens: 96000, max_seeds: 1}
 arms:
   flat:
     num_seeds: 2
-    settings: [short, long]
     overrides: ["tree.num_children=[10]", "tree.step_tokens=[46]"]
-  tree: {num_seeds: 1, settings: [short], overrides: [learner.advantage=difference]}
-  late: {num_seeds: 2, settings: [few]}
+  tree: {num_seeds: 1, overrides: [learner.advantage=difference]}
 """
 
 
@@ -74,13 +71,11 @@ def make_result(trial: Trial, pass_at_1: float, num_steps: int = 20) -> Result:
     )
 
 
-def test_trials_come_by_number_of_seeds_then_seed_and_only_in_the_settings_of_their_arm(
-    comparison: Comparison,
-) -> None:
+def test_trials_come_by_number_of_seeds_then_seed(comparison: Comparison) -> None:
     found = [(trial.seed, trial.setting, trial.arm) for trial in comparison.trials()]
     assert found == [
         *((0, "short", "flat"), (0, "long", "flat"), (1, "short", "flat"), (1, "long", "flat")),
-        *((0, "short", "tree"), (0, "few", "late")),
+        *((0, "short", "tree"), (0, "long", "tree")),
     ]
 
 
@@ -167,7 +162,7 @@ def test_the_seeds_of_all_arms_begin_where_the_comparison_says(tmp_path: Path) -
     path.write_text(FILE + "first_seed: 10\n")
     trials = read_comparison(str(path)).trials()
     assert {(trial.arm, trial.seed) for trial in trials} == {
-        *(("flat", 10), ("flat", 11), ("tree", 10), ("late", 10))
+        *(("flat", 10), ("flat", 11), ("tree", 10))
     }
 
 
@@ -187,7 +182,7 @@ def test_every_run_samples_the_tokens_of_its_setting(comparison: Comparison) -> 
         ("short", "flat"): 12,
         ("short", "tree"): 14,
         ("long", "flat"): 11,
-        ("few", "late"): 14,
+        ("long", "tree"): 11,
     }
     assert {config.run.max_sampled_tokens for config in configs.values()} == {96000}
     seeded = configs[Trial(setting="long", arm="flat", seed=1)]
@@ -199,9 +194,12 @@ def test_every_run_samples_the_tokens_of_its_setting(comparison: Comparison) -> 
     ("old", "new", "told"),
     [
         ("references: [flat]", "references: [other]", "references: .*other.* none of the arms"),
-        ("settings: [short]", "settings: [brief]", "arms.tree.settings: .*brief"),
         ("num_seeds: 1", "seeds: 1", "seeds"),
         ("answer_tokens: 40", "answer_tokens: many", "many"),
+        ("answer_tokens: 40", "answer_tokens: 0", "answer_tokens and sampled_tokens .* more than"),
+        ("num_seeds: 1", "num_seeds: 0", "arms.tree.num_seeds=0 must be more than 0"),
+        ("short: {", "short: {{", "two.yaml"),
+        (FILE, "- base", "two.yaml"),
     ],
 )
 def test_a_mistake_in_the_file_is_one_line(tmp_path: Path, old: str, new: str, told: str) -> None:

@@ -198,6 +198,7 @@ def test_a_number_that_must_be_positive_is_told_with_its_key(key: str) -> None:
         ),
         (["learner.token_budget=1663"], "learner.token_budget=1663 is smaller .* = 1664$"),
         (["gate.max_staleness=-1"], "gate.max_staleness=-1 must not be negative"),
+        (["verifier.false_positive_rate=20"], "verifier.false_positive_rate=20.* more than 1"),
         (["tree.num_children=[8]"], r"tree.num_children .* not \[8\] and \[384, 384, 384\]"),
         (["tree.num_children=[]", "tree.step_tokens=[]"], "one entry for each depth"),
         (["tree.num_children=[8, 0, 8]"], "tree.num_children and tree.step_tokens must be pos"),

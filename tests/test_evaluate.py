@@ -16,6 +16,7 @@ from treerpo_ray.evaluate import Evaluation, Graded, read, save
 from treerpo_ray.evaluate import summarise as summarise_graded
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.scores import Score
+from treerpo_ray.sections import PromptsConfig
 from treerpo_ray.verdict import Verdict
 
 C, W = Verdict.CORRECT, Verdict.WRONG
@@ -76,7 +77,12 @@ def summarise(
 ) -> Evaluation:
     graded = [Graded(record=record, group=None) for record in records]
     return summarise_graded(
-        config, graded, data="held.jsonl", step=step, version=version, seconds=seconds
+        config,
+        graded,
+        data=PromptsConfig(path="held.jsonl"),
+        step=step,
+        version=version,
+        seconds=seconds,
     )
 
 
@@ -101,6 +107,7 @@ def test_the_summary_of_graded_answers_by_hand() -> None:
     assert result.errored_share == pytest.approx(7 / 15)
     assert result.num_sampled_tokens == 12 + 30 + 4 + 6
     assert (result.num_problems, result.num_samples, result.temperature) == (5, 3, 0.7)
+    assert (result.model, result.seed, result.system_prompt) == (config().model.path, 5, "")
     assert (result.step, result.version, result.data, result.seconds) == (3, 2, "held.jsonl", 1.5)
     expected = interval(np.array([2 / 3, 0, 1 / 2]), seed=5)
     assert (result.ci95_low, result.ci95_high) == expected

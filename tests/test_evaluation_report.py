@@ -16,6 +16,7 @@ from tests.test_evaluate import C, W, graded
 from treerpo_ray.config_file import load
 from treerpo_ray.evaluate import Evaluation, Graded, save, save_samples, summarise
 from treerpo_ray.evaluation_report import PAPER, averaged, differences, plain, table, with_mean
+from treerpo_ray.sections import PromptsConfig
 
 RIGHT, WRONG, HALF = (C, C), (W, W), (C, W)
 
@@ -26,6 +27,7 @@ def evaluated(
     *answers: tuple,
     length: int = 2,
     check: str = "treerpo_ray.math_answer",
+    system_prompt: str | None = None,
     **settings,
 ) -> Evaluation:
     """Writes an evaluation of problems with these verdicts; `settings` are of its section."""
@@ -39,7 +41,8 @@ def evaluated(
         )
         for number, verdicts in enumerate(answers)
     ]
-    result = summarise(config, found, data=name, step=0, version=0, seconds=0.0)
+    data = PromptsConfig(path=name, system_prompt=system_prompt)
+    result = summarise(config, found, data=data, step=0, version=0, seconds=0.0)
     save(result, folder, name)
     save_samples(found, folder, name)
     return result
@@ -102,11 +105,12 @@ def test_differences_by_hand_with_those_of_the_mean(tmp_path: Path) -> None:
     ("settings", "told"),
     [
         ({"temperature": 1.0}, "evaluate.temperature is 0.6 in .* and 1.0 in "),
+        ({"system_prompt": "Think."}, "system_prompt is '' in .* and 'Think.' in "),
         ({"top_p": 0.95}, "evaluate.top_p is 1.0 in .* and 0.95 in "),
         ({"max_tokens": 100}, "evaluate.max_tokens is 99 in .* and 100 in "),
         (
             {"check": "treerpo_ray.boxed_answer"},
-            r"verifier.check is treerpo_ray.math_answer in .* and treerpo_ray.boxed_answer in ",
+            r"verifier.check is 'treerpo_ray.math_answer' in .* and 'treerpo_ray.boxed_answer' in ",
         ),
     ],
 )
@@ -133,7 +137,12 @@ def test_other_numbers_of_samples_are_not_compared_even_if_they_are_not_recorded
 
 
 @pytest.mark.parametrize(
-    ("field", "key"), [("max_tokens", "evaluate.max_tokens"), ("verifier", "verifier.check")]
+    ("field", "key"),
+    [
+        ("max_tokens", "evaluate.max_tokens"),
+        ("verifier", "verifier.check"),
+        ("system_prompt", "system_prompt"),
+    ],
 )
 def test_what_an_older_evaluation_did_not_record_is_told(
     field: str, key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

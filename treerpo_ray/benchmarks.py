@@ -1,6 +1,7 @@
 """Benchmarks: evaluates a model on data sets by name, as a job of its own."""
 
 import atexit
+import json
 import shutil
 import tempfile
 import traceback
@@ -17,12 +18,13 @@ from fsspec.implementations.local import LocalFileSystem
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from treerpo_ray.actor import Actor, make_actor
+from treerpo_ray.checkpoint import publish_file
 from treerpo_ray.cluster import connected
 from treerpo_ray.config import Config
-from treerpo_ray.config_file import load
+from treerpo_ray.config_file import load, to_yaml
 from treerpo_ray.console import Console
 from treerpo_ray.engine_pool import EnginePool
-from treerpo_ray.evaluate import Evaluation, grade_samples, save, save_samples, summarise
+from treerpo_ray.evaluate import Evaluation, Graded, grade_samples, save, save_samples, summarise
 from treerpo_ray.follower import Follower, end, evaluation_progress
 from treerpo_ray.learner import MODEL_FOLDER
 from treerpo_ray.lock import only_writer
@@ -61,8 +63,14 @@ def configure(model: str, names: Sequence[str], arguments: Sequence[str]) -> Con
         base = [f"model.path={_fetched(fs, root)}"]
     else:
         raise ValueError(f"{model}: neither a run (config.yaml) nor a model (*.safetensors)")
-    name = f"run.name=eval-{PurePosixPath(root).name}"
-    own = [name, "metrics.wandb_project=null", "prompts.path=''", "evaluate.data.path=''"]
+    path = PurePosixPath(root)
+    path = path.parent if path.name == MODEL_FOLDER else path  # of a run: it has the telling name
+    own = [
+        f"run.name=eval-{path.name}",
+        "metrics.wandb_project=null",
+        "prompts.path=''",
+        "evaluate.data.path=''",
+    ]
     config = load([*base, str(PRESET), *own, *arguments])
     known = config.evaluate.benchmarks
     if unknown := [name for name in names if name not in known]:
@@ -127,21 +135,28 @@ def check_length(config: Config) -> None:
         )
 
 
-def run_benchmarks(config: Config, console: Console) -> dict[str, Evaluation]:
+def run_benchmarks(config: Config, model: str, console: Console) -> dict[str, Evaluation]:
     """Evaluate `model.path` on every benchmark of `config`, into its folder.
 
+    Args:
+        config: As `configure` made it.
+        model: What that was given; every result names it.
+        console: Shows the progress.
+
     Raises:
-        ValueError: an input is not as it must be, the cluster lacks resources, or another job
-            writes the folder.
+        ValueError: an input is not as it must be, the cluster lacks resources, another job
+            writes the folder, or it holds results of another model.
         RunFailed: something failed for good.
     """
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     check_length(config)
     prompts = load_benchmarks(config, tokenizer)
+    check_folder(config.folder, model)
     with only_writer(config.folder), output_to_log(config.folder):
+        publish_file(config.folder, "eval/config.yaml", to_yaml(config).encode())
         try:
             with connected(config, trains=False):
-                return dict(evaluate_all(config, prompts, tokenizer, console))
+                return dict(evaluate_all(config, model, prompts, tokenizer, console))
         except Exception as error:
             if isinstance(error, ValueError) and not isinstance(error, ray.exceptions.RayError):
                 raise
@@ -149,8 +164,25 @@ def run_benchmarks(config: Config, console: Console) -> dict[str, Evaluation]:
             raise RunFailed(f"{root_cause(error)}; traces are in {config.folder}/logs") from error
 
 
+def check_folder(folder: str, model: str) -> None:
+    """Check that an evaluation folder holds results of no other model, which would mix with these.
+
+    Raises:
+        ValueError: it does.
+    """
+    fs, root = fsspec.core.url_to_fs(folder)
+    for file in fs.glob(f"{root}/eval/*.json"):
+        other = json.loads(fs.cat_file(file)).get("model")
+        if other is not None and other != model:
+            raise ValueError(
+                f"{folder} holds results of {other}: give those of {model} another folder, "
+                "run.name=..."
+            )
+
+
 def evaluate_all(
     config: Config,
+    model: str,
     prompts: dict[str, PromptSet],
     tokenizer: PreTrainedTokenizerBase,
     console: Console,
@@ -168,14 +200,15 @@ def evaluate_all(
                 follower.follow(lambda: ray.get(pool.start.remote()))
             with closing(Scorer(config, tokenizer)) as scorer:
                 for name, problems in prompts.items():
-                    work = partial(_evaluate, config, name, problems, pool, scorer, console, watch)
-                    yield name, follower.follow(work)
+                    grade = partial(_grade, config, name, problems, pool, scorer, console, watch)
+                    graded = follower.follow(grade)
+                    yield name, _save(config, model, name, graded)
     finally:
         end(pool, "stop", console)
         end(run_log, "close", console)
 
 
-def _evaluate(
+def _grade(
     config: Config,
     name: str,
     prompts: PromptSet,
@@ -183,15 +216,19 @@ def _evaluate(
     scorer: Scorer,
     console: Console,
     watch: Actor,
-) -> Evaluation:
+) -> list[Graded]:
     title = f"{name}: {len(prompts)} problems"
     with evaluation_progress(config, console, watch, title, len(prompts)) as advance:
-        graded = grade_samples(config, prompts, pool, scorer, advance)
-    data = config.evaluate.benchmarks[name].path
+        return grade_samples(config, prompts, pool, scorer, advance)
+
+
+def _save(config: Config, model: str, name: str, graded: list[Graded]) -> Evaluation:
+    data = config.evaluate.benchmarks[name]
     spent = max(each.record.finished_at_s for each in graded) - min(
         each.record.finished_at_s - each.record.grow_s for each in graded
     )
     result = summarise(config, graded, data=data, step=0, version=0, seconds=spent)
+    result = replace(result, model=model)
     save(result, config.folder, name)
     save_samples(graded, config.folder, name)
     return result

@@ -12,11 +12,13 @@ import math
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from treerpo_ray import evaluate
 from treerpo_ray.algo.search import TreeShape
@@ -53,8 +55,10 @@ class Setting:
     """Mean length of an answer, from which the learner steps of a run are estimated."""
     sampled_tokens: int
     """Tokens that each run samples, to within one learner step."""
-    max_seeds: int | None = None
-    """Most seeds of an arm in this setting; as many as the arm has if not given."""
+
+    def __post_init__(self) -> None:
+        if not (self.answer_tokens > 0 and self.sampled_tokens > 0):
+            raise ValueError("answer_tokens and sampled_tokens of a setting must be more than 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +67,6 @@ class Arm:
 
     overrides: list[str] = field(default_factory=list)
     num_seeds: int = 1
-    settings: list[str] = field(default_factory=list)
-    """Settings that it is run in; all if none are named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,22 +86,16 @@ class Comparison:
         if unknown := set(self.references) - set(self.arms):
             raise ValueError(f"references: {unknown} are none of the arms {list(self.arms)}")
         for name, arm in self.arms.items():
-            if unknown := set(arm.settings) - set(self.settings):
-                raise ValueError(f"arms.{name}.settings: {unknown} are none of the settings")
+            if arm.num_seeds < 1:
+                raise ValueError(f"arms.{name}.num_seeds={arm.num_seeds} must be more than 0")
 
     def trials(self) -> Iterator["Trial"]:
         """All runs: what has the most seeds first, and then seed by seed."""
-        counts = {
-            (setting, name): min(arm.num_seeds, self.settings[setting].max_seeds or arm.num_seeds)
-            for setting in self.settings
-            for name, arm in self.arms.items()
-            if setting in (arm.settings or self.settings)
-        }
-        for count in sorted(set(counts.values()), reverse=True):
+        for count in sorted({arm.num_seeds for arm in self.arms.values()}, reverse=True):
+            names = [name for name, arm in self.arms.items() if arm.num_seeds == count]
             for seed in range(self.first_seed, self.first_seed + count):
-                for (setting, name), num_seeds in counts.items():
-                    if num_seeds == count:
-                        yield Trial(setting=setting, arm=name, seed=seed)
+                for setting, name in product(self.settings, names):
+                    yield Trial(setting=setting, arm=name, seed=seed)
 
     def configs(self, common: list[str]) -> dict["Trial", Config]:
         """Configuration of each run; `common` are overrides for all of them."""
@@ -155,7 +151,7 @@ def read_comparison(path: str) -> Comparison:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Comparison), OmegaConf.load(path))
         return cast(Comparison, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
 
 

@@ -36,7 +36,8 @@ class Line:
     setting: str
     arm: str
     num_seeds: int
-    num_steps: int
+    num_steps: float
+    """Learner steps of a run, mean over seeds."""
     sampled_tokens: float
     cpu_s: float
     """CPU time of engines and learner in the learner steps; NaN if a result has none."""
@@ -98,7 +99,7 @@ def _line(
         setting=own[0].trial.setting,
         arm=own[0].trial.arm,
         num_seeds=len(own),
-        num_steps=len(own[0].curve["step"]),
+        num_steps=float(np.mean([len(result.curve["step"]) for result in own])),
         sampled_tokens=float(np.mean([sum(r.curve["tokens/sampled"]) for r in own])),
         cpu_s=float(np.mean([total(result, CPU) for result in own])),
         start=100 * own[0].before.pass_at_1,
@@ -160,7 +161,7 @@ def print_table(table: Report) -> None:
             line.setting,
             line.arm,
             str(line.num_seeds),
-            str(line.num_steps),
+            f"{line.num_steps:.0f}",
             f"{line.sampled_tokens / 1000:.0f} k",
             f"{line.cpu_s:.0f} s",
             str(line.pass_at_1),

@@ -52,6 +52,11 @@ NOT_NEGATIVE = (
     *("loss.kl_coef", "loss.entropy_coef", "engine.shrink_after_s"),
 )
 """Keys whose value must be zero or more."""
+SHARES = (
+    *("evaluate.top_p", "learner.final_rate", "verifier.max_error_share"),
+    *("verifier.false_positive_rate", "verifier.false_negative_rate"),
+)
+"""Keys whose value must not be more than one."""
 MAX_TEMPERATURE = 2.0
 """The highest that vLLM samples at."""
 
@@ -91,7 +96,7 @@ class Config:
                 f"gate.revisit={self.gate.revisit} must be at least 0 and less than 1: only what "
                 "follows the data set meets new prompts"
             )
-        for key in ("evaluate.top_p", "learner.final_rate"):
+        for key in SHARES:
             if (value := attrgetter(key)(self)) > 1:
                 raise ValueError(f"{key}={value} must not be more than 1")
         for key, times in (("engine.request_timeout_s", 1), ("engine.load_timeout_s", 2)):

@@ -26,6 +26,7 @@ from treerpo_ray.prompts import PromptSet
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.sampling import Sampling
 from treerpo_ray.scores import Samples, Score, powers_of_two, scores
+from treerpo_ray.sections import PromptsConfig
 from treerpo_ray.tree_stream import Scorer
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,12 @@ class Evaluation:
     """Most tokens of an answer; None in the file of a version that did not record it."""
     verifier: str | None = None
     """Module that graded the answers; None as above."""
+    system_prompt: str | None = None
+    """What stood before each question, empty if nothing did; None as above."""
+    model: str | None = None
+    """What was evaluated, as the run or the evaluation was given it; None as above."""
+    seed: int | None = None
+    """`run.seed`, from which the samples follow; None as above."""
     scores: dict[str, Score] = field(default_factory=dict)
     """Every statistic with its interval, by name: pass@k, maj@k, length, median_length, cut_off."""
 
@@ -149,7 +156,7 @@ def evaluate(
     """
     start = time.monotonic()
     graded = grade_samples(config, prompts, pool, scorer, advance)
-    data, seconds = config.evaluate.data.path, time.monotonic() - start
+    data, seconds = config.evaluate.data, time.monotonic() - start
     result = summarise(config, graded, data=data, step=step, version=version, seconds=seconds)
     box = outbox or Outbox(lambda *why: run_log.event.remote(write_failed(*why)))
     name = step_name(step)
@@ -202,12 +209,12 @@ def summarise(
     config: Config,
     graded: Sequence[Graded],
     *,
-    data: str,
+    data: PromptsConfig,
     step: int,
     version: int,
     seconds: float,
 ) -> Evaluation:
-    """Statistics of graded samples.
+    """Statistics of graded samples, of problems that `data` describes.
 
     Raises:
         RuntimeError: not one answer has a verdict.
@@ -226,13 +233,16 @@ def summarise(
     return Evaluation(
         step=step,
         version=version,
-        data=data,
+        data=data.path,
         num_problems=len(graded),
         num_samples=settings.num_samples,
         temperature=settings.temperature,
         top_p=settings.top_p,
         max_tokens=config.max_evaluated_tokens,
         verifier=config.verifier.check,
+        system_prompt=data.system_prompt or "",
+        model=config.model.path,
+        seed=config.run.seed,
         pass_at_1=found["pass@1"].value,
         ci95_low=found["pass@1"].low,
         ci95_high=found["pass@1"].high,

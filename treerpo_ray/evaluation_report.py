@@ -38,6 +38,7 @@ SETTINGS = {
     "top_p": "evaluate.top_p",
     "max_tokens": "evaluate.max_tokens",
     "verifier": "verifier.check",
+    "system_prompt": "system_prompt",
 }
 """What two evaluations must share to be compared: fields of theirs, and the settings behind."""
 Problem = tuple[str, str]
@@ -183,7 +184,7 @@ def check_alike(ours: str, theirs: str) -> None:
         if one is None or other is None:
             log.warning("%s is not recorded of both %s and %s", key, ours, theirs)
         elif one != other:
-            raise ValueError(f"{key} is {one} in {ours} and {other} in {theirs}")
+            raise ValueError(f"{key} is {one!r} in {ours} and {other!r} in {theirs}")
 
 
 def _evaluation(file: str) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class View:
 
     @property
     def tree(self) -> Tree:
+        """Its tree."""
         return self.record.tree
 
 

@@ -1,12 +1,14 @@
 """Errors of advantages by hand; that they cover is in test_standard_errors."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.algo.trees import by_range, full_tree, make_tree, on_leaves, rewards, trees
-from treerpo_ray.algo.advantage_errors import OF_TREE, advantage_errors
+from treerpo_ray.algo.advantage_errors import TreeForm, advantage_errors
 from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
 from treerpo_ray.algo.backup import Values, mean_backup
 from treerpo_ray.algo.groups import PruneRule, Pruning, step_groups
@@ -104,7 +106,7 @@ def test_below_the_prompt_of_an_even_tree_the_global_form_has_the_errors_of_the_
     np.testing.assert_allclose(found[:3], expected, atol=1e-8)
 
 
-@pytest.mark.parametrize("form", OF_TREE)
+@pytest.mark.parametrize("form", get_args(TreeForm))
 @given(tree=trees(), data=st.data())
 def test_with_a_form_of_the_tree_every_advantage_of_a_tree_without_an_error_has_one(
     form: AdvantageForm, tree: Tree, data: st.DataObject

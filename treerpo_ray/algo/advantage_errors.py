@@ -6,6 +6,7 @@ its variance. Divisors of a form, and numbers of leaves, are taken as given.
 """
 
 from itertools import pairwise
+from typing import Literal, assert_never
 
 import numpy as np
 from jaxtyping import Float64
@@ -22,7 +23,7 @@ from treerpo_ray.algo.groups import Pruning, step_groups
 from treerpo_ray.algo.standard_errors import ROUNDING, standard_error_of_mean
 from treerpo_ray.algo.tree import ROOT, Tree
 
-OF_TREE = (AdvantageForm.GLOBAL, AdvantageForm.TREERL, AdvantageForm.TREEPO)
+TreeForm = Literal[AdvantageForm.GLOBAL, AdvantageForm.TREERL, AdvantageForm.TREEPO]
 """Forms that compare a step with more of the tree than its siblings."""
 
 
@@ -36,8 +37,23 @@ def advantage_errors(
     of the tree. BERNOULLI's divisor is an estimate, too: of what the advantage is with the true
     one they cover 88 % or more.
     """
-    errors = _of_tree if form in OF_TREE else _of_groups
-    return of_kept(errors(form, tree, values), tree, values, pruning)
+    return of_kept(_all_errors(form, tree, values), tree, values, pruning)
+
+
+def _all_errors(form: AdvantageForm, tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]:
+    match form:
+        case (
+            AdvantageForm.BERNOULLI
+            | AdvantageForm.BERNOULLI_STD
+            | AdvantageForm.DIFFERENCE
+            | AdvantageForm.STANDARD
+            | AdvantageForm.LEAVE_ONE_OUT
+            | AdvantageForm.POLICY_GRADIENT
+        ):
+            return _of_groups(form, tree, values)
+        case AdvantageForm.GLOBAL | AdvantageForm.TREERL | AdvantageForm.TREEPO:
+            return _of_tree(form, tree, values)
+    assert_never(form)
 
 
 def _of_groups(form: AdvantageForm, tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]:
@@ -55,7 +71,7 @@ def _of_groups(form: AdvantageForm, tree: Tree, values: Values) -> Float64[np.nd
     return errors
 
 
-def _of_tree(form: AdvantageForm, tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]:
+def _of_tree(form: TreeForm, tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]:
     """Errors of k (the sum over some ancestors a of V - V_a), V the mean of the L leaves below.
 
     A leaf that leaves the path at its step p has the weight r, the sum of 1 / L_a over the a down
@@ -78,7 +94,7 @@ def _of_tree(form: AdvantageForm, tree: Tree, values: Values) -> Float64[np.ndar
 
 
 def _comparisons(
-    form: AdvantageForm, tree: Tree, counts: Float64[np.ndarray, " steps_and_root"]
+    form: TreeForm, tree: Tree, counts: Float64[np.ndarray, " steps_and_root"]
 ) -> tuple[Float64[np.ndarray, " steps"], list[list[int]]]:
     """k and the ancestors a of each step, as in `_of_tree`.
 
@@ -86,15 +102,18 @@ def _comparisons(
     of this kind where they have equally many, and close to it elsewhere.
     """
     steps = range(len(tree.steps))
-    if form is AdvantageForm.GLOBAL:
-        return np.ones(len(steps)), [[ROOT] for _ in steps]
-    if form is AdvantageForm.TREERL:
-        return np.sqrt(counts[:ROOT]), [[ROOT, step.parent] for step in tree.steps]
-    ancestors = [subgroups(tree, counts, step) for step in steps]
-    scales = np.zeros(len(steps))
-    for leaf in tree.leaves:
-        scales[list(tree.path(leaf))] += counts[leaf] / len(ancestors[leaf])
-    return scales, ancestors
+    match form:
+        case AdvantageForm.GLOBAL:
+            return np.ones(len(steps)), [[ROOT] for _ in steps]
+        case AdvantageForm.TREERL:
+            return np.sqrt(counts[:ROOT]), [[ROOT, step.parent] for step in tree.steps]
+        case AdvantageForm.TREEPO:
+            ancestors = [subgroups(tree, counts, step) for step in steps]
+            scales = np.zeros(len(steps))
+            for leaf in tree.leaves:
+                scales[list(tree.path(leaf))] += counts[leaf] / len(ancestors[leaf])
+            return scales, ancestors
+    assert_never(form)
 
 
 def _leaf_mean_errors(

@@ -32,9 +32,11 @@ class PruneRule(StrEnum):
     """max - min of the rewards of all leaves of its tree: the groups of a tree are kept or pruned
     together, as DAPO (arXiv 2503.14476, section 3.2) filters questions."""
     SIGNIFICANCE = "significance"
-    """`StepGroup.significance`."""
+    """`StepGroup.significance`. Leaves have no standard error: of their groups, those that differ
+    are kept."""
     SHRINKAGE = "shrinkage"
-    """`StepGroup.reliability`, which also scales the advantages of the group."""
+    """`StepGroup.reliability`, which also scales the advantages of the group; 1 for leaves that
+    differ, whose rewards count as they are, rightly given or not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,7 @@ class Chain:
 
     @property
     def question(self) -> str:
+        """The chain as a sum to work out."""
         return f"{self.first}{''.join(f'{operand:+d}' for operand in self.operands)}=?"
 
     @property

@@ -30,6 +30,7 @@ class Value:
 
     @property
     def operand(self) -> str:
+        """Its expression as a part of a larger one."""
         return self.expression if self.expression.isdigit() else f"({self.expression})"
 
 
@@ -44,6 +45,7 @@ class Line:
 
     @property
     def value(self) -> Value:
+        """What the line makes of its two values."""
         expression = f"{self.left.operand}{self.sign}{self.right.operand}"
         return Value(number=self.result, expression=expression)
 
@@ -60,6 +62,7 @@ class Countdown:
 
     @property
     def question(self) -> str:
+        """Numbers and target, asked for."""
         return f"{self.answer}?"
 
     @property
@@ -78,6 +81,7 @@ class Countdown:
 
 
 def to_values(numbers: Sequence[int]) -> list[Value]:
+    """The numbers as values that no line has made yet."""
     return [Value(number=number, expression=str(number)) for number in numbers]
 
 

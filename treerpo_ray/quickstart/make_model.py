@@ -105,6 +105,7 @@ def make_model(recipe: Recipe, tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
 
 
 def encode_prompt(question: str, tokenizer: Qwen2Tokenizer) -> list[int]:
+    """Token ids of a question in the chat template, up to where the answer begins."""
     messages = [{"role": "user", "content": question}]
     encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     return cast(BatchEncoding, encoded)["input_ids"]
@@ -191,6 +192,7 @@ def sample_pass_rates(
 
 
 def main(arguments: list[str]) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description="Make a small model from scratch.")
     parser.add_argument("model", choices=RECIPES)
     parser.add_argument("--out", type=Path, help=f"folder to write; {OUT}/MODEL if not given")

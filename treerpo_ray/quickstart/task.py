@@ -27,7 +27,8 @@ class Exercise(Protocol):
     """A question with what it takes to answer it."""
 
     @property
-    def question(self) -> str: ...
+    def question(self) -> str:
+        """What is asked, without the chat template."""
 
     @property
     def answer(self) -> str:
@@ -102,6 +103,7 @@ def write_problems(path: Path, rows: list[Problem]) -> None:
 
 
 def main(arguments: list[str]) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description="Write problems of an embedded task as JSONL.")
     parser.add_argument("--task", choices=TASKS, default="chains4")
     parser.add_argument("--split", choices=SPLITS, required=True)
