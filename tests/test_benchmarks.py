@@ -20,6 +20,7 @@ from treerpo_ray.benchmarks import (
     configure,
     evaluate_all,
     load_benchmarks,
+    source_of,
 )
 from treerpo_ray.console import Console
 from treerpo_ray.engine_pool import EnginePool
@@ -88,6 +89,14 @@ def test_a_run_or_model_at_a_uri_is_fetched(tmp_path: Path) -> None:
     assert configure(f"file://{tmp_path}", [], []).model.path == f"{tmp_path}/model"
     with pytest.raises(ValueError, match=rf"^{uri}/none: neither a run .* nor a model"):
         configure(f"{uri}/none", [], [])
+
+
+def test_a_model_has_one_name_however_it_is_written(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "mine/model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    written = ("mine", "mine/", "mine/model", f"{tmp_path}/mine", f"file://{tmp_path}/mine/model/")
+    assert {source_of(model) for model in written} == {f"file://{tmp_path}/mine"}
+    assert source_of("Qwen/Qwen2.5-Math-1.5B") == "Qwen/Qwen2.5-Math-1.5B"
 
 
 @pytest.mark.parametrize("place", ["", "memory:/"])

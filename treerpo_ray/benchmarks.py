@@ -63,10 +63,8 @@ def configure(model: str, names: Sequence[str], arguments: Sequence[str]) -> Con
         base = [f"model.path={_fetched(fs, root)}"]
     else:
         raise ValueError(f"{model}: neither a run (config.yaml) nor a model (*.safetensors)")
-    path = PurePosixPath(root)
-    path = path.parent if path.name == MODEL_FOLDER else path  # of a run: it has the telling name
     own = [
-        f"run.name=eval-{path.name}",
+        f"run.name=eval-{_without_model_folder(root).name}",
         "metrics.wandb_project=null",
         "prompts.path=''",
         "evaluate.data.path=''",
@@ -86,6 +84,18 @@ def _model_of(fs: AbstractFileSystem, run: str) -> str:
         if _is_model(fs, folder):
             return folder
     raise ValueError(f"{run}: the run has written neither a model nor a checkpoint yet")
+
+
+def source_of(model: str) -> str:
+    """One name for a model or run, however its path is written; a Hub id stays as it is."""
+    fs, root = fsspec.core.url_to_fs(model)
+    return fs.unstrip_protocol(str(_without_model_folder(root))) if fs.exists(root) else model
+
+
+def _without_model_folder(path: str) -> PurePosixPath:
+    """The run, whose name tells more than that of the folder with its model."""
+    found = PurePosixPath(path)
+    return found.parent if found.name == MODEL_FOLDER else found
 
 
 def _is_model(fs: AbstractFileSystem, folder: str) -> bool:
@@ -140,7 +150,7 @@ def run_benchmarks(config: Config, model: str, console: Console) -> dict[str, Ev
 
     Args:
         config: As `configure` made it.
-        model: What that was given; every result names it.
+        model: What that was given; every result names it as `source_of` does.
         console: Shows the progress.
 
     Raises:
@@ -151,12 +161,13 @@ def run_benchmarks(config: Config, model: str, console: Console) -> dict[str, Ev
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     check_length(config)
     prompts = load_benchmarks(config, tokenizer)
-    check_folder(config.folder, model)
+    source = source_of(model)
+    check_folder(config.folder, source)
     with only_writer(config.folder), output_to_log(config.folder):
         publish_file(config.folder, "eval/config.yaml", to_yaml(config).encode())
         try:
             with connected(config, trains=False):
-                return dict(evaluate_all(config, model, prompts, tokenizer, console))
+                return dict(evaluate_all(config, source, prompts, tokenizer, console))
         except Exception as error:
             if isinstance(error, ValueError) and not isinstance(error, ray.exceptions.RayError):
                 raise
@@ -164,7 +175,7 @@ def run_benchmarks(config: Config, model: str, console: Console) -> dict[str, Ev
             raise RunFailed(f"{root_cause(error)}; traces are in {config.folder}/logs") from error
 
 
-def check_folder(folder: str, model: str) -> None:
+def check_folder(folder: str, source: str) -> None:
     """Check that an evaluation folder holds results of no other model, which would mix with these.
 
     Raises:
@@ -173,16 +184,16 @@ def check_folder(folder: str, model: str) -> None:
     fs, root = fsspec.core.url_to_fs(folder)
     for file in fs.glob(f"{root}/eval/*.json"):
         other = json.loads(fs.cat_file(file)).get("model")
-        if other is not None and other != model:
+        if other is not None and other != source:
             raise ValueError(
-                f"{folder} holds results of {other}: give those of {model} another folder, "
+                f"{folder} holds results of {other}: give those of {source} another folder, "
                 "run.name=..."
             )
 
 
 def evaluate_all(
     config: Config,
-    model: str,
+    source: str,
     prompts: dict[str, PromptSet],
     tokenizer: PreTrainedTokenizerBase,
     console: Console,
@@ -202,7 +213,7 @@ def evaluate_all(
                 for name, problems in prompts.items():
                     grade = partial(_grade, config, name, problems, pool, scorer, console, watch)
                     graded = follower.follow(grade)
-                    yield name, _save(config, model, name, graded)
+                    yield name, _save(config, source, name, graded)
     finally:
         end(pool, "stop", console)
         end(run_log, "close", console)
@@ -222,13 +233,13 @@ def _grade(
         return grade_samples(config, prompts, pool, scorer, advance)
 
 
-def _save(config: Config, model: str, name: str, graded: list[Graded]) -> Evaluation:
+def _save(config: Config, source: str, name: str, graded: list[Graded]) -> Evaluation:
     data = config.evaluate.benchmarks[name]
     spent = max(each.record.finished_at_s for each in graded) - min(
         each.record.finished_at_s - each.record.grow_s for each in graded
     )
     result = summarise(config, graded, data=data, step=0, version=0, seconds=spent)
-    result = replace(result, model=model)
+    result = replace(result, model=source)
     save(result, config.folder, name)
     save_samples(graded, config.folder, name)
     return result

@@ -104,7 +104,7 @@ class Evaluation:
     system_prompt: str | None = None
     """What stood before each question, empty if nothing did; None as above."""
     model: str | None = None
-    """What was evaluated, as the run or the evaluation was given it; None as above."""
+    """What was evaluated: `model.path` of a run, of a job `benchmarks.source_of`; None as above."""
     seed: int | None = None
     """`run.seed`, from which the samples follow; None as above."""
     scores: dict[str, Score] = field(default_factory=dict)
