@@ -23,8 +23,9 @@ def test_one_line_tells_of_the_longest_wait_and_how_many_others_there_are(told) 
         names = [f"engine {index} to start" for index in range(100)]
         await asyncio.gather(*(all_waits.wait(asyncio.sleep(1.1), name, 60) for name in names))
         assert 0 < len(told) <= (time.monotonic() - start) / 0.2
-        assert {what for _, what in told} == {"engine 0 to start, and for 99 more"}
-        assert [seconds for seconds, _ in told] == sorted(seconds for seconds, _ in told)
+        assert told[0][1] == "engine 0 to start, and for 99 more"
+        # One that began later, on a busy machine, may be the longest of those due at its turn.
+        assert all(what.endswith(" to start, and for 99 more") for _, what in told)
         told.clear()
         await all_waits.wait(asyncio.sleep(0.3), "the last one", 60)
         assert [what for _, what in told] == ["the last one"]
