@@ -54,11 +54,11 @@ SETTINGS = [
 def main(overrides: list[str]) -> int:
     """Run the demonstration; returns the exit status."""
     _ask_for_token()
-    from treerpo_ray.cluster import check_vllm
-    from treerpo_ray.config_file import load
-    from treerpo_ray.console import Console
-    from treerpo_ray.plan import load_inputs
-    from treerpo_ray.train import run
+    from treerpo_ray.config import load
+    from treerpo_ray.driver.cluster import check_vllm
+    from treerpo_ray.driver.plan import load_inputs
+    from treerpo_ray.driver.run import run
+    from treerpo_ray.metrics.console import Console
 
     try:
         config = load([*SETTINGS, *overrides])
@@ -88,8 +88,8 @@ def _ask_for_token() -> None:
 
 def draw(folder: str) -> None:
     """Write `pool.png` into a run folder."""
-    from treerpo_ray.analysis import Run
-    from treerpo_ray.plots import plot_pool
+    from treerpo_ray.study.analysis import Run
+    from treerpo_ray.study.plots import plot_pool
 
     plot_pool(Run(folder)).savefig(f"{folder}/pool.png", dpi=120)
 
@@ -184,7 +184,7 @@ def wait_until_idle(address: str) -> None:
     """
     import ray
 
-    from treerpo_ray.nodes import see_nodes
+    from treerpo_ray.engine.autoscaler import see_nodes
 
     ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     try:

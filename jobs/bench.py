@@ -26,8 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from treerpo_ray.algo.packing import pack
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
-from treerpo_ray.config import Config
-from treerpo_ray.config_file import load
+from treerpo_ray.config import Config, load
 
 ROUNDS = 5
 """Times that the two sides of a comparison take turns."""
@@ -107,7 +106,7 @@ def bench_learner(config: Config) -> list[Row]:
     """Forward and backward over the same trained steps: packed forest against a row a step."""
     from transformers import AutoModelForCausalLM
 
-    from treerpo_ray.policy import ForestTensors, load_policy
+    from treerpo_ray.learner.policy import ForestTensors, load_policy
 
     torch.set_num_threads(config.learner.cpu_threads)
     rng = np.random.default_rng(0)
@@ -171,7 +170,8 @@ def bench_verifier(config: Config) -> list[Row]:
     """Grading whole answers: killable workers against math-verify called in process."""
     from math_verify import parse, verify
 
-    from treerpo_ray.verifier import Answer, Verifier
+    from treerpo_ray.verifier.verdict import Answer
+    from treerpo_ray.verifier.verifier import Verifier
 
     texts = [(rf"so \boxed{{\frac{{{n}}}{{{n + 7}}}}}", f"{n}/{n + 7}") for n in range(1, 101)]
     answers = [Answer(text=text, references=(gold,), is_cut_off=False) for text, gold in texts]
@@ -209,9 +209,9 @@ async def _search(config: Config) -> Row:
     from vllm.inputs.engine import tokens_input
     from vllm.sampling_params import RequestOutputKind
 
-    from treerpo_ray.engine import Engine
-    from treerpo_ray.plan import load_inputs
-    from treerpo_ray.sampling import Sampling
+    from treerpo_ray.driver.plan import load_inputs
+    from treerpo_ray.engine.engine import Engine
+    from treerpo_ray.engine.types import Sampling
 
     prompts = load_inputs(config).prompts.token_ids[:NUM_TREES]
     engine = Engine(config, 0, None)

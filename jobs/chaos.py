@@ -10,6 +10,7 @@ took longer than `--minutes`, after which the run is ended.
 import argparse
 import json
 import os
+import random
 import secrets
 import signal
 import subprocess
@@ -17,7 +18,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job has only a working folder
@@ -29,10 +31,10 @@ import rich.console
 import rich.table
 from ray.cluster_utils import Cluster
 
-from treerpo_ray.config import Config
-from treerpo_ray.config_file import load
-from treerpo_ray.ledger import Fields, Kill, Victim, draw_schedule, faults, recovery_s, serving
-from treerpo_ray.metrics import EVENTS_FILE, Scalar, latest_rows, read_lines
+from treerpo_ray.config import Config, load
+from treerpo_ray.metrics.run_log import EVENTS_FILE, latest_rows, read_lines
+from treerpo_ray.run_folder.lines import Scalar
+from treerpo_ray.study.audit import Fields, _float, _int, faults
 
 ROOT = Path(__file__).resolve().parents[1]
 HEALTH = {
@@ -42,6 +44,83 @@ HEALTH = {
     "health_check_failure_threshold": 3,
 }
 """Else Ray takes minutes to see that a node is gone."""
+
+
+class Victim(StrEnum):
+    """What a failure drill kills."""
+
+    ENGINE = "engine"
+    """The actor of an engine."""
+    CORE = "core"
+    """vLLM's core process of an engine."""
+    LEARNER = "learner"
+    """A Ray Train worker."""
+    VERIFIER = "verifier"
+    """A process that grades."""
+    NODE = "node"
+    """A node of the cluster, with the engine on it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kill:
+    """A process that was killed, at a Unix time in seconds."""
+
+    time: float
+    victim: Victim
+    pid: int
+    engine: int | None = None
+    """Engine that it belonged to."""
+
+
+def draw_schedule(num_kills: int, num_steps: int, seed: int) -> list[tuple[int, Victim]]:
+    """Learner steps after which something dies, ascending, all victims equally often.
+
+    The first and the last step are left alone, so that every kill hits a run that is going on.
+
+    Raises:
+        ValueError: there are fewer than three steps.
+    """
+    if num_steps < 3:
+        raise ValueError(f"{num_steps} steps are too few for a drill: at least 3")
+    rng = random.Random(seed)
+    victims = [list(Victim)[number % len(Victim)] for number in range(num_kills)]
+    rng.shuffle(victims)
+    room = num_steps - 2
+    steps = [1 + number * room // num_kills for number in range(num_kills)]
+    return list(zip(steps, victims, strict=True))
+
+
+RECOVERED = {
+    Victim.ENGINE: "engine_serving",
+    Victim.CORE: "engine_serving",
+    Victim.NODE: "engine_serving",
+    Victim.LEARNER: "consumed",
+    Victim.VERIFIER: "verifier_started",
+}
+"""Event that shows that what was killed is made good."""
+
+
+def recovery_s(kill: Kill, events: Sequence[Fields]) -> float | None:
+    """Seconds until what was killed was there again; None if it never was."""
+    for event in events:
+        is_late = _float(event["time"]) > kill.time
+        is_same = kill.engine is None or event.get("engine") == kill.engine
+        if is_late and is_same and event["kind"] == RECOVERED[kill.victim]:
+            return _float(event["time"]) - kill.time
+    return None
+
+
+def serving(events: Sequence[Fields]) -> dict[int, Fields]:
+    """Of each engine that serves, the event that says so."""
+    found: dict[int, Fields] = {}
+    for event in events:
+        if event["kind"] == "engine_serving":
+            found[_int(event["engine"])] = event
+        elif event["kind"] == "engine_lost":
+            found.pop(_int(event["engine"]), None)
+    return found
+
+
 TAKES_DOWN = {
     "engine_serving": {Victim.ENGINE, Victim.CORE, Victim.NODE},
     "learner_started": {Victim.LEARNER},

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job has only a working folder
 
-from treerpo_ray.comparison import read_comparison, read_results
+from treerpo_ray.study.comparison import read_comparison, read_results
 
 
 def main(arguments: list[str]) -> int:
@@ -23,9 +23,9 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(__doc__)
         return 0
-    from treerpo_ray.comparison_curves import write_plot
-    from treerpo_ray.comparison_report import print_table, report
-    from treerpo_ray.trials import Trials
+    from treerpo_ray.study.comparison_curves import write_plot
+    from treerpo_ray.study.comparison_report import print_table, report
+    from treerpo_ray.study.runner import Trials
 
     is_report = "--report" in arguments
     path, *common = [argument for argument in arguments if argument != "--report"]

@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    from treerpo_ray.train import RunFailed
+    from treerpo_ray.errors import RunFailed
 
     try:
         if "--compare" in arguments:
@@ -46,10 +46,10 @@ def main(arguments: list[str]) -> int:
 
 def evaluate(arguments: list[str]) -> int:
     """Evaluate, and print the table and one line of JSON."""
-    from treerpo_ray.benchmarks import configure, run_benchmarks
-    from treerpo_ray.cluster import check_vllm
-    from treerpo_ray.console import Console
-    from treerpo_ray.evaluation_report import plain, show, table, with_mean
+    from treerpo_ray.driver.benchmarks import configure, run_benchmarks
+    from treerpo_ray.driver.cluster import check_vllm
+    from treerpo_ray.evaluate.report import plain, show, table, with_mean
+    from treerpo_ray.metrics.console import Console
 
     names: list[str] = []
     rest = list(arguments)
@@ -71,7 +71,7 @@ def evaluate(arguments: list[str]) -> int:
 
 def compare(places: list[str]) -> int:
     """Print the paired differences of two evaluations as a table and one line of JSON."""
-    from treerpo_ray.evaluation_report import differences, plain, show
+    from treerpo_ray.evaluate.report import differences, plain, show
 
     if len(places) != 2:
         raise ValueError("--compare takes two: folders of runs or evaluations, or files in eval/")

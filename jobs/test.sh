@@ -9,4 +9,5 @@ export RAY_AUTH_MODE=disabled HF_HUB_OFFLINE=1 WANDB_MODE=offline
 ruff check .
 ruff format --check .
 mypy
+lint-imports
 exec python -m pytest "$@"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job has only a working folder
 
-from treerpo_ray.config_file import describe, load
-from treerpo_ray.console import Console
+from treerpo_ray.config.files import describe, load
+from treerpo_ray.metrics.console import Console
 
 
 def main(arguments: list[str]) -> int:
@@ -25,17 +25,18 @@ def main(arguments: list[str]) -> int:
     is_dry = "--dry-run" in arguments
     try:
         config = load([argument for argument in arguments if argument != "--dry-run"])
-        from treerpo_ray.cluster import check_vllm
-        from treerpo_ray.plan import plan_lines, survey
+        from treerpo_ray.driver.cluster import check_vllm
+        from treerpo_ray.driver.plan import plan_lines, preflight
 
-        found = survey(config)
+        found = preflight(config)
         print("\n".join(plan_lines(config, found)), file=sys.stderr)
         if is_dry:
             return 0
         check_vllm(config)
         inputs = found.inputs()
-        from treerpo_ray.outcome import describe_outcome, summary_json
-        from treerpo_ray.train import RunFailed, run
+        from treerpo_ray.driver.outcome import describe_outcome, summary_json
+        from treerpo_ray.driver.run import run
+        from treerpo_ray.errors import RunFailed
 
         console = Console(config.run.num_steps)
         outcome = run(config, inputs, console)

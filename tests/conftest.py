@@ -9,14 +9,13 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from treerpo_ray.analysis import Run
-    from treerpo_ray.outcome import Outcome
+    from treerpo_ray.driver.outcome import RunResult
+    from treerpo_ray.study.analysis import Run
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("WANDB_MODE", "offline")
 
-from treerpo_ray.config import Config
-from treerpo_ray.config_file import load
+from treerpo_ray.config import Config, load
 
 SECRETS = {
     name: f"{number}{'5ec2e7' * 7}"[:40]
@@ -27,7 +26,7 @@ SECRETS = {
 """Secrets in the environment of every test: none of them may turn up in what a run writes."""
 os.environ |= SECRETS
 
-pytest.register_assert_rewrite("tests.whole_runs")
+pytest.register_assert_rewrite("tests.support.whole_runs")
 # Property tests draw the same examples in each run and have no deadline on a busy machine.
 settings.register_profile("reproducible", derandomize=True, database=None, deadline=None)
 settings.load_profile("reproducible")
@@ -79,7 +78,7 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray cluster of two CPUs, as on a laptop."""
     import ray
 
-    from treerpo_ray.cluster import RUNTIME_ENV
+    from treerpo_ray.driver.cluster import RUNTIME_ENV
 
     ray.init(
         address="local",
@@ -93,11 +92,11 @@ def ray_cluster() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def strict(small_config, ray_cluster) -> "tuple[Run, Outcome, str]":
+def strict(small_config, ray_cluster) -> "tuple[Run, RunResult, str]":
     """Three steps, strictly on-policy, half of the tickets back at prompts, without a break; and
     what the terminal showed."""
-    from tests.whole_runs import STRICT, run_training
-    from treerpo_ray.analysis import Run
+    from tests.support.whole_runs import STRICT, run_training
+    from treerpo_ray.study.analysis import Run
 
     config = small_config("run.name=strict", "run.num_steps=3", *STRICT)
     outcome, shown = run_training(config)

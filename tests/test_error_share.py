@@ -2,8 +2,8 @@
 
 import pytest
 
-from treerpo_ray.error_share import MIN_ANSWERS, WINDOW, ErrorShare, VerifierFailing
-from treerpo_ray.verifier import Answer, Verdict
+from treerpo_ray.scoring import MIN_ANSWERS, WINDOW, ErrorShare, VerifierFailing
+from treerpo_ray.verifier.verdict import Answer, Verdict
 
 GOOD = Answer(text="4", references=("4",), is_cut_off=False)
 BAD = Answer(text="long " * 100 + "\x1b[2J\nend", references=("4", "5"), is_cut_off=False)

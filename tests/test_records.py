@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.algo.trees import make_step, make_tree, trees
+from tests.support.trees import make_step, make_tree, trees
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
 from treerpo_ray.records import SCHEMA, TreeRecord, from_table, to_table
-from treerpo_ray.verifier import Verdict
+from treerpo_ray.verifier.verdict import Verdict
 
 FINITE = st.floats(0, 1e6)
 TEXT = st.text(max_size=5)

@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.algo.trees import make_tree
+from tests.support.trees import make_tree
 from tests.test_records import make_record
 from treerpo_ray.algo.tree import ROOT
-from treerpo_ray.reward_noise import add_noise
-from treerpo_ray.verifier import Verdict
+from treerpo_ray.scoring import add_noise
+from treerpo_ray.verifier.verdict import Verdict
 
 RIGHT, WRONG, CUT_OFF, ERRORED = Verdict.CORRECT, Verdict.WRONG, Verdict.CUT_OFF, Verdict.ERRORED
 

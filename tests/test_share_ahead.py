@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pytest
 
-from treerpo_ray.share_ahead import ShareAhead
+from treerpo_ray.tree_stream import Prefetcher
 
 
 class Shard:
@@ -32,14 +32,14 @@ def number(share: pa.Table | None) -> int:
 
 
 def test_shares_come_in_order_and_none_follows_the_last() -> None:
-    shares = ShareAhead(Shard(3, 1, 2))
+    shares = Prefetcher(Shard(3, 1, 2))
     assert [number(shares.take()) for _ in range(3)] == [3, 1, 2]
     assert shares.take() is None
 
 
 def test_the_next_share_is_asked_for_before_it_is_taken_and_no_further_one() -> None:
     shard = Shard(1, 2, 3)
-    shares = ShareAhead(shard)
+    shares = Prefetcher(shard)
     assert number(shares.take()) == 1
     for _ in range(2):
         assert shard.asked.acquire(timeout=10)
@@ -47,7 +47,7 @@ def test_the_next_share_is_asked_for_before_it_is_taken_and_no_further_one() -> 
 
 
 def test_what_goes_wrong_in_the_stream_is_raised_where_the_share_is_taken() -> None:
-    shares = ShareAhead(Shard(1, RuntimeError("the stream broke")))
+    shares = Prefetcher(Shard(1, RuntimeError("the stream broke")))
     assert number(shares.take()) == 1
     with pytest.raises(RuntimeError, match="the stream broke"):
         shares.take()

@@ -6,13 +6,13 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.algo.trees import make_tree
+from tests.support.trees import make_tree
 from tests.test_records import make_record, plain, records
 from treerpo_ray.algo.tree import ROOT
-from treerpo_ray.config_file import load
+from treerpo_ray.config import load
 from treerpo_ray.records import SCHEMA, TreeRecord, from_table
-from treerpo_ray.shares import Shares, from_share, has_signal, to_share
-from treerpo_ray.verifier import Verdict
+from treerpo_ray.tree_stream import Shares, from_share, has_signal, to_share
+from treerpo_ray.verifier.verdict import Verdict
 
 
 @settings(max_examples=30)

@@ -1,111 +1,86 @@
-"""What the driver does of its own: restarts with a wait between, and an end when it is told to."""
+"""What a train worker does before the first ticket; its loop is tested by whole runs."""
 
-import io
-import signal
-import time
-from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import ray
-import ray.train
-import rich.console
 
-from treerpo_ray import train
-from treerpo_ray.config import Config
-from treerpo_ray.console import Console
-from treerpo_ray.metrics import Event
-from treerpo_ray.sections import LearnerConfig
-
-
-def make_console() -> tuple[Console, io.StringIO]:
-    shown = io.StringIO()
-    return Console(9, rich.console.Console(file=shown, width=120)), shown
+from tests.run_folder.test_trees import tree_of
+from treerpo_ray.config import Config, load
+from treerpo_ray.driver.outcome import finished_outcome
+from treerpo_ray.records import TreeRecord
+from treerpo_ray.run_folder.files import publish_folder
+from treerpo_ray.train import TrainWorker
 
 
-def answering(answer: Callable[..., object]) -> SimpleNamespace:
-    """A method of an actor that answers at once."""
-    return SimpleNamespace(remote=answer)
+class Station:
+    """Stands in for all the actors of a run: notes what is called, and answers at once."""
+
+    def __init__(self, answers: dict[str, object]) -> None:
+        self.answers = answers
+        self.calls: list[str] = []
+        self.arguments: dict[str, tuple[object, ...]] = {}
+
+    def __getattr__(self, name: str) -> SimpleNamespace:
+        def remote(*arguments: object) -> object:
+            self.calls.append(name)
+            self.arguments[name] = arguments
+            return self.answers.get(name)
+
+        return SimpleNamespace(remote=remote)
 
 
-def fit(
-    monkeypatch: pytest.MonkeyPatch, reached: list[int | None], max_failures: int
-) -> tuple[int | None, list[float], list[Event]]:
-    """Run groups that fail at the steps `reached`, or end well (None), a run of nine steps.
-
-    Returns the steps that are done (None: it gave up), the waits and the events.
-    """
-    waits: list[float] = []
-    events: list[Event] = []
-    done = [9 if step is None else step for step in reached]
-    groups = iter(reached)
-
-    def work() -> None:
-        if next(groups) is not None:
-            raise ray.train.WorkerGroupError("a worker failed", {0: OSError("the store is gone")})
-
-    monkeypatch.setattr(ray, "get", lambda result: result)
-    monkeypatch.setattr(train, "make_trainer", lambda *_: SimpleNamespace(fit=work))
-    monkeypatch.setattr(time, "sleep", waits.append)
-    stations = SimpleNamespace(
-        gate=SimpleNamespace(done=answering(lambda: done.pop(0))),
-        run_log=SimpleNamespace(event=answering(events.append)),
-        watch=SimpleNamespace(forget=answering(lambda stage: None)),
-    )
-    follower = SimpleNamespace(console=make_console()[0], follow=lambda work: work())
-    config = Config(learner=LearnerConfig(max_failures=max_failures))
-    try:
-        return train._fit(config, None, stations, follower), waits, events
-    except ray.train.TrainingFailedError:
-        return None, waits, events
-
-
-def test_a_group_that_fails_again_without_progress_is_waited_for_longer_and_longer(
+def open_worker(
+    config: Config,
     monkeypatch: pytest.MonkeyPatch,
+    *,
+    step: int,
+    left_over: list[TreeRecord],
+    grown: list[TreeRecord],
+) -> Station:
+    """Have a first worker begin at a learner step, whose version is its number."""
+    station = Station({"unconsumed": grown, "restart": 7, "stats": []})
+    monkeypatch.setattr(ray, "get", lambda result: result)
+    monkeypatch.setattr(TrainWorker, "_publish", lambda worker: station.calls.append("publish"))
+    worker = object.__new__(TrainWorker)
+    worker.config, worker.folder, worker.step = config, config.folder, step
+    worker.actors = SimpleNamespace(gate=station, pool=station, heartbeats=station, run_log=station)
+    worker.checkpoints = SimpleNamespace(passed_over={})
+    worker.learner = SimpleNamespace(version=step)
+    worker.engines = SimpleNamespace(since_last=lambda stats: {})
+    worker.left_over, worker.measurements, worker.num_workers = left_over, [], 1
+    worker._open()
+    return station
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    settings = ["gate.trees_per_step=2", "gate.max_staleness=1", "evaluate.data.path=''"]
+    return load([f"run.root={tmp_path}", "run.num_steps=2", *settings])
+
+
+def test_a_restart_goes_on_from_the_checkpoints_trees_and_from_those_that_the_pool_still_has(
+    config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps, waits, events = fit(monkeypatch, [0, 0, 0, 0, 0, None], max_failures=5)
-    assert steps == 9
-    assert waits == [1, 20, 40, 60, 60]
-    assert [event.fields["wait_s"] for event in events] == waits, "each wait is told"
-    assert {event.fields["cause"] for event in events} == {"OSError: the store is gone"}
+    left_over = [tree_of(4, 1), tree_of(5, 2)]
+    further = tree_of(5, 2, 2)
+    grown = [further, tree_of(6, 2), tree_of(7, 2, 3)]
+    station = open_worker(config, monkeypatch, step=2, left_over=left_over, grown=grown)
+    assert station.arguments["unconsumed"] == (4,)
+    _, session, first, _, saved = station.arguments["grow_tickets"]
+    assert (session, first) == (7, 4)
+    assert saved == [left_over[0], further, grown[1]]
+    order = [station.calls.index(name) for name in ("unconsumed", "publish", "grow_tickets")]
+    assert order == sorted(order), "asked before the engines turn back and the pool drops them"
 
 
-def test_an_outage_of_a_minute_does_not_use_up_the_default_number_of_failures() -> None:
-    failures = range(1, LearnerConfig().max_failures + 1)
-    assert sum(train.restart_wait_s(number) for number in failures) > 60
-
-
-def test_after_progress_the_first_wait_is_short_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fit(monkeypatch, [3, 3, 5, 5, None], max_failures=2)[:2] == (9, [1, 20, 1, 20])
-
-
-def test_a_group_that_is_given_up_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps, waits, events = fit(monkeypatch, [3, 3], max_failures=1)
-    assert (steps, waits) == (None, [1])
-    assert [event.fields["failures"] for event in events] == [1, 2]
-
-
-@pytest.mark.parametrize("first", train.STOP_SIGNALS)
-@pytest.mark.parametrize("second", train.STOP_SIGNALS)
-def test_the_first_signal_stops_after_the_step_and_the_second_at_once(
-    first: signal.Signals, second: signal.Signals
+def test_the_model_of_a_run_that_was_stopped_does_not_pass_for_that_of_a_whole_one(
+    config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rays_own(number: int, frame: object) -> None:
-        raise SystemExit(number)
-
-    before = {number: signal.getsignal(number) for number in train.STOP_SIGNALS}
-    signal.signal(signal.SIGTERM, rays_own)
-    stopped: list[bool] = []
-    gate = SimpleNamespace(stop=answering(lambda: stopped.append(True)))
-    console, shown = make_console()
-    try:
-        with train.stop_on_signal(gate, console):
-            signal.raise_signal(first)
-            assert stopped == [True]
-            assert "stopping after this step, with a checkpoint" in shown.getvalue()
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(second)
-        assert signal.getsignal(signal.SIGTERM) is rays_own
-        assert signal.getsignal(signal.SIGINT) is before[signal.SIGINT]
-    finally:
-        signal.signal(signal.SIGTERM, before[signal.SIGTERM])
+    publish_folder(config.folder, "model", lambda path: (path / "config.json").write_text("{}"))
+    done = Path(config.folder) / "checkpoints/step=000002"
+    open_worker(config, monkeypatch, step=1, left_over=[], grown=[])
+    done.mkdir(parents=True)  # the last checkpoint, after which the driver is killed
+    (done / "files.json").write_text("{}")
+    assert finished_outcome(config) is None

@@ -7,23 +7,23 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.algo.trees import make_step
 from tests.conftest import ROOT as ROOT_FOLDER
+from tests.support.trees import make_step
 from tests.test_records import make_record
 from treerpo_ray import tree_stream
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree
-from treerpo_ray.config_file import load
-from treerpo_ray.error_share import VerifierFailing
-from treerpo_ray.metrics import FATAL, Event
-from treerpo_ray.prompts import load_tokenizer
+from treerpo_ray.config import load
+from treerpo_ray.metrics.run_log import FATAL, Event
+from treerpo_ray.prompts.prompt_set import load_tokenizer
 from treerpo_ray.records import TreeRecord, from_table
-from treerpo_ray.shares import from_share
-from treerpo_ray.verifier import Verdict
+from treerpo_ray.scoring import VerifierFailing
+from treerpo_ray.tree_stream import from_share
+from treerpo_ray.verifier.verdict import Verdict
 
 CONFIG = load(
     [
         *("run.root=memory://runs", "run.name=stream", "gate.trees_per_step=2"),
-        *("verifier.check=tests.unruly_answers", "verifier.num_workers=1"),
+        *("verifier.check=tests.support.unruly_answers", "verifier.num_workers=1"),
         f"model.path={ROOT_FOLDER}/treerpo_ray/quickstart/model",
     ]
 )

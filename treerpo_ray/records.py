@@ -9,7 +9,7 @@ both from the run's configuration, `batch_stats.assess` for the metrics.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +17,10 @@ import pyarrow as pa
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import step_groups
 from treerpo_ray.algo.tree import Step, StopReason, Tree
-from treerpo_ray.verifier import Verdict
+from treerpo_ray.verifier.verdict import Verdict
 
 SCHEMA_VERSION = 4
+
 
 SCHEMA = pa.schema(
     [
@@ -242,3 +243,11 @@ def _from_row(row: _Row) -> TreeRecord:
         leaf_texts=tuple(row["leaf_text"]),
         verdicts=tuple(Verdict(v) for v in row["verdict"]),
     )
+
+
+class RootValue(NamedTuple):
+    """Value of a tree's root, and what tells the tree's prompt."""
+
+    ticket: int
+    num_redraws: int
+    value: float

@@ -1,277 +1,293 @@
-"""Training: wires the stages together and follows the run; reads like the algorithm.
+"""Train worker: the loop that each Ray Train worker runs, from restored state to last step."""
 
-gate ──► engine pool ──► tree stream (scoring) ──► train workers ──► weight sync ──► engines
-"""
-
-import signal
-import threading
+import os
 import time
-import traceback
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import replace
+from contextlib import closing
 from functools import partial
-from tempfile import TemporaryDirectory
+from pathlib import Path
 
-import fsspec
+import pyarrow as pa
 import ray
 import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
 
-from treerpo_ray import evaluate
-from treerpo_ray.actor import Actor, make_actor
-from treerpo_ray.cluster import connected
-from treerpo_ray.config import Config
-from treerpo_ray.config_file import to_yaml
-from treerpo_ray.console import Console
-from treerpo_ray.engine_pool import EnginePool
-from treerpo_ray.evaluate import Evaluation
-from treerpo_ray.follower import Follower, end, evaluation_progress
-from treerpo_ray.gate import Gate
-from treerpo_ray.lock import only_writer
-from treerpo_ray.metrics import Event, RunLog, latest
-from treerpo_ray.outcome import (
-    Outcome,
-    collect_outcome,
-    finished_outcome,
-    last_step,
-    root_cause,
-)
-from treerpo_ray.plan import Inputs
-from treerpo_ray.process import output_to_log
-from treerpo_ray.prompts import load_tokenizer
-from treerpo_ray.stations import Stations
-from treerpo_ray.trainer import make_trainer
-from treerpo_ray.tree_stream import Scorer
-from treerpo_ray.watchdog import Watch, Watchdog, watch_over
-from treerpo_ray.weight_sync import WeightSync
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from treerpo_ray.engine.types import EngineTotals
+from treerpo_ray.evaluate.evaluation import evaluate, read
+from treerpo_ray.learner.learner import Learner, UpdateResult
+from treerpo_ray.learner.policy import DTYPES
+from treerpo_ray.metrics.run_log import Event, Row, latest, write_failed
+from treerpo_ray.metrics.watchdog import Heartbeat
+from treerpo_ray.prompts.prompt_set import PromptSet
+from treerpo_ray.records import TreeRecord, from_table
+from treerpo_ray.run_folder import trees as saved_trees
+from treerpo_ray.run_folder.checkpoints import Checkpoints, Saver
+from treerpo_ray.run_folder.files import publish_folder, publish_table, withdraw_folder
+from treerpo_ray.run_folder.writer import Outbox
+from treerpo_ray.scoring import Scorer
+from treerpo_ray.search import curriculum
+from treerpo_ray.search.curriculum import Measurement
+from treerpo_ray.task import STREAM, WorkerTask
+from treerpo_ray.tree_stream import Prefetcher, from_share
+from treerpo_ray.weight_sync import Probe, pack_weights
 
 
-class RunFailed(Exception):
-    """A run ended for good; one line with the cause and where to look."""
+class TrainWorker:
+    """One worker of the group; the first one also speaks for all to the other actors."""
 
-
-def run(config: Config, inputs: Inputs, console: Console, pool: Actor | None = None) -> Outcome:
-    """Run, resume or just report what `config` describes, on the cluster that is there.
-
-    `pool` is that of `kept_engines`, for one run of several that share engines.
-
-    Raises:
-        ValueError: the cluster lacks resources for it, or another job writes its folder.
-        RunFailed: something failed for good; the same command goes on from the last checkpoint.
-    """
-    try:
-        outcome = finished_outcome(config)
-    except OSError as error:
-        raise RunFailed(f"{config.folder} cannot be read: {error}") from error
-    if outcome is not None:
-        console.note("this run is complete; another run.name starts a new one")
-        return outcome
-    with only_writer(config.folder), output_to_log(config.folder):
-        try:
-            if pool is not None:
-                return train(config, inputs, console, pool)
-            with connected(config):
-                return train(config, inputs, console)
-        except Exception as error:
-            if isinstance(error, ValueError) and not isinstance(error, ray.exceptions.RayError):
-                raise
-            traceback.print_exc()
-            raise RunFailed(
-                f"{root_cause(error)}; traces are in {config.folder}/logs, the same command goes "
-                "on from the last checkpoint"
-            ) from error
-
-
-@contextmanager
-def kept_engines(config: Config) -> Iterator[Actor]:
-    """A Ray session and an engine pool for runs one after the other, whom `can_serve` allows."""
-    with connected(config):
-        pool = make_actor(EnginePool, config, config.log_folder)
-        try:
-            yield pool
-        finally:
-            end(pool, "stop")
-
-
-def train(config: Config, inputs: Inputs, console: Console, pool: Actor | None = None) -> Outcome:
-    """Run or resume a training on the Ray cluster that is connected, with a pool kept or its own.
-
-    Raises:
-        ray.exceptions.RayError, RuntimeError: something failed for good; the run folder holds
-            the last checkpoint, and the same command goes on from it.
-    """
-    _write_config(config)
-    stations = _build(config, inputs, pool)
-    scorer = None
-    try:
-        with closing(_watchdog(config, stations)) as dog:
-            follower = Follower(stations.run_log, console, dog)
-            with console.progress(f"starting {config.engine.num_engines} engine(s)", None):
-                follower.follow(lambda: ray.get(stations.pool.start.remote()))
-            if inputs.held_out is not None:
-                tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-                scorer = Scorer(config, tokenizer)
-
-            def evaluated(step: int) -> Evaluation | None:
-                return follower.follow(
-                    lambda: _evaluate(config, inputs, stations, scorer, console, step)
-                )
-
-            before = evaluated(0)
-            steps_done = _fit(config, inputs, stations, follower)
-            rows = latest(ray.get(stations.run_log.rows_since.remote(0)))
-            is_complete = steps_done >= last_step(config, rows)
-            after = evaluated(steps_done) if is_complete else None
-    finally:
-        if scorer is not None:
-            scorer.close()
-        if pool is None:
-            end(stations.pool, "stop", console)
-        end(stations.run_log, "close", console)
-    return collect_outcome(config, before, after, is_complete=is_complete)
-
-
-def _build(config: Config, inputs: Inputs, pool: Actor | None) -> Stations:
-    """The actors of a run; all of them mostly wait."""
-    shape = replace(config.shape, delimiters=inputs.delimiters)
-    run_log = make_actor(RunLog, config, concurrency=1)
-    if pool is None:
-        pool = make_actor(EnginePool, config, config.log_folder)
-    ray.get(pool.begin.remote(config, inputs.prompts, shape, run_log))
-    gate = make_actor(
-        Gate,
-        len(inputs.prompts),
-        config.gate.trees_per_step,
-        config.gate.max_staleness,
-        config.run.num_steps,
-        config.run.seed,
-        config.gate.revisit,
-    )
-    weight_sync = make_actor(WeightSync, pool, config.sync.probe_every)
-    watch = make_actor(Watch, concurrency=1)
-    return Stations(gate=gate, pool=pool, weight_sync=weight_sync, run_log=run_log, watch=watch)
-
-
-def _fit(config: Config, inputs: Inputs, stations: Stations, follower: Follower) -> int:
-    """Run the train workers and follow them; returns the learner steps that are done.
-
-    A group that failed is started again from the last checkpoint, with whatever workers there are.
-    """
-    failures = reached = 0
-    fewest, most = config.learner.fewest_workers, config.learner.num_workers
-    number = f"{most}" if fewest == most else f"{fewest} to {most}"
-    while True:
-        follower.console.note(f"starting {number} train worker(s)")
-        error = _fit_once(config, inputs, stations, follower)
-        done: int = ray.get(stations.gate.done.remote())
-        if error is None:
-            return done
-        failures = 1 if done > reached else failures + 1
-        reached = max(done, reached)
-        is_over = failures > config.learner.max_failures
-        wait_s = 0.0 if is_over else restart_wait_s(failures)
-        lost: dict[str, str | float] = {"step": done, "failures": failures, "wait_s": wait_s}
-        lost["cause"] = root_cause(error)
-        ray.get(stations.run_log.event.remote(Event(kind="learner_lost", fields=lost)))
-        if is_over:
-            raise error
-        ray.get(stations.watch.forget.remote("learner"))
-        follower.follow(partial(time.sleep, wait_s))
-
-
-def _fit_once(
-    config: Config, inputs: Inputs, stations: Stations, follower: Follower
-) -> ray.train.TrainingFailedError | None:
-    """Run a group of train workers to its end; returns what it failed of."""
-    with (
-        TemporaryDirectory(prefix="treerpo-train-", ignore_cleanup_errors=True) as storage,
-        stop_on_signal(stations.gate, follower.console),
-    ):
-        try:
-            follower.follow(make_trainer(config, inputs, stations, storage).fit)
-        except ray.train.TrainingFailedError as error:
-            return error
-    return None
-
-
-def restart_wait_s(failures: int) -> float:
-    """Seconds before a group is started again that failed so many times without progress.
-
-    The first time it may well be one machine that was lost, and nothing to wait for; later it is
-    likely something that all need, such as the store, and takes a while to come back.
-    """
-    return 1.0 if failures == 1 else min(60.0, 5.0 * 2**failures)
-
-
-def _watchdog(config: Config, stations: Stations) -> Watchdog:
-    actors = {
-        "gate": stations.gate,
-        "engines": stations.pool,
-        "weight sync": stations.weight_sync,
-        "metrics": stations.run_log,
-    }
-    return watch_over(config, actors, stations.watch)
-
-
-@contextmanager
-def stop_on_signal(gate: Actor, console: Console) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM ends the run after its step, with a checkpoint; the second at
-    once. `ray job stop` waits for it as long as RAY_JOB_STOP_WAIT_TIME_S of the job says."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        console.note("stopping after this step, with a checkpoint; once more to stop at once")
-        gate.stop.remote()
-        for each in STOP_SIGNALS:
-            signal.signal(each, signal.default_int_handler)
-
-    # Ray's own handler of SIGTERM, which ends the driver at once, stands before and after.
-    previous = {each: signal.signal(each, stop) for each in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
-
-
-def _evaluate(
-    config: Config,
-    inputs: Inputs,
-    stations: Stations,
-    scorer: Scorer | None,
-    console: Console,
-    step: int,
-) -> Evaluation | None:
-    """Evaluate what the engines serve now, unless the run folder holds the result."""
-    if inputs.held_out is None or scorer is None:
-        return None
-    result = evaluate.read(config.folder, step)
-    if result is not None:
-        return result
-    version: int = ray.get(stations.pool.version.remote())
-    if step == 0 and version:
-        raise RuntimeError("engines that have served a run cannot evaluate the start of another")
-    num_problems = len(inputs.held_out)
-    title = f"evaluating on {num_problems} problems"
-    with evaluation_progress(config, console, stations.watch, title, num_problems) as advance:
-        result = evaluate.evaluate(
-            config,
-            inputs.held_out,
-            stations.pool,
-            stations.run_log,
-            scorer,
-            step=step,
-            version=version,
-            advance=advance,
+    def __init__(self, task: WorkerTask) -> None:
+        self.config, self.actors = task.config, task.actors
+        self.held_out = task.held_out
+        self.probe_ids = task.probe_ids
+        context = ray.train.get_context()
+        self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
+        self.is_first = self.rank == 0
+        self.folder = self.config.folder
+        self.engines = EngineTotals()
+        self.sampled_tokens = 0.0
+        self.outbox = Outbox(self._warn)
+        limit_s = self.config.run.stall_timeout_s
+        self.heartbeat = Heartbeat(
+            self.actors.heartbeats, f"learner {self.rank}", self.folder, limit_s
         )
-    return result
+        self.heartbeat.at("restoring its state")
+        self.checkpoints = Checkpoints(self.folder, self.config.checkpoint.keep)
+        self.left_over: list[TreeRecord] = []
+        self.measurements: list[Measurement] = []
+        with self.checkpoints.newest() as found:
+            self.step, checkpoint = found or (0, None)
+            self.learner = Learner(self.config, ray.train.torch.get_device(), checkpoint)
+            if checkpoint is not None and self.is_first:
+                self.left_over = saved_trees.read(checkpoint, self.config)
+                self.measurements = curriculum.read(checkpoint, self.config)
+        self.saver = Saver(self.checkpoints, self.config.checkpoint.every, self.step, self._warn)
+        self.trees_kept: int | None = None
 
+    def run(self) -> None:
+        """Take batches until the gate says that it was the last one."""
+        if self.is_first:
+            self._open()
+        self._barrier()
+        shares = Prefetcher(ray.train.get_dataset_shard(STREAM))
+        done = latest(ray.get(self.actors.run_log.rows_since.remote(0)))
+        self.sampled_tokens = sum(
+            row.get("tokens/sampled", 0.0) for row in done if row["step"] <= self.step
+        )
+        is_last = self._is_over()
+        if not is_last:
+            self._evaluate(unless_done=True)  # the workers before may have died over it
+        while not is_last:
+            is_last = self._step(shares)
+            if self.is_first and (is_last or self.saver.is_due(self.step)):
+                self._save(is_last)
+            if not is_last:
+                self._evaluate()
+        self.heartbeat.at("writing the model")
+        self.outbox.close()
+        if self.is_first:
+            publish_folder(self.folder, "model", self.learner.policy.save_pretrained)
+        self.heartbeat.close()
 
-def _write_config(config: Config) -> None:
-    fs, root = fsspec.core.url_to_fs(config.folder)
-    fs.makedirs(root, exist_ok=True)
-    fs.pipe_file(f"{root}/config.yaml", to_yaml(config).encode())
+    def _open(self) -> None:
+        """Bring engines, gate and log to where the learner is, before the first ticket."""
+        ray.get(self.actors.heartbeats.forget.remote("learner"))
+        withdraw_folder(self.folder, "model")  # of a run that was stopped: it tells of a whole one
+        for step, fault in self.checkpoints.passed_over.items():
+            self._note("checkpoint_passed_over", step=step, fault=fault)
+        try:
+            saved_trees.take_back(self.folder, self.step)
+        except Exception as error:  # any store's own
+            self._warn(f"trees after step {self.step}", f"left: {type(error).__name__}: {error}")
+        gate, pool, version = self.actors.gate, self.actors.pool, self.learner.version
+        first = self.step * self.config.gate.trees_per_step
+        # What grows on once the engines have turned back would be of weights that never were.
+        grown: list[TreeRecord] = ray.get(pool.unconsumed.remote(first))
+        self._publish()
+        self.engines.since_last(ray.get(pool.stats.remote()))
+        session: int = ray.get(gate.restart.remote(self.step, self.measurements))
+        saved = saved_trees.usable(
+            [*self.left_over, *grown], step=self.step, version=version, config=self.config
+        )
+        ray.get(pool.grow_tickets.remote(gate, session, first, self.num_workers, saved))
+        self._note(
+            "learner_started",
+            step=self.step,
+            version=version,
+            workers=self.num_workers,
+            saved_trees=len(saved),
+            pid=os.getpid(),
+        )
+        self.left_over = []
+
+    def _step(self, shares: "Prefetcher") -> bool:
+        """One learner step; returns whether it was the last."""
+        start = time.time()
+        self.heartbeat.at(f"waiting for the trees of step {self.step}", is_busy=False)
+        share = shares.take()
+        if share is None:
+            raise RuntimeError(f"the tree stream ended before learner step {self.step}")
+        arrived = time.time()
+        table = from_share(share)
+        records = from_table(table)
+        self._check_tickets([record.ticket for record in records])
+        version = self.learner.version
+        self.heartbeat.at(f"updating in step {self.step}")
+        result = self.learner.update(records, self._progress())
+        updated = time.time()
+        self._save_trees(table)
+        self.step += 1
+        self.sampled_tokens += result.stats.num_sampled_tokens
+        is_last = False
+        if self.is_first:
+            if result.has_updated:
+                self._publish()
+            consumed = self.actors.gate.consumed.remote(self.step - 1, result.stats.measured)
+            is_last = ray.get(consumed) or self._is_over()
+            # Of the wait, what a finished tree spent on scoring, and a scored one on its way here.
+            finished = max(start, result.stats.last_finished_s)
+            scored = max(finished, result.stats.last_scored_s)
+            times = {
+                "time/wait_s": arrived - start,
+                "time/score_s": scored - finished,
+                "time/hop_s": arrived - scored,
+                "time/update_s": updated - arrived,
+                "time/sync_s": time.time() - updated,
+                "time/step_s": time.time() - start,
+            }
+            self._report(result, version, times)
+        return self._agreed(is_last)
+
+    def _progress(self) -> float:
+        """Share of the run that is done, by its learner steps or its tokens."""
+        run = self.config.run
+        spent = self.sampled_tokens / run.max_sampled_tokens if run.max_sampled_tokens else 0.0
+        return max(self.step / run.num_steps, spent)
+
+    def _is_over(self) -> bool:
+        """Whether the steps that are done are all of the run."""
+        return self._progress() >= 1
+
+    def _check_tickets(self, tickets: list[int]) -> None:
+        """Invariant: this step consumes its own tickets, each once, and an equal share of them."""
+        size = self.config.gate.trees_per_step
+        own = range(self.step * size, (self.step + 1) * size)
+        if len(set(tickets) & set(own)) != size // self.num_workers:
+            raise RuntimeError(f"tickets {tickets} are no share of learner step {self.step}: {own}")
+
+    def _report(self, result: UpdateResult, version: int, times: dict[str, float]) -> None:
+        row: Row = {
+            "step": self.step,
+            "version": self.learner.version,
+            **result.stats.metrics(version),
+            **result.metrics,
+            **times,
+            "tokens/per_s": result.stats.num_sampled_tokens / times["time/step_s"],
+            **self.engines.since_last(ray.get(self.actors.pool.stats.remote())),
+        }
+        ray.get(self.actors.run_log.step.remote(row))
+        self._note(
+            "consumed",
+            step=self.step - 1,
+            first=(self.step - 1) * self.config.gate.trees_per_step,
+            trees=self.config.gate.trees_per_step,
+            version=self.learner.version,
+        )
+
+    def _publish(self) -> None:
+        """Have every engine serve the learner's weights."""
+        self.heartbeat.at(f"publishing version {self.learner.version}")
+        learner = self.learner
+        manifest, chunks = pack_weights(
+            learner.policy.named_weights(),
+            version=learner.version,
+            dtype=DTYPES[self.config.model.dtype],
+            chunk_bytes=self.config.sync.chunk_mib * 2**20,
+        )
+        logprobs = learner.policy.sequence_logprobs(self.probe_ids).tolist()
+        probe = Probe(token_ids=self.probe_ids, logprobs=logprobs)
+        refs = [ray.put(chunk) for chunk in chunks]
+        ray.get(self.actors.weight_sync.publish.remote(manifest, refs, probe))
+        self._note("published", version=learner.version, digest=manifest.digests[0])
+
+    def _evaluate(self, *, unless_done: bool = False) -> None:
+        """Evaluate if it is due; the learner waits, so that all answers are of one version."""
+        every = self.config.evaluate.every
+        if not every or self.step % every or self.held_out is None:
+            return
+        if not self.is_first:
+            self.heartbeat.at("waiting for the evaluation", is_busy=False)
+        elif not (unless_done and read(self.folder, self.step)):
+            self._evaluate_on(self.held_out)
+        self._barrier()
+
+    def _evaluate_on(self, held_out: PromptSet) -> None:
+        tokenizer = self.learner.policy.tokenizer
+        with closing(Scorer(self.config, tokenizer)) as scorer:
+            evaluate(
+                self.config,
+                held_out,
+                self.actors.pool,
+                self.actors.run_log,
+                scorer,
+                step=self.step,
+                version=self.learner.version,
+                advance=lambda num_problems: self.heartbeat.at("evaluating"),
+                outbox=self.outbox,
+            )
+
+    def _save(self, is_last: bool) -> None:
+        """Save a checkpoint; training goes on while it is put in its place, but for the last."""
+        self.heartbeat.at(f"writing the checkpoint of step {self.step}")
+        num_lines: int = ray.get(self.actors.run_log.num_lines.remote())[0]
+        first = self.step * self.config.gate.trees_per_step
+
+        def write(folder: Path) -> None:
+            self.learner.write(folder)
+            trees: list[TreeRecord] = ray.get(self.actors.pool.unconsumed.remote(first))
+            saved_trees.write(folder, trees, self.config)
+            measurements: list[Measurement] = ray.get(self.actors.gate.measurements.remote())
+            curriculum.write(folder, measurements, self.config)
+
+        self.saver.save(
+            self.step,
+            write,
+            partial(self._is_settled, num_lines, self.trees_kept),
+            partial(self._note, "checkpoint", step=self.step, version=self.learner.version),
+            is_last=is_last,
+        )
+
+    def _is_settled(self, num_lines: int, trees_kept: int | None) -> bool:
+        """Whether the run folder has so many rows and events, and the trees of that step."""
+        if ray.get(self.actors.run_log.num_lines.remote())[1] < num_lines:
+            return False
+        if trees_kept is None:
+            return True
+        return saved_trees.are_kept(self.folder, trees_kept, self.num_workers)
+
+    def _save_trees(self, table: pa.Table) -> None:
+        every, step = self.config.metrics.save_trees_every, self.step + 1
+        if every and step % every == 0:
+            name = saved_trees.name(step, self.rank)
+            self.outbox.put(name, lambda: publish_table(self.folder, name, table))
+            self.trees_kept = step
+
+    def _warn(self, what: str, reason: str) -> None:
+        self.actors.run_log.event.remote(write_failed(what, reason))
+
+    def _note(self, kind: str, **fields: str | int) -> None:
+        ray.get(self.actors.run_log.event.remote(Event(kind=kind, fields=fields)))
+
+    def _barrier(self) -> None:
+        if self.num_workers > 1:
+            dist.barrier()
+
+    def _agreed(self, is_last: bool) -> bool:
+        """What the first worker says, on every worker."""
+        if self.num_workers == 1:
+            return is_last
+        if not self.is_first:
+            self.heartbeat.at("waiting for the first worker", is_busy=False)
+        flag = torch.tensor([int(is_last)], device=self.learner.device)
+        dist.broadcast(flag, src=0)
+        return bool(flag.item())

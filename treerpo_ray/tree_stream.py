@@ -9,13 +9,14 @@ batch that is admitted always arrives (see `gate`).
 """
 
 import logging
-import time
+import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
@@ -24,30 +25,119 @@ from ray.data.datasource import Datasource, ReadTask
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from treerpo_ray.actor import Actor
-from treerpo_ray.algo.tree import StopReason
 from treerpo_ray.config import Config
-from treerpo_ray.error_share import ErrorShare, VerifierFailing
-from treerpo_ray.metrics import FATAL, Event
-from treerpo_ray.prompts import load_tokenizer
-from treerpo_ray.records import TreeRecord
-from treerpo_ray.reward_noise import add_noise
-from treerpo_ray.shares import Shares, has_signal, to_share
-from treerpo_ray.verifier import Answer, Verdict, Verifier
-from treerpo_ray.watchdog import Mover
+from treerpo_ray.learner.stats import assess
+from treerpo_ray.metrics.run_log import FATAL, Event
+from treerpo_ray.metrics.watchdog import Heartbeat
+from treerpo_ray.prompts.prompt_set import load_tokenizer
+from treerpo_ray.records import SCHEMA, TreeRecord, to_table
+from treerpo_ray.scoring import Scorer, VerifierFailing, _noisy
 
 if TYPE_CHECKING:  # Ray's own actors of a data set import this, too
-    from transformers import PreTrainedTokenizerBase
+    pass
+
+
+class Prefetcher:
+    """A worker's shares, the next of which is fetched while it trains on the one before.
+
+    Ray Data deals shares out by count, not by who asks first, so that asking early takes nothing
+    from another worker; what may be in flight at all is the gate's to say. Ray's own prefetch
+    would hold a share back until the next one has come, which at staleness 0 is never.
+    """
+
+    def __init__(self, shard: ray.data.DataIterator) -> None:
+        batches = shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
+        self._batches: Iterator[pa.Table] = iter(batches)
+        self._ask()
+
+    def take(self) -> pa.Table | None:
+        """The next share, waiting for it; None if the stream has ended."""
+        share = self._asked.result()
+        self._ask()
+        return share
+
+    def _ask(self) -> None:
+        self._asked: Future[pa.Table | None] = Future()
+        # A daemon: behind the last step it waits for a share that never comes.
+        threading.Thread(target=self._fetch, args=(self._asked,), daemon=True).start()
+
+    def _fetch(self, asked: "Future[pa.Table | None]") -> None:
+        try:
+            asked.set_result(next(self._batches, None))
+        except BaseException as error:  # raised again in `take`
+            asked.set_exception(error)
+
+
+TREES = "trees"
+"""Column of a share."""
+
+
+class Shares:
+    """Puts trees together to shares, in the order of the learner steps.
+
+    Batches leave the pool one after the other, but a redrawn tree may come after trees of the
+    next batch: those are held until its own is complete.
+
+    Args:
+        config: The run's configuration.
+        size: Trees of a share.
+        first: A ticket of the learner step that is due first.
+    """
+
+    def __init__(self, config: Config, *, size: int, first: int) -> None:
+        self.trees_per_step, self.size = config.gate.trees_per_step, size
+        self.due = first // self.trees_per_step
+        self.num_given = 0
+        """Trees of the step that is due that have been given out."""
+        self.held: dict[int, list[TreeRecord]] = {}
+
+    def add(self, tree: TreeRecord) -> None:
+        """Hold a tree for its learner step."""
+        self.held.setdefault(tree.ticket // self.trees_per_step, []).append(tree)
+
+    def complete(self) -> Iterator[list[TreeRecord]]:
+        """Give out the shares that are due and complete."""
+        while len(trees := self.held.get(self.due, [])) >= self.size:
+            yield trees[: self.size]
+            del trees[: self.size]
+            self.num_given += self.size
+            if self.num_given == self.trees_per_step:
+                del self.held[self.due]
+                self.due, self.num_given = self.due + 1, 0
+
+
+def has_signal(tree: TreeRecord, config: Config) -> bool:
+    """Whether the learner would train on any step of a scored tree."""
+    learner = config.learner
+    (advantages,), _ = assess([tree], form=learner.advantage, pruning=learner.pruning)
+    return not np.isnan(advantages).all()
+
+
+def to_share(trees: Sequence[TreeRecord]) -> pa.Table:
+    """Table of one row that holds all `trees`."""
+    rows = to_table(trees).to_struct_array().combine_chunks()
+    return pa.table({TREES: pa.ListArray.from_arrays([0, len(rows)], rows)})
+
+
+def from_share(share: pa.Table) -> pa.Table:
+    """Table with one row a tree, as `to_table` makes it."""
+    rows = share.column(TREES).combine_chunks().flatten()
+    return pa.Table.from_struct_array(rows).replace_schema_metadata(SCHEMA.metadata)
+
 
 log = logging.getLogger(__name__)
 
+
 WAIT_S = 10.0
 """Time after which the reader asks anew, and says that it waits."""
+
+
 SCORED_TREES = 16
 """Most trees scored at a time: more make fewer calls, fewer are scored sooner."""
 
 
 def tree_stream(
-    config: Config, pool: Actor, run_log: Actor, watch: Actor
+    config: Config, pool: Actor, run_log: Actor, heartbeats: Actor
 ) -> Callable[[], ray.data.Dataset]:
     """A callable that makes the data set of shares; each call is a stream of its own."""
 
@@ -56,7 +146,7 @@ def tree_stream(
         # Where there is room: on the node of the driver, not on one that may be taken away.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         stream = ray.data.read_datasource(
-            ScoredTrees(config, pool, run_log, watch, uuid.uuid4().hex),
+            ScoredTrees(config, pool, run_log, heartbeats, uuid.uuid4().hex),
             override_num_blocks=1,
             num_cpus=resources.pop("CPU", 0),
             resources=resources,  # what the CPUs left
@@ -80,11 +170,11 @@ class ScoredTrees(Datasource):
     """Reads finished trees from the engine pool, without end, and scores them."""
 
     def __init__(
-        self, config: Config, pool: Actor, run_log: Actor, watch: Actor, reader: str
+        self, config: Config, pool: Actor, run_log: Actor, heartbeats: Actor, reader: str
     ) -> None:
         super().__init__()
         self.config, self.pool, self.reader = config, pool, reader
-        self.run_log, self.watch = run_log, watch
+        self.run_log, self.heartbeats = run_log, heartbeats
 
     def get_read_tasks(
         self,
@@ -93,7 +183,7 @@ class ScoredTrees(Datasource):
         data_context: ray.data.DataContext | None = None,
     ) -> list[ReadTask]:
         """One task, whatever `parallelism`: there is one queue of finished trees."""
-        arguments = (self.config, self.pool, self.run_log, self.watch, self.reader)
+        arguments = (self.config, self.pool, self.run_log, self.heartbeats, self.reader)
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         return [ReadTask(lambda: _shares(*arguments), unknown)]
 
@@ -103,21 +193,21 @@ class ScoredTrees(Datasource):
 
 
 def _shares(
-    config: Config, pool: Actor, run_log: Actor, watch: Actor, reader: str
+    config: Config, pool: Actor, run_log: Actor, heartbeats: Actor, reader: str
 ) -> Iterator[pa.Table]:
     def on_start(pid: int) -> None:
         run_log.event.remote(Event(kind="verifier_started", fields={"pid": pid}))
 
-    mover = Mover(watch, "scoring", config.folder, config.run.stall_timeout_s)
-    mover.at("starting the verifier")
+    heartbeat = Heartbeat(heartbeats, "scoring", config.folder, config.run.stall_timeout_s)
+    heartbeat.at("starting the verifier")
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     shares: Shares | None = None
     with closing(Scorer(config, tokenizer, on_start)) as scorer:
         while True:
-            mover.at("waiting for finished trees", is_busy=False)
+            heartbeat.at("waiting for finished trees", is_busy=False)
             trees: list[TreeRecord] | None = ray.get(pool.take.remote(reader, SCORED_TREES, WAIT_S))
             if trees is None:
-                mover.close()
+                heartbeat.close()
                 return
             if not trees:
                 log.info("waiting for finished trees")
@@ -125,7 +215,7 @@ def _shares(
             if shares is None:
                 size: int = ray.get(pool.share_size.remote())
                 shares = Shares(config, size=size, first=trees[0].ticket)
-            mover.at(f"scoring tickets {[tree.ticket for tree in trees]}")
+            heartbeat.at(f"scoring tickets {[tree.ticket for tree in trees]}")
             try:
                 scored = scorer.score(trees)
             except VerifierFailing as error:  # workers that start anew would only run into it again
@@ -138,103 +228,5 @@ def _shares(
                     ray.get(pool.redraw.remote(reader, noisy))
                 else:
                     shares.add(noisy)
-            mover.at("handing trees on", is_busy=False)
+            heartbeat.at("handing trees on", is_busy=False)
             yield from map(to_share, shares.complete())
-
-
-def _noisy(tree: TreeRecord, config: Config) -> TreeRecord:
-    verifier = config.verifier
-    if not verifier.false_positive_rate and not verifier.false_negative_rate:
-        return tree
-    return add_noise(
-        tree,
-        false_positive_rate=verifier.false_positive_rate,
-        false_negative_rate=verifier.false_negative_rate,
-        seed=config.run.seed,
-    )
-
-
-class Scorer:
-    """Gives every leaf of a tree its text and its verdict."""
-
-    def __init__(
-        self,
-        config: Config,
-        tokenizer: "PreTrainedTokenizerBase",
-        on_start: Callable[[int], None] = lambda pid: None,
-    ) -> None:
-        self.config, self.tokenizer = config, tokenizer
-        self.verifier = Verifier(
-            check=config.verifier.check,
-            num_workers=config.verifier.num_workers,
-            timeout_s=config.verifier.timeout_s,
-            memory_mib=config.verifier.memory_mib,
-            on_start=on_start,
-        )
-        self.verifier.self_test()
-        self.error_share = ErrorShare(config.verifier.max_error_share)
-
-    def score(self, records: list[TreeRecord]) -> list[TreeRecord]:
-        """The same trees with texts and verdicts; all leaves are graded in one go.
-
-        Raises:
-            VerifierFailing: more answers than `verifier.max_error_share` got no verdict.
-        """
-        texts = [self._leaf_texts(record) for record in records]
-        answers = [
-            Answer(
-                text=text,
-                references=record.answers,
-                is_cut_off=record.tree.steps[leaf].stop is StopReason.BOUNDARY,
-            )
-            for record, leaf_texts in zip(records, texts, strict=True)
-            for leaf, text in zip(record.tree.leaves, leaf_texts, strict=True)
-        ]
-        graded = self.verifier.grade(answers)
-        questions = [record.question for record in records for _ in record.tree.leaves]
-        for question, answer, verdict in zip(questions, answers, graded, strict=True):
-            self.error_share.add(question, answer, verdict)
-        verdicts = iter(graded)
-        now = time.time()
-        return [
-            replace(
-                record,
-                leaf_texts=leaf_texts,
-                verdicts=tuple(
-                    self._verdict(record, leaf, next(verdicts)) for leaf in record.tree.leaves
-                ),
-                scored_at_s=now,
-            )
-            for record, leaf_texts in zip(records, texts, strict=True)
-        ]
-
-    def group(self, records: list[TreeRecord]) -> list[list[int] | None]:
-        """Which leaves of each scored tree have equal answers; see `Verifier.group`."""
-        return self.verifier.group(
-            [
-                [
-                    Answer(
-                        text=text,
-                        references=(),
-                        is_cut_off=record.tree.steps[leaf].stop is StopReason.BOUNDARY,
-                    )
-                    for leaf, text in zip(record.tree.leaves, record.leaf_texts, strict=True)
-                ]
-                for record in records
-            ]
-        )
-
-    def _leaf_texts(self, record: TreeRecord) -> tuple[str, ...]:
-        tree = record.tree
-        ids = [tree.path_token_ids(leaf) for leaf in tree.leaves]
-        return tuple(self.tokenizer.batch_decode(ids, skip_special_tokens=True))
-
-    @staticmethod
-    def _verdict(record: TreeRecord, leaf: int, verdict: Verdict) -> Verdict:
-        """An answer that the engine broke off has no verdict of its own."""
-        is_error = record.tree.steps[leaf].stop is StopReason.ERROR
-        return Verdict.ERRORED if is_error else verdict
-
-    def close(self) -> None:
-        """End the verifier's processes."""
-        self.verifier.close()

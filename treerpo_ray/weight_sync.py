@@ -1,20 +1,177 @@
-"""Weight sync: an actor that owns the newest weights and has the engines serve them."""
+"""Weights on their way: flat chunks of bytes, a manifest that says what lies where, proofs.
 
+A manifest carries a digest of each chunk; an engine proves a version by echoing it together
+with the digests of the bytes that its workers received.
+"""
+
+import hashlib
+import os
+import statistics
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
+import numpy as np
 import ray
+from jaxtyping import UInt8
 
 from treerpo_ray.actor import Actor
-from treerpo_ray.movement import Movement
-from treerpo_ray.stacks import Stacks
-from treerpo_ray.weights import Manifest, Probe
+from treerpo_ray.metrics.health import StackDump, StageStatus
+
+if TYPE_CHECKING:  # manifests go through actors that have no use for it
+    import torch
+
+
+ALIGNMENT = 64
+"""Offsets are multiples of this, so that every dtype can be viewed in place."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorPlace:
+    """One tensor in a chunk."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunk: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a version of the weights consists of."""
+
+    version: int
+    tensors: tuple[TensorPlace, ...]
+    digests: tuple[str, ...]
+    """blake2b of each chunk."""
+
+    def update_info(self, chunk: int) -> dict[str, list]:
+        """The fields of `engine_worker.StoreUpdate` for one chunk, but for its path."""
+        tensors = [tensor for tensor in self.tensors if tensor.chunk == chunk]
+        return {
+            "names": [tensor.name for tensor in tensors],
+            "dtypes": [tensor.dtype for tensor in tensors],
+            "shapes": [list(tensor.shape) for tensor in tensors],
+            "offsets": [tensor.offset for tensor in tensors],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadProof:
+    """An engine's word that it serves a version."""
+
+    version: int
+    digests: tuple[tuple[str, ...], ...]
+    """Digests of the received chunks, from each worker of the engine."""
+
+    def check(self, manifest: Manifest) -> None:
+        """Raise a RuntimeError unless this proves `manifest`."""
+        if self.version != manifest.version:
+            raise RuntimeError(f"engine serves version {self.version}, not {manifest.version}")
+        if not self.digests:
+            raise RuntimeError(f"no worker of the engine received version {manifest.version}")
+        for worker, digests in enumerate(self.digests):
+            if digests != manifest.digests:
+                raise RuntimeError(
+                    f"worker {worker} received other bytes for version {manifest.version}"
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """A sequence with the learner's log-probabilities (nats, temperature 1) of its tokens."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    """Of each token after the first."""
+
+    def distance(self, found: list[float]) -> float:
+        """Mean absolute difference (nats a token) of an engine's log-probabilities from these."""
+        pairs = zip(found, self.logprobs, strict=True)
+        return statistics.fmean(abs(ours - theirs) for ours, theirs in pairs)
+
+
+def pack_weights(
+    weights: Iterable[tuple[str, "torch.Tensor"]],
+    *,
+    version: int,
+    dtype: "torch.dtype",
+    chunk_bytes: int,
+) -> tuple[Manifest, list[UInt8[np.ndarray, " bytes"]]]:
+    """Lay tensors out in chunks of about `chunk_bytes`; floating ones are sent as `dtype`.
+
+    A tensor lies in one chunk whole; one that is larger than `chunk_bytes` gets its own.
+    """
+    import torch
+
+    places: list[TensorPlace] = []
+    chunks: list[np.ndarray] = []
+    parts: list[np.ndarray] = []
+    size = 0
+
+    def close_chunk() -> None:
+        nonlocal size
+        if parts:
+            chunks.append(np.concatenate(parts))
+        parts.clear()
+        size = 0
+
+    for name, weight in weights:
+        sent = weight.to("cpu", dtype if weight.is_floating_point() else weight.dtype).contiguous()
+        flat = sent.reshape(-1).view(torch.uint8).numpy()
+        padding = -len(flat) % ALIGNMENT
+        if size and size + len(flat) > chunk_bytes:
+            close_chunk()
+        kind = str(sent.dtype).removeprefix("torch.")
+        places.append(
+            TensorPlace(
+                name=name, dtype=kind, shape=tuple(sent.shape), chunk=len(chunks), offset=size
+            )
+        )
+        parts += [flat, np.zeros(padding, np.uint8)]
+        size += len(flat) + padding
+    close_chunk()
+    digests = tuple(hashlib.blake2b(chunk.data, digest_size=16).hexdigest() for chunk in chunks)
+    return Manifest(version=version, tensors=tuple(places), digests=digests), chunks
+
+
+class ChunkFiles:
+    """Chunks as files in memory, for worker processes of this machine; gone with their maker.
+
+    They count as this process's memory and not against a size of /dev/shm, which containers
+    keep small.
+    """
+
+    def __enter__(self) -> Self:
+        self._descriptors: list[int] = []
+        return self
+
+    def write(self, chunk: UInt8[np.ndarray, " bytes"]) -> str:
+        """Write one chunk and return a path that other processes can open."""
+        descriptor = os.memfd_create("treerpo-weights")
+        self._descriptors.append(descriptor)
+        path = f"/proc/{os.getpid()}/fd/{descriptor}"
+        chunk.tofile(path)
+        return path
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for descriptor in self._descriptors:
+            os.close(descriptor)
 
 
 class WeightSync:
     """Takes weights from the learner's first worker and returns once every engine proved them.
 
     Args:
-        pool: Actor of `EnginePool`; keeps what is handed on for engines that come up later.
+        pool: Actor of `TreePool`; keeps what is handed on for engines that come up later.
         probe_every: Syncs between comparisons of log-probabilities; the first is compared.
     """
 
@@ -43,10 +200,10 @@ class WeightSync:
     def _move(self, doing: str) -> None:
         self._doing, self._moved_at = doing, time.monotonic()
 
-    async def movement(self, stacks: Stacks) -> Movement:
+    async def status(self, stacks: StackDump) -> StageStatus:
         """What is published, and since when."""
         stacks.arm()
-        return Movement(
+        return StageStatus(
             stage="weight sync",
             doing=self._doing or "waiting for a version",
             is_busy=bool(self._doing),

@@ -5,11 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treerpo_ray.config_file import load
-from treerpo_ray.plan import load_inputs
+from treerpo_ray.config import load
+from treerpo_ray.driver.plan import load_inputs
 from treerpo_ray.quickstart import task
 from treerpo_ray.quickstart.countdown_answer import SELF_TEST, check_answer, evaluate, find_answer
-from treerpo_ray.verifier import Answer, Verdict, Verifier
+from treerpo_ray.verifier.verdict import Answer, Verdict
+from treerpo_ray.verifier.verifier import Verifier
 
 FILE = Path(__file__).parents[2] / "conf/countdown.yaml"
 REFERENCE = ("12 3 25=40",)

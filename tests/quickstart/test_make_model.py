@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
-from treerpo_ray.config_file import load
+from treerpo_ray.config import load
 from treerpo_ray.quickstart import make_model as script
 from treerpo_ray.quickstart import task
 from treerpo_ray.quickstart.tokenizer import make_tokenizer

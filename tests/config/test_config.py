@@ -1,0 +1,345 @@
+"""Configuration: files and overrides merge, and every mistake is one line with its key."""
+
+import importlib
+import itertools
+import json
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from treerpo_ray.algo.advantages import AdvantageForm
+from treerpo_ray.algo.loss_config import Normalisation
+from treerpo_ray.config.config import POSITIVE, Config, credential_keys
+from treerpo_ray.config.files import MOVED_MODULES, describe, load, to_yaml, with_moved_modules
+from treerpo_ray.evaluate.evaluation import Evaluation
+
+CONF = Path(__file__).parents[2] / "conf"
+FILES = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml"))
+
+
+def write(folder: Path, name: str, text: str | bytes) -> str:
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def mistake(*arguments: str) -> str:
+    """The message about a mistake; it must be one line."""
+    with pytest.raises(ValueError) as caught:
+        load(list(arguments))
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+def all_keys(section: object, prefix: str = "") -> list[str]:
+    assert is_dataclass(section)
+    keys: list[str] = []
+    for item in fields(section):
+        value = getattr(section, item.name)
+        inner = is_dataclass(value)
+        keys += all_keys(value, f"{prefix}{item.name}.") if inner else [prefix + item.name]
+    return keys
+
+
+def test_nothing_given_is_the_defaults() -> None:
+    assert load([]) == Config()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_of_the_project_loads_alone_and_comes_back_from_its_resolved_form(
+    name: str, tmp_path: Path
+) -> None:
+    config = load([str(CONF / name)])
+    assert load([write(tmp_path, "resolved.yaml", to_yaml(config))]) == config
+
+
+def test_a_resolved_configuration_reads_back_to_an_equal_one(tmp_path: Path) -> None:
+    config = load(
+        [
+            *("learner.advantage=DIFFERENCE", "loss.normalisation=sequence_mean"),
+            *('tree.delimiter="\\n"', "tree.num_children=[3, 2]", "tree.step_tokens=[5, 6]"),
+            *("engine.resources={GPU: 1, rollout_slot: 0.5}", "prompts.system_prompt='a: b'"),
+            *("loss.importance_cap=null", "metrics.wandb_project=null", "run.name='1e3'"),
+        ]
+    )
+    assert config.tree.delimiter == "\n"
+    assert config.run.name == "1e3"
+    again = load([write(tmp_path, "resolved.yaml", to_yaml(config))])
+    assert again == config
+    assert again.learner.advantage is AdvantageForm.DIFFERENCE
+    assert again.loss.normalisation is Normalisation.SEQUENCE_MEAN
+    assert again.shape == config.shape
+
+
+def test_later_arguments_win_and_keep_what_they_do_not_name(tmp_path: Path) -> None:
+    first = write(tmp_path, "first.yaml", "run: {seed: 1, name: first}\ngate: {max_staleness: 3}\n")
+    second = write(tmp_path, "second.yml", "run: {seed: 2}\n")
+    config = load([first, second])
+    assert (config.run.seed, config.run.name, config.gate.max_staleness) == (2, "first", 3)
+    assert load([second, first]).run.seed == 1
+    assert load([first, "run.seed=5", "run.seed=6"]).run.seed == 6
+    assert load(["run.seed=5", first]).run.seed == 1
+    assert load([write(tmp_path, "empty.yaml", "")]) == Config()
+
+
+@pytest.mark.parametrize(
+    ("argument", "near"),
+    [
+        ("gate.max_stalenes=0", "gate.max_staleness"),
+        ("learner.learning_rat=1", "learner.learning_rate"),
+        ("evaluate.data.paht=x", "evaluate.data.path"),
+        ("gates.max_staleness=0", "gate"),
+        ("loss.normalization=token_mean", "loss.normalisation"),
+    ],
+)
+def test_an_unknown_key_is_told_with_the_nearest_one(argument: str, near: str) -> None:
+    message = mistake(argument)
+    assert message.startswith(f"{argument}: unknown key {argument.split('.')[0]}")
+    assert message.endswith(f"; did you mean {near}?")
+
+
+def test_an_unknown_key_in_a_file_is_told_with_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "typo.yaml", "learner:\n  learning_rat: 1\n")
+    assert mistake(path) == (
+        f"{path}: unknown key learner.learning_rat; did you mean learner.learning_rate?"
+    )
+
+
+def test_an_unknown_key_like_no_other_points_to_the_list() -> None:
+    assert mistake("zzz=1") == "zzz=1: unknown key zzz; --help lists them all"
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("run.seed=1.5", r"run\.seed: Value '1\.5' .*Integer"),
+        ("run.seed=null", r"run\.seed: .*None"),
+        ("gate.trees_per_step=many", r"gate\.trees_per_step: Value 'many' .*Integer"),
+        ("model.dtype=float16", r"model\.dtype: .*'float32', 'bfloat16'"),
+        ("learner.advantage=foo", r"learner\.advantage: .*BERNOULLI, .*STANDARD"),
+        ("tree.num_children=8", r"tree\.num_children: "),
+        ("tree.num_children=[a]", r"tree\.num_children=.*Integer"),
+        ("engine.resources.GPU=x", r"engine\.resources\.GPU: .*Float"),
+        ("engine.resources=[1]", r"a list stands where keys belong"),
+        ("run.seed=${nowhere}", r"run\.seed: .*nowhere"),
+        ("run.name=[", r"not a YAML value; quote it"),
+        ("model.trust_remote_code=perhaps", r"model\.trust_remote_code: .*bool"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_told_with_its_key(argument: str, told: str) -> None:
+    message = mistake(argument)
+    assert re.search(told, message)
+    assert message.startswith(argument.partition("=")[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("run: [\n", "not YAML"),
+        ("- 1\n- 2\n", "a list stands where keys belong"),
+        ("3\n", "not YAML"),
+        ("run: 3\n", "RunConfig"),
+        ("run:\n  seed: 1\n  seed: 2\n", "duplicate key seed"),
+        (bytes(range(128, 255)), "not YAML"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_told_with_its_name(
+    text: str | bytes, told: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path, "bad.yaml", text)
+    message = mistake(path)
+    assert message.startswith(f"{path}: ")
+    assert told in message
+
+
+def test_a_missing_file_is_told_with_the_folder_it_was_looked_for_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert mistake("gone.yaml") == f"gone.yaml: no such configuration file in {tmp_path}"
+
+
+def test_an_argument_that_is_neither_file_nor_override_is_refused() -> None:
+    assert mistake("run") == "run: neither a .yaml file nor an override section.key=value"
+
+
+@pytest.mark.parametrize("key", POSITIVE)
+def test_a_number_that_must_be_positive_is_told_with_its_key(key: str) -> None:
+    assert re.fullmatch(rf"{re.escape(key)}=0(\.0)? must be more than 0", mistake(f"{key}=0"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["gate.trees_per_step=6", "learner.num_workers=4"], "gate.trees_per_step=6 must be"),
+        (
+            ["gate.trees_per_step=6", "learner.num_workers=2", "learner.minibatches=2"],
+            "learner.num_workers=2 times learner.minibatches=2",
+        ),
+        (
+            ["gate.trees_per_step=8", "learner.num_workers=4", "learner.min_workers=2"],
+            "gate.trees_per_step=8 must be a multiple of learner.num_workers=3",
+        ),
+        (
+            ["learner.min_workers=2"],
+            "learner.min_workers=2 must be from 1 to learner.num_workers=1",
+        ),
+        (
+            ["learner.min_workers=0"],
+            "learner.min_workers=0 must be from 1 to learner.num_workers=1",
+        ),
+        (["learner.num_workers=2", "learner.min_workers=1"], "learner.resources.train_slot=1"),
+        (
+            ["learner.min_workers=1", "learner.resources={CPU: 0.4, train_slot: 1}"],
+            "learner.resources.CPU=0.4 must be a multiple of 0.5",
+        ),
+        (["learner.token_budget=1663"], "learner.token_budget=1663 is smaller .* = 1664$"),
+        (["gate.max_staleness=-1"], "gate.max_staleness=-1 must not be negative"),
+        (["verifier.false_positive_rate=20"], "verifier.false_positive_rate=20.* more than 1"),
+        (["tree.num_children=[8]"], r"tree.num_children .* not \[8\] and \[384, 384, 384\]"),
+        (["tree.num_children=[]", "tree.step_tokens=[]"], "one entry for each depth"),
+        (["tree.num_children=[8, 0, 8]"], "tree.num_children and tree.step_tokens must be pos"),
+        (["engine.num_engines=3", "engine.max_engines=2"], "must not be less than engine.num_eng"),
+        (["engine.max_engines=2"], "engine.max_engines=2 needs engine.max_trees"),
+        (["engine.max_trees=0"], "engine.max_trees=0 must be more than 0"),
+        (
+            ["run.stall_timeout_s=100", "engine.request_timeout_s=100"],
+            "run.stall_timeout_s=100 must be more than engine.request_timeout_s=100, after which",
+        ),
+        (
+            ["run.stall_timeout_s=100", "engine.request_timeout_s=9", "engine.load_timeout_s=50"],
+            "run.stall_timeout_s=100 must be more than twice engine.load_timeout_s=50, after",
+        ),
+        (["tree.temperature=2.5"], r"tree.temperature=2\.5 must not be more than 2 in vLLM"),
+        (["run.max_sampled_tokens=0"], "run.max_sampled_tokens=0 must be more than 0"),
+        (["gate.revisit=1"], r"gate.revisit=1\.0 must be at least 0 and less than 1"),
+        (["gate.revisit=-0.1"], r"gate.revisit=-0\.1 must be at least 0 and less than 1"),
+        (["gate.revisit=.nan"], "gate.revisit=nan must be at least 0 and less than 1"),
+        (["loss.clip_low=2"], r"loss.clip_low must be in \[0, 1\]"),
+        (["loss.importance_cap=0"], "loss.importance_cap is 0: give a positive cap, or null"),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused(arguments: list[str], told: str) -> None:
+    assert re.search(told, mistake(*arguments))
+
+
+def test_a_number_of_workers_that_may_change_is_accepted_where_each_gets_an_equal_share() -> None:
+    slots = ["learner.resources.train_slot=1", "gate.trees_per_step=12"]
+    config = load([*slots, "learner.num_workers=4", "learner.min_workers=1"])
+    assert config.learner.fewest_workers == 1
+
+
+def test_the_largest_path_that_fits_the_token_budget_is_accepted() -> None:
+    assert load(["learner.token_budget=1664"]).max_path_tokens == 512 + 3 * 384 == 1664
+
+
+@pytest.mark.parametrize(
+    ("root", "folder"),
+    [
+        ("/data/runs/", "/data/runs/mine"),
+        ("s3://bucket/runs", "s3://bucket/runs/mine"),
+        ("s3://bucket/runs/", "s3://bucket/runs/mine"),
+        ("~/runs", f"{Path.home()}/runs/mine"),
+    ],
+)
+def test_a_run_folder_is_its_root_and_name(root: str, folder: str) -> None:
+    assert load([f"run.root={root}", "run.name=mine"]).folder == folder
+
+
+def test_every_key_is_described_with_its_default_and_a_note() -> None:
+    lines = describe().splitlines()
+    described = {}
+    for line, note in itertools.pairwise(lines):
+        if found := re.fullmatch(r"  (\w+\.\w+) = (.*)", line):
+            key, default = found.groups()
+            assert re.match(r" {6}\w.*\.?", note), f"{key} has no note"
+            described[key] = default
+    top = {".".join(key.split(".")[:2]) for key in all_keys(Config())}
+    assert described.keys() == top
+    evaluated = {key.removeprefix("evaluate.data.") for key in all_keys(Config())}
+    assert json.loads(described["evaluate.data"]).keys() <= evaluated
+
+
+def test_every_section_is_described_with_what_it_is_for() -> None:
+    text = describe()
+    for item in fields(Config):
+        assert re.search(rf"^{item.name}: \w.*\.$", text, re.MULTILINE)
+
+
+def test_the_defaults_as_described_can_be_given_as_they_stand() -> None:
+    shown = re.findall(r"^  (\w+\.\w+) = (.*)$", describe(), re.MULTILINE)
+    assert len(shown) > 50
+    assert load([f"{key}={default}" for key, default in shown]) == Config()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "run.root=s3://AKIA:wJalr@bucket/runs",
+        "run.root=https://hf_abc@example.com/runs",
+        "prompts.path=https://example.com/train.jsonl?X-Amz-Signature=abc",
+        "evaluate.data.path='simplecache::s3://AKIA:wJalr@bucket/test.jsonl'",
+        "model.path=https://example.com/model?api_key=abc",
+        "engine.labels.place=https://user:password@host/x",
+        "evaluate.benchmarks.mine.path=https://user:password@host/test.jsonl",
+        "evaluate.benchmarks.mine.path=https://example.com/test.jsonl?X-Amz-Signature=abc",
+    ],
+)
+def test_a_credential_in_a_setting_is_refused_and_not_repeated(value) -> None:
+    key, _, secret = value.partition("=")
+    with pytest.raises(ValueError, match=f"^{re.escape(key)} holds a credential") as caught:
+        load([value])
+    assert secret not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values", [["s3://bucket", "https://user:password@host"], ("", "s3://a:b@c")]
+)
+def test_a_credential_in_a_sequence_is_found_with_its_place(values) -> None:
+    assert list(credential_keys({"places": values}, "run")) == ["run.places.1"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "run.root=s3://bucket/runs@home",
+        "run.root=abfs://container@account.dfs.core.windows.net/runs",
+        "prompts.path=https://example.com/train.jsonl?download=true",
+        "evaluate.benchmarks.mine.path=https://example.com/test.jsonl",
+        "prompts.system_prompt='Which key=value pairs? Mail a@b.c.'",
+    ],
+)
+def test_an_address_without_a_credential_is_accepted(value) -> None:
+    load([value])
+
+
+@pytest.mark.parametrize(("before", "now"), MOVED_MODULES.items())
+def test_a_module_that_has_moved_is_found_from_files_overrides_and_stored_results(
+    before: str, now: str, tmp_path: Path
+) -> None:
+    importlib.import_module(now)
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(load([])).replace(Config().verifier.check, before))
+    assert before in file.read_text()
+    assert load([str(file)]).verifier.check == now
+    assert load([f"verifier.check={before}"]).verifier.check == now
+
+
+def test_no_stored_result_names_a_module_that_is_not_there() -> None:
+    paths = sorted((CONF.parent / "jobs/comparisons").glob("*/*/*-*.json"))
+    results = [json.loads(path.read_text()) for path in paths]
+    checks = {OmegaConf.create(result["config"]).verifier.check for result in results}
+    graded = {
+        verifier
+        for result in results
+        for part in ("before", "after")
+        if (verifier := Evaluation.from_fields(result[part]).verifier) is not None
+    }
+    assert checks & MOVED_MODULES.keys(), "there are results of before the move"
+    for check in {*with_moved_modules([*checks]), *graded}:
+        importlib.import_module(check)

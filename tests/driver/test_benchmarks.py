@@ -1,0 +1,258 @@
+"""Benchmarks: a job on local files with the small model, and what it says of wrong input."""
+
+import io
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+import ray
+import rich.console
+
+from tests.support.thread_actors import Handle, without_ray
+from treerpo_ray.driver import benchmarks
+from treerpo_ray.driver.benchmarks import (
+    check_folder,
+    check_length,
+    configure,
+    evaluate_all,
+    load_benchmarks,
+    source_of,
+)
+from treerpo_ray.evaluate.evaluation import Evaluation
+from treerpo_ray.evaluate.report import differences, read_samples, table, with_mean
+from treerpo_ray.metrics.console import Console
+from treerpo_ray.metrics.health import StageStatus
+from treerpo_ray.metrics.run_log import Event
+from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
+from treerpo_ray.search.tree_pool import TreePool
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = str(ROOT / "treerpo_ray/quickstart/model")
+
+
+def test_the_preset_has_the_papers_sampling_and_its_benchmarks() -> None:
+    config = configure(MODEL, ["math500", "aime24"], [])
+    settings = config.evaluate
+    assert (settings.num_samples, settings.temperature, settings.top_p) == (8, 0.6, 0.95)
+    assert settings.max_tokens == 1152
+    assert list(settings.benchmarks) == ["math500", "aime24"]
+    assert config.max_model_tokens == 512 + 1152
+    everything = configure(MODEL, [], []).evaluate.benchmarks
+    assert {"math500", "olympiadbench", "minerva", "aime24", "amc", "gsm8k"} <= everything.keys()
+
+
+@pytest.mark.parametrize(
+    ("names", "overrides", "told"),
+    [
+        (["math5000"], [], r"^--benchmarks: no benchmark math5000; there are math500, "),
+        ([], ["evaluate.pass_ks=[16]"], r"^evaluate\.pass_ks=\[16\] must lie between 1 and"),
+        ([], ["evaluate.top_p=1.5"], r"^evaluate\.top_p=1\.5 must not be more than 1"),
+        ([], ["evaluate.max_tokens=0"], r"^evaluate\.max_tokens=0 must be more than 0"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_key(names, overrides, told) -> None:
+    with pytest.raises(ValueError, match=told):
+        configure(MODEL, names, overrides)
+
+
+def test_a_run_folder_stands_for_its_model_and_settings(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("verifier: {num_workers: 3}\n")
+    with pytest.raises(ValueError, match="neither a model nor a checkpoint"):
+        configure(str(tmp_path), [], [])
+    for name in ("checkpoints/step=000004/model", "checkpoints/step=000012/model", "model"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "model.safetensors").write_text("")
+        config = configure(str(tmp_path), [], [])
+        assert config.model.path == str(tmp_path / name)
+        assert config.verifier.num_workers == 3
+
+
+def test_a_run_or_model_at_a_uri_is_fetched(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("verifier: {num_workers: 3}\n")
+    (tmp_path / "model/parts").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "parts/more"):
+        (tmp_path / "model" / name).write_text(name)
+    uri = f"memory:/{tmp_path}/mine"
+    fsspec.filesystem("memory").put(str(tmp_path), uri, recursive=True)
+    for place in (uri, f"{uri}/", f"{uri}/model"):
+        config = configure(place, [], [])
+        fetched = Path(config.model.path)
+        for path in (tmp_path / "model").rglob("*.*"):
+            assert (fetched / path.name).read_text() == path.name
+        assert (fetched / "parts/more").read_text() == "parts/more"
+        assert config.run.name == "eval-mine"
+        assert config.verifier.num_workers == (1 if place.endswith("model") else 3)
+    assert configure(f"file://{tmp_path}", [], []).model.path == f"{tmp_path}/model"
+    with pytest.raises(ValueError, match=rf"^{uri}/none: neither a run .* nor a model"):
+        configure(f"{uri}/none", [], [])
+
+
+def test_a_model_has_one_name_however_it_is_written(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "mine/model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    written = ("mine", "mine/", "mine/model", f"{tmp_path}/mine", f"file://{tmp_path}/mine/model/")
+    assert {source_of(model) for model in written} == {f"file://{tmp_path}/mine"}
+    assert source_of("Qwen/Qwen2.5-Math-1.5B") == "Qwen/Qwen2.5-Math-1.5B"
+
+
+@pytest.mark.parametrize("place", ["", "memory:/"])
+def test_a_folder_with_results_of_another_model_is_refused(place: str, tmp_path: Path) -> None:
+    folder = f"{place}{tmp_path}/eval-mine"
+    check_folder(folder, "mine")  # there is nothing yet
+    fs, root = fsspec.core.url_to_fs(folder)
+    fs.makedirs(f"{root}/eval")
+    for name, fields in (("old", {}), ("aime24", {"model": "mine"})):
+        fs.pipe_file(f"{root}/eval/{name}.json", json.dumps(fields).encode())
+    check_folder(folder, "mine")
+    with pytest.raises(ValueError, match=r"eval-mine holds results of mine: .*run\.name="):
+        check_folder(folder, "other/mine")
+
+
+def test_a_benchmark_that_is_not_there_is_one_line_with_its_key() -> None:
+    overrides = ["evaluate.benchmarks.math500.path=gone.jsonl"]
+    config = configure(MODEL, ["math500"], overrides)
+    with pytest.raises(ValueError, match=r"^evaluate\.benchmarks\.math500\.path=gone\.jsonl"):
+        load_benchmarks(config, load_tokenizer(MODEL, False))
+
+
+def test_answers_longer_than_the_model_takes_are_one_line() -> None:
+    with pytest.raises(ValueError, match=r"^evaluate\.max_tokens=1152 .* 1664 tokens; .* 511$"):
+        check_length(configure(MODEL, ["math500"], []))
+    check_length(configure(MODEL, ["quickstart"], ["evaluate.max_tokens=46"]))
+
+
+class PoolWithoutNodes:
+    """An engine pool whose last node went when the evaluation had begun."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+
+    def begin(self, config, prompts, shape, run_log) -> None:
+        self.run_log = run_log
+
+    def start(self) -> None:
+        pass
+
+    def evaluate(self, *request) -> Iterator[object]:
+        self.run_log.event.remote(Event(kind="engine_lost", fields={"engine": 0}))
+        self.ended.wait()
+        raise RuntimeError("the pool gave this evaluation up")
+        yield
+
+    def status(self, stacks) -> StageStatus:
+        return StageStatus(stage="engines", doing="waiting for a node", is_busy=False, age_s=9.0)
+
+    def stop(self) -> None:
+        self.ended.set()
+        raise ray.exceptions.RayActorError
+
+
+def test_a_job_whose_engines_are_gone_says_so_and_ends(tmp_path: Path, monkeypatch) -> None:
+    def make(kind, *arguments, concurrency=1) -> Handle:
+        return Handle(PoolWithoutNodes() if kind is TreePool else kind(*arguments))
+
+    monkeypatch.setattr(benchmarks, "make_actor", make)
+    monkeypatch.setattr(benchmarks, "Scorer", lambda config, tokenizer: io.BytesIO())
+    limits = ["run.stall_timeout_s=2", "engine.request_timeout_s=1", "engine.load_timeout_s=0.5"]
+    config = configure(MODEL, ["quickstart"], [*limits, f"run.root={tmp_path}"])
+    shown = io.StringIO()
+    console = Console(0, rich.console.Console(file=shown, width=200))
+    prompts = PromptSet(problems=(), token_ids=(), num_too_long=0)
+    with without_ray(), pytest.raises(RuntimeError, match=r"nothing moved for \d s: evaluation"):
+        dict(evaluate_all(config, "mine", {"one": prompts}, None, console))
+    assert "engine lost: engine 0" in shown.getvalue()
+    assert "stop did not end well: " in shown.getvalue()
+    [report] = Path(config.folder).glob("logs/stall-*.txt")
+    assert "engines (idle for 9 s): waiting for a node" in report.read_text()
+
+
+@pytest.fixture(scope="module")
+def evaluated(ray_cluster, tmp_path_factory) -> tuple[Path, dict[str, Evaluation]]:
+    """Two evaluations of the small model, of two seeds, on two files."""
+    root = tmp_path_factory.mktemp("evaluated")
+    rows = [("38+47=?", "85"), ("12+30-5=?", ["37", "37.0"]), ("9+9=?", 18)]
+    for name, part in (("one", rows), ("two", rows[:2])):
+        lines = [json.dumps({"q": question, "a": answer}) for question, answer in part]
+        (root / f"{name}.jsonl").write_text("\n".join(lines))
+    found = {}
+    for seed, name in enumerate(("first", "second")):
+        data = [
+            f"evaluate.benchmarks.{file}={{path: {root}/{file}.jsonl, question_column: q, "
+            "answer_column: a, max_prompt_tokens: 32}"
+            for file in ("one", "two")
+        ]
+        config = configure(
+            MODEL,
+            ["one", "two"],
+            [*data, f"run.root={root}", f"run.name={name}", "evaluate.num_samples=4",
+             f"run.seed={seed}", "evaluate.temperature=1.5", "evaluate.max_tokens=40",
+             "engine.kv_cache_gib=0.125"],
+        )  # fmt: skip
+        tokenizer = load_tokenizer(MODEL, False)
+        console = Console(0, rich.console.Console(file=io.StringIO()))
+        prompts = load_benchmarks(config, tokenizer)
+        found |= {
+            f"{name}/{key}": each
+            for key, each in evaluate_all(config, "mine", prompts, tokenizer, console)
+        }
+    return root, found
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+def test_a_job_leaves_scores_and_samples_of_every_benchmark(evaluated) -> None:
+    root, found = evaluated
+    for name, evaluation in found.items():
+        run, _, benchmark = name.partition("/")
+        written = json.loads((root / run / f"eval/{benchmark}.json").read_text())
+        assert Evaluation.from_fields(written) == evaluation
+        assert {"pass@1", "pass@2", "pass@4", "maj@4", "length", "cut_off"} <= written[
+            "scores"
+        ].keys()
+        samples = read_samples(f"{root}/{run}/eval/{benchmark}.parquet")
+        assert len(samples) == evaluation.num_problems == (3 if benchmark == "one" else 2)
+        shares = [problem.pass_at_1 for problem in samples.values()]
+        assert sum(shares) / len(shares) == pytest.approx(evaluation.pass_at_1)
+        assert sum(problem.length.sum() for problem in samples.values()) == (
+            evaluation.num_sampled_tokens
+        )
+    scores = with_mean(f"{root}/first", {name: found[f"first/{name}"] for name in ("one", "two")})
+    assert list(scores) == ["one", "two", "mean of one, two"]
+    assert (
+        table(scores).row_count == len(found["first/one"].scores) == len(scores["mean of one, two"])
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+def test_two_evaluations_are_compared_problem_by_problem(evaluated) -> None:
+    root, found = evaluated
+    compared, _ = differences(str(root / "first"), str(root / "second"))
+    assert compared.keys() == {"one", "two", "mean of one, two"}
+    gap = found["first/one"].pass_at_1 - found["second/one"].pass_at_1
+    assert compared["one"]["pass@1"].value == pytest.approx(gap)
+    itself, _ = differences(str(root / "first"), str(root / "first/eval/one.json"))
+    assert all(score.value == score.low == score.high == 0 for score in itself["one"].values())
+    first, second = (
+        read_samples(f"{root}/{name}/eval/one.parquet").values() for name in ("first", "second")
+    )
+    any_right = [any(samples.is_correct == 1) for samples in (*first, *second)]
+    expected = (sum(any_right[:3]) - sum(any_right[3:])) / 3
+    assert compared["one"]["pass@4"].value == pytest.approx(expected)
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+def test_problems_that_only_one_evaluation_has_are_counted(evaluated, tmp_path) -> None:
+    root, _ = evaluated
+    (tmp_path / "eval").mkdir()
+    for suffix in ("json", "parquet"):
+        shutil.copy(root / f"first/eval/two.{suffix}", tmp_path / f"eval/one.{suffix}")
+    shown = io.StringIO()
+    _, compared = differences(f"file://{root}/first/eval/one.json", str(tmp_path))
+    rich.console.Console(file=shown, width=200).print(compared)
+    assert "2 of 3" in shown.getvalue()

@@ -1,0 +1,183 @@
+"""The plan of a run: its numbers are those of the configuration, the data and the model."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from treerpo_ray.config import Config, load
+from treerpo_ray.driver.plan import (
+    GIB,
+    Inputs,
+    count_parameters,
+    load_inputs,
+    plan_lines,
+    preflight,
+)
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = [
+    str(ROOT / "conf/quickstart.yaml"),
+    *("run.root=/runs", "run.name=planned", "run.num_steps=30", "gate.trees_per_step=24"),
+    *("tree.num_children=[4, 3]", "tree.step_tokens=[23, 20]", "gate.max_staleness=2"),
+    *("prompts.num_problems=90", "evaluate.data.num_problems=40", "engine.num_engines=3"),
+    *("learner.num_workers=2", "learner.minibatches=2", "engine.kv_cache_gib=0.25"),
+    "engine.resources={CPU: 0.5}",
+    "learner.resources={CPU: 0.25, train_slot: 1}",
+]
+"""The quickstart with every number of the plan set, so that they can be worked out by hand."""
+
+
+def plan(*overrides: str) -> dict[str, str]:
+    """The lines of a plan by their first words."""
+    config = load([*QUICKSTART, *overrides])
+    lines = plan_lines(config, preflight(config))
+    assert all("\n" not in line for line in lines)
+    return {line[:12].strip(): line[12:] for line in lines}
+
+
+@pytest.fixture(scope="module")
+def quickstart() -> dict[str, str]:
+    return plan()
+
+
+def saved_parameters() -> int:
+    [path] = (ROOT / "treerpo_ray/quickstart/model").glob("*.safetensors")
+    with safe_open(path, "np") as weights:
+        return sum(weights.get_tensor(name).size for name in weights.keys())  # noqa: SIM118
+
+
+def test_the_parameters_counted_are_those_of_the_weights_that_are_saved() -> None:
+    assert count_parameters(load(QUICKSTART)) == saved_parameters()
+
+
+def test_the_plan_says_where_the_run_is_written_and_what_is_trained(quickstart) -> None:
+    millions = f"{saved_parameters() / 1e6:,.1f} M parameters"
+    assert quickstart["run"] == "/runs/planned"
+    assert quickstart["model"] == f"treerpo_ray/quickstart/model: {millions}"
+
+
+def test_the_plan_reports_both_data_sets(quickstart) -> None:
+    assert quickstart["data"].startswith("quickstart:train: ")
+    assert "90 problems in use" in quickstart["data"]
+    assert quickstart["data"].endswith("; 0 prompts too long")
+    assert quickstart["held out"].startswith("quickstart:test: ")
+    assert "40 problems in use" in quickstart["held out"]
+
+
+def test_the_plan_counts_steps_tokens_trees_and_epochs(quickstart) -> None:
+    assert quickstart["tree"] == (
+        "[4, 3] children of at most [23, 20] tokens: up to 16 steps, 12 answers "
+        "and 332 tokens a question"
+    )
+    assert quickstart["step"] == (
+        "24 trees: up to 384 requests and 7,968 sampled tokens, 2 optimizer step(s)"
+    )
+    assert quickstart["staleness"] == "at most 2 versions: 72 trees in flight"
+    assert quickstart["run length"] == (
+        "30 learner steps, 720 trees, 8.0 epochs, up to 60 optimizer steps"
+    )
+
+
+def test_the_plan_counts_memory_and_resources(quickstart) -> None:
+    num_parameters = saved_parameters()
+    worker, engine = 16 * num_parameters / GIB, 4 * num_parameters / GIB
+    assert quickstart["memory"] == (
+        f"2 worker(s) of {worker:.2f} GiB and activations; 3 engine(s) of {engine:.2f} GiB and "
+        "0.25 GiB as KV cache"
+    )
+    needs = dict(part.rsplit(" ", 1) for part in quickstart["resources"].split(", "))
+    assert 3 * 0.5 + 2 * 0.25 < float(needs["CPU"]) <= 3 * 0.5 + 2 * 0.25 + 0.5
+    assert needs["train_slot"] == "2"
+
+
+def test_the_plan_of_a_pool_that_may_grow_says_from_where_to_where() -> None:
+    shown = plan("engine.max_engines=5", "engine.max_trees=8")
+    assert "; 3 to 5 engine(s) of" in shown["memory"]
+    fewest, most = shown["resources"].split(",")[0].removeprefix("CPU ").split(" to ")
+    assert float(most) - float(fewest) == pytest.approx(2 * 0.5)
+    assert "train_slot 2" in shown["resources"].split(", ")
+
+
+def test_a_reference_model_a_smaller_number_format_and_an_open_cache_change_the_memory() -> None:
+    num_parameters = saved_parameters()
+    gpu = ("engine.resources={GPU: 1}", "engine.kv_cache_gib=null")
+    line = plan("loss.kl_coef=0.01", "model.dtype=bfloat16", *gpu)["memory"]
+    assert f"of {20 * num_parameters / GIB:.2f} GiB and activations" in line
+    assert line.endswith(
+        f"of {2 * num_parameters / GIB:.2f} GiB and the rest of its GPU as KV cache"
+    )
+
+
+def test_the_plan_says_what_this_machine_lacks(monkeypatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
+    assert plan()["missing"] == "nothing (on this machine alone)"
+    assert plan("engine.resources.special=2")["missing"] == "special 6 (on this machine alone)"
+
+
+def test_a_run_without_held_out_data_has_no_line_for_it() -> None:
+    assert "held out" not in plan("evaluate.data.path=''")
+
+
+def inputs(*overrides: str) -> Inputs:
+    config: Config = load([*QUICKSTART, *overrides])
+    return load_inputs(config)
+
+
+def test_the_delimiter_becomes_its_token() -> None:
+    assert inputs().delimiters == ()
+    [token] = inputs('tree.delimiter="\\n"').delimiters
+    assert isinstance(token, int)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("tree.delimiter=ab", r"^tree\.delimiter='ab' is 2 tokens"),
+        ("prompts.path=gone.jsonl", r"^prompts\.path=gone\.jsonl"),
+        ("evaluate.data.path=gone.jsonl", r"^evaluate\.data\.path=gone\.jsonl"),
+        ("model.path=./gone", r"^model\.path='\./gone': no such folder"),
+        ("prompts.max_prompt_tokens=1", r"^prompts\.max_prompt_tokens=1 leaves no prompt"),
+    ],
+)
+def test_an_input_that_is_not_as_it_must_be_is_one_line_with_its_key(override, told) -> None:
+    with pytest.raises(ValueError, match=told) as caught:
+        inputs(override)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_with_code_of_its_own_is_refused_and_the_code_not_run(
+    tmp_path, monkeypatch
+) -> None:
+    modules = "transformers.dynamic_module_utils.HF_MODULES_CACHE"  # where code is copied to
+    monkeypatch.setattr(modules, str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    folder, marker = tmp_path / "model", tmp_path / "marker"
+    shutil.copytree(ROOT / "treerpo_ray/quickstart/model", folder)
+    odd = {"AutoConfig": "odd.Config", "AutoModelForCausalLM": "odd.Model"}
+    named = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(named | {"model_type": "odd", "auto_map": odd}))
+    (folder / "odd.py").write_text(
+        f"open({str(marker)!r}, 'w').close()\n"
+        "from transformers import Qwen2Config, Qwen2ForCausalLM\n"
+        "class Config(Qwen2Config): model_type = 'odd'\n"
+        "class Model(Qwen2ForCausalLM): config_class = Config\n"
+    )
+    with pytest.raises(ValueError, match=r"model\.trust_remote_code=true") as caught:
+        inputs(f"model.path={folder}")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="custom code"):  # and by whoever would load it
+        count_parameters(load([*QUICKSTART, f"model.path={folder}"]))
+    assert not marker.exists()
+    count_parameters(load([*QUICKSTART, f"model.path={folder}", "model.trust_remote_code=true"]))
+    assert marker.exists()  # the code is what this test thinks that it is
+
+
+def test_a_model_folder_without_a_model_is_one_line_with_its_key(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"^model\.path=.*") as caught:
+        count_parameters(load([*QUICKSTART, f"model.path={tmp_path}"]))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,288 @@
+"""A real vLLM engine on a CPU: trees, versions, prefix cache and weights."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import ray
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from treerpo_ray.algo.search import TreeShape, assemble
+from treerpo_ray.algo.tree import StopReason, Tree
+from treerpo_ray.config import Config
+from treerpo_ray.engine.engine import Engine
+from treerpo_ray.engine.types import EngineStats, Sampling
+from treerpo_ray.engine.vllm_args import CPU_BLOCK_SIZE
+from treerpo_ray.learner.policy import Policy, load_policy
+from treerpo_ray.prompts.prompt_set import load_tokenizer, resolve_model_path
+from treerpo_ray.weight_sync import Manifest, pack_weights
+
+pytestmark = [pytest.mark.ray, pytest.mark.engine]
+
+SHAPE = TreeShape(num_children=(3, 2), step_tokens=(20, 30))
+
+
+class ServedEngine:
+    """An engine in an actor, as the pool has it."""
+
+    def __init__(self, config: Config, index: int) -> None:
+        actor = ray.remote(Engine).options(num_cpus=0.5, max_concurrency=1000)
+        self.actor = actor.remote(config, index, None)
+        ray.get(self.actor.start.remote())
+
+    def start_tree(
+        self,
+        prompt_ids: list[int],
+        seed: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        shape: TreeShape = SHAPE,
+    ):
+        grow = self.actor.grow.options(num_returns="streaming")
+        sampling = Sampling(temperature=temperature, top_p=top_p)
+        return grow.remote(prompt_ids, shape, sampling, seed, [])
+
+    def tree(
+        self,
+        prompt_ids: list[int],
+        seed: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        shape: TreeShape = SHAPE,
+    ) -> Tree:
+        return collect(prompt_ids, self.start_tree(prompt_ids, seed, temperature, top_p, shape))
+
+    def stats(self) -> EngineStats:
+        return ray.get(self.actor.stats.remote())
+
+    def probe(self, token_ids: list[int]) -> list[float]:
+        return ray.get(self.actor.probe.remote(token_ids))
+
+    def load(self, policy: Policy, version: int, chunk_bytes: int = 2**19) -> None:
+        manifest, chunks = pack_weights(
+            policy.named_weights(), version=version, dtype=torch.float32, chunk_bytes=chunk_bytes
+        )
+        self.load_packed(manifest, chunks)
+
+    def load_packed(self, manifest: Manifest, chunks: list[np.ndarray]) -> None:
+        ray.get(self.actor.load.remote(manifest, [ray.put(chunk) for chunk in chunks]))
+
+    def stop(self) -> None:
+        ray.get(self.actor.stop.remote())
+        ray.kill(self.actor)
+
+
+def collect(prompt_ids: list[int], stream) -> Tree:
+    return assemble(prompt_ids, [ray.get(ref) for ref in stream])
+
+
+@pytest.fixture(scope="module")
+def served(small_config, ray_cluster) -> Iterator[ServedEngine]:
+    engine = ServedEngine(small_config(), 0)
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture
+def policy(small_config) -> Policy:
+    return load_policy(
+        resolve_model_path(small_config().model.path),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        gradient_checkpointing=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def prompts(small_config) -> list[list[int]]:
+    tokenizer = load_tokenizer(small_config().model.path, False)
+    return [tokenizer.encode(f"{a}+17-{a}+25=?\n") for a in range(20, 32)]
+
+
+def test_the_same_seed_gives_the_same_tree_alone_and_among_others(served, prompts) -> None:
+    streams = [served.start_tree(ids, seed=5) for ids in prompts]
+    together = [collect(ids, stream) for ids, stream in zip(prompts, streams, strict=True)]
+    alone = served.tree(prompts[3], seed=5)
+    for ours, theirs in zip(together[3].steps, alone.steps, strict=True):
+        assert ours.token_ids.tolist() == theirs.token_ids.tolist()
+    other = served.tree(prompts[3], seed=6)
+    assert [s.token_ids.tolist() for s in other.steps] != [
+        s.token_ids.tolist() for s in alone.steps
+    ]
+
+
+def test_recorded_logprobs_are_the_learners_under_the_temperature(served, prompts, policy) -> None:
+    temperature = 0.7
+    tree = served.tree(prompts[0], seed=1, temperature=temperature)
+    for leaf in tree.leaves:
+        ids = prompts[0] + tree.path_token_ids(leaf)
+        recorded = np.concatenate([tree.steps[i].logprobs for i in tree.path(leaf)])
+        with torch.no_grad():
+            policy.model.set_attn_implementation("sdpa")
+            logits = policy.model(torch.tensor([ids])).logits[0] / temperature
+        expected = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        assert recorded == pytest.approx(expected[len(prompts[0]) - 1 :].numpy(), abs=1e-4)
+
+
+def test_tokens_come_from_the_nucleus_and_are_recorded_within_it(served, prompts, policy) -> None:
+    top_p = 0.5
+    tree = served.tree(prompts[0], seed=1, temperature=2.0, top_p=top_p)
+    for leaf in tree.leaves:
+        ids = prompts[0] + tree.path_token_ids(leaf)
+        recorded = np.concatenate([tree.steps[i].logprobs for i in tree.path(leaf)])
+        with torch.no_grad():
+            policy.model.set_attn_implementation("sdpa")
+            logits = policy.model(torch.tensor([ids])).logits[0, len(prompts[0]) - 1 : -1]
+        sampled = torch.tensor(ids[len(prompts[0]) :])[:, None]
+        shares = (logits / 2.0).softmax(-1)
+        above = torch.where(shares > shares.gather(1, sampled), shares, 0).sum(-1)
+        assert (above < top_p + 1e-4).all()  # the likelier tokens alone do not fill the nucleus
+        nucleus = _nucleus(shares, top_p)
+        expected = (nucleus / nucleus.sum(-1, keepdim=True)).gather(1, sampled)[:, 0].log()
+        assert recorded == pytest.approx(expected.numpy(), abs=1e-3)
+
+
+def _nucleus(shares: torch.Tensor, top_p: float) -> torch.Tensor:
+    """`shares` with zeros outside the smallest set of tokens that has `top_p`."""
+    ordered, order = shares.sort(-1, descending=True)
+    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+    return torch.zeros_like(shares).scatter(-1, order, ordered)
+
+
+def test_steps_end_at_their_length_or_with_the_end_token(served, prompts) -> None:
+    tree = served.tree(prompts[1], seed=2)
+    for index, step in enumerate(tree.steps):
+        ends = step.token_ids[-1] == 256
+        assert (step.stop is StopReason.END_OF_TEXT) == ends
+        if not ends:
+            assert len(step.token_ids) == SHAPE.step_tokens[tree.depths[index] - 1]
+
+
+def test_above_the_last_depth_a_delimiter_ends_a_step(served, prompts) -> None:
+    newline = prompts[1][-1]
+    tree = served.tree(prompts[1], seed=2, shape=replace(SHAPE, delimiters=(newline,)))
+    inner = [step for step, depth in zip(tree.steps, tree.depths, strict=True) if depth == 1]
+    assert all(step.stop is StopReason.BOUNDARY for step in inner)
+    assert all(step.token_ids.tolist().index(newline) + 1 == len(step.token_ids) for step in inner)
+    last = [step for step, depth in zip(tree.steps, tree.depths, strict=True) if depth == 2]
+    assert any(newline in step.token_ids[:-1] for step in last), "it ends none of the last depth"
+
+
+def test_entropy_branching_ends_a_step_before_its_least_likely_token(served, prompts) -> None:
+    plain = served.tree(prompts[1], seed=2)
+    tree = served.tree(prompts[1], seed=2, shape=replace(SHAPE, entropy_window=8))
+    for full, step in zip(plain.steps[:3], tree.steps[:3], strict=True):
+        end = 12 + int(np.argmin(full.logprobs[12:]))
+        assert step.token_ids.tolist() == full.token_ids[:end].tolist()
+        assert step.num_discarded == 20 - end
+
+
+def test_children_find_their_parents_blocks_in_the_prefix_cache(served, prompts) -> None:
+    before = served.stats()
+    tree = served.tree(prompts[2], seed=3)
+    after = served.stats()
+    prefixes = [len(prompts[2])] * SHAPE.num_children[0]
+    for index, step in enumerate(tree.steps):
+        if index in tree.children:
+            prefix = len(prompts[2]) + len(step.token_ids)
+            prefixes += [prefix] * len(tree.children[index])
+    # Whole blocks below the last token; the prompt alone is shorter than a block.
+    whole = sum((prefix - 1) // CPU_BLOCK_SIZE * CPU_BLOCK_SIZE for prefix in prefixes)
+    assert after.num_prompt_tokens - before.num_prompt_tokens == sum(prefixes)
+    cached = after.num_cached_tokens - before.num_cached_tokens
+    # The first child of a step may have to compute the block that the step had just filled.
+    assert 0 < cached <= whole
+
+
+def test_new_weights_are_proved_and_label_every_token(served, prompts, policy) -> None:
+    original = {name: weight.clone() for name, weight in policy.named_weights()}
+    torch.manual_seed(0)
+    for version in (7, 8):
+        with torch.no_grad():
+            for weight in policy.model.parameters():
+                weight.add_(0.02 * torch.randn_like(weight))
+        served.load(policy, version)
+        probed = served.probe(prompts[0])
+        expected = policy.sequence_logprobs(prompts[0]).tolist()
+        assert probed == pytest.approx(expected, abs=1e-3)
+        tree = served.tree(prompts[0], seed=4)
+        assert (tree.min_version, tree.max_version) == (version, version)
+    with torch.no_grad():
+        for name, weight in policy.named_weights():
+            weight.copy_(original[name])
+    served.load(policy, 0)
+
+
+def test_a_request_that_vllm_turns_down_is_an_error_leaf_and_harms_nothing(served) -> None:
+    tree = served.tree([50] * 400, seed=0)
+    assert [step.stop for step in tree.steps] == [StopReason.ERROR] * SHAPE.num_children[0]
+    assert len(served.tree([50] * 10, seed=0).steps) > SHAPE.num_children[0]
+
+
+def test_requests_in_flight_go_on_under_new_weights_and_say_so(served, policy, prompts) -> None:
+    served.load(policy, 1)
+    before = served.stats().num_requests
+    streams = [served.start_tree(ids, seed=9) for ids in prompts]
+    while served.stats().num_requests < before + 5:
+        time.sleep(0.005)
+    served.load(policy, 2)
+    trees = [collect(ids, stream) for ids, stream in zip(prompts, streams, strict=True)]
+    spans = {(step.versions.min(), step.versions.max()) for tree in trees for step in tree.steps}
+    assert (1, 2) in spans  # a step that was under way kept its tokens and went on
+    assert all(low <= high for low, high in spans)
+
+
+def test_after_a_rollback_blocks_that_were_finished_under_other_weights_are_not_found(
+    served, policy, prompts
+) -> None:
+    served.load(policy, 1)
+    before = served.stats().num_requests
+    shape = TreeShape(num_children=(1, 1), step_tokens=(8, 48))
+    streams = [served.start_tree(ids, 11, temperature=2.0, shape=shape) for ids in prompts]
+    while served.stats().num_requests == before:
+        time.sleep(0.002)
+    served.load(policy, 2)
+    trees = [collect(ids, stream) for ids, stream in zip(prompts, streams, strict=True)]
+    mixed = [tree for tree in trees if set(tree.steps[-1].versions) == {1, 2}]
+    longest = max(mixed, key=lambda tree: tree.num_sampled_tokens)
+    prefix = longest.prompt_ids.tolist() + longest.path_token_ids(longest.leaves[0])
+    whole = (len(prefix) - 1) // CPU_BLOCK_SIZE * CPU_BLOCK_SIZE
+    assert whole
+    served.load(policy, 1)
+    for expected in (0, whole):
+        cached = served.stats().num_cached_tokens
+        served.tree(prefix, 12, shape=TreeShape(num_children=(1,), step_tokens=(1,)))
+        assert served.stats().num_cached_tokens - cached == expected
+
+
+def test_a_tied_models_head_is_not_stale_after_an_update_and_other_bytes_are_not_served(
+    small_config, ray_cluster, tmp_path
+) -> None:
+    source = resolve_model_path(small_config().model.path)
+    config = AutoConfig.from_pretrained(source, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    load_tokenizer(source, False).save_pretrained(tmp_path)
+    tied = ServedEngine(small_config(f"model.path={tmp_path}"), 1)
+    policy = load_policy(
+        str(tmp_path),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        gradient_checkpointing=False,
+    )
+    ids = list(range(40, 70))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in policy.model.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    tied.load(policy, 1)
+    assert tied.probe(ids) == pytest.approx(policy.sequence_logprobs(ids).tolist(), abs=1e-3)
+    manifest, chunks = pack_weights(
+        policy.named_weights(), version=2, dtype=torch.float32, chunk_bytes=2**30
+    )
+    chunks[0][0] ^= 1
+    with pytest.raises(RuntimeError, match="received other bytes"):
+        tied.load_packed(manifest, chunks)
+    tied.stop()

@@ -1,0 +1,95 @@
+"""A pool with a real engine that turns out to be stale, then loses its worker; `test_tree_pool`
+has other faults."""
+
+import asyncio
+
+import psutil
+import pytest
+import torch
+
+from tests.support.engine_with_worker import EngineWithWorker
+from tests.support.fake_engines import Fleet, Handle
+from treerpo_ray.algo.search import TreeShape
+from treerpo_ray.engine.types import Sampling
+from treerpo_ray.learner.policy import load_policy
+from treerpo_ray.prompts.problems import Problem
+from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer, resolve_model_path
+from treerpo_ray.search.tree_pool import TreePool
+from treerpo_ray.weight_sync import Probe, pack_weights
+
+pytestmark = [pytest.mark.ray, pytest.mark.engine]
+
+SHAPE = TreeShape(num_children=(2, 2), step_tokens=(8, 8))
+
+
+def test_an_engine_that_is_stale_or_without_its_worker_is_replaced_and_its_tree_goes_on(
+    small_config, ray_cluster, monkeypatch
+) -> None:
+    """It is made to load older weights behind the pool's back. The next version would make it good
+    again, since an engine takes that over whole; until then its trees give it away. Then the
+    process that computes for the next one is killed under vLLM's core."""
+    import ray
+
+    config = small_config("engine.num_engines=1")
+    tokenizer = load_tokenizer(config.model.path, False)
+    ids = tokenizer.encode("20+17-20+25=?\n")
+    problem = Problem(id="p", question="20+17-20+25=?", answers=("42",))
+    prompts = PromptSet(problems=(problem,), token_ids=(ids,), num_too_long=0)
+    policy = load_policy(
+        resolve_model_path(config.model.path),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        gradient_checkpointing=False,
+    )
+    torch.manual_seed(0)
+    told = Fleet({})
+
+    async def scenario() -> None:
+        pool = TreePool(config, None)
+        await pool.begin(config, prompts, SHAPE, Handle(told))
+        await pool.start()
+        packed = {}
+        for version in (1, 2, 3):
+            with torch.no_grad():
+                for weight in policy.model.parameters():
+                    weight.add_(0.02 * torch.randn_like(weight))
+            manifest, chunks = pack_weights(
+                policy.named_weights(), version=version, dtype=torch.float32, chunk_bytes=2**30
+            )
+            packed[version] = manifest, [ray.put(chunk) for chunk in chunks]
+            probe = Probe(token_ids=ids, logprobs=policy.sequence_logprobs(ids).tolist())
+            if version == 3:
+                [stale] = pool.engines.replicas
+                await stale.actor.load.remote(*packed[1])
+            await pool.serve(*packed[version], probe, should_probe=True)
+        assert pool.engines.replicas == [stale], "a version makes it good"
+
+        monkeypatch.setattr(
+            "treerpo_ray.engine.engine.Engine", EngineWithWorker
+        )  # for the next one
+        await stale.actor.load.remote(*packed[1])
+        assert [stats.version for stats in await pool.stats()] == [1]
+        sampling = Sampling(temperature=1.0)
+        [tree] = [tree async for tree in pool.evaluate(prompts, SHAPE, sampling, seed=3)]
+        assert (tree.tree.min_version, tree.tree.max_version, tree.attempt) == (3, 3, 1)
+        [moved] = told.of("tree_moved")
+        assert "sampled with version 1 after it had proved 3" in str(moved["reason"])
+        [fresh] = pool.engines.replicas
+        assert fresh is not stale
+        assert probe.distance(await fresh.actor.probe.remote(ids)) < config.sync.probe_tolerance
+        monkeypatch.undo()
+
+        core = psutil.Process(told.of("engine_serving")[-1]["core"])
+        [worker] = [child for child in core.children() if "Worker" in " ".join(child.cmdline())]
+        growing = asyncio.ensure_future(anext(pool.evaluate(prompts, SHAPE, sampling, seed=4)))
+        while not fresh.num_trees:
+            await asyncio.sleep(0)
+        worker.kill()
+        tree = await growing
+        assert (tree.tree.min_version, tree.tree.max_version, tree.attempt) == (3, 3, 1)
+        assert "core of engine 0 is dead" in str(told.of("engine_lost")[-1]["reason"])
+        assert pool.engines.replicas != [fresh]
+        assert not psutil.wait_procs([core, worker], timeout=30)[1]
+        await pool.stop()
+
+    asyncio.run(scenario())

@@ -1,0 +1,173 @@
+"""Evaluation report: means over benchmarks, and what may be compared with what."""
+
+import io
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rich.console
+import rich.table
+
+from tests.evaluate.test_evaluation import C, W, graded
+from treerpo_ray.config import load
+from treerpo_ray.config.sections import PromptsConfig
+from treerpo_ray.evaluate.evaluation import Evaluation, Graded, save, save_samples, summarise
+from treerpo_ray.evaluate.report import PAPER, averaged, differences, plain, table, with_mean
+
+RIGHT, WRONG, HALF = (C, C), (W, W), (C, W)
+
+
+def evaluated(
+    folder: str,
+    name: str,
+    *answers: tuple,
+    length: int = 2,
+    check: str = "treerpo_ray.verifier.math_answer",
+    system_prompt: str | None = None,
+    **settings,
+) -> Evaluation:
+    """Writes an evaluation of problems with these verdicts; `settings` are of its section."""
+    given = {"num_samples": len(answers[0]), "temperature": 0.6, "max_tokens": 99} | settings
+    overrides = [f"evaluate.{key}={value}" for key, value in given.items()]
+    config = load([f"verifier.check={check}", *overrides])
+    found = [
+        Graded(
+            record=replace(graded(*verdicts, length=length), prompt_id=str(number), ticket=number),
+            group=[int(verdict is C) for verdict in verdicts],
+        )
+        for number, verdicts in enumerate(answers)
+    ]
+    data = PromptsConfig(path=name, system_prompt=system_prompt)
+    result = summarise(config, found, data=data, step=0, version=0, seconds=0.0)
+    save(result, folder, name)
+    save_samples(found, folder, name)
+    return result
+
+
+def drawn(shown: rich.table.Table) -> str:
+    text = io.StringIO()
+    rich.console.Console(file=text, width=300).print(shown)
+    return text.getvalue()
+
+
+def test_the_mean_is_over_the_papers_benchmarks_if_they_are_there_and_says_so(
+    tmp_path: Path,
+) -> None:
+    answers = {"gsm8k": [RIGHT], "aime24": [WRONG, WRONG, HALF, HALF], "minerva": [HALF, RIGHT]}
+    answers |= {"math500": [RIGHT, RIGHT, HALF], "olympiadbench": [WRONG, RIGHT]}
+    found = {name: evaluated(str(tmp_path), name, *each) for name, each in answers.items()}
+    scores = with_mean(str(tmp_path), found)
+    assert list(scores) == [*answers, "mean of math500, olympiadbench, minerva, aime24"]
+    for name, evaluation in found.items():
+        assert scores[name] == evaluation.scores
+    mean = scores[f"mean of {', '.join(PAPER)}"]
+    assert mean.keys() == found["gsm8k"].scores.keys()
+    shares = [np.mean([[v is C for v in pair] for pair in answers[name]], axis=1) for name in PAPER]
+    assert mean["pass@1"].value == pytest.approx(np.mean([each.mean() for each in shares]))
+    assert mean["pass@1"].num_problems == 3 + 2 + 2 + 4
+    # Problems are resampled within a benchmark: a variance for each, over its size.
+    error = sum(each.var() / len(each) for each in shares) ** 0.5 / 4
+    width = mean["pass@1"].high - mean["pass@1"].low
+    assert width == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert "mean of math500, olympiadbench, minerva, aime24 (11)" in drawn(table(scores))
+    json.dumps(plain(scores), allow_nan=False)
+
+
+def test_without_one_of_the_papers_the_mean_is_over_all_and_there_is_none_of_one() -> None:
+    assert averaged(["gsm8k", "math500"]) == ("gsm8k", "math500")
+    assert averaged(["gsm8k"]) == averaged([]) == ()
+
+
+def test_differences_by_hand_with_those_of_the_mean(tmp_path: Path) -> None:
+    ours, theirs = f"{tmp_path}/ours", f"{tmp_path}/theirs"
+    evaluated(ours, "one", RIGHT, HALF, RIGHT, length=5)
+    evaluated(theirs, "one", WRONG, RIGHT, length=2)
+    evaluated(ours, "two", HALF, length=3)
+    evaluated(theirs, "two", WRONG, length=9)
+    scores, shown = differences(ours, f"file://{theirs}")
+    assert list(scores) == ["one", "two", "mean of one, two"]
+    one, two, mean = scores.values()
+    assert [each["pass@1"].value for each in (one, two, mean)] == [0.25, 0.5, 0.375]
+    assert (one["pass@1"].low, one["pass@1"].high) == (-0.5, 1)
+    assert (mean["pass@1"].low, mean["pass@1"].high) == (0, 0.75)  # `two` is but one problem
+    assert [each["median_length"].value for each in (one, two, mean)] == [3, -6, -1.5]
+    assert (one["pass@2"].value, one["maj@2"].value) == (0.5, 0.25)  # a tie is half a majority
+    assert "2 of 3" in drawn(shown)
+    itself, _ = differences(ours, f"{ours}/eval/one.json")
+    assert all(score.value == score.low == score.high == 0 for score in itself["one"].values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"temperature": 1.0}, "evaluate.temperature is 0.6 in .* and 1.0 in "),
+        ({"system_prompt": "Think."}, "system_prompt is '' in .* and 'Think.' in "),
+        ({"top_p": 0.95}, "evaluate.top_p is 1.0 in .* and 0.95 in "),
+        ({"max_tokens": 100}, "evaluate.max_tokens is 99 in .* and 100 in "),
+        (
+            {"check": "treerpo_ray.verifier.boxed_answer"},
+            r"verifier.check is 'treerpo_ray.verifier.math_answer' in .* "
+            "and 'treerpo_ray.verifier.boxed_answer' in ",
+        ),
+    ],
+)
+def test_what_was_sampled_or_graded_in_another_way_is_not_compared(
+    settings: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    evaluated(f"{tmp_path}/ours", "one", RIGHT, HALF)
+    evaluated(f"{tmp_path}/theirs", "one", RIGHT, HALF, **settings)
+    with pytest.raises(ValueError, match=told) as caught:
+        differences(f"{tmp_path}/ours", f"{tmp_path}/theirs")
+    assert "\n" not in str(caught.value)
+
+
+def test_other_numbers_of_samples_are_not_compared_even_if_they_are_not_recorded(
+    tmp_path: Path,
+) -> None:
+    evaluated(f"{tmp_path}/ours", "one", (C, W, W, W))
+    evaluated(f"{tmp_path}/theirs", "one", HALF)
+    with pytest.raises(ValueError, match=r"evaluate.num_samples is 4 in .* and 2 in "):
+        differences(f"{tmp_path}/ours", f"{tmp_path}/theirs")
+    (tmp_path / "ours/eval/one.json").unlink()
+    with pytest.raises(ValueError, match=r"have \[2, 4\] samples of a problem"):
+        differences(f"{tmp_path}/ours", f"{tmp_path}/theirs")
+
+
+@pytest.mark.parametrize(
+    ("field", "key"),
+    [
+        ("max_tokens", "evaluate.max_tokens"),
+        ("verifier", "verifier.check"),
+        ("system_prompt", "system_prompt"),
+    ],
+)
+def test_what_an_older_evaluation_did_not_record_is_told(
+    field: str, key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluated(f"{tmp_path}/ours", "one", RIGHT, HALF)
+    evaluated(f"{tmp_path}/theirs", "one", RIGHT, HALF)
+    path = tmp_path / "theirs/eval/one.json"
+    fields = json.loads(path.read_text())
+    del fields[field]
+    path.write_text(json.dumps(fields))
+    assert getattr(Evaluation.from_fields(fields), field) is None
+    with caplog.at_level(logging.WARNING):
+        differences(f"{tmp_path}/ours", f"{tmp_path}/theirs")
+    [record] = caplog.records
+    assert record.getMessage().startswith(f"{key} is not recorded of both ")
+
+
+def test_a_place_may_be_in_the_home_folder_or_on_an_object_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    evaluated(f"{tmp_path}/mine", "one", RIGHT)
+    evaluated(f"memory:/{tmp_path}/other", "one", WRONG)
+    scores, _ = differences("~/mine", f"memory:/{tmp_path}/other")
+    assert scores["one"]["pass@1"].value == 1
+    with pytest.raises(ValueError, match=r"^~/none: there are no samples of an evaluation"):
+        differences("~/none", "~/mine")

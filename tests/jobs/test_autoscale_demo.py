@@ -1,0 +1,88 @@
+"""Ray's autoscaler and a real run: the demonstration as a user calls it."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from tests.conftest import ROOT
+from tests.support.whole_runs import (
+    assert_ledger,
+    assert_no_tree_was_finished_twice,
+    assert_versions_count_updates,
+)
+from treerpo_ray.study.analysis import Run
+
+
+@pytest.fixture(scope="module")
+def demo() -> ModuleType:
+    """The demonstration as a module."""
+    path = ROOT / "jobs/autoscale_demo.py"
+    spec = importlib.util.spec_from_file_location("autoscale_demo", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rays_autoscaler_takes_the_demonstrations_cluster(demo) -> None:
+    """What its monitor does with the file; it dies of a field that is missing, and nobody hears."""
+    config = prepare_config(demo._cluster_config("127.0.0.1:1"))
+    validate_config(config)
+    assert config["available_node_types"]["rollout"]["labels"] == {"role": "rollout"}
+
+
+def test_the_demonstrations_nodes_ask_for_a_token_of_their_own(demo, monkeypatch, tmp_path) -> None:
+    started: list[dict[str, str]] = []
+
+    def start(command: list[str], env: dict[str, str], **_: object) -> object:
+        started.append(env)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(demo.subprocess, "run", start)
+    for _ in range(2):
+        with monkeypatch.context() as environment:
+            environment.setattr(os, "environ", {"PATH": "/bin"})
+            demo._ask_for_token()
+            demo._start_head(str(tmp_path), "mark")
+    assert {env["RAY_AUTH_MODE"] for env in started} == {"token"}
+    assert len({env["RAY_AUTH_TOKEN"] for env in started}) == 2
+    assert all(len(env["RAY_AUTH_TOKEN"]) == 64 for env in started)
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+@pytest.mark.slow
+def test_ray_starts_and_takes_away_nodes_as_trees_come_and_go(tmp_path) -> None:
+    """The demonstration, smaller: many trees in hand, then few, then many again."""
+    command = [sys.executable, "jobs/autoscale_demo.py", f"run.root={tmp_path}"]
+    smaller = [
+        *("run.name=scaled", "run.num_steps=15"),
+        *("engine.max_engines=2", "engine.max_trees=4", "engine.shrink_after_s=4"),
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
+    done = subprocess.run(
+        [*command, *smaller], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no rollout node is left" in done.stderr
+    run = Run(str(tmp_path / "scaled"))
+    assert_ledger(run.folder)
+    assert_no_tree_was_finished_twice(run)
+    assert_versions_count_updates(run.metrics())
+    assert run.metrics()["staleness/max"].max() <= 1
+    events = run.events()
+    assert (events.kind == "learner_started").sum() == 1
+    assert (events.kind == "consumed").sum() == 15
+    nodes = events[events.kind == "pool"]["nodes"].tolist()
+    top = nodes.index(3)
+    assert min(nodes[top:]) == 2
+    assert set(events[events.kind == "engine_serving"]["engine"]) == {0, 1}
+    # An engine that has not come up yet leaves at once, one that serves drains first.
+    leaving = events[events.kind.isin(["engine_draining", "engine_left"])]
+    assert "fewer are enough" in set(leaving["reason"])
+    assert (tmp_path / "scaled/pool.png").stat().st_size > 10_000

@@ -1,0 +1,290 @@
+"""The learner of one worker: exact gradients, minibatches, checkpoints, refusals."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.learner_runs import (
+    CPU,
+    DEPTH_TWO,
+    FREE,
+    State,
+    all_wrong,
+    assert_nothing_moved,
+    make_config,
+    make_record,
+    mixed,
+    run_updates,
+    with_logprobs,
+)
+from tests.support.step_rows import bernoulli_by_hand, gradients, plain_model, row, row_gradients
+from tests.support.tiny_models import save_tiny_model
+from treerpo_ray.algo.advantages import AdvantageForm
+from treerpo_ray.algo.loss_config import LossConfig, Normalisation
+from treerpo_ray.learner.learner import Learner
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("qwen2"), "qwen2")
+
+
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert max(float(g.abs().max()) for g in expected.values()) > 0.01, "there is a signal"
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert found.keys() == expected.keys()
+
+
+@pytest.mark.parametrize("normalisation", Normalisation)
+def test_gradients_equal_those_of_one_row_for_each_step(
+    path: str, normalisation: Normalisation
+) -> None:
+    config = make_config(path, FREE, LossConfig(entropy_coef=0.1, normalisation=normalisation))
+    [(result, state)] = run_updates(config, [[mixed()]], None)
+    assert_same_gradients(state.gradients, row_gradients(plain_model(path), mixed(), config))
+    assert result.has_updated
+    assert state.version == 1
+    norm = torch.stack([g.norm() for g in state.gradients.values()]).norm()
+    assert result.metrics["learner/grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+@pytest.mark.parametrize("letter", ["e", "t"])
+def test_groups_above_a_leaf_without_a_verdict_are_left_out_and_counted(
+    path: str, letter: str
+) -> None:
+    records = [make_record(0, f"{letter}cwcw"), make_record(1, f"cc{letter}cw"), *mixed(first=2)]
+    config = make_config(path, FREE)
+    [(result, state)] = run_updates(config, [[records]], None)
+    assert_same_gradients(state.gradients, row_gradients(plain_model(path), records, config))
+    metrics = result.stats.metrics(0)
+    assert metrics["groups/errored"] == 3, "the first tree's root group, two of the second"
+    assert result.stats.num_valued == 4
+    trained = [list(bernoulli_by_hand(record, 0.1)) for record in records]
+    assert trained[:2] == [[5, 6, 3, 4], [5, 6]]
+    assert result.metrics["tokens/trained"] == sum(
+        len(record.tree.steps[index].token_ids)
+        for record, indices in zip(records, trained, strict=True)
+        for index in indices
+    )
+
+
+@pytest.mark.parametrize("normalisation", Normalisation)
+def test_a_tree_of_depth_one_is_grpo(path: str, normalisation: Normalisation) -> None:
+    learner = replace(FREE, advantage=AdvantageForm.STANDARD, prune_threshold=0.0)
+    config = make_config(
+        path, learner, LossConfig(importance_cap=None, normalisation=normalisation)
+    )
+    verdicts = ("cwww", "cwcw")
+    records = [make_record(i, v, parents=(-1,) * 4) for i, v in enumerate(verdicts)]
+    [(_, state)] = run_updates(config, [[records]], None)
+
+    model = plain_model(path)
+    num_tokens = sum(record.tree.num_sampled_tokens for record in records)
+    loss = torch.zeros(())
+    for record, letters in zip(records, verdicts, strict=True):
+        rewards = torch.tensor([float(letter == "c") for letter in letters])
+        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+        for index, advantage in enumerate(advantages):  # the sampled answers of one question
+            logprobs, _ = row(model, record, index, 0.7)
+            surrogate = (logprobs - logprobs.detach()).exp() * advantage
+            if normalisation is Normalisation.SEQUENCE_MEAN:
+                loss = loss - surrogate.mean() / 8
+            elif normalisation is Normalisation.TOKEN_MEAN:
+                loss = loss - surrogate.sum() / num_tokens
+            else:  # the longest answer of the shape has 5 + 5 tokens
+                loss = loss - surrogate.sum() / 10 / 8
+    loss.backward()
+    assert_same_gradients(state.gradients, gradients(model))
+
+
+@pytest.mark.parametrize(("shift", "weight", "share"), [(0.25, math.exp(0.25), 0), (1.0, 2.0, 1)])
+def test_a_shift_of_the_behaviour_logprobs_is_weighed_up_to_the_cap(
+    path: str, shift: float, weight: float, share: float
+) -> None:
+    model, states, results = plain_model(path), [], []
+    for offset in (0.0, shift):
+        records = []
+        for record in mixed():
+            own = [row(model, record, i, 0.7)[0].detach() - offset for i in range(len(DEPTH_TWO))]
+            records.append(with_logprobs(record, own))
+        [(result, state)] = run_updates(make_config(path, FREE), [[records]], None)
+        results.append(result.metrics)
+        states.append(state)
+    assert results[0]["mismatch/mean"] < 1e-5
+    assert results[1]["mismatch/mean"] == pytest.approx(shift, abs=1e-5)
+    assert results[1]["importance/mean"] == pytest.approx(weight, abs=1e-4)
+    assert results[1]["importance/truncated_share"] == share
+    expected = {name: weight * grad for name, grad in states[0].gradients.items()}
+    torch.testing.assert_close(states[1].gradients, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_order_in_which_trees_arrive_changes_nothing(path: str) -> None:
+    config = make_config(path, replace(FREE, minibatches=2))
+    [(_, state)] = run_updates(config, [[mixed()]], None)
+    [(_, shuffled)] = run_updates(config, [[[mixed()[i] for i in (2, 0, 3, 1)]]], None)
+    torch.testing.assert_close(shuffled.parameters, state.parameters, atol=0, rtol=0)
+
+
+def test_an_update_without_a_kept_group_moves_nothing(path: str) -> None:
+    config = make_config(path, replace(FREE, warmup_steps=5))
+    updates = [[mixed()], [all_wrong(first=4, count=4)]]
+    (_, before), (result, after) = run_updates(config, updates, None)
+    assert not result.has_updated
+    assert result.stats.metrics(1)["groups/pruned"] == 12
+    assert "loss/total" not in result.metrics
+    assert_nothing_moved(before, after)
+
+
+def test_two_minibatches_are_two_steps_against_the_logprobs_from_before_the_first(
+    path: str, tmp_path: Path
+) -> None:
+    config = make_config(path, replace(FREE, minibatches=2, learning_rate=1e-2))
+    first, second = mixed()[:2], mixed()[2:]
+    [(result, state)] = run_updates(config, [[first + second]], None)
+    assert state.version == 1
+    assert {int(moment) for moment in state.moments if moment.dim() == 0} == {2}
+
+    one = Learner(replace(config, learner=replace(config.learner, minibatches=1)), CPU, None)
+    one.update(first)
+    one.write(tmp_path)
+    start, moved = plain_model(path), plain_model(tmp_path / "model")
+    ratios = [
+        torch.ones(len(record.tree.steps[index].token_ids))
+        for record in first
+        for index in bernoulli_by_hand(record, 0.1)
+    ]
+    num_clipped = 0
+    with torch.no_grad():
+        for record in second:
+            for index, advantage in bernoulli_by_hand(record, 0.1).items():
+                new, old = (row(model, record, index, 0.7)[0] for model in (moved, start))
+                ratios.append((new - old).exp())
+                is_clipped = ratios[-1] > 1.2 if advantage > 0 else ratios[-1] < 0.8
+                num_clipped += int(is_clipped.sum()) if advantage else 0
+    expected = torch.cat(ratios)
+    assert abs(float(expected.mean()) - 1) > 0.01
+    assert result.metrics["loss/ratio"] == pytest.approx(float(expected.mean()), rel=1e-4)
+    assert num_clipped > 0
+    assert result.metrics["loss/clip_share"] == pytest.approx(num_clipped / len(expected))
+
+
+def test_a_minibatch_without_a_kept_group_makes_no_step(path: str) -> None:
+    config = make_config(path, replace(FREE, minibatches=2))
+    records = [*mixed()[:2], *all_wrong(first=2, count=2)]
+    [(result, state)] = run_updates(config, [[records]], None)
+    assert result.has_updated
+    assert (state.version, state.num_steps) == (1, 1)
+
+
+def test_the_learning_rate_rises_over_the_warm_up_and_the_rate_used_is_reported(path: str) -> None:
+    config = make_config(path, replace(FREE, warmup_steps=3))
+    seen = run_updates(config, [[mixed(version=k)] for k in range(5)], None)
+    rates = [result.metrics["learner/learning_rate"] for result, _ in seen]
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3])
+    start, first = plain_model(path).state_dict(), seen[0][1].parameters
+    largest = max(float((first[name] - start[name]).abs().max()) for name in first)
+    assert largest == pytest.approx(rates[0], rel=0.02), "Adam's first step is as long as the rate"
+
+
+def test_the_learning_rate_falls_linearly_to_what_is_left_of_it_at_the_end(path: str) -> None:
+    config = make_config(path, replace(FREE, warmup_steps=1, final_rate=0.2))
+    learner = Learner(config, CPU, None)
+    rates = []
+    for k, progress in enumerate((0.0, 0.25, 0.5, 1.0)):
+        before = {n: p.detach().clone() for n, p in learner.policy.model.named_parameters()}
+        metrics = learner.update(mixed(version=k), progress).metrics
+        rates.append(metrics["learner/learning_rate"])
+        assert learner.optimizer.param_groups[0]["lr"] == rates[-1]
+        moved = learner.policy.model.named_parameters()
+        assert any(not torch.equal(p, before[name]) for name, p in moved)
+    assert rates == pytest.approx([0.5e-3, 0.8e-3, 0.6e-3, 0.2e-3])
+
+
+# Checkpoints -----------------------------------------------------------------------------------
+
+
+def test_a_resumed_learner_goes_on_bitwise_as_if_nothing_had_happened(
+    path: str, tmp_path: Path
+) -> None:
+    config = make_config(path, replace(FREE, warmup_steps=5))
+    learner = Learner(config, CPU, None)
+    for k in range(2):
+        learner.update(mixed(first=4 * k))
+    learner.write(tmp_path)
+    resumed = Learner(config, CPU, tmp_path)
+    assert_nothing_moved(State.of(learner), State.of(resumed))
+
+    on, again = (one.update(mixed(first=8, version=2)) for one in (learner, resumed))
+    assert_nothing_moved(State.of(learner), State.of(resumed))
+    assert again == on
+    assert resumed.version == 3
+    assert again.metrics["learner/learning_rate"] == pytest.approx(3 / 6 * 1e-3)
+
+
+def test_a_resumed_learner_takes_rate_and_decay_from_its_configuration(
+    path: str, tmp_path: Path
+) -> None:
+    learner = Learner(make_config(path, replace(FREE, warmup_steps=3)), CPU, None)
+    learner.update(mixed())
+    learner.write(tmp_path)
+    changed = replace(FREE, warmup_steps=3, learning_rate=8e-3, weight_decay=0.5)
+    resumed = Learner(make_config(path, changed), CPU, tmp_path)
+    assert resumed.optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert State.of(resumed).moments, "they are the checkpoint's"
+    rates = [resumed.update(mixed(version=k)).metrics["learner/learning_rate"] for k in (1, 2, 3)]
+    assert rates == pytest.approx([4e-3, 6e-3, 8e-3]), "the warm-up goes on where it was"
+
+
+def test_the_kl_is_to_the_model_that_the_run_started_from(path: str, tmp_path: Path) -> None:
+    config = make_config(path, FREE, LossConfig(kl_coef=0.1))
+    learner = Learner(config, CPU, None)
+    assert learner.update(mixed()).metrics["loss/kl"] == pytest.approx(0, abs=1e-9)
+    learner.write(tmp_path)
+    found = Learner(config, CPU, tmp_path).update(mixed(first=4)).metrics
+
+    start, now = plain_model(path), plain_model(tmp_path / "model")
+    terms = []
+    with torch.no_grad():
+        for record in mixed(first=4):
+            for index in bernoulli_by_hand(record, 0.1):
+                x = row(start, record, index, 0.7)[0] - row(now, record, index, 0.7)[0]
+                terms.append(x.exp() - x - 1)
+    expected = float(torch.cat(terms).mean())
+    assert expected > 1e-4
+    assert found["loss/kl"] == pytest.approx(expected, rel=1e-2)
+    assert found["loss/total"] - found["loss/policy"] == pytest.approx(0.1 * expected, rel=1e-2)
+
+
+# Refusals --------------------------------------------------------------------------------------
+
+
+def test_a_tree_staler_than_allowed_is_an_error(path: str) -> None:
+    learner = Learner(make_config(path, FREE, max_staleness=1), CPU, None)
+    for _ in range(2):
+        assert learner.update(mixed()).has_updated, "0 and 1 versions behind"
+    before = State.of(learner)
+    with pytest.raises(RuntimeError, match=r"2 versions behind .* gate\.max_staleness is 1"):
+        learner.update([*mixed(version=2)[:3], make_record(3, "cwwww", version=0)])
+    assert_nothing_moved(before, State.of(learner))
+
+
+def test_a_tree_of_a_version_that_the_learner_does_not_have_is_an_error(path: str) -> None:
+    learner = Learner(make_config(path, FREE), CPU, None)
+    before = State.of(learner)
+    with pytest.raises(RuntimeError, match=r"tokens of version 1, but the learner is at version 0"):
+        learner.update([*mixed()[:3], make_record(3, "cwwww", version=1)])
+    assert_nothing_moved(before, State.of(learner))
+
+
+def test_a_gradient_that_is_not_finite_is_an_error_before_anything_moves(path: str) -> None:
+    learner = Learner(make_config(path, FREE), CPU, None)
+    before = State.of(learner)
+    *sound, last = mixed()
+    unknown = [torch.full((len(step.token_ids),), math.nan) for step in last.tree.steps]
+    with pytest.raises(RuntimeError, match="non-finite"):
+        learner.update([*sound, with_logprobs(last, unknown)])
+    assert_nothing_moved(before, State.of(learner))

@@ -1,0 +1,108 @@
+"""Saved trees come back as they were, and are used only where the bound of staleness allows it."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.trees import make_tree
+from tests.test_records import make_record, plain
+from treerpo_ray.algo.tree import ROOT, Tree
+from treerpo_ray.config import Config, load
+from treerpo_ray.records import TreeRecord
+from treerpo_ray.run_folder import trees as saved_trees
+from treerpo_ray.search.gate import Gate
+
+
+def tree_of(ticket: int, *versions: int) -> TreeRecord:
+    """An unscored tree with one step of each version."""
+    tree = make_tree([ROOT] * len(versions))
+    steps = tuple(
+        replace(step, versions=np.full(len(step.token_ids), version, np.int32))
+        for step, version in zip(tree.steps, versions, strict=True)
+    )
+    tree = Tree(prompt_ids=tree.prompt_ids, steps=steps)
+    return replace(make_record(tree, ()), ticket=ticket, leaf_texts=())
+
+
+@cache
+def config_of(*overrides: str) -> Config:
+    return load(["gate.trees_per_step=2", *overrides])
+
+
+def used(trees: list[TreeRecord], step: int, version: int, staleness: int) -> list[int]:
+    config = config_of(f"gate.max_staleness={staleness}")
+    found = saved_trees.usable(trees, step=step, version=version, config=config)
+    return [tree.ticket for tree in found]
+
+
+@pytest.mark.parametrize("num_trees", [0, 3])
+def test_trees_come_back_as_they_were(tmp_path: Path, num_trees: int) -> None:
+    trees = [replace(tree_of(n, n, n + 1), finished_at_s=n % 2) for n in range(num_trees)]
+    saved_trees.write(tmp_path, trees, config_of())
+    found = saved_trees.read(tmp_path, config_of("gate.max_staleness=3", "run.num_steps=7"))
+    assert [plain(tree) for tree in found] == [plain(tree) for tree in trees]
+
+
+@pytest.mark.parametrize("change", ["tree.temperature=0.5", "tree.step_tokens=[9,9,9]"])
+def test_trees_of_another_shape_or_temperature_are_not_read(tmp_path: Path, change: str) -> None:
+    saved_trees.write(tmp_path, [tree_of(0, 0)], config_of())
+    assert saved_trees.read(tmp_path, config_of(change)) == []
+
+
+def test_a_tree_of_a_version_that_the_learner_has_lost_is_not_used() -> None:
+    assert used([tree_of(4, 2), tree_of(5, 1, 3)], step=2, version=2, staleness=1) == [4]
+
+
+def test_of_two_trees_of_a_ticket_the_last_one_that_can_be_used_is() -> None:
+    saved, grown = tree_of(4, 2), tree_of(4, 2, 2)
+    config = config_of("gate.max_staleness=1")
+    for trees in ([saved, grown], [saved, grown, tree_of(4, 2, 3)]):
+        assert saved_trees.usable(trees, step=2, version=2, config=config) == [grown]
+
+
+def test_a_tree_of_a_step_that_is_done_is_not_used() -> None:
+    assert used([tree_of(3, 2), tree_of(4, 2)], step=2, version=2, staleness=1) == [4]
+
+
+def test_a_tree_that_would_be_staler_than_allowed_when_it_is_consumed_is_not_used() -> None:
+    # Learner step 3 is made at version 3, step 4 at version 4.
+    trees = [tree_of(4, 1), tree_of(6, 2), tree_of(7, 1, 2), tree_of(8, 2)]
+    assert used(trees, step=2, version=2, staleness=1) == [4, 6]
+    assert used(trees, step=2, version=2, staleness=2) == [4, 6, 7, 8]
+    assert used(trees, step=2, version=2, staleness=0) == []
+
+
+@settings(max_examples=30)
+@given(staleness=st.integers(0, 3), data=st.data())
+def test_every_tree_that_the_gate_admitted_can_be_used_if_each_step_is_an_update_or_not(
+    staleness: int, data: st.DataObject
+) -> None:
+    """A tree is sampled at the earliest when the gate lets its ticket out."""
+    gate = Gate(9, 2, staleness, 9, 0)
+    versions, trees = [0], []
+    for step in range(9):
+        gate.steps_done = step
+        while gate.issued < gate.limit:
+            trees.append(tree_of(gate.issued, versions[-1]))
+            gate.issued += 1
+        due = [tree.ticket for tree in trees if tree.ticket >= step * 2]
+        assert used(trees, step=step, version=versions[-1], staleness=staleness) == due
+        versions.append(versions[-1] + data.draw(st.integers(0, 1)))
+
+
+def test_a_checkpoint_without_trees_or_with_those_of_another_schema_gives_none(
+    tmp_path: Path,
+) -> None:
+    config = config_of()
+    assert saved_trees.read(tmp_path, config) == []
+    saved_trees.write(tmp_path, [tree_of(0, 1)], config)
+    table = pq.read_table(tmp_path / saved_trees.FILE)
+    metadata = table.schema.metadata | {b"treerpo_schema": b"0"}
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / saved_trees.FILE)
+    assert saved_trees.read(tmp_path, config) == []

@@ -1,0 +1,168 @@
+"""Engines and learner workers that leave with their nodes and come with new ones: a job on several
+real Ray nodes."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+
+from tests.conftest import ROOT, SMALL
+from tests.support.whole_runs import (
+    assert_ledger,
+    assert_no_tree_was_finished_twice,
+    assert_versions_count_updates,
+)
+from treerpo_ray.metrics.run_log import EVENTS_FILE, read_lines
+from treerpo_ray.run_folder.lines import Scalar
+from treerpo_ray.study.analysis import Run
+
+ELASTIC = [
+    *("engine.resources={CPU: 0.2, rollout_slot: 1}", "engine.labels={role: rollout}"),
+    *("engine.num_engines=1", "engine.max_engines=2", "engine.max_trees=4"),
+    *("learner.num_workers=2", "learner.min_workers=1"),
+    *("learner.resources={CPU: 0.5, train_slot: 1}", "evaluate.data.path=''"),
+    *("checkpoint.every=1", "run.num_steps=5000"),
+]
+"""12 trees are in flight, so that two engines of at most 4 are wanted throughout."""
+HEALTH = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 5,
+}
+"""Ray notices within seconds that a node is gone."""
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head without room for engines or workers; their nodes are the test's to add."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    head = {
+        "num_cpus": 1,
+        "include_dashboard": False,
+        "dashboard_agent_listen_port": 0,
+        "_system_config": HEALTH,
+    }
+    made = Cluster(initialize_head=True, head_node_args=head)
+    monkeypatch.setenv("RAY_ADDRESS", made.address)
+    yield made
+    made.shutdown()
+
+
+def add_train_node(cluster: Cluster):
+    return cluster.add_node(num_cpus=1, resources={"train_slot": 1})
+
+
+def add_rollout_node(cluster: Cluster):
+    return cluster.add_node(num_cpus=1, resources={"rollout_slot": 1}, labels={"role": "rollout"})
+
+
+def drain(cluster: Cluster, node_id: str, seconds: float) -> None:
+    """Tell Ray, as a cloud's agent does on a preemption notice."""
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    end_ms = int((time.time() + seconds) * 1000)
+    client = GcsClient(address=cluster.address)
+    is_accepted, why = client.drain_node(node_id, reason, "spot", end_ms)
+    assert is_accepted, why
+
+
+@dataclass
+class Job:
+    """A training that is under way."""
+
+    process: subprocess.Popen
+    folder: Path
+
+    def wait(self, what: str, is_so: Callable[[list[dict[str, Scalar]]], bool]) -> None:
+        """Wait until the events so far say that something is so."""
+        deadline = time.monotonic() + 400
+        while time.monotonic() < deadline:
+            is_over = self.process.poll() is not None
+            if is_so(read_lines(str(self.folder), EVENTS_FILE)):
+                return
+            assert not is_over, f"the job ended without {what}"
+            time.sleep(0.1)
+        raise TimeoutError(f"no {what}")
+
+    def wait_for(self, kind: str, count: int = 1) -> None:
+        """Wait for the event that is the `count`th of its kind."""
+        self.wait(
+            f"{count} {kind}", lambda events: [e["kind"] for e in events].count(kind) >= count
+        )
+
+    def wait_for_workers(self, *numbers: int) -> None:
+        """Wait until groups of so many workers, one after the other, have each done two steps."""
+
+        def is_so(events: list[dict[str, Scalar]]) -> bool:
+            kinds = [e["kind"] for e in events if e["kind"] in ("learner_started", "consumed")]
+            sizes = [e["workers"] for e in events if e["kind"] == "learner_started"]
+            return sizes == list(numbers) and kinds[-2:] == ["consumed"] * 2
+
+        self.wait(f"groups of {numbers} workers", is_so)
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_node_of_engines_or_of_workers_that_is_lost_or_drained_costs_no_ticket(
+    cluster, tmp_path
+) -> None:
+    """A train node vanishes, then a rollout node, then another is drained; engines and workers come
+    up on new nodes each time."""
+    lost = add_rollout_node(cluster)
+    _, lost_worker = add_train_node(cluster), add_train_node(cluster)
+    command = [sys.executable, "jobs/train.py", *SMALL, f"run.root={tmp_path}", "run.name=nodes"]
+    shown = tmp_path / "shown"
+    with shown.open("w") as output:
+        process = subprocess.Popen([*command, *ELASTIC], cwd=ROOT, stderr=output)
+    job = Job(process, tmp_path / "nodes")
+    try:
+        job.wait_for_workers(2)  # with one engine: the second is wanted, but has no node yet
+        drained = add_rollout_node(cluster)
+        job.wait_for("engine_serving", 2)
+        cluster.remove_node(lost_worker, allow_graceful=False)
+        job.wait_for_workers(2, 1)
+        add_train_node(cluster)  # Ray Train looks for it within a minute
+        cluster.remove_node(lost, allow_graceful=False)
+        job.wait_for("engine_lost")
+        add_rollout_node(cluster)
+        job.wait_for("engine_serving", 3)
+        drain(cluster, drained.node_id, seconds=30)
+        job.wait_for("engine_left")
+        add_rollout_node(cluster)
+        job.wait_for("engine_serving", 4)
+        job.wait_for_workers(2, 1, 2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=120) == 130, (
+            shown.read_text()
+        )  # it ended after a step, as asked
+    finally:
+        process.kill()
+    run = Run(str(job.folder))
+    metrics, events = run.metrics(), run.events()
+    # Only nodes of workers disturb the learner.
+    assert events[events.kind == "learner_started"]["workers"].tolist() == [2, 1, 2]
+    assert_versions_count_updates(metrics)
+    assert_no_tree_was_finished_twice(run)
+    assert metrics["staleness/max"].max() <= 1
+    assert_ledger(run.folder, f"run.num_steps={metrics.index.max()}")
+    # More than once where Ray put it on the node that was gone and not yet missed.
+    assert set(events[events.kind == "engine_lost"]["engine"]) == {0}
+    [draining] = events[events.kind == "engine_draining"].itertuples()
+    [left] = events[events.kind == "engine_left"].itertuples()
+    assert draining.node == left.node == drained.node_id
+    assert draining.reason == "its node is drained"
+    assert left.trees == 0 and left.reason == "it is drained"
+    joined = events[events.kind == "engine_serving"]
+    assert joined["node"].nunique() == 4
+    assert joined["version"].iloc[1:].min() > 0  # they took over what had been learned
+    assert "engine draining: " in shown.read_text()

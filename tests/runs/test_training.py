@@ -1,0 +1,272 @@
+"""Whole runs: real Ray, real vLLM, real Ray Data and Ray Train, on two CPUs."""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from signal import SIGKILL
+
+import pandas as pd
+import psutil
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import holds_secret
+from tests.study.test_notebook import execute, outputs
+from tests.support.whole_runs import (
+    STRICT,
+    assert_ledger,
+    assert_same_trees,
+    assert_saved_trees_were_reused,
+    assert_versions_count_updates,
+    process_of,
+    run_training,
+    trees_of,
+)
+from treerpo_ray.actor import Actor, make_actor
+from treerpo_ray.algo.backup import mean_backup
+from treerpo_ray.config import Config
+from treerpo_ray.driver.outcome import finished_outcome
+from treerpo_ray.metrics.run_log import read_lines
+from treerpo_ray.search.tree_pool import TreePool
+from treerpo_ray.study.analysis import Run
+from treerpo_ray.tree_stream import has_signal
+
+pytestmark = [pytest.mark.ray, pytest.mark.engine]
+
+
+@pytest.fixture(scope="module")
+def kept(small_config, ray_cluster) -> Iterator[Actor]:
+    """Engines that serve several runs, one after the other."""
+    config = small_config("run.name=kept", "engine.resources.CPU=0.1", *STRICT)
+    pool = make_actor(TreePool, config, None)
+    yield pool
+    ray.get(pool.stop.remote())
+
+
+@pytest.fixture(scope="module")
+def refilled(small_config, kept) -> tuple[Run, Config]:
+    """A run of two workers on the kept engines in which groups without a signal are drawn anew."""
+    config = small_config(
+        "run.name=refill", "run.num_steps=3", "tree.num_children=[2]", "tree.step_tokens=[46]",
+        "learner.num_workers=2", "learner.resources.CPU=0.4", "gate.max_redraws=4",
+        "evaluate.data.path=''",
+    )  # fmt: skip
+    assert run_training(config, kept)[0].is_complete
+    return Run(config.folder), config
+
+
+def test_a_run_leaves_everything_that_its_folder_promises(strict) -> None:
+    run, outcome, shown = strict
+    folder = Path(run.folder)
+    assert outcome.is_complete and outcome.before and outcome.after
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints", "config.yaml", "eval", "events.jsonl", "logs", "metrics.jsonl",
+        "model", "trees",
+    ]  # fmt: skip
+    metrics = run.metrics()
+    assert metrics.loc[1:, "tokens/sampled"].sum() == outcome.sampled_tokens
+    assert metrics.loc[1:, "version"].tolist() == [1, 2, 3]
+    assert len(run.evaluations()) == 2
+    assert "3/3" in shown and "Pass@1" in shown
+
+
+def test_no_secret_of_the_environment_is_in_the_run_folder(strict) -> None:
+    run, _, shown = strict
+    assert not holds_secret(shown.encode())
+    for path in Path(run.folder).rglob("*"):
+        assert not path.is_file() or not holds_secret(path.read_bytes()), path
+
+
+def test_the_exported_model_is_what_was_trained(strict) -> None:
+    run, _, _ = strict
+    folder = Path(run.folder) / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    start = AutoModelForCausalLM.from_pretrained(
+        Path(__file__).parents[2] / "treerpo_ray/quickstart/model"
+    )
+    pairs = zip(model.parameters(), start.parameters(), strict=True)
+    assert any(not torch.equal(ours, theirs) for ours, theirs in pairs)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(tokenizer.encode("38+47=85")) == "38+47=85"
+
+
+def test_strictly_on_policy_trees_are_of_the_learners_version(strict) -> None:
+    run, _, _ = strict
+    metrics = run.metrics().loc[1:]
+    assert (metrics["staleness/max"] == 0).all()
+    assert (metrics["mismatch/max"] < 1e-3).all()
+    for step in run.tree_steps():
+        for record in run.trees(step):
+            assert record.tree.min_version == record.tree.max_version == step - 1
+
+
+def test_every_ticket_is_consumed_once_by_its_step(strict) -> None:
+    run, _, _ = strict
+    events = run.events()
+    assert events[events.kind == "consumed"]["step"].tolist() == [0, 1, 2]
+    assert_ledger(run.folder)
+
+
+def test_tickets_come_back_to_prompts_with_a_value_between_0_and_1(strict) -> None:
+    run, _, _ = strict
+    values: dict[str, float] = {}
+    num_back = 0
+    for step in run.tree_steps():
+        batch = sorted(run.trees(step), key=lambda record: record.ticket)
+        back = [values[record.prompt_id] for record in batch if record.prompt_id in values]
+        assert all(0 < value < 1 for value in back)
+        num_back += len(back)
+        values |= {r.prompt_id: mean_backup(r.tree, r.rewards).root for r in batch}
+    assert num_back > 1
+
+
+def test_a_finished_run_is_not_run_again(strict, small_config) -> None:
+    _, outcome, _ = strict
+    config = small_config("run.name=strict", "run.num_steps=3", *STRICT)
+    again = finished_outcome(config)
+    assert again == outcome
+
+
+def test_a_run_on_engines_that_served_another_stops_and_resumes_with_the_same_trees(
+    strict, small_config, kept, refilled
+) -> None:
+    whole, _, _ = strict
+    common = ("run.name=resumed", "evaluate.data.path=''", *STRICT)
+    first = small_config(*common, "run.num_steps=2")
+    assert run_training(first, kept)[0].is_complete
+    config = small_config(*common, "run.num_steps=3")
+    outcome, shown = run_training(config, kept)
+    assert outcome.is_complete
+    assert "3/3" in shown and "2/3" not in shown  # only what is new
+    assert_ledger(config.folder)
+    run = Run(config.folder)
+    assert (run.events().kind == "engine_serving").sum() == 0
+    assert_same_trees(run, whole)
+    metrics = run.metrics()
+    assert metrics["mismatch/max"].max() < 1e-3
+    pd.testing.assert_series_equal(
+        metrics["loss/total"], whole.metrics()["loss/total"].loc[1:], rtol=1e-4
+    )
+    # The engines hold the weights of a run, so that nothing else can be the start of one.
+    held = small_config("run.name=held", "run.num_steps=1", *STRICT)
+    with pytest.raises(RuntimeError, match="cannot evaluate the start"):
+        run_training(held, kept)
+
+
+def test_the_notebook_shows_a_real_run(strict) -> None:
+    run, _, _ = strict
+    assert [o for o in outputs(execute(run.folder)) if o.get("name") == "stderr"] == []
+
+
+def test_a_worker_lost_twice_is_made_good_from_the_checkpoint_and_no_evaluation_is_missed(
+    strict, small_config, ray_cluster
+) -> None:
+    config = small_config(
+        "run.name=often", "run.num_steps=5", "checkpoint.every=1", "evaluate.every=2",
+        *STRICT, "learner.max_failures=1",  # counted anew with progress
+    )  # fmt: skip
+    # As the checkpoint is written the evaluation of the step is still to come.
+    killer = threading.Thread(
+        target=kill_train_workers_after_steps, args=(config.folder, 2, 3), daemon=True
+    )
+    killer.start()
+    outcome, shown = run_training(config)
+    killer.join()
+    assert outcome.is_complete
+    assert shown.count("learner started") == 3
+    assert shown.count("learner lost") == 2
+    run = Run(config.folder)
+    assert run.metrics().index.tolist() == [0, 1, 2, 3, 4, 5]
+    assert_versions_count_updates(run.metrics())
+    assert_ledger(run.folder)
+    assert run.metrics()["staleness/max"].max() == 0
+    # No block of the prefix cache outlived the weights that were rolled back.
+    assert run.metrics()["mismatch/max"].max() < 1e-3
+    assert_saved_trees_were_reused(run)
+    assert_same_trees(strict[0], run)  # those of the run that nothing befell
+    assert run.evaluations()["step"].tolist() == [0, 2, 4, 5]
+    assert [shown.count(f"step {step}: Pass@1") for step in (0, 2, 4, 5)] == [1, 1, 1, 1]
+
+
+def kill_train_workers_after_steps(folder: str, *steps: int) -> None:
+    """SIGKILL the first worker once the checkpoint of each of these steps is written."""
+    for step in steps:
+        while True:
+            events = read_lines(folder, "events.jsonl")
+            if any(e["kind"] == "checkpoint" and e["step"] == step for e in events):
+                break
+            time.sleep(0.05)
+        started = [event["pid"] for event in events if event["kind"] == "learner_started"]
+        os.kill(started[-1], SIGKILL)
+
+
+def test_a_run_in_which_nothing_can_be_learned_says_so_and_ends_well(small_config, kept) -> None:
+    config = small_config(
+        "run.name=pruned", "tree.step_tokens=[3,3]", "evaluate.data.path=''",
+        "run.num_steps=9", "run.max_sampled_tokens=361",  # a step has 6 trees of 60
+    )  # fmt: skip
+    Path(config.folder).mkdir(parents=True)
+    (Path(config.folder) / "trees").touch()  # so that no tree can be saved
+    outcome, shown = run_training(config, kept)
+    assert outcome.is_complete and outcome.sampled_tokens == 720
+    assert finished_outcome(config) == outcome
+    assert "write failed: what trees/step=000001/rank-0.parquet, reason NotADirectoryError" in shown
+    assert shown.count("no step group was kept, so there was no update") == 2
+    metrics = Run(config.folder).metrics()
+    assert metrics["version"].tolist() == [0, 0]
+    assert metrics["verdict/cut_off"].sum() > 0
+
+
+def test_a_ticket_without_a_kept_group_draws_another_prompt(refilled) -> None:
+    run, config = refilled
+    assert_ledger(run.folder)
+    trees = trees_of(run)
+    redrawn = [tree for tree in trees.values() if tree.num_redraws]
+    assert redrawn and all(tree.redrawn_tokens > 0 for tree in redrawn)
+    assert all(has_signal(tree, config) or tree.num_redraws == 4 for tree in trees.values())
+    metrics = run.metrics()
+    assert metrics["gate/redraws"].sum() == sum(tree.num_redraws for tree in redrawn)
+    own = sum(tree.tree.num_sampled_tokens for tree in trees.values())
+    spent = own + sum(tree.redrawn_tokens for tree in redrawn)
+    assert metrics["tokens/sampled"].sum() == spent
+    assert metrics["staleness/max"].max() <= 1
+
+
+@pytest.mark.slow
+def test_a_train_worker_that_stands_still_ends_the_run_with_a_report(small_config, kept) -> None:
+    config = small_config(
+        "run.name=stalled", "run.num_steps=50", "evaluate.data.path=''",
+        "engine.request_timeout_s=60", "engine.load_timeout_s=30", "run.stall_timeout_s=70",
+    )  # fmt: skip
+    stopped: set[psutil.Process] = set()
+    ended = threading.Event()
+
+    def stop() -> None:
+        """Hold the worker, and any that takes its place: a machine short of memory loses some."""
+        while not ended.wait(0.05):
+            if any(row["step"] >= 1 for row in read_lines(config.folder, "metrics.jsonl")):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker = process_of(config.folder, "learner_started")
+                    worker.suspend()
+                    stopped.add(worker)
+
+    stopper = threading.Thread(target=stop, daemon=True)
+    stopper.start()
+    try:
+        with pytest.raises(RuntimeError, match=r"nothing moved for \d\d s: learner 0") as caught:
+            run_training(config, kept)
+    finally:
+        ended.set()
+        stopper.join()
+        for process in stopped:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    [report] = (Path(config.folder) / "logs").glob("stall-*.txt")
+    assert str(report) in str(caught.value)
+    for stage in ("gate", "engines", "weight sync", "metrics", "scoring", "learner 0"):
+        assert f"{stage} (" in report.read_text()

@@ -1,0 +1,272 @@
+"""The gate admits what may be trained in time; a ticket follows from number and measurements."""
+
+import asyncio
+from collections.abc import Coroutine
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from treerpo_ray.records import RootValue
+from treerpo_ray.search.curriculum import Measurement
+from treerpo_ray.search.gate import Gate, Ticket
+
+SMALL = st.integers(1, 7)
+
+
+def make_gate(
+    num_prompts: int = 10,
+    trees_per_step: int = 4,
+    max_staleness: int = 1,
+    num_steps: int = 5,
+    seed: int = 3,
+) -> Gate:
+    return Gate(num_prompts, trees_per_step, max_staleness, num_steps, seed)
+
+
+async def now(next_ticket: Coroutine[None, None, Ticket]) -> Ticket | None:
+    """The ticket if the gate lets it out at once, else None."""
+    try:
+        async with asyncio.timeout(0):
+            return await next_ticket
+    except TimeoutError:
+        return None
+
+
+async def all_now(gate: Gate) -> list[int]:
+    """Numbers of the tickets that the gate lets out before it has to wait."""
+    numbers = []
+    while (ticket := await now(gate.next(gate.session))) is not None:
+        numbers.append(ticket.number)
+    return numbers
+
+
+@given(trees=SMALL, staleness=st.integers(0, 4), num_steps=SMALL, data=st.data())
+def test_issued_less_consumed_never_exceeds_the_window_and_every_ticket_is_issued_once(
+    trees: int, staleness: int, num_steps: int, data: st.DataObject
+) -> None:
+    async def scenario() -> None:
+        gate = make_gate(
+            trees_per_step=trees, max_staleness=staleness, num_steps=num_steps, num_prompts=5
+        )
+        window = trees * (1 + staleness)
+        issued: list[int] = []
+        for step in range(num_steps):
+            issued += await all_now(gate)
+            assert len(issued) - step * trees == min(window, (num_steps - step) * trees)
+            assert len(issued) >= (step + 1) * trees, "the next batch can always be finished"
+            assert gate.consumed(step, ()) == (step + 1 == num_steps)
+        assert await all_now(gate) == []
+        assert issued == list(range(num_steps * trees))
+
+    asyncio.run(scenario())
+
+
+@settings(max_examples=30)
+@given(num_prompts=st.integers(1, 20), seed=st.integers(0, 5), epoch=st.integers(0, 3))
+def test_every_epoch_is_a_permutation_of_the_training_set(
+    num_prompts: int, seed: int, epoch: int
+) -> None:
+    gate = make_gate(num_prompts=num_prompts, seed=seed)
+    first = epoch * num_prompts
+    rows = [gate.ticket(first + place).prompt for place in range(num_prompts)]
+    assert sorted(rows) == list(range(num_prompts))
+
+
+def test_epochs_and_seeds_are_shuffled_differently() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        gate = make_gate(num_prompts=50, seed=seed)
+        return [gate.ticket(epoch * 50 + place).prompt for place in range(50)]
+
+    orders = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
+
+
+@given(number=st.integers(0, 10**6), trees=SMALL, staleness=st.integers(0, 4))
+def test_a_ticket_is_a_pure_function_of_its_number(number: int, trees: int, staleness: int) -> None:
+    other = make_gate(trees_per_step=trees, max_staleness=staleness)
+    other.restart(2, ())
+    assert other.ticket(number) == make_gate().ticket(number)
+
+
+def test_the_seeds_of_trees_are_distinct_and_fit_a_signed_64_bit_number() -> None:
+    seeds = {make_gate(seed=seed).ticket(n).seed for seed in (0, 1) for n in range(500)}
+    assert len(seeds) == 1000
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_tickets_issued_are_those_of_their_numbers_in_order() -> None:
+    async def scenario() -> list[Ticket]:
+        gate = make_gate()
+        return [await gate.next(gate.session) for _ in range(8)]
+
+    assert asyncio.run(scenario()) == [make_gate().ticket(number) for number in range(8)]
+
+
+def test_those_who_wait_for_a_ticket_are_woken_when_a_step_is_consumed_and_get_one_each() -> None:
+    async def scenario() -> None:
+        gate = make_gate(trees_per_step=2, max_staleness=0)
+        assert await all_now(gate) == [0, 1]
+        waiting = [asyncio.create_task(gate.next(gate.session)) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert not any(task.done() for task in waiting)
+        gate.consumed(0, ())
+        async with asyncio.timeout(5):
+            done, still = await asyncio.wait(waiting, return_when="FIRST_COMPLETED")
+            await asyncio.sleep(0)
+        assert sorted(task.result().number for task in done) == [2, 3]
+        gate.consumed(1, ())
+        async with asyncio.timeout(5):
+            assert [(await task).number for task in still] == [4]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("step", [0, 2, 7])
+def test_a_step_that_is_consumed_twice_or_skips_others_is_refused(step: int) -> None:
+    gate = make_gate()
+    gate.consumed(0, ())
+    with pytest.raises(RuntimeError, match=f"step {step} consumed, but step 1 is due"):
+        gate.consumed(step, ())
+    assert gate.done() == 1
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_a_restart_issues_the_tickets_from_its_step_on_once_more(step: int) -> None:
+    async def scenario() -> None:
+        gate = make_gate(trees_per_step=2, max_staleness=1, num_steps=4)
+        await all_now(gate)
+        gate.consumed(0, ())
+        gate.consumed(1, ())
+        await all_now(gate)
+        gate.restart(step, ())
+        assert gate.done() == step
+        last = min(step + 2, 4) * 2
+        assert await all_now(gate) == list(range(step * 2, last))
+        gate.consumed(step, ())
+        assert gate.done() == step + 1
+
+    asyncio.run(scenario())
+
+
+def test_nothing_is_issued_past_the_last_step_and_its_consumption_ends_the_run() -> None:
+    async def scenario() -> None:
+        gate = make_gate(trees_per_step=2, max_staleness=3, num_steps=2)
+        assert await all_now(gate) == [0, 1, 2, 3]
+        assert [gate.consumed(0, ()), gate.consumed(1, ())] == [False, True]
+        assert await all_now(gate) == []
+
+    asyncio.run(scenario())
+
+
+def test_a_stop_ends_the_run_with_the_step_that_is_under_way() -> None:
+    gate = make_gate(num_steps=5)
+    assert not gate.consumed(0, ())
+    gate.stop()
+    assert gate.consumed(1, ())
+    assert gate.done() == 2
+
+
+def test_who_waits_from_before_a_restart_gets_no_ticket_of_the_new_session() -> None:
+    async def scenario() -> tuple[Ticket | None, list[int]]:
+        gate = Gate(num_prompts=8, trees_per_step=2, max_staleness=0, num_steps=4, seed=0)
+        for _ in range(2):
+            await gate.next(0)
+        late = asyncio.create_task(gate.next(0))
+        await asyncio.sleep(0)
+        session = gate.restart(1, ())
+        tickets = [await gate.next(session) for _ in range(2)]
+        return await late, [ticket.number for ticket in tickets if ticket is not None]
+
+    assert asyncio.run(scenario()) == (None, [2, 3])
+
+
+def test_a_redrawn_ticket_keeps_its_number_and_draws_another_prompt_each_time() -> None:
+    gate = Gate(num_prompts=1000, trees_per_step=4, max_staleness=0, num_steps=9, seed=3)
+    drawn = [gate.redrawn(7, n) for n in range(1, 200)]
+    assert {ticket.number for ticket in drawn} == {7}
+    assert gate.redrawn(7, 1) == drawn[0]
+    assert len({ticket.seed for ticket in drawn}) == 199
+    # 199 draws of 1000 prompts: 180 different ones are expected, with a deviation of 4
+    assert len({ticket.prompt for ticket in drawn}) == pytest.approx(180, abs=16)
+    assert max(ticket.prompt for ticket in drawn) < 1000
+
+
+# Revisits --------------------------------------------------------------------------------------
+
+
+def value_of(ticket: Ticket) -> float:
+    """A value that follows from the ticket; one in three is 0 or 1."""
+    return ticket.seed % 7 / 6
+
+
+def revisiting(staleness: int, revisit: float = 0.5) -> Gate:
+    return Gate(40, 6, staleness, num_steps=12, seed=3, revisit=revisit)
+
+
+def run_on(gate: Gate, num_steps: int) -> dict[int, Ticket]:
+    """Consume steps until `num_steps` are done; returns the tickets that were let out."""
+    issued: dict[int, Ticket] = {}
+    while gate.done() < num_steps:
+        while gate.issued < gate.limit:
+            ticket = asyncio.run(gate.next(gate.session))
+            issued[ticket.number] = ticket
+        due = [issued[gate.done() * 6 + place] for place in (4, 1, 5, 0, 3, 2)]  # as they finish
+        gate.consumed(gate.done(), [RootValue(t.number, 0, value_of(t)) for t in due])
+    return issued
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_tickets_come_back_only_to_what_was_measured_before_their_admission(
+    staleness: int,
+) -> None:
+    gate, plain = revisiting(staleness), revisiting(staleness, revisit=0.0)
+    issued = run_on(gate, 12)
+    num_back = 0
+    for number, ticket in issued.items():
+        assert ticket.seed == plain.ticket(number).seed
+        if ticket == plain.ticket(number):
+            continue
+        known = [issued[n] for n in range(max(number // 6 - staleness, 0) * 6)]
+        newest = {past.prompt: value_of(past) for past in known}
+        assert 0 < newest[ticket.prompt] < 1
+        num_back += 1
+    # Half of those for whom anything was known; a revisit to the prompt in turn is not seen.
+    expected = 6 * (11 - staleness) / 2
+    assert num_back == pytest.approx(expected, abs=3 * (expected / 2) ** 0.5)
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize("step", [1, 2, 5, 11])
+def test_a_run_that_goes_on_from_its_measurements_issues_the_tickets_of_one_without_a_break(
+    staleness: int, step: int
+) -> None:
+    first, ahead = revisiting(staleness), revisiting(staleness)
+    run_on(first, step)
+    whole = run_on(ahead, 12)
+    for gate in (revisiting(staleness), ahead):  # in another process, or the same one put back
+        gate.restart(step, first.measurements())
+        assert run_on(gate, 12) == {number: whole[number] for number in range(step * 6, 72)}
+
+
+def test_without_revisits_values_change_no_ticket_and_are_not_kept() -> None:
+    gate = revisiting(0, revisit=0.0)
+    issued = run_on(gate, 12)
+    assert issued == {number: revisiting(0, revisit=0.0).ticket(number) for number in range(72)}
+    assert sorted(issued[n].prompt for n in range(40)) == list(range(40))
+    assert gate.measurements() == []
+
+
+def test_a_redrawn_tree_measures_the_prompt_that_it_was_grown_from() -> None:
+    gate = revisiting(1)
+    gate.consumed(0, [RootValue(4, 2, 0.5), RootValue(1, 0, 0.25)])
+    assert gate.measurements() == [
+        Measurement(0, gate.ticket(1).prompt, 0.25),
+        Measurement(0, gate.redrawn(4, 2).prompt, 0.5),
+    ]
+
+
+def test_measurements_of_prompts_that_the_data_set_no_longer_has_are_left_out() -> None:
+    gate = revisiting(0)
+    gate.restart(1, [Measurement(0, 39, 0.5), Measurement(0, 40, 0.5)])
+    assert gate.measurements() == [Measurement(0, 39, 0.5)]

@@ -1,0 +1,319 @@
+"""Comparison: which runs it has, how long they are, and what its table says."""
+
+import json
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from treerpo_ray.algo.search import TreeShape
+from treerpo_ray.config.files import to_yaml
+from treerpo_ray.evaluate.evaluation import Evaluation
+from treerpo_ray.study.comparison import (
+    CURVE,
+    Comparison,
+    Result,
+    Trial,
+    expected_tokens,
+    read_comparison,
+    read_results,
+    result_path,
+    version_of,
+    write_result,
+)
+from treerpo_ray.study.comparison_curves import write_plot
+from treerpo_ray.study.comparison_report import difference_interval, mean_interval, report
+
+ROOT = Path(__file__).resolve().parents[2]
+FILE = """
+base: [conf/quickstart.yaml]
+references: [flat]
+settings:
+  short: {answer_tokens: 40, sampled_tokens: 96000}
+  long: {answer_tokens: 80, sampled_tokens: 96000, overrides: [prompts.num_problems=99]}
+arms:
+  flat:
+    num_seeds: 2
+    overrides: ["tree.num_children=[10]", "tree.step_tokens=[46]"]
+  tree: {num_seeds: 1, overrides: [learner.advantage=difference]}
+"""
+
+
+@pytest.fixture
+def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comparison:
+    monkeypatch.chdir(ROOT)
+    path = tmp_path / "two.yaml"
+    path.write_text(FILE)
+    return read_comparison(str(path))
+
+
+def make_result(trial: Trial, pass_at_1: float, num_steps: int = 20) -> Result:
+    """A run of 96,000 tokens whose training reward is 0.04 times the step of 2 CPU seconds."""
+    evaluation = Evaluation(
+        **dict.fromkeys(Evaluation.__dataclass_fields__, 0.0)
+        | {"pass_at_1": pass_at_1, "length": 40.0, "scores": {}}
+    )
+    steps = [float(step) for step in range(1, num_steps + 1)]
+    curve = {name: [2.0] * num_steps for name in CURVE}
+    curve |= {"step": steps, "reward/mean": [0.04 * step for step in steps]}
+    curve["tokens/sampled"] = [96000 / num_steps] * num_steps
+    return Result(
+        trial=trial,
+        version="v",
+        start="",
+        config="",
+        before=evaluation,
+        after=evaluation,
+        curve=curve,
+    )
+
+
+def test_trials_come_by_number_of_seeds_then_seed(comparison: Comparison) -> None:
+    found = [(trial.seed, trial.setting, trial.arm) for trial in comparison.trials()]
+    assert found == [
+        *((0, "short", "flat"), (0, "long", "flat"), (1, "short", "flat"), (1, "long", "flat")),
+        *((0, "short", "tree"), (0, "long", "tree")),
+    ]
+
+
+def test_a_result_of_other_settings_start_or_tokens_is_passed_over(
+    comparison: Comparison, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    common = ["learner.cpu_threads=2"]
+    trials = list(comparison.trials())[:4]
+    for trial, rate in zip(trials, (1e-5, 3e-4, 3e-4, 3e-4), strict=True):
+        overrides = ["run.root=elsewhere", f"learner.learning_rate={rate}", *common]
+        config = to_yaml(comparison.configs(overrides)[trial])
+        write_result(replace(make_result(trial, 0.5), config=config), tmp_path)
+    for trial, changed in ((trials[1], "start"), (trials[2], "tokens")):
+        path = result_path(trial, tmp_path)
+        found = json.loads(path.read_text())
+        if changed == "start":
+            found["start"] = "0123456789abcdef"
+        else:
+            found["curve"]["tokens/sampled"] += [4800.0, 4800.0]  # two steps more
+        path.write_text(json.dumps(found))
+    assert [r.trial for r in read_results(comparison.configs(common), tmp_path)] == [trials[3]]
+    told = [record.message.partition("it has other ")[2] for record in caplog.records]
+    assert told == [
+        *("learner.learning_rate", "weights at the start"),
+        "tokens: 105,600 instead of 96,000",
+    ]
+
+
+def test_a_setting_that_a_result_is_older_than_had_its_default(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    trial = next(comparison.trials())
+    old = "".join(
+        line
+        for line in to_yaml(comparison.configs([])[trial]).splitlines(keepends=True)
+        if "final_rate" not in line
+    )
+    result = replace(make_result(trial, 0.5), config=old)
+    write_result(result, tmp_path)
+    assert read_results(comparison.configs([]), tmp_path) == [result]
+    assert not read_results(comparison.configs(["learner.final_rate=0"]), tmp_path)
+
+
+def test_all_runs_spend_the_same_time_on_checkpoints_unless_the_comparison_says_otherwise(
+    comparison: Comparison,
+) -> None:
+    for base, every in (([], 20), (["checkpoint.every=3"], 3)):
+        runs = replace(comparison, base=[*comparison.base, *base]).configs([])
+        assert {config.checkpoint.every for config in runs.values()} == {every}
+
+
+def test_outside_a_clone_the_version_tells_code_and_settings_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    def version(**changes: str) -> str:
+        files = {"treerpo_ray/algo/loss.py": "1", "conf/a.yaml": "b: 2"} | changes
+        root = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name, text in files.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(text)
+        return version_of(root)
+
+    first = version()
+    assert re.fullmatch("sources-[0-9a-f]{12}", first)
+    assert first == version() == version(**{"runs/log.py": "", "treerpo_ray/model/weights": "w"})
+    changed = [{"conf/a.yaml": "b: 3"}, {"treerpo_ray/algo/loss.py": "2"}, {"conf/c.yaml": ""}]
+    assert len({first, *(version(**change) for change in changed)}) == 4
+
+
+def test_of_a_clone_the_version_is_the_commit(tmp_path: Path) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    clean = version_of(tmp_path)
+    assert len(clean) >= 4 and commit.startswith(clean)
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf/new.yaml").touch()
+    assert version_of(tmp_path) == f"{clean}-dirty"
+
+
+def test_the_seeds_of_all_arms_begin_where_the_comparison_says(tmp_path: Path) -> None:
+    path = tmp_path / "fresh.yaml"
+    path.write_text(FILE + "first_seed: 10\n")
+    trials = read_comparison(str(path)).trials()
+    assert {(trial.arm, trial.seed) for trial in trials} == {
+        *(("flat", 10), ("flat", 11), ("tree", 10))
+    }
+
+
+def test_steps_share_their_tokens_and_an_answer_ends_where_it_ends() -> None:
+    flat = TreeShape(num_children=(10,), step_tokens=(46,))
+    assert expected_tokens(flat, 40) == 400
+    assert expected_tokens(flat, 50) == 460
+    tree = TreeShape(num_children=(4, 4, 4), step_tokens=(23, 23, 23))
+    assert expected_tokens(tree, 40) == 4 * 23 + 16 * 17 + 64 * 0
+
+
+def test_every_run_samples_the_tokens_of_its_setting(comparison: Comparison) -> None:
+    configs = comparison.configs(["run.root=runs"])
+    steps = {(t.setting, t.arm): config.run.num_steps for t, config in configs.items()}
+    # 24 trees a step: of 10 * 40, of 4 * 23 + 16 * 17, and of 10 * 46 tokens; a fifth to spare
+    assert steps == {
+        ("short", "flat"): 12,
+        ("short", "tree"): 14,
+        ("long", "flat"): 11,
+        ("long", "tree"): 11,
+    }
+    assert {config.run.max_sampled_tokens for config in configs.values()} == {96000}
+    seeded = configs[Trial(setting="long", arm="flat", seed=1)]
+    assert (seeded.run.seed, seeded.prompts.num_problems) == (1, 99)
+    assert len({config.folder for config in configs.values()}) == len(configs)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("references: [flat]", "references: [other]", "references: .*other.* none of the arms"),
+        ("num_seeds: 1", "seeds: 1", "seeds"),
+        ("answer_tokens: 40", "answer_tokens: many", "many"),
+        ("answer_tokens: 40", "answer_tokens: 0", "answer_tokens and sampled_tokens .* more than"),
+        ("num_seeds: 1", "num_seeds: 0", "arms.tree.num_seeds=0 must be more than 0"),
+        ("short: {", "short: {{", "two.yaml"),
+        (FILE, "- base", "two.yaml"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(tmp_path: Path, old: str, new: str, told: str) -> None:
+    path = tmp_path / "two.yaml"
+    path.write_text(FILE.replace(old, new))
+    with pytest.raises(ValueError, match=told) as caught:
+        read_comparison(str(path))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="no such comparison"):
+        read_comparison(str(tmp_path / "none.yaml"))
+
+
+def test_results_come_back_and_make_a_table_and_a_plot(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    shares = {"flat": [0.5, 0.6], "tree": [0.75]}
+    configs = comparison.configs([])
+    given = [
+        replace(
+            make_result(trial, shares[trial.arm][trial.seed], {"flat": 20, "tree": 10}[trial.arm]),
+            config=to_yaml(config),
+        )
+        for trial, config in configs.items()
+        if trial.setting == "short"
+    ]
+    for result in given:
+        write_result(result, tmp_path)
+    results = read_results(configs, tmp_path)
+    assert results == given
+    table = report(comparison, results)
+    flat, tree = table.lines
+    assert (flat.arm, flat.num_seeds, flat.num_steps) == ("flat", 2, 20)
+    assert flat.pass_at_1.mean == pytest.approx(55)
+    assert flat.ahead == {} and tree.ahead["flat"].mean == pytest.approx(20)
+    assert np.isnan(tree.ahead["flat"].low)
+    # Step 10 and 20 CPU seconds are where the tree ends. 12,000 tokens are 2.5 steps of the flat
+    # run, of which three end in the window, and 1.25 of the tree's, of which two do.
+    assert flat.same_steps.mean == flat.same_cpu.mean == pytest.approx(4 * 9)
+    assert tree.same_steps.mean == tree.same_cpu.mean == pytest.approx(4 * 9.5)
+    assert (flat.cpu_s, tree.cpu_s) == pytest.approx((40, 20))
+    table.write(tmp_path)
+    write_plot(comparison, results, tmp_path)
+    lines_of_table = json.loads((tmp_path / "table.json").read_text())["lines"]
+    assert [line["same_steps"]["low"] is None for line in lines_of_table] == [False, True]
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    lines = (tmp_path / "curves.csv").read_text().splitlines()
+    assert len(lines) == 1 + 2 * 3 * 40
+
+
+def test_a_result_older_than_a_metric_has_no_place_on_its_axis(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    configs = comparison.configs([])
+    trials = [Trial(setting="short", arm=arm, seed=0) for arm in ("flat", "tree")]
+    old, new = (
+        replace(make_result(trial, 0.5), config=to_yaml(configs[trial])) for trial in trials
+    )
+    del old.curve["time/cpu_s"]
+    for result in (old, new):
+        write_result(result, tmp_path)
+    results = read_results(configs, tmp_path)
+    flat, tree = report(comparison, results).lines
+    assert np.isnan(flat.cpu_s) and np.isnan(flat.same_cpu.mean)
+    assert tree.same_cpu.mean == pytest.approx(4 * 19)
+    write_plot(comparison, results, tmp_path)
+
+
+def test_the_training_reward_of_what_was_chosen_is_not_compared(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    configs = comparison.configs([])
+    trials = [Trial(setting="short", arm=arm, seed=0) for arm in ("flat", "tree")]
+    plain = replace(make_result(trials[0], 0.5), config=to_yaml(configs[trials[0]]))
+    chosen = to_yaml(comparison.configs(["gate.max_redraws=2"])[trials[1]])
+    results = [plain, replace(make_result(trials[1], 0.5, num_steps=10), config=chosen)]
+    flat, tree = report(comparison, results).lines
+    assert flat.same_steps.mean == flat.same_cpu.mean == pytest.approx(4 * 19)
+    assert tree.pass_at_1.mean == 50 and str(tree.same_steps) == str(tree.same_cpu) == ""
+    write_plot(comparison, results[1:], tmp_path)
+    assert not (tmp_path / "curves.csv").exists()
+    write_plot(comparison, results, tmp_path)
+    assert ",tree," not in (tmp_path / "curves.csv").read_text()
+
+
+def test_a_mean_has_the_interval_of_student() -> None:
+    interval = mean_interval(np.array([1.0, 2.0, 3.0]))
+    # t(0.975, 2) = 4.30265, standard error 1 / sqrt(3)
+    assert (interval.mean, interval.low) == pytest.approx((2, 2 - 4.30265 / 3**0.5), rel=1e-4)
+    assert np.isnan(mean_interval(np.array([5.0])).low)
+
+
+def test_a_difference_has_the_interval_of_welch() -> None:
+    interval = difference_interval(np.array([3.0, 5.0]), np.array([1.0, 1.0, 1.0]))
+    # Only the first varies: one degree of freedom, standard error 1, t(0.975, 1) = 12.7062
+    assert (interval.mean, interval.high) == pytest.approx((3, 3 + 12.7062), rel=1e-4)
+
+
+def test_intervals_of_means_cover_in_simulation() -> None:
+    rng = np.random.default_rng(0)
+    draws = rng.normal(10, 3, (2000, 5))
+    found = [mean_interval(row) for row in draws]
+    share = np.mean([interval.low < 10 < interval.high for interval in found])
+    # 4 standard deviations of a share of 2000 at 0.95
+    assert share == pytest.approx(0.95, abs=0.02)
+
+
+@pytest.mark.parametrize("deviations", [(3.0, 1.0), (1.0, 3.0)])
+def test_intervals_of_differences_cover_in_simulation(deviations: tuple[float, float]) -> None:
+    """Five draws around 7 less three around 5.
+
+    Welch's degrees of freedom are an estimate: it costs a point where the three are the wider ones.
+    """
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.normal(7, deviations[0], (2000, 5)), rng.normal(5, deviations[1], (2000, 3))
+    found = [difference_interval(*pair) for pair in zip(ours, theirs, strict=True)]
+    share = np.mean([interval.low < 2 < interval.high for interval in found])
+    assert 0.92 < share < 0.97

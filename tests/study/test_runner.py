@@ -1,0 +1,121 @@
+"""Trials: which runs share engines, and what a failed or stopped one leaves; without engines."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from treerpo_ray.config import Config
+from treerpo_ray.errors import RunFailed
+from treerpo_ray.evaluate import evaluation as evaluate
+from treerpo_ray.evaluate.evaluation import Evaluation
+from treerpo_ray.study import runner as trials
+from treerpo_ray.study.comparison import CURVE, Comparison, read_comparison, read_results
+from treerpo_ray.study.runner import Trials
+
+ROOT = Path(__file__).resolve().parents[2]
+FILE = """
+base: [conf/quickstart.yaml, prompts.num_problems=20, evaluate.data.num_problems=4]
+references: [flat]
+settings:
+  short: {answer_tokens: 44, sampled_tokens: 20000}
+  long: {answer_tokens: 44, sampled_tokens: 20000, overrides: [prompts.max_prompt_tokens=40]}
+arms:
+  flat: {num_seeds: 2, overrides: ["tree.num_children=[8]", "tree.step_tokens=[46]"]}
+  tree: {num_seeds: 2}
+"""
+START = Evaluation.from_fields(
+    dict.fromkeys(Evaluation.__dataclass_fields__, 0) | {"scores": {}, "pass_at_1": 0.25}
+)
+
+
+class Sessions:
+    """Stands in for runs and their engines: writes what a run leaves, counts what is started."""
+
+    def __init__(self, failing: str = "", stopped: str = "") -> None:
+        self.failing, self.stopped = failing, stopped
+        self.started: list[list[str]] = []
+
+    @contextmanager
+    def kept_engines(self, config: Config) -> Iterator[str]:
+        assert config.max_model_tokens == 40 + 46  # they can serve both settings
+        self.started.append([])
+        yield "pool"
+
+    def run(self, config: Config, inputs: object, console: object, pool: str) -> SimpleNamespace:
+        self.started[-1].append(config.run.name)
+        if config.run.name == self.failing:
+            self.failing = ""
+            raise RunFailed("an engine was lost")
+        if config.run.name == self.stopped:
+            return SimpleNamespace(is_complete=False)
+        if evaluate.read(config.folder, 0) is None:
+            assert len(self.started[-1]) == 1  # a start is evaluated on fresh engines
+            evaluate.save(START, config.folder)
+        evaluate.save(replace(START, step=1), config.folder)
+        row = dict.fromkeys(CURVE, 1.0) | {"tokens/sampled": 20000.0}
+        (Path(config.folder) / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        return SimpleNamespace(is_complete=True)
+
+
+@pytest.fixture
+def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comparison:
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "two.yaml").write_text(FILE)
+    return read_comparison(str(tmp_path / "two.yaml"))
+
+
+def run_trials(
+    comparison: Comparison, folder: Path, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> int:
+    monkeypatch.setattr(trials, "run", sessions.run)
+    monkeypatch.setattr(trials, "kept_engines", sessions.kept_engines)
+    return Trials(comparison.configs([f"run.root={folder}/runs"]), folder).run()
+
+
+def test_runs_share_engines_once_their_start_is_known_and_are_not_run_again(
+    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = Sessions()
+    assert run_trials(comparison, tmp_path, sessions, monkeypatch) == 0
+    assert sessions.started == [
+        ["short-flat-0", "short-tree-0"],
+        [
+            *("long-flat-0", "long-tree-0"),
+            *("short-flat-1", "short-tree-1", "long-flat-1", "long-tree-1"),
+        ],
+    ]
+    assert len(read_results(comparison.configs([]), tmp_path)) == 8
+    again = Sessions()
+    assert run_trials(comparison, tmp_path, again, monkeypatch) == 0
+    assert again.started == []
+
+
+def test_after_a_run_that_failed_the_others_have_fresh_engines(
+    comparison: Comparison,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sessions = Sessions(failing="short-flat-1")
+    assert run_trials(comparison, tmp_path, sessions, monkeypatch) == 1
+    assert [len(names) for names in sessions.started] == [2, 3, 3]
+    assert "an engine was lost" in capsys.readouterr().err
+    again = Sessions()
+    assert run_trials(comparison, tmp_path, again, monkeypatch) == 0
+    assert again.started == [["short-flat-1"]]
+
+
+def test_a_run_that_was_stopped_ends_the_comparison_until_it_is_run_again(
+    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_trials(comparison, tmp_path, Sessions(stopped="short-tree-0"), monkeypatch)
+    assert len(read_results(comparison.configs([]), tmp_path)) == 1
+    again = Sessions()
+    assert run_trials(comparison, tmp_path, again, monkeypatch) == 0
+    assert again.started[0][0] == "short-tree-0"

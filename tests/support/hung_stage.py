@@ -1,0 +1,23 @@
+"""A stage for the watchdog's tests, in a module that Ray's workers can import."""
+
+import time
+
+import ray
+
+from treerpo_ray.metrics.health import StackDump, StageStatus
+from treerpo_ray.metrics.watchdog import Heartbeat
+
+
+class Stage:
+    """An actor of a stage that answers until it is told to sleep."""
+
+    def status(self, stacks: StackDump) -> StageStatus:
+        stacks.arm()
+        return StageStatus(stage="gate", doing="waiting", is_busy=False)
+
+    def sleep(self) -> None:
+        time.sleep(3600)
+
+    def hang(self, watch: ray.actor.ActorHandle, folder: str) -> None:
+        Heartbeat(watch, "scoring", folder, 0.5).at("scoring ticket 7")
+        time.sleep(3600)

@@ -1,0 +1,96 @@
+"""What tests of whole runs share: how they train, what they look at, and whom they kill."""
+
+import io
+import time
+
+import pandas as pd
+import psutil
+import rich.console
+
+from treerpo_ray.actor import Actor
+from treerpo_ray.config import Config, load
+from treerpo_ray.driver.outcome import RunResult
+from treerpo_ray.driver.plan import load_inputs
+from treerpo_ray.driver.run import train
+from treerpo_ray.metrics.console import Console
+from treerpo_ray.metrics.run_log import EVENTS_FILE, read_lines
+from treerpo_ray.records import TreeRecord
+from treerpo_ray.study.analysis import Run
+from treerpo_ray.study.audit import faults
+
+STRICT = ("gate.max_staleness=0", "gate.revisit=0.5", "sync.probe_every=1")
+"""Every prompt follows from the trees of the steps before."""
+
+
+def run_training(config: Config, pool: Actor | None = None) -> tuple[RunResult, str]:
+    """Train in the cluster that is connected; returns what the terminal showed too."""
+    shown = io.StringIO()
+    console = Console(config.run.num_steps, rich.console.Console(file=shown, width=120))
+    return train(config, load_inputs(config), console, pool), shown.getvalue()
+
+
+def assert_ledger(folder: str, *overrides: str) -> None:
+    """Every ticket was consumed once, by its own step and no staler than allowed; all else of a
+    finished run that `ledger` checks holds too."""
+    config = load([f"{folder}/config.yaml", *overrides])
+    assert faults(config, read_lines(folder, EVENTS_FILE)) == []
+
+
+def assert_versions_count_updates(metrics: pd.DataFrame) -> None:
+    """Each step's version is the number of updates so far; a step that kept no group makes none."""
+    metrics = metrics[metrics.index > 0]  # row 0 is the evaluation of the start
+    updates = metrics["learner/grad_norm"].notna().cumsum()
+    assert metrics["version"].tolist() == updates.tolist()
+
+
+def assert_saved_trees_were_reused(run: Run) -> None:
+    """Whatever was sampled for later steps when a checkpoint was written is used again."""
+    events = run.events()
+    saved = events[events.kind == "learner_started"]["saved_trees"].sum()
+    assert (events.kind == "tree_reused").sum() == saved
+
+
+def assert_no_tree_was_finished_twice(run: Run) -> None:
+    """Whatever happens to engines, each tree is finished once, but for a learner that starts anew
+    and has its tickets issued again."""
+    events = run.events()
+    group = (events.kind == "learner_started").cumsum().rename("group")
+    finished = events[events.kind == "tree_finished"].join(group)
+    assert not finished.duplicated(["group", "ticket"]).any()
+
+
+def trees_of(run: Run) -> dict[int, TreeRecord]:
+    """All trees of a run, by ticket."""
+    return {record.ticket: record for step in run.tree_steps() for record in run.trees(step)}
+
+
+def sampled(record: TreeRecord) -> list[list[int]]:
+    """The tokens of a tree's steps."""
+    return [step.token_ids.tolist() for step in record.tree.steps]
+
+
+def assert_same_trees(run: Run, whole: Run) -> None:
+    """Each tree has the seed and the tokens that it has in the run without a break."""
+    theirs = trees_of(whole)
+    for ticket, record in trees_of(run).items():
+        assert record.seed == theirs[ticket].seed
+        assert sampled(record) == sampled(theirs[ticket])
+
+
+def wait_for_step(folder: str, step: int) -> None:
+    """Wait until the metrics of learner step `step` are written."""
+    while not any(row["step"] >= step for row in read_lines(folder, "metrics.jsonl")):
+        time.sleep(0.05)
+
+
+def process_of(folder: str, kind: str, field: str = "pid", **fields: int) -> psutil.Process:
+    """The process in the newest event of a kind."""
+    events = read_lines(folder, EVENTS_FILE)
+    found = [e[field] for e in events if e["kind"] == kind and fields.items() <= e.items()]
+    return psutil.Process(found[-1])
+
+
+def assert_gone(process: psutil.Process) -> None:
+    """It must not go on holding memory."""
+    psutil.wait_procs([process], timeout=30)
+    assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE

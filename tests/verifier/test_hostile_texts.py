@@ -1,0 +1,123 @@
+"""No text hangs the verifier, breaks it, fills its memory or gets anything run.
+
+The long form (`-m slow`) draws more than 100,000 different answers, the short one the first few
+thousand of them.
+"""
+
+import multiprocessing
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.support.hostile_texts import CODE, OPENERS, TOKENS, drawn_answers
+from treerpo_ray.verifier.verdict import Answer, Verdict
+from treerpo_ray.verifier.verifier import Verifier
+
+MEMORY_MIB = 512
+TIMEOUT_S = 60.0
+"""Generous, for a machine that does other work as well; an answer takes half a millisecond, and the
+costliest that is known 3 s of CPU: sixty factors f(x) in brackets."""
+MEGABYTE = 2**20
+
+
+@pytest.fixture(scope="module")
+def audited():
+    with Verifier(
+        "tests.support.audited_math", 2, timeout_s=TIMEOUT_S, memory_mib=MEMORY_MIB
+    ) as verifier:
+        verifier.self_test()
+        yield verifier
+
+
+@pytest.fixture
+def no_canary(monkeypatch):
+    """The folder of the workers and of this process stays without a canary."""
+    folder = Path.cwd()
+    yield
+    assert not (folder / "CANARY").exists()
+
+
+def assert_all_graded(verifier: Verifier, answers: list[Answer]) -> None:
+    verdicts = verifier.grade(answers)
+    faults = [(v, a) for v, a in zip(verdicts, answers, strict=True) if not v.is_reward]
+    assert not faults
+
+
+def grade_drawn(verifier: Verifier, num_thousands: int) -> int:
+    """Draw, in processes beside those that grade, and grade; returns how many different answers
+    there were."""
+    seen: set[Answer] = set()
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as drawers:
+        for drawn in drawers.map(drawn_answers, range(num_thousands)):
+            answers = [answer for answer in dict.fromkeys(drawn) if answer not in seen]
+            assert_all_graded(verifier, answers)
+            seen.update(answers)
+    return len(seen)
+
+
+def test_the_audit_ends_a_worker_that_runs_code(audited):
+    texts = ["run code", r"\boxed{4}"]
+    answers = [Answer(text=text, references=("4",), is_cut_off=False) for text in texts]
+    assert audited.grade(answers) == [Verdict.ERRORED, Verdict.CORRECT]
+
+
+def test_drawn_texts_are_graded(audited, no_canary):
+    assert grade_drawn(audited, 3) > 2000
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_drawn_texts_are_graded(audited, no_canary):
+    start = time.monotonic()
+    num_different = grade_drawn(audited, 112)
+    print(f"{num_different} different texts in {time.monotonic() - start:.0f} s")
+    assert num_different > 100_000
+
+
+@pytest.mark.parametrize("code", CODE)
+def test_code_is_text(audited, no_canary, code):
+    forms = (code, rf"\boxed{{{code}}}", f"#### {code}", f"The answer is {code}", f"${code}$")
+    answers = [
+        Answer(text=text, references=(reference,), is_cut_off=False)
+        for text in forms
+        for reference in (code, f"{code}+0", "1", f"x={code}")
+    ]
+    assert_all_graded(audited, answers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("token", dict.fromkeys((*TOKENS, *OPENERS)))
+def test_a_megabyte_of_anything_is_graded(audited, token):
+    pieces = (token, f"{token} ", f"{token}1", f"answer is {token}\n")
+    texts = [piece * (MEGABYTE // len(piece)) for piece in pieces]
+    texts += [rf"\boxed{{{text}}}" for text in texts]
+    assert_all_graded(
+        audited, [Answer(text=t, references=("12", texts[0]), is_cut_off=False) for t in texts]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "verdict"),
+    [
+        (r"\boxed{0.5\cdot 0.5}", r"0.5\cdot 0.5+0", Verdict.CORRECT),  # ran `eval` on numbers
+        (rf"\boxed{{{'1/2' * 60}}}", f"{'1/2' * 60}+0", None),  # took time that doubles a factor
+        (r"\boxed{" + r"2 \cdot " * 30 + "x}", f"{2**30}x", Verdict.CORRECT),
+        (r"\boxed{e^{1}}", "9" * 200_000, Verdict.WRONG),  # took the square of its length
+        # Took 36 seconds, and with a longer number any time.
+        (r"\boxed{\sin((123456)^{123456})}", r"-\sin((123456)^{123456})", Verdict.WRONG),
+        (rf"\boxed{{\cos({'9' * 120}^{{300}})}}", rf"-\cos({'9' * 120}^{{300}})", Verdict.WRONG),
+    ],
+)
+def test_what_once_broke_is_graded(audited, text, reference, verdict):
+    answer = Answer(text=text, references=(reference,), is_cut_off=False)
+    assert_all_graded(audited, [answer])
+    assert verdict in (None, *audited.grade([answer]))
+
+
+def test_megabytes_are_graded(audited):
+    texts = [unit * (MEGABYTE // len(unit)) for unit in ("1,", r"\boxed{", "9", " answer is ", "(")]
+    answers = [Answer(text=text, references=("1", text), is_cut_off=False) for text in texts]
+    verdicts = Counter(audited.grade(answers))
+    assert set(verdicts) <= {Verdict.WRONG, Verdict.UNANSWERED, Verdict.CORRECT}

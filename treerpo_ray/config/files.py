@@ -1,0 +1,142 @@
+"""Configuration files: merged left to right, then `section.key=value` overrides; and back."""
+
+import ast
+import difflib
+import inspect
+import itertools
+import json
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import TypeVar, cast, get_type_hints
+
+from omegaconf import Container, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
+
+from treerpo_ray.config.config import Config
+from treerpo_ray.errors import one_line
+
+T = TypeVar("T")
+
+MOVED_MODULES = {
+    "treerpo_ray.math_answer": "treerpo_ray.verifier.math_answer",
+    "treerpo_ray.boxed_answer": "treerpo_ray.verifier.boxed_answer",
+}
+"""Modules that configurations of earlier versions name, and where they are now."""
+
+
+def with_moved_modules(value: T) -> T:
+    """A configuration as YAML gives it, each module that has moved under its present name."""
+    if isinstance(value, dict):
+        return cast(T, {key: with_moved_modules(part) for key, part in value.items()})
+    if isinstance(value, list):
+        return cast(T, [with_moved_modules(part) for part in value])
+    return cast(T, MOVED_MODULES.get(value, value)) if isinstance(value, str) else value
+
+
+def load(arguments: list[str]) -> Config:
+    """Configuration from YAML files (merged left to right) and `section.key=value` overrides.
+
+    Raises:
+        ValueError: a file is missing, a key is unknown or a value is impossible; one line that
+            names it and the fix.
+    """
+    try:
+        return _load(arguments)
+    except ValueError as error:
+        raise ValueError(one_line(error)) from error
+
+
+def _load(arguments: list[str]) -> Config:
+    merged = OmegaConf.structured(Config)
+    for argument in arguments:
+        try:
+            part = _part(argument)
+            merged = OmegaConf.merge(merged, part)
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{argument}: {_explain(error)}") from error
+        except TypeError as error:
+            raise ValueError(f"{argument}: a list stands where keys belong") from error
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError) as e:
+            # OmegaConf and YAML were not made for just any text.
+            raise ValueError(f"{argument}: cannot be read: {type(e).__name__}: {e}") from e
+    try:
+        return cast(Config, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise ValueError(_explain(error)) from error
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, in a form that `load` reads back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _part(argument: str) -> Container:
+    if argument.endswith((".yaml", ".yml")):
+        path = Path(argument)
+        if not path.is_file():
+            raise ValueError(f"{argument}: no such configuration file in {Path.cwd()}")
+        try:
+            return _in_present_names(OmegaConf.load(path))
+        except (YAMLError, OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{argument}: not YAML: {' '.join(str(error).split())}") from error
+    if "=" not in argument:
+        raise ValueError(f"{argument}: neither a .yaml file nor an override section.key=value")
+    try:
+        return _in_present_names(OmegaConf.from_dotlist([argument]))
+    except YAMLError as error:
+        raise ValueError(f"{argument}: not a YAML value; quote it, as in key='\"text\"'") from error
+
+
+def _in_present_names(part: Container) -> Container:
+    return cast(Container, OmegaConf.create(with_moved_modules(OmegaConf.to_container(part))))
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    """One line: the key, what is wrong with it, and the nearest key if it is unknown."""
+    key = str(error.full_key or "")
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        known = _known_keys(Config)
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]}?" if near else "; --help lists them all"
+        return f"unknown key {key}{hint}"
+    return f"{key}: {str(error).splitlines()[0]}" if key else str(error).splitlines()[0]
+
+
+def _known_keys(section: type, prefix: str = "") -> list[str]:
+    keys = []
+    for name, kind in get_type_hints(section).items():
+        keys.append(prefix + name)
+        if isinstance(kind, type) and is_dataclass(kind):
+            keys += _known_keys(kind, f"{prefix}{name}.")
+    return keys
+
+
+def describe() -> str:
+    """Every section with its keys, their defaults and what they mean."""
+    plain = OmegaConf.to_container(OmegaConf.structured(Config), enum_to_str=True)
+    defaults = cast(dict[str, dict[str, object]], plain)
+    lines = []
+    for section, kind in get_type_hints(Config).items():
+        lines.append(f"\n{section}: {inspect.getdoc(kind)}")
+        notes = _field_notes(kind)
+        lines += [
+            f"  {section}.{name} = {json.dumps(default)}\n      {notes[name]}"
+            for name, default in defaults[section].items()
+        ]
+    return "\n".join(lines)
+
+
+def _field_notes(kind: type) -> dict[str, str]:
+    """The sentence under each field of a dataclass."""
+    section = ast.parse(inspect.getsource(kind)).body[0]
+    assert isinstance(section, ast.ClassDef)
+    notes = {}
+    for pair in itertools.pairwise(section.body):
+        match pair:
+            case (
+                ast.AnnAssign(target=ast.Name(id=name)),
+                ast.Expr(value=ast.Constant(value=str(note))),
+            ):
+                notes[name] = inspect.cleandoc(note).replace("\n", " ")
+    return notes

@@ -1,0 +1,270 @@
+"""Sections of the configuration: one frozen dataclass each, named like the module it serves.
+
+Defaults and their meaning live here; `config` puts the sections together and checks them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from treerpo_ray.algo.advantages import AdvantageForm
+from treerpo_ray.algo.groups import PruneRule, Pruning
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What is run, and where it is written."""
+
+    name: str = "treerpo"
+    """Name of the run; a run of the same name goes on where it was."""
+    root: str = "~/treerpo_runs"
+    """Folder or URI (s3://, gs://) of all runs; run folders are `root/name`."""
+    seed: int = 0
+    """Seed of prompts, trees and the learner."""
+    num_steps: int = 100
+    """Learner steps of the whole run; each consumes `gate.trees_per_step` trees."""
+    max_sampled_tokens: int | None = None
+    """The learner step that reaches so many sampled tokens is the last one, whatever `num_steps`
+    says; null: `num_steps` alone ends the run."""
+    stall_timeout_s: float = 7200.0
+    """Time that a stage may stand still before the run stops with a report; longer than any
+    learner step, than `engine.request_timeout_s` and than twice `engine.load_timeout_s`, after
+    which a hung engine is replaced."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The policy that is trained."""
+
+    path: str = "treerpo_ray/quickstart/model"
+    """Hugging Face id or folder with safetensors weights and tokenizer."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the engines; the learner keeps float32 weights and computes in this."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model may run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptsConfig:
+    """A data set and how it becomes prompts."""
+
+    path: str = ""
+    """JSONL, JSON or Parquet file (also .gz, local or URI), a Hugging Face data set id, or
+    an embedded task: `quickstart:train`, `quickstart:test`, `quickstart:chains10/train`."""
+    split: str = "train"
+    """Split, for Hugging Face data sets."""
+    subset: str | None = None
+    """Configuration name, for Hugging Face data sets that have several."""
+    question_column: str = "question"
+    """Column with the question."""
+    answer_column: str = "answer"
+    """Column with the reference answer, or a list of accepted ones."""
+    answer_mark: str | None = "####"
+    """What stands before the answer proper where a worked solution comes first, as in GSM8K; null:
+    an answer is taken whole."""
+    id_column: str | None = None
+    """Column with a row's name; row numbers if not given."""
+    system_prompt: str | None = None
+    """System message of the chat template."""
+    max_prompt_tokens: int = 512
+    """Longer prompts are counted and left out."""
+    num_problems: int | None = None
+    """Use only so many, the first ones; all if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreeConfig:
+    """How a tree is sampled."""
+
+    num_children: tuple[int, ...] = (8, 8, 8)
+    """Children of an expanded step, one entry a depth; [16] is GRPO with 16 samples."""
+    step_tokens: tuple[int, ...] = (384, 384, 384)
+    """Most tokens of a step, one entry a depth."""
+    delimiter: str | None = None
+    """Text of one token that also ends a step above the last depth; none: by length alone."""
+    entropy_window: int = 0
+    """Entropy branching: a full step above the last depth is cut before the least likely of so
+    many tokens at its end; 0: off."""
+    temperature: float = 0.6
+    """Sampling temperature; the learner divides its logits by the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    """Admission of trees."""
+
+    trees_per_step: int = 128
+    """Trees (questions) that one learner step consumes."""
+    max_staleness: int = 1
+    """Learner steps by which a tree may be behind; 0 is strictly on-policy."""
+    max_redraws: int = 0
+    """Times a ticket whose tree has no kept group draws another prompt (DAPO's refill)."""
+    revisit: float = 0.0
+    """Share of tickets that come back to a prompt whose last measured root value v was neither 0
+    nor 1, drawn in proportion to v(1 - v); the others follow the data set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """vLLM engines, each in an actor of its own."""
+
+    num_engines: int = 1
+    """Engines that search and evaluate; the fewest, where the pool may grow."""
+    max_engines: int | None = None
+    """Most engines: the pool grows to them while trees wait; null: always `num_engines`."""
+    max_trees: int | None = None
+    """Trees that one engine grows at a time, the others wait; null: any number."""
+    shrink_after_s: float = 120.0
+    """Time that fewer engines must have been enough before the pool shrinks to them."""
+    resources: dict[str, float] = field(default_factory=lambda: {"CPU": 0.5})
+    """Ray resources of one engine, such as {GPU: 1, rollout_slot: 1}."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Labels of the Ray nodes that engines may run on, such as {role: rollout}."""
+    tensor_parallel: int = 1
+    """GPUs of one engine."""
+    max_num_seqs: int = 256
+    """Requests that one engine decodes at a time."""
+    kv_cache_gib: float | None = 1.0
+    """KV cache of one engine in GiB; null on a GPU means what `gpu_memory_utilization` leaves."""
+    gpu_memory_utilization: float = 0.85
+    """Share of a GPU's memory that an engine may take."""
+    cpu_threads: int = 1
+    """OpenMP threads of a CPU engine."""
+    start_timeout_s: float = 600.0
+    """Time after which an engine that does not come up is started again, five times at most."""
+    load_timeout_s: float = 300.0
+    """Time that an engine gets to take new weights over, and once more to be probed, before it
+    counts as hung while the learner waits; 7B weights (15 GB) need 50 MB/s."""
+    request_timeout_s: float = 1800.0
+    """Time that an engine may go without a finished step group, of whichever of its trees, before
+    it counts as hung."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifierConfig:
+    """The verifier: grades answers in killable processes."""
+
+    check: str = "treerpo_ray.verifier.math_answer"
+    """Module with `check_answer` and `SELF_TEST`."""
+    num_workers: int = 1
+    """Processes of each scoring actor."""
+    timeout_s: float = 5.0
+    """Time for one answer."""
+    memory_mib: int = 1024
+    """Memory of one process."""
+    max_error_share: float = 0.1
+    """Share of the last 1000 answers that may end without a verdict before the run stops."""
+    resources: dict[str, float] = field(default_factory=lambda: {"CPU": 0.1})
+    """Ray resources of the task that scores and streams trees, such as {CPU: 4, score_slot: 1}."""
+    false_positive_rate: float = 0.0
+    """Share of wrong answers that training is told are right; to study noisy rewards."""
+    false_negative_rate: float = 0.0
+    """Share of right answers that training is told are wrong; to study noisy rewards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerConfig:
+    """The Ray Train workers and their optimizer."""
+
+    num_workers: int = 1
+    """Data-parallel workers; `gate.trees_per_step` must be a multiple."""
+    min_workers: int | None = None
+    """Fewest workers to go on with when train nodes are lost; up to `num_workers` as they come
+    back. None: always `num_workers`. Needs nodes of its own, by a resource such as train_slot."""
+    resources: dict[str, float] = field(default_factory=lambda: {"CPU": 0.5})
+    """Ray resources of one worker, such as {GPU: 1, train_slot: 1}."""
+    cpu_threads: int = 1
+    """Torch threads of a CPU worker."""
+    max_failures: int = 3
+    """Times the worker group is started again after a worker or its node was lost, until it gets
+    further than ever before, after 1 s, then 20, 40 and 60 s. 0: a failure ends the run."""
+    learning_rate: float = 1e-6
+    """Rate of AdamW after warm-up."""
+    final_rate: float = 1.0
+    """Share of `learning_rate` that is left at the end of the run, to which the rate falls
+    linearly with learner steps or, if they are further, with `run.max_sampled_tokens`."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the rate rises from zero."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of AdamW."""
+    clip_grad_norm: float = 1.0
+    """Largest norm of the gradient."""
+    minibatches: int = 1
+    """Optimizer steps that one learner step is split into; the paper takes 2."""
+    advantage: AdvantageForm = AdvantageForm.BERNOULLI
+    """How values become advantages."""
+    prune: PruneRule = PruneRule.RANGE
+    """What must be above `prune_threshold` for a step group to be trained: the `range` of its
+    values (the paper) or of its whole tree's rewards (`tree_range`), the `significance` (spread of
+    its values in standard errors), or `shrinkage`: the share of the spread that is no noise, by
+    which the group's advantages are scaled too."""
+    prune_threshold: float = 0.1
+    """Threshold of `prune` (the paper's tau); negative: every group is trained."""
+    token_budget: int = 16384
+    """Most tokens of one forward pass."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass, to save memory."""
+
+    @property
+    def fewest_workers(self) -> int:
+        """Workers that the run needs to go on."""
+        return self.num_workers if self.min_workers is None else self.min_workers
+
+    @property
+    def pruning(self) -> Pruning:
+        """Rule and threshold."""
+        return Pruning(rule=self.prune, threshold=self.prune_threshold)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncConfig:
+    """Weight sync from the learner to the engines."""
+
+    chunk_mib: int = 256
+    """Size of the chunks that weights travel in."""
+    probe_every: int = 10
+    """Syncs between comparisons of engine and learner log-probabilities; also at start."""
+    probe_tolerance: float = 1e-3
+    """Largest mean difference (nats a token) that a probe may show; 0.1 with bfloat16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Evaluation before, during and after training."""
+
+    data: PromptsConfig = field(default_factory=PromptsConfig)
+    """Held-out problems; no path, no evaluation."""
+    num_samples: int = 8
+    """Answers a problem; Pass@1 is their mean."""
+    temperature: float = 0.6
+    """Sampling temperature."""
+    top_p: float = 1.0
+    """Tokens are drawn from the smallest set that has this probability."""
+    max_tokens: int | None = None
+    """Most tokens of an answer; as in training if not given."""
+    pass_ks: tuple[int, ...] = ()
+    """The k of pass@k; powers of two up to `num_samples` if none is named."""
+    benchmarks: dict[str, PromptsConfig] = field(default_factory=dict)
+    """Data sets by name, for `jobs/evaluate.py`; training evaluates `data` alone."""
+    every: int = 0
+    """Learner steps between evaluations during training; 0: only before and after."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints in the run folder."""
+
+    every: int = 1
+    """Learner steps between checkpoints, and at most what a lost worker or driver costs; one is
+    always written at the end. A large model takes its time to be written: there, more."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """Where metrics go besides `metrics.jsonl` and the terminal."""
+
+    wandb_project: str | None = "treerpo_ray"
+    """Weights & Biases project; null turns it off. Without an API key it runs offline."""
+    save_trees_every: int = 1
+    """Learner steps between saved batches of trees; 0: none."""

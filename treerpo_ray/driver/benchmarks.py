@@ -1,0 +1,254 @@
+"""Benchmarks: evaluates a model on data sets by name, as a job of its own."""
+
+import atexit
+import json
+import shutil
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+import fsspec
+import ray
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from treerpo_ray.actor import Actor, make_actor
+from treerpo_ray.config import Config
+from treerpo_ray.config.files import load, to_yaml
+from treerpo_ray.driver.cluster import connected
+from treerpo_ray.driver.outcome import root_cause
+from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
+from treerpo_ray.errors import RunFailed
+from treerpo_ray.evaluate.evaluation import (
+    Evaluation,
+    Graded,
+    grade_samples,
+    save,
+    save_samples,
+    summarise,
+)
+from treerpo_ray.metrics.console import Console
+from treerpo_ray.metrics.run_log import RunLog
+from treerpo_ray.metrics.watchdog import Heartbeats, watch_over
+from treerpo_ray.prompts.problems import load_problems
+from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer, resolve_model_path
+from treerpo_ray.run_folder.checkpoints import MODEL_FOLDER
+from treerpo_ray.run_folder.files import publish_file
+from treerpo_ray.run_folder.lock import only_writer
+from treerpo_ray.run_folder.logs import output_to_log
+from treerpo_ray.scoring import Scorer
+from treerpo_ray.search.tree_pool import TreePool
+
+PRESET = Path(__file__).resolve().parents[2] / "conf/benchmarks.yaml"
+"""Data sets and sampling settings, before what the command line says."""
+
+
+def configure(model: str, names: Sequence[str], arguments: Sequence[str]) -> Config:
+    """Configuration of an evaluation of `model`: folder or URI of a model or run, or Hub id.
+
+    A run's own configuration comes first, then PRESET, then `arguments`: files and overrides.
+    What lies at a URI is fetched to this machine, where the engines must then be.
+
+    Raises:
+        ValueError: a benchmark is not known, or there is no model.
+        ImportError: the package that the URI needs is not installed.
+    """
+    fs, root = fsspec.core.url_to_fs(model)
+    if fs.isfile(f"{root}/config.yaml"):
+        base = [
+            _fetched(fs, f"{root}/config.yaml"),
+            f"model.path={_fetched(fs, _model_of(fs, root))}",
+        ]
+    elif "://" not in model:
+        base = [f"model.path={model}"]
+    elif _is_model(fs, root):
+        base = [f"model.path={_fetched(fs, root)}"]
+    else:
+        raise ValueError(f"{model}: neither a run (config.yaml) nor a model (*.safetensors)")
+    own = [
+        f"run.name=eval-{_without_model_folder(root).name}",
+        "metrics.wandb_project=null",
+        "prompts.path=''",
+        "evaluate.data.path=''",
+    ]
+    config = load([*base, str(PRESET), *own, *arguments])
+    known = config.evaluate.benchmarks
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--benchmarks: no benchmark {unknown[0]}; there are {', '.join(known)}")
+    chosen = {name: known[name] for name in names or known}
+    return replace(config, evaluate=replace(config.evaluate, benchmarks=chosen))
+
+
+def _model_of(fs: AbstractFileSystem, run: str) -> str:
+    """The model that a run exported at its end, else that of its newest checkpoint."""
+    checkpoints = sorted(fs.glob(f"{run}/checkpoints/step=*/{MODEL_FOLDER}"), reverse=True)
+    for folder in (f"{run}/model", *checkpoints):
+        if _is_model(fs, folder):
+            return folder
+    raise ValueError(f"{run}: the run has written neither a model nor a checkpoint yet")
+
+
+def source_of(model: str) -> str:
+    """One name for a model or run, however its path is written; a Hub id stays as it is."""
+    fs, root = fsspec.core.url_to_fs(model)
+    return fs.unstrip_protocol(str(_without_model_folder(root))) if fs.exists(root) else model
+
+
+def _without_model_folder(path: str) -> PurePosixPath:
+    """The run, whose name tells more than that of the folder with its model."""
+    found = PurePosixPath(path)
+    return found.parent if found.name == MODEL_FOLDER else found
+
+
+def _is_model(fs: AbstractFileSystem, folder: str) -> bool:
+    return bool(fs.glob(f"{folder}/*.safetensors"))
+
+
+def _fetched(fs: AbstractFileSystem, path: str) -> str:
+    """Local path of a file or folder; what lies elsewhere is copied for as long as this process."""
+    if isinstance(fs, LocalFileSystem):
+        return path
+    folder = tempfile.mkdtemp(prefix="treerpo-fetched-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    target = f"{folder}/{PurePosixPath(path).name}"
+    fs.get(path, target, recursive=True)
+    return target
+
+
+def load_benchmarks(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, PromptSet]:
+    """Prompts of each benchmark by its name.
+
+    Raises:
+        ValueError: a data set is not as it must be; one line with its key.
+    """
+    prompts = {}
+    for name, data in config.evaluate.benchmarks.items():
+        section = f"evaluate.benchmarks.{name}"
+        problems, _ = load_problems(data, section)
+        prompts[name] = PromptSet.encode(problems, tokenizer, data, section)
+    return prompts
+
+
+def check_length(config: Config) -> None:
+    """Check that the longest prompt and answer fit the model.
+
+    Raises:
+        ValueError: they do not.
+    """
+    model = AutoConfig.from_pretrained(
+        resolve_model_path(config.model.path), trust_remote_code=config.model.trust_remote_code
+    )
+    limit = getattr(model, "max_position_embeddings", None)
+    if limit is not None and config.max_model_tokens >= limit:
+        raise ValueError(
+            f"evaluate.max_tokens={config.max_evaluated_tokens} and the longest prompt "
+            f"(max_prompt_tokens) come to {config.max_model_tokens} tokens; this model takes "
+            f"{limit - 1}"
+        )
+
+
+def run_benchmarks(config: Config, model: str, console: Console) -> dict[str, Evaluation]:
+    """Evaluate `model.path` on every benchmark of `config`, into its folder.
+
+    Args:
+        config: As `configure` made it.
+        model: What that was given; every result names it as `source_of` does.
+        console: Shows the progress.
+
+    Raises:
+        ValueError: an input is not as it must be, the cluster lacks resources, another job
+            writes the folder, or it holds results of another model.
+        RunFailed: something failed for good.
+    """
+    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+    check_length(config)
+    prompts = load_benchmarks(config, tokenizer)
+    source = source_of(model)
+    check_folder(config.folder, source)
+    with only_writer(config.folder), output_to_log(config.folder):
+        publish_file(config.folder, "eval/config.yaml", to_yaml(config).encode())
+        try:
+            with connected(config, trains=False):
+                return dict(evaluate_all(config, source, prompts, tokenizer, console))
+        except Exception as error:
+            if isinstance(error, ValueError) and not isinstance(error, ray.exceptions.RayError):
+                raise
+            traceback.print_exc()
+            raise RunFailed(f"{root_cause(error)}; traces are in {config.folder}/logs") from error
+
+
+def check_folder(folder: str, source: str) -> None:
+    """Check that an evaluation folder holds results of no other model, which would mix with these.
+
+    Raises:
+        ValueError: it does.
+    """
+    fs, root = fsspec.core.url_to_fs(folder)
+    for file in fs.glob(f"{root}/eval/*.json"):
+        other = json.loads(fs.cat_file(file)).get("model")
+        if other is not None and other != source:
+            raise ValueError(
+                f"{folder} holds results of {other}: give those of {source} another folder, "
+                "run.name=..."
+            )
+
+
+def evaluate_all(
+    config: Config,
+    source: str,
+    prompts: dict[str, PromptSet],
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+) -> Iterator[tuple[str, Evaluation]]:
+    """Evaluate each benchmark on the Ray cluster that is connected, on the same engines."""
+    run_log = make_actor(RunLog, config, concurrency=1)
+    pool = make_actor(TreePool, config, config.log_folder)
+    heartbeats = make_actor(Heartbeats, concurrency=1)
+    first = next(iter(prompts.values()))
+    try:
+        ray.get(pool.begin.remote(config, first, config.shape, run_log))
+        with closing(watch_over(config, {"engines": pool, "metrics": run_log}, heartbeats)) as dog:
+            supervisor = Supervisor(run_log, console, dog)
+            with console.progress(f"starting {config.engine.num_engines} engine(s)", None):
+                supervisor.run(lambda: ray.get(pool.start.remote()))
+            with closing(Scorer(config, tokenizer)) as scorer:
+                for name, problems in prompts.items():
+                    grade = partial(
+                        _grade, config, name, problems, pool, scorer, console, heartbeats
+                    )
+                    graded = supervisor.run(grade)
+                    yield name, _save(config, source, name, graded)
+    finally:
+        stop_actor(pool, "stop", console)
+        stop_actor(run_log, "close", console)
+
+
+def _grade(
+    config: Config,
+    name: str,
+    prompts: PromptSet,
+    pool: Actor,
+    scorer: Scorer,
+    console: Console,
+    heartbeats: Actor,
+) -> list[Graded]:
+    title = f"{name}: {len(prompts)} problems"
+    with evaluation_progress(config, console, heartbeats, title, len(prompts)) as advance:
+        return grade_samples(config, prompts, pool, scorer, advance)
+
+
+def _save(config: Config, source: str, name: str, graded: list[Graded]) -> Evaluation:
+    data = config.evaluate.benchmarks[name]
+    spent = max(each.record.finished_at_s for each in graded) - min(
+        each.record.finished_at_s - each.record.grow_s for each in graded
+    )
+    result = summarise(config, graded, data=data, step=0, version=0, seconds=spent)
+    result = replace(result, model=source)
+    save(result, config.folder, name)
+    save_samples(graded, config.folder, name)
+    return result

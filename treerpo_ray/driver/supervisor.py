@@ -1,0 +1,116 @@
+"""Supervisor: waits for the parts of a run in the driver, shows what happens, ends what hangs."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import TypeVar
+
+import ray
+
+from treerpo_ray.actor import Actor
+from treerpo_ray.config import Config
+from treerpo_ray.driver.outcome import root_cause
+from treerpo_ray.metrics.console import Console
+from treerpo_ray.metrics.run_log import FATAL, Event, Row
+from treerpo_ray.metrics.watchdog import Heartbeat, Watchdog
+
+log = logging.getLogger(__name__)
+
+
+T = TypeVar("T")
+
+
+POLL_S = 0.5
+"""Time between looks at the run's log."""
+
+
+SHUT_DOWN_S = 180
+"""Time for engines to stop, and for the run's log to reach disk, store and W&B."""
+
+
+class Supervisor:
+    """Shows what the run's log says from now on.
+
+    Args:
+        run_log: Actor of `RunLog`.
+        console: Where it is shown.
+        watchdog: Knows whether the run hangs.
+    """
+
+    def __init__(self, run_log: Actor, console: Console, watchdog: Watchdog) -> None:
+        self.run_log, self.console, self.watchdog = run_log, console, watchdog
+        self._num_notices = 0
+        self._num_rows = len(ray.get(run_log.rows_since.remote(0)))
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Do `work` in a thread of its own and show meanwhile what is new; returns its result.
+
+        Raises:
+            RuntimeError: the run hangs, or a stage says that it cannot go on.
+        """
+        results: list[T] = []
+        failures: list[BaseException] = []
+
+        def do() -> None:
+            try:
+                results.append(work())
+            except BaseException as error:  # raised again below, in the thread that waits
+                failures.append(error)
+
+        thread = threading.Thread(target=do, name="supervised", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_S)
+            if self.watchdog.failure is not None:
+                raise RuntimeError(self.watchdog.failure)
+            self._show_news()
+        if failures:
+            raise failures[0]
+        return results[0]
+
+    def _show_news(self) -> None:
+        """Show what is new; nothing if the log does not answer in time."""
+        asked = [
+            self.run_log.notices_since.remote(self._num_notices),
+            self.run_log.rows_since.remote(self._num_rows),
+        ]
+        if len(ray.wait(asked, num_returns=2, timeout=POLL_S)[0]) < 2:
+            return
+        notices: list[Event] = ray.get(asked[0])
+        rows: list[Row] = ray.get(asked[1])
+        self._num_rows += len(rows)
+        self._num_notices += len(notices)
+        for notice in notices:
+            if notice.kind == FATAL:
+                raise RuntimeError(notice.fields["reason"])
+            self.console.print_event(notice)
+        for row in rows:
+            self.console.print_step(row)
+
+
+@contextmanager
+def evaluation_progress(
+    config: Config, console: Console, heartbeats: Actor, title: str, num_problems: int
+) -> Iterator[Callable[[int], None]]:
+    """Progress of an evaluation in the driver, on the console and for the watchdog that asks
+    `heartbeats`; yields its `advance`."""
+    heartbeat = Heartbeat(heartbeats, "evaluation", config.folder, config.run.stall_timeout_s)
+    with closing(heartbeat), console.progress(title, num_problems) as show:
+
+        def advance(num_done: int) -> None:
+            heartbeat.at(title)
+            show(num_done)
+
+        heartbeat.at(title)
+        yield advance
+
+
+def stop_actor(actor: Actor, method: str, console: Console | None = None) -> None:
+    """Have an actor end its work; what fails or takes too long is told, not raised."""
+    try:
+        ray.get(getattr(actor, method).remote(), timeout=SHUT_DOWN_S)
+    except ray.exceptions.RayError as error:
+        log.warning("%s did not end well: %s", method, error)
+        if console is not None:
+            console.note(f"{method} did not end well: {root_cause(error)}")

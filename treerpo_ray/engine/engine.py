@@ -1,0 +1,268 @@
+"""Engine: one vLLM engine in an actor; searches trees and serves one version of the weights.
+
+The whole search of a tree runs in here, so that children find the blocks of their parents in the
+prefix cache; finished sibling groups stream out, so that a caller whose engine dies holds them.
+"""
+
+import asyncio
+import itertools
+import logging
+import multiprocessing
+import os
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import psutil
+import ray
+
+from treerpo_ray.actor import Actor
+from treerpo_ray.algo.search import SiblingGroup, TreeShape, grow
+from treerpo_ray.algo.tree import ROOT, Step, StopReason, error_step
+from treerpo_ray.config import Config
+from treerpo_ray.engine.types import EngineStats, Sampling
+from treerpo_ray.engine.vllm_args import engine_args, environment
+from treerpo_ray.prompts.prompt_set import end_token_ids, load_tokenizer
+from treerpo_ray.weight_sync import ChunkFiles, LoadProof, Manifest
+
+if TYPE_CHECKING:
+    from vllm import CompletionOutput
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of those that it started, vLLM's core among them."""
+    own, total = psutil.Process(), 0.0
+    for process in (own, *own.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):  # one that has just ended
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+def redirect_output(path: Path) -> None:
+    """Send what this process and its children print to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """A vLLM engine for `config`; call `start` before anything else.
+
+    Args:
+        config: The run's configuration.
+        index: Number of the engine, for logs.
+        log_folder: Where vLLM's output goes; None leaves it to Ray.
+    """
+
+    def __init__(self, config: Config, index: int, log_folder: str | None) -> None:
+        self.config, self.index = config, index
+        self._num_loads = 0
+        self._loading = asyncio.Lock()
+        self._request_ids = itertools.count()
+        self._totals = np.zeros(4, np.int64)
+        if log_folder is not None:
+            redirect_output(Path(log_folder) / f"engine-{index}.log")
+
+    async def node(self) -> str:
+        """Ray's id of this actor's node."""
+        return ray.get_runtime_context().get_node_id()
+
+    async def start(self) -> tuple[int, int]:
+        """Load the model; returns the ids of this process and of vLLM's core once it can sample."""
+        os.environ |= environment(self.config)
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from treerpo_ray.engine.vllm_worker import ACTOR_VARIABLE
+
+        os.environ[ACTOR_VARIABLE] = str(os.getpid())
+        path = self.config.model.path
+        tokenizer = load_tokenizer(path, self.config.model.trust_remote_code)
+        self._end_ids = frozenset(end_token_ids(path, tokenizer))
+        self._llm: AsyncLLM = AsyncLLM.from_engine_args(engine_args(self.config))
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+        [core] = multiprocessing.active_children()
+        assert core.pid is not None  # it runs
+        return os.getpid(), core.pid
+
+    async def grow(
+        self,
+        prompt_ids: list[int],
+        shape: TreeShape,
+        sampling: Sampling,
+        seed: int,
+        held: list[SiblingGroup],
+    ) -> AsyncIterator[SiblingGroup]:
+        """Grow a tree from the groups held; yields groups as they finish, parents first."""
+        sampler = _Sampler(self, sampling)
+        async for group in grow(prompt_ids, shape, sampler, seed=seed, held=held):
+            yield group
+
+    async def sample(
+        self,
+        prefix: list[int],
+        *,
+        max_tokens: int,
+        delimiters: tuple[int, ...],
+        seed: int,
+        sampling: Sampling,
+    ) -> Step:
+        """One continuation; see `treerpo_ray.algo.search.Sampler`."""
+        from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=max_tokens,
+            seed=seed,
+            stop_token_ids=[*self._end_ids, *delimiters],
+            ignore_eos=True,  # the end tokens are ours: vLLM has no tokenizer here
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        # The salt keeps blocks of other weights from requests. It is no version's: these come again
+        # after a rollback, and a request in flight goes on under its salt with newer weights.
+        prompt = tokens_input(prefix, cache_salt=f"load {self._num_loads}")
+        request_id = f"{self.index}-{next(self._request_ids)}"
+        try:
+            async for output in self._llm.generate(prompt, params, request_id):
+                final = output
+        except VLLMClientError as error:
+            log.warning("request %s was turned down: %s", request_id, error)
+            return error_step()
+        except EngineDeadError:
+            # One line: the traces of all requests in flight would say the same.
+            raise RuntimeError(f"vLLM's core of engine {self.index} is dead, see its log") from None
+        done = final.outputs[0]
+        self._totals += (1, len(prefix), final.num_cached_tokens or 0, len(done.token_ids))
+        return self._step(done)
+
+    def _step(self, done: "CompletionOutput") -> Step:
+        from vllm.logprobs import FlatLogprobs
+
+        ids = np.asarray(done.token_ids, np.int32)
+        if done.finish_reason not in ("stop", "length") or not len(ids):
+            return error_step()
+        versions = np.zeros(len(ids), np.int32)
+        for span in done.weight_versions or []:
+            versions[span.start : span.end] = _version(span.version)
+        assert isinstance(done.logprobs, FlatLogprobs)  # as requested
+        is_end = int(ids[-1]) in self._end_ids
+        return Step(
+            parent=ROOT,
+            token_ids=ids,
+            logprobs=np.asarray(done.logprobs.logprobs, np.float32),
+            versions=versions,
+            stop=StopReason.END_OF_TEXT if is_end else StopReason.BOUNDARY,
+        )
+
+    async def load(self, manifest: Manifest, chunks: list[ray.ObjectRef]) -> None:
+        """Take over the weights of `manifest` and prove it; requests in flight wait and go on.
+
+        Raises:
+            RuntimeError: the workers received other bytes or serve another version. Whatever is
+                raised leaves the engine paused and perhaps half loaded: it must be replaced.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        async with self._loading:
+            with ChunkFiles() as files:
+                paths = [files.write(await chunk) for chunk in chunks]
+                await self._llm.pause_generation(mode="keep", clear_cache=False)
+                self._num_loads += 1  # what is asked from here on is computed with these weights
+                await self._llm.start_weight_update()
+                for number, path in enumerate(paths):
+                    update = manifest.update_info(number) | {"path": path}
+                    await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update))
+                await self._llm.finish_weight_update(str(manifest.version))
+            digests = await self._llm.collective_rpc("treerpo_digests")
+            proof = LoadProof(
+                version=int(await self._llm.get_weight_version()),
+                digests=tuple(tuple(worker) for worker in digests),
+            )
+            proof.check(manifest)
+            await self._llm.resume_generation()
+
+    async def probe(self, token_ids: list[int]) -> list[float]:
+        """Log-probability (nats, temperature 1) of each token but the first, given those before."""
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+
+        params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        request_id = f"{self.index}-{next(self._request_ids)}"
+        async for output in self._llm.generate(tokens_input(token_ids), params, request_id):
+            final = output
+        assert final.prompt_logprobs is not None  # as requested
+        logprobs = []
+        for position, token in zip(final.prompt_logprobs[1:], token_ids[1:], strict=True):
+            assert position is not None  # only the first token has nothing before it
+            logprobs.append(position[token].logprob)
+        return logprobs
+
+    async def stats(self) -> EngineStats:
+        """Totals since the start; raises if vLLM's core is dead."""
+        await self._llm.check_health()
+        return EngineStats(
+            num_requests=int(self._totals[0]),
+            num_prompt_tokens=int(self._totals[1]),
+            num_cached_tokens=int(self._totals[2]),
+            num_sampled_tokens=int(self._totals[3]),
+            cpu_s=cpu_seconds(),
+            version=_version(await self._llm.get_weight_version()),
+        )
+
+    async def stop(self) -> None:
+        """Shut vLLM's processes down."""
+        await asyncio.to_thread(self._llm.shutdown)
+
+
+def make_engine(config: Config, index: int, log_folder: str | None) -> Actor:
+    """An actor of `Engine`; Ray places it by the resources and labels of `engine`."""
+    resources = dict(config.engine.resources)
+    actor = ray.remote(Engine).options(
+        num_cpus=resources.pop("CPU", 0),
+        num_gpus=resources.pop("GPU", 0),
+        resources=resources,  # what the two above left
+        label_selector=config.engine.labels or None,
+        max_concurrency=10_000,
+    )
+    return cast(Actor, actor.remote(config, index, log_folder))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sampler:
+    """An engine with its way to draw, as the search wants it."""
+
+    engine: Engine
+    sampling: Sampling
+
+    async def sample(
+        self, prefix: list[int], *, max_tokens: int, delimiters: tuple[int, ...], seed: int
+    ) -> Step:
+        return await self.engine.sample(
+            prefix,
+            max_tokens=max_tokens,
+            delimiters=delimiters,
+            seed=seed,
+            sampling=self.sampling,
+        )
+
+
+def _version(label: str) -> int:
+    """Version behind vLLM's label; "default" are the weights that it was started with."""
+    return 0 if label == "default" else int(label)

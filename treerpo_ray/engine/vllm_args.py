@@ -1,0 +1,74 @@
+"""Engine args: how vLLM is set up for a configuration, on a GPU and on a CPU."""
+
+from typing import TYPE_CHECKING
+
+from treerpo_ray.config import Config
+from treerpo_ray.prompts.prompt_set import resolve_model_path
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+
+# Read by vLLM in the engine's actor and in its core, a spawned child that imports torch anew.
+CPU_ENVIRONMENT = {
+    "TORCH_COMPILE_DISABLE": "1",  # needs no compiler at the first request with log-probs
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else every engine of a machine takes the same cores
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker lives in the core: one process less
+}
+
+
+CPU_BLOCK_SIZE = 32
+"""Smallest block of the KV cache that vLLM's CPU kernel takes."""
+
+
+GIB = 2**30
+
+
+def environment(config: Config) -> dict[str, str]:
+    """Variables that must be set before vLLM is imported."""
+    common = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    if _is_gpu(config):
+        return common
+    return common | CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(config.engine.cpu_threads)}
+
+
+def engine_args(config: Config) -> "AsyncEngineArgs":
+    """Arguments of the engine."""
+    from vllm.config import WeightTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from treerpo_ray.engine.vllm_worker import BACKEND
+
+    engine, longest = config.engine, config.max_model_tokens
+    kv_bytes = None if engine.kv_cache_gib is None else int(engine.kv_cache_gib * GIB)
+    args = AsyncEngineArgs(
+        model=resolve_model_path(config.model.path),
+        skip_tokenizer_init=True,
+        trust_remote_code=config.model.trust_remote_code,
+        dtype=config.model.dtype,
+        seed=config.run.seed,
+        max_model_len=longest + 1,
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=max(4096, longest + 1),
+        kv_cache_memory_bytes=kv_bytes,
+        enable_prefix_caching=True,
+        logprobs_mode="processed_logprobs",
+        disable_log_stats=True,
+        worker_extension_cls="treerpo_ray.engine.vllm_worker.WorkerExtension",
+        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+    )
+    if _is_gpu(config):
+        args.tensor_parallel_size = engine.tensor_parallel
+        args.gpu_memory_utilization = engine.gpu_memory_utilization
+        args.distributed_executor_backend = "mp" if engine.tensor_parallel > 1 else "uni"
+    else:
+        args.enforce_eager = True
+        args.block_size = CPU_BLOCK_SIZE
+        # A prompt prefilled in parts makes the runner wind a seeded request's generator
+        # back, which torch cannot do on CPU: the core would die.
+        args.enable_chunked_prefill = False
+    return args
+
+
+def _is_gpu(config: Config) -> bool:
+    return config.engine.resources.get("GPU", 0) > 0

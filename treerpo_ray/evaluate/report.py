@@ -1,0 +1,239 @@
+"""Evaluation report: the table of an evaluation, and the differences between two of them."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+import rich.console
+import rich.table
+
+from treerpo_ray.config.files import with_moved_modules
+from treerpo_ray.evaluate.evaluation import Evaluation
+from treerpo_ray.evaluate.scores import (
+    Estimate,
+    Samples,
+    Score,
+    estimates,
+    mean_over_benchmarks,
+    paired_differences,
+    powers_of_two,
+)
+from treerpo_ray.verifier.verdict import Verdict
+
+log = logging.getLogger(__name__)
+
+
+IN_TOKENS = ("length", "median_length")
+"""Scores that are no shares."""
+
+
+PAPER = ("math500", "olympiadbench", "minerva", "aime24")
+"""Benchmarks of the mean that TreeRPO's paper reports (arXiv 2506.05183, table 1)."""
+
+
+SETTINGS = {
+    "num_samples": "evaluate.num_samples",
+    "temperature": "evaluate.temperature",
+    "top_p": "evaluate.top_p",
+    "max_tokens": "evaluate.max_tokens",
+    "verifier": "verifier.check",
+    "system_prompt": "system_prompt",
+}
+"""What two evaluations must share to be compared: fields of theirs, and the settings behind."""
+
+
+Problem = tuple[str, str]
+"""Id and question, by which problems of two evaluations are the same."""
+
+
+def with_mean(folder: str, evaluations: dict[str, Evaluation]) -> dict[str, dict[str, Score]]:
+    """Scores by benchmark, and behind them those of their mean; samples lie in `folder`/eval."""
+    found = {}
+    for seed, name in enumerate(averaged(evaluations)):
+        scores, num_samples = evaluations[name].scores, evaluations[name].num_samples
+        found[name] = estimates(
+            list(read_samples(f"{folder}/eval/{name}.parquet").values()),
+            pass_ks=[int(key.removeprefix("pass@")) for key in scores if key.startswith("pass@")],
+            num_samples=num_samples,
+            seed=seed,
+        )
+    return {name: each.scores for name, each in evaluations.items()} | mean_of(found)
+
+
+def mean_of(benchmarks: dict[str, dict[str, Estimate]]) -> dict[str, dict[str, Score]]:
+    """Mean over the benchmarks that count, by a name that tells them; none if there is but one."""
+    if not (names := averaged(benchmarks)):
+        return {}
+    label = f"mean of {', '.join(names)}"
+    return {label: mean_over_benchmarks([benchmarks[name] for name in names])}
+
+
+def averaged(names: Iterable[str]) -> tuple[str, ...]:
+    """Benchmarks that a mean is over: the paper's if all are there, or else all if several are."""
+    names = tuple(names)
+    chosen = PAPER if set(PAPER) <= set(names) else names
+    return chosen if len(chosen) > 1 else ()
+
+
+def table(scores: dict[str, dict[str, Score]]) -> rich.table.Table:
+    """A column a benchmark or mean, a row a score with its interval."""
+    shown = rich.table.Table(title="value [95 % interval over problems]; shares in %")
+    shown.add_column("")
+    for name, found in scores.items():
+        size = max(score.num_problems for score in found.values())
+        shown.add_column(f"{name} ({size})", justify="right")
+    for key in dict.fromkeys(key for found in scores.values() for key in found):
+        cells = (cell(key, found[key]) if key in found else "" for found in scores.values())
+        shown.add_row(key, *cells)
+    return shown
+
+
+def cell(name: str, score: Score) -> str:
+    """A score with its interval."""
+    value, low, high = (number(name, part) for part in (score.value, score.low, score.high))
+    return f"{value} [{low}, {high}]"
+
+
+def number(name: str, value: float) -> str:
+    """A value of the score of that name: tokens, or percent."""
+    return f"{value:.1f}" if name in IN_TOKENS else f"{100 * value:.1f}"
+
+
+def plain(scores: dict[str, dict[str, Score]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Scores by benchmark and name as JSON takes them."""
+    return {name: {key: asdict(s) for key, s in each.items()} for name, each in scores.items()}
+
+
+def show(shown: rich.table.Table) -> None:
+    """Print a table to stdout."""
+    rich.console.Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(shown)
+
+
+def differences(ours: str, theirs: str) -> tuple[dict[str, dict[str, Score]], rich.table.Table]:
+    """Paired differences, first less second, by benchmark and score, on the same problems.
+
+    Args:
+        ours, theirs: Folder or URI of a run or of an evaluation, or one of the files in its
+            `eval/`. Of a run the newest evaluation counts.
+
+    Raises:
+        ValueError: there is no evaluation, the two share no benchmark or problem, or they were
+            sampled or graded in different ways.
+    """
+    first, second = find(ours), find(theirs)
+    if len(first) == len(second) == 1:  # one of each, whatever they are called
+        second = dict(zip(first, second.values(), strict=True))
+    if not (common := [name for name in first if name in second]):
+        raise ValueError(
+            f"{ours} and {theirs} share no benchmark: {', '.join(first)}; {', '.join(second)}"
+        )
+    found, sizes = {}, {}
+    for seed, name in enumerate(common):
+        check_alike(first[name], second[name])
+        pair = read_samples(first[name]), read_samples(second[name])
+        found[name] = compare(*pair, seed=seed)
+        num_common = len(pair[0].keys() & pair[1].keys())
+        sizes[name] = f"{num_common} of {max(map(len, pair))}"
+    scores = {
+        name: {key: estimate.score for key, estimate in each.items()}
+        for name, each in found.items()
+    } | mean_of(found)
+    shown = rich.table.Table(title=f"{ours} less {theirs}, paired by problem [95 %]; in points")
+    keys = dict.fromkeys(key for each in scores.values() for key in each)
+    for title in ("benchmark", "problems", *keys):
+        shown.add_column(title, justify="left" if title == "benchmark" else "right")
+    for name, each in scores.items():
+        cells = (cell(key, each[key]) if key in each else "" for key in keys)
+        shown.add_row(name, sizes.get(name, ""), *cells)
+    return scores, shown
+
+
+def find(place: str) -> dict[str, str]:
+    """Files of samples by benchmark; see `differences`."""
+    fs, path = fsspec.core.url_to_fs(place)
+    if path.endswith((".json", ".parquet")):
+        files = [path.rpartition(".")[0] + ".parquet"]
+    else:
+        files = sorted(fs.glob(f"{path}/eval/*.parquet"))
+        steps = [file for file in files if _stem(file).startswith("step=")]
+        files = [file for file in files if file not in steps[:-1]]
+    if not files or not fs.isfile(files[0]):
+        raise ValueError(f"{place}: there are no samples of an evaluation (eval/*.parquet)")
+    return {_benchmark(fs, file): fs.unstrip_protocol(file) for file in files}
+
+
+def _benchmark(fs: fsspec.AbstractFileSystem, file: str) -> str:
+    """Name of what was evaluated: the file's, or of a training run the path of its data."""
+    if not _stem(file).startswith("step="):
+        return _stem(file)
+    return str(_evaluation(fs.unstrip_protocol(file))["data"])
+
+
+def _stem(file: str) -> str:
+    return PurePosixPath(file).stem
+
+
+def check_alike(ours: str, theirs: str) -> None:
+    """Check that two files of samples were made in the same way, and warn if it is not known.
+
+    Raises:
+        ValueError: they were not; one line with the setting and both values.
+    """
+    first, second = _evaluation(ours), _evaluation(theirs)
+    for field, key in SETTINGS.items():
+        one, other = first.get(field), second.get(field)
+        if one is None or other is None:
+            log.warning("%s is not recorded of both %s and %s", key, ours, theirs)
+        elif one != other:
+            raise ValueError(f"{key} is {one!r} in {ours} and {other!r} in {theirs}")
+
+
+def _evaluation(file: str) -> dict[str, Any]:
+    """What is written beside a file of samples; nothing if it stands alone."""
+    fs, path = fsspec.core.url_to_fs(f"{file.removesuffix('.parquet')}.json")
+    return with_moved_modules(json.loads(fs.cat_file(path))) if fs.exists(path) else {}
+
+
+def compare(
+    ours: dict[Problem, Samples], theirs: dict[Problem, Samples], *, seed: int
+) -> dict[str, Estimate]:
+    """Paired differences by score, over the problems that both have.
+
+    Raises:
+        ValueError: they have no problem in common, or other numbers of samples of one.
+    """
+    if not (common := [problem for problem in ours if problem in theirs]):
+        raise ValueError("the two evaluations have no problem in common")
+    sides = [[side[problem] for problem in common] for side in (ours, theirs)]
+    counts = sorted({len(samples.length) for side in sides for samples in side})
+    if len(counts) > 1:
+        raise ValueError(f"the two evaluations have {counts} samples of a problem")
+    ks = powers_of_two(counts[0])
+    return paired_differences(*sides, pass_ks=ks, num_samples=counts[0], seed=seed)
+
+
+def read_samples(path: str) -> dict[Problem, Samples]:
+    """Samples of each problem in a file (path or URI) that `evaluate.save_samples` wrote."""
+    fs, file = fsspec.core.url_to_fs(path)
+    rows: dict[Problem, list[dict]] = {}
+    for row in pq.read_table(file, filesystem=fs).to_pylist():
+        rows.setdefault((row["problem"], row["question"]), []).append(row)
+    return {problem: _samples(own) for problem, own in rows.items()}
+
+
+def _samples(rows: list[dict]) -> Samples:
+    verdicts = [Verdict(row["verdict"]) for row in rows]
+    groups = [row["group"] for row in rows]
+    return Samples(
+        is_correct=np.array([v.reward if v.is_reward else np.nan for v in verdicts]),
+        length=np.array([row["num_tokens"] for row in rows]),
+        is_cut_off=np.array([row["is_cut_off"] for row in rows]),
+        group=None if None in groups else np.array(groups),
+    )

@@ -1,0 +1,255 @@
+"""Scores: statistics of an evaluation, each with a bootstrap interval over problems.
+
+A problem is one unit: its samples are resampled together, since they are not independent. Samples
+without a verdict count as neither right nor wrong, and a problem that a score is not defined for
+(no verdict at all, fewer than k) is left out of it, which its `num_problems` shows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+NUM_RESAMPLES = 10_000
+"""Bootstrap resamples behind an interval."""
+
+
+RESAMPLED_AT_ONCE = 4_000_000
+"""Numbers that the bootstrap of a median holds at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """A statistic with its 95 % percentile interval."""
+
+    value: float
+    low: float
+    high: float
+    num_problems: int
+    """Problems that it is of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Estimate:
+    """A statistic with its bootstrap distribution over problems."""
+
+    value: float
+    resampled: Float[np.ndarray, " resamples"]
+    num_problems: int
+
+    @property
+    def score(self) -> Score:
+        """The statistic with its interval."""
+        low, high = np.percentile(self.resampled, [2.5, 97.5])
+        return Score(
+            value=self.value, low=float(low), high=float(high), num_problems=self.num_problems
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Samples:
+    """The samples of one problem, in the order in which they were asked for."""
+
+    is_correct: Float[np.ndarray, " samples"]
+    """1 or 0, NaN without a verdict."""
+    length: Int[np.ndarray, " samples"]
+    """Tokens; 0 of a request that failed, which is left out of what is said of lengths."""
+    is_cut_off: Bool[np.ndarray, " samples"]
+    """Whether the length limit ended the sample, with or without an answer."""
+    group: Int[np.ndarray, " samples"] | None
+    """Which samples have equal answers, -1 for one that votes for nothing; None: not known."""
+
+    @property
+    def pass_at_1(self) -> float:
+        """Share of correct samples; NaN without a verdict."""
+        return _mean(self.is_correct[~np.isnan(self.is_correct)])
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " sampled"]:
+        """Tokens of each sample that there is."""
+        return self.length[self.length > 0]
+
+    @property
+    def mean_length(self) -> float:
+        """Mean tokens of a sample; NaN if all requests failed."""
+        return _mean(self.lengths)
+
+    @property
+    def cut_off_share(self) -> float:
+        """Share of the samples that were cut off; NaN if all requests failed."""
+        return _mean(self.is_cut_off[self.length > 0])
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def pass_at(samples: Samples, k: int) -> float:
+    """Chance that k of the n graded samples, drawn without replacement, hold a correct one.
+
+    1 - C(n - c, k) / C(n, k) with c correct: the unbiased estimate of pass@k (M. Chen et al.,
+    arXiv 2107.03374). NaN where n < k.
+    """
+    graded = samples.is_correct[~np.isnan(samples.is_correct)]
+    n, c = len(graded), int(graded.sum())
+    return float("nan") if n < k else 1 - comb(n - c, k) / comb(n, k)
+
+
+def majority(samples: Samples) -> float:
+    """Whether the answer that most samples give is correct (self-consistency, arXiv 2203.11171).
+
+    Of several such answers one is drawn, so the share of correct ones is its expectation: it
+    depends on no order. Samples without an answer or a verdict have no vote; nobody's vote is
+    wrong. NaN if no sample has a verdict, or it is not known which answers are equal.
+    """
+    is_graded = ~np.isnan(samples.is_correct)
+    if samples.group is None or not is_graded.any():
+        return float("nan")
+    votes, is_correct = samples.group[is_graded], samples.is_correct[is_graded]
+    groups, counts = np.unique(votes[votes >= 0], return_counts=True)
+    if not len(groups):
+        return 0.0
+    winners = groups[counts == counts.max()]
+    return float(np.mean([is_correct[votes == winner].mean() for winner in winners]))
+
+
+def scores(
+    problems: Sequence[Samples], *, pass_ks: Sequence[int], num_samples: int, seed: int
+) -> dict[str, Score]:
+    """All statistics of a benchmark by their name; the arguments are those of `estimates`."""
+    found = estimates(problems, pass_ks=pass_ks, num_samples=num_samples, seed=seed)
+    return {name: estimate.score for name, estimate in found.items()}
+
+
+def estimates(
+    problems: Sequence[Samples], *, pass_ks: Sequence[int], num_samples: int, seed: int
+) -> dict[str, Estimate]:
+    """All statistics of a benchmark by their name; those that no problem has are left out.
+
+    Args:
+        problems: The samples of each problem.
+        pass_ks: The k of pass@k.
+        num_samples: Samples of a problem, which is the k of maj@k.
+        seed: Of the bootstrap.
+    """
+    found = _means(_by_problem(problems, pass_ks, num_samples), seed)
+    if sampled := [problem for problem in problems if len(problem.lengths)]:
+        found["median_length"] = median_length(sampled, seed=seed)
+    return found
+
+
+def paired_differences(
+    ours: Sequence[Samples],
+    theirs: Sequence[Samples],
+    *,
+    pass_ks: Sequence[int],
+    num_samples: int,
+    seed: int,
+) -> dict[str, Estimate]:
+    """All statistics of ours less theirs, of the same problems in the same order.
+
+    A problem that a statistic is not defined for on one side is left out of it. The other
+    arguments are those of `estimates`.
+    """
+    first, second = (_by_problem(side, pass_ks, num_samples) for side in (ours, theirs))
+    found = _means({name: first[name] - second[name] for name in first}, seed)
+    pairs = [
+        pair for pair in zip(ours, theirs, strict=True) if all(len(each.lengths) for each in pair)
+    ]
+    if pairs:
+        one, other = (median_length(side, seed=seed) for side in zip(*pairs, strict=True))
+        found["median_length"] = Estimate(
+            value=one.value - other.value,
+            resampled=one.resampled - other.resampled,
+            num_problems=len(pairs),
+        )
+    return found
+
+
+def mean_over_benchmarks(benchmarks: Sequence[dict[str, Estimate]]) -> dict[str, Score]:
+    """Plain mean over benchmarks of each statistic that all have.
+
+    Its problems are resampled within each benchmark, so the estimates must be of different seeds.
+    """
+    means = {}
+    for name in benchmarks[0]:
+        if all(name in found for found in benchmarks):
+            parts = [found[name] for found in benchmarks]
+            means[name] = Estimate(
+                value=float(np.mean([part.value for part in parts])),
+                resampled=np.mean([part.resampled for part in parts], axis=0),
+                num_problems=sum(part.num_problems for part in parts),
+            ).score
+    return means
+
+
+def powers_of_two(limit: int) -> tuple[int, ...]:
+    """1, 2, 4 and so on, up to `limit`."""
+    return tuple(2**power for power in range(limit.bit_length()))
+
+
+def _by_problem(
+    problems: Sequence[Samples], pass_ks: Sequence[int], num_samples: int
+) -> dict[str, Float[np.ndarray, " problems"]]:
+    """What each statistic that is a mean over problems is for each of them; NaN: not defined."""
+    values = {
+        "pass@1": [problem.pass_at_1 for problem in problems],
+        **{f"pass@{k}": [pass_at(each, k) for each in problems] for k in pass_ks if k > 1},
+        f"maj@{num_samples}": [majority(problem) for problem in problems],
+        "length": [problem.mean_length for problem in problems],
+        "cut_off": [problem.cut_off_share for problem in problems],
+    }
+    return {name: np.array(each) for name, each in values.items()}
+
+
+def _means(values: dict[str, Float[np.ndarray, " problems"]], seed: int) -> dict[str, Estimate]:
+    known = {name: each[~np.isnan(each)] for name, each in values.items()}
+    return {name: mean_estimate(each, seed=seed) for name, each in known.items() if len(each)}
+
+
+def mean_estimate(values: Float[np.ndarray, " problems"], *, seed: int) -> Estimate:
+    """Mean of `values`, resampled by problem."""
+    levels, counts = np.unique(values, return_counts=True)  # a few: shares of k answers
+    rng = np.random.default_rng(seed)
+    resampled = rng.multinomial(len(values), counts / len(values), NUM_RESAMPLES)
+    return Estimate(
+        value=float(values.mean()),
+        resampled=resampled @ levels / len(values),
+        num_problems=len(values),
+    )
+
+
+def median_length(problems: Sequence[Samples], *, seed: int) -> Estimate:
+    """Median of the lengths of all samples; problems are resampled with all of theirs.
+
+    Which ones are drawn follows from their number and the seed alone, so that two medians of the
+    same problems are resampled together. Each must have a sample.
+    """
+    lengths = np.concatenate([problem.lengths for problem in problems])
+    owner = np.repeat(np.arange(len(problems)), [len(problem.lengths) for problem in problems])
+    order = np.argsort(lengths, kind="stable")
+    lengths, owner = lengths[order], owner[order]
+    rng = np.random.default_rng(seed)
+    share, size = np.full(len(problems), 1 / len(problems)), RESAMPLED_AT_ONCE // len(lengths) + 1
+    medians: list[np.ndarray] = []
+    for start in range(0, NUM_RESAMPLES, size):
+        times = rng.multinomial(len(problems), share, min(size, NUM_RESAMPLES - start))
+        medians.append(weighted_medians(lengths, times[:, owner]))
+    return Estimate(
+        value=float(np.median(lengths)),
+        resampled=np.concatenate(medians),
+        num_problems=len(problems),
+    )
+
+
+def weighted_medians(
+    ascending: Int[np.ndarray, " samples"], times: Int[np.ndarray, "resamples samples"]
+) -> Float[np.ndarray, " resamples"]:
+    """Median of `ascending` with each value repeated `times`: the mean of the middle two."""
+    below = times.cumsum(1)
+    total = below[:, -1:]
+    lower = (below < (total + 1) // 2).sum(1)
+    upper = (below < total // 2 + 1).sum(1)
+    return (ascending[lower] + ascending[upper]) / 2

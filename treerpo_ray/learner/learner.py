@@ -1,0 +1,268 @@
+"""Learner: one Ray Train worker's policy and optimizer; takes whole trees, makes updates.
+
+Each worker computes the advantages of its own trees, since no step group crosses workers. What
+crosses them is the number of trained tokens and steps, the gradients (summed) and statistics.
+Every worker holds the whole model and makes the same update.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from treerpo_ray.algo.loss import LossInputs, LossSums, policy_loss
+from treerpo_ray.algo.packing import Forest, pack
+from treerpo_ray.config import Config
+from treerpo_ray.learner.policy import DTYPES, ForestTensors, Policy, load_policy
+from treerpo_ray.learner.stats import BatchStats, assess
+from treerpo_ray.prompts.prompt_set import resolve_model_path
+from treerpo_ray.records import TreeRecord
+from treerpo_ray.run_folder.checkpoints import MODEL_FOLDER
+
+
+class _Addable(Protocol):
+    def __add__(self, other: Self, /) -> Self: ...
+
+
+T = TypeVar("T")
+
+
+SumT = TypeVar("SumT", bound=_Addable)
+
+
+STATE_FILE = "learner.json"
+
+
+OPTIMIZER_FILE = "optimizer.pt"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateResult:
+    """What a learner step did."""
+
+    has_updated: bool
+    """False if no step group of any worker was kept: nothing moved then."""
+    stats: BatchStats
+    metrics: dict[str, float]
+
+
+class Learner:
+    """Policy and optimizer of one worker.
+
+    Args:
+        config: The run's configuration.
+        device: Where this worker computes.
+        checkpoint: Folder that `write` filled, to go on from; None starts from `model.path`.
+    """
+
+    def __init__(self, config: Config, device: torch.device, checkpoint: Path | None) -> None:
+        self.config, self.device = config, device
+        settings = config.learner
+        if device.type == "cpu":
+            torch.set_num_threads(settings.cpu_threads)
+        start = resolve_model_path(config.model.path)
+        self.policy = self._load(start if checkpoint is None else str(checkpoint / MODEL_FOLDER))
+        # The KL is to the model that the run started from, whatever it is resumed from.
+        self.reference = self._load(start) if config.loss.kl_coef else None
+        self.optimizer = torch.optim.AdamW(
+            self.policy.model.parameters(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+        )
+        self.version = self.optimizer_steps = 0
+        if checkpoint is not None:
+            self._restore(checkpoint)
+
+    def _load(self, path: str) -> Policy:
+        return load_policy(
+            path,
+            dtype=torch.float32,
+            device=self.device,
+            gradient_checkpointing=self.config.learner.gradient_checkpointing,
+            trust_remote_code=self.config.model.trust_remote_code,
+        )
+
+    # The update ------------------------------------------------------------------------------
+
+    def learning_rate(self, progress: float) -> float:
+        """Rate of the next optimizer step, when the share `progress` of the run is done."""
+        settings = self.config.learner
+        warm = min(1.0, (self.optimizer_steps + 1) / (settings.warmup_steps + 1))
+        return settings.learning_rate * warm * (1 - (1 - settings.final_rate) * progress)
+
+    def update(self, records: Sequence[TreeRecord], progress: float = 0.0) -> UpdateResult:
+        """Train on this worker's share of a batch; every worker must call it.
+
+        Args:
+            records: Its trees.
+            progress: Share of the run that was done before this batch.
+
+        Raises:
+            RuntimeError: a tree is staler than `gate.max_staleness` allows or newer than the
+                policy, or the gradient is not finite.
+        """
+        settings = self.config.learner
+        # Trees come as they finish; their order decides minibatches and how sums are rounded.
+        records = sorted(records, key=lambda record: record.ticket)
+        metrics = {"learner/learning_rate": self.learning_rate(progress)}
+        advantages, own = assess(records, form=settings.advantage, pruning=settings.pruning)
+        self._check_staleness(own)
+        trees = [record.tree for record in records]
+        size = len(trees) // settings.minibatches
+        minibatches = [
+            pack(trees[i : i + size], advantages[i : i + size], settings.token_budget)
+            for i in range(0, len(trees), size)
+        ]
+        # With one minibatch the policy of the iteration's start is the current one.
+        old = [
+            [self._logprobs_now(forest) if len(minibatches) > 1 else None for forest in forests]
+            for forests in minibatches
+        ]
+        sums, norms = LossSums.zeros(self.device), []
+        for forests, logprobs in zip(minibatches, old, strict=True):
+            part, norm = self._optimize(forests, logprobs, progress)
+            sums += part
+            norms += [] if norm is None else [norm]
+        self.version += bool(norms)
+        stats = _summed(_gathered(own), BatchStats())
+        total = _summed(
+            [LossSums.from_vector(v) for v in _gathered(sums.vector().cpu())],
+            LossSums.zeros(torch.device("cpu")),
+        )
+        if norms:
+            metrics |= total.metrics() | {"learner/grad_norm": float(np.mean(norms))}
+            for name in ("loss/total", "loss/policy"):  # each minibatch has a loss of its own
+                metrics[name] /= len(norms)
+            metrics["tokens/trained"] = float(total.num_tokens)
+        return UpdateResult(has_updated=bool(norms), stats=stats, metrics=metrics)
+
+    def _check_staleness(self, stats: BatchStats) -> None:
+        """Invariant: admission bounds the age of every token; versions count updates."""
+        staleness, limit = self.version - stats.min_version, self.config.gate.max_staleness
+        if stats.num_trees and staleness > limit:
+            raise RuntimeError(
+                f"a tree is {staleness} versions behind the learner, gate.max_staleness is {limit}"
+            )
+        if stats.max_version > self.version:
+            raise RuntimeError(
+                f"a tree has tokens of version {stats.max_version}, but the learner is at version "
+                f"{self.version}: they were sampled before it was set back"
+            )
+
+    def _optimize(
+        self, forests: list[Forest], old_logprobs: list[torch.Tensor | None], progress: float
+    ) -> tuple[LossSums, float | None]:
+        """One optimizer step; returns what the loss saw and the gradient's norm, None if no
+        worker had anything to train."""
+        counts = torch.tensor(
+            [sum(len(f.target) for f in forests), sum(f.num_steps for f in forests)],
+            device=self.device,
+        )
+        _all_reduce(counts)
+        num_tokens, num_steps = counts.tolist()
+        sums = LossSums.zeros(self.device)
+        if not num_tokens:
+            return sums, None
+        self.optimizer.zero_grad(set_to_none=False)
+        for forest, old in zip(forests, old_logprobs, strict=True):
+            output = policy_loss(
+                self._loss_inputs(forest, old),
+                num_batch_tokens=num_tokens,
+                num_batch_steps=num_steps,
+                max_answer_tokens=self.config.shape.max_answer_tokens,
+                config=self.config.loss,
+            )
+            output.loss.backward()
+            sums += output.sums
+        self._sum_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.policy.model.parameters(),
+            self.config.learner.clip_grad_norm,
+            error_if_nonfinite=True,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(progress)
+        self.optimizer.step()
+        self.optimizer_steps += 1
+        return sums, float(norm)
+
+    def _loss_inputs(self, packed: Forest, old: torch.Tensor | None) -> LossInputs:
+        forest = ForestTensors.from_forest(packed, self.device)
+        logprobs, entropy = self._forward(self.policy, forest)
+        reference = None
+        if self.reference is not None:
+            with torch.no_grad():
+                reference, _ = self._forward(self.reference, forest)
+        return LossInputs(
+            logprobs=logprobs,
+            old_logprobs=logprobs.detach() if old is None else old,
+            behaviour_logprobs=forest.behaviour_logprob,
+            reference_logprobs=reference,
+            entropy=entropy,
+            advantages=forest.advantage,
+            step=forest.step,
+        )
+
+    def _forward(self, policy: Policy, forest: ForestTensors) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = DTYPES[self.config.model.dtype]
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            return policy.edge_logprobs(forest, self.config.tree.temperature)
+
+    @torch.no_grad()
+    def _logprobs_now(self, packed: Forest) -> torch.Tensor:
+        return self._forward(self.policy, ForestTensors.from_forest(packed, self.device))[0]
+
+    def _sum_gradients(self) -> None:
+        """Sum, not mean: the loss of each forest is already divided by the batch's counts."""
+        for parameter in self.policy.model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            _all_reduce(parameter.grad)
+
+    # Checkpoints -----------------------------------------------------------------------------
+
+    def write(self, folder: Path) -> None:
+        """Write everything that a resumed run needs."""
+        self.policy.save_pretrained(folder / MODEL_FOLDER)
+        state = {
+            "optimizer": self.optimizer.state_dict()["state"],
+            "torch_rng": torch.get_rng_state(),
+        }
+        torch.save(state, folder / OPTIMIZER_FILE)
+        counts = {"version": self.version, "optimizer_steps": self.optimizer_steps}
+        (folder / STATE_FILE).write_text(json.dumps(counts))
+
+    def _restore(self, folder: Path) -> None:
+        """Take over moments and counts.
+
+        Rate, weight decay and the like are the configuration's, which may have been changed.
+        """
+        state = torch.load(folder / OPTIMIZER_FILE, map_location=self.device, weights_only=True)
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        torch.set_rng_state(state["torch_rng"].cpu())
+        counts: dict[str, int] = json.loads((folder / STATE_FILE).read_text())
+        self.version, self.optimizer_steps = counts["version"], counts["optimizer_steps"]
+
+
+def _all_reduce(tensor: torch.Tensor) -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+
+
+def _gathered(own: T) -> list[T]:
+    """`own` of every worker, in rank order."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [own]
+    parts: list[T] = [own] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    return parts
+
+
+def _summed(parts: Sequence[SumT], zero: SumT) -> SumT:
+    return sum(parts, start=zero)

@@ -1,0 +1,301 @@
+"""Policy: the causal language model that is trained, seen through log-probabilities of edges."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int32, Int64
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from treerpo_ray.algo.packing import Forest
+from treerpo_ray.learner.tree_attention import TREE_ATTENTION, ForestLayout
+
+LOGIT_BUDGET = 2**25
+"""Logits (sources x vocabulary) that are alive at a time; several fp32 copies of them are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForestTensors:
+    """A packed forest on the learner's device; edges stand in the forest's order."""
+
+    token_ids: Int64[Tensor, "1 tokens"]
+    position_ids: Int64[Tensor, "1 tokens"]
+    layout: ForestLayout
+    source: Int64[Tensor, " sources"]
+    """Positions that predict at least one trained token, each once, ascending."""
+    edge_source: Int64[Tensor, " edges"]
+    """Index into `source` of each edge."""
+    target: Int64[Tensor, " edges"]
+    advantage: Float32[Tensor, " edges"]
+    behaviour_logprob: Float32[Tensor, " edges"]
+    step: Int32[Tensor, " edges"]
+
+    @classmethod
+    def from_forest(cls, forest: Forest, device: torch.device) -> "ForestTensors":
+        """Copy `forest` to `device` with the layout that its attention needs."""
+        source, edge_source = np.unique(forest.source, return_inverse=True)
+
+        def tensor(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        return cls(
+            token_ids=tensor(forest.token_ids)[None],
+            position_ids=tensor(forest.position_ids)[None],
+            layout=ForestLayout.from_forest(forest, device),
+            source=tensor(source),
+            edge_source=tensor(edge_source.reshape(-1)),
+            target=tensor(forest.target),
+            advantage=tensor(forest.advantage),
+            behaviour_logprob=tensor(forest.behaviour_logprob),
+            step=tensor(forest.step),
+        )
+
+
+class Policy:
+    """A Hugging Face causal model with tree attention.
+
+    Supported heads: a plain projection, `final_logit_softcapping` (Gemma), `logit_scale` (Cohere)
+    and `logits_scaling` (Granite). `load_policy` refuses any model whose packed log-probabilities
+    are not its plain ones. A reference model is a second Policy, used under `torch.no_grad`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        logit_budget: int = LOGIT_BUDGET,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.logit_budget = logit_budget
+
+    def edge_logprobs(
+        self, forest: ForestTensors, temperature: float
+    ) -> tuple[Float32[Tensor, " edges"], Float32[Tensor, " edges"]]:
+        """Log-probability of each edge's target and entropy at its source, both in nats.
+
+        Both are of the distribution softmax(logits / temperature), the one that was sampled from.
+        """
+        hidden = self._hidden(forest.token_ids, forest.position_ids, forest.layout)
+        hidden = hidden.index_select(0, forest.source)
+        order = forest.edge_source.argsort(stable=True)
+        logprobs, entropy = self._score(
+            hidden, forest.edge_source[order], forest.target[order], temperature
+        )
+        back = order.argsort()
+        return logprobs[back], entropy[back]
+
+    @torch.no_grad()
+    def sequence_logprobs(self, token_ids: list[int]) -> Float32[Tensor, " targets"]:
+        """Log-probability (nats, temperature 1) of each token after the first, given those before.
+
+        A plain causal forward without any tree: what an engine must agree with.
+        """
+        ids = torch.tensor([token_ids], device=self.model.device)
+        positions = torch.arange(len(token_ids), device=self.model.device)
+        hidden = self._hidden(ids, positions[None], None)
+        return self._score(hidden[:-1], positions[:-1], ids[0, 1:], 1.0)[0]
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights in layer order under their names in a checkpoint; tied weights come once."""
+        weights = {name: weight.detach() for name, weight in self.model.named_parameters()}
+        yield from revert_weight_conversion(self.model, weights).items()
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write weights (safetensors), config, generation config and tokenizer to `path`.
+
+        Raises:
+            OSError: The folder cannot be written, e.g. because the disk is full.
+        """
+        self.model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+
+    def _hidden(
+        self,
+        token_ids: Int64[Tensor, "1 tokens"],
+        position_ids: Int64[Tensor, "1 tokens"],
+        layout: ForestLayout | None,
+    ) -> Float[Tensor, "tokens hidden"]:
+        output = self.model.base_model(
+            input_ids=token_ids, position_ids=position_ids, layout=layout, use_cache=False
+        )
+        return output.last_hidden_state[0]
+
+    def _score(
+        self,
+        hidden: Float[Tensor, "sources hidden"],
+        edge_source: Int64[Tensor, " edges"],
+        target: Int64[Tensor, " edges"],
+        temperature: float,
+    ) -> tuple[Float32[Tensor, " edges"], Float32[Tensor, " edges"]]:
+        """Log-probabilities and entropies, chunk by chunk of sources; `edge_source` ascends.
+
+        Of several chunks none keeps its logits for the backward pass: it computes them again.
+        """
+        vocab_size = self.model.get_output_embeddings().weight.shape[0]
+        num_chunks = -(-len(hidden) * vocab_size // self.logit_budget)
+        chunks = hidden.tensor_split(num_chunks)
+        starts = list(accumulate((len(chunk) for chunk in chunks[:-1]), initial=0))
+        cuts = torch.searchsorted(
+            edge_source, torch.tensor(starts[1:], device=edge_source.device)
+        ).tolist()
+        parts = []
+        for chunk, source, wanted, start in zip(
+            chunks,
+            edge_source.tensor_split(cuts),
+            target.tensor_split(cuts),
+            starts,
+            strict=True,
+        ):
+            inputs = (chunk, source - start, wanted, temperature)
+            if num_chunks > 1 and torch.is_grad_enabled():
+                parts.append(checkpoint(self._score_chunk, *inputs, use_reentrant=False))
+            else:
+                parts.append(self._score_chunk(*inputs))
+        logprobs, entropy = zip(*parts, strict=True)
+        return torch.cat(logprobs), torch.cat(entropy)
+
+    def _score_chunk(
+        self,
+        hidden: Float[Tensor, "sources hidden"],
+        edge_source: Int64[Tensor, " edges"],
+        target: Int64[Tensor, " edges"],
+        temperature: float,
+    ) -> tuple[Float32[Tensor, " edges"], Float32[Tensor, " edges"]]:
+        logits = self._logits(hidden) / temperature
+        log_total = logits.logsumexp(dim=-1)
+        entropy = log_total - (logits.softmax(dim=-1) * logits).sum(dim=-1)
+        return logits[edge_source, target] - log_total[edge_source], entropy[edge_source]
+
+    def _logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float32[Tensor, "rows vocabulary"]:
+        config = self.model.config.get_text_config()
+        logits = self.model.get_output_embeddings()(hidden).float()
+        if scale := getattr(config, "logit_scale", None):
+            logits = logits * scale
+        if scaling := getattr(config, "logits_scaling", None):
+            logits = logits / scaling
+        if cap := getattr(config, "final_logit_softcapping", None):
+            logits = cap * (logits / cap).tanh()
+        return logits
+
+
+def load_policy(
+    model_path: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    gradient_checkpointing: bool,
+    trust_remote_code: bool = False,
+) -> Policy:
+    """Load a causal model from a folder or a Hugging Face id; safetensors only.
+
+    The model stays in eval mode, so that no dropout comes between the policy and the engines.
+
+    Raises:
+        ValueError: There is no complete model at `model_path`, or tree attention cannot compute it.
+    """
+    model, tokenizer = _load(model_path, dtype, trust_remote_code)
+    cast(nn.Module, model).to(device).eval()
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        # A layer's own training flag turns recomputation on; its parts stay in eval mode.
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
+    policy = Policy(model, tokenizer)
+    check_packing(policy)
+    return policy
+
+
+def _load(
+    model_path: str, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    folder = Path(model_path)
+    if folder.is_dir():
+        for pattern in ("config.json", "*.safetensors"):
+            if not any(folder.glob(pattern)):
+                raise ValueError(f"model {model_path}: the folder has no {pattern}")
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model_path,
+            dtype=dtype,
+            attn_implementation=TREE_ATTENTION,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    except (OSError, SafetensorError) as error:
+        what = "the files do not load" if folder.is_dir() else "no such folder or Hugging Face id"
+        raise ValueError(f"model {model_path}: {what}: {str(error).splitlines()[0]}") from error
+    model, report = cast(tuple[PreTrainedModel, dict[str, set]], loaded)
+    mismatched = [name for name, *_ in report["mismatched_keys"]]
+    if lacking := sorted([*report["missing_keys"], *mismatched]):
+        raise ValueError(
+            f"model {model_path}: {len(lacking)} weights are missing from the checkpoint or have "
+            f"another shape than config.json says, e.g. {lacking[0]}"
+        )
+    # An invalid generation config would only fail when the trained model is saved.
+    model.generation_config.validate(strict=True)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def check_packing(policy: Policy) -> None:
+    """Compare a small forest with the model's own logits on each path.
+
+    This finds what no config says: layers that mix tokens past the attention function (state
+    space, convolution), heads that scale their logits in a way of their own.
+
+    Raises:
+        ValueError: The packed log-probabilities are not the plain ones.
+    """
+    device, name = policy.model.device, policy.model.name_or_path
+    tokens = np.arange(7) % policy.model.config.get_text_config().vocab_size
+    forest = Forest(  # a prompt of 3 tokens, two steps of 2 tokens after it
+        token_ids=tokens,
+        position_ids=np.array([0, 1, 2, 3, 4, 3, 4]),
+        segment_start=np.array([0, 3, 5]),
+        segment_length=np.array([3, 2, 2]),
+        segment_parent=np.array([-1, 0, 0]),
+        segment_depth=np.array([0, 1, 1]),
+        source=np.array([2, 3, 2, 5]),
+        target=tokens[3:],
+        advantage=np.zeros(4, dtype=np.float32),
+        behaviour_logprob=np.zeros(4, dtype=np.float32),
+        step=np.array([0, 0, 1, 1], dtype=np.int32),
+    )
+    try:
+        packed, _ = policy.edge_logprobs(ForestTensors.from_forest(forest, device), 1.0)
+    except TypeError as error:
+        raise ValueError(f"model {name}: its forward takes no tree layout ({error})") from error
+    for path, edges in ((tokens[:5], packed[:2]), (tokens[[0, 1, 2, 5, 6]], packed[2:])):
+        ids = torch.from_numpy(path).to(device)[None]
+        logits = policy.model(input_ids=ids, use_cache=False).logits[0].float()
+        plain = logits.log_softmax(-1)[[2, 3], ids[0, 3:]]
+        difference = float((edges - plain).abs().max())
+        if not difference < (1e-3 if policy.model.dtype == torch.float32 else 0.5):
+            raise ValueError(
+                f"model {name}: packed trees give log-probs {difference:.3g} nats off its own; "
+                "tree attention cannot train this architecture"
+            )
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -1,0 +1,166 @@
+"""Batch statistics: what the trees of a learner step say, as sums that add over workers."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from treerpo_ray.algo.advantage_errors import advantage_errors
+from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
+from treerpo_ray.algo.backup import mean_backup
+from treerpo_ray.algo.groups import GroupState, Pruning, step_groups
+from treerpo_ray.algo.standard_errors import standard_error_of_mean
+from treerpo_ray.records import RootValue, TreeRecord
+from treerpo_ray.verifier.verdict import Verdict
+
+
+class Sums(dict[str, float]):
+    """Sums by name; `+` joins them."""
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums({name: self[name] + other[name] for name in [*self, *other]})
+
+    def __missing__(self, name: str) -> float:
+        return 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchStats:
+    """Counts and sums over trees; `+` joins the workers' parts of one batch."""
+
+    num_trees: int = 0
+    num_valued: int = 0
+    """Trees whose root has a value: none of their leaves errored."""
+    value_sum: float = 0.0
+    """Sum of the root values."""
+    num_with_correct: int = 0
+    """Trees with at least one correct leaf."""
+    groups: Counter[str] = field(default_factory=Counter)
+    """Step groups by `state` and by `state_depth_d`, d the depth of their steps."""
+    group_sums: Sums = field(default_factory=Sums)
+    """Over step groups that are not errored: `value_se` of their means; and, squared and for the
+    depth d of their steps, of the differences of values to the mean, `signal_depth_d`, and of
+    the standard errors of those, `noise_depth_d`. Over the advantages that have a standard error:
+    `advantage_se`, and how many there are, `num_advantage_se`."""
+    verdicts: Counter[str] = field(default_factory=Counter)
+    num_sampled_tokens: int = 0
+    answer_tokens: int = 0
+    """Tokens of all answers (paths to leaves), shared ones counted for each."""
+    num_leaves: int = 0
+    num_versioned: int = 0
+    """Trees with any token: of the others every request was turned down."""
+    min_version: int = 2**62
+    max_version: int = -1
+    version_sum: int = 0
+    """Sum over trees of their oldest version."""
+    last_finished_s: float = 0.0
+    """Unix time at which the last tree was finished."""
+    last_scored_s: float = 0.0
+    """Unix time at which the last tree was scored."""
+    num_moved: int = 0
+    """Times a tree had to go to another engine."""
+    measured: tuple[RootValue, ...] = ()
+    """Root values of the trees that have one."""
+    num_redraws: int = 0
+    """Trees that were put aside for having no kept group; their tokens count as sampled."""
+
+    def __add__(self, other: "BatchStats") -> "BatchStats":
+        least, most = {"min_version"}, {"max_version", "last_finished_s", "last_scored_s"}
+        joined = {}
+        for name in self.__dataclass_fields__:
+            ours, theirs = getattr(self, name), getattr(other, name)
+            join = min if name in least else max if name in most else None
+            joined[name] = join(ours, theirs) if join else ours + theirs
+        return BatchStats(**joined)
+
+    def metrics(self, version: int) -> dict[str, float]:
+        """Rows for `metrics.jsonl`; `version` is the learner's own at the time of consumption."""
+        kept, pruned = self.groups[GroupState.KEPT], self.groups[GroupState.PRUNED]
+        total = sum(self.groups[state] for state in GroupState)
+        return {
+            "reward/mean": self.value_sum / max(self.num_valued, 1),
+            "reward/any": self.num_with_correct / max(self.num_trees, 1),
+            "groups/kept": kept,
+            "groups/pruned": pruned,
+            "groups/kept_share": kept / max(total, 1),
+            "groups/errored": self.groups[GroupState.ERRORED],
+            **{f"groups/{name}": n for name, n in sorted(self.groups.items()) if "depth" in name},
+            "groups/value_se": self.group_sums["value_se"] / max(kept + pruned, 1),
+            **self._advantage_error(),
+            **self._signal_to_noise(),
+            **{f"verdict/{verdict}": self.verdicts[verdict] for verdict in Verdict},
+            "tokens/sampled": self.num_sampled_tokens,
+            "length/mean": self.answer_tokens / max(self.num_leaves, 1),
+            "length/cut_off_share": self.verdicts[Verdict.CUT_OFF] / max(self.num_leaves, 1),
+            "staleness/max": version - self.min_version if self.num_versioned else 0,
+            "staleness/mean": (self.num_versioned * version - self.version_sum)
+            / max(self.num_versioned, 1),
+            "engine/moved_trees": self.num_moved,
+            "gate/redraws": self.num_redraws,
+        }
+
+    def _advantage_error(self) -> dict[str, float]:
+        """Mean standard error of the advantages that have one."""
+        count = self.group_sums["num_advantage_se"]
+        return {"groups/advantage_se": self.group_sums["advantage_se"] / count} if count else {}
+
+    def _signal_to_noise(self) -> dict[str, float]:
+        """Root mean square difference over that of its standard error; chance alone gives 1 above
+        the leaves, and N leaves that are not all equal give about sqrt(N)."""
+        ratios = {}
+        for name, noise in sorted(self.group_sums.items()):
+            if name.startswith("noise") and noise:  # an only child has neither
+                depth = name.removeprefix("noise_")
+                signal = self.group_sums[f"signal_{depth}"]
+                ratios[f"groups/signal_to_noise_{depth}"] = (signal / noise) ** 0.5
+        return ratios
+
+
+def assess(
+    records: Sequence[TreeRecord], *, form: AdvantageForm, pruning: Pruning
+) -> tuple[list[np.ndarray], BatchStats]:
+    """Advantages of every step of every tree (NaN: not trained), and the batch's statistics."""
+    advantages, stats = [], BatchStats()
+    for record in records:
+        values = mean_backup(record.tree, record.rewards)
+        own = step_advantages(record.tree, values, form=form, pruning=pruning)
+        advantages.append(own)
+        errors = advantage_errors(record.tree, values, form=form, pruning=pruning)
+        known = errors[~np.isnan(errors)]
+        groups: Counter[str] = Counter()
+        sums = Sums(advantage_se=float(known.sum()), num_advantage_se=len(known))
+        for group in step_groups(record.tree, values):
+            state = group.state(pruning)
+            depth = record.tree.depths[group.children[0]]
+            groups.update([state, f"{state}_depth_{depth}"])
+            if state is not GroupState.ERRORED:
+                deviations = group.values - group.values.mean()
+                sums["value_se"] += float(standard_error_of_mean(group.values))
+                sums[f"signal_depth_{depth}"] += float((deviations**2).sum())
+                sums[f"noise_depth_{depth}"] += float((group.difference_errors**2).sum())
+        tree, is_valued = record.tree, not np.isnan(values.root)
+        root = RootValue(record.ticket, record.num_redraws, float(values.root))
+        has_tokens = tree.num_sampled_tokens > 0
+        stats += BatchStats(
+            num_trees=1,
+            num_valued=int(is_valued),
+            value_sum=values.root if is_valued else 0.0,
+            num_with_correct=int(Verdict.CORRECT in record.verdicts),
+            groups=groups,
+            group_sums=sums,
+            verdicts=Counter(record.verdicts),
+            num_sampled_tokens=tree.num_sampled_tokens + record.redrawn_tokens,
+            answer_tokens=sum(len(tree.path_token_ids(leaf)) for leaf in tree.leaves),
+            num_leaves=len(tree.leaves),
+            num_versioned=int(has_tokens),
+            min_version=tree.min_version if has_tokens else BatchStats().min_version,
+            max_version=tree.max_version if has_tokens else BatchStats().max_version,
+            version_sum=tree.min_version if has_tokens else 0,
+            last_finished_s=record.finished_at_s,
+            last_scored_s=record.scored_at_s,
+            num_moved=record.attempt,
+            measured=(root,) if is_valued else (),
+            num_redraws=record.num_redraws,
+        )
+    return advantages, stats

@@ -1,0 +1,203 @@
+"""Metrics: the rows and events of a run, in its folder and on Weights & Biases.
+
+`metrics.jsonl` has one row for each learner step and evaluation, `events.jsonl` what happened
+in between. Both only ever grow, by whole lines. A row's `step` counts the finished updates, so
+0 is the untrained model. After a resume the rows of the steps that are done once more come
+again; `latest_rows` leaves out those that they replace.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import fsspec
+
+from treerpo_ray.metrics.health import StackDump, StageStatus
+from treerpo_ray.metrics.wandb import ID_FILE, WandbRun
+from treerpo_ray.run_folder.lines import Scalar, Spool
+
+if TYPE_CHECKING:
+    from treerpo_ray.config import Config
+
+
+log = logging.getLogger(__name__)
+
+
+Row = dict[str, float]
+"""Metrics of one step by their name `area/name`, and the `step`."""
+
+
+METRICS_FILE = "metrics.jsonl"
+
+
+EVENTS_FILE = "events.jsonl"
+
+
+FATAL = "fatal"
+"""Kind of an event that ends the run, with its `reason`."""
+
+
+NOTICES = {
+    *("engine_serving", "engine_lost", "engine_draining", "engine_left", "tree_moved"),
+    *(FATAL, "waiting", "learner_started", "learner_lost", "write_failed"),
+    *("checkpoint_passed_over", "engine_work_failed"),
+}
+"""Events that whoever follows the run should see; what this module warns of comes with them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened at a time, such as `Event(kind="engine_lost", fields={"engine": 1})`.
+
+    Raises:
+        ValueError: a field is called `kind` or `time`, as the event's own are.
+    """
+
+    kind: str
+    fields: Mapping[str, Scalar] = field(default_factory=dict)
+    time: float = field(default_factory=time.time)
+    """Unix time in seconds."""
+
+    def __post_init__(self) -> None:
+        if taken := {"kind", "time"} & self.fields.keys():
+            raise ValueError(f"event {self.kind}: the field name {min(taken)} is taken")
+
+
+def write_failed(what: str, reason: str) -> Event:
+    """Something of the run folder could not be written."""
+    return Event(kind="write_failed", fields={"what": what, "reason": reason})
+
+
+class RunLog:
+    """Writes the metrics and events of the run that `config` describes.
+
+    A row is on disk before anything else sees it, unless the disk is late: then it waits in memory
+    and the run goes on. W&B is served by a thread of its own, so that it can neither stop nor
+    delay the run. On an object store the files lie in a local spool that is uploaded every few
+    seconds and on `close`. A folder has one writer at a time (`lock`).
+
+    Raises:
+        OSError: the folder cannot be made or read.
+    """
+
+    def __init__(self, config: "Config") -> None:
+        self._notices: list[Event] = []
+        self._moved_at = time.monotonic()
+        self._spool = Spool(config.folder, (METRICS_FILE, EVENTS_FILE, ID_FILE), self._warn)
+        self._rows = _parse_rows(_parse(self._spool.read(METRICS_FILE)))
+        self._wandb: WandbRun | None = None
+        if config.metrics.wandb_project is not None:
+            last_step = max((row["step"] for row in self._rows), default=-1)
+            self._wandb = WandbRun(config, self._spool.path, last_step, self._warn)
+
+    def step(self, row: Row) -> None:
+        """Append a row; it needs `step`, and gets the Unix `time` unless it has one."""
+        row = {"step": row["step"], "time": time.time()} | row
+        self._spool.append(METRICS_FILE, {name: _finite(value) for name, value in row.items()})
+        self._spool.settle()
+        self._rows.append(row)
+        self._moved_at = time.monotonic()
+        if self._wandb is not None:
+            self._wandb.put(row)
+
+    def event(self, event: Event) -> None:
+        """Append an event."""
+        self._append(event)
+        self._spool.settle()
+        if event.kind in NOTICES:
+            self._notices.append(event)
+
+    def _append(self, event: Event) -> None:
+        scalars = {name: _finite(value) for name, value in event.fields.items()}
+        self._spool.append(EVENTS_FILE, {"time": event.time, "kind": event.kind, **scalars})
+
+    def _warn(self, kind: str, reason: str) -> None:
+        """Tell of a sink that is late or gone; called by the threads that serve them too."""
+        log.warning("%s: %s", kind, reason)
+        event = Event(kind=kind, fields={"reason": reason})
+        self._notices.append(event)
+        self._append(event)
+
+    def status(self, stacks: StackDump) -> StageStatus:
+        """Whether rows and events get where they should, and when the last row came."""
+        stacks.arm()
+        return StageStatus(
+            stage="metrics",
+            doing=f"{len(self._rows)} rows; last notices: {[n.kind for n in self._notices[-3:]]}",
+            is_busy=False,
+            age_s=time.monotonic() - self._moved_at,
+        )
+
+    def rows_since(self, num_rows: int) -> list[Row]:
+        """All rows of `metrics.jsonl`, those of earlier sessions too, but the first `num_rows`."""
+        return self._rows[num_rows:]
+
+    def notices_since(self, num_notices: int) -> list[Event]:
+        """What there was to notice in this session but the first `num_notices` events."""
+        return self._notices[num_notices:]
+
+    def num_lines(self) -> tuple[int, int]:
+        """Rows and events so far, and how many of them are in the run folder."""
+        return self._spool.num_lines()
+
+    def close(self) -> None:
+        """Finish W&B and uploads; nothing may be appended afterwards.
+
+        Raises:
+            OSError: the disk or an object store did not take all; the message says where it is.
+        """
+        if self._wandb is not None:
+            self._wandb.close()
+        self._spool.close()
+
+
+def read_lines(folder: str, name: str) -> list[dict[str, Scalar]]:
+    """Objects in a JSONL file of a run folder (path or URI); none if there is no such file."""
+    fs, root = fsspec.core.url_to_fs(folder)
+    path = f"{root}/{name}"
+    return _parse(fs.cat_file(path).decode()) if fs.exists(path) else []
+
+
+def latest_rows(folder: str) -> list[Row]:
+    """The rows of a run folder by increasing step, one a step, as the last resume left them."""
+    return latest(_parse_rows(read_lines(folder, METRICS_FILE)))
+
+
+def latest(written: Sequence[Row]) -> list[Row]:
+    """Rows as they were written, without those that a resume replaced.
+
+    Rows of one step are merged. A row of an earlier step than the one before it tells of a
+    resume: what came after that step belongs to a timeline that was rolled back.
+    """
+    rows: list[Row] = []
+    for row in written:
+        if rows and row["step"] < rows[-1]["step"]:
+            rows = [kept for kept in rows if kept["step"] <= row["step"]]
+        if rows and row["step"] == rows[-1]["step"]:
+            rows[-1] = rows[-1] | row
+        else:
+            rows.append(row)
+    return rows
+
+
+def _parse(text: str) -> list[dict[str, Scalar]]:
+    """The objects of a JSONL text; a last line without its end is still being written."""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def _parse_rows(lines: list[dict[str, Scalar]]) -> list[Row]:
+    return [
+        {name: math.nan if value is None else float(value) for name, value in line.items()}
+        for line in lines
+    ]
+
+
+def _finite(value: Scalar) -> Scalar:
+    """JSON has neither NaN nor infinity: both become null."""
+    if isinstance(value, str | int | None):
+        return value
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,20 @@
+"""Process: what this one prints and how much CPU time it takes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+
+@contextmanager
+def output_to_log(folder: str) -> Iterator[None]:
+    """Send what libraries print in this process to `logs/driver.log` of a local run folder.
+
+    The console keeps the terminal that it was made for, and errors are raised, not printed.
+    """
+    if "://" in folder:
+        yield
+        return
+    path = Path(folder) / "logs" / "driver.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", buffering=1) as file, redirect_stderr(file), redirect_stdout(file):
+        yield

@@ -1,0 +1,83 @@
+"""Saved trees: in a run's folder those that it was trained on, in a checkpoint those to come.
+
+A resumed run goes on from the trees of its checkpoint, a learner that was lost also from those that
+the engine pool holds, whole or partly grown, where they are what it would have sampled itself:
+trees of the same tickets, of versions that the learner knows, and no staler than it allows.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import fsspec
+import pyarrow.parquet as pq
+
+from treerpo_ray.config import Config
+from treerpo_ray.records import TreeRecord, from_table, is_readable, to_table
+
+FILE = "trees.parquet"
+
+
+CONFIG_KEY = b"treerpo_tree"
+"""Of the table's metadata: the section `tree` that the trees were grown with."""
+
+
+def write(folder: Path, trees: Sequence[TreeRecord], config: Config) -> None:
+    """Write `trees` into the folder of a checkpoint."""
+    table = to_table(trees)
+    metadata = (table.schema.metadata or {}) | {CONFIG_KEY: _tree_section(config)}
+    pq.write_table(table.replace_schema_metadata(metadata), folder / FILE)
+
+
+def read(folder: Path, config: Config) -> list[TreeRecord]:
+    """Trees of a checkpoint; none if they were written for another `tree` or in another schema."""
+    if not (folder / FILE).exists():  # by a version that saved none
+        return []
+    table = pq.read_table(folder / FILE)
+    if (table.schema.metadata or {}).get(CONFIG_KEY) != _tree_section(config):
+        return []
+    return from_table(table) if is_readable(table) else []
+
+
+def _tree_section(config: Config) -> bytes:
+    return json.dumps(asdict(config.tree), sort_keys=True).encode()
+
+
+def usable(
+    trees: Sequence[TreeRecord], *, step: int, version: int, config: Config
+) -> list[TreeRecord]:
+    """Those of `trees` that a learner of `version` may use from learner step `step` on; of several
+    of a ticket the last one.
+
+    Learner step k is made at version + (k - step) at most, so this bounds the staleness of each
+    tree by `gate.max_staleness`. Under an unchanged configuration admission has done that before.
+    """
+    size, limit = config.gate.trees_per_step, config.gate.max_staleness
+    found = {
+        tree.ticket: tree
+        for tree in trees
+        if tree.ticket >= step * size
+        and tree.tree.max_version <= version  # a newer one is of a timeline that was rolled back
+        and version + tree.ticket // size - step - tree.tree.min_version <= limit
+    }
+    return list(found.values())
+
+
+def name(step: int, rank: int) -> str:
+    """File in a run folder for the trees of a share; `step` counts the steps, theirs included."""
+    return f"trees/step={step:06d}/rank-{rank}.parquet"
+
+
+def are_kept(folder: str, step: int, num_workers: int) -> bool:
+    """Whether the trees of all shares of a learner step are there."""
+    fs, root = fsspec.core.url_to_fs(folder)
+    return all(fs.exists(f"{root}/{name(step, rank)}") for rank in range(num_workers))
+
+
+def take_back(folder: str, step: int) -> None:
+    """Remove the trees of the steps after `step`: they were rolled back, and other trees come."""
+    fs, root = fsspec.core.url_to_fs(folder)
+    for path in fs.glob(f"{root}/trees/step=*"):
+        if int(path.rstrip("/").rpartition("=")[2]) > step:
+            fs.rm(path, recursive=True)

@@ -1,0 +1,101 @@
+"""Curriculum: what was measured of each prompt, and which prompts tickets come back to.
+
+v(1 - v) is the variance of one leaf's reward: most where an answer is as often right as wrong,
+none where nothing can be told apart.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from treerpo_ray.config import Config
+
+FILE = "measurements.json"
+
+
+STREAM = 1
+"""Sets the draws of a ticket apart from those of its tree's seed and of its other prompts."""
+
+
+class Measurement(NamedTuple):
+    """Root value of a tree of a prompt (row of the training set) that a learner step consumed."""
+
+    step: int
+    prompt: int
+    value: float
+
+
+class Curriculum:
+    """Draws the prompts of some tickets from those that were measured.
+
+    Args:
+        share: Probability that a ticket comes back to a prompt.
+        seed: Seed of the draws.
+        measurements: Those of earlier learner steps, in the order of the steps.
+    """
+
+    def __init__(self, share: float, seed: int, measurements: Iterable[Measurement] = ()) -> None:
+        self.share, self.seed = share, seed
+        self.measurements = list(measurements) if share else []
+        """In the order of steps, so that the last of a prompt is its newest."""
+        self._weights: dict[int, dict[int, float]] = {}
+
+    def revisited(self, number: int, last_step: int) -> int | None:
+        """The prompt that ticket `number` comes back to; None: it follows the data set.
+
+        A pure function of seed, number and what the learner steps up to `last_step` measured.
+        """
+        if not self.share:
+            return None
+        sequence = np.random.SeedSequence((self.seed, number), spawn_key=(STREAM,))
+        rng = np.random.default_rng(sequence)
+        if rng.random() >= self.share or not (weights := self.weights(last_step)):
+            return None
+        chances = np.array(list(weights.values()))
+        return int(rng.choice(list(weights), p=chances / chances.sum()))
+
+    def weights(self, last_step: int) -> dict[int, float]:
+        """v(1 - v) of every prompt where it is not 0, by ascending prompt.
+
+        v is the prompt's newest value of the learner steps up to `last_step`.
+        """
+        if last_step not in self._weights:
+            newest = {m.prompt: m.value for m in self.measurements if m.step <= last_step}
+            products = {prompt: v * (1 - v) for prompt, v in sorted(newest.items())}
+            self._weights[last_step] = {prompt: w for prompt, w in products.items() if w > 0}
+        return self._weights[last_step]
+
+    def add(self, measured: Sequence[Measurement], last_step: int) -> None:
+        """Add those of a learner step; tickets to come ask for none older than `last_step`.
+
+        So of each prompt only the newest one up to there is kept, where it has weight, and all
+        that are newer.
+        """
+        together = [*self.measurements, *measured]
+        settled = {m.prompt: m for m in together if m.step <= last_step}
+        self.measurements = [
+            *(m for m in settled.values() if 0 < m.value < 1),
+            *(m for m in together if m.step > last_step),
+        ]
+        self._weights.clear()
+
+
+def write(folder: Path, measurements: Sequence[Measurement], config: Config) -> None:
+    """Write `measurements`, if there are any, into the folder of a checkpoint."""
+    if measurements:
+        content = {"prompts": asdict(config.prompts), "measurements": measurements}
+        (folder / FILE).write_text(json.dumps(content))
+
+
+def read(folder: Path, config: Config) -> list[Measurement]:
+    """Measurements of a checkpoint; none if there are none or they are of other `prompts`."""
+    if not (folder / FILE).exists():
+        return []
+    content = json.loads((folder / FILE).read_text())
+    if content["prompts"] != asdict(config.prompts):
+        return []
+    return [Measurement(*row) for row in content["measurements"]]

@@ -1,0 +1,187 @@
+"""The gate: admits tickets so that no tree can be trained staler than allowed.
+
+The whole cursor is one integer: tickets [k B, (k+1) B) are consumed by learner step k and by no
+other. Ticket t may be issued once t < B (steps done + 1 + max_staleness), which bounds
+issued - consumed by B (1 + max_staleness) and the age of every tree by max_staleness, without
+throwing any work away.
+
+A ticket is a pure function of its number and, where some come back to prompts for their values, of
+what was measured in the learner steps that its admission waits for: up to k - 1 - max_staleness for
+batch k. So a run that is resumed issues the same tickets.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from treerpo_ray.metrics.health import StackDump, StageStatus
+from treerpo_ray.records import RootValue
+from treerpo_ray.search.curriculum import Curriculum, Measurement
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ticket:
+    """The right and duty to grow one tree."""
+
+    number: int
+    prompt: int
+    """Row of the prompt in the training set."""
+    seed: int
+    """Seed of the tree."""
+
+
+class Gate:
+    """Issues tickets in order; see the module text for the rule.
+
+    Args:
+        num_prompts: Size of the training set; each epoch is a fresh permutation of it, in which
+            the turn of a prompt is lost where its ticket comes back to another one.
+        trees_per_step: B, trees that one learner step consumes.
+        max_staleness: Learner steps by which a tree may be behind; 0 is strictly on-policy.
+        num_steps: Learner steps of the whole run; no ticket is issued for later ones.
+        seed: Seed of the permutations, the revisits and of every tree.
+        revisit: Share of tickets that come back to a measured prompt; see `Curriculum`.
+    """
+
+    def __init__(
+        self,
+        num_prompts: int,
+        trees_per_step: int,
+        max_staleness: int,
+        num_steps: int,
+        seed: int,
+        revisit: float = 0.0,
+    ) -> None:
+        self.num_prompts, self.trees_per_step = num_prompts, trees_per_step
+        self.max_staleness, self.num_steps, self.seed = max_staleness, num_steps, seed
+        self.curriculum = Curriculum(revisit, seed)
+        self.steps_done = 0
+        self.issued = 0
+        self.session = 0
+        self.is_stopping = False
+        self._moved = asyncio.Event()
+        self._moved_at = time.monotonic()
+
+    def ticket(self, number: int) -> Ticket:
+        """The ticket with that number, of a step that is not done; see the module text."""
+        last_step = self._last_measured(number // self.trees_per_step)
+        prompt = self.curriculum.revisited(number, last_step)
+        if prompt is None:
+            prompt = self._in_turn(number)
+        seed = int(np.random.SeedSequence((self.seed, number)).generate_state(1, np.uint64)[0])
+        return Ticket(number=number, prompt=prompt, seed=seed >> 1)
+
+    def _in_turn(self, number: int) -> int:
+        epoch, place = divmod(number, self.num_prompts)
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.num_prompts)
+        return int(order[place])
+
+    def _last_measured(self, step: int) -> int:
+        """The last learner step that is done whenever tickets of learner step `step` are issued."""
+        return step - 1 - self.max_staleness
+
+    def redrawn(self, number: int, num_redraws: int) -> Ticket:
+        """The ticket with another prompt, any of the data set, drawn for the n-th time.
+
+        It stays the same ticket: issued once, consumed once, by the same learner step.
+        """
+        sequence = np.random.SeedSequence((self.seed, number, num_redraws))
+        prompt, seed = sequence.generate_state(2, np.uint64).tolist()
+        return Ticket(number=number, prompt=prompt % self.num_prompts, seed=seed >> 1)
+
+    @property
+    def limit(self) -> int:
+        """First ticket number that may not be issued yet."""
+        window = self.steps_done + 1 + self.max_staleness
+        return self.trees_per_step * min(window, self.num_steps)
+
+    async def next(self, session: int) -> Ticket | None:
+        """The next ticket, as soon as the window lets it out; None if `session` is over.
+
+        A session begins with each `restart`: whoever still waits from before gets no ticket.
+        """
+        while session == self.session and self.issued >= self.limit:
+            self._moved.clear()
+            await self._moved.wait()
+        if session != self.session:
+            return None
+        ticket = self.ticket(self.issued)
+        self.issued += 1
+        self._moved_at = time.monotonic()
+        return ticket
+
+    def consumed(self, step: int, measured: Sequence[RootValue]) -> bool:
+        """Learner step `step` has consumed its tickets and every engine serves what came of it.
+
+        Args:
+            step: The learner step that is due.
+            measured: Root values of its trees, in any order; those that errored have none.
+
+        Returns:
+            Whether the run is to end after this step.
+
+        Raises:
+            RuntimeError: steps were skipped or consumed twice.
+        """
+        if step != self.steps_done:
+            raise RuntimeError(f"learner step {step} consumed, but step {self.steps_done} is due")
+        if self.curriculum.share:
+            values = sorted(measured)  # so that two trees of a prompt have an order
+            found = [Measurement(step, self._prompt_of(root), root.value) for root in values]
+            self.curriculum.add(found, self._last_measured(step + 1))
+        self.steps_done = step + 1
+        self._moved_at = time.monotonic()
+        self._moved.set()
+        return self.is_stopping or self.steps_done == self.num_steps
+
+    def _prompt_of(self, root: RootValue) -> int:
+        if root.num_redraws:
+            return self.redrawn(root.ticket, root.num_redraws).prompt
+        return self.ticket(root.ticket).prompt
+
+    def measurements(self) -> list[Measurement]:
+        """What `restart` at the step that is due needs to issue the same tickets."""
+        return self.curriculum.measurements
+
+    def restart(self, step: int, measurements: Iterable[Measurement]) -> int:
+        """Begin again at learner step `step`: tickets from there on are issued anew.
+
+        Args:
+            step: The first learner step that is due.
+            measurements: What `measurements` gave when it was due before.
+
+        Returns:
+            The number of the session that begins.
+        """
+        log.info("gate restarts at step %d (was %d)", step, self.steps_done)
+        self.steps_done, self.issued = step, step * self.trees_per_step
+        own = [m for m in measurements if m.prompt < self.num_prompts]  # data sets may shrink
+        self.curriculum = Curriculum(self.curriculum.share, self.seed, own)
+        self.session += 1
+        self._moved.set()
+        return self.session
+
+    def status(self, stacks: StackDump) -> StageStatus:
+        """What the gate waits for, and since when."""
+        stacks.arm()
+        return StageStatus(
+            stage="gate",
+            doing=f"issued {self.issued} tickets and lets out {self.limit}; waits for learner "
+            f"step {self.steps_done}",
+            is_busy=False,
+            age_s=time.monotonic() - self._moved_at,
+        )
+
+    def done(self) -> int:
+        """Learner steps that are done."""
+        return self.steps_done
+
+    def stop(self) -> None:
+        """End the run after the learner step that is under way."""
+        self.is_stopping = True

@@ -1,0 +1,200 @@
+"""Analysis: a run folder as tables and trees, with neither Ray nor torch nor vLLM."""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import cast
+
+import fsspec
+import numpy as np
+import pandas as pd
+import pyarrow.parquet
+from jaxtyping import Float64, Int32
+from omegaconf import OmegaConf
+from tokenizers import Tokenizer
+
+from treerpo_ray.algo.advantage_errors import advantage_errors
+from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
+from treerpo_ray.algo.backup import Values, mean_backup
+from treerpo_ray.algo.groups import PruneRule, Pruning
+from treerpo_ray.metrics.run_log import EVENTS_FILE, METRICS_FILE, latest_rows, read_lines
+from treerpo_ray.records import TreeRecord, from_table
+
+
+class Run:
+    """A run folder, read only; the run may still be going on.
+
+    Args:
+        folder: Path or URI.
+
+    Raises:
+        ValueError: the folder is missing or holds no run; methods raise it for a part of the
+            run that is not there (yet).
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self._fs, self._root = fsspec.core.url_to_fs(folder)
+        if not self._fs.exists(f"{self._root}/config.yaml"):
+            raise ValueError(f"{folder} is not the folder of a run: it has no config.yaml")
+
+    @cached_property
+    def config(self) -> dict[str, dict[str, object]]:
+        """The resolved configuration: section, key, value."""
+        sections = OmegaConf.to_container(OmegaConf.create(self._text("config.yaml")))
+        return cast(dict[str, dict[str, object]], sections)
+
+    def metrics(self) -> pd.DataFrame:
+        """Metrics by learner step; a step that a resume repeated counts as it was done last."""
+        rows = latest_rows(self.folder)
+        if not rows:
+            raise ValueError(f"{self.folder} has no step in its {METRICS_FILE} yet")
+        return pd.DataFrame(rows).astype({"step": int}).set_index("step")
+
+    def events(self) -> pd.DataFrame:
+        """Events in order, with a time (UTC), a kind and a column for each field."""
+        events = pd.DataFrame(read_lines(self.folder, EVENTS_FILE))
+        if events.empty:
+            raise ValueError(f"{self.folder} has no event in its {EVENTS_FILE} yet")
+        return events.assign(time=pd.to_datetime(events["time"], unit="s", utc=True))
+
+    def evaluations(self) -> pd.DataFrame:
+        """What the files in `eval/` hold, one row a file, by the file's name."""
+        paths = sorted(self._fs.glob(f"{self._root}/eval/*.json"))
+        if not paths:
+            raise ValueError(f"{self.folder} has no evaluation in eval/ yet")
+        rows = [json.loads(self._fs.cat_file(path)) for path in paths]
+        return pd.DataFrame(rows, index=pd.Index([Path(path).stem for path in paths], name="name"))
+
+    def tree_steps(self) -> list[int]:
+        """Learner steps whose trees are saved, in order."""
+        folders = self._fs.glob(f"{self._root}/trees/step=*")
+        return sorted(int(path.rstrip("/").rpartition("=")[2]) for path in folders)
+
+    def trees(self, step: int | None = None) -> list[TreeRecord]:
+        """Trees that one learner step was trained on, by ticket; without `step` the newest ones.
+
+        A ticket that was trained on again after a resume has its last tree.
+        """
+        saved = self.tree_steps()
+        if not saved or (step is not None and step not in saved):
+            wanted = "any step" if step is None else f"step {step}"
+            raise ValueError(
+                f"{self.folder} has no trees of {wanted}; saved are those of {saved}, "
+                f"see metrics.save_trees_every"
+            )
+        step = saved[-1] if step is None else step
+        records: list[TreeRecord] = []
+        for path in self._fs.glob(f"{self._root}/trees/step={step:06d}/*.parquet"):
+            with self._fs.open(path) as file:
+                records += from_table(pyarrow.parquet.read_table(file))
+        newest = {r.ticket: r for r in sorted(records, key=lambda record: record.finished_at_s)}
+        return [newest[ticket] for ticket in sorted(newest)]
+
+    def values(self, record: TreeRecord) -> Values:
+        """Backed-up value of each step and of the prompt."""
+        return mean_backup(record.tree, record.rewards)
+
+    def advantages(self, record: TreeRecord) -> Float64[np.ndarray, " steps"]:
+        """Advantage of each step as this run computes it; NaN where it is not trained on."""
+        form, pruning = self._scheme
+        return step_advantages(record.tree, self.values(record), form=form, pruning=pruning)
+
+    @property
+    def _scheme(self) -> tuple[AdvantageForm, Pruning]:
+        learner = self.config["learner"]
+        pruning = Pruning(
+            rule=PruneRule(str(learner["prune"]).lower()),
+            threshold=float(str(learner["prune_threshold"])),
+        )
+        return AdvantageForm(str(learner["advantage"]).lower()), pruning
+
+    def step_texts(self, record: TreeRecord) -> list[str]:
+        """Each step's own text; the number of its tokens if the run's tokenizer is not at hand."""
+        return [self._decoded(step.token_ids) for step in record.tree.steps]
+
+    def tree_table(self, step: int | None = None) -> pd.DataFrame:
+        """The steps of the trees of a learner step (the newest one if not given), a row a step.
+
+        `value_se` and `advantage_se` are the standard errors of `value` and `advantage`.
+        """
+        return pd.concat([self._steps(record) for record in self.trees(step)], ignore_index=True)
+
+    def _steps(self, record: TreeRecord) -> pd.DataFrame:
+        tree, values, advantages = record.tree, self.values(record), self.advantages(record)
+        form, pruning = self._scheme
+        leaves = dict(zip(tree.leaves, record.verdicts, strict=True))
+        return pd.DataFrame(
+            {
+                "ticket": record.ticket,
+                "prompt_id": record.prompt_id,
+                "step": range(len(tree.steps)),
+                "parent": [step.parent for step in tree.steps],
+                "depth": tree.depths,
+                "length": [len(step.token_ids) for step in tree.steps],
+                "stop": [step.stop.value for step in tree.steps],
+                "is_leaf": [index in leaves for index in range(len(tree.steps))],
+                "verdict": [
+                    leaves[index].value if index in leaves else None
+                    for index in range(len(tree.steps))
+                ],
+                "value": values.steps,
+                "value_se": values.step_errors,
+                "advantage": advantages,
+                "advantage_se": advantage_errors(tree, values, form=form, pruning=pruning),
+                "is_kept": ~np.isnan(advantages),
+            }
+        )
+
+    def _decoded(self, token_ids: Int32[np.ndarray, " tokens"]) -> str:
+        if self._tokenizer is None:
+            return f"({len(token_ids)} tokens)"
+        return self._tokenizer.decode(token_ids.tolist())
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer | None:
+        """That of the exported model, or of the model the run started from if that is a folder."""
+        if self._fs.exists(f"{self._root}/model/tokenizer.json"):
+            return Tokenizer.from_str(self._text("model/tokenizer.json"))
+        # Paths in a config are relative to the project, a notebook's working folder is not.
+        start = Path(__file__).parents[2] / str(self.config["model"]["path"]) / "tokenizer.json"
+        return Tokenizer.from_file(str(start)) if start.exists() else None
+
+    def _text(self, name: str) -> str:
+        return self._fs.cat_file(f"{self._root}/{name}").decode()
+
+
+def newest_run(root: str) -> str:
+    """Folder of the run below the local folder `root` that was written last.
+
+    Raises:
+        ValueError: there is none.
+    """
+    configs = list(Path(root).expanduser().glob("*/config.yaml"))
+    if not configs:
+        raise ValueError(f"there is no run below {root}")
+    return str(max((path.parent for path in configs), key=_written_at))
+
+
+def most_mixed_tree(run: Run, records: Sequence[TreeRecord]) -> TreeRecord:
+    """The tree whose steps differ most in value: the one that has most to show."""
+    spreads = [np.nan_to_num(run.values(record).steps).std() for record in records]
+    return records[int(np.argmax(spreads))]
+
+
+def worst_leaf(run: Run, record: TreeRecord) -> int:
+    """The leaf on whose path a single step loses most value."""
+    return max(record.tree.leaves, key=lambda leaf: -min(path_changes(run, record, leaf)))
+
+
+def path_changes(run: Run, record: TreeRecord, leaf: int) -> list[float]:
+    """Change in value that each step on the path to `leaf` makes; 0 where a value is missing."""
+    values, path = run.values(record), record.tree.path(leaf)
+    along = np.array([values.root, *values.steps[list(path)]])
+    return np.nan_to_num(np.diff(along)).tolist()
+
+
+def _written_at(folder: Path) -> float:
+    metrics = folder / METRICS_FILE
+    return (metrics if metrics.exists() else folder / "config.yaml").stat().st_mtime

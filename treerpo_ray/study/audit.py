@@ -1,0 +1,194 @@
+"""Ledger: what the events, rows and trees of a run say of its tickets, whatever died meanwhile.
+
+A learner that starts anew at step s takes back every consumption from s on; what is left must be
+each step once, in order, with the tickets that are its own.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+
+import fsspec
+import pyarrow.parquet as pq
+import torch
+
+from treerpo_ray.config import Config
+from treerpo_ray.learner.policy import DTYPES, load_policy
+from treerpo_ray.metrics.run_log import Row, latest_rows
+from treerpo_ray.records import from_table
+from treerpo_ray.run_folder.lines import Scalar
+from treerpo_ray.weight_sync import pack_weights
+
+Fields = Mapping[str, Scalar]
+"""One event of `events.jsonl`: `time` (Unix seconds), `kind` and its own fields."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConsumedTree:
+    """A tree that a learner step was trained on."""
+
+    ticket: int
+    min_version: int
+    max_version: int
+
+
+def standing(events: Sequence[Fields]) -> tuple[list[Fields], list[str]]:
+    """The `consumed` events that no restart took back, and what is wrong with their order."""
+    kept: list[Fields] = []
+    faults = []
+    for event in events:
+        if event["kind"] == "learner_started":
+            step = _int(event["step"])
+            if step > len(kept):
+                faults.append(f"the learner went on at step {step} after {len(kept)} steps")
+            kept = kept[:step]
+        elif event["kind"] == "consumed":
+            if event["step"] != len(kept):
+                faults.append(f"step {event['step']} was consumed when {len(kept)} was due")
+            kept.append(event)
+    return kept, faults
+
+
+def faults(config: Config, events: Sequence[Fields]) -> list[str]:
+    """What the folder of a finished run says against it; `events` are those of its file."""
+    found = check_ledger(
+        events,
+        latest_rows(config.folder),
+        consumed_trees(config.folder),
+        num_steps=config.run.num_steps,
+        trees_per_step=config.gate.trees_per_step,
+        max_staleness=config.gate.max_staleness,
+    )
+    published = [event["digest"] for event in events if event["kind"] == "published"]
+    if published[-1:] != [exported_digest(config)]:
+        found.append("the exported model is not there or not what was published last")
+    return found
+
+
+def exported_digest(config: Config) -> str | None:
+    """Digest of the exported model, packed as the learner packs what it publishes."""
+    fs, root = fsspec.core.url_to_fs(config.folder)
+    if not fs.exists(f"{root}/model/config.json"):
+        return None
+    with TemporaryDirectory() as folder:
+        fs.get(f"{root}/model/", folder, recursive=True)
+        policy = load_policy(
+            folder,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            gradient_checkpointing=False,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        manifest, _ = pack_weights(
+            policy.named_weights(),
+            version=0,
+            dtype=DTYPES[config.model.dtype],
+            chunk_bytes=config.sync.chunk_mib * 2**20,
+        )
+    return manifest.digests[0]
+
+
+def consumed_trees(folder: str) -> dict[int, list[ConsumedTree]]:
+    """All trees in a run folder (path or URI), doubled ones too, by learner step (0 is the first).
+
+    Every step's trees must be saved: `metrics.save_trees_every` is 1.
+    """
+    fs, root = fsspec.core.url_to_fs(folder)
+    found: dict[int, list[ConsumedTree]] = {}
+    for path in fs.glob(f"{root}/trees/step=*/*.parquet"):
+        step = int(path.split("/")[-2].removeprefix("step=")) - 1
+        with fs.open(path) as file:
+            records = from_table(pq.read_table(file))
+        found.setdefault(step, []).extend(
+            ConsumedTree(
+                ticket=record.ticket,
+                min_version=record.tree.min_version,
+                max_version=record.tree.max_version,
+            )
+            for record in records
+        )
+    return found
+
+
+def check_ledger(
+    events: Sequence[Fields],
+    rows: Sequence[Row],
+    trees: Mapping[int, Sequence[ConsumedTree]],
+    *,
+    num_steps: int,
+    trees_per_step: int,
+    max_staleness: int,
+) -> list[str]:
+    """Everything that is wrong with a finished run; nothing if it kept all its promises.
+
+    Args:
+        events: `events.jsonl`, all sessions.
+        rows: Metrics by learner step (1 is the first), as the last restart left them.
+        trees: Trees that were trained on, by learner step (0 is the first).
+        num_steps: Learner steps that the run was to do.
+        trees_per_step: Trees that a step consumes.
+        max_staleness: Versions that a tree may be behind.
+    """
+    consumed, faults = standing(events)
+    if len(consumed) != num_steps:
+        faults.append(f"{len(consumed)} steps stand, should be {num_steps}")
+    if sorted(trees) != list(range(num_steps)):
+        faults.append(f"trees are there of {len(trees)} steps, should be {num_steps}")
+    version = 0
+    for step, event in enumerate(consumed):
+        found = Counter(tree.ticket for tree in trees.get(step, ()))
+        own = Counter(range(step * trees_per_step, (step + 1) * trees_per_step))
+        if lost := sorted(own - found):
+            faults.append(f"step {step} was not trained on its tickets {lost}")
+        if more := sorted((found - own).elements()):
+            faults.append(f"step {step} was trained on tickets {more} too many")
+        for tree in trees.get(step, ()):
+            if not version - max_staleness <= tree.min_version <= tree.max_version <= version:
+                faults.append(
+                    f"ticket {tree.ticket} is of versions {tree.min_version} to "
+                    f"{tree.max_version}, trained on at {version}"
+                )
+        version = _int(event["version"])
+    return faults + _version_faults(events, rows, version, num_steps)
+
+
+def _version_faults(
+    events: Sequence[Fields], rows: Sequence[Row], version: int, num_steps: int
+) -> list[str]:
+    """Whether learner, checkpoint and every engine ended with the same version."""
+    faults = []
+    steps = [row for row in rows if "version" in row]
+    if [row["step"] for row in steps] != list(range(1, num_steps + 1)):
+        faults.append(f"metrics are there of {len(steps)} steps, should be {num_steps}")
+    for row in steps:
+        served = {row["engine/oldest_version"], row["engine/newest_version"]}
+        # Between two steps all engines may be down for a moment; in the end they must be there.
+        if any(map(math.isnan, served)) and row is not steps[-1]:
+            continue
+        if served != {row["version"]}:
+            faults.append(
+                f"after step {row['step']:.0f} of version {row['version']:.0f} the engines "
+                f"serve {sorted(served)}"
+            )
+    last = {
+        kind: [event["version"] for event in events if event["kind"] == kind][-1:]
+        for kind in ("published", "checkpoint")
+    }
+    faults += [
+        f"the last {kind} has version {found}, the learner {version}"
+        for kind, found in last.items()
+        if found != [version]
+    ]
+    return faults
+
+
+def _int(value: Scalar) -> int:
+    assert isinstance(value, int)
+    return value
+
+
+def _float(value: Scalar) -> float:
+    assert isinstance(value, float | int)
+    return value

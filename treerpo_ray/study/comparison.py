@@ -1,0 +1,289 @@
+"""Comparison: methods trained from the same start for the same number of sampled tokens.
+
+A comparison is a YAML file of settings (tasks) and arms (methods). Each arm is run once for each
+of its seeds in each setting, and leaves one small result file, so that a comparison that was
+stopped goes on with the runs that are missing.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from treerpo_ray.algo.search import TreeShape
+from treerpo_ray.config import Config
+from treerpo_ray.config.files import load, to_yaml, with_moved_modules
+from treerpo_ray.config.sections import RunConfig
+from treerpo_ray.driver.outcome import last_step
+from treerpo_ray.evaluate import evaluation as evaluate
+from treerpo_ray.evaluate.evaluation import Evaluation
+from treerpo_ray.metrics.run_log import latest_rows
+
+log = logging.getLogger(__name__)
+
+
+CURVE = (
+    *("step", "tokens/sampled", "time/step_s", "time/cpu_s", "reward/mean", "length/mean"),
+    "groups/kept_share",
+)
+"""Metrics of a learner step that a result keeps."""
+
+
+LENGTH = ("run.num_steps", "run.max_sampled_tokens")
+"""Settings that say how long a run is."""
+
+
+CHECKPOINTS = "checkpoint.every=20"
+"""Of all runs, unless their file says otherwise: what checkpoints cost is part of a result's time,
+and the same for all."""
+
+
+SPARE_STEPS = 1.2
+"""Learner steps that a run may take at most, for each that its tokens are expected to come to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A task, the same for every arm."""
+
+    overrides: list[str] = field(default_factory=list)
+    """Files and `section.key=value` that make it of the base."""
+    answer_tokens: float
+    """Mean length of an answer, from which the learner steps of a run are estimated."""
+    sampled_tokens: int
+    """Tokens that each run samples, to within one learner step."""
+
+    def __post_init__(self) -> None:
+        if not (self.answer_tokens > 0 and self.sampled_tokens > 0):
+            raise ValueError("answer_tokens and sampled_tokens of a setting must be more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A method."""
+
+    overrides: list[str] = field(default_factory=list)
+    num_seeds: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Arms against each other in several settings."""
+
+    base: list[str]
+    """Configuration that all runs share."""
+    references: list[str]
+    """Arms that the others are compared with."""
+    settings: dict[str, Setting]
+    arms: dict[str, Arm]
+    first_seed: int = 0
+    """Seed of each arm's first run; seeds that no search has used make a fair comparison."""
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.references) - set(self.arms):
+            raise ValueError(f"references: {unknown} are none of the arms {list(self.arms)}")
+        for name, arm in self.arms.items():
+            if arm.num_seeds < 1:
+                raise ValueError(f"arms.{name}.num_seeds={arm.num_seeds} must be more than 0")
+
+    def trials(self) -> Iterator["Trial"]:
+        """All runs: what has the most seeds first, and then seed by seed."""
+        for count in sorted({arm.num_seeds for arm in self.arms.values()}, reverse=True):
+            names = [name for name, arm in self.arms.items() if arm.num_seeds == count]
+            for seed in range(self.first_seed, self.first_seed + count):
+                for setting, name in product(self.settings, names):
+                    yield Trial(setting=setting, arm=name, seed=seed)
+
+    def configs(self, common: list[str]) -> dict["Trial", Config]:
+        """Configuration of each run; `common` are overrides for all of them."""
+        return {trial: self._config(trial, common) for trial in self.trials()}
+
+    def _config(self, trial: "Trial", common: list[str]) -> Config:
+        setting, arm = self.settings[trial.setting], self.arms[trial.arm]
+        name = f"run.name={trial.setting}-{trial.arm}-{trial.seed}"
+        own = [f"run.seed={trial.seed}", name, *common]
+        config = load([CHECKPOINTS, *self.base, *setting.overrides, *arm.overrides, *own])
+        step = config.gate.trees_per_step * expected_tokens(config.shape, setting.answer_tokens)
+        # Answers that come out shorter than expected take some more steps; tokens end the run.
+        num_steps = math.ceil(SPARE_STEPS * setting.sampled_tokens / step)
+        length = replace(config.run, num_steps=num_steps, max_sampled_tokens=setting.sampled_tokens)
+        return replace(config, run=length)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One run of a comparison."""
+
+    setting: str
+    arm: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What a run came to; one file."""
+
+    trial: Trial
+    version: str
+    """Commit of the project; `-dirty` if its code or settings were changed since. Outside a clone
+    a checksum of these, `sources-...`."""
+    start: str
+    """Checksum of the weights that it started from; empty if they are in no local folder."""
+    config: str
+    """Resolved configuration, YAML, but for where it was run."""
+    before: Evaluation
+    after: Evaluation
+    curve: dict[str, list[float]]
+    """Values of the metrics in CURVE, by learner step."""
+
+
+def read_comparison(path: str) -> Comparison:
+    """Read a comparison's file.
+
+    Raises:
+        ValueError: one line that names the file and what is wrong with it.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such comparison")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Comparison), OmegaConf.load(path))
+        return cast(Comparison, OmegaConf.to_object(merged))
+    except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def expected_tokens(shape: TreeShape, answer_tokens: float) -> float:
+    """Tokens of a tree whose answers all have `answer_tokens`: steps are shared above leaves."""
+    total, done, num_steps = 0.0, 0.0, 1
+    for num_children, step_tokens in zip(shape.num_children, shape.step_tokens, strict=True):
+        num_steps *= num_children
+        length = min(step_tokens, max(answer_tokens - done, 0.0))
+        total, done = total + num_steps * length, done + length
+    return total
+
+
+def result_of(trial: Trial, config: Config) -> Result:
+    """The result of a run that is complete, from its run folder."""
+    rows = latest_rows(config.folder)
+    before, after = (evaluate.read(config.folder, step) for step in (0, last_step(config, rows)))
+    if before is None or after is None:
+        raise ValueError(
+            f"{config.folder}: a comparison needs held-out problems: evaluate.data.path"
+        )
+    rows = [row for row in rows if "tokens/sampled" in row]
+    return Result(
+        trial=trial,
+        version=version_of(Path(__file__).parents[2]),
+        start=start_of(config),
+        config=to_yaml(replace(config, run=replace(config.run, root=RunConfig.root))),
+        before=before,
+        after=after,
+        curve={name: [round(row[name], 4) for row in rows] for name in CURVE},
+    )
+
+
+def start_of(config: Config) -> str:
+    """Checksum of the weights that a run starts from; empty if they are in no local folder."""
+    weights = Path(config.model.path).expanduser() / "model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16] if weights.is_file() else ""
+
+
+def write_result(result: Result, folder: Path) -> None:
+    """Write a result where `read_results` finds it."""
+    path = result_path(result.trial, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(result)) + "\n")
+
+
+def result_path(trial: Trial, folder: Path) -> Path:
+    """File of a run's result."""
+    return folder / trial.setting / f"{trial.arm}-{trial.seed}.json"
+
+
+def read_results(configs: Mapping[Trial, Config], folder: Path) -> list[Result]:
+    """The results that there are, in the order of the trials.
+
+    One of an arm that has been given other settings since, of another start, or that sampled
+    other than the tokens of its setting, is passed over with a warning.
+    """
+    results = []
+    default = _flat(to_yaml(Config()))
+    for trial, config in configs.items():
+        path = result_path(trial, folder)
+        if path.is_file():
+            result = _read_result(path)
+            if unlike := _unlike(result, config, default):
+                log.warning("%s is passed over, for it has other %s", path, ", ".join(unlike))
+            else:
+                results.append(result)
+    return results
+
+
+def _read_result(path: Path) -> Result:
+    found = json.loads(path.read_text())
+    return Result(
+        trial=Trial(**found["trial"]),
+        version=found["version"],
+        start=found.get("start", ""),  # a result may be older than a field or a metric
+        config=found["config"],
+        before=Evaluation.from_fields(found["before"]),
+        after=Evaluation.from_fields(found["after"]),
+        curve={name: found["curve"].get(name, []) for name in CURVE},
+    )
+
+
+def _unlike(result: Result, config: Config, default: dict[str, object]) -> list[str]:
+    """What a result has otherwise than a run of `config` would: settings, start, tokens.
+
+    A result may be older than a setting, which then has its `default`.
+    """
+    ours, theirs = _flat(to_yaml(config)), default | _flat(result.config)
+    # How many steps its tokens come to is found out by the run; folders may have been moved.
+    known = ours.keys() - {"run.root", "run.name", *LENGTH}
+    unlike = sorted(name for name in known if ours[name] != theirs.get(name))
+    if result.start and start_of(config) not in ("", result.start):
+        unlike.append("weights at the start")
+    tokens, limit = result.curve["tokens/sampled"], config.run.max_sampled_tokens
+    if limit is not None and abs(sum(tokens) - limit) > max(tokens):
+        unlike.append(f"tokens: {sum(tokens):,.0f} instead of {limit:,}")
+    return unlike
+
+
+def _flat(config: str) -> dict[str, object]:
+    """Values of a configuration in YAML by dotted name."""
+    return _values(with_moved_modules(OmegaConf.to_container(OmegaConf.create(config))))
+
+
+def _values(node: object, name: str = "") -> dict[str, object]:
+    if not isinstance(node, dict):
+        return {name: node}
+    parts = [_values(value, f"{name}.{key}" if name else str(key)) for key, value in node.items()]
+    return dict(item for part in parts for item in part.items())
+
+
+def version_of(root: Path) -> str:
+    """Commit of the clone at `root`; if there is none, as in a Ray job, a checksum of sources."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
+
+    # A folder that is no clone may lie in another one, whose commit says nothing of it.
+    if (root / ".git").exists() and (commit := git("describe", "--always")):
+        is_dirty = git("status", "--porcelain", "--", "treerpo_ray", "conf", "pyproject.toml")
+        return commit + "-dirty" * bool(is_dirty)
+    listed = hashlib.sha256()
+    for path in sorted([*root.glob("treerpo_ray/**/*.py"), *root.glob("conf/**/*.yaml")]):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        listed.update(f"{path.relative_to(root)} {digest}\n".encode())
+    return f"sources-{listed.hexdigest()[:12]}"

@@ -1,0 +1,84 @@
+"""Trials: runs the missing trials of a comparison, one after the other, on shared engines."""
+
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from treerpo_ray.actor import Actor
+from treerpo_ray.config import Config
+from treerpo_ray.driver.cluster import check_vllm
+from treerpo_ray.driver.plan import load_inputs
+from treerpo_ray.driver.run import kept_engines, run
+from treerpo_ray.engine.pool import can_serve
+from treerpo_ray.errors import RunFailed
+from treerpo_ray.evaluate import evaluation as evaluate
+from treerpo_ray.evaluate.evaluation import Evaluation
+from treerpo_ray.metrics.console import Console
+from treerpo_ray.study.comparison import Result, Trial, read_results, result_of, write_result
+
+
+class Trials:
+    """The trials of a comparison and the engines that they share.
+
+    Args:
+        configs: Their configurations, in the order in which they are run.
+        folder: Where their results lie.
+    """
+
+    def __init__(self, configs: Mapping[Trial, Config], folder: Path) -> None:
+        self.folder, self.configs = folder, configs
+        results = read_results(configs, folder)
+        self._done = {result.trial for result in results}
+        self._starts: dict[str, Evaluation] = {
+            result.trial.setting: result.before for result in results
+        }
+        self._session = ExitStack()
+        self._started: Config | None = None
+        self._pool: Actor | None = None
+
+    def run(self) -> int:
+        """Run what has no result yet; returns how many runs failed.
+
+        Raises:
+            ValueError: a configuration or the cluster does not do.
+            KeyboardInterrupt: a run was stopped; it goes on when the comparison is run again.
+        """
+        num_failed = 0
+        with self._session:
+            for number, trial in enumerate(self.configs, 1):
+                if trial in self._done:
+                    continue
+                try:
+                    result = self._run(trial, f"run {number} of {len(self.configs)}")
+                except RunFailed as error:
+                    print(f"failed: {trial}: {error}", file=sys.stderr)
+                    num_failed += 1
+                    self._started = None  # whatever failed may have left its engines unwell
+                    continue
+                self._starts.setdefault(trial.setting, result.before)
+                write_result(result, self.folder)
+        return num_failed
+
+    def _run(self, trial: Trial, title: str) -> Result:
+        config = self.configs[trial]
+        check_vllm(config)
+        inputs = load_inputs(config)
+        console = Console(config.run.num_steps)
+        console.note(f"{title}: {trial.setting}, {trial.arm}, seed {trial.seed}")
+        # The start is the same for all arms: it is evaluated once for each setting, before the
+        # engines have served a run.
+        if (start := self._starts.get(trial.setting)) is not None:
+            evaluate.save(start, config.folder)
+        if self._started is None or start is None or not can_serve(self._started, config):
+            self._restart(config)
+        if not run(config, inputs, console, self._pool).is_complete:
+            raise KeyboardInterrupt
+        return result_of(trial, config)
+
+    def _restart(self, config: Config) -> None:
+        """Start engines that can serve this run and as many of the others as possible."""
+        self._session.close()
+        able = [each for each in self.configs.values() if can_serve(each, config)]
+        self._started = max(able, key=lambda each: each.max_model_tokens)
+        self._pool = self._session.enter_context(kept_engines(self._started))

@@ -1,0 +1,190 @@
+"""Tree plots: figures of one tree of a run; every function gives a new matplotlib Figure."""
+
+import textwrap
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+from functools import cache
+from itertools import count
+
+import numpy as np
+from jaxtyping import Float64
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+
+from treerpo_ray.algo.tree import ROOT, Tree
+from treerpo_ray.records import TreeRecord
+from treerpo_ray.study.analysis import Run, path_changes, worst_leaf
+from treerpo_ray.study.plots import KEPT, PRUNED, figure_grid
+
+LOST = "#c8443c"
+
+
+FONT = "DejaVu Sans Mono"
+
+
+VALUE_COLORS = LinearSegmentedColormap.from_list("value", ["#f6c1b1", "#fbf8ee", "#a9d5e6"])
+"""From value 0 to 1, light enough to read black text on."""
+
+
+NO_VALUE = "#ffffff"
+
+
+MAX_LEAVES = 40
+"""Leaves up to which a tree is drawn whole."""
+
+
+LINE_CHARS = 26
+"""Longest line of a step's text in a drawing."""
+
+
+MAX_LINES = 3
+"""Most lines of it."""
+
+
+ROW_INCHES, COLUMN_INCHES = 0.68, 2.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class View:
+    """What is drawn of a tree; ROOT = -1 is the last entry of the arrays and texts."""
+
+    record: TreeRecord
+    values: Float64[np.ndarray, " steps_and_root"]
+    advantages: Float64[np.ndarray, " steps_and_root"]
+    texts: list[str]
+    rows: dict[int, float]
+    """Vertical place of each step that is shown, from the top."""
+
+    @property
+    def tree(self) -> Tree:
+        """Its tree."""
+        return self.record.tree
+
+
+def plot_tree(run: Run, record: TreeRecord) -> Figure:
+    """The tree with each step's text, value and, in kept step groups, advantage.
+
+    A tree of more than MAX_LEAVES leaves is drawn open along one path only, the one that loses
+    most value; other steps say how many leaves they hide.
+    """
+    tree, values = record.tree, run.values(record)
+    opened: Set[int] = tree.children.keys()
+    if len(tree.leaves) > MAX_LEAVES:
+        opened = {ROOT, *tree.path(worst_leaf(run, record))} & opened
+    view = View(
+        record=record,
+        values=np.append(values.steps, values.root),
+        advantages=np.append(run.advantages(record), np.nan),
+        texts=[*run.step_texts(record), record.question],
+        rows=_rows(tree, ROOT, opened, count()),
+    )
+    num_rows, num_columns = max(view.rows.values()) + 1, max(tree.depths, default=0) + 1
+    figure, (axes,) = figure_grid(1, num_columns=1, height=ROW_INCHES * num_rows + 0.6)
+    figure.set_figwidth(COLUMN_INCHES * num_columns)
+    for step in view.rows:
+        _draw_step(axes, view, step)
+    axes.set(xlim=(-0.03, num_columns), ylim=(num_rows - 0.4, -0.8))
+    axes.set_axis_off()
+    for depth in range(num_columns):
+        axes.text(depth, -0.75, f"depth {depth}" if depth else "prompt", weight="bold", size=9)
+    return figure
+
+
+def plot_value_along_path(run: Run, record: TreeRecord, leaf: int | None = None) -> Figure:
+    """Backed-up value from the prompt down to a leaf; the step that loses most is marked.
+
+    Grey dots are the siblings of each step. Without `leaf` it is the path with the largest loss.
+    """
+    tree, values, texts = record.tree, run.values(record), run.step_texts(record)
+    leaf = worst_leaf(run, record) if leaf is None else leaf
+    path, changes = tree.path(leaf), path_changes(run, record, leaf)
+    along = [values.root, *values.steps[list(path)].tolist()]
+    figure, (axes,) = figure_grid(1, num_columns=1, height=3.8)
+    for depth, step in enumerate(path, 1):
+        siblings = list(tree.children[tree.steps[step].parent])
+        axes.scatter([depth] * len(siblings), values.steps[siblings], color=PRUNED, s=28)
+    axes.plot(range(len(along)), along, color=KEPT, marker="o", zorder=3)
+    worst = int(np.argmin(changes))
+    if changes[worst] < 0:
+        ends = along[worst : worst + 2]
+        axes.plot([worst, worst + 1], ends, color=LOST, marker="o", linewidth=3, zorder=4)
+        place = (worst + 0.55, sum(ends) / 2 + 0.04)
+        axes.annotate(f"\N{MINUS SIGN}{-changes[worst]:.2f}", place, color=LOST, weight="bold")
+    labels = [_clipped(record.question)] + [_clipped(texts[step]) for step in path]
+    axes.set_xticks(range(len(along)), labels, family=FONT, parse_math=False)
+    axes.set(ylabel="value", ylim=(-0.06, 1.06), xlim=(-0.4, len(path) + 0.4))
+    axes.get_xticklabels()[worst + 1].set_color(LOST if changes[worst] < 0 else "black")
+    verdict = record.verdicts[tree.leaves.index(leaf)].value.replace("_", " ")
+    axes.set_title(
+        f"ticket {record.ticket}, from the prompt to leaf {leaf}: {verdict}",
+        loc="left",
+        fontsize=10,
+    )
+    return figure
+
+
+def _rows(tree: Tree, step: int, opened: Set[int], free_rows: Iterator[int]) -> dict[int, float]:
+    """Row of `step` and of all shown steps below it: a parent is in the middle of its children."""
+    children = tree.children[step] if step in opened else ()
+    rows: dict[int, float] = {}
+    for child in children:
+        rows |= _rows(tree, child, opened, free_rows)
+    middle = (rows[children[0]] + rows[children[-1]]) / 2 if children else next(free_rows)
+    return rows | {step: middle}
+
+
+def _draw_step(axes: Axes, view: View, step: int) -> None:
+    tree, row, value = view.tree, view.rows[step], view.values[step]
+    depth = 0 if step == ROOT else tree.depths[step]
+    is_kept = not np.isnan(view.advantages[step])
+    color, width = (KEPT, 1.8) if is_kept else (PRUNED, 0.8)
+    if step != ROOT:
+        above, elbow = view.rows[tree.steps[step].parent], depth - 0.08
+        line = [depth - 0.9, elbow, elbow, depth], [above, above, row, row]
+        axes.plot(*line, color=color, linewidth=width, zorder=1)
+    axes.text(
+        depth,
+        row,
+        "\n".join([_clipped(view.texts[step]), _caption(view, step)]),
+        va="center",
+        size=7.5,
+        family=FONT,
+        parse_math=False,
+        bbox={
+            "boxstyle": "round,pad=0.35",
+            "facecolor": NO_VALUE if np.isnan(value) else VALUE_COLORS(value),
+            "edgecolor": color,
+            "linewidth": width,
+        },
+    )
+
+
+def _caption(view: View, step: int) -> str:
+    """What is known of a step, such as `v 0.75  A +1.33` or `v 0.00  A -1.33  wrong`."""
+    tree, advantage = view.tree, view.advantages[step]
+    parts = [f"v {view.values[step]:.2f}"]
+    if not np.isnan(advantage):
+        parts.append(f"A {advantage:+.2f}")
+    if step in tree.leaves:
+        verdict = view.record.verdicts[tree.leaves.index(step)]
+        parts.append(verdict.value.replace("_", " "))
+    elif not any(child in view.rows for child in tree.children.get(step, ())):
+        num_hidden = sum(step in tree.path(leaf) for leaf in tree.leaves)
+        parts.append(f"… {num_hidden} leaves")
+    return "  ".join(parts)
+
+
+def _clipped(text: str) -> str:
+    """The first lines of `text`, without characters that the font cannot draw."""
+    known = "".join(char if char in _known_chars() else "·" for char in text.strip("\n"))
+    lines = [part for line in known.split("\n") for part in textwrap.wrap(line, LINE_CHARS)]
+    if len(lines) > MAX_LINES:
+        lines[MAX_LINES - 1] = lines[MAX_LINES - 1][: LINE_CHARS - 1] + "…"
+    return "\n".join(lines[:MAX_LINES])
+
+
+@cache
+def _known_chars() -> frozenset[str]:
+    return frozenset("\n").union(map(chr, get_font(findfont(FONT)).get_charmap()))

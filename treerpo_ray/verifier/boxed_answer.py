@@ -1,0 +1,30 @@
+r"""Boxed answer: the reward of TreeRPO's paper, for which only the last \boxed{} of a text counts.
+
+A text without a box, or whose last one is empty or stays open, holds no answer: math_answer would
+take an earlier box, `#### x`, "answer is x" or the last number.
+"""
+
+from treerpo_ray.verifier.math_answer import last_box
+from treerpo_ray.verifier.math_equality import is_equal
+
+SELF_TEST: tuple[tuple[str, tuple[str, ...], bool | None], ...] = (
+    (r"So it is \boxed{\frac{1}{2}}.", ("0.5",), True),
+    (r"First \boxed{3}, then \boxed{4}", ("3",), False),
+    (r"\boxed{7}", ("6", "7"), True),
+    (r"\boxed{4}, or rather \boxed{", ("4",), None),
+    ("The answer is 7.\n#### 7", ("7",), None),
+)
+
+
+def check_answer(text: str, references: tuple[str, ...], is_cut_off: bool = False) -> bool | None:
+    """Whether the text's last box equals any of the references; None if it holds none."""
+    answer = find_answer(text, is_cut_off)
+    if answer is None:
+        return None
+    return any(is_equal(answer, reference) for reference in references)
+
+
+def find_answer(text: str, is_cut_off: bool = False) -> str | None:
+    r"""Content of the last \boxed{}, which counts in a cut-off text as in any other."""
+    _, box, rest = text.rpartition(r"\boxed")
+    return last_box(box + rest) if box else None
