@@ -1,45 +1,65 @@
-"""Actor: a Ray actor's handle as the type checker should see it.
+"""Actor: Ray actors as the type checker should see them.
 
-Ray's own type says that a handle has no methods, so that what follows a call is not checked.
-What a method returns is not known here either: callers name its type.
+Ray's own type of a handle says nothing of its methods. What a stage calls of another one it writes
+down as a Protocol of `actor_method`s, so that names, arguments and results of each `.remote(` are
+checked:
+
+    class GateApi(Protocol):
+        @actor_method
+        def restart(self, step: int) -> int: ...
+
+    session = ray.get(gate.restart.remote(step=3))  # an int
+
+That the actor's class has these methods is for a test to check (`tests/test_actor.py`).
 """
 
-from typing import Literal, Protocol, cast
+from collections.abc import Callable
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast
 
 import ray
 from ray.exceptions import RayTaskError
 
-
-class Actor(Protocol):
-    """A handle; each attribute is a method of the actor."""
-
-    def __getattr__(self, name: str) -> "Method":
-        """The method of that name."""
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-class Method(Protocol):
-    """A method of an actor."""
+class ActorMethod(Protocol[P, R]):
+    """A method of an actor; asynchronous or not, its caller gets a reference to the result."""
 
-    def remote(self, *arguments: object) -> ray.ObjectRef:
+    def remote(self, *args: P.args, **kwargs: P.kwargs) -> "ray.ObjectRef[R]":
         """Call it."""
 
-    def options(self, *, num_returns: Literal["streaming"]) -> "StreamMethod":
-        """The same method, for one that yields."""
 
-
-class StreamMethod(Protocol):
+class ActorStream(Protocol[P]):
     """A method of an actor that yields."""
 
-    def remote(self, *arguments: object) -> ray.ObjectRefGenerator:
+    def options(self, *, num_returns: Literal["streaming"]) -> "ActorStreamCall[P]":
+        """The same method; its caller gets each result as it is yielded."""
+
+
+class ActorStreamCall(Protocol[P]):
+    """A method of an actor that yields, ready to be called."""
+
+    def remote(self, *args: P.args, **kwargs: P.kwargs) -> ray.ObjectRefGenerator:
         """Call it; the references come as it yields."""
 
 
-def make_actor(kind: type[object], *arguments: object, concurrency: int = 10_000) -> Actor:
-    """An actor on the node of the driver."""
+def actor_method(signature: Callable[Concatenate[Any, P], R]) -> ActorMethod[P, R]:
+    """Decorator: a method of an actor with this signature, in a Protocol of what is called."""
+    return cast(ActorMethod[P, R], signature)
+
+
+def actor_stream(signature: Callable[Concatenate[Any, P], object]) -> ActorStream[P]:
+    """Decorator: as `actor_method`, for one that yields."""
+    return cast(ActorStream[P], signature)
+
+
+def make_actor(kind: Callable[P, object], *, concurrency: int = 10_000) -> Callable[P, Any]:
+    """What makes an actor on the node of the driver, called with the arguments of its class."""
     here = ray.get_runtime_context().get_node_id()
     node = {ray._raylet.RAY_NODE_ID_KEY: here}  # type: ignore[attr-defined]  # not in Ray's stub
     made = ray.remote(kind).options(num_cpus=0, label_selector=node, max_concurrency=concurrency)
-    return cast(Actor, made.remote(*arguments))
+    return cast(Callable[P, Any], made.remote)
 
 
 def first_line(error: BaseException) -> str:

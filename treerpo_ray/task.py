@@ -1,24 +1,131 @@
 """Task: the actors of a run, and what its train workers are told of them."""
 
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
-from treerpo_ray.actor import Actor
+import ray
+
+from treerpo_ray.actor import actor_method, actor_stream
+from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config import Config
+from treerpo_ray.metrics.health import StackDump, StageStatus
+from treerpo_ray.metrics.run_log import RunLogApi
+from treerpo_ray.metrics.watchdog import HeartbeatsApi
 from treerpo_ray.prompts.prompt_set import PromptSet
+from treerpo_ray.records import RootValue, TreeRecord
+
+if TYPE_CHECKING:  # the stages stand above this module
+    from treerpo_ray.engine.types import EngineStats, Sampling
+    from treerpo_ray.search.curriculum import Measurement
+    from treerpo_ray.search.gate import Ticket
+    from treerpo_ray.weight_sync import Manifest, Probe
 
 STREAM = "trees"
 """Name of the workers' data set."""
 
 
+class GateApi(Protocol):
+    """Actor of `Gate`."""
+
+    @actor_method
+    def next(self, session: int) -> "Ticket | None":
+        """See `Gate`, as for all that follow."""
+
+    @actor_method
+    def redrawn(self, number: int, num_redraws: int) -> "Ticket": ...
+
+    @actor_method
+    def consumed(self, step: int, measured: Sequence[RootValue]) -> bool: ...
+
+    @actor_method
+    def measurements(self) -> "list[Measurement]": ...
+
+    @actor_method
+    def restart(self, step: int, measurements: "Iterable[Measurement]") -> int: ...
+
+    @actor_method
+    def status(self, stacks: StackDump) -> StageStatus: ...
+
+    @actor_method
+    def done(self) -> int: ...
+
+    @actor_method
+    def stop(self) -> None: ...
+
+
+class TreePoolApi(Protocol):
+    """Actor of `TreePool`."""
+
+    @actor_method
+    def begin(
+        self, config: Config, prompts: PromptSet, shape: TreeShape, run_log: RunLogApi
+    ) -> None:
+        """See `TreePool`, as for all that follow."""
+
+    @actor_method
+    def start(self) -> None: ...
+
+    @actor_method
+    def serve(
+        self, manifest: "Manifest", chunks: list[ray.ObjectRef], probe: "Probe", should_probe: bool
+    ) -> None: ...
+
+    @actor_method
+    def version(self) -> int: ...
+
+    @actor_method
+    def stats(self) -> "list[EngineStats]": ...
+
+    @actor_method
+    def stop(self) -> None: ...
+
+    @actor_method
+    def grow_tickets(
+        self, gate: GateApi, session: int, first: int, num_workers: int, saved: list[TreeRecord]
+    ) -> None: ...
+
+    @actor_method
+    def share_size(self) -> int: ...
+
+    @actor_method
+    def redraw(self, reader: str, past: TreeRecord) -> None: ...
+
+    @actor_method
+    def unconsumed(self, first: int) -> list[TreeRecord]: ...
+
+    @actor_method
+    def status(self, stacks: StackDump) -> StageStatus: ...
+
+    @actor_method
+    def take(self, reader: str, max_trees: int, wait_s: float) -> list[TreeRecord] | None: ...
+
+    @actor_stream
+    def evaluate(
+        self, prompts: PromptSet, shape: TreeShape, sampling: "Sampling", seed: int
+    ) -> AsyncIterator[TreeRecord]: ...
+
+
+class WeightSyncApi(Protocol):
+    """Actor of `WeightSync`."""
+
+    @actor_method
+    def publish(self, manifest: "Manifest", chunks: list[ray.ObjectRef], probe: "Probe") -> None:
+        """See `WeightSync`, as for all that follow."""
+
+    @actor_method
+    def status(self, stacks: StackDump) -> StageStatus: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunActors:
-    """The actors that a worker talks to."""
+    """The actors of a run; each Protocol says what its users may call."""
 
-    gate: Actor
-    pool: Actor
-    weight_sync: Actor
-    run_log: Actor
-    heartbeats: Actor
+    gate: GateApi
+    pool: TreePoolApi
+    weight_sync: WeightSyncApi
+    run_log: RunLogApi
+    heartbeats: HeartbeatsApi
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -70,7 +70,8 @@ class TrainWorker:
             self._open()
         self._barrier()
         shares = Prefetcher(ray.train.get_dataset_shard(STREAM))
-        done = latest(ray.get(self.actors.run_log.rows_since.remote(0)))
+        rows = ray.get(self.actors.run_log.rows_since.remote(0))
+        done = latest(rows)
         self.sampled_tokens = sum(
             row.get("tokens/sampled", 0.0) for row in done if row["step"] <= self.step
         )
@@ -104,7 +105,8 @@ class TrainWorker:
         # What grows on once the engines have turned back would be of weights that never were.
         grown: list[TreeRecord] = ray.get(pool.unconsumed.remote(first))
         self._publish()
-        self.engines.since_last(ray.get(pool.stats.remote()))
+        totals = ray.get(pool.stats.remote())
+        self.engines.since_last(totals)
         session: int = ray.get(gate.restart.remote(self.step, self.measurements))
         saved = saved_trees.usable(
             [*self.left_over, *grown], step=self.step, version=version, config=self.config
@@ -176,6 +178,7 @@ class TrainWorker:
             raise RuntimeError(f"tickets {tickets} are no share of learner step {self.step}: {own}")
 
     def _report(self, result: UpdateResult, version: int, times: dict[str, float]) -> None:
+        totals = ray.get(self.actors.pool.stats.remote())
         row: Row = {
             "step": self.step,
             "version": self.learner.version,
@@ -183,7 +186,7 @@ class TrainWorker:
             **result.metrics,
             **times,
             "tokens/per_s": result.stats.num_sampled_tokens / times["time/step_s"],
-            **self.engines.since_last(ray.get(self.actors.pool.stats.remote())),
+            **self.engines.since_last(totals),
         }
         ray.get(self.actors.run_log.step.remote(row))
         self._note(

@@ -24,14 +24,14 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from treerpo_ray.actor import Actor
 from treerpo_ray.config import Config
 from treerpo_ray.learner.stats import assess
-from treerpo_ray.metrics.run_log import FATAL, Event
-from treerpo_ray.metrics.watchdog import Heartbeat
+from treerpo_ray.metrics.run_log import FATAL, Event, RunLogApi
+from treerpo_ray.metrics.watchdog import Heartbeat, HeartbeatsApi
 from treerpo_ray.prompts.prompt_set import load_tokenizer
 from treerpo_ray.records import SCHEMA, TreeRecord, to_table
 from treerpo_ray.scoring import Scorer, VerifierFailing, _noisy
+from treerpo_ray.task import TreePoolApi
 
 if TYPE_CHECKING:  # Ray's own actors of a data set import this, too
     pass
@@ -137,7 +137,7 @@ SCORED_TREES = 16
 
 
 def tree_stream(
-    config: Config, pool: Actor, run_log: Actor, heartbeats: Actor
+    config: Config, pool: TreePoolApi, run_log: RunLogApi, heartbeats: HeartbeatsApi
 ) -> Callable[[], ray.data.Dataset]:
     """A callable that makes the data set of shares; each call is a stream of its own."""
 
@@ -170,7 +170,12 @@ class ScoredTrees(Datasource):
     """Reads finished trees from the engine pool, without end, and scores them."""
 
     def __init__(
-        self, config: Config, pool: Actor, run_log: Actor, heartbeats: Actor, reader: str
+        self,
+        config: Config,
+        pool: TreePoolApi,
+        run_log: RunLogApi,
+        heartbeats: HeartbeatsApi,
+        reader: str,
     ) -> None:
         super().__init__()
         self.config, self.pool, self.reader = config, pool, reader
@@ -193,7 +198,7 @@ class ScoredTrees(Datasource):
 
 
 def _shares(
-    config: Config, pool: Actor, run_log: Actor, heartbeats: Actor, reader: str
+    config: Config, pool: TreePoolApi, run_log: RunLogApi, heartbeats: HeartbeatsApi, reader: str
 ) -> Iterator[pa.Table]:
     def on_start(pid: int) -> None:
         run_log.event.remote(Event(kind="verifier_started", fields={"pid": pid}))
@@ -205,7 +210,7 @@ def _shares(
     with closing(Scorer(config, tokenizer, on_start)) as scorer:
         while True:
             heartbeat.at("waiting for finished trees", is_busy=False)
-            trees: list[TreeRecord] | None = ray.get(pool.take.remote(reader, SCORED_TREES, WAIT_S))
+            trees = ray.get(pool.take.remote(reader, SCORED_TREES, WAIT_S))
             if trees is None:
                 heartbeat.close()
                 return
@@ -213,7 +218,7 @@ def _shares(
                 log.info("waiting for finished trees")
                 continue
             if shares is None:
-                size: int = ray.get(pool.share_size.remote())
+                size = ray.get(pool.share_size.remote())
                 shares = Shares(config, size=size, first=trees[0].ticket)
             heartbeat.at(f"scoring tickets {[tree.ticket for tree in trees]}")
             try:

@@ -11,13 +11,13 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 import ray
 from jaxtyping import UInt8
 
-from treerpo_ray.actor import Actor
+from treerpo_ray.actor import actor_method
 from treerpo_ray.metrics.health import StackDump, StageStatus
 
 if TYPE_CHECKING:  # manifests go through actors that have no use for it
@@ -167,6 +167,16 @@ class ChunkFiles:
             os.close(descriptor)
 
 
+class EnginesApi(Protocol):
+    """Actor of the pool whose engines serve the weights."""
+
+    @actor_method
+    def serve(
+        self, manifest: Manifest, chunks: list[ray.ObjectRef], probe: Probe, should_probe: bool
+    ) -> None:
+        """Have the engines serve a version; see `EnginePool.serve`."""
+
+
 class WeightSync:
     """Takes weights from the learner's first worker and returns once every engine proved them.
 
@@ -175,7 +185,7 @@ class WeightSync:
         probe_every: Syncs between comparisons of log-probabilities; the first is compared.
     """
 
-    def __init__(self, pool: Actor, probe_every: int) -> None:
+    def __init__(self, *, pool: EnginesApi, probe_every: int) -> None:
         self.pool, self.probe_every = pool, probe_every
         self._num_syncs = 0
         self._doing = ""

@@ -4,7 +4,7 @@ import io
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -152,8 +152,9 @@ class PoolWithoutNodes:
 
 
 def test_a_job_whose_engines_are_gone_says_so_and_ends(tmp_path: Path, monkeypatch) -> None:
-    def make(kind, *arguments, concurrency=1) -> Handle:
-        return Handle(PoolWithoutNodes() if kind is TreePool else kind(*arguments))
+    def make(kind, *, concurrency=1) -> Callable[..., Handle]:
+        made = PoolWithoutNodes if kind is TreePool else kind
+        return lambda *arguments: Handle(made(*(() if kind is TreePool else arguments)))
 
     monkeypatch.setattr(benchmarks, "make_actor", make)
     monkeypatch.setattr(benchmarks, "Scorer", lambda config, tokenizer: io.BytesIO())

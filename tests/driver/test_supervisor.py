@@ -9,23 +9,23 @@ import pytest
 import ray
 import rich.console
 
-from treerpo_ray.actor import Actor, make_actor
+from treerpo_ray.actor import make_actor
 from treerpo_ray.driver.supervisor import Supervisor
 from treerpo_ray.metrics.console import Console
-from treerpo_ray.metrics.run_log import FATAL, Event, RunLog
+from treerpo_ray.metrics.run_log import FATAL, Event, RunLog, RunLogApi
 
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture
-def run_log(small_config, ray_cluster) -> Iterator[Actor]:
-    actor = make_actor(RunLog, small_config("run.name=followed"), concurrency=1)
+def run_log(small_config, ray_cluster) -> Iterator[RunLogApi]:
+    actor = make_actor(RunLog, concurrency=1)(small_config("run.name=followed"))
     ray.get(actor.step.remote({"step": 1.0, "reward/mean": 0.111}))
     yield actor
     ray.kill(actor)
 
 
-def supervisor(run_log: Actor, failure: str | None = None) -> tuple[Supervisor, io.StringIO]:
+def supervisor(run_log: RunLogApi, failure: str | None = None) -> tuple[Supervisor, io.StringIO]:
     shown = io.StringIO()
     console = Console(3, rich.console.Console(file=shown, width=120))
     return Supervisor(run_log, console, SimpleNamespace(failure=failure)), shown

@@ -27,23 +27,24 @@ from tests.support.whole_runs import (
     run_training,
     trees_of,
 )
-from treerpo_ray.actor import Actor, make_actor
+from treerpo_ray.actor import make_actor
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.config import Config
 from treerpo_ray.driver.outcome import finished_outcome
 from treerpo_ray.metrics.run_log import read_lines
 from treerpo_ray.search.tree_pool import TreePool
 from treerpo_ray.study.analysis import Run
+from treerpo_ray.task import TreePoolApi
 from treerpo_ray.tree_stream import has_signal
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine]
 
 
 @pytest.fixture(scope="module")
-def kept(small_config, ray_cluster) -> Iterator[Actor]:
+def kept(small_config, ray_cluster) -> Iterator[TreePoolApi]:
     """Engines that serve several runs, one after the other."""
     config = small_config("run.name=kept", "engine.resources.CPU=0.1", *STRICT)
-    pool = make_actor(TreePool, config, None)
+    pool = make_actor(TreePool)(config, None)
     yield pool
     ray.get(pool.stop.remote())
 

@@ -21,7 +21,13 @@ def make_gate(
     num_steps: int = 5,
     seed: int = 3,
 ) -> Gate:
-    return Gate(num_prompts, trees_per_step, max_staleness, num_steps, seed)
+    return Gate(
+        num_prompts=num_prompts,
+        trees_per_step=trees_per_step,
+        max_staleness=max_staleness,
+        num_steps=num_steps,
+        seed=seed,
+    )
 
 
 async def now(next_ticket: Coroutine[None, None, Ticket]) -> Ticket | None:
@@ -201,7 +207,14 @@ def value_of(ticket: Ticket) -> float:
 
 
 def revisiting(staleness: int, revisit: float = 0.5) -> Gate:
-    return Gate(40, 6, staleness, num_steps=12, seed=3, revisit=revisit)
+    return Gate(
+        num_prompts=40,
+        trees_per_step=6,
+        max_staleness=staleness,
+        num_steps=12,
+        seed=3,
+        revisit=revisit,
+    )
 
 
 def run_on(gate: Gate, num_steps: int) -> dict[int, Ticket]:

@@ -47,7 +47,13 @@ def make_config(*overrides: str) -> Config:
 
 
 def make_gate(config: Config) -> Gate:
-    return Gate(len(PROMPTS), TREES, config.gate.max_staleness, STEPS, SEED)
+    return Gate(
+        num_prompts=len(PROMPTS),
+        trees_per_step=TREES,
+        max_staleness=config.gate.max_staleness,
+        num_steps=STEPS,
+        seed=SEED,
+    )
 
 
 TICKETS = [make_gate(make_config()).ticket(number) for number in range(TREES * STEPS)]
@@ -448,7 +454,9 @@ def test_trees_in_the_stream_are_kept_until_their_step_is_consumed() -> None:
 @pytest.mark.parametrize("other", [(7, SEED + 1), (5, SEED)])
 def test_a_saved_tree_of_another_seed_or_prompt_is_not_used(other: tuple[int, int]) -> None:
     num_prompts, seed = other
-    new = Gate(num_prompts, TREES, 0, STEPS, seed)
+    new = Gate(
+        num_prompts=num_prompts, trees_per_step=TREES, max_staleness=0, num_steps=STEPS, seed=seed
+    )
     tickets = [new.ticket(number) for number in range(TREES)]
     expected = [contents(whole_tree(ticket.prompt, ticket.seed)) for ticket in tickets]
     differs = [n for n in range(TREES) if tickets[n] != TICKETS[n]]
@@ -474,7 +482,14 @@ def test_a_saved_tree_of_a_revisited_prompt_is_used_where_its_ticket_comes_back_
 ) -> None:
     async def scenario(fleet: Fleet) -> None:
         config = make_config()
-        gate = Gate(len(PROMPTS), TREES, config.gate.max_staleness, STEPS, SEED, revisit=0.9)
+        gate = Gate(
+            num_prompts=len(PROMPTS),
+            trees_per_step=TREES,
+            max_staleness=config.gate.max_staleness,
+            num_steps=STEPS,
+            seed=SEED,
+            revisit=0.9,
+        )
         pool = await opened(config, fleet, gate)
         for step in range(2):
             batch = await take(pool, TREES)

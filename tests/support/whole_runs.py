@@ -7,7 +7,6 @@ import pandas as pd
 import psutil
 import rich.console
 
-from treerpo_ray.actor import Actor
 from treerpo_ray.config import Config, load
 from treerpo_ray.driver.outcome import RunResult
 from treerpo_ray.driver.plan import load_inputs
@@ -17,12 +16,13 @@ from treerpo_ray.metrics.run_log import EVENTS_FILE, read_lines
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.study.analysis import Run
 from treerpo_ray.study.audit import faults
+from treerpo_ray.task import TreePoolApi
 
 STRICT = ("gate.max_staleness=0", "gate.revisit=0.5", "sync.probe_every=1")
 """Every prompt follows from the trees of the steps before."""
 
 
-def run_training(config: Config, pool: Actor | None = None) -> tuple[RunResult, str]:
+def run_training(config: Config, pool: TreePoolApi | None = None) -> tuple[RunResult, str]:
     """Train in the cluster that is connected; returns what the terminal showed too."""
     shown = io.StringIO()
     console = Console(config.run.num_steps, rich.console.Console(file=shown, width=120))

@@ -24,9 +24,7 @@ def answers(*texts: str, is_cut_off: bool = False) -> list[Answer]:
 
 @pytest.fixture(scope="module")
 def unruly():
-    with Verifier(
-        "tests.support.unruly_answers", num_workers=2, timeout_s=TIMEOUT_S, memory_mib=256
-    ) as verifier:
+    with Verifier(UNRULY, num_workers=2, timeout_s=TIMEOUT_S, memory_mib=256) as verifier:
         verifier.self_test()
         yield verifier
 
@@ -110,9 +108,7 @@ def test_a_worker_killed_from_outside_is_replaced(unruly, tmp_path):
 
 
 def test_a_worker_killed_while_it_starts_is_replaced():
-    with Verifier(
-        "tests.support.unruly_answers", num_workers=2, timeout_s=5.0, memory_mib=64
-    ) as verifier:
+    with Verifier(UNRULY, num_workers=2, timeout_s=5.0, memory_mib=64) as verifier:
         for worker in list(verifier._workers):
             worker.process.kill()
             worker.process.wait()  # or it may yet take an answer, if it had just started
@@ -120,9 +116,7 @@ def test_a_worker_killed_while_it_starts_is_replaced():
 
 
 def test_a_worker_killed_amid_a_chunk_costs_the_answer_that_it_was_at():
-    with Verifier(
-        "tests.support.unruly_answers", num_workers=1, timeout_s=30.0, memory_mib=64
-    ) as verifier:
+    with Verifier(UNRULY, num_workers=1, timeout_s=30.0, memory_mib=64) as verifier:
         verifier.self_test()
         killer = threading.Timer(0.3, verifier._workers[0].process.kill)
         killer.start()
@@ -132,9 +126,7 @@ def test_a_worker_killed_amid_a_chunk_costs_the_answer_that_it_was_at():
 
 
 def test_a_worker_that_has_grown_ends_before_it_fails_an_answer(tmp_path):
-    with Verifier(
-        "tests.support.unruly_answers", num_workers=1, timeout_s=5.0, memory_mib=128
-    ) as verifier:
+    with Verifier(UNRULY, num_workers=1, timeout_s=5.0, memory_mib=128) as verifier:
         first = worker_pids(verifier, tmp_path)
         assert verifier.grade(answers(*["grow"] * 50)) == [Verdict.CORRECT] * 50  # 800 MiB
         (tmp_path / "pids").unlink()
@@ -191,7 +183,7 @@ def test_workers_die_with_their_parent_even_while_they_hang(tmp_path, in_thread)
 import threading
 from treerpo_ray.verifier.verifier import Answer, Verifier
 def work():
-    verifier = Verifier(UNRULY, num_workers=2, timeout_s=1.0, memory_mib=64)
+    verifier = Verifier("{UNRULY}", num_workers=2, timeout_s=1.0, memory_mib=64)
     texts = ["write pid {tmp_path / "pids"}"] * 9
     answer = lambda text: Answer(text=text, references=("",), is_cut_off=False)
     verifier.grade([answer(text) for text in texts])
@@ -240,9 +232,7 @@ def test_the_main_module_is_not_run_again_in_a_worker(tmp_path):
 def test_it_says_when_it_waits_for_workers(caplog):
     with (
         caplog.at_level(logging.INFO, logger="treerpo_ray.verifier.verifier"),
-        Verifier(
-            "tests.support.unruly_answers", num_workers=1, timeout_s=1.0, memory_mib=64
-        ) as verifier,
+        Verifier(UNRULY, num_workers=1, timeout_s=1.0, memory_mib=64) as verifier,
     ):
         verifier.grade(answers("right"))
     assert "waiting for 1 verifier workers" in caplog.text

@@ -17,7 +17,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from treerpo_ray.actor import Actor, make_actor
+from treerpo_ray.actor import make_actor
 from treerpo_ray.config import Config
 from treerpo_ray.config.files import load, to_yaml
 from treerpo_ray.driver.cluster import connected
@@ -33,8 +33,8 @@ from treerpo_ray.evaluate.evaluation import (
     summarise,
 )
 from treerpo_ray.metrics.console import Console
-from treerpo_ray.metrics.run_log import RunLog
-from treerpo_ray.metrics.watchdog import Heartbeats, watch_over
+from treerpo_ray.metrics.run_log import RunLog, RunLogApi
+from treerpo_ray.metrics.watchdog import Heartbeats, HeartbeatsApi, watch_over
 from treerpo_ray.prompts.problems import load_problems
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer, resolve_model_path
 from treerpo_ray.run_folder.checkpoints import MODEL_FOLDER
@@ -43,6 +43,7 @@ from treerpo_ray.run_folder.lock import only_writer
 from treerpo_ray.run_folder.logs import output_to_log
 from treerpo_ray.scoring import Scorer
 from treerpo_ray.search.tree_pool import TreePool
+from treerpo_ray.task import TreePoolApi
 
 PRESET = Path(__file__).resolve().parents[2] / "conf/benchmarks.yaml"
 """Data sets and sampling settings, before what the command line says."""
@@ -206,9 +207,9 @@ def evaluate_all(
     console: Console,
 ) -> Iterator[tuple[str, Evaluation]]:
     """Evaluate each benchmark on the Ray cluster that is connected, on the same engines."""
-    run_log = make_actor(RunLog, config, concurrency=1)
-    pool = make_actor(TreePool, config, config.log_folder)
-    heartbeats = make_actor(Heartbeats, concurrency=1)
+    run_log: RunLogApi = make_actor(RunLog, concurrency=1)(config)
+    pool: TreePoolApi = make_actor(TreePool)(config, config.log_folder)
+    heartbeats: HeartbeatsApi = make_actor(Heartbeats, concurrency=1)()
     first = next(iter(prompts.values()))
     try:
         ray.get(pool.begin.remote(config, first, config.shape, run_log))
@@ -224,18 +225,18 @@ def evaluate_all(
                     graded = supervisor.run(grade)
                     yield name, _save(config, source, name, graded)
     finally:
-        stop_actor(pool, "stop", console)
-        stop_actor(run_log, "close", console)
+        stop_actor(pool.stop.remote, "engine pool", console)
+        stop_actor(run_log.close.remote, "run log", console)
 
 
 def _grade(
     config: Config,
     name: str,
     prompts: PromptSet,
-    pool: Actor,
+    pool: TreePoolApi,
     scorer: Scorer,
     console: Console,
-    heartbeats: Actor,
+    heartbeats: HeartbeatsApi,
 ) -> list[Graded]:
     title = f"{name}: {len(prompts)} problems"
     with evaluation_progress(config, console, heartbeats, title, len(prompts)) as advance:

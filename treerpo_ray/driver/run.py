@@ -17,7 +17,7 @@ import fsspec
 import ray
 import ray.train
 
-from treerpo_ray.actor import Actor, make_actor
+from treerpo_ray.actor import make_actor
 from treerpo_ray.config import Config
 from treerpo_ray.config.files import to_yaml
 from treerpo_ray.driver.cluster import connected
@@ -35,21 +35,23 @@ from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate import evaluation as evaluate
 from treerpo_ray.evaluate.evaluation import Evaluation
 from treerpo_ray.metrics.console import Console
-from treerpo_ray.metrics.run_log import Event, RunLog, latest
-from treerpo_ray.metrics.watchdog import Heartbeats, Watchdog, watch_over
+from treerpo_ray.metrics.run_log import Event, RunLog, RunLogApi, latest
+from treerpo_ray.metrics.watchdog import Heartbeats, StageApi, Watchdog, watch_over
 from treerpo_ray.prompts.prompt_set import load_tokenizer
 from treerpo_ray.run_folder.lock import only_writer
 from treerpo_ray.run_folder.logs import output_to_log
 from treerpo_ray.scoring import Scorer
 from treerpo_ray.search.gate import Gate
 from treerpo_ray.search.tree_pool import TreePool
-from treerpo_ray.task import RunActors
+from treerpo_ray.task import GateApi, RunActors, TreePoolApi
 from treerpo_ray.weight_sync import WeightSync
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def run(config: Config, inputs: Inputs, console: Console, pool: Actor | None = None) -> RunResult:
+def run(
+    config: Config, inputs: Inputs, console: Console, pool: TreePoolApi | None = None
+) -> RunResult:
     """Run, resume or just report what `config` describes, on the cluster that is there.
 
     `pool` is that of `kept_engines`, for one run of several that share engines.
@@ -82,17 +84,19 @@ def run(config: Config, inputs: Inputs, console: Console, pool: Actor | None = N
 
 
 @contextmanager
-def kept_engines(config: Config) -> Iterator[Actor]:
+def kept_engines(config: Config) -> Iterator[TreePoolApi]:
     """A Ray session and an engine pool for runs one after the other, whom `can_serve` allows."""
     with connected(config):
-        pool = make_actor(TreePool, config, config.log_folder)
+        pool = _make_pool(config)
         try:
             yield pool
         finally:
-            stop_actor(pool, "stop")
+            stop_actor(pool.stop.remote, "engine pool")
 
 
-def train(config: Config, inputs: Inputs, console: Console, pool: Actor | None = None) -> RunResult:
+def train(
+    config: Config, inputs: Inputs, console: Console, pool: TreePoolApi | None = None
+) -> RunResult:
     """Run or resume a training on the Ray cluster that is connected, with a pool kept or its own.
 
     Raises:
@@ -118,39 +122,44 @@ def train(config: Config, inputs: Inputs, console: Console, pool: Actor | None =
 
             before = evaluated(0)
             steps_done = _fit(config, inputs, actors, supervisor)
-            rows = latest(ray.get(actors.run_log.rows_since.remote(0)))
+            written = ray.get(actors.run_log.rows_since.remote(0))
+            rows = latest(written)
             is_complete = steps_done >= last_step(config, rows)
             after = evaluated(steps_done) if is_complete else None
     finally:
         if scorer is not None:
             scorer.close()
         if pool is None:
-            stop_actor(actors.pool, "stop", console)
-        stop_actor(actors.run_log, "close", console)
+            stop_actor(actors.pool.stop.remote, "engine pool", console)
+        stop_actor(actors.run_log.close.remote, "run log", console)
     return collect_outcome(config, before, after, is_complete=is_complete)
 
 
-def _build(config: Config, inputs: Inputs, pool: Actor | None) -> RunActors:
+def _build(config: Config, inputs: Inputs, pool: TreePoolApi | None) -> RunActors:
     """The actors of a run; all of them mostly wait."""
     shape = replace(config.shape, delimiters=inputs.delimiters)
-    run_log = make_actor(RunLog, config, concurrency=1)
-    if pool is None:
-        pool = make_actor(TreePool, config, config.log_folder)
+    run_log: RunLogApi = make_actor(RunLog, concurrency=1)(config)
+    pool = pool or _make_pool(config)
     ray.get(pool.begin.remote(config, inputs.prompts, shape, run_log))
-    gate = make_actor(
-        Gate,
-        len(inputs.prompts),
-        config.gate.trees_per_step,
-        config.gate.max_staleness,
-        config.run.num_steps,
-        config.run.seed,
-        config.gate.revisit,
+    gate = make_actor(Gate)(
+        num_prompts=len(inputs.prompts),
+        trees_per_step=config.gate.trees_per_step,
+        max_staleness=config.gate.max_staleness,
+        num_steps=config.run.num_steps,
+        seed=config.run.seed,
+        revisit=config.gate.revisit,
     )
-    weight_sync = make_actor(WeightSync, pool, config.sync.probe_every)
-    watch = make_actor(Heartbeats, concurrency=1)
     return RunActors(
-        gate=gate, pool=pool, weight_sync=weight_sync, run_log=run_log, heartbeats=watch
+        gate=gate,
+        pool=pool,
+        weight_sync=make_actor(WeightSync)(pool=pool, probe_every=config.sync.probe_every),
+        run_log=run_log,
+        heartbeats=make_actor(Heartbeats, concurrency=1)(),
     )
+
+
+def _make_pool(config: Config) -> TreePoolApi:
+    return make_actor(TreePool)(config, config.log_folder)
 
 
 def _fit(config: Config, inputs: Inputs, actors: RunActors, supervisor: Supervisor) -> int:
@@ -164,7 +173,7 @@ def _fit(config: Config, inputs: Inputs, actors: RunActors, supervisor: Supervis
     while True:
         supervisor.console.note(f"starting {number} train worker(s)")
         error = _fit_once(config, inputs, actors, supervisor)
-        done: int = ray.get(actors.gate.done.remote())
+        done = ray.get(actors.gate.done.remote())
         if error is None:
             return done
         failures = 1 if done > reached else failures + 1
@@ -205,7 +214,7 @@ def restart_wait_s(failures: int) -> float:
 
 
 def _watchdog(config: Config, actors: RunActors) -> Watchdog:
-    stages = {
+    stages: dict[str, StageApi] = {
         "gate": actors.gate,
         "engines": actors.pool,
         "weight sync": actors.weight_sync,
@@ -215,7 +224,7 @@ def _watchdog(config: Config, actors: RunActors) -> Watchdog:
 
 
 @contextmanager
-def stop_on_signal(gate: Actor, console: Console) -> Iterator[None]:
+def stop_on_signal(gate: GateApi, console: Console) -> Iterator[None]:
     """The first Ctrl-C or SIGTERM ends the run after its step, with a checkpoint; the second at
     once. `ray job stop` waits for it as long as RAY_JOB_STOP_WAIT_TIME_S of the job says."""
     if threading.current_thread() is not threading.main_thread():
@@ -251,7 +260,7 @@ def _evaluate(
     result = evaluate.read(config.folder, step)
     if result is not None:
         return result
-    version: int = ray.get(actors.pool.version.remote())
+    version = ray.get(actors.pool.version.remote())
     if step == 0 and version:
         raise RuntimeError("engines that have served a run cannot evaluate the start of another")
     num_problems = len(inputs.held_out)

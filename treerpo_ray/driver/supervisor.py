@@ -8,12 +8,11 @@ from typing import TypeVar
 
 import ray
 
-from treerpo_ray.actor import Actor
 from treerpo_ray.config import Config
 from treerpo_ray.driver.outcome import root_cause
 from treerpo_ray.metrics.console import Console
-from treerpo_ray.metrics.run_log import FATAL, Event, Row
-from treerpo_ray.metrics.watchdog import Heartbeat, Watchdog
+from treerpo_ray.metrics.run_log import FATAL, RunLogApi
+from treerpo_ray.metrics.watchdog import Heartbeat, HeartbeatsApi, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ class Supervisor:
         watchdog: Knows whether the run hangs.
     """
 
-    def __init__(self, run_log: Actor, console: Console, watchdog: Watchdog) -> None:
+    def __init__(self, run_log: RunLogApi, console: Console, watchdog: Watchdog) -> None:
         self.run_log, self.console, self.watchdog = run_log, console, watchdog
         self._num_notices = 0
         self._num_rows = len(ray.get(run_log.rows_since.remote(0)))
@@ -71,14 +70,11 @@ class Supervisor:
 
     def _show_news(self) -> None:
         """Show what is new; nothing if the log does not answer in time."""
-        asked = [
-            self.run_log.notices_since.remote(self._num_notices),
-            self.run_log.rows_since.remote(self._num_rows),
-        ]
-        if len(ray.wait(asked, num_returns=2, timeout=POLL_S)[0]) < 2:
+        asked_notices = self.run_log.notices_since.remote(self._num_notices)
+        asked_rows = self.run_log.rows_since.remote(self._num_rows)
+        if len(ray.wait([asked_notices, asked_rows], num_returns=2, timeout=POLL_S)[0]) < 2:
             return
-        notices: list[Event] = ray.get(asked[0])
-        rows: list[Row] = ray.get(asked[1])
+        notices, rows = ray.get(asked_notices), ray.get(asked_rows)
         self._num_rows += len(rows)
         self._num_notices += len(notices)
         for notice in notices:
@@ -91,7 +87,7 @@ class Supervisor:
 
 @contextmanager
 def evaluation_progress(
-    config: Config, console: Console, heartbeats: Actor, title: str, num_problems: int
+    config: Config, console: Console, heartbeats: HeartbeatsApi, title: str, num_problems: int
 ) -> Iterator[Callable[[int], None]]:
     """Progress of an evaluation in the driver, on the console and for the watchdog that asks
     `heartbeats`; yields its `advance`."""
@@ -106,11 +102,13 @@ def evaluation_progress(
         yield advance
 
 
-def stop_actor(actor: Actor, method: str, console: Console | None = None) -> None:
+def stop_actor(
+    stop: "Callable[[], ray.ObjectRef[None]]", name: str, console: Console | None = None
+) -> None:
     """Have an actor end its work; what fails or takes too long is told, not raised."""
     try:
-        ray.get(getattr(actor, method).remote(), timeout=SHUT_DOWN_S)
+        ray.get(stop(), timeout=SHUT_DOWN_S)
     except ray.exceptions.RayError as error:
-        log.warning("%s did not end well: %s", method, error)
+        log.warning("the %s did not end well: %s", name, error)
         if console is not None:
-            console.note(f"{method} did not end well: {root_cause(error)}")
+            console.note(f"the {name} did not end well: {root_cause(error)}")

@@ -19,10 +19,10 @@ import numpy as np
 import psutil
 import ray
 
-from treerpo_ray.actor import Actor
 from treerpo_ray.algo.search import SiblingGroup, TreeShape, grow
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, error_step
 from treerpo_ray.config import Config
+from treerpo_ray.engine.replica import EngineApi
 from treerpo_ray.engine.types import EngineStats, Sampling
 from treerpo_ray.engine.vllm_args import engine_args, environment
 from treerpo_ray.prompts.prompt_set import end_token_ids, load_tokenizer
@@ -231,7 +231,7 @@ class Engine:
         await asyncio.to_thread(self._llm.shutdown)
 
 
-def make_engine(config: Config, index: int, log_folder: str | None) -> Actor:
+def make_engine(config: Config, index: int, log_folder: str | None) -> EngineApi:
     """An actor of `Engine`; Ray places it by the resources and labels of `engine`."""
     resources = dict(config.engine.resources)
     actor = ray.remote(Engine).options(
@@ -241,7 +241,7 @@ def make_engine(config: Config, index: int, log_folder: str | None) -> Actor:
         label_selector=config.engine.labels or None,
         max_concurrency=10_000,
     )
-    return cast(Actor, actor.remote(config, index, log_folder))
+    return cast(EngineApi, actor.remote(config, index, log_folder))
 
 
 @dataclass(frozen=True, slots=True)

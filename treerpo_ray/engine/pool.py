@@ -15,13 +15,13 @@ from dataclasses import replace
 
 import ray
 
-from treerpo_ray.actor import Actor, first_line
+from treerpo_ray.actor import first_line
 from treerpo_ray.config import Config
 from treerpo_ray.engine.engine import make_engine
 from treerpo_ray.engine.replica import Replica, WeightVersion
 from treerpo_ray.engine.types import EngineStats
 from treerpo_ray.engine.waits import Waits
-from treerpo_ray.metrics.run_log import Event
+from treerpo_ray.metrics.run_log import Event, RunLogApi
 from treerpo_ray.weight_sync import Manifest, Probe
 
 
@@ -108,7 +108,7 @@ class EnginePool:
 
     def __init__(self, config: Config, log_folder: str | None) -> None:
         self.config, self.log_folder = config, log_folder
-        self.run_log: Actor
+        self.run_log: RunLogApi
         """Actor of the run's `RunLog`, told of engines that come, go or are waited for."""
         self.changed = asyncio.Condition()
         """Notified whenever an engine begins to serve, and by the pool."""

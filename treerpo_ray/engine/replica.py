@@ -1,16 +1,51 @@
 """Replica: one engine of the pool, and the weights that it serves."""
 
 import math
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import ray
 from ray.actor import ActorHandle
 
-from treerpo_ray.actor import Actor
-from treerpo_ray.engine.types import EngineStats
+from treerpo_ray.actor import actor_method, actor_stream
+from treerpo_ray.algo.search import SiblingGroup, TreeShape
+from treerpo_ray.engine.types import EngineStats, Sampling
 from treerpo_ray.engine.waits import Waits
 from treerpo_ray.weight_sync import Manifest, Probe
+
+
+class EngineApi(Protocol):
+    """Actor of `Engine`."""
+
+    @actor_method
+    def node(self) -> str:
+        """See `Engine`, as for all that follow."""
+
+    @actor_method
+    def start(self) -> tuple[int, int]: ...
+
+    @actor_stream
+    def grow(
+        self,
+        prompt_ids: list[int],
+        shape: TreeShape,
+        sampling: Sampling,
+        seed: int,
+        held: list[SiblingGroup],
+    ) -> AsyncIterator[SiblingGroup]: ...
+
+    @actor_method
+    def load(self, manifest: Manifest, chunks: list[ray.ObjectRef]) -> None: ...
+
+    @actor_method
+    def probe(self, token_ids: list[int]) -> list[float]: ...
+
+    @actor_method
+    def stats(self) -> EngineStats: ...
+
+    @actor_method
+    def stop(self) -> None: ...
 
 
 @dataclass(eq=False, slots=True)
@@ -18,7 +53,7 @@ class Replica:
     """An engine of the pool."""
 
     index: int
-    actor: Actor
+    actor: EngineApi
     node: str = ""
     """Ray's id of its node; empty until it has one."""
     is_serving: bool = False

@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from treerpo_ray.actor import Actor
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.algo.tree import StopReason
 from treerpo_ray.config import Config
@@ -23,12 +22,13 @@ from treerpo_ray.config.files import with_moved_modules
 from treerpo_ray.config.sections import PromptsConfig
 from treerpo_ray.engine.types import Sampling
 from treerpo_ray.evaluate.scores import Samples, Score, powers_of_two, scores
-from treerpo_ray.metrics.run_log import Row, write_failed
+from treerpo_ray.metrics.run_log import Row, RunLogApi, write_failed
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder.files import publish_file, publish_table
 from treerpo_ray.run_folder.writer import Outbox
 from treerpo_ray.scoring import Scorer
+from treerpo_ray.task import TreePoolApi
 
 log = logging.getLogger(__name__)
 
@@ -135,8 +135,8 @@ class Evaluation:
 def evaluate(
     config: Config,
     prompts: PromptSet,
-    pool: Actor,
-    run_log: Actor,
+    pool: TreePoolApi,
+    run_log: RunLogApi,
     scorer: Scorer,
     *,
     step: int,
@@ -176,7 +176,7 @@ def evaluate(
 def grade_samples(
     config: Config,
     prompts: PromptSet,
-    pool: Actor,
+    pool: TreePoolApi,
     scorer: Scorer,
     advance: Callable[[int], None],
 ) -> list[Graded]:

@@ -12,10 +12,11 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import fsspec
 
+from treerpo_ray.actor import actor_method
 from treerpo_ray.metrics.health import StackDump, StageStatus
 from treerpo_ray.metrics.wandb import ID_FILE, WandbRun
 from treerpo_ray.run_folder.lines import Scalar, Spool
@@ -70,6 +71,32 @@ class Event:
 def write_failed(what: str, reason: str) -> Event:
     """Something of the run folder could not be written."""
     return Event(kind="write_failed", fields={"what": what, "reason": reason})
+
+
+class RunLogApi(Protocol):
+    """Actor of `RunLog`."""
+
+    @actor_method
+    def step(self, row: Row) -> None:
+        """See `RunLog`, as for all that follow."""
+
+    @actor_method
+    def event(self, event: Event) -> None: ...
+
+    @actor_method
+    def rows_since(self, num_rows: int) -> list[Row]: ...
+
+    @actor_method
+    def notices_since(self, num_notices: int) -> list[Event]: ...
+
+    @actor_method
+    def num_lines(self) -> tuple[int, int]: ...
+
+    @actor_method
+    def status(self, stacks: StackDump) -> StageStatus: ...
+
+    @actor_method
+    def close(self) -> None: ...
 
 
 class RunLog:

@@ -17,10 +17,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol
 
 import ray
 
-from treerpo_ray.actor import Actor
+from treerpo_ray.actor import actor_method
 from treerpo_ray.config import Config
 from treerpo_ray.metrics.health import StackDump, StageStatus, stalled
 from treerpo_ray.run_folder.files import publish_file
@@ -35,6 +36,28 @@ CHECKS = 20
 
 ANSWER_S = 5.0
 """Time that the stages get to answer one look."""
+
+
+class HeartbeatsApi(Protocol):
+    """Actor of `Heartbeats`."""
+
+    @actor_method
+    def moved(self, status: StageStatus) -> None:
+        """See `Heartbeats`, as for all that follow."""
+
+    @actor_method
+    def forget(self, prefix: str) -> None: ...
+
+    @actor_method
+    def statuses(self) -> list[StageStatus]: ...
+
+
+class StageApi(Protocol):
+    """Actor of any stage that can be asked what it does."""
+
+    @actor_method
+    def status(self, stacks: StackDump) -> StageStatus:
+        """What it does, and since when; `stacks` are to be armed."""
 
 
 class Heartbeats:
@@ -69,7 +92,7 @@ class Heartbeat:
         limit_s: `run.stall_timeout_s`.
     """
 
-    def __init__(self, heartbeats: Actor, stage: str, folder: str, limit_s: float) -> None:
+    def __init__(self, heartbeats: HeartbeatsApi, stage: str, folder: str, limit_s: float) -> None:
         self._heartbeats, self._stage = heartbeats, stage
         self._where = f", {socket.gethostname()} process {os.getpid()}"
         self._stacks = StackDump(stage=stage, folder=folder, limit_s=limit_s)
@@ -156,7 +179,7 @@ class Stages:
     """
 
     def __init__(
-        self, actors: dict[str, Actor], heartbeats: Actor, folder: str, limit_s: float
+        self, actors: dict[str, StageApi], heartbeats: HeartbeatsApi, folder: str, limit_s: float
     ) -> None:
         self._actors, self._heartbeats = actors, heartbeats
         self._stacks = {
@@ -197,7 +220,7 @@ class Stages:
         return statuses
 
 
-def watch_over(config: Config, actors: dict[str, Actor], heartbeats: Actor) -> Watchdog:
+def watch_over(config: Config, actors: dict[str, StageApi], heartbeats: HeartbeatsApi) -> Watchdog:
     """The watchdog of a run; `actors` and `heartbeats` are those of `Stages`."""
     limit_s = config.run.stall_timeout_s
     return Watchdog(limit_s, Stages(actors, heartbeats, config.folder, limit_s), config.folder)

@@ -51,6 +51,7 @@ class Gate:
 
     def __init__(
         self,
+        *,
         num_prompts: int,
         trees_per_step: int,
         max_staleness: int,

@@ -14,17 +14,18 @@ from typing import TypeVar
 
 import ray
 
-from treerpo_ray.actor import Actor
 from treerpo_ray.algo.search import TreeShape, step_seed
 from treerpo_ray.config import Config
 from treerpo_ray.engine.autoscaler import Autoscaler
 from treerpo_ray.engine.pool import EnginePool
 from treerpo_ray.engine.types import EngineStats, Sampling
 from treerpo_ray.metrics.health import StackDump, StageStatus
+from treerpo_ray.metrics.run_log import RunLogApi
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.search.gate import Ticket
 from treerpo_ray.search.growing_tree import Flights, GrowingTree
+from treerpo_ray.task import GateApi
 from treerpo_ray.weight_sync import Manifest, Probe
 
 T = TypeVar("T")
@@ -62,11 +63,11 @@ class TreePool:
         self._past_readers: set[str] = set()
         self._failure: Exception | None = None
         self._flights = Flights()
-        self._gate: Actor
+        self._gate: GateApi
         """Of the tickets that are grown; a tree can be redrawn only once there are any."""
 
     async def begin(
-        self, config: Config, prompts: PromptSet, shape: TreeShape, run_log: Actor
+        self, config: Config, prompts: PromptSet, shape: TreeShape, run_log: RunLogApi
     ) -> None:
         """Turn to a run. Engines that served another one keep its weights until the next `serve`.
 
@@ -108,7 +109,7 @@ class TreePool:
         await self.engines.stop()
 
     async def grow_tickets(
-        self, gate: Actor, session: int, first: int, num_workers: int, saved: list[TreeRecord]
+        self, gate: GateApi, session: int, first: int, num_workers: int, saved: list[TreeRecord]
     ) -> None:
         """Drop what is in flight, evaluations too, and grow all tickets of a session from `first`.
 
@@ -138,7 +139,7 @@ class TreePool:
         """Trees that each learner worker consumes in a step."""
         return self.config.gate.trees_per_step // self._num_workers
 
-    async def _admit(self, gate: Actor, session: int) -> None:
+    async def _admit(self, gate: GateApi, session: int) -> None:
         size, staleness = self.config.gate.trees_per_step, self.config.gate.max_staleness
         while (ticket := await gate.next.remote(session)) is not None:
             due = (ticket.number // size - staleness) * size  # the gate lets no ticket out sooner
@@ -155,7 +156,7 @@ class TreePool:
     async def _redraw(self, past: TreeRecord) -> None:
         num_redraws = past.num_redraws + 1
         tokens = past.redrawn_tokens + past.tree.num_sampled_tokens
-        ticket: Ticket = await self._gate.redrawn.remote(past.ticket, num_redraws)
+        ticket = await self._gate.redrawn.remote(past.ticket, num_redraws)
         await self._grow(self._growth(ticket, num_redraws=num_redraws, redrawn_tokens=tokens))
 
     async def _grow_ticket(self, ticket: Ticket) -> None:

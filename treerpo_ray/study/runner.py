@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-from treerpo_ray.actor import Actor
 from treerpo_ray.config import Config
 from treerpo_ray.driver.cluster import check_vllm
 from treerpo_ray.driver.plan import load_inputs
@@ -16,6 +15,7 @@ from treerpo_ray.evaluate import evaluation as evaluate
 from treerpo_ray.evaluate.evaluation import Evaluation
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.study.comparison import Result, Trial, read_results, result_of, write_result
+from treerpo_ray.task import TreePoolApi
 
 
 class Trials:
@@ -35,7 +35,7 @@ class Trials:
         }
         self._session = ExitStack()
         self._started: Config | None = None
-        self._pool: Actor | None = None
+        self._pool: TreePoolApi | None = None
 
     def run(self) -> int:
         """Run what has no result yet; returns how many runs failed.
