@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.loss_config import Normalisation
-from treerpo_ray.config.config import POSITIVE, Config, credential_keys
+from treerpo_ray.config.config import Config, credential_keys, numbers
 from treerpo_ray.config.files import MOVED_MODULES, describe, load, to_yaml, with_moved_modules
 from treerpo_ray.evaluate.evaluation import Evaluation
 
@@ -168,9 +168,15 @@ def test_an_argument_that_is_neither_file_nor_override_is_refused() -> None:
     assert mistake("run") == "run: neither a .yaml file nor an override section.key=value"
 
 
-@pytest.mark.parametrize("key", POSITIVE)
-def test_a_number_that_must_be_positive_is_told_with_its_key(key: str) -> None:
-    assert re.fullmatch(rf"{re.escape(key)}=0(\.0)? must be more than 0", mistake(f"{key}=0"))
+def test_a_number_beyond_its_limits_is_told_with_its_key() -> None:
+    limited = {key: limits for key, _, limits in numbers(Config())}
+    assert limited["run.num_steps"] == {"above": 0} and len(limited) > 35
+    beyond = {"above": (0, "be more than 0"), "at_least": (-1, "be at least 0")}
+    for key, limits in limited.items():
+        for limit, (value, told) in (beyond | {"at_most": (2, "not be more than 1")}).items():
+            if limit in limits:
+                message = mistake(f"{key}={value}")
+                assert re.fullmatch(rf"{re.escape(key)}={value}(\.0)? must {told}", message)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +205,7 @@ def test_a_number_that_must_be_positive_is_told_with_its_key(key: str) -> None:
             "learner.resources.CPU=0.4 must be a multiple of 0.5",
         ),
         (["learner.token_budget=1663"], "learner.token_budget=1663 is smaller .* = 1664$"),
-        (["gate.max_staleness=-1"], "gate.max_staleness=-1 must not be negative"),
+        (["gate.max_staleness=-1"], "gate.max_staleness=-1 must be at least 0"),
         (["verifier.false_positive_rate=20"], "verifier.false_positive_rate=20.* more than 1"),
         (["tree.num_children=[8]"], r"tree.num_children .* not \[8\] and \[384, 384, 384\]"),
         (["tree.num_children=[]", "tree.step_tokens=[]"], "one entry for each depth"),

@@ -216,7 +216,7 @@ def test_help_explains_every_section() -> None:
         ("verifier.check=treerpo_ray.nothing", "verifier.check="),
         ("engine.kv_cache_gib=null", "engine.kv_cache_gib is needed"),
         ("engine.tensor_parallel=4", "needs as many GPUs"),
-        ("evaluate.every=-1", "must not be negative"),
+        ("evaluate.every=-1", "must be at least 0"),
     ],
 )
 def test_a_users_mistake_is_one_clear_line(

@@ -53,6 +53,9 @@ class LossConfig:
                 f"loss.clip_low must be in [0, 1] and loss.clip_high at least 0, not "
                 f"{self.clip_low:g} and {self.clip_high:g}"
             )
+        for name in ("kl_coef", "entropy_coef"):
+            if not (value := getattr(self, name)) >= 0:
+                raise ValueError(f"loss.{name}={value} must be at least 0")
         if self.importance_cap is not None and self.importance_cap <= 0:
             raise ValueError(
                 f"loss.importance_cap is {self.importance_cap:g}: give a positive cap, or null "

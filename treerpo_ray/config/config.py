@@ -5,7 +5,7 @@ numbers are properties, not keys.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -52,45 +52,32 @@ def credential_keys(value: object, key: str = "") -> Iterator[str]:
         yield from credential_keys(part, f"{key}.{name}" if key else f"{name}")
 
 
-POSITIVE = (
-    *("run.num_steps", "tree.temperature", "gate.trees_per_step", "evaluate.num_samples"),
-    "evaluate.top_p",
-    *("engine.num_engines", "engine.tensor_parallel", "engine.max_num_seqs"),
-    *("engine.gpu_memory_utilization", "engine.cpu_threads", "engine.start_timeout_s"),
-    *("engine.load_timeout_s", "engine.request_timeout_s"),
-    *("verifier.num_workers", "verifier.timeout_s"),
-    *("verifier.memory_mib", "learner.num_workers", "learner.minibatches", "learner.cpu_threads"),
-    *("learner.learning_rate", "learner.clip_grad_norm", "learner.token_budget"),
-    *("sync.chunk_mib", "sync.probe_every", "sync.probe_tolerance"),
-    *("checkpoint.every", "checkpoint.keep"),
-)
-"""Keys whose value must be more than zero."""
-
-
-NOT_NEGATIVE = (
-    *(
-        "gate.max_redraws",
-        "verifier.max_error_share",
-        "verifier.false_positive_rate",
-        "verifier.false_negative_rate",
-    ),
-    *("gate.max_staleness", "evaluate.temperature", "evaluate.every", "metrics.save_trees_every"),
-    *("learner.max_failures", "learner.warmup_steps", "learner.weight_decay"),
-    "learner.final_rate",
-    *("loss.kl_coef", "loss.entropy_coef", "engine.shrink_after_s"),
-)
-"""Keys whose value must be zero or more."""
-
-
-SHARES = (
-    *("evaluate.top_p", "learner.final_rate", "verifier.max_error_share"),
-    *("verifier.false_positive_rate", "verifier.false_negative_rate"),
-)
-"""Keys whose value must not be more than one."""
-
-
 MAX_TEMPERATURE = 2.0
 """The highest that vLLM samples at."""
+
+
+def numbers(config: "Config") -> Iterator[tuple[str, float, Mapping[str, float]]]:
+    """Key, value and limits of each number of a configuration that has limits and is not null."""
+    for section in fields(config):
+        part = getattr(config, section.name)
+        for each in fields(part):
+            value = getattr(part, each.name)
+            if each.metadata and value is not None:
+                yield f"{section.name}.{each.name}", value, each.metadata
+
+
+def _check_number(key: str, value: float, limits: Mapping[str, float]) -> None:
+    """Check a number against the limits of its field; what is not a number meets none.
+
+    Raises:
+        ValueError: it is beyond one of them.
+    """
+    if "above" in limits and not value > limits["above"]:
+        raise ValueError(f"{key}={value} must be more than {limits['above']}")
+    if "at_least" in limits and not value >= limits["at_least"]:
+        raise ValueError(f"{key}={value} must be at least {limits['at_least']}")
+    if "at_most" in limits and not value <= limits["at_most"]:
+        raise ValueError(f"{key}={value} must not be more than {limits['at_most']}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,20 +104,13 @@ class Config:
                 f"{key} holds a credential, which would be written into config.yaml and W&B: give "
                 "it to the store by its environment variables or profile"
             )
-        for key in POSITIVE:
-            if not (value := attrgetter(key)(self)) > 0:
-                raise ValueError(f"{key}={value} must be more than 0")
-        for key in NOT_NEGATIVE:
-            if (value := attrgetter(key)(self)) < 0:
-                raise ValueError(f"{key}={value} must not be negative")
+        for key, value, limits in numbers(self):
+            _check_number(key, value, limits)
         if not 0 <= self.gate.revisit < 1:
             raise ValueError(
                 f"gate.revisit={self.gate.revisit} must be at least 0 and less than 1: only what "
                 "follows the data set meets new prompts"
             )
-        for key in SHARES:
-            if (value := attrgetter(key)(self)) > 1:
-                raise ValueError(f"{key}={value} must not be more than 1")
         for key, times in (("engine.request_timeout_s", 1), ("engine.load_timeout_s", 2)):
             if self.run.stall_timeout_s <= times * (value := attrgetter(key)(self)):
                 raise ValueError(
@@ -138,16 +118,11 @@ class Config:
                     f"{'twice ' * (times - 1)}{key}={value:g}, after which a hung engine is "
                     "replaced"
                 )
-        if self.evaluate.max_tokens is not None and self.evaluate.max_tokens < 1:
-            raise ValueError(f"evaluate.max_tokens={self.evaluate.max_tokens} must be more than 0")
         for key in ("tree.temperature", "evaluate.temperature"):
             if (value := attrgetter(key)(self)) > MAX_TEMPERATURE:
                 raise ValueError(
                     f"{key}={value:g} must not be more than {MAX_TEMPERATURE:g} in vLLM"
                 )
-        budget = self.run.max_sampled_tokens
-        if budget is not None and budget < 1:
-            raise ValueError(f"run.max_sampled_tokens={budget} must be more than 0")
         if any(not 1 <= k <= self.evaluate.num_samples for k in self.evaluate.pass_ks):
             raise ValueError(
                 f"evaluate.pass_ks={list(self.evaluate.pass_ks)} must lie between 1 and "
@@ -193,8 +168,6 @@ class Config:
     def _check_engine(self) -> None:
         """Check the engine's share of the machine, and how far the pool may grow."""
         engine, num_gpus = self.engine, self.engine.resources.get("GPU", 0)
-        if engine.max_trees is not None and engine.max_trees < 1:
-            raise ValueError(f"engine.max_trees={engine.max_trees} must be more than 0")
         if engine.max_engines is not None and engine.max_engines < engine.num_engines:
             raise ValueError(
                 f"engine.max_engines={engine.max_engines} must not be less than "
@@ -207,8 +180,6 @@ class Config:
             )
         if engine.kv_cache_gib is None and not num_gpus:
             raise ValueError("engine.kv_cache_gib is needed on a CPU; 1 is enough for small models")
-        if engine.kv_cache_gib is not None and engine.kv_cache_gib <= 0:
-            raise ValueError(f"engine.kv_cache_gib={engine.kv_cache_gib} must be more than 0")
         if engine.tensor_parallel > 1 and engine.tensor_parallel != num_gpus:
             raise ValueError(
                 f"engine.tensor_parallel={engine.tensor_parallel} needs as many GPUs, but "

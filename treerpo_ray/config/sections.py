@@ -9,6 +9,12 @@ from typing import Literal
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.groups import PruneRule, Pruning
 
+# What a number must be, as a field's metadata; null is always allowed where the type has it.
+POSITIVE = {"above": 0}
+NOT_NEGATIVE = {"at_least": 0}
+SHARE = {"at_least": 0, "at_most": 1}
+POSITIVE_SHARE = {"above": 0, "at_most": 1}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -20,9 +26,9 @@ class RunConfig:
     """Folder or URI (s3://, gs://) of all runs; run folders are `root/name`."""
     seed: int = 0
     """Seed of prompts, trees and the learner."""
-    num_steps: int = 100
+    num_steps: int = field(default=100, metadata=POSITIVE)
     """Learner steps of the whole run; each consumes `gate.trees_per_step` trees."""
-    max_sampled_tokens: int | None = None
+    max_sampled_tokens: int | None = field(default=None, metadata=POSITIVE)
     """The learner step that reaches so many sampled tokens is the last one, whatever `num_steps`
     says; null: `num_steps` alone ends the run."""
     stall_timeout_s: float = 7200.0
@@ -84,7 +90,7 @@ class TreeConfig:
     entropy_window: int = 0
     """Entropy branching: a full step above the last depth is cut before the least likely of so
     many tokens at its end; 0: off."""
-    temperature: float = 0.6
+    temperature: float = field(default=0.6, metadata=POSITIVE)
     """Sampling temperature; the learner divides its logits by the same."""
 
 
@@ -92,11 +98,11 @@ class TreeConfig:
 class GateConfig:
     """Admission of trees."""
 
-    trees_per_step: int = 128
+    trees_per_step: int = field(default=128, metadata=POSITIVE)
     """Trees (questions) that one learner step consumes."""
-    max_staleness: int = 1
+    max_staleness: int = field(default=1, metadata=NOT_NEGATIVE)
     """Learner steps by which a tree may be behind; 0 is strictly on-policy."""
-    max_redraws: int = 0
+    max_redraws: int = field(default=0, metadata=NOT_NEGATIVE)
     """Times a ticket whose tree has no kept group draws another prompt (DAPO's refill)."""
     revisit: float = 0.0
     """Share of tickets that come back to a prompt whose last measured root value v was neither 0
@@ -107,34 +113,34 @@ class GateConfig:
 class EngineConfig:
     """vLLM engines, each in an actor of its own."""
 
-    num_engines: int = 1
+    num_engines: int = field(default=1, metadata=POSITIVE)
     """Engines that search and evaluate; the fewest, where the pool may grow."""
     max_engines: int | None = None
     """Most engines: the pool grows to them while trees wait; null: always `num_engines`."""
-    max_trees: int | None = None
+    max_trees: int | None = field(default=None, metadata=POSITIVE)
     """Trees that one engine grows at a time, the others wait; null: any number."""
-    shrink_after_s: float = 120.0
+    shrink_after_s: float = field(default=120.0, metadata=NOT_NEGATIVE)
     """Time that fewer engines must have been enough before the pool shrinks to them."""
     resources: dict[str, float] = field(default_factory=lambda: {"CPU": 0.5})
     """Ray resources of one engine, such as {GPU: 1, rollout_slot: 1}."""
     labels: dict[str, str] = field(default_factory=dict)
     """Labels of the Ray nodes that engines may run on, such as {role: rollout}."""
-    tensor_parallel: int = 1
+    tensor_parallel: int = field(default=1, metadata=POSITIVE)
     """GPUs of one engine."""
-    max_num_seqs: int = 256
+    max_num_seqs: int = field(default=256, metadata=POSITIVE)
     """Requests that one engine decodes at a time."""
-    kv_cache_gib: float | None = 1.0
+    kv_cache_gib: float | None = field(default=1.0, metadata=POSITIVE)
     """KV cache of one engine in GiB; null on a GPU means what `gpu_memory_utilization` leaves."""
-    gpu_memory_utilization: float = 0.85
+    gpu_memory_utilization: float = field(default=0.85, metadata=POSITIVE)
     """Share of a GPU's memory that an engine may take."""
-    cpu_threads: int = 1
+    cpu_threads: int = field(default=1, metadata=POSITIVE)
     """OpenMP threads of a CPU engine."""
-    start_timeout_s: float = 600.0
+    start_timeout_s: float = field(default=600.0, metadata=POSITIVE)
     """Time after which an engine that does not come up is started again, five times at most."""
-    load_timeout_s: float = 300.0
+    load_timeout_s: float = field(default=300.0, metadata=POSITIVE)
     """Time that an engine gets to take new weights over, and once more to be probed, before it
     counts as hung while the learner waits; 7B weights (15 GB) need 50 MB/s."""
-    request_timeout_s: float = 1800.0
+    request_timeout_s: float = field(default=1800.0, metadata=POSITIVE)
     """Time that an engine may go without a finished step group, of whichever of its trees, before
     it counts as hung."""
 
@@ -145,19 +151,19 @@ class VerifierConfig:
 
     check: str = "treerpo_ray.verifier.math_answer"
     """Module with `check_answer` and `SELF_TEST`."""
-    num_workers: int = 1
+    num_workers: int = field(default=1, metadata=POSITIVE)
     """Processes of each scoring actor."""
-    timeout_s: float = 5.0
+    timeout_s: float = field(default=5.0, metadata=POSITIVE)
     """Time for one answer."""
-    memory_mib: int = 1024
+    memory_mib: int = field(default=1024, metadata=POSITIVE)
     """Memory of one process."""
-    max_error_share: float = 0.1
+    max_error_share: float = field(default=0.1, metadata=SHARE)
     """Share of the last 1000 answers that may end without a verdict before the run stops."""
     resources: dict[str, float] = field(default_factory=lambda: {"CPU": 0.1})
     """Ray resources of the task that scores and streams trees, such as {CPU: 4, score_slot: 1}."""
-    false_positive_rate: float = 0.0
+    false_positive_rate: float = field(default=0.0, metadata=SHARE)
     """Share of wrong answers that training is told are right; to study noisy rewards."""
-    false_negative_rate: float = 0.0
+    false_negative_rate: float = field(default=0.0, metadata=SHARE)
     """Share of right answers that training is told are wrong; to study noisy rewards."""
 
 
@@ -165,30 +171,30 @@ class VerifierConfig:
 class LearnerConfig:
     """The Ray Train workers and their optimizer."""
 
-    num_workers: int = 1
+    num_workers: int = field(default=1, metadata=POSITIVE)
     """Data-parallel workers; `gate.trees_per_step` must be a multiple."""
     min_workers: int | None = None
     """Fewest workers to go on with when train nodes are lost; up to `num_workers` as they come
     back. None: always `num_workers`. Needs nodes of its own, by a resource such as train_slot."""
     resources: dict[str, float] = field(default_factory=lambda: {"CPU": 0.5})
     """Ray resources of one worker, such as {GPU: 1, train_slot: 1}."""
-    cpu_threads: int = 1
+    cpu_threads: int = field(default=1, metadata=POSITIVE)
     """Torch threads of a CPU worker."""
-    max_failures: int = 3
+    max_failures: int = field(default=3, metadata=NOT_NEGATIVE)
     """Times the worker group is started again after a worker or its node was lost, until it gets
     further than ever before, after 1 s, then 20, 40 and 60 s. 0: a failure ends the run."""
-    learning_rate: float = 1e-6
+    learning_rate: float = field(default=1e-6, metadata=POSITIVE)
     """Rate of AdamW after warm-up."""
-    final_rate: float = 1.0
+    final_rate: float = field(default=1.0, metadata=SHARE)
     """Share of `learning_rate` that is left at the end of the run, to which the rate falls
     linearly with learner steps or, if they are further, with `run.max_sampled_tokens`."""
-    warmup_steps: int = 0
+    warmup_steps: int = field(default=0, metadata=NOT_NEGATIVE)
     """Optimizer steps over which the rate rises from zero."""
-    weight_decay: float = 0.01
+    weight_decay: float = field(default=0.01, metadata=NOT_NEGATIVE)
     """Decoupled weight decay of AdamW."""
-    clip_grad_norm: float = 1.0
+    clip_grad_norm: float = field(default=1.0, metadata=POSITIVE)
     """Largest norm of the gradient."""
-    minibatches: int = 1
+    minibatches: int = field(default=1, metadata=POSITIVE)
     """Optimizer steps that one learner step is split into; the paper takes 2."""
     advantage: AdvantageForm = AdvantageForm.BERNOULLI
     """How values become advantages."""
@@ -199,7 +205,7 @@ class LearnerConfig:
     which the group's advantages are scaled too."""
     prune_threshold: float = 0.1
     """Threshold of `prune` (the paper's tau); negative: every group is trained."""
-    token_budget: int = 16384
+    token_budget: int = field(default=16384, metadata=POSITIVE)
     """Most tokens of one forward pass."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
@@ -219,11 +225,11 @@ class LearnerConfig:
 class SyncConfig:
     """Weight sync from the learner to the engines."""
 
-    chunk_mib: int = 256
+    chunk_mib: int = field(default=256, metadata=POSITIVE)
     """Size of the chunks that weights travel in."""
-    probe_every: int = 10
+    probe_every: int = field(default=10, metadata=POSITIVE)
     """Syncs between comparisons of engine and learner log-probabilities; also at start."""
-    probe_tolerance: float = 1e-3
+    probe_tolerance: float = field(default=1e-3, metadata=POSITIVE)
     """Largest mean difference (nats a token) that a probe may show; 0.1 with bfloat16."""
 
 
@@ -233,19 +239,19 @@ class EvaluateConfig:
 
     data: PromptsConfig = field(default_factory=PromptsConfig)
     """Held-out problems; no path, no evaluation."""
-    num_samples: int = 8
+    num_samples: int = field(default=8, metadata=POSITIVE)
     """Answers a problem; Pass@1 is their mean."""
-    temperature: float = 0.6
+    temperature: float = field(default=0.6, metadata=NOT_NEGATIVE)
     """Sampling temperature."""
-    top_p: float = 1.0
+    top_p: float = field(default=1.0, metadata=POSITIVE_SHARE)
     """Tokens are drawn from the smallest set that has this probability."""
-    max_tokens: int | None = None
+    max_tokens: int | None = field(default=None, metadata=POSITIVE)
     """Most tokens of an answer; as in training if not given."""
     pass_ks: tuple[int, ...] = ()
     """The k of pass@k; powers of two up to `num_samples` if none is named."""
     benchmarks: dict[str, PromptsConfig] = field(default_factory=dict)
     """Data sets by name, for `jobs/evaluate.py`; training evaluates `data` alone."""
-    every: int = 0
+    every: int = field(default=0, metadata=NOT_NEGATIVE)
     """Learner steps between evaluations during training; 0: only before and after."""
 
 
@@ -253,10 +259,10 @@ class EvaluateConfig:
 class CheckpointConfig:
     """Checkpoints in the run folder."""
 
-    every: int = 1
+    every: int = field(default=1, metadata=POSITIVE)
     """Learner steps between checkpoints, and at most what a lost worker or driver costs; one is
     always written at the end. A large model takes its time to be written: there, more."""
-    keep: int = 2
+    keep: int = field(default=2, metadata=POSITIVE)
     """Newest checkpoints that are kept."""
 
 
@@ -266,5 +272,5 @@ class MetricsConfig:
 
     wandb_project: str | None = "treerpo_ray"
     """Weights & Biases project; null turns it off. Without an API key it runs offline."""
-    save_trees_every: int = 1
+    save_trees_every: int = field(default=1, metadata=NOT_NEGATIVE)
     """Learner steps between saved batches of trees; 0: none."""
