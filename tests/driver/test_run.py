@@ -2,8 +2,7 @@
 
 import io
 import signal
-import time
-from collections.abc import Callable
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +10,9 @@ import ray
 import ray.train
 import rich.console
 
-from treerpo_ray.config import Config
+from tests.support.thread_actors import Handle, without_ray
 from treerpo_ray.config.sections import LearnerConfig
-from treerpo_ray.driver import run as train
+from treerpo_ray.driver.run import STOP_SIGNALS, TrainGroup, restart_wait_s, stop_on_signal
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.run_log import Event
 
@@ -23,13 +22,8 @@ def make_console() -> tuple[Console, io.StringIO]:
     return Console(9, rich.console.Console(file=shown, width=120)), shown
 
 
-def answering(answer: Callable[..., object]) -> SimpleNamespace:
-    """A method of an actor that answers at once."""
-    return SimpleNamespace(remote=answer)
-
-
 def fit(
-    monkeypatch: pytest.MonkeyPatch, reached: list[int | None], max_failures: int
+    reached: list[int | None], max_failures: int
 ) -> tuple[int | None, list[float], list[Event]]:
     """Run groups that fail at the steps `reached`, or end well (None), a run of nine steps.
 
@@ -37,33 +31,35 @@ def fit(
     """
     waits: list[float] = []
     events: list[Event] = []
-    done = [9 if step is None else step for step in reached]
     groups = iter(reached)
+    done = iter([9 if step is None else step for step in reached])
 
-    def work() -> None:
-        if next(groups) is not None:
-            raise ray.train.WorkerGroupError("a worker failed", {0: OSError("the store is gone")})
+    def fit_once() -> Exception | None:
+        if next(groups) is None:
+            return None
+        return ray.train.WorkerGroupError("a worker failed", {0: OSError("the store is gone")})
 
-    monkeypatch.setattr(ray, "get", lambda result: result)
-    monkeypatch.setattr(train, "make_trainer", lambda *_: SimpleNamespace(fit=work))
-    monkeypatch.setattr(time, "sleep", waits.append)
     actors = SimpleNamespace(
-        gate=SimpleNamespace(done=answering(lambda: done.pop(0))),
-        run_log=SimpleNamespace(event=answering(events.append)),
-        heartbeats=SimpleNamespace(forget=answering(lambda stage: None)),
+        gate=Handle(SimpleNamespace(done=lambda: next(done))),
+        run_log=Handle(SimpleNamespace(event=events.append)),
+        heartbeats=Handle(SimpleNamespace(forget=lambda stage: None)),
     )
-    supervisor = SimpleNamespace(console=make_console()[0], run=lambda work: work())
-    config = Config(learner=LearnerConfig(max_failures=max_failures))
-    try:
-        return train._fit(config, None, actors, supervisor), waits, events
-    except ray.train.TrainingFailedError:
-        return None, waits, events
+    group = TrainGroup(
+        limits=LearnerConfig(max_failures=max_failures),
+        fit_once=fit_once,
+        actors=actors,
+        supervisor=SimpleNamespace(console=make_console()[0], run=lambda work: work()),
+        sleep=waits.append,
+    )
+    with without_ray():
+        try:
+            return group.fit(), waits, events
+        except ray.train.TrainingFailedError:
+            return None, waits, events
 
 
-def test_a_group_that_fails_again_without_progress_is_waited_for_longer_and_longer(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    steps, waits, events = fit(monkeypatch, [0, 0, 0, 0, 0, None], max_failures=5)
+def test_a_group_that_fails_again_without_progress_is_waited_for_longer_and_longer() -> None:
+    steps, waits, events = fit([0, 0, 0, 0, 0, None], max_failures=5)
     assert steps == 9
     assert waits == [1, 20, 40, 60, 60]
     assert [event.fields["wait_s"] for event in events] == waits, "each wait is told"
@@ -72,36 +68,36 @@ def test_a_group_that_fails_again_without_progress_is_waited_for_longer_and_long
 
 def test_an_outage_of_a_minute_does_not_use_up_the_default_number_of_failures() -> None:
     failures = range(1, LearnerConfig().max_failures + 1)
-    assert sum(train.restart_wait_s(number) for number in failures) > 60
+    assert sum(restart_wait_s(number) for number in failures) > 60
 
 
-def test_after_progress_the_first_wait_is_short_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fit(monkeypatch, [3, 3, 5, 5, None], max_failures=2)[:2] == (9, [1, 20, 1, 20])
+def test_after_progress_the_first_wait_is_short_again() -> None:
+    assert fit([3, 3, 5, 5, None], max_failures=2)[:2] == (9, [1, 20, 1, 20])
 
 
-def test_a_group_that_is_given_up_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps, waits, events = fit(monkeypatch, [3, 3], max_failures=1)
+def test_a_group_that_is_given_up_is_not_waited_for() -> None:
+    steps, waits, events = fit([3, 3], max_failures=1)
     assert (steps, waits) == (None, [1])
     assert [event.fields["failures"] for event in events] == [1, 2]
 
 
-@pytest.mark.parametrize("first", train.STOP_SIGNALS)
-@pytest.mark.parametrize("second", train.STOP_SIGNALS)
+@pytest.mark.parametrize("first", STOP_SIGNALS)
+@pytest.mark.parametrize("second", STOP_SIGNALS)
 def test_the_first_signal_stops_after_the_step_and_the_second_at_once(
     first: signal.Signals, second: signal.Signals
 ) -> None:
     def rays_own(number: int, frame: object) -> None:
         raise SystemExit(number)
 
-    before = {number: signal.getsignal(number) for number in train.STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     signal.signal(signal.SIGTERM, rays_own)
-    stopped: list[bool] = []
-    gate = SimpleNamespace(stop=answering(lambda: stopped.append(True)))
+    stopped = threading.Event()
+    gate = Handle(SimpleNamespace(stop=stopped.set))
     console, shown = make_console()
     try:
-        with train.stop_on_signal(gate, console):
+        with stop_on_signal(gate, console):
             signal.raise_signal(first)
-            assert stopped == [True]
+            assert stopped.wait(60)
             assert "stopping after this step, with a checkpoint" in shown.getvalue()
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(second)

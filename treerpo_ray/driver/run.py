@@ -1,4 +1,4 @@
-"""Training: wires the stages together and follows the run; reads like the algorithm.
+"""Run: wires the stages together, follows them and starts the train workers again that fail.
 
 gate ──► engine pool ──► tree stream (scoring) ──► train workers ──► weight sync ──► engines
 """
@@ -7,11 +7,12 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from tempfile import TemporaryDirectory
+from typing import Self
 
 import fsspec
 import ray
@@ -20,6 +21,7 @@ import ray.train
 from treerpo_ray.actor import make_actor
 from treerpo_ray.config import Config
 from treerpo_ray.config.files import to_yaml
+from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.driver.cluster import connected
 from treerpo_ray.driver.outcome import (
     RunResult,
@@ -37,7 +39,7 @@ from treerpo_ray.evaluate.evaluation import Evaluation
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.run_log import Event, RunLog, RunLogApi, latest
 from treerpo_ray.metrics.watchdog import Heartbeats, StageApi, Watchdog, watch_over
-from treerpo_ray.prompts.prompt_set import load_tokenizer
+from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
 from treerpo_ray.run_folder.lock import only_writer
 from treerpo_ray.run_folder.logs import output_to_log
 from treerpo_ray.scoring import Scorer
@@ -104,42 +106,123 @@ def train(
             the last checkpoint, and the same command goes on from it.
     """
     _write_config(config)
-    actors = _build(config, inputs, pool)
-    scorer = None
-    try:
-        with closing(_watchdog(config, actors)) as dog:
-            supervisor = Supervisor(actors.run_log, console, dog)
-            with console.progress(f"starting {config.engine.num_engines} engine(s)", None):
-                supervisor.run(lambda: ray.get(actors.pool.start.remote()))
-            if inputs.held_out is not None:
-                tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-                scorer = Scorer(config, tokenizer)
-
-            def evaluated(step: int) -> Evaluation | None:
-                return supervisor.run(
-                    lambda: _evaluate(config, inputs, actors, scorer, console, step)
-                )
-
-            before = evaluated(0)
-            steps_done = _fit(config, inputs, actors, supervisor)
-            written = ray.get(actors.run_log.rows_since.remote(0))
-            rows = latest(written)
-            is_complete = steps_done >= last_step(config, rows)
-            after = evaluated(steps_done) if is_complete else None
-    finally:
-        if scorer is not None:
-            scorer.close()
-        if pool is None:
-            stop_actor(actors.pool.stop.remote, "engine pool", console)
-        stop_actor(actors.run_log.close.remote, "run log", console)
+    with RunSession(config, inputs, console, pool) as session:
+        session.start_engines()
+        before = session.evaluate(step=0)
+        steps_done = session.train_group.fit()
+        is_complete = steps_done >= session.last_step()
+        after = session.evaluate(steps_done) if is_complete else None
     return collect_outcome(config, before, after, is_complete=is_complete)
 
 
-def _build(config: Config, inputs: Inputs, pool: TreePoolApi | None) -> RunActors:
+class RunSession:
+    """One session of a run: its actors, from their making to their end, and who watches them.
+
+    Args:
+        config: The run's configuration.
+        inputs: Its checked inputs.
+        console: Shows what happens.
+        pool: A pool that outlives the session; None: it has its own.
+    """
+
+    def __init__(
+        self, config: Config, inputs: Inputs, console: Console, pool: TreePoolApi | None
+    ) -> None:
+        self.config, self.inputs, self.console = config, inputs, console
+        self._ending = ExitStack()
+        with self._ending:  # what was made ends where the rest fails
+            self.actors = _make_actors(config, inputs, pool)
+            self._at_end(self.actors.run_log.close.remote, "run log")
+            if pool is None:
+                self._at_end(self.actors.pool.stop.remote, "engine pool")
+            watchdog = self._ending.enter_context(closing(_watchdog(config, self.actors)))
+            self.supervisor = Supervisor(self.actors.run_log, console, watchdog)
+            self._scorer: Scorer | None = None
+            self._ending = self._ending.pop_all()
+
+    def _at_end(self, stop: "Callable[[], ray.ObjectRef[None]]", name: str) -> None:
+        self._ending.callback(stop_actor, stop, name, self.console)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ending.close()
+
+    @property
+    def train_group(self) -> "TrainGroup":
+        """The train workers of this session."""
+        return TrainGroup(
+            limits=self.config.learner,
+            fit_once=self._fit_once,
+            actors=self.actors,
+            supervisor=self.supervisor,
+        )
+
+    def start_engines(self) -> None:
+        """Start the engines, unless a kept pool has them."""
+        with self.console.progress(f"starting {self.config.engine.num_engines} engine(s)", None):
+            self.supervisor.run(lambda: ray.get(self.actors.pool.start.remote()))
+
+    def last_step(self) -> int:
+        """The learner step that ends the run, as far as its rows tell."""
+        written = ray.get(self.actors.run_log.rows_since.remote(0))
+        return last_step(self.config, latest(written))
+
+    def evaluate(self, step: int) -> Evaluation | None:
+        """Evaluate what the engines serve now, unless the run folder holds the result of `step`;
+        None without held-out problems."""
+        if self.inputs.held_out is None:
+            return None
+        if self._scorer is None:
+            model = self.config.model
+            tokenizer = load_tokenizer(model.path, model.trust_remote_code)
+            self._scorer = self._ending.enter_context(closing(Scorer(self.config, tokenizer)))
+        grade = partial(self._evaluate, self.inputs.held_out, self._scorer, step)
+        return self.supervisor.run(grade)
+
+    def _evaluate(self, held_out: PromptSet, scorer: Scorer, step: int) -> Evaluation:
+        config, actors = self.config, self.actors
+        result = evaluate.read(config.folder, step)
+        if result is not None:
+            return result
+        version = ray.get(actors.pool.version.remote())
+        if step == 0 and version:
+            raise RuntimeError("engines that served a run cannot evaluate the start of another")
+        title = f"evaluating on {len(held_out)} problems"
+        with evaluation_progress(
+            config, self.console, actors.heartbeats, title, len(held_out)
+        ) as advance:
+            return evaluate.evaluate(
+                config,
+                held_out,
+                actors.pool,
+                actors.run_log,
+                scorer,
+                step=step,
+                version=version,
+                advance=advance,
+            )
+
+    def _fit_once(self) -> ray.train.TrainingFailedError | None:
+        """Run a group of train workers to its end; returns what it failed of."""
+        with (
+            TemporaryDirectory(prefix="treerpo-train-", ignore_cleanup_errors=True) as storage,
+            stop_on_signal(self.actors.gate, self.console),
+        ):
+            try:
+                fit = make_trainer(self.config, self.inputs, self.actors, storage).fit
+                self.supervisor.run(fit)
+            except ray.train.TrainingFailedError as error:
+                return error
+        return None
+
+
+def _make_actors(config: Config, inputs: Inputs, pool: TreePoolApi | None) -> RunActors:
     """The actors of a run; all of them mostly wait."""
     shape = replace(config.shape, delimiters=inputs.delimiters)
     run_log: RunLogApi = make_actor(RunLog, concurrency=1)(config)
-    pool = pool or _make_pool(config)
+    pool = _make_pool(config) if pool is None else pool
     ray.get(pool.begin.remote(config, inputs.prompts, shape, run_log))
     gate = make_actor(Gate)(
         num_prompts=len(inputs.prompts),
@@ -162,46 +245,56 @@ def _make_pool(config: Config) -> TreePoolApi:
     return make_actor(TreePool)(config, config.log_folder)
 
 
-def _fit(config: Config, inputs: Inputs, actors: RunActors, supervisor: Supervisor) -> int:
-    """Run the train workers and follow them; returns the learner steps that are done.
+class TrainGroup:
+    """Train workers; a group that failed is started again from the last checkpoint, with whatever
+    workers there are then.
 
-    A group that failed is started again from the last checkpoint, with whatever workers there are.
+    Args:
+        limits: How many workers there may be, and failures without progress.
+        fit_once: Runs one group to its end; returns what it failed of, None if it ended well.
+        actors: Those of the run.
+        supervisor: Follows the wait before a start.
+        sleep: Waits so many seconds.
     """
-    failures = reached = 0
-    fewest, most = config.learner.fewest_workers, config.learner.num_workers
-    number = f"{most}" if fewest == most else f"{fewest} to {most}"
-    while True:
-        supervisor.console.note(f"starting {number} train worker(s)")
-        error = _fit_once(config, inputs, actors, supervisor)
-        done = ray.get(actors.gate.done.remote())
-        if error is None:
-            return done
-        failures = 1 if done > reached else failures + 1
-        reached = max(done, reached)
-        is_over = failures > config.learner.max_failures
-        wait_s = 0.0 if is_over else restart_wait_s(failures)
-        lost: dict[str, str | float] = {"step": done, "failures": failures, "wait_s": wait_s}
-        lost["cause"] = root_cause(error)
-        ray.get(actors.run_log.event.remote(Event(kind="learner_lost", fields=lost)))
-        if is_over:
-            raise error
-        ray.get(actors.heartbeats.forget.remote("learner"))
-        supervisor.run(partial(time.sleep, wait_s))
 
+    def __init__(
+        self,
+        *,
+        limits: LearnerConfig,
+        fit_once: Callable[[], Exception | None],
+        actors: RunActors,
+        supervisor: Supervisor,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.limits, self.fit_once = limits, fit_once
+        self.actors, self.supervisor, self.sleep = actors, supervisor, sleep
 
-def _fit_once(
-    config: Config, inputs: Inputs, actors: RunActors, supervisor: Supervisor
-) -> ray.train.TrainingFailedError | None:
-    """Run a group of train workers to its end; returns what it failed of."""
-    with (
-        TemporaryDirectory(prefix="treerpo-train-", ignore_cleanup_errors=True) as storage,
-        stop_on_signal(actors.gate, supervisor.console),
-    ):
-        try:
-            supervisor.run(make_trainer(config, inputs, actors, storage).fit)
-        except ray.train.TrainingFailedError as error:
-            return error
-    return None
+    def fit(self) -> int:
+        """Train to the end of the run or to its stop; returns the learner steps that are done.
+
+        Raises:
+            Exception: what the last group failed of, after too many failures without progress.
+        """
+        failures = reached = 0
+        fewest, most = self.limits.fewest_workers, self.limits.num_workers
+        number = f"{most}" if fewest == most else f"{fewest} to {most}"
+        while True:
+            self.supervisor.console.note(f"starting {number} train worker(s)")
+            error = self.fit_once()
+            done = ray.get(self.actors.gate.done.remote())
+            if error is None:
+                return done
+            failures = 1 if done > reached else failures + 1
+            reached = max(done, reached)
+            is_over = failures > self.limits.max_failures
+            wait_s = 0.0 if is_over else restart_wait_s(failures)
+            lost: dict[str, str | float] = {"step": done, "failures": failures, "wait_s": wait_s}
+            lost["cause"] = root_cause(error)
+            ray.get(self.actors.run_log.event.remote(Event(kind="learner_lost", fields=lost)))
+            if is_over:
+                raise error
+            ray.get(self.actors.heartbeats.forget.remote("learner"))
+            self.supervisor.run(partial(self.sleep, wait_s))
 
 
 def restart_wait_s(failures: int) -> float:
@@ -244,39 +337,6 @@ def stop_on_signal(gate: GateApi, console: Console) -> Iterator[None]:
     finally:
         for each, handler in previous.items():
             signal.signal(each, handler)
-
-
-def _evaluate(
-    config: Config,
-    inputs: Inputs,
-    actors: RunActors,
-    scorer: Scorer | None,
-    console: Console,
-    step: int,
-) -> Evaluation | None:
-    """Evaluate what the engines serve now, unless the run folder holds the result."""
-    if inputs.held_out is None or scorer is None:
-        return None
-    result = evaluate.read(config.folder, step)
-    if result is not None:
-        return result
-    version = ray.get(actors.pool.version.remote())
-    if step == 0 and version:
-        raise RuntimeError("engines that have served a run cannot evaluate the start of another")
-    num_problems = len(inputs.held_out)
-    title = f"evaluating on {num_problems} problems"
-    with evaluation_progress(config, console, actors.heartbeats, title, num_problems) as advance:
-        result = evaluate.evaluate(
-            config,
-            inputs.held_out,
-            actors.pool,
-            actors.run_log,
-            scorer,
-            step=step,
-            version=version,
-            advance=advance,
-        )
-    return result
 
 
 def _write_config(config: Config) -> None:
