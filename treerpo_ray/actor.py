@@ -14,10 +14,10 @@ That the actor's class has these methods is for a test to check (`tests/test_act
 """
 
 from collections.abc import Callable
-from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast
 
-import ray
-from ray.exceptions import RayTaskError
+if TYPE_CHECKING:  # who only reads what a run wrote needs no Ray
+    import ray
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,7 +40,7 @@ class ActorStream(Protocol[P]):
 class ActorStreamCall(Protocol[P]):
     """A method of an actor that yields, ready to be called."""
 
-    def remote(self, *args: P.args, **kwargs: P.kwargs) -> ray.ObjectRefGenerator:
+    def remote(self, *args: P.args, **kwargs: P.kwargs) -> "ray.ObjectRefGenerator":
         """Call it; the references come as it yields."""
 
 
@@ -56,6 +56,8 @@ def actor_stream(signature: Callable[Concatenate[Any, P], object]) -> ActorStrea
 
 def make_actor(kind: Callable[P, object], *, concurrency: int = 10_000) -> Callable[P, Any]:
     """What makes an actor on the node of the driver, called with the arguments of its class."""
+    import ray
+
     here = ray.get_runtime_context().get_node_id()
     node = {ray._raylet.RAY_NODE_ID_KEY: here}  # type: ignore[attr-defined]  # not in Ray's stub
     made = ray.remote(kind).options(num_cpus=0, label_selector=node, max_concurrency=concurrency)
@@ -64,6 +66,8 @@ def make_actor(kind: Callable[P, object], *, concurrency: int = 10_000) -> Calla
 
 def first_line(error: BaseException) -> str:
     """Kind and first line of an error, without what Ray puts around that of an actor."""
+    from ray.exceptions import RayTaskError
+
     if isinstance(error, RayTaskError):
         error = error.cause
     return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"

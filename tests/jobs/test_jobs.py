@@ -236,7 +236,7 @@ def test_a_run_that_the_cluster_cannot_hold_says_what_is_missing(tmp_path: Path)
 
 OUTSIDER = """
 import os, subprocess, sys, ray
-from treerpo_ray.cluster import connected
+from treerpo_ray.driver.cluster import connected
 from treerpo_ray.config import Config
 with connected(Config()):
     address = ray.get_runtime_context().gcs_address
