@@ -15,39 +15,16 @@ if TYPE_CHECKING:
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+from tests.support.project import ROOT, SMALL
+from tests.support.secrets import SECRETS
 from treerpo_ray.config import Config, load
 
-SECRETS = {
-    name: f"{number}{'5ec2e7' * 7}"[:40]
-    for number, name in enumerate(
-        ("WANDB_API_KEY", "HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-    )
-}
-"""Secrets in the environment of every test: none of them may turn up in what a run writes."""
 os.environ |= SECRETS
 
 pytest.register_assert_rewrite("tests.support.whole_runs")
 # Property tests draw the same examples in each run and have no deadline on a busy machine.
 settings.register_profile("reproducible", derandomize=True, database=None, deadline=None)
 settings.load_profile("reproducible")
-
-ROOT = Path(__file__).resolve().parents[1]
-SMALL = [
-    str(ROOT / "conf/quickstart.yaml"),
-    "prompts.num_problems=64",
-    "evaluate.data.num_problems=12",
-    "evaluate.num_samples=2",
-    "gate.trees_per_step=6",
-    "engine.kv_cache_gib=0.125",
-    "metrics.wandb_project=null",
-    "checkpoint.every=2",
-]
-"""The quickstart, small enough for a test."""
-
-
-def holds_secret(content: bytes) -> bool:
-    """Whether one of SECRETS stands in what was written."""
-    return any(secret.encode() in content for secret in SECRETS.values())
 
 
 @pytest.fixture(scope="session")

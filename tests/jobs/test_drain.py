@@ -1,6 +1,5 @@
 """The script that drains a node whose machine goes: metadata services and `ray` are stand-ins."""
 
-import importlib.util
 import shutil
 import threading
 import time
@@ -10,27 +9,17 @@ from types import ModuleType
 import pytest
 from ray.scripts.scripts import drain_node
 
-from tests.conftest import ROOT
+from tests.support.project import load_script
 
-DRAIN = ROOT / "jobs/cluster/drain.py"
 NODE_ID = "eb85e68d534ed6789ee1b78f6feb2d2b3b37f1b04676b8d99a46445a"
 AWS = "/latest/meta-data/spot/instance-action"
 GCP = "/computeMetadata/v1/instance/preempted"
 
 
-def drain_script() -> ModuleType:
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("drain", DRAIN)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def drain(monkeypatch, tmp_path) -> ModuleType:
     """The script on a machine with one raylet, which ends when `ray` is called."""
-    module = drain_script()
+    module = load_script("jobs/cluster/drain.py")
     raylet = (
         "/lib/ray/core/src/ray/raylet/raylet",
         f"--node_id={NODE_ID}",

@@ -1,6 +1,5 @@
 """The scripts as users call them: as a job of a cluster, as a command, with wrong input."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -17,7 +16,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from jobs.autoscale_demo import free_ports
-from tests.conftest import ROOT, SMALL
+from tests.support.project import ROOT, SMALL, load_script
 
 SCRIPT = [sys.executable, "jobs/train.py"]
 TINY = [
@@ -183,11 +182,7 @@ def processes_with(variable: str) -> list[str]:
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """`jobs/train.py` as a module: what it says of mistakes needs no process of its own."""
-    spec = importlib.util.spec_from_file_location("train_script", ROOT / SCRIPT[1])
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT[1])
 
 
 def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
@@ -236,7 +231,7 @@ def test_a_run_that_the_cluster_cannot_hold_says_what_is_missing(tmp_path: Path)
 
 OUTSIDER = """
 import os, subprocess, sys, ray
-from treerpo_ray.cluster import connected
+from treerpo_ray.driver.cluster import connected
 from treerpo_ray.config import Config
 with connected(Config()):
     address = ray.get_runtime_context().gcs_address

@@ -14,7 +14,7 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
-from tests.conftest import ROOT, SMALL
+from tests.support.project import ROOT, SMALL
 from tests.support.whole_runs import (
     assert_ledger,
     assert_no_tree_was_finished_twice,

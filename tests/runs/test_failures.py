@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import ROOT, SMALL
+from tests.support.project import ROOT, SMALL
 from tests.support.whole_runs import (
     STRICT,
     assert_gone,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import holds_secret
+from tests.support.project import ROOT
+from tests.support.secrets import holds_secret
 from treerpo_ray.verifier.verdict import Answer, Verdict
 from treerpo_ray.verifier.verifier import Verifier
 
@@ -196,8 +197,7 @@ if {in_thread}:
 else:
     work()
 """
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root}"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment
     ) as parent:
@@ -217,8 +217,7 @@ def test_the_main_module_is_not_run_again_in_a_worker(tmp_path):
         '    answer = Answer(text="a", references=("a",), is_cut_off=False)\n'
         "    print(verifier.grade([answer])[0].value)\n"
     )
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root}"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-X", "dev", str(script)],
         capture_output=True,
@@ -273,6 +272,4 @@ def test_a_failing_self_test_names_its_pair():
 def test_importing_the_verifier_loads_none_of_the_heavy_packages():
     heavy = "{'torch', 'ray', 'vllm', 'transformers', 'sympy', 'math_verify'}"
     code = f"import sys, treerpo_ray.verifier.verifier; sys.exit(bool({heavy} & set(sys.modules)))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
-    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
