@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("WANDB_MODE", "offline")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other core is for the other process
 
 from tests.support.project import ROOT, SMALL
 from tests.support.secrets import SECRETS
@@ -25,6 +27,23 @@ pytest.register_assert_rewrite("tests.support.whole_runs")
 # Property tests draw the same examples in each run and have no deadline on a busy machine.
 settings.register_profile("reproducible", derandomize=True, database=None, deadline=None)
 settings.load_profile("reproducible")
+
+
+TOGETHER = {"tests/runs": "runs", "tests": "cluster"}
+"""Tests in the same Ray cluster, by folder: those of a name share a process (pytest-xdist)."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """Keep in one process what shares fixtures, and start with what takes longest."""
+    for item in items:
+        group = item.nodeid.partition("::")[0]
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            group = next(name for folder, name in TOGETHER.items() if group.startswith(folder))
+        item.add_marker(pytest.mark.xdist_group(group))
+    is_long = ("ray", "engine", "slow")
+    items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in is_long))
+    return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -100,7 +100,7 @@ def test_a_machine_is_drained_once_its_cloud_gives_notice(
         time.sleep(0.01)
     assert not (tmp_path / "calls").exists()
     answers[path] = notice
-    script.join(timeout=20)
+    script.join(timeout=300)
     assert not script.is_alive()
     params = drained(tmp_path)
     assert params["node_id"] == NODE_ID
@@ -113,10 +113,11 @@ def test_no_notice_is_taken_from_a_metadata_service_that_is_not_there(drain, mon
     assert not drain.is_noticed("aws") and not drain.is_noticed("gcp")
 
 
-def test_a_pod_is_drained_at_once_and_waits_until_its_node_has_ended(drain, tmp_path) -> None:
-    start = time.monotonic()
+def test_a_pod_is_drained_at_once_and_waits_until_its_node_has_ended(
+    drain, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.setitem(drain.NOTICE_S, "pod", 3600)  # longer than a test may take
     drain.main("pod")
-    assert time.monotonic() - start < 10
     assert drained(tmp_path)["node_id"] == NODE_ID
 
 
