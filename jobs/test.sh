@@ -10,4 +10,4 @@ ruff check .
 ruff format --check .
 mypy
 lint-imports
-exec python -m pytest "$@"
+exec python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"

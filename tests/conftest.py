@@ -14,16 +14,13 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("WANDB_MODE", "offline")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other core is for the other process
 
+from tests.support.project import ROOT, SMALL
+from tests.support.secrets import SECRETS
 from treerpo_ray.config import Config, load
 
-SECRETS = {
-    name: f"{number}{'5ec2e7' * 7}"[:40]
-    for number, name in enumerate(
-        ("WANDB_API_KEY", "HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-    )
-}
-"""Secrets in the environment of every test: none of them may turn up in what a run writes."""
 os.environ |= SECRETS
 
 pytest.register_assert_rewrite("tests.support.whole_runs")
@@ -31,23 +28,22 @@ pytest.register_assert_rewrite("tests.support.whole_runs")
 settings.register_profile("reproducible", derandomize=True, database=None, deadline=None)
 settings.load_profile("reproducible")
 
-ROOT = Path(__file__).resolve().parents[1]
-SMALL = [
-    str(ROOT / "conf/quickstart.yaml"),
-    "prompts.num_problems=64",
-    "evaluate.data.num_problems=12",
-    "evaluate.num_samples=2",
-    "gate.trees_per_step=6",
-    "engine.kv_cache_gib=0.125",
-    "metrics.wandb_project=null",
-    "checkpoint.every=2",
-]
-"""The quickstart, small enough for a test."""
+
+TOGETHER = {"tests/runs": "runs", "tests": "cluster"}
+"""Tests in the same Ray cluster, by folder: those of a name share a process (pytest-xdist)."""
 
 
-def holds_secret(content: bytes) -> bool:
-    """Whether one of SECRETS stands in what was written."""
-    return any(secret.encode() in content for secret in SECRETS.values())
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """Keep in one process what shares fixtures, and start with what takes longest."""
+    for item in items:
+        group = item.nodeid.partition("::")[0]
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            group = next(name for folder, name in TOGETHER.items() if group.startswith(folder))
+        item.add_marker(pytest.mark.xdist_group(group))
+    is_long = ("ray", "engine", "slow")
+    items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in is_long))
+    return (yield)
 
 
 @pytest.fixture(scope="session")

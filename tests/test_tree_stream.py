@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.conftest import ROOT as ROOT_FOLDER
+from tests.support.project import ROOT as ROOT_FOLDER
 from tests.support.trees import make_step
 from tests.test_records import make_record
 from treerpo_ray import tree_stream

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from tests.support.project import ROOT
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.loss_config import Normalisation
 from treerpo_ray.config.config import Config, credential_keys, numbers
 from treerpo_ray.config.files import MOVED_MODULES, describe, load, to_yaml, with_moved_modules
 from treerpo_ray.evaluate.evaluation import Evaluation
 
-CONF = Path(__file__).parents[2] / "conf"
+CONF = ROOT / "conf"
 FILES = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml"))
 
 

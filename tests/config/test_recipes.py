@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.project import ROOT
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.groups import PruneRule
 from treerpo_ray.algo.loss_config import Normalisation, Ratio
 from treerpo_ray.config import Config, load
 from treerpo_ray.driver.plan import plan_lines, preflight
 
-ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
 MODEL = str(ROOT / "treerpo_ray/quickstart/model")
 

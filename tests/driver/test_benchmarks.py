@@ -12,6 +12,7 @@ import pytest
 import ray
 import rich.console
 
+from tests.support.project import ROOT
 from tests.support.thread_actors import Handle, without_ray
 from treerpo_ray.driver import benchmarks
 from treerpo_ray.driver.benchmarks import (
@@ -30,7 +31,6 @@ from treerpo_ray.metrics.run_log import Event
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
 from treerpo_ray.search.tree_pool import TreePool
 
-ROOT = Path(__file__).resolve().parents[2]
 MODEL = str(ROOT / "treerpo_ray/quickstart/model")
 
 

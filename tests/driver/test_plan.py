@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
+from tests.support.project import ROOT
 from treerpo_ray.config import Config, load
 from treerpo_ray.driver.plan import (
     GIB,
@@ -19,7 +19,6 @@ from treerpo_ray.driver.plan import (
     preflight,
 )
 
-ROOT = Path(__file__).parents[2]
 QUICKSTART = [
     str(ROOT / "conf/quickstart.yaml"),
     *("run.root=/runs", "run.name=planned", "run.num_steps=30", "gate.trees_per_step=24"),

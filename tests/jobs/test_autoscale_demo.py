@@ -1,6 +1,5 @@
 """Ray's autoscaler and a real run: the demonstration as a user calls it."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from types import ModuleType
 import pytest
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from tests.conftest import ROOT
+from tests.support.project import ROOT, load_script
 from tests.support.whole_runs import (
     assert_ledger,
     assert_no_tree_was_finished_twice,
@@ -21,12 +20,7 @@ from treerpo_ray.study.analysis import Run
 @pytest.fixture(scope="module")
 def demo() -> ModuleType:
     """The demonstration as a module."""
-    path = ROOT / "jobs/autoscale_demo.py"
-    spec = importlib.util.spec_from_file_location("autoscale_demo", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("jobs/autoscale_demo.py")
 
 
 def test_rays_autoscaler_takes_the_demonstrations_cluster(demo) -> None:

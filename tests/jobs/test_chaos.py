@@ -1,6 +1,5 @@
 """The failure drill, short: every kind of process is killed once in a real training."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -9,15 +8,13 @@ import time
 import pytest
 
 from jobs.chaos import Victim
-from tests.conftest import ROOT
+from tests.support.project import ROOT, load_script
 from treerpo_ray.config import load
 
 
 def test_a_drill_ends_a_run_that_takes_too_long(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "else the drill sets one for all tests")
-    spec = importlib.util.spec_from_file_location("chaos", ROOT / "jobs/chaos.py")
-    chaos = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(chaos)
+    chaos = load_script("jobs/chaos.py")
     drill = chaos.Drill(load([f"run.root={tmp_path}"]), None, [(1, Victim.CORE), (2, Victim.NODE)])
     training = subprocess.Popen(["sleep", "60"])
     drill.run(training, time.monotonic() + 0.5)

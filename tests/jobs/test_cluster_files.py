@@ -16,13 +16,13 @@ from ray.autoscaler._private.kuberay.autoscaling_config import (
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 
-from tests.conftest import ROOT
-from tests.jobs.test_drain import DRAIN, drain_script
 from tests.support import kuberay_schema
+from tests.support.project import ROOT, load_script
 from treerpo_ray.config import Config, load
 from treerpo_ray.driver.cluster import missing_resources, needed_resources
 
 FOLDER = ROOT / "jobs/cluster"
+DRAIN = "jobs/cluster/drain.py"
 VM_FILES = ("aws.yaml", "gcp.yaml")
 KUBERNETES_FILES = ("raycluster.yaml", "rayjob.yaml")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -89,7 +89,7 @@ def config_of(command) -> Config:
 
 
 ALL = [*VM_FILES, *KUBERNETES_FILES]
-IMAGE_DRAIN = str(image_folder() / DRAIN.relative_to(ROOT))
+IMAGE_DRAIN = str(image_folder() / DRAIN)
 
 
 @pytest.mark.parametrize("name", VM_FILES)
@@ -237,7 +237,7 @@ def test_a_rollout_pod_is_drained_before_it_ends(name) -> None:
             "pod",
         ]
         # The hook's time counts, and Ray has to end within it too.
-        assert pod["terminationGracePeriodSeconds"] >= drain_script().NOTICE_S["pod"] + 10
+        assert pod["terminationGracePeriodSeconds"] >= load_script(DRAIN).NOTICE_S["pod"] + 10
 
 
 @pytest.mark.parametrize("name", KUBERNETES_FILES)

@@ -1,6 +1,5 @@
 """The script that drains a node whose machine goes: metadata services and `ray` are stand-ins."""
 
-import importlib.util
 import shutil
 import threading
 import time
@@ -10,27 +9,17 @@ from types import ModuleType
 import pytest
 from ray.scripts.scripts import drain_node
 
-from tests.conftest import ROOT
+from tests.support.project import load_script
 
-DRAIN = ROOT / "jobs/cluster/drain.py"
 NODE_ID = "eb85e68d534ed6789ee1b78f6feb2d2b3b37f1b04676b8d99a46445a"
 AWS = "/latest/meta-data/spot/instance-action"
 GCP = "/computeMetadata/v1/instance/preempted"
 
 
-def drain_script() -> ModuleType:
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("drain", DRAIN)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def drain(monkeypatch, tmp_path) -> ModuleType:
     """The script on a machine with one raylet, which ends when `ray` is called."""
-    module = drain_script()
+    module = load_script("jobs/cluster/drain.py")
     raylet = (
         "/lib/ray/core/src/ray/raylet/raylet",
         f"--node_id={NODE_ID}",
@@ -111,7 +100,7 @@ def test_a_machine_is_drained_once_its_cloud_gives_notice(
         time.sleep(0.01)
     assert not (tmp_path / "calls").exists()
     answers[path] = notice
-    script.join(timeout=20)
+    script.join(timeout=300)
     assert not script.is_alive()
     params = drained(tmp_path)
     assert params["node_id"] == NODE_ID
@@ -124,10 +113,11 @@ def test_no_notice_is_taken_from_a_metadata_service_that_is_not_there(drain, mon
     assert not drain.is_noticed("aws") and not drain.is_noticed("gcp")
 
 
-def test_a_pod_is_drained_at_once_and_waits_until_its_node_has_ended(drain, tmp_path) -> None:
-    start = time.monotonic()
+def test_a_pod_is_drained_at_once_and_waits_until_its_node_has_ended(
+    drain, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.setitem(drain.NOTICE_S, "pod", 3600)  # longer than a test may take
     drain.main("pod")
-    assert time.monotonic() - start < 10
     assert drained(tmp_path)["node_id"] == NODE_ID
 
 

@@ -1,6 +1,5 @@
 """The scripts as users call them: as a job of a cluster, as a command, with wrong input."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -17,7 +16,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from jobs.autoscale_demo import free_ports
-from tests.conftest import ROOT, SMALL
+from tests.support.project import ROOT, SMALL, load_script
 
 SCRIPT = [sys.executable, "jobs/train.py"]
 TINY = [
@@ -26,8 +25,8 @@ TINY = [
     "gate.trees_per_step=4",
     "evaluate.data.num_problems=6",
 ]
-
-
+PATIENCE_S = 600
+"""Far more than anything takes that is waited for."""
 TOKEN = uuid.uuid4().hex
 WITH_TOKEN = {"Authorization": f"Bearer {TOKEN}"}
 
@@ -63,7 +62,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         start_new_session=True,
     )  # fmt: skip
     address = f"http://127.0.0.1:{dashboard}"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
             JobSubmissionClient(address, headers=WITH_TOKEN)
@@ -73,12 +72,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             time.sleep(0.5)
     yield address
     os.killpg(head.pid, signal.SIGTERM)
-    head.wait(timeout=60)
+    head.wait(timeout=PATIENCE_S)
 
 
 def logs_of(client: JobSubmissionClient, entrypoint: str) -> list[str]:
     """Run a job to its good end; returns the lines of its log."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
             job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(ROOT)})
@@ -86,7 +85,7 @@ def logs_of(client: JobSubmissionClient, entrypoint: str) -> list[str]:
         except RuntimeError as error:  # the head's agent comes up after the job server
             assert "No available agent" in str(error) and time.monotonic() < deadline
             time.sleep(1)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE_S
     while not (status := client.get_job_status(job)).is_terminal():
         assert time.monotonic() < deadline, client.get_job_logs(job)
         time.sleep(1)
@@ -150,12 +149,12 @@ def test_a_signal_stops_with_a_checkpoint_and_leaves_no_process(
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
     )
     metrics = tmp_path / "stopped" / "metrics.jsonl"
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + PATIENCE_S
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
     process.send_signal(number)
-    _, shown = process.communicate(timeout=120)
+    _, shown = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert b"stopped with a checkpoint" in shown
     steps = metrics.read_text().count("\n")
@@ -165,7 +164,7 @@ def test_a_signal_stops_with_a_checkpoint_and_leaves_no_process(
 
 def processes_with(variable: str) -> list[str]:
     """Commands of living processes that inherited an environment variable."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while True:
         found = []
         for entry in Path("/proc").iterdir():
@@ -183,11 +182,7 @@ def processes_with(variable: str) -> list[str]:
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """`jobs/train.py` as a module: what it says of mistakes needs no process of its own."""
-    spec = importlib.util.spec_from_file_location("train_script", ROOT / SCRIPT[1])
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT[1])
 
 
 def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:

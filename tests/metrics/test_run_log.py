@@ -10,7 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from tests.conftest import SECRETS, holds_secret
+from tests.support.secrets import SECRETS, holds_secret
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import MetricsConfig, RunConfig
 from treerpo_ray.metrics import wandb as wandb_run

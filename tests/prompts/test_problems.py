@@ -15,11 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.project import ROOT
 from treerpo_ray.config.sections import PromptsConfig
 from treerpo_ray.prompts.hub import Unreachable
 from treerpo_ray.prompts.problems import DataReport, Problem, load_problems
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+DATA = ROOT.parent / "shared" / "data"
 ROWS = [
     {"question": "one and one?", "answer": "2", "name": "a"},
     {"question": "two and two?", "answer": 4, "name": "b"},
@@ -271,7 +272,7 @@ def test_a_path_that_leads_nowhere_is_one_line(path, told):
     ("name", "data", "told"),
     [
         ("rows.jsonl.gz", b"not gzip", "corrupt gzip file"),
-        ("rows.jsonl.gz", gzip.compress(lines(*ROWS))[:-20], "corrupt gzip file"),
+        ("rows.jsonl.gz", gzip.compress(lines(*ROWS), mtime=0)[:-20], "corrupt gzip file"),
         ("rows.parquet", b"not parquet", "not a Parquet file"),
         ("rows.parquet", b"PAR1" + b"\0" * 40 + b"PAR1", "not a Parquet file"),
         ("rows.csv", b"question,answer\n", "the name must end in .jsonl"),

@@ -3,12 +3,11 @@
 import json
 import logging
 import os
-from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-import treerpo_ray
+from tests.support.project import ROOT
 from treerpo_ray.config.sections import PromptsConfig
 from treerpo_ray.prompts.hub import Unreachable
 from treerpo_ray.prompts.problems import Problem
@@ -131,9 +130,8 @@ def test_a_relative_model_path_is_found_here_first_and_then_beside_the_package(
     tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    beside = Path(treerpo_ray.__file__).resolve().parents[1]
     relative = os.path.join("treerpo_ray", "quickstart")
-    assert resolve_model_path(relative) == str(beside / relative)
+    assert resolve_model_path(relative) == str(ROOT / relative)
     (tmp_path / relative).mkdir(parents=True)
     assert resolve_model_path(relative) == str(tmp_path / relative)
     assert resolve_model_path(str(tmp_path)) == str(tmp_path)

@@ -1,10 +1,10 @@
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.project import ROOT
 from treerpo_ray.config import load
 from treerpo_ray.driver.plan import load_inputs
 from treerpo_ray.quickstart import task
@@ -12,7 +12,7 @@ from treerpo_ray.quickstart.countdown_answer import SELF_TEST, check_answer, eva
 from treerpo_ray.verifier.verdict import Answer, Verdict
 from treerpo_ray.verifier.verifier import Verifier
 
-FILE = Path(__file__).parents[2] / "conf/countdown.yaml"
+FILE = ROOT / "conf/countdown.yaml"
 REFERENCE = ("12 3 25=40",)
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
+from tests.support.project import ROOT
 from treerpo_ray.config import load
 from treerpo_ray.quickstart import make_model as script
 from treerpo_ray.quickstart import task
@@ -12,7 +13,7 @@ from treerpo_ray.quickstart.tokenizer import make_tokenizer
 
 SMALL = script.Recipe(num_layers=1, hidden_size=32, num_steps=20, batch_size=8)
 
-CONF = Path(__file__).parents[2] / "conf"
+CONF = ROOT / "conf"
 TASK_FILES = [
     ("countdown.yaml",),
     ("quickstart.yaml", "tasks/wordy4.yaml"),

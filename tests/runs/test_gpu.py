@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.support.project import ROOT
 from tests.support.whole_runs import run_training
 from treerpo_ray.study.analysis import Run
 

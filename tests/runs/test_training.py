@@ -15,8 +15,9 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import holds_secret
-from tests.study.test_notebook import execute, outputs
+from tests.support.notebooks import execute, outputs
+from tests.support.project import ROOT
+from tests.support.secrets import holds_secret
 from tests.support.whole_runs import (
     STRICT,
     assert_ledger,
@@ -87,9 +88,7 @@ def test_the_exported_model_is_what_was_trained(strict) -> None:
     run, _, _ = strict
     folder = Path(run.folder) / "model"
     model = AutoModelForCausalLM.from_pretrained(folder)
-    start = AutoModelForCausalLM.from_pretrained(
-        Path(__file__).parents[2] / "treerpo_ray/quickstart/model"
-    )
+    start = AutoModelForCausalLM.from_pretrained(ROOT / "treerpo_ray/quickstart/model")
     pairs = zip(model.parameters(), start.parameters(), strict=True)
     assert any(not torch.equal(ours, theirs) for ours, theirs in pairs)
     tokenizer = AutoTokenizer.from_pretrained(folder)

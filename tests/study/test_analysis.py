@@ -9,6 +9,7 @@ import fsspec
 import numpy as np
 import pytest
 
+from tests.support.project import ROOT as PROJECT
 from tests.support.small_run import (
     NUM_STEPS,
     SAVED,
@@ -25,8 +26,6 @@ from treerpo_ray.run_folder.files import publish_table
 from treerpo_ray.study.analysis import Run, most_mixed_tree, newest_run, path_changes, worst_leaf
 from treerpo_ray.study.plots import plot_curves, plot_kept_by_depth, plot_pool
 from treerpo_ray.study.tree_plots import MAX_LEAVES, plot_tree, plot_value_along_path
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +290,7 @@ def test_analysis_runs_without_ray_torch_and_vllm(folder):
         "plot_tree(run, most_mixed_tree(run, run.trees())); print(len(run.tree_table()))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, folder], capture_output=True, text=True, cwd=REPOSITORY
+        [sys.executable, "-c", script, folder], capture_output=True, text=True, cwd=PROJECT
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == len(Run(folder).tree_table())

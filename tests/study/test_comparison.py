@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.project import ROOT
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config.files import to_yaml
 from treerpo_ray.evaluate.evaluation import Evaluation
@@ -27,7 +28,6 @@ from treerpo_ray.study.comparison import (
 from treerpo_ray.study.comparison_curves import write_plot
 from treerpo_ray.study.comparison_report import difference_interval, mean_interval, report
 
-ROOT = Path(__file__).resolve().parents[2]
 FILE = """
 base: [conf/quickstart.yaml]
 references: [flat]

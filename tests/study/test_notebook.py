@@ -1,33 +1,16 @@
 import ast
 import json
-import os
-from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
+from tests.support.notebooks import NOTEBOOK, execute, outputs
 from tests.support.small_run import write_small_run
-
-REPOSITORY = Path(__file__).parents[2]
-NOTEBOOK = REPOSITORY / "notebooks/read_a_run.ipynb"
 
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
     """The notebook after a run over a small run folder; a cell that fails is an error."""
     return execute(write_small_run(tmp_path_factory.mktemp("runs")))
-
-
-def execute(folder):
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    env = os.environ | {"TREERPO_RUN": folder, "PYTHONPATH": str(REPOSITORY)}
-    NotebookClient(notebook, timeout=120).execute(env=env)
-    return notebook
-
-
-def outputs(notebook):
-    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
 
 def test_the_notebook_shows_four_figures_and_two_tables(executed):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.support.project import ROOT
 from treerpo_ray.config import Config
 from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate import evaluation as evaluate
@@ -17,7 +18,6 @@ from treerpo_ray.study import runner as trials
 from treerpo_ray.study.comparison import CURVE, Comparison, read_comparison, read_results
 from treerpo_ray.study.runner import Trials
 
-ROOT = Path(__file__).resolve().parents[2]
 FILE = """
 base: [conf/quickstart.yaml, prompts.num_problems=20, evaluate.data.num_problems=4]
 references: [flat]

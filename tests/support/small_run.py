@@ -9,6 +9,7 @@ import pyarrow.parquet
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 
+from tests.support.project import ROOT as PROJECT
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import MetricsConfig, RunConfig, TreeConfig
@@ -22,7 +23,7 @@ NUM_CHILDREN = (4, 3)
 STEP_CHARS = (23, 48)
 SAVED = {11: range(4), 12: range(4, 8)}
 """Tickets of the trees that are saved, by learner step."""
-TOKENIZER = Path(__file__).parents[2] / "treerpo_ray/quickstart/model/tokenizer.json"
+TOKENIZER = PROJECT / "treerpo_ray/quickstart/model/tokenizer.json"
 
 
 def write_small_run(root, name="small"):

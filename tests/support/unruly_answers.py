@@ -6,6 +6,7 @@ import re
 import resource
 import sys
 import time
+from pathlib import Path
 
 HOARD: list[bytes] = []
 
@@ -14,10 +15,18 @@ print("the worker's standard output goes nowhere")
 SELF_TEST = (("right", ("right",), True), ("left", ("right",), False), ("", ("right",), None))
 
 
+def tell(file: str) -> None:
+    """Append the process id to a file, if one is named."""
+    if file:
+        with open(file.strip(), "a") as pids:
+            pids.write(f"{os.getpid()}\n")
+
+
 def check_answer(text: str, references: tuple[str, ...], is_cut_off: bool) -> bool | None:
     if text == "sleep":
         time.sleep(3600)
-    elif text == "hang in C":
+    elif text.startswith("hang in C"):
+        tell(text.removeprefix("hang in C"))
         ctypes.PyDLL(None).sleep(3600)  # holds the interpreter's lock
     elif text == "backtrack":
         re.match(r"(a+)+$", "a" * 64 + "b")
@@ -41,9 +50,11 @@ def check_answer(text: str, references: tuple[str, ...], is_cut_off: bool) -> bo
     elif text == "stdin":
         return sys.stdin.read() == ""
     elif text.startswith("write pid"):
-        with open(text.removeprefix("write pid "), "a") as file:
-            file.write(f"{os.getpid()}\n")
-    elif text.startswith("pause"):
-        time.sleep(float(text.removeprefix("pause ")))
+        tell(text.removeprefix("write pid"))
+    elif text.startswith("meet"):
+        file = text.removeprefix("meet")
+        tell(file)
+        while len(set(Path(file.strip()).read_text().split())) < 2:
+            time.sleep(0.01)
         return True
     return text == references[0] if text else None

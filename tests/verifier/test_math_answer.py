@@ -3,20 +3,20 @@ import json
 import re
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import math_verify
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.project import ROOT
 from treerpo_ray.verifier import math_equality
 from treerpo_ray.verifier.math_answer import SELF_TEST, check_answer, find_answer
 from treerpo_ray.verifier.math_equality import is_equal
 from treerpo_ray.verifier.verdict import Answer, Verdict
 from treerpo_ray.verifier.verifier import Verifier
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+DATA = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(
     not DATA.is_dir(), reason="the shared data folder is not beside this checkout"
 )

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import holds_secret
+from tests.support.project import ROOT
+from tests.support.secrets import holds_secret
 from treerpo_ray.verifier.verdict import Answer, Verdict
 from treerpo_ray.verifier.verifier import Verifier
 
 UNRULY = "tests.support.unruly_answers"
 FALSE = "tests.support.false_self_test"
-TIMEOUT_S = 1.0
+TIMEOUT_S = 3.0
+"""A machine that does other work as well answers in less; what hangs here does so for an hour."""
+PATIENCE_S = 300.0
+"""Far more than anything takes that is waited for."""
 
 
 def answers(*texts: str, is_cut_off: bool = False) -> list[Answer]:
@@ -37,11 +41,19 @@ def is_running(pid: int) -> bool:
     return state != "Z"
 
 
-def wait_until_dead(pids: list[int], limit_s: float) -> list[int]:
-    end = time.monotonic() + limit_s
+def wait_until_dead(pids: list[int]) -> list[int]:
+    """Those that live on, however long one waits."""
+    end = time.monotonic() + PATIENCE_S
     while any(map(is_running, pids)) and time.monotonic() < end:
         time.sleep(0.02)
     return [pid for pid in pids if is_running(pid)]
+
+
+def wait_for_file(path: Path) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not path.exists():
+        assert time.monotonic() < end, f"no {path}"
+        time.sleep(0.01)
 
 
 def worker_pids(verifier: Verifier, folder: Path) -> list[int]:
@@ -67,20 +79,19 @@ def test_only_a_correct_answer_earns_a_reward_and_faults_are_no_rewards():
     assert {v for v in Verdict if not v.is_reward} == {Verdict.TIMED_OUT, Verdict.ERRORED}
 
 
-@pytest.mark.parametrize("hang", ["sleep", "hang in C", "backtrack"])
-def test_a_hanging_answer_is_killed_within_its_limit_and_alone(unruly, hang):
-    start = time.monotonic()
-    verdicts = unruly.grade(answers(*["right"] * 20, hang, *["left"] * 20))
-    assert time.monotonic() - start < TIMEOUT_S + 2.0
+def test_hanging_answers_are_killed_and_alone(unruly):
+    hangs = ("sleep", "hang in C", "backtrack")
+    texts = [text for hang in hangs for text in (*["right"] * 20, hang, *["left"] * 20)]
     expected = [*[Verdict.CORRECT] * 20, Verdict.TIMED_OUT, *[Verdict.WRONG] * 20]
-    assert verdicts == expected
+    assert unruly.grade(answers(*texts)) == expected * len(hangs)
 
 
-@pytest.mark.parametrize("fault", ["raise", "recurse", "hog", "abort", "exit"])
-def test_a_fault_is_an_error_of_that_answer_alone_and_the_pool_still_serves(unruly, fault):
-    verdicts = unruly.grade(answers(*["right"] * 9, fault, *["left"] * 9))
-    assert verdicts == [*[Verdict.CORRECT] * 9, Verdict.ERRORED, *[Verdict.WRONG] * 9]
-    assert unruly.grade(answers("right", "left")) == [Verdict.CORRECT, Verdict.WRONG]
+def test_a_fault_is_an_error_of_that_answer_alone_and_the_pool_still_serves(unruly):
+    for fault in ("raise", "recurse", "hog", "abort", "exit"):
+        verdicts = unruly.grade(answers(*["right"] * 9, fault, *["left"] * 9))
+        expected = [*[Verdict.CORRECT] * 9, Verdict.ERRORED, *[Verdict.WRONG] * 9]
+        assert verdicts == expected, fault
+        assert unruly.grade(answers("right", "left")) == [Verdict.CORRECT, Verdict.WRONG], fault
 
 
 def test_many_faults_in_one_call_each_hit_only_themselves(unruly):
@@ -101,32 +112,40 @@ def test_a_worker_killed_from_outside_is_replaced(unruly, tmp_path):
     pids = worker_pids(unruly, tmp_path)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    assert wait_until_dead(pids, 5.0) == []
+    assert wait_until_dead(pids) == []
     assert unruly.grade(answers(*["right"] * 50)) == [Verdict.CORRECT] * 50
     (tmp_path / "pids").unlink()
     assert not set(worker_pids(unruly, tmp_path)) & set(pids)
 
 
 def test_a_worker_killed_while_it_starts_is_replaced():
-    with Verifier(UNRULY, num_workers=2, timeout_s=5.0, memory_mib=64) as verifier:
+    with Verifier(UNRULY, num_workers=2, timeout_s=PATIENCE_S, memory_mib=64) as verifier:
         for worker in list(verifier._workers):
             worker.process.kill()
             worker.process.wait()  # or it may yet take an answer, if it had just started
         assert verifier.grade(answers(*["right"] * 20)) == [Verdict.CORRECT] * 20
 
 
-def test_a_worker_killed_amid_a_chunk_costs_the_answer_that_it_was_at():
-    with Verifier(UNRULY, num_workers=1, timeout_s=30.0, memory_mib=64) as verifier:
+def test_a_worker_killed_amid_a_chunk_costs_the_answer_that_it_was_at(tmp_path):
+    with Verifier(UNRULY, num_workers=1, timeout_s=PATIENCE_S, memory_mib=64) as verifier:
         verifier.self_test()
-        killer = threading.Timer(0.3, verifier._workers[0].process.kill)
+        worker = verifier._workers[0].process
+
+        def kill() -> None:
+            wait_for_file(tmp_path / "pids")
+            worker.kill()
+
+        killer = threading.Thread(target=kill)
         killer.start()
-        texts = ["right", "pause 20", *["left"] * 6]  # one chunk holds half of them
+        # One chunk holds half of them.
+        texts = ["right", f"hang in C {tmp_path / 'pids'}", *["left"] * 6]
         verdicts = verifier.grade(answers(*texts))
+        killer.join()
         assert verdicts == [Verdict.CORRECT, Verdict.ERRORED, *[Verdict.WRONG] * 6]
 
 
 def test_a_worker_that_has_grown_ends_before_it_fails_an_answer(tmp_path):
-    with Verifier(UNRULY, num_workers=1, timeout_s=5.0, memory_mib=128) as verifier:
+    with Verifier(UNRULY, num_workers=1, timeout_s=PATIENCE_S, memory_mib=128) as verifier:
         first = worker_pids(verifier, tmp_path)
         assert verifier.grade(answers(*["grow"] * 50)) == [Verdict.CORRECT] * 50  # 800 MiB
         (tmp_path / "pids").unlink()
@@ -144,18 +163,18 @@ def test_workers_get_no_secret_of_the_environment(unruly):
         assert b"PATH=" in environment and not holds_secret(environment)
 
 
-def test_workers_run_in_parallel(unruly):
-    unruly.grade(answers(*["right"] * 50))
-    start = time.monotonic()
-    assert unruly.grade(answers(*["pause 0.2"] * 8)) == [Verdict.CORRECT] * 8
-    assert time.monotonic() - start < 1.4  # one after the other takes 1.6
+def test_workers_run_in_parallel(tmp_path):
+    """Each answer waits for another process to have one too."""
+    with Verifier(UNRULY, num_workers=2, timeout_s=PATIENCE_S, memory_mib=64) as verifier:
+        meeting = answers(*[f"meet {tmp_path / 'pids'}"] * 8)
+        assert verifier.grade(meeting) == [Verdict.CORRECT] * 8
 
 
 def test_a_verifier_of_a_thread_outlives_the_thread():
     made: list[Verifier] = []
 
     def make() -> None:
-        made.append(Verifier(UNRULY, num_workers=1, timeout_s=5.0, memory_mib=64))
+        made.append(Verifier(UNRULY, num_workers=1, timeout_s=PATIENCE_S, memory_mib=64))
         made[0].grade(answers("right"))
 
     thread = threading.Thread(target=make)
@@ -168,7 +187,7 @@ def test_a_verifier_of_a_thread_outlives_the_thread():
 
 
 def test_a_closed_verifier_has_no_processes_and_says_so(tmp_path):
-    verifier = Verifier(UNRULY, num_workers=2, timeout_s=1.0, memory_mib=64)
+    verifier = Verifier(UNRULY, num_workers=2, timeout_s=PATIENCE_S, memory_mib=64)
     pids = worker_pids(verifier, tmp_path)
     verifier.close()
     verifier.close()
@@ -183,12 +202,12 @@ def test_workers_die_with_their_parent_even_while_they_hang(tmp_path, in_thread)
 import threading
 from treerpo_ray.verifier.verifier import Answer, Verifier
 def work():
-    verifier = Verifier("{UNRULY}", num_workers=2, timeout_s=1.0, memory_mib=64)
+    verifier = Verifier("{UNRULY}", num_workers=2, timeout_s={TIMEOUT_S}, memory_mib=64)
     texts = ["write pid {tmp_path / "pids"}"] * 9
     answer = lambda text: Answer(text=text, references=("",), is_cut_off=False)
     verifier.grade([answer(text) for text in texts])
     print("ready", flush=True)
-    verifier.grade([answer("hang in C")])
+    verifier.grade([answer("hang in C {tmp_path / "hanging"}")])
 if {in_thread}:
     thread = threading.Thread(target=work)
     thread.start()
@@ -196,16 +215,15 @@ if {in_thread}:
 else:
     work()
 """
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root}"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment
     ) as parent:
         assert parent.stdout.readline() == b"ready\n"
-        time.sleep(0.1)
+        wait_for_file(tmp_path / "hanging")
         parent.kill()
     pids = [int(line) for line in (tmp_path / "pids").read_text().split()]
-    assert pids and wait_until_dead(pids, 5.0) == []
+    assert pids and wait_until_dead(pids) == []
 
 
 def test_the_main_module_is_not_run_again_in_a_worker(tmp_path):
@@ -213,18 +231,17 @@ def test_the_main_module_is_not_run_again_in_a_worker(tmp_path):
     script.write_text(
         'print("main runs", flush=True)\n'
         "from treerpo_ray.verifier.verifier import Answer, Verifier\n"
-        f'with Verifier("{UNRULY}", 2, timeout_s=5.0, memory_mib=64) as verifier:\n'
+        f'with Verifier("{UNRULY}", 2, timeout_s={PATIENCE_S}, memory_mib=64) as verifier:\n'
         '    answer = Answer(text="a", references=("a",), is_cut_off=False)\n'
         "    print(verifier.grade([answer])[0].value)\n"
     )
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root}"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-X", "dev", str(script)],
         capture_output=True,
         env=environment,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert (done.stdout.split("\n"), done.stderr) == (["main runs", "correct", ""], "")
 
@@ -232,7 +249,7 @@ def test_the_main_module_is_not_run_again_in_a_worker(tmp_path):
 def test_it_says_when_it_waits_for_workers(caplog):
     with (
         caplog.at_level(logging.INFO, logger="treerpo_ray.verifier.verifier"),
-        Verifier(UNRULY, num_workers=1, timeout_s=1.0, memory_mib=64) as verifier,
+        Verifier(UNRULY, num_workers=1, timeout_s=PATIENCE_S, memory_mib=64) as verifier,
     ):
         verifier.grade(answers("right"))
     assert "waiting for 1 verifier workers" in caplog.text
@@ -241,13 +258,13 @@ def test_it_says_when_it_waits_for_workers(caplog):
 @pytest.mark.parametrize("name", ["no_such_module", "no.such.module", "treerpo_ray.nothing", ""])
 def test_an_unknown_module_is_named_with_its_key(name):
     with pytest.raises(ValueError, match=r"verifier\.check"):
-        Verifier(name, num_workers=1, timeout_s=1.0, memory_mib=64)
+        Verifier(name, num_workers=1, timeout_s=PATIENCE_S, memory_mib=64)
 
 
 def test_a_module_without_the_check_is_refused():
     with (
         Verifier(
-            "treerpo_ray.verifier.verifier", num_workers=1, timeout_s=1.0, memory_mib=64
+            "treerpo_ray.verifier.verifier", num_workers=1, timeout_s=PATIENCE_S, memory_mib=64
         ) as verifier,
         pytest.raises(ValueError, match=r"verifier\.check.*check_answer"),
     ):
@@ -263,7 +280,7 @@ def test_limits_must_be_positive(wrong):
 def test_a_failing_self_test_names_its_pair():
     with (
         Verifier(
-            "tests.support.false_self_test", num_workers=1, timeout_s=5.0, memory_mib=64
+            "tests.support.false_self_test", num_workers=1, timeout_s=PATIENCE_S, memory_mib=64
         ) as verifier,
         pytest.raises(RuntimeError, match=r"'two' against \['2'\] is wrong, should be correct"),
     ):
@@ -273,6 +290,4 @@ def test_a_failing_self_test_names_its_pair():
 def test_importing_the_verifier_loads_none_of_the_heavy_packages():
     heavy = "{'torch', 'ray', 'vllm', 'transformers', 'sympy', 'math_verify'}"
     code = f"import sys, treerpo_ray.verifier.verifier; sys.exit(bool({heavy} & set(sys.modules)))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
-    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
