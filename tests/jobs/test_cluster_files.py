@@ -180,7 +180,7 @@ def test_five_commands_at_most_lead_from_nothing_to_a_running_job(name) -> None:
     steps = [*image, *operator, *head_commands((FOLDER / name).read_text())]
     assert len(steps) <= 5
     if name == "rayjob.yaml":
-        readme = (ROOT / "README.md").read_text()
+        readme = (FOLDER / "README.md").read_text()
         assert all(step in readme for step in head_commands((FOLDER / name).read_text()))
 
 

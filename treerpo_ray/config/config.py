@@ -1,6 +1,6 @@
 """Configuration: the sections of a whole run, what holds between them, and what follows.
 
-A YAML file holds only what differs from the defaults in `sections` (see `config_file`). Derived
+A YAML file holds only what differs from the defaults in `sections` (see `files`). Derived
 numbers are properties, not keys.
 """
 

@@ -1,6 +1,7 @@
 """Sections of the configuration: one frozen dataclass each, named like the module it serves.
 
-Defaults and their meaning live here; `config` puts the sections together and checks them.
+Defaults and their meaning live here; `config` puts the sections together and checks them. The
+string below a new key is what `--help` says of it.
 """
 
 from dataclasses import dataclass, field

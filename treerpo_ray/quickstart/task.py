@@ -2,7 +2,8 @@
 
 `quickstart:train` is a split of `chains4`; `quickstart:TASK/train` names another task. A problem
 belongs to the test split iff the checksum of its question says so, whatever the seed: the splits
-cannot overlap.
+cannot overlap. A new task is an `Exercise` and its name in `TASKS`; a model for it is a recipe in
+`make_model`.
 """
 
 import argparse

@@ -4,6 +4,10 @@ The parent never unpickles what a worker sends, and a worker never runs what it 
 as JSON, a byte or a number an answer comes back, and no secret of the environment is handed on. A
 worker that hangs (also in C code), dies or runs out of memory takes only the answer that it was at
 with it; the rest of its chunk goes to another worker.
+
+Another domain is one module, named by `verifier.check`: `check_answer` grades a text, `SELF_TEST`
+holds texts with the grades that they must get, and `find_answer` and `is_equal`, if it has them,
+tell which answers are the same. `boxed_answer` is a short one.
 """
 
 import importlib.util
@@ -51,7 +55,7 @@ ENVIRONMENT = (
 
 
 Request = tuple[object, ...]
-"""What a worker is asked, as JSON takes it: see `verifier_worker`."""
+"""What a worker is asked, as JSON takes it: see `verifier.worker`."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
