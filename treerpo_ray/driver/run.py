@@ -159,7 +159,7 @@ def _build(config: Config, inputs: Inputs, pool: TreePoolApi | None) -> RunActor
 
 
 def _make_pool(config: Config) -> TreePoolApi:
-    return make_actor(TreePool)(config, config.log_folder)
+    return make_actor(TreePool)(config=config, log_folder=config.log_folder)
 
 
 def _fit(config: Config, inputs: Inputs, actors: RunActors, supervisor: Supervisor) -> int:
