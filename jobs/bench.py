@@ -214,7 +214,7 @@ async def _search(config: Config) -> Row:
     from treerpo_ray.engine.types import Sampling
 
     prompts = load_inputs(config).prompts.token_ids[:NUM_TREES]
-    engine = Engine(config, 0, None)
+    engine = Engine(config=config, index=0, log_folder=None)
     await engine.start()
     shape, sampling = config.shape, Sampling(temperature=1.0)
 

@@ -33,9 +33,6 @@ class GateApi(Protocol):
         """See `Gate`, as for all that follow."""
 
     @actor_method
-    def redrawn(self, number: int, num_redraws: int) -> "Ticket": ...
-
-    @actor_method
     def consumed(self, step: int, measured: Sequence[RootValue]) -> bool: ...
 
     @actor_method

@@ -154,7 +154,7 @@ class PoolWithoutNodes:
 def test_a_job_whose_engines_are_gone_says_so_and_ends(tmp_path: Path, monkeypatch) -> None:
     def make(kind, *, concurrency=1) -> Callable[..., Handle]:
         made = PoolWithoutNodes if kind is TreePool else kind
-        return lambda *arguments: Handle(made(*(() if kind is TreePool else arguments)))
+        return lambda *args, **kwargs: Handle(made() if kind is TreePool else made(*args, **kwargs))
 
     monkeypatch.setattr(benchmarks, "make_actor", make)
     monkeypatch.setattr(benchmarks, "Scorer", lambda config, tokenizer: io.BytesIO())

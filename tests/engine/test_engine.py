@@ -30,7 +30,7 @@ class ServedEngine:
 
     def __init__(self, config: Config, index: int) -> None:
         actor = ray.remote(Engine).options(num_cpus=0.5, max_concurrency=1000)
-        self.actor = actor.remote(config, index, None)
+        self.actor = actor.remote(config=config, index=index, log_folder=None)
         ray.get(self.actor.start.remote())
 
     def start_tree(

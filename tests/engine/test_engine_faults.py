@@ -10,6 +10,9 @@ import torch
 from tests.support.engine_with_worker import EngineWithWorker
 from tests.support.fake_engines import Fleet, Handle
 from treerpo_ray.algo.search import TreeShape
+from treerpo_ray.config import Config
+from treerpo_ray.engine.engine import Engine, make_engine
+from treerpo_ray.engine.replica import EngineActor
 from treerpo_ray.engine.types import Sampling
 from treerpo_ray.learner.policy import load_policy
 from treerpo_ray.prompts.problems import Problem
@@ -23,7 +26,7 @@ SHAPE = TreeShape(num_children=(2, 2), step_tokens=(8, 8))
 
 
 def test_an_engine_that_is_stale_or_without_its_worker_is_replaced_and_its_tree_goes_on(
-    small_config, ray_cluster, monkeypatch
+    small_config, ray_cluster
 ) -> None:
     """It is made to load older weights behind the pool's back. The next version would make it good
     again, since an engine takes that over whole; until then its trees give it away. Then the
@@ -42,10 +45,17 @@ def test_an_engine_that_is_stale_or_without_its_worker_is_replaced_and_its_tree_
         gradient_checkpointing=False,
     )
     torch.manual_seed(0)
-    told = Fleet({})
+    told = Fleet()
+    actors: list[EngineActor] = []
+
+    def make(config: Config, index: int, log_folder: str | None) -> EngineActor:
+        """The second engine has the worker."""
+        kind = EngineWithWorker if len(actors) == 1 else Engine
+        actors.append(make_engine(config, index, log_folder, kind))
+        return actors[-1]
 
     async def scenario() -> None:
-        pool = TreePool(config, None)
+        pool = TreePool(config=config, log_folder=None, make_engine=make)
         await pool.begin(config, prompts, SHAPE, Handle(told))
         await pool.start()
         packed = {}
@@ -60,14 +70,11 @@ def test_an_engine_that_is_stale_or_without_its_worker_is_replaced_and_its_tree_
             probe = Probe(token_ids=ids, logprobs=policy.sequence_logprobs(ids).tolist())
             if version == 3:
                 [stale] = pool.engines.replicas
-                await stale.actor.load.remote(*packed[1])
+                await actors[0].api.load.remote(*packed[1])
             await pool.serve(*packed[version], probe, should_probe=True)
-        assert pool.engines.replicas == [stale], "a version makes it good"
+        assert pool.engines.replicas == (stale,), "a version makes it good"
 
-        monkeypatch.setattr(
-            "treerpo_ray.engine.engine.Engine", EngineWithWorker
-        )  # for the next one
-        await stale.actor.load.remote(*packed[1])
+        await actors[0].api.load.remote(*packed[1])
         assert [stats.version for stats in await pool.stats()] == [1]
         sampling = Sampling(temperature=1.0)
         [tree] = [tree async for tree in pool.evaluate(prompts, SHAPE, sampling, seed=3)]
@@ -76,8 +83,7 @@ def test_an_engine_that_is_stale_or_without_its_worker_is_replaced_and_its_tree_
         assert "sampled with version 1 after it had proved 3" in str(moved["reason"])
         [fresh] = pool.engines.replicas
         assert fresh is not stale
-        assert probe.distance(await fresh.actor.probe.remote(ids)) < config.sync.probe_tolerance
-        monkeypatch.undo()
+        assert probe.distance(await actors[1].api.probe.remote(ids)) < config.sync.probe_tolerance
 
         core = psutil.Process(told.of("engine_serving")[-1]["core"])
         [worker] = [child for child in core.children() if "Worker" in " ".join(child.cmdline())]
@@ -88,7 +94,7 @@ def test_an_engine_that_is_stale_or_without_its_worker_is_replaced_and_its_tree_
         tree = await growing
         assert (tree.tree.min_version, tree.tree.max_version, tree.attempt) == (3, 3, 1)
         assert "core of engine 0 is dead" in str(told.of("engine_lost")[-1]["reason"])
-        assert pool.engines.replicas != [fresh]
+        assert pool.engines.replicas != (fresh,)
         assert not psutil.wait_procs([core, worker], timeout=30)[1]
         await pool.stop()
 

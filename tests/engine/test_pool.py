@@ -4,22 +4,28 @@ The engines are stand-ins in this process, see `fake_engines`.
 """
 
 import asyncio
-from collections.abc import Callable
 
 import pytest
 
-from tests.search.test_tree_pool import ENDS, TREES, make_config, make_gate, run, serve_from_start
-from tests.support.fake_engines import Fault, Handle, fake_fleet, make_pool, take
-from treerpo_ray.engine import autoscaler as engine_keeper
-from treerpo_ray.engine import pool as engines
-from treerpo_ray.engine.pool import MAX_STARTS
-from treerpo_ray.weight_sync import Probe
-
-
-async def until(is_so: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not is_so():
-            await asyncio.sleep(0.01)
+from tests.support.fake_engines import (
+    ENDS,
+    TREES,
+    Fault,
+    Fleet,
+    Handle,
+    make_config,
+    make_gate,
+    make_pool,
+    make_replica,
+    serve,
+    serve_from_start,
+    take,
+    until,
+)
+from tests.support.virtual_time import run
+from treerpo_ray.engine.pool import MAX_STARTS, PoolTimes, Router
+from treerpo_ray.engine.replica import ReplicaState
+from treerpo_ray.weight_sync import Manifest, Probe
 
 
 @pytest.mark.parametrize(
@@ -31,18 +37,15 @@ async def until(is_so: Callable[[], bool]) -> None:
 )
 def test_an_engine_that_fails_while_the_run_starts_is_replaced(method: str, how: str) -> None:
     async def scenario() -> None:
-        limit = 1 if how == "hung" else 600
-        key = "start_timeout_s" if method == "start" else "load_timeout_s"
-        config = make_config("engine.num_engines=2", f"engine.{key}={limit}")
-        pool = await make_pool(config, fleet)
+        pool = await make_pool(make_config("engine.num_engines=2"), fleet)
         await serve_from_start(pool, version=1)
         await until(lambda: all(replica.is_serving for replica in pool.engines.replicas))
         assert [event["engine"] for event in fleet.of("engine_lost")] == [1]
         assert fleet.started[1][1].version == 1
         await pool.stop()
 
-    with fake_fleet({1: [Fault(method, how)]}) as fleet:
-        run(scenario())
+    fleet = Fleet({1: [Fault(method, how)]})
+    run(scenario())
 
 
 def test_a_run_does_not_start_without_nodes_for_its_engines() -> None:
@@ -53,8 +56,8 @@ def test_a_run_does_not_start_without_nodes_for_its_engines() -> None:
             await pool.start()
         await pool.stop()
 
-    with fake_fleet({0: [Fault("node", "hung")], 2: [Fault("node", "hung")]}) as fleet:
-        run(scenario())
+    fleet = Fleet({0: [Fault("node", "hung")], 2: [Fault("node", "hung")]})
+    run(scenario())
 
 
 def test_a_run_of_which_no_engine_comes_up_ends_with_the_reason() -> None:
@@ -65,65 +68,97 @@ def test_a_run_of_which_no_engine_comes_up_ends_with_the_reason() -> None:
         assert [len(started) for started in fleet.started.values()] == [MAX_STARTS] * 2
         await pool.stop()
 
-    with fake_fleet(
-        {index: [Fault("start", "core dead")] * MAX_STARTS for index in (0, 1)}
-    ) as fleet:
-        run(scenario())
+    fleet = Fleet({index: [Fault("start", "core dead")] * MAX_STARTS for index in (0, 1)})
+    run(scenario())
 
 
 @pytest.mark.parametrize("rest_s", [0.0, 600.0])
 def test_an_engine_that_was_given_up_is_tried_again_once_it_rested_and_trees_are_finished(
-    rest_s: float, monkeypatch: pytest.MonkeyPatch
+    rest_s: float,
 ) -> None:
-    monkeypatch.setattr(engines, "REST_S", rest_s)
-    monkeypatch.setattr(engine_keeper, "LOOK_EVERY_S", 0.01)
-
     async def scenario() -> None:
         config = make_config("engine.num_engines=2")
-        pool = await make_pool(config, fleet)
+        pool = await make_pool(config, fleet, PoolTimes(rest_s=rest_s))
         await serve_from_start(pool)
         await until(lambda: bool(fleet.of("engine_left")))
         [left] = fleet.of("engine_left")
         assert left["engine"] == 1 and "given up" in str(left["reason"])
-        await asyncio.sleep(0.1)  # some looks of the keeper
+        await asyncio.sleep(30)  # some looks of the autoscaler
         assert len(fleet.started[1]) == MAX_STARTS
         gate = make_gate(config)
         await pool.grow_tickets(Handle(gate), gate.session, 0, 1, [])
         await take(pool, TREES)
         if rest_s:
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(30)
             assert len(fleet.started[1]) == MAX_STARTS
         else:
             await until(lambda: fleet.of("engine_serving")[-1]["engine"] == 1)
             assert len(fleet.started[1]) == MAX_STARTS + 1
         await pool.stop()
 
-    with fake_fleet({1: [Fault("start", "killed")] * MAX_STARTS}) as fleet:
-        run(scenario())
+    fleet = Fleet({1: [Fault("start", "killed")] * MAX_STARTS})
+    run(scenario())
 
 
-def test_an_engine_that_fails_in_a_way_that_nobody_foresaw_is_replaced(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    errors = iter([ValueError("zip() argument 2 is shorter than argument 1")])
-
-    def distance(probe: Probe, found: list[float]) -> float:
-        for error in errors:
-            raise error
-        return 0.0
-
-    monkeypatch.setattr(Probe, "distance", distance)
-
+def test_an_engine_that_fails_in_a_way_that_nobody_foresaw_is_replaced() -> None:
     async def scenario() -> None:
         pool = await make_pool(make_config("engine.num_engines=1"), fleet)
+        unlike = Probe(token_ids=[1, 2, 3], logprobs=[-0.5])  # one value is missing
+        manifest = Manifest(version=0, tensors=(), digests=())
+        start = asyncio.create_task(pool.start())
+        await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match=r"5 times in a row: ValueError: zip\(\)"):
+            await pool.serve(manifest, [], unlike, True)
+        lost = fleet.of("engine_lost")
+        assert {event["reason"] for event in lost} == {
+            "ValueError: zip() argument 2 is shorter than argument 1"
+        }
+        assert len(fleet.started[0]) == len(lost) == MAX_STARTS
+        with pytest.raises(RuntimeError, match="5 times in a row"):
+            await start
+
+    fleet = Fleet()
+    run(scenario())
+
+
+def test_a_draining_engine_takes_over_weights_for_as_long_as_it_has_trees() -> None:
+    async def scenario() -> None:
+        pool = await make_pool(make_config("engine.num_engines=2"), fleet)
         await serve_from_start(pool)
-        [lost] = fleet.of("engine_lost")
-        assert lost["reason"] == "ValueError: zip() argument 2 is shorter than argument 1"
-        assert len(fleet.started[0]) == 2
+        first = pool.engines.replicas[0]
+        async with pool.engines.place() as replica:
+            assert replica is first
+            pool.engines.let_go(first, "fewer are enough")
+            await serve(pool, 1)
+            assert (first.version, first.state) == (1, ReplicaState.DRAINING)
+            assert [stats.version for stats in await pool.stats()] == [1]
+        assert not first.takes_weights
+        await until(lambda: first.state is ReplicaState.GONE)
+        assert fleet.killed == [fleet.started[0][0]]
+        assert [event["reason"] for event in fleet.of("engine_left")] == ["it is drained"]
         await pool.stop()
 
-    with fake_fleet() as fleet:
-        run(scenario())
+    fleet = Fleet()
+    run(scenario())
+
+
+def test_a_draining_engine_that_fails_is_not_replaced_and_ends_at_once() -> None:
+    async def scenario() -> None:
+        pool = await make_pool(make_config("engine.num_engines=2"), fleet)
+        await serve_from_start(pool)
+        first = pool.engines.replicas[0]
+        async with pool.engines.place():
+            pool.engines.let_go(first, "fewer are enough")
+            fleet.started[0][0].fault = Fault("load", "killed")
+            await serve(pool, 1)
+            assert first.state is ReplicaState.GONE
+            assert fleet.killed == [fleet.started[0][0]]
+        await until(lambda: bool(fleet.of("engine_left")))
+        assert len(fleet.started[0]) == 1 and fleet.of("engine_lost") == []
+        await pool.stop()
+
+    fleet = Fleet()
+    run(scenario())
 
 
 def test_work_on_the_engines_that_fails_is_noted() -> None:
@@ -136,5 +171,90 @@ def test_work_on_the_engines_that_fails_is_noted() -> None:
         await until(lambda: bool(fleet.of("engine_work_failed")))
         assert fleet.of("engine_work_failed") == [{"reason": "KeyError: 'a mistake'"}]
 
-    with fake_fleet() as fleet:
-        run(scenario())
+    fleet = Fleet()
+    run(scenario())
+
+
+# Places for trees -----------------------------------------------------------------------------
+
+
+def test_trees_go_to_the_engine_with_the_fewest_and_then_wait_in_order() -> None:
+    async def scenario() -> None:
+        replicas = [
+            await make_replica(0, num_trees=1, max_trees=2),
+            await make_replica(1, max_trees=2),
+            await make_replica(2, is_serving=False, max_trees=2),
+        ]
+        router = Router(replicas)
+        trees = [asyncio.create_task(router.take()) for _ in range(5)]
+        await asyncio.sleep(0.1)
+        assert [tree.result().index for tree in trees[:3]] == [1, 0, 1]
+        assert router.num_waiting == 2
+        router.release(replicas[0])
+        await asyncio.sleep(0.1)
+        assert trees[3].result() is replicas[0] and not trees[4].done()
+        await replicas[2].start(lambda: None, None)
+        router.fill()
+        await asyncio.sleep(0.1)
+        assert trees[4].result() is replicas[2]
+        assert [m.num_trees for m in replicas] == [2, 2, 1]
+
+    run(scenario())
+
+
+def test_an_engine_that_leaves_takes_no_tree_and_gives_no_place() -> None:
+    async def scenario() -> None:
+        going = await make_replica(0, max_trees=1)
+        staying = await make_replica(1, num_trees=1, max_trees=1)
+        router = Router([going, staying])
+        tree = await router.take()
+        assert tree is going
+        going.drain()
+        waiting = asyncio.create_task(router.take())
+        router.release(going)
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        router.release(staying)
+        assert await waiting is staying
+
+    run(scenario())
+
+
+def test_a_tree_that_is_given_up_gives_its_place_to_the_next() -> None:
+    async def scenario() -> None:
+        engine = await make_replica(0, num_trees=1, max_trees=1)
+        router = Router([engine])
+        first, second, third = (asyncio.create_task(router.take()) for _ in range(3))
+        await asyncio.sleep(0.1)
+        first.cancel()  # while it waits
+        await asyncio.sleep(0.1)
+        assert router.num_waiting == 2
+        router.release(engine)  # the place is the second's, which has not run yet
+        second.cancel()
+        await asyncio.sleep(0.1)
+        assert third.result() is engine and engine.num_trees == 1
+
+    run(scenario())
+
+
+def test_any_number_of_trees_fits_without_a_limit() -> None:
+    async def scenario() -> None:
+        replicas = [await make_replica(0), await make_replica(1)]
+        router = Router(replicas)
+        taken = [await router.take() for _ in range(100)]
+        assert [taken.count(engine) for engine in replicas] == [50, 50]
+
+    run(scenario())
+
+
+def test_whoever_waits_is_told_that_no_engine_will_serve() -> None:
+    async def scenario() -> None:
+        router = Router([await make_replica(0, is_serving=False)])
+        waiting = asyncio.create_task(router.take())
+        await asyncio.sleep(0.1)
+        router.fail(RuntimeError("no engine"))
+        with pytest.raises(RuntimeError, match="no engine"):
+            await waiting
+        assert router.num_waiting == 0
+
+    run(scenario())

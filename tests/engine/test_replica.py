@@ -1,109 +1,108 @@
-"""Trees and the router of engines: who gets one, when, and what a change of mind gives back."""
+"""One engine from its start to its end: its states follow each other in one direction."""
 
 import asyncio
+import time
 
 import pytest
 
-from treerpo_ray.engine.autoscaler import first_to_leave
-from treerpo_ray.engine.pool import Router
-from treerpo_ray.engine.replica import Replica
+from tests.support.fake_engines import LOGPROB, make_replica
+from tests.support.virtual_time import run
+from treerpo_ray.engine.replica import Replica, ReplicaState, WeightVersion
+from treerpo_ray.weight_sync import Manifest, Probe
 
 
-def replica(index: int, **fields) -> Replica:
-    return Replica(index, actor=None, **({"node": "a", "is_serving": True} | fields))
+def version(number: int) -> WeightVersion:
+    manifest = Manifest(version=number, tensors=(), digests=())
+    return WeightVersion(
+        manifest=manifest, chunks=[], probe=Probe(token_ids=[1, 2], logprobs=[LOGPROB])
+    )
 
 
-async def settle(*tasks: asyncio.Task) -> None:
-    for _ in range(3):
-        await asyncio.sleep(0)
+def test_an_engine_starts_serves_drains_and_is_gone() -> None:
+    async def scenario() -> None:
+        replica = await make_replica(3, is_serving=False)
+        assert (replica.state, replica.node, replica.version) == (ReplicaState.STARTING, "a", -1)
+        newest = version(7)
+        assert await replica.start(lambda: newest, 0.1) == (1003, 2003)
+        assert (replica.state, replica.version) == (ReplicaState.SERVING, 7)
+        replica.drain()
+        assert replica.state is ReplicaState.DRAINING
+        await replica.drained(5.0)
+        replica.kill()
+        replica.kill()
+        assert replica.state is ReplicaState.GONE
+
+    run(scenario())
 
 
-def test_trees_go_to_the_engine_with_the_fewest_and_then_wait_in_order() -> None:
-    async def run() -> None:
-        replicas = [replica(0, num_trees=1), replica(1), replica(2, is_serving=False)]
-        router = Router(replicas, max_trees=2)
-        trees = [asyncio.create_task(router.take()) for _ in range(5)]
-        await settle()
-        assert [tree.result().index for tree in trees[:3]] == [1, 0, 1]
-        assert router.num_waiting == 2
-        router.release(replicas[0])
-        await settle()
-        assert trees[3].result() is replicas[0] and not trees[4].done()
-        replicas[2].is_serving = True
-        router.fill()
-        await settle()
-        assert trees[4].result() is replicas[2]
-        assert [m.num_trees for m in replicas] == [2, 2, 1]
+def test_a_version_that_comes_while_another_is_loaded_is_served_too() -> None:
+    async def scenario() -> None:
+        replica = await make_replica(0, is_serving=False)
+        first, second = version(1), version(2)
+        told = iter([first, second, second])
+        await replica.start(lambda: next(told), None)
+        assert replica.version == 2
 
-    asyncio.run(run())
+    run(scenario())
 
 
-def test_an_engine_that_leaves_takes_no_tree_and_gives_no_place() -> None:
-    async def run() -> None:
-        going, staying = replica(0), replica(1, num_trees=1)
-        router = Router([going, staying], max_trees=1)
-        tree = await router.take()
-        assert tree is going
-        router.replicas.remove(going)
-        waiting = asyncio.create_task(router.take())
-        router.release(going)
-        await settle()
-        assert not waiting.done()
-        router.release(staying)
-        assert await waiting is staying
+def test_a_change_that_cannot_be_is_refused() -> None:
+    async def scenario() -> None:
+        starting = await make_replica(0, is_serving=False)
+        with pytest.raises(RuntimeError, match="engine 0 is STARTING and cannot be DRAINING"):
+            starting.drain()
+        with pytest.raises(RuntimeError, match="takes no tree"):
+            starting.take_place()
+        serving = await make_replica(1, max_trees=1, num_trees=1)
+        with pytest.raises(RuntimeError, match="takes no tree"):
+            serving.take_place()
+        serving.give_place_back()
+        with pytest.raises(RuntimeError, match="has no tree"):
+            serving.give_place_back()
+        with pytest.raises(RuntimeError, match="SERVING and cannot be SERVING"):
+            await serving.start(lambda: None, None)
+        serving.kill()
+        with pytest.raises(RuntimeError, match="GONE and cannot be DRAINING"):
+            serving.drain()
+        with pytest.raises(RuntimeError, match="GONE and cannot be SERVING"):
+            await serving.start(lambda: None, None)
 
-    asyncio.run(run())
-
-
-def test_a_tree_that_is_given_up_gives_its_place_to_the_next() -> None:
-    async def run() -> None:
-        engine = replica(0, num_trees=1)
-        router = Router([engine], max_trees=1)
-        first, second, third = (asyncio.create_task(router.take()) for _ in range(3))
-        await settle()
-        first.cancel()  # while it waits
-        await settle()
-        assert router.num_waiting == 2
-        router.release(engine)  # the place is the second's, which has not run yet
-        second.cancel()
-        await settle()
-        assert third.result() is engine and engine.num_trees == 1
-
-    asyncio.run(run())
+    run(scenario())
 
 
-def test_any_number_of_trees_fits_without_a_limit() -> None:
-    async def run() -> None:
-        router = Router([replica(0), replica(1)], max_trees=None)
-        taken = [await router.take() for _ in range(100)]
-        assert [taken.count(engine) for engine in router.replicas] == [50, 50]
+def test_nobody_else_writes_what_is_known_of_an_engine() -> None:
+    async def scenario() -> None:
+        replica = await make_replica(0)
+        told = [name for name, of in vars(Replica).items() if isinstance(of, property)]
+        assert {"state", "node", "version", "num_trees", "num_starts"} <= set(told)
+        for name in (*told, "anything_else"):
+            with pytest.raises(AttributeError):
+                setattr(replica, name, None)
 
-    asyncio.run(run())
-
-
-def test_whoever_waits_is_told_that_no_engine_will_serve() -> None:
-    async def run() -> None:
-        router = Router([replica(0, is_serving=False)], max_trees=None)
-        waiting = asyncio.create_task(router.take())
-        await settle()
-        router.fail(RuntimeError("no engine"))
-        with pytest.raises(RuntimeError, match="no engine"):
-            await waiting
-        assert router.num_waiting == 0
-
-    asyncio.run(run())
+    run(scenario())
 
 
-@pytest.mark.parametrize(
-    ("replicas", "first"),
-    [
-        ([replica(0), replica(1, is_serving=False), replica(2, node="", is_serving=False)], 2),
-        ([replica(0), replica(1, is_serving=False)], 1),
-        ([replica(0, num_trees=0), replica(1, num_trees=0), replica(2, node="b", num_trees=9)], 2),
-        ([replica(0, num_trees=3), replica(1, num_trees=2)], 1),
-        ([replica(0), replica(1)], 1),
-    ],
-    ids=["without a node", "not serving", "alone on its node", "with fewer trees", "the last one"],
-)
-def test_the_engine_to_leave_first_is_the_one(replicas, first) -> None:
-    assert first_to_leave(replicas).index == first
+def test_draining_ends_with_the_last_tree_or_shortly_before_the_node_does() -> None:
+    async def scenario() -> None:
+        now = asyncio.get_running_loop().time
+        start = now()
+        last = await make_replica(0, num_trees=2)
+        last.drain()
+        drained = asyncio.create_task(last.drained(5.0))
+        for _ in range(2):
+            await asyncio.sleep(100)
+            assert not drained.done()
+            last.give_place_back()
+        await drained
+        assert now() - start == pytest.approx(200)
+
+        start = now()
+        left = await make_replica(1, num_trees=2)
+        left.drain()
+        drained = asyncio.create_task(left.drained(5.0))
+        await asyncio.sleep(10)
+        left.leave_by(time.time() + 60)
+        await drained
+        assert now() - start == pytest.approx(65, abs=1) and left.num_trees == 2
+
+    run(scenario())

@@ -11,7 +11,6 @@ import ray
 from tests.support.hung_stage import Stage
 from treerpo_ray.metrics.health import StackDump, StageStatus, stalled
 from treerpo_ray.metrics.watchdog import Heartbeats, Stages, Watchdog
-from treerpo_ray.search.growing_tree import Flights
 
 LIMIT_S = 60.0
 
@@ -56,14 +55,6 @@ def test_ages_are_told_by_the_clock_of_the_one_that_collects() -> None:
     watch.moved(status("learner 0", 0.0))
     now = 110.0
     assert {m.stage: m.age_s for m in watch.statuses()} == {"scoring": 10.0, "learner 0": 3.0}
-
-
-def test_trees_that_still_wait_for_their_engine_move_with_those_that_it_has_finished() -> None:
-    flights = Flights()
-    with flights.begin(0, 0, 0) as waiting:
-        with flights.begin(1, 0, 0):
-            waiting.moved_at -= LIMIT_S
-        assert stalled([flights.status("")], LIMIT_S) == []
 
 
 def test_workers_that_are_no_more_are_forgotten() -> None:

@@ -45,7 +45,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.engine]
 def kept(small_config, ray_cluster) -> Iterator[TreePoolApi]:
     """Engines that serve several runs, one after the other."""
     config = small_config("run.name=kept", "engine.resources.CPU=0.1", *STRICT)
-    pool = make_actor(TreePool)(config, None)
+    pool = make_actor(TreePool)(config=config, log_folder=None)
     yield pool
     ray.get(pool.stop.remote())
 

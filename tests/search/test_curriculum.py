@@ -24,7 +24,7 @@ MEASURED = [
 
 
 def test_a_prompt_weighs_what_its_newest_value_up_to_a_step_says() -> None:
-    drawn = Curriculum(0.5, 0, MEASURED)
+    drawn = Curriculum(share=0.5, seed=0, measurements=MEASURED)
     assert drawn.weights(-1) == {}
     assert drawn.weights(0) == {1: 3 / 16, 3: 1 / 4, 6: 1 / 4}
     assert drawn.weights(1) == {1: 7 / 64, 3: 1 / 4, 6: 1 / 4}
@@ -34,7 +34,7 @@ def test_a_prompt_weighs_what_its_newest_value_up_to_a_step_says() -> None:
 
 def test_tickets_come_back_as_often_as_set_and_to_each_prompt_in_proportion_to_its_weight() -> None:
     share, num_tickets = 0.3, 6000
-    drawn = Curriculum(share, 5, MEASURED)
+    drawn = Curriculum(share=share, seed=5, measurements=MEASURED)
     found = [drawn.revisited(number, 1) for number in range(num_tickets)]
     total = 7 / 64 + 1 / 4 + 1 / 4
     for prompt, weight in {1: 7 / 64, 3: 1 / 4, 6: 1 / 4}.items():
@@ -53,13 +53,16 @@ def test_tickets_come_back_as_often_as_set_and_to_each_prompt_in_proportion_to_i
 def test_no_ticket_comes_back_where_it_is_off_or_no_prompt_has_weight(
     share: float, last_step: int, measured: list[Measurement]
 ) -> None:
-    drawn = Curriculum(share, 5, measured)
+    drawn = Curriculum(share=share, seed=5, measurements=measured)
     assert {drawn.revisited(number, last_step) for number in range(100)} == {None}
 
 
 def test_seeds_and_tickets_draw_differently() -> None:
     def found(seed: int) -> list[int | None]:
-        return [Curriculum(0.5, seed, MEASURED).revisited(number, 1) for number in range(50)]
+        return [
+            Curriculum(share=0.5, seed=seed, measurements=MEASURED).revisited(number, 1)
+            for number in range(50)
+        ]
 
     assert found(0) == found(0) != found(1)
     assert len(set(found(0))) == 4
@@ -72,12 +75,12 @@ VALUES = st.tuples(st.integers(0, 4), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
 def test_what_is_given_up_is_nothing_that_later_tickets_ask_for(
     steps: list[list[tuple[int, float]]], staleness: int
 ) -> None:
-    drawn, everything = Curriculum(0.5, 0), []
+    drawn, everything = Curriculum(share=0.5, seed=0), []
     for step, values in enumerate(steps):
         own = [Measurement(step, prompt, value) for prompt, value in values]
         everything += own
         drawn.add(own, step - staleness)
-        whole = Curriculum(0.5, 0, everything)
+        whole = Curriculum(share=0.5, seed=0, measurements=everything)
         for last_step in range(step - staleness, step + 1):
             assert drawn.weights(last_step) == whole.weights(last_step)
         assert len(drawn.measurements) <= 5 + 4 * staleness, "bounded by prompts and window"

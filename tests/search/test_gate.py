@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from treerpo_ray.records import RootValue
 from treerpo_ray.search.curriculum import Measurement
-from treerpo_ray.search.gate import Gate, Ticket
+from treerpo_ray.search.gate import Gate, Ticket, redrawn
 
 SMALL = st.integers(1, 7)
 
@@ -188,10 +188,12 @@ def test_who_waits_from_before_a_restart_gets_no_ticket_of_the_new_session() -> 
 
 
 def test_a_redrawn_ticket_keeps_its_number_and_draws_another_prompt_each_time() -> None:
-    gate = Gate(num_prompts=1000, trees_per_step=4, max_staleness=0, num_steps=9, seed=3)
-    drawn = [gate.redrawn(7, n) for n in range(1, 200)]
+    def again(num_redraws: int) -> Ticket:
+        return redrawn(7, num_redraws, num_prompts=1000, seed=3)
+
+    drawn = [again(n) for n in range(1, 200)]
     assert {ticket.number for ticket in drawn} == {7}
-    assert gate.redrawn(7, 1) == drawn[0]
+    assert again(1) == drawn[0]
     assert len({ticket.seed for ticket in drawn}) == 199
     # 199 draws of 1000 prompts: 180 different ones are expected, with a deviation of 4
     assert len({ticket.prompt for ticket in drawn}) == pytest.approx(180, abs=16)
@@ -275,7 +277,7 @@ def test_a_redrawn_tree_measures_the_prompt_that_it_was_grown_from() -> None:
     gate.consumed(0, [RootValue(4, 2, 0.5), RootValue(1, 0, 0.25)])
     assert gate.measurements() == [
         Measurement(0, gate.ticket(1).prompt, 0.25),
-        Measurement(0, gate.redrawn(4, 2).prompt, 0.5),
+        Measurement(0, redrawn(4, 2, num_prompts=40, seed=3).prompt, 0.5),
     ]
 
 

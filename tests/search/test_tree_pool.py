@@ -1,59 +1,48 @@
 """The pool: whatever becomes of its engines, each ticket gives its tree, once and of its version.
 
 The engines are stand-ins in this process (see `fake_engines`). Of real ones `test_engine_faults`
-has one that is stale; they are killed and hang in `test_failures`.
+has one that is stale; they are killed and hang in `runs/test_failures`.
 """
 
 import asyncio
-import time
-from collections.abc import Coroutine
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.fake_engines import (
+    ENDS,
     PROMPTS,
+    SEED,
+    STEPS,
+    TREES,
     Fault,
     Fleet,
     Handle,
-    fake_fleet,
+    make_config,
+    make_gate,
     make_pool,
     serve,
+    serve_from_start,
     take,
+    until,
     whole_tree,
 )
+from tests.support.virtual_time import run
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.algo.tree import Tree
-from treerpo_ray.config import Config, load
-from treerpo_ray.engine import pool as engines
-from treerpo_ray.engine import waits
+from treerpo_ray.config import Config
 from treerpo_ray.engine.pool import MAX_STARTS
 from treerpo_ray.engine.types import Sampling
+from treerpo_ray.metrics.health import StackDump, stalled
 from treerpo_ray.records import RootValue, TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees
-from treerpo_ray.search.gate import Gate
+from treerpo_ray.search.gate import Gate, redrawn
 from treerpo_ray.search.tree_pool import TreePool
 
-TREES = 4
-STEPS = 4
-SEED = 5
 FLAT = TreeShape(num_children=(2,), step_tokens=(3,))
+LIMIT_S = 600.0
 SAMPLING = Sampling(temperature=1.0)
-
-
-def make_config(*overrides: str) -> Config:
-    return load([f"gate.trees_per_step={TREES}", "gate.max_staleness=1", *overrides])
-
-
-def make_gate(config: Config) -> Gate:
-    return Gate(
-        num_prompts=len(PROMPTS),
-        trees_per_step=TREES,
-        max_staleness=config.gate.max_staleness,
-        num_steps=STEPS,
-        seed=SEED,
-    )
 
 
 TICKETS = [make_gate(make_config()).ticket(number) for number in range(TREES * STEPS)]
@@ -66,24 +55,12 @@ def contents(tree: Tree) -> list[list[int]]:
 EXPECTED = [contents(whole_tree(ticket.prompt, ticket.seed)) for ticket in TICKETS]
 
 
-def run(work: Coroutine[None, None, None]) -> None:
-    async def limited() -> None:
-        async with asyncio.timeout(60):
-            await work
-
-    asyncio.run(limited())
-
-
 async def opened(config: Config, fleet: Fleet, gate: Gate) -> TreePool:
     """A pool that serves version 0 and grows tickets from the first on."""
     pool = await make_pool(config, fleet)
     await serve_from_start(pool)
     await pool.grow_tickets(Handle(gate), gate.session, 0, 1, [])
     return pool
-
-
-async def serve_from_start(pool: TreePool, version: int = 0) -> None:
-    await asyncio.gather(pool.start(), serve(pool, version, should_probe=True))
 
 
 async def consume(
@@ -109,7 +86,6 @@ def assert_whole(trees: list[TreeRecord]) -> None:
     assert by_ticket == {number: EXPECTED[number] for number in by_ticket}
 
 
-ENDS = ["killed", "core dead", "out of memory"]
 FAULTS = st.one_of(
     st.builds(Fault, st.just("grow"), st.sampled_from([*ENDS, "stale"]), st.integers(0, 6)),
     st.builds(Fault, st.sampled_from(["load", "probe"]), st.sampled_from([*ENDS, "stale"])),
@@ -129,19 +105,15 @@ def test_whatever_fails_each_ticket_is_consumed_once_by_its_step_and_has_its_own
         assert_whole(await consume(pool, gate))
         await pool.stop()
 
-    with fake_fleet(faults) as fleet:
-        run(scenario(fleet))
+    run(scenario(Fleet(faults)))
 
 
 @pytest.mark.parametrize("how", [*ENDS, "hung", "stale"])
 def test_a_tree_goes_on_from_its_groups_at_another_engine_and_the_first_is_replaced(
-    how: str, monkeypatch: pytest.MonkeyPatch
+    how: str,
 ) -> None:
-    monkeypatch.setattr(waits, "REPORT_EVERY_S", 0.1)
-
     async def scenario(fleet: Fleet) -> None:
-        limit = 2 if how == "hung" else 600
-        config = make_config("gate.max_staleness=0", f"engine.request_timeout_s={limit}")
+        config = make_config("gate.max_staleness=0")
         gate = make_gate(config)
         pool = await make_pool(config, fleet)
         await serve_from_start(pool, version=1)
@@ -160,8 +132,7 @@ def test_a_tree_goes_on_from_its_groups_at_another_engine_and_the_first_is_repla
         assert not [what for what in told if "step group" in what]
         await pool.stop()
 
-    with fake_fleet() as fleet:
-        run(scenario(fleet))
+    run(scenario(Fleet()))
 
 
 def test_a_tree_may_wait_for_longer_than_the_limit_while_its_engine_is_busy_with_others() -> None:
@@ -169,16 +140,16 @@ def test_a_tree_may_wait_for_longer_than_the_limit_while_its_engine_is_busy_with
         pool = await make_pool(make_config("engine.request_timeout_s=2"), fleet)
         await serve_from_start(pool)
         fleet.started[0][0].fault = Fault("grow", "busy")
-        start = time.monotonic()
+        clock = asyncio.get_running_loop()
+        start = clock.time()
         trees = [tree async for tree in pool.evaluate(PROMPTS, FLAT, SAMPLING, SEED)]
-        assert time.monotonic() - start > 2
+        assert clock.time() - start > 2
         assert sorted(tree.ticket for tree in trees) == list(range(len(PROMPTS)))
         assert {tree.attempt for tree in trees} == {0}
         assert not fleet.killed
         await pool.stop()
 
-    with fake_fleet() as fleet:
-        run(scenario(fleet))
+    run(scenario(Fleet()))
 
 
 @pytest.mark.parametrize("method", ["load", "probe"])
@@ -187,8 +158,7 @@ def test_an_engine_that_does_not_prove_new_weights_serves_none_and_is_replaced(
     method: str, how: str
 ) -> None:
     async def scenario(fleet: Fleet) -> None:
-        limit = 2 if how == "hung" else 600
-        config = make_config("engine.num_engines=2", f"engine.load_timeout_s={limit}")
+        config = make_config("engine.num_engines=2")
         gate = make_gate(config)
         pool = await opened(config, fleet, gate)
         await take(pool, TREES)
@@ -204,13 +174,12 @@ def test_an_engine_that_does_not_prove_new_weights_serves_none_and_is_replaced(
         assert (await pool.stats())[0].num_requests >= 0
         await pool.stop()
 
-    with fake_fleet() as fleet:
-        run(scenario(fleet))
+    run(scenario(Fleet()))
 
 
 def test_with_a_single_engine_hung_while_it_loads_the_version_is_served_by_its_successor() -> None:
     async def scenario(fleet: Fleet) -> None:
-        config = make_config("engine.num_engines=1", "engine.load_timeout_s=2")
+        config = make_config("engine.num_engines=1")
         pool = await make_pool(config, fleet)
         await serve_from_start(pool)
         fleet.started[0][0].fault = Fault("load", "hung")
@@ -219,20 +188,16 @@ def test_with_a_single_engine_hung_while_it_loads_the_version_is_served_by_its_s
         assert fleet.started[0][1].version == 1
         await pool.stop()
 
-    with fake_fleet() as fleet:
-        run(scenario(fleet))
+    run(scenario(Fleet()))
 
 
-def test_an_engine_that_answers_late_for_its_totals_counts_as_before_and_holds_nobody_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_engine_that_answers_late_for_its_totals_counts_as_before_and_holds_nobody_up() -> None:
     async def scenario(fleet: Fleet) -> None:
         pool = await make_pool(make_config("engine.num_engines=3"), fleet)
         await serve_from_start(pool)
         never, late, alert = (fleet.started[index][0] for index in range(3))
         never.fault = Fault("stats", "hung")
         late.num_sampled = alert.num_sampled = 5
-        monkeypatch.setattr(engines, "ANSWER_S", 1.0)
         assert [stats.num_requests for stats in await pool.stats()] == [5, 5]
         late.fault = Fault("stats", "hung")
         late.num_sampled = alert.num_sampled = 7
@@ -243,13 +208,10 @@ def test_an_engine_that_answers_late_for_its_totals_counts_as_before_and_holds_n
         assert fleet.killed == []
         await pool.stop()
 
-    with fake_fleet() as fleet:
-        run(scenario(fleet))
+    run(scenario(Fleet()))
 
 
-def test_an_engine_that_answers_late_claims_no_version_that_it_has_not_proved(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_engine_that_answers_late_claims_no_version_that_it_has_not_proved() -> None:
     async def scenario(fleet: Fleet) -> None:
         pool = await make_pool(make_config("engine.num_engines=2"), fleet)
         await serve_from_start(pool, version=1)
@@ -259,15 +221,13 @@ def test_an_engine_that_answers_late_claims_no_version_that_it_has_not_proved(
         publication = asyncio.create_task(serve(pool, 2))
         while late.calls[-1] != "load 2":
             await asyncio.sleep(0)
-        monkeypatch.setattr(engines, "ANSWER_S", 0.1)
-        monkeypatch.setattr(late, "stats", asyncio.Event().wait)
+        late.fault = Fault("stats", "hung")
         assert await pool.version() == 2
         assert [stats.version for stats in await pool.stats()] == [1, 2]
         publication.cancel()
         await pool.stop()
 
-    with fake_fleet() as fleet:
-        run(scenario(fleet))
+    run(scenario(Fleet()))
 
 
 @pytest.mark.parametrize("how", ENDS)
@@ -281,8 +241,7 @@ def test_an_engine_that_fails_when_asked_for_its_totals_is_replaced(how: str) ->
         assert fleet.killed == [fleet.started[1][0]]
         await pool.stop()
 
-    with fake_fleet() as fleet:
-        run(scenario(fleet))
+    run(scenario(Fleet()))
 
 
 def test_an_engine_that_fails_time_and_again_ends_the_run_with_its_reason() -> None:
@@ -299,8 +258,7 @@ def test_an_engine_that_fails_time_and_again_ends_the_run_with_its_reason() -> N
         assert len(fleet.started[0]) == MAX_STARTS
         await pool.stop()
 
-    with fake_fleet() as fleet:
-        run(scenario(fleet))
+    run(scenario(Fleet()))
 
 
 def test_the_evaluation_of_a_learner_that_died_ends_when_the_next_one_begins() -> None:
@@ -324,8 +282,7 @@ def test_the_evaluation_of_a_learner_that_died_ends_when_the_next_one_begins() -
         assert len(own) == len(PROMPTS)
         await pool.stop()
 
-    with fake_fleet() as fleet:
-        run(scenario(fleet))
+    run(scenario(Fleet()))
 
 
 def test_an_evaluation_that_its_caller_cancels_leaves_nothing_behind() -> None:
@@ -344,8 +301,7 @@ def test_an_evaluation_that_its_caller_cancels_leaves_nothing_behind() -> None:
             await asyncio.sleep(0)
         await pool.stop()
 
-    with fake_fleet() as fleet:
-        run(scenario(fleet))
+    run(scenario(Fleet()))
 
 
 # Saved trees -----------------------------------------------------------------------------------
@@ -388,8 +344,7 @@ def test_a_pool_goes_on_from_what_another_one_had_not_had_consumed(
         assert len(fleet.of("tree_reused")) == len(saved)
         await other.stop()
 
-    with fake_fleet() as fleet:
-        run(scenario(fleet))
+    run(scenario(Fleet()))
 
 
 @settings(max_examples=25)
@@ -427,8 +382,7 @@ def test_a_learner_that_is_lost_goes_on_from_what_its_own_pool_holds_of_the_vers
         assert len(fleet.of("tree_reused")) == len(saved)
         await pool.stop()
 
-    with fake_fleet() as fleet:
-        run(scenario(fleet))
+    run(scenario(Fleet()))
 
 
 def test_trees_in_the_stream_are_kept_until_their_step_is_consumed() -> None:
@@ -447,8 +401,7 @@ def test_trees_in_the_stream_are_kept_until_their_step_is_consumed() -> None:
         assert sorted(kept) == sorted(set(kept))
         await pool.stop()
 
-    with fake_fleet() as fleet:
-        run(scenario(fleet))
+    run(scenario(Fleet()))
 
 
 @pytest.mark.parametrize("other", [(7, SEED + 1), (5, SEED)])
@@ -472,8 +425,7 @@ def test_a_saved_tree_of_another_seed_or_prompt_is_not_used(other: tuple[int, in
         await pool.stop()
 
     assert differs
-    with fake_fleet() as fleet:
-        run(scenario(fleet))
+    run(scenario(Fleet()))
 
 
 @pytest.mark.parametrize("keeps_values", [True, False])
@@ -482,14 +434,7 @@ def test_a_saved_tree_of_a_revisited_prompt_is_used_where_its_ticket_comes_back_
 ) -> None:
     async def scenario(fleet: Fleet) -> None:
         config = make_config()
-        gate = Gate(
-            num_prompts=len(PROMPTS),
-            trees_per_step=TREES,
-            max_staleness=config.gate.max_staleness,
-            num_steps=STEPS,
-            seed=SEED,
-            revisit=0.9,
-        )
+        gate = make_gate(config, revisit=0.9)
         pool = await opened(config, fleet, gate)
         for step in range(2):
             batch = await take(pool, TREES)
@@ -508,8 +453,7 @@ def test_a_saved_tree_of_a_revisited_prompt_is_used_where_its_ticket_comes_back_
         assert {event["ticket"] for event in fleet.of("tree_reused")} == same
         await pool.stop()
 
-    with fake_fleet() as fleet:
-        run(scenario(fleet))
+    run(scenario(Fleet()))
 
 
 def test_a_redrawn_tree_is_saved_as_such_and_goes_on_as_such() -> None:
@@ -519,7 +463,7 @@ def test_a_redrawn_tree_is_saved_as_such_and_goes_on_as_such() -> None:
         pool = await opened(config, fleet, gate)
         batch = {tree.ticket: tree for tree in await take(pool, TREES)}
         await pool.redraw("reader", batch[2])
-        (redrawn,) = [tree for tree in await take(pool, 1) if tree.ticket == 2]
+        (other_prompt,) = [tree for tree in await take(pool, 1) if tree.ticket == 2]
         saved = await pool.unconsumed(0)
         assert [tree.num_redraws for tree in saved if tree.ticket == 2] == [1]
         await pool.stop()
@@ -528,13 +472,12 @@ def test_a_redrawn_tree_is_saved_as_such_and_goes_on_as_such() -> None:
         await serve_from_start(other)
         await other.grow_tickets(Handle(gate), gate.restart(0, ()), 0, 1, saved)
         (again,) = [tree for tree in await take(other, TREES) if tree.ticket == 2]
-        assert contents(again.tree) == contents(redrawn.tree)
-        assert (again.num_redraws, again.redrawn_tokens) == (1, redrawn.redrawn_tokens)
-        assert again.seed == gate.redrawn(2, 1).seed
+        assert contents(again.tree) == contents(other_prompt.tree)
+        assert (again.num_redraws, again.redrawn_tokens) == (1, other_prompt.redrawn_tokens)
+        assert again.seed == redrawn(2, 1, num_prompts=len(PROMPTS), seed=SEED).seed
         await other.stop()
 
-    with fake_fleet() as fleet:
-        run(scenario(fleet))
+    run(scenario(Fleet()))
 
 
 def test_the_share_of_a_worker_follows_from_the_workers_that_there_are() -> None:
@@ -547,5 +490,27 @@ def test_the_share_of_a_worker_follows_from_the_workers_that_there_are() -> None
             assert await pool.share_size() == size
         await pool.stop()
 
-    with fake_fleet() as fleet:
-        run(scenario(fleet))
+    run(scenario(Fleet()))
+
+
+def test_trees_that_still_wait_on_their_engine_move_with_those_that_it_has_finished() -> None:
+    async def scenario(fleet: Fleet) -> None:
+        pool = await make_pool(make_config(), fleet)
+        await serve_from_start(pool)
+        dump = StackDump(stage="engines", folder="memory://none", limit_s=LIMIT_S)
+        fleet.started[0][0].fault = Fault("grow", "busy")
+        evaluation = pool.evaluate(PROMPTS, FLAT, SAMPLING, SEED)
+        await anext(evaluation)
+        for tree in pool.growing:
+            assert tree.is_on_engine
+            tree.last_progress -= 2 * LIMIT_S
+        status = await pool.status(dump)
+        assert "on engine 0: 0 step groups, the last 1" in status.doing and status.is_busy
+        assert stalled([status], LIMIT_S) == []
+        await evaluation.aclose()
+        await until(lambda: not pool.growing)
+        assert not (await pool.status(dump)).is_busy
+        dump.disarm()
+        await pool.stop()
+
+    run(scenario(Fleet()))

@@ -2,23 +2,27 @@
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from unittest import mock
 
 import numpy as np
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 
 from treerpo_ray.algo.search import SiblingGroup, TreeShape, assemble, grow
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
-from treerpo_ray.config import Config
+from treerpo_ray.config import Config, load
+from treerpo_ray.config.sections import EngineConfig
 from treerpo_ray.engine.autoscaler import Nodes
+from treerpo_ray.engine.pool import TIMES, PoolTimes
+from treerpo_ray.engine.replica import EngineActor, Replica
 from treerpo_ray.engine.types import EngineStats, Sampling
+from treerpo_ray.engine.waits import Waits
 from treerpo_ray.metrics.run_log import Event
 from treerpo_ray.prompts.problems import Problem
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import TreeRecord
+from treerpo_ray.search.gate import Gate
 from treerpo_ray.search.tree_pool import TreePool
 from treerpo_ray.weight_sync import Manifest, Probe
 
@@ -29,6 +33,10 @@ PROMPTS = PromptSet(
     num_too_long=0,
 )
 LOGPROB = -0.5
+ENDS = ["killed", "core dead", "out of memory"]
+TREES = 4
+STEPS = 4
+SEED = 5
 BUSY_S = 0.4
 
 
@@ -104,6 +112,7 @@ class FakeEngine:
 
     index: int
     fault: Fault | None
+    place: str = "node"
     version: int = 0
     num_sampled: int = 0
     held: list[int] = field(default_factory=list)
@@ -134,7 +143,7 @@ class FakeEngine:
 
     async def node(self) -> str:
         await self.meet("node")
-        return "node"
+        return self.place
 
     async def start(self) -> tuple[int, int]:
         self.calls.append("start")
@@ -183,6 +192,7 @@ class FakeEngine:
         )
 
     async def stop(self) -> None:
+        self.calls.append("stop")
         await self.meet("stop")
 
 
@@ -205,7 +215,7 @@ def whole_tree(prompt: int, seed: int, version: int = 0) -> Tree:
     """The tree that undisturbed engines of one version grow."""
 
     async def groups() -> list[SiblingGroup]:
-        engine = FakeEngine(0, None, version)
+        engine = FakeEngine(0, None, version=version)
         ids = PROMPTS.token_ids[prompt]
         return [g async for g in grow(ids, SHAPE, Sampler(engine), seed=seed)]
 
@@ -216,17 +226,34 @@ def whole_tree(prompt: int, seed: int, version: int = 0) -> Tree:
 class Fleet:
     """All engines that a pool started, by their index, and what it told the run's log."""
 
-    faults: dict[int, list[Fault]]
+    faults: dict[int, list[Fault]] = field(default_factory=dict)
     """Faults of the starts of each engine, in their order; later starts have none."""
     started: dict[int, list[FakeEngine]] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     killed: list[FakeEngine] = field(default_factory=list)
+    nodes: dict[int, str] = field(default_factory=dict)
+    """Node of each engine, if not the one that all share."""
+    leaving: dict[str, float] = field(default_factory=dict)
+    """Time of the event loop at which a node will be gone, by its name."""
+    looks_to_fail: list[Exception] = field(default_factory=list)
 
-    def make(self, index: int) -> Handle:
+    def make(self, config: Config, index: int, log_folder: str | None) -> EngineActor:
         faults, before = self.faults.get(index, []), self.started.setdefault(index, [])
         fault = faults[len(before)] if len(before) < len(faults) else None
-        before.append(FakeEngine(index, fault))
-        return Handle(before[-1])
+        engine = FakeEngine(index, fault, self.nodes.get(index, "node"))
+        before.append(engine)
+        return EngineActor(
+            api=Handle(engine),
+            kill=lambda: self.killed.append(engine),
+            cancel=lambda stream: None,
+        )
+
+    def see_nodes(self) -> Nodes:
+        if self.looks_to_fail:
+            raise self.looks_to_fail.pop()
+        ahead_s = time.time() - asyncio.get_running_loop().time()
+        leaving = {node: ahead_s + ends_at for node, ends_at in self.leaving.items()}
+        return Nodes(num_alive=2, leaving=leaving)
 
     def event(self, event: Event) -> None:
         self.events.append(event)
@@ -236,25 +263,68 @@ class Fleet:
         return [dict(event.fields) for event in self.events if event.kind == kind]
 
 
-@contextmanager
-def fake_fleet(faults: dict[int, list[Fault]] | None = None) -> Iterator[Fleet]:
-    """Pools made within start fake engines."""
-    fleet = Fleet(faults or {})
-    with (
-        mock.patch("treerpo_ray.engine.pool.make_engine", lambda _, index, __: fleet.make(index)),
-        mock.patch("ray.kill", lambda handle: fleet.killed.append(handle.target)),
-        mock.patch("ray.cancel", lambda stream: None),
-        mock.patch(
-            "treerpo_ray.engine.autoscaler.see_nodes", lambda: Nodes(num_alive=1, leaving={})
-        ),
-    ):
-        yield fleet
+async def make_replica(
+    index: int,
+    *,
+    node: str = "a",
+    is_serving: bool = True,
+    num_trees: int = 0,
+    max_trees: int | None = None,
+) -> Replica:
+    """A replica of a fake engine, serving or still starting, with or without a node."""
+    fleet = Fleet(nodes={index: node})
+    replica = Replica(
+        index=index,
+        actor=fleet.make(load([]), index, None),
+        limits=EngineConfig(max_trees=max_trees),
+        waits=Waits(report=print, report_every_s=600.0),
+    )
+    if node:
+        await replica.find_node("a node")
+    if is_serving:
+        await replica.start(lambda: None, None)
+    for _ in range(num_trees):
+        replica.take_place()
+    return replica
 
 
-async def make_pool(config: Config, fleet: Fleet) -> TreePool:
-    pool = TreePool(config, None)
+def make_config(*overrides: str) -> Config:
+    own = [f"gate.trees_per_step={TREES}", "gate.max_staleness=1", f"run.seed={SEED}"]
+    return load([*own, *overrides])
+
+
+def make_gate(config: Config, revisit: float = 0.0) -> Gate:
+    return Gate(
+        num_prompts=len(PROMPTS),
+        trees_per_step=TREES,
+        max_staleness=config.gate.max_staleness,
+        num_steps=STEPS,
+        seed=SEED,
+        revisit=revisit,
+    )
+
+
+async def make_pool(config: Config, fleet: Fleet, times: PoolTimes = TIMES) -> TreePool:
+    pool = TreePool(
+        config=config,
+        log_folder=None,
+        make_engine=fleet.make,
+        see_nodes=fleet.see_nodes,
+        times=times,
+    )
     await pool.begin(config, PROMPTS, SHAPE, Handle(fleet))
     return pool
+
+
+async def serve_from_start(pool: TreePool, version: int = 0) -> None:
+    """Have the pool start and serve a version from then on."""
+    await asyncio.gather(pool.start(), serve(pool, version, should_probe=True))
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    while not is_so():
+        await asyncio.sleep(0.01)
 
 
 async def serve(pool: TreePool, version: int, *, should_probe: bool = False) -> None:

@@ -208,7 +208,7 @@ def evaluate_all(
 ) -> Iterator[tuple[str, Evaluation]]:
     """Evaluate each benchmark on the Ray cluster that is connected, on the same engines."""
     run_log: RunLogApi = make_actor(RunLog, concurrency=1)(config)
-    pool: TreePoolApi = make_actor(TreePool)(config, config.log_folder)
+    pool: TreePoolApi = make_actor(TreePool)(config=config, log_folder=config.log_folder)
     heartbeats: HeartbeatsApi = make_actor(Heartbeats, concurrency=1)()
     first = next(iter(prompts.values()))
     try:

@@ -242,7 +242,7 @@ def _make_actors(config: Config, inputs: Inputs, pool: TreePoolApi | None) -> Ru
 
 
 def _make_pool(config: Config) -> TreePoolApi:
-    return make_actor(TreePool)(config, config.log_folder)
+    return make_actor(TreePool)(config=config, log_folder=config.log_folder)
 
 
 class TrainGroup:

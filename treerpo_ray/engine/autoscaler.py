@@ -1,4 +1,4 @@
-"""Engine keeper: keeps the number of engines right, as trees and nodes come and go.
+"""Autoscaler: keeps the number of engines right, as trees and nodes come and go.
 
 The pool grows and shrinks with the trees in hand. An engine that is to go, since fewer are enough
 or its node is drained, takes no new tree and ends once its trees are finished, or shortly before
@@ -9,8 +9,8 @@ end of its engine leaves a node idle, for Ray's autoscaler to take away.
 import asyncio
 import logging
 import math
-import time
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import ray
@@ -18,7 +18,9 @@ from ray._private.state import state as ray_state
 
 from treerpo_ray.actor import first_line
 from treerpo_ray.engine.pool import EnginePool
-from treerpo_ray.engine.replica import Replica
+from treerpo_ray.engine.replica import Replica, ReplicaState
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -85,117 +87,72 @@ def first_to_leave(replicas: list[Replica]) -> Replica:
     )
 
 
-log = logging.getLogger(__name__)
-
-
-LOOK_EVERY_S = 2.0
-"""Time between looks at the cluster and at the number of trees."""
-
-
-DRAIN_POLL_S = 0.2
-"""Time between looks at whether a draining engine has finished its trees."""
-
-
-MARGIN_S = 5.0
-"""Time before the end of its node at which an engine's last trees move on."""
-
-
 class Autoscaler:
-    """Adds engines to a pool and lets them go; `run` does it until it is cancelled."""
+    """Adds engines to a pool and lets them go; `run` does it until it is cancelled.
 
-    def __init__(self, engines: EnginePool) -> None:
-        self.engines = engines
-        engine = engines.config.engine
-        self._scaling = ScalingPolicy(
-            fewest=engine.num_engines,
-            most=engines.config.most_engines,
-            trees_per_engine=engine.max_trees,
-            patience_s=engine.shrink_after_s,
-        )
+    Args:
+        pool: The engines.
+        policy: How many of them there are to be.
+        see_nodes: Tells of the cluster; called in a thread.
+        look_every_s: Time between looks at the cluster and at the number of trees.
+    """
+
+    def __init__(
+        self,
+        *,
+        pool: EnginePool,
+        policy: ScalingPolicy,
+        see_nodes: Callable[[], Nodes],
+        look_every_s: float,
+    ) -> None:
+        self._pool, self._policy = pool, policy
+        self._see_nodes, self._look_every_s = see_nodes, look_every_s
         self._seen: dict[str, int] = {}
 
     async def run(self) -> None:
         """Look at nodes and trees again and again, and do what is needed."""
         while True:
             try:
-                nodes = await asyncio.to_thread(see_nodes)
+                nodes = await asyncio.to_thread(self._see_nodes)
                 self._leave_nodes(nodes)
                 self._resize()
                 self._report(nodes)
             except Exception as error:  # engines that serve go on, and the next look may go well
                 log.warning("no look at the cluster", exc_info=error)
-                self.engines.note("keeper_failed", reason=first_line(error))
-            await asyncio.sleep(LOOK_EVERY_S)
+                self._pool.note("keeper_failed", reason=first_line(error))
+            await asyncio.sleep(self._look_every_s)
 
     def _leave_nodes(self, nodes: Nodes) -> None:
         """Replace the engines of nodes that are about to go."""
-        for replica in (*self.engines.replicas, *self.engines.leaving):
-            if replica.node in nodes.leaving:
-                replica.ends_at_s = nodes.leaving[replica.node]
-        for replica in [m for m in self.engines.replicas if m.node in nodes.leaving]:
-            self._let_go(replica, "its node is drained")
-            self.engines.add(self._free_index())
+        leaving = [replica for replica in self._pool.replicas if replica.node in nodes.leaving]
+        for replica in leaving:
+            replica.leave_by(nodes.leaving[replica.node])
+            if replica.state is not ReplicaState.DRAINING:
+                self._pool.let_go(replica, "its node is drained")
+                self._pool.add()
 
     def _resize(self) -> None:
         """Have as many engines as the trees in hand need."""
-        replicas = self.engines.replicas
-        target = self._scaling.target(self._num_trees(), time.monotonic())
-        while len(replicas) < target and self.engines.failure is None:
-            self.engines.add(self._free_index())
-        while len(replicas) > target:
-            self._let_go(first_to_leave(replicas), "fewer are enough")
-
-    def _num_trees(self) -> int:
-        """Trees that wait for an engine or grow on one."""
-        replicas = (*self.engines.replicas, *self.engines.leaving)
-        return self.engines.router.num_waiting + sum(replica.num_trees for replica in replicas)
-
-    def _free_index(self) -> int:
-        taken = {replica.index for replica in (*self.engines.replicas, *self.engines.leaving)}
-        return next(index for index in range(len(taken) + 1) if index not in taken)
-
-    def _let_go(self, replica: Replica, reason: str) -> None:
-        """Have an engine go: at once if it does not serve, else when its trees are finished."""
-        if not replica.is_serving:
-            self.engines.remove(replica)
-            self._note("engine_left", replica, reason)
-            return
-        self.engines.replicas.remove(replica)
-        self.engines.leaving.append(replica)
-        self._note("engine_draining", replica, reason)
-        self.engines.spawn(self._drain(replica))
-
-    async def _drain(self, replica: Replica) -> None:
-        """End an engine that takes no new tree."""
-        while replica.num_trees and time.time() < replica.ends_at_s - MARGIN_S:
-            await asyncio.sleep(DRAIN_POLL_S)
-        replica.is_serving = False  # it takes over no more weights
-        self._note(
-            "engine_left", replica, "its node ends" if replica.num_trees else "it is drained"
-        )
-        if not replica.num_trees:
-            await self.engines.stop_actors([replica])
-        replica.kill()
-        self.engines.leaving.remove(replica)
-
-    def _note(self, kind: str, replica: Replica, reason: str) -> None:
-        self.engines.note(
-            kind, engine=replica.index, node=replica.node, trees=replica.num_trees, reason=reason
-        )
+        pool = self._pool
+        now_s = asyncio.get_running_loop().time()
+        target = self._policy.target(pool.num_waiting + pool.num_growing, now_s)
+        while len(pool.staying) < target and pool.may_grow:
+            pool.add()
+        while len(pool.staying) > target:
+            pool.let_go(first_to_leave(pool.staying), "fewer are enough")
 
     def _report(self, nodes: Nodes) -> None:
         """Note how many nodes, engines and trees there are, if that has changed."""
-        replicas = self.engines.replicas
-        num_waiting = self.engines.router.num_waiting
+        states = Counter(replica.state for replica in self._pool.replicas)
         seen = {
             "nodes": nodes.num_alive,
             "nodes_leaving": len(nodes.leaving),
-            "serving": sum(replica.is_serving for replica in replicas),
-            "starting": sum(not replica.is_serving for replica in replicas),
-            "draining": len(self.engines.leaving),
-            "waiting": num_waiting,
-            "growing": self._num_trees() - num_waiting,
+            "serving": states[ReplicaState.SERVING],
+            "starting": states[ReplicaState.STARTING],
+            "draining": states[ReplicaState.DRAINING],
+            "waiting": self._pool.num_waiting,
+            "growing": self._pool.num_growing,
         }
         if seen != self._seen:
-            self.engines.note("pool", **seen)
+            self._pool.note("pool", **seen)
         self._seen = seen

@@ -12,17 +12,19 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import psutil
 import ray
+from ray.actor import ActorHandle
 
 from treerpo_ray.algo.search import SiblingGroup, TreeShape, grow
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, error_step
 from treerpo_ray.config import Config
-from treerpo_ray.engine.replica import EngineApi
+from treerpo_ray.engine.replica import EngineActor, EngineApi
 from treerpo_ray.engine.types import EngineStats, Sampling
 from treerpo_ray.engine.vllm_args import engine_args, environment
 from treerpo_ray.prompts.prompt_set import end_token_ids, load_tokenizer
@@ -30,6 +32,7 @@ from treerpo_ray.weight_sync import ChunkFiles, LoadProof, Manifest
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput
+    from vllm.engine.arg_utils import AsyncEngineArgs
 
 
 def cpu_seconds() -> float:
@@ -63,7 +66,7 @@ class Engine:
         log_folder: Where vLLM's output goes; None leaves it to Ray.
     """
 
-    def __init__(self, config: Config, index: int, log_folder: str | None) -> None:
+    def __init__(self, *, config: Config, index: int, log_folder: str | None) -> None:
         self.config, self.index = config, index
         self._num_loads = 0
         self._loading = asyncio.Lock()
@@ -88,11 +91,15 @@ class Engine:
         path = self.config.model.path
         tokenizer = load_tokenizer(path, self.config.model.trust_remote_code)
         self._end_ids = frozenset(end_token_ids(path, tokenizer))
-        self._llm: AsyncLLM = AsyncLLM.from_engine_args(engine_args(self.config))
+        self._llm: AsyncLLM = AsyncLLM.from_engine_args(self.vllm_args())
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
         [core] = multiprocessing.active_children()
         assert core.pid is not None  # it runs
         return os.getpid(), core.pid
+
+    def vllm_args(self) -> "AsyncEngineArgs":
+        """How vLLM is set up."""
+        return engine_args(self.config)
 
     async def grow(
         self,
@@ -231,17 +238,20 @@ class Engine:
         await asyncio.to_thread(self._llm.shutdown)
 
 
-def make_engine(config: Config, index: int, log_folder: str | None) -> EngineApi:
-    """An actor of `Engine`; Ray places it by the resources and labels of `engine`."""
+def make_engine(
+    config: Config, index: int, log_folder: str | None, kind: type[Engine] = Engine
+) -> EngineActor:
+    """An actor of `kind`; Ray places it by the resources and labels of `engine`."""
     resources = dict(config.engine.resources)
-    actor = ray.remote(Engine).options(
+    made = ray.remote(kind).options(
         num_cpus=resources.pop("CPU", 0),
         num_gpus=resources.pop("GPU", 0),
         resources=resources,  # what the two above left
         label_selector=config.engine.labels or None,
         max_concurrency=10_000,
     )
-    return cast(EngineApi, actor.remote(config, index, log_folder))
+    actor = cast(ActorHandle, made.remote(config=config, index=index, log_folder=log_folder))
+    return EngineActor(api=cast(EngineApi, actor), kill=partial(ray.kill, actor))
 
 
 @dataclass(frozen=True, slots=True)

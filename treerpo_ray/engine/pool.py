@@ -7,35 +7,40 @@ given up, and the others go on.
 
 import asyncio
 import logging
-import math
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import ray
 
 from treerpo_ray.actor import first_line
 from treerpo_ray.config import Config
-from treerpo_ray.engine.engine import make_engine
-from treerpo_ray.engine.replica import Replica, WeightVersion
+from treerpo_ray.config.sections import EngineConfig
+from treerpo_ray.engine.background import BackgroundTasks, Signal
+from treerpo_ray.engine.replica import EngineActor, Replica, ReplicaState, WeightVersion
 from treerpo_ray.engine.types import EngineStats
 from treerpo_ray.engine.waits import Waits
 from treerpo_ray.metrics.run_log import Event, RunLogApi
 from treerpo_ray.weight_sync import Manifest, Probe
 
+log = logging.getLogger(__name__)
+
+
+MAX_STARTS = 5
+"""Starts of one engine, without a tree in between, after which it is given up."""
+
 
 class Router:
-    """Hands the router of the engines to trees, first come, first served.
+    """Hands places on engines to trees, first come, first served.
 
     Args:
-        replicas: The engines that take trees once they serve; the caller changes this list.
-        max_trees: Trees that one engine grows at a time; None: any number.
+        replicas: The engines of the pool, which alone changes this list.
     """
 
-    def __init__(self, replicas: list[Replica], max_trees: int | None) -> None:
-        self.replicas = replicas
-        self.max_trees = math.inf if max_trees is None else max_trees
+    def __init__(self, replicas: Sequence[Replica]) -> None:
+        self._replicas = replicas
         self._waiting: deque[asyncio.Future[Replica]] = deque()
 
     @property
@@ -57,19 +62,19 @@ class Router:
 
     def release(self, replica: Replica) -> None:
         """Give a place back."""
-        replica.num_trees -= 1
+        replica.give_place_back()
         self.fill()
 
     def fill(self) -> None:
-        """Let trees in while there are router; to be called whenever there may be more."""
+        """Let trees in while there are places; to be called whenever there may be more."""
         while self._waiting:
-            free = [m for m in self.replicas if m.is_serving and m.num_trees < self.max_trees]
+            free = [replica for replica in self._replicas if replica.has_room]
             if not free:
                 return
             place = self._waiting.popleft()
             if not place.done():
                 replica = min(free, key=lambda m: m.num_trees)
-                replica.num_trees += 1
+                replica.take_place()
                 place.set_result(replica)
 
     def fail(self, error: Exception) -> None:
@@ -79,68 +84,122 @@ class Router:
                 place.set_exception(error)
 
 
-log = logging.getLogger(__name__)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolTimes:
+    """Times of a pool that no run needs to set, in seconds."""
+
+    answer_s: float = 5.0
+    """That engines have to answer for their totals; the learner waits."""
+    stop_s: float = 30.0
+    """That engines have to shut down by themselves."""
+    rest_s: float = 300.0
+    """After which the pool may start another one in place of an engine that was given up."""
+    margin_s: float = 5.0
+    """Before the end of its node at which an engine's last trees move on."""
+    report_every_s: float = 30.0
+    """After which a wait is told of, and between two reports."""
+    look_every_s: float = 2.0
+    """Between looks of the autoscaler at the cluster and at the number of trees."""
 
 
-ANSWER_S = 5.0
-"""Time that engines have to answer for their totals; the learner waits."""
-
-
-STOP_S = 30
-"""Time that engines have to shut down by themselves."""
-
-
-MAX_STARTS = 5
-"""Starts of one engine, without a tree in between, after which it is given up."""
-
-
-REST_S = 300.0
-"""Time after which the pool may start another one in place of an engine that was given up."""
+TIMES = PoolTimes()
 
 
 class EnginePool:
     """All engines of a run, or of several one after the other; each serves only what it proved.
 
     Args:
-        config: The configuration that the engines are started for.
-        log_folder: Where the engines' output goes; None leaves it to Ray.
+        limits: How many engines there are, and what time they have for each thing.
+        probe_tolerance: Nats a token that an engine may be off the learner.
+        make_engine: Asks Ray for an engine, by its number.
     """
 
-    def __init__(self, config: Config, log_folder: str | None) -> None:
-        self.config, self.log_folder = config, log_folder
+    def __init__(
+        self,
+        *,
+        limits: EngineConfig,
+        probe_tolerance: float,
+        make_engine: Callable[[int], EngineActor],
+        times: PoolTimes = TIMES,
+    ) -> None:
+        self._limits, self._tolerance, self._times = limits, probe_tolerance, times
+        self._make_engine = make_engine
         self.run_log: RunLogApi
         """Actor of the run's `RunLog`, told of engines that come, go or are waited for."""
-        self.changed = asyncio.Condition()
-        """Notified whenever an engine begins to serve, and by the pool."""
-        self.failure: BaseException | None = None
-        """Why an engine was given up; none is added until trees have been finished without it."""
+        self._replicas: list[Replica] = []
+        """Those that are not gone."""
+        self._router = Router(self._replicas)
+        self._changed = Signal()
+        """Of an engine that has a node, begins to serve or goes."""
+        self._failure: BaseException | None = None
+        """Why an engine was given up, until trees have been finished without it."""
         self._rests_until = 0.0
-        self.replicas: list[Replica] = []
-        """Those that take trees, or will once they serve."""
-        self.leaving: list[Replica] = []
-        """Those that only finish their trees."""
-        self.router = Router(self.replicas, config.engine.max_trees)
-        self.waits = Waits(lambda s, what: self.note("waiting", seconds=round(s), what=what))
-        self._served: WeightVersion | None = None
+        """Time of the event loop until which that counts in any case."""
+        self._weights: WeightVersion | None = None
         self._serving = asyncio.Lock()
-        self._work: set[asyncio.Task[None]] = set()
+        self._waits = Waits(
+            report=lambda seconds, what: self.note("waiting", seconds=round(seconds), what=what),
+            report_every_s=times.report_every_s,
+        )
+        self._background = BackgroundTasks(self._work_failed)
+
+    # What there is -------------------------------------------------------------------------------
+
+    @property
+    def replicas(self) -> tuple[Replica, ...]:
+        """Those that are not gone."""
+        return tuple(self._replicas)
+
+    @property
+    def staying(self) -> list[Replica]:
+        """Those that take trees, or will once they serve."""
+        return [m for m in self._replicas if m.state is not ReplicaState.DRAINING]
+
+    @property
+    def num_waiting(self) -> int:
+        """Trees without a place on an engine."""
+        return self._router.num_waiting
+
+    @property
+    def num_growing(self) -> int:
+        """Trees that have a place on an engine."""
+        return sum(replica.num_trees for replica in self._replicas)
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether another engine is worth a try."""
+        return self._failure is None
+
+    @property
+    def version(self) -> int:
+        """Version that the engines serve."""
+        return 0 if self._weights is None else self._weights.number
+
+    def states(self) -> str:
+        """Which engines serve, for people."""
+        return ", ".join(map(str, self._replicas))
+
+    def _is_serving(self) -> bool:
+        return any(replica.is_serving for replica in self._replicas)
+
+    # Engines come --------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start `engine.num_engines`; returns once all of them can serve.
+        """Start `num_engines`; returns once all of them can serve.
 
         One that fails is replaced as it is later, which is waited for only if no other one serves.
 
         Raises:
-            TimeoutError: one had no node after `engine.start_timeout_s`.
+            TimeoutError: one had no node after `start_timeout_s`.
             RuntimeError: all were given up.
         """
-        for index in range(self.config.engine.num_engines):
-            self.add(index)
+        for _ in range(self._limits.num_engines):
+            self.add()
 
         def new() -> list[Replica]:
-            return [m for m in self.replicas if m.num_starts == 1]
+            return [m for m in self._replicas if m.num_starts == 1]
 
-        limit_s = self.config.engine.start_timeout_s
+        limit_s = self._limits.start_timeout_s
         try:
             async with asyncio.timeout(limit_s):
                 await self._until(lambda: all(replica.node for replica in new()))
@@ -153,26 +212,46 @@ class EnginePool:
 
     @property
     def _needed_node(self) -> str:
-        return f"a node with {self.config.engine.resources | self.config.engine.labels}"
+        return f"a node with {self._limits.resources | self._limits.labels}"
+
+    def spawn(self, work: Coroutine[None, None, None]) -> None:
+        """Run `work` on the engines beside everything else, until `stop`."""
+        self._background.spawn(work)
+
+    async def _until(self, is_so: Callable[[], bool]) -> None:
+        """Wait for something; RuntimeError once all engines were given up."""
+        await self._changed.wait_for(lambda: not self.staying or is_so())
+        if not self.staying:
+            raise self._gave_up()
+
+    def add(self) -> None:
+        """Ask Ray for an engine, with the first free number; it serves when it is up."""
+        taken = {replica.index for replica in self._replicas}
+        self._add(next(index for index in range(len(taken) + 1) if index not in taken), 1)
+
+    def _add(self, index: int, num_starts: int) -> None:
+        replica = Replica(
+            index=index,
+            actor=self._make_engine(index),
+            limits=self._limits,
+            waits=self._waits,
+            num_starts=num_starts,
+        )
+        self._replicas.append(replica)
+        self._background.spawn(self._bring_up_or_replace(replica))
+
+    async def _bring_up_or_replace(self, replica: Replica) -> None:
+        try:
+            await self._bring_up(replica)
+        except Exception as error:  # whatever it is, this one will not serve
+            self.replace(replica, error)
 
     async def _bring_up(self, replica: Replica) -> None:
-        """Start an engine, give it the latest weights, and let it serve once it has proved them."""
         start = time.monotonic()
-        limits = self.config.engine
-        node_name = f"{self._needed_node} for engine {replica.index}"
-        replica.node = await self.waits.wait(replica.actor.node.remote(), node_name, math.inf)
-        await self._notify()
-        pid, core = await self.waits.wait(
-            replica.actor.start.remote(), f"engine {replica.index} to start", limits.start_timeout_s
-        )
-        served = None
-        while served is not self._served:  # a newer version may come while one is loaded
-            served = self._served
-            assert served is not None  # versions only ever replace each other
-            tolerance = self.config.sync.probe_tolerance
-            await served.load_into(replica, self.waits, limits.load_timeout_s, tolerance)
-        replica.is_serving = True
-        self.router.fill()
+        await replica.find_node(self._needed_node)
+        self._changed.notify()
+        pid, core = await replica.start(lambda: self._weights, self._tolerance)
+        self._router.fill()
         self.note(
             "engine_serving",
             engine=replica.index,
@@ -184,7 +263,9 @@ class EnginePool:
             trees=replica.num_trees,
             seconds=round(time.monotonic() - start),
         )
-        await self._notify()
+        self._changed.notify()
+
+    # Weights and totals --------------------------------------------------------------------------
 
     async def serve(
         self, manifest: Manifest, chunks: list[ray.ObjectRef], probe: Probe, should_probe: bool
@@ -195,11 +276,11 @@ class EnginePool:
         engine that comes up later in any case.
         """
         async with self._serving:  # a worker that died may have left a publication under way
-            served = self._served = WeightVersion(manifest=manifest, chunks=chunks, probe=probe)
-            replicas = [m for m in (*self.replicas, *self.leaving) if m.is_serving]
-            limit_s = self.config.engine.load_timeout_s
-            tolerance = self.config.sync.probe_tolerance if should_probe else None
-            loads = (served.load_into(m, self.waits, limit_s, tolerance) for m in replicas)
+            weights = WeightVersion(manifest=manifest, chunks=chunks, probe=probe)
+            self._weights = weights
+            replicas = [replica for replica in self._replicas if replica.takes_weights]
+            tolerance = self._tolerance if should_probe else None
+            loads = (replica.load(weights, tolerance) for replica in replicas)
             results = await asyncio.gather(*loads, return_exceptions=True)
             for replica, result in zip(replicas, results, strict=True):
                 if isinstance(result, BaseException):
@@ -207,151 +288,124 @@ class EnginePool:
         # One that comes up anew has loaded this version before it serves.
         await self._until(self._is_serving)
 
-    async def _until(self, is_so: Callable[[], bool]) -> None:
-        """Wait for something; RuntimeError once all engines were given up."""
-        async with self.changed:
-            await self.changed.wait_for(lambda: not self.replicas or is_so())
-        if not self.replicas:
-            raise self._gave_up()
-
-    def _is_serving(self) -> bool:
-        return any(replica.is_serving for replica in self.replicas)
-
-    def _gave_up(self) -> RuntimeError:
-        assert self.failure is not None  # it is why the last engine was not replaced
-        return RuntimeError(
-            f"an engine failed {MAX_STARTS} times in a row: {first_line(self.failure)}"
-        )
-
-    def replace(self, replica: Replica, error: BaseException) -> None:
-        """Take an engine out and start another in its place; nothing if that was done already."""
-        if replica in self.leaving:  # another was asked for, if one is needed
-            replica.kill()
-        if replica not in self.replicas:
-            return
-        self.note("engine_lost", engine=replica.index, reason=first_line(error))
-        self.remove(replica)
-        if replica.num_starts == MAX_STARTS:
-            reason = f"it is given up after {MAX_STARTS} starts without a tree"
-            self.note(
-                "engine_left", engine=replica.index, node=replica.node, trees=0, reason=reason
-            )
-            self.failure, self._rests_until = error, time.monotonic() + REST_S
-            if not self.replicas:
-                self.router.fail(self._gave_up())
-        else:
-            self.add(replica.index, replica.num_starts + 1)
-        self.spawn(self._notify())
-
-    def add(self, index: int, num_starts: int = 1) -> None:
-        """Ask Ray for an engine; it serves when it is up."""
-        actor = make_engine(self.config, index, self.log_folder)
-        replica = Replica(index, actor, num_starts=num_starts)
-        self.replicas.append(replica)
-        self.spawn(self._bring_up_or_replace(replica))
-
-    def remove(self, replica: Replica) -> None:
-        """Let an engine go at once."""
-        replica.is_serving = False
-        self.replicas.remove(replica)
-        replica.kill()
-
-    async def _bring_up_or_replace(self, replica: Replica) -> None:
-        try:
-            await self._bring_up(replica)
-        except Exception as error:  # whatever it is, this one will not serve
-            self.replace(replica, error)
-
-    def finished_tree(self, replica: Replica) -> None:
-        """An engine has finished a tree: what failed before counts no more."""
-        replica.num_starts = 1
-        if self.replicas and time.monotonic() >= self._rests_until:
-            self.failure = None
-
-    def spawn(self, work: Coroutine[None, None, None]) -> None:
-        """Run `work` beside everything else, until `stop`."""
-        task = asyncio.create_task(work)
-        self._work.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._work.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("work on the engines failed", exc_info=error)
-            self.note("engine_work_failed", reason=first_line(error))
-
-    async def _notify(self) -> None:
-        async with self.changed:
-            self.changed.notify_all()
-
-    @property
-    def version(self) -> int:
-        """Version that the engines serve."""
-        return 0 if self._served is None else self._served.manifest.version
-
-    def states(self) -> str:
-        """Which engines serve, for people."""
-        return ", ".join(
-            f"engine {m.index} {'serves' if m.is_serving else 'starts'} with {m.num_trees} trees"
-            for m in (*self.replicas, *self.leaving)
-        )
-
     async def stats(self) -> list[EngineStats]:
         """Totals of each serving engine; one that answers late counts as it last did.
 
-        Its version is the newest that it proved itself, which may be behind the pool's. Whether it
-        hangs is for the trees on it and for the next version to find out.
+        Whether it hangs is for the trees on it and for the next version to find out.
         """
-        replicas = [replica for replica in self.replicas if replica.is_serving]
-        asked = (
-            self.waits.wait(m.actor.stats.remote(), f"engine {m.index} to answer", ANSWER_S)
-            for m in replicas
-        )
+        replicas = [replica for replica in self._replicas if replica.is_serving]
+        asked = (replica.totals(self._times.answer_s) for replica in replicas)
         answers = await asyncio.gather(*asked, return_exceptions=True)
         for replica, answer in zip(replicas, answers, strict=True):
-            if isinstance(answer, EngineStats):
-                replica.stats = answer
-            elif not isinstance(answer, TimeoutError):
-                replica.stats = None
+            if isinstance(answer, BaseException):
                 self.replace(replica, answer)
-            elif replica.stats is not None:
-                replica.stats = replace(replica.stats, version=replica.version)
-        return [replica.stats for replica in replicas if replica.stats is not None]
+        return [answer for answer in answers if isinstance(answer, EngineStats)]
 
-    async def stop(self) -> None:
-        """End all work and shut the engines down."""
-        for task in self._work:
-            task.cancel()
-        replicas = [*self.replicas, *self.leaving]
-        await self.stop_actors([replica for replica in replicas if replica.is_serving])
-        for replica in replicas:
-            replica.kill()
+    # Trees ---------------------------------------------------------------------------------------
 
-    async def stop_actors(self, replicas: list[Replica]) -> None:
-        """Shut engines down; those that fail to end by themselves are for `kill`."""
-        stops = (replica.actor.stop.remote() for replica in replicas)
-        try:
-            await asyncio.wait_for(asyncio.gather(*stops, return_exceptions=True), STOP_S)
-        except TimeoutError:
-            self.note("waiting", seconds=STOP_S, what="engines to stop; they are killed")
-
-    async def pick(self) -> Replica:
-        """The engine with the fewest trees, for one more tree; `release` gives the place back.
+    @asynccontextmanager
+    async def place(self) -> AsyncIterator[Replica]:
+        """A place for a tree, at the engine with the fewest, as soon as there is one.
 
         Raises:
             RuntimeError: engines cannot be replaced any more.
         """
-        if not self.replicas:
+        if not self.staying:
             raise self._gave_up()
-        return await self.router.take()
+        replica = await self._router.take()
+        try:
+            yield replica
+        finally:
+            self._router.release(replica)
 
-    def release(self, replica: Replica) -> None:
-        """A tree has left an engine that `pick` gave it."""
-        self.router.release(replica)
+    def finished_tree(self, replica: Replica) -> None:
+        """An engine has finished a tree: what failed before counts no more."""
+        replica.finished_tree()
+        if self.staying and asyncio.get_running_loop().time() >= self._rests_until:
+            self._failure = None
+
+    # Engines go ----------------------------------------------------------------------------------
+
+    def replace(self, replica: Replica, error: BaseException) -> None:
+        """End a failed engine and start another in its place; nothing if it is gone already."""
+        if replica.state is ReplicaState.GONE:
+            return
+        was_draining = replica.state is ReplicaState.DRAINING
+        self._end(replica)
+        if was_draining:  # another was asked for, if one is needed
+            return
+        self.note("engine_lost", engine=replica.index, reason=first_line(error))
+        if replica.num_starts < MAX_STARTS:
+            self._add(replica.index, replica.num_starts + 1)
+            return
+        reason = f"it is given up after {MAX_STARTS} starts without a tree"
+        self.note("engine_left", engine=replica.index, node=replica.node, trees=0, reason=reason)
+        now = asyncio.get_running_loop().time()
+        self._failure, self._rests_until = error, now + self._times.rest_s
+        if not self.staying:
+            self._router.fail(self._gave_up())
+
+    def _gave_up(self) -> RuntimeError:
+        assert self._failure is not None  # it is why the last engine was not replaced
+        return RuntimeError(
+            f"an engine failed {MAX_STARTS} times in a row: {first_line(self._failure)}"
+        )
+
+    def let_go(self, replica: Replica, reason: str) -> None:
+        """Have an engine go: at once if it does not serve, else when its trees are finished."""
+        if replica.is_serving:
+            replica.drain()
+            self._note_end("engine_draining", replica, reason)
+            self._background.spawn(self._end_drained(replica))
+        else:
+            self._end(replica)
+            self._note_end("engine_left", replica, reason)
+
+    async def _end_drained(self, replica: Replica) -> None:
+        await replica.drained(self._times.margin_s)
+        reason = "its node ends" if replica.num_trees else "it is drained"
+        self._note_end("engine_left", replica, reason)
+        if not replica.num_trees:
+            await self._stop([replica])
+        self._end(replica)
+
+    def _end(self, replica: Replica) -> None:
+        """Let an engine go at once."""
+        replica.kill()
+        if replica in self._replicas:
+            self._replicas.remove(replica)
+        self._changed.notify()
+
+    async def stop(self) -> None:
+        """End all work and shut the engines down."""
+        self._background.cancel()
+        await self._stop([m for m in self._replicas if m.state is not ReplicaState.STARTING])
+        for replica in self._replicas:
+            replica.kill()
+
+    async def _stop(self, replicas: list[Replica]) -> None:
+        """Shut engines down; those that fail to end by themselves are for `kill`."""
+        stops = asyncio.gather(*(replica.stop() for replica in replicas), return_exceptions=True)
+        try:
+            await asyncio.wait_for(stops, self._times.stop_s)
+        except TimeoutError:
+            what = "engines to stop; they are killed"
+            self.note("waiting", seconds=round(self._times.stop_s), what=what)
+
+    # What is told --------------------------------------------------------------------------------
 
     def note(self, kind: str, **fields: str | int) -> None:
         """Append an event to the run's log."""
         self.run_log.event.remote(Event(kind=kind, fields=fields))
+
+    def _note_end(self, kind: str, replica: Replica, reason: str) -> None:
+        self.note(
+            kind, engine=replica.index, node=replica.node, trees=replica.num_trees, reason=reason
+        )
+
+    def _work_failed(self, error: BaseException) -> None:
+        log.error("work on the engines failed", exc_info=error)
+        self.note("engine_work_failed", reason=first_line(error))
 
 
 def can_serve(started: Config, config: Config) -> bool:

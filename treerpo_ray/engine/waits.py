@@ -2,16 +2,11 @@
 
 import asyncio
 import math
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
-
-
-REPORT_EVERY_S = 30.0
-"""Time after which a wait is told of, and between two reports, however many wait."""
 
 
 @dataclass(slots=True)
@@ -32,10 +27,12 @@ class Waits:
     Args:
         report: Takes the seconds of the longest wait that is due, and for what it and how many
             others are.
+        report_every_s: Time after which a wait is told of, and between two reports, however many
+            wait.
     """
 
-    def __init__(self, report: Callable[[float, str], None]) -> None:
-        self._report = report
+    def __init__(self, *, report: Callable[[float, str], None], report_every_s: float) -> None:
+        self._report, self._report_every_s = report, report_every_s
         self._told: dict[asyncio.Future, Wait] = {}
         """Those under way that are to be told of, the longest first."""
         self._reported_at = -math.inf
@@ -52,19 +49,20 @@ class Waits:
         """Await `result`, told of as `name` unless quiet.
 
         Raises:
-            TimeoutError: after `timeout_s`, counted anew from each monotonic time in seconds that
-                `moved_at` tells: whoever is waited for was seen at work then.
+            TimeoutError: after `timeout_s`, counted anew from each time of the event loop
+                that `moved_at` tells: whoever is waited for was seen at work then.
         """
-        start = time.monotonic()
+        start = asyncio.get_running_loop().time()
         task = asyncio.ensure_future(result)
         if not is_quiet:
-            self._told[task] = Wait(name, start, start + REPORT_EVERY_S, REPORT_EVERY_S)
+            every_s = self._report_every_s
+            self._told[task] = Wait(name, start, start + every_s, every_s)
         try:
             while not task.done():
-                left = max(start, moved_at()) + timeout_s - time.monotonic()
+                left = max(start, moved_at()) + timeout_s - asyncio.get_running_loop().time()
                 if left <= 0:
                     raise TimeoutError(f"waited {timeout_s:.0f} s for {name}")
-                await asyncio.wait([task], timeout=min(REPORT_EVERY_S, left))
+                await asyncio.wait([task], timeout=min(self._report_every_s, left))
                 self._tell()
             return task.result()
         finally:
@@ -73,9 +71,9 @@ class Waits:
 
     def _tell(self) -> None:
         """Report, if one is due and the last report is old enough."""
-        now = time.monotonic()
+        now = asyncio.get_running_loop().time()
         first = next((wait for wait in self._told.values() if wait.due <= now), None)
-        if first is None or now - self._reported_at < REPORT_EVERY_S:
+        if first is None or now - self._reported_at < self._report_every_s:
             return
         self._reported_at = now
         for wait in self._told.values():

@@ -38,7 +38,9 @@ class Curriculum:
         measurements: Those of earlier learner steps, in the order of the steps.
     """
 
-    def __init__(self, share: float, seed: int, measurements: Iterable[Measurement] = ()) -> None:
+    def __init__(
+        self, *, share: float, seed: int, measurements: Iterable[Measurement] = ()
+    ) -> None:
         self.share, self.seed = share, seed
         self.measurements = list(measurements) if share else []
         """In the order of steps, so that the last of a prompt is its newest."""

@@ -61,7 +61,7 @@ class Gate:
     ) -> None:
         self.num_prompts, self.trees_per_step = num_prompts, trees_per_step
         self.max_staleness, self.num_steps, self.seed = max_staleness, num_steps, seed
-        self.curriculum = Curriculum(revisit, seed)
+        self.curriculum = Curriculum(share=revisit, seed=seed)
         self.steps_done = 0
         self.issued = 0
         self.session = 0
@@ -82,19 +82,6 @@ class Gate:
         epoch, place = divmod(number, self.num_prompts)
         order = np.random.default_rng((self.seed, epoch)).permutation(self.num_prompts)
         return int(order[place])
-
-    def _last_measured(self, step: int) -> int:
-        """The last learner step that is done whenever tickets of learner step `step` are issued."""
-        return step - 1 - self.max_staleness
-
-    def redrawn(self, number: int, num_redraws: int) -> Ticket:
-        """The ticket with another prompt, any of the data set, drawn for the n-th time.
-
-        It stays the same ticket: issued once, consumed once, by the same learner step.
-        """
-        sequence = np.random.SeedSequence((self.seed, number, num_redraws))
-        prompt, seed = sequence.generate_state(2, np.uint64).tolist()
-        return Ticket(number=number, prompt=prompt % self.num_prompts, seed=seed >> 1)
 
     @property
     def limit(self) -> int:
@@ -132,23 +119,11 @@ class Gate:
         """
         if step != self.steps_done:
             raise RuntimeError(f"learner step {step} consumed, but step {self.steps_done} is due")
-        if self.curriculum.share:
-            values = sorted(measured)  # so that two trees of a prompt have an order
-            found = [Measurement(step, self._prompt_of(root), root.value) for root in values]
-            self.curriculum.add(found, self._last_measured(step + 1))
+        self._measure(step, measured)
         self.steps_done = step + 1
         self._moved_at = time.monotonic()
         self._moved.set()
         return self.is_stopping or self.steps_done == self.num_steps
-
-    def _prompt_of(self, root: RootValue) -> int:
-        if root.num_redraws:
-            return self.redrawn(root.ticket, root.num_redraws).prompt
-        return self.ticket(root.ticket).prompt
-
-    def measurements(self) -> list[Measurement]:
-        """What `restart` at the step that is due needs to issue the same tickets."""
-        return self.curriculum.measurements
 
     def restart(self, step: int, measurements: Iterable[Measurement]) -> int:
         """Begin again at learner step `step`: tickets from there on are issued anew.
@@ -162,8 +137,7 @@ class Gate:
         """
         log.info("gate restarts at step %d (was %d)", step, self.steps_done)
         self.steps_done, self.issued = step, step * self.trees_per_step
-        own = [m for m in measurements if m.prompt < self.num_prompts]  # data sets may shrink
-        self.curriculum = Curriculum(self.curriculum.share, self.seed, own)
+        self._remember(measurements)
         self.session += 1
         self._moved.set()
         return self.session
@@ -186,3 +160,39 @@ class Gate:
     def stop(self) -> None:
         """End the run after the learner step that is under way."""
         self.is_stopping = True
+
+    # Revisits: what was measured, and what a resumed run needs of it -----------------------------
+
+    def measurements(self) -> list[Measurement]:
+        """What `restart` at the step that is due needs to issue the same tickets."""
+        return self.curriculum.measurements
+
+    def _remember(self, measurements: Iterable[Measurement]) -> None:
+        own = [m for m in measurements if m.prompt < self.num_prompts]  # data sets may shrink
+        self.curriculum = Curriculum(share=self.curriculum.share, seed=self.seed, measurements=own)
+
+    def _measure(self, step: int, measured: Sequence[RootValue]) -> None:
+        if self.curriculum.share:
+            values = sorted(measured)  # so that two trees of a prompt have an order
+            found = [Measurement(step, self._prompt_of(root), root.value) for root in values]
+            self.curriculum.add(found, self._last_measured(step + 1))
+
+    def _prompt_of(self, root: RootValue) -> int:
+        if not root.num_redraws:
+            return self.ticket(root.ticket).prompt
+        again = redrawn(root.ticket, root.num_redraws, num_prompts=self.num_prompts, seed=self.seed)
+        return again.prompt
+
+    def _last_measured(self, step: int) -> int:
+        """The last learner step that is done whenever tickets of learner step `step` are issued."""
+        return step - 1 - self.max_staleness
+
+
+def redrawn(number: int, num_redraws: int, *, num_prompts: int, seed: int) -> Ticket:
+    """Ticket `number` with another prompt, any of the data set, drawn for the n-th time.
+
+    It stays the same ticket: issued once, consumed once, by the same learner step.
+    """
+    sequence = np.random.SeedSequence((seed, number, num_redraws))
+    prompt, tree_seed = sequence.generate_state(2, np.uint64).tolist()
+    return Ticket(number=number, prompt=prompt % num_prompts, seed=tree_seed >> 1)

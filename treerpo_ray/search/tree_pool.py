@@ -1,4 +1,4 @@
-"""Engine pool: grows admitted tickets on the engines and hands out the finished trees.
+"""Tree pool: grows admitted tickets on the engines and hands out the finished trees.
 
     gate ──ticket──► least busy engine ──sibling groups──► finished trees ──► tree stream
 
@@ -9,27 +9,27 @@ and within a batch as they finish. What no learner step has consumed is kept for
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine
-from typing import TypeVar
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 
 import ray
 
 from treerpo_ray.algo.search import TreeShape, step_seed
 from treerpo_ray.config import Config
-from treerpo_ray.engine.autoscaler import Autoscaler
-from treerpo_ray.engine.pool import EnginePool
+from treerpo_ray.engine.autoscaler import Autoscaler, Nodes, ScalingPolicy, see_nodes
+from treerpo_ray.engine.background import BackgroundTasks, Signal
+from treerpo_ray.engine.engine import make_engine
+from treerpo_ray.engine.pool import TIMES, EnginePool, PoolTimes
+from treerpo_ray.engine.replica import EngineActor
 from treerpo_ray.engine.types import EngineStats, Sampling
 from treerpo_ray.metrics.health import StackDump, StageStatus
 from treerpo_ray.metrics.run_log import RunLogApi
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import TreeRecord
-from treerpo_ray.search.gate import Ticket
-from treerpo_ray.search.growing_tree import Flights, GrowingTree
+from treerpo_ray.search.gate import Ticket, redrawn
+from treerpo_ray.search.growing_tree import GrowingTree
 from treerpo_ray.task import GateApi
 from treerpo_ray.weight_sync import Manifest, Probe
-
-T = TypeVar("T")
-
 
 log = logging.getLogger(__name__)
 
@@ -42,29 +42,59 @@ class TreePool:
     Args:
         config: The configuration that the engines are started for.
         log_folder: Where the engines' output goes; None leaves it to Ray.
+        make_engine: Asks Ray for an engine of a configuration, by its number.
+        see_nodes: Tells of the nodes of the cluster.
+        times: Those of the engines that no run needs to set.
     """
 
-    def __init__(self, config: Config, log_folder: str | None) -> None:
+    def __init__(
+        self,
+        *,
+        config: Config,
+        log_folder: str | None,
+        make_engine: Callable[[Config, int, str | None], EngineActor] = make_engine,
+        see_nodes: Callable[[], Nodes] = see_nodes,
+        times: PoolTimes = TIMES,
+    ) -> None:
         self.config = config
         self.prompts: PromptSet
         self.shape: TreeShape
-        self.engines = EnginePool(config, log_folder)
-        self._changed = self.engines.changed
+        self.engines = EnginePool(
+            limits=config.engine,
+            probe_tolerance=config.sync.probe_tolerance,
+            make_engine=lambda index: make_engine(config, index, log_folder),
+            times=times,
+        )
+        policy = ScalingPolicy(
+            fewest=config.engine.num_engines,
+            most=config.most_engines,
+            trees_per_engine=config.engine.max_trees,
+            patience_s=config.engine.shrink_after_s,
+        )
+        self._autoscaler = Autoscaler(
+            pool=self.engines,
+            policy=policy,
+            see_nodes=see_nodes,
+            look_every_s=times.look_every_s,
+        )
+        self.growing: list[GrowingTree] = []
+        """Those that wait for an engine or grow on one, evaluated ones too."""
+        # A ticket's tree lies in one of these while it does not grow.
         self._saved: dict[int, TreeRecord] = {}
         """Trees of a checkpoint whose tickets have not been issued again."""
-        self._growing: dict[int, GrowingTree] = {}
         self._finished: dict[int, TreeRecord] = {}
         self._taken: dict[int, TreeRecord] = {}
         """Trees in the stream, at least all that no learner step has consumed."""
         self._released = 0
         self._num_workers = 1
-        self._work: set[asyncio.Task] = set()
         self._reader = ""
         self._past_readers: set[str] = set()
+        self._changed = Signal()
+        """Of a tree that is finished, a new reader, and a failure."""
         self._failure: Exception | None = None
-        self._flights = Flights()
-        self._gate: GateApi
-        """Of the tickets that are grown; a tree can be redrawn only once there are any."""
+        self._last_progress = time.monotonic()
+        """When a tree last ended to grow: with its only step group, in an evaluation."""
+        self._work = BackgroundTasks(self._fail)
 
     async def begin(
         self, config: Config, prompts: PromptSet, shape: TreeShape, run_log: RunLogApi
@@ -86,7 +116,7 @@ class TreePool:
         if self.engines.replicas:
             return
         await self.engines.start()
-        self.engines.spawn(Autoscaler(self.engines).run())
+        self.engines.spawn(self._autoscaler.run())
 
     async def serve(
         self, manifest: Manifest, chunks: list[ray.ObjectRef], probe: Probe, should_probe: bool
@@ -104,8 +134,7 @@ class TreePool:
 
     async def stop(self) -> None:
         """End all work and shut the engines down."""
-        for task in self._work:
-            task.cancel()
+        self._work.cancel()
         await self.engines.stop()
 
     async def grow_tickets(
@@ -124,13 +153,11 @@ class TreePool:
         self._saved = {tree.ticket: tree for tree in saved}
         self._released = first
         self._num_workers = num_workers
-        self._gate = gate
-        self._spawn(self._admit(gate, session))
+        self._work.spawn(self._admit(gate, session))
 
     def _drop_work(self) -> None:
-        for task in list(self._work):
-            task.cancel()
-        for trees in (self._saved, self._growing, self._finished, self._taken):
+        self._work.cancel()
+        for trees in (self._saved, self.growing, self._finished, self._taken):
             trees.clear()
         self._reader = ""  # the one of the stream that ended may still be waiting
         self._failure = None
@@ -144,74 +171,70 @@ class TreePool:
         while (ticket := await gate.next.remote(session)) is not None:
             due = (ticket.number // size - staleness) * size  # the gate lets no ticket out sooner
             self._taken = {n: tree for n, tree in self._taken.items() if n >= due}
-            self._spawn(self._grow_ticket(ticket))
-
-    async def redraw(self, reader: str, past: TreeRecord) -> None:
-        """Grow the ticket of a tree that was taken anew, with another prompt."""
-        if reader == self._reader:
-            self._released -= 1
-            del self._taken[past.ticket]
-            self._spawn(self._redraw(past))
-
-    async def _redraw(self, past: TreeRecord) -> None:
-        num_redraws = past.num_redraws + 1
-        tokens = past.redrawn_tokens + past.tree.num_sampled_tokens
-        ticket = await self._gate.redrawn.remote(past.ticket, num_redraws)
-        await self._grow(self._growth(ticket, num_redraws=num_redraws, redrawn_tokens=tokens))
+            self._work.spawn(self._grow_ticket(ticket))
 
     async def _grow_ticket(self, ticket: Ticket) -> None:
-        past = self._saved.get(ticket.number)
-        if past is not None and past.num_redraws:
-            ticket = await self._gate.redrawn.remote(ticket.number, past.num_redraws)
-        growth = self._growth(ticket)
-        self._saved.pop(ticket.number, None)
-        if past is not None and growth.take_up(past):
+        past = self._saved.pop(ticket.number, None)
+        tree = self._tree(ticket if past is None else self._as_drawn(ticket, past))
+        if past is not None and tree.take_up(past):
             self.engines.note(
                 "tree_reused",
                 ticket=ticket.number,
-                groups=len(growth.groups),
-                is_finished=bool(growth.finished_at_s),
+                groups=len(tree.groups),
+                is_finished=bool(tree.finished_at_s),
             )
-        await self._grow(growth)
+        await self._grow_trained(tree)
 
-    def _growth(self, ticket: Ticket, num_redraws: int = 0, redrawn_tokens: int = 0) -> GrowingTree:
+    def _tree(self, ticket: Ticket) -> GrowingTree:
         return GrowingTree(
             ticket=ticket,
             prompts=self.prompts,
             shape=self.shape,
             sampling=Sampling(temperature=self.config.tree.temperature),
-            num_redraws=num_redraws,
-            redrawn_tokens=redrawn_tokens,
         )
 
-    async def _grow(self, growth: GrowingTree) -> None:
-        number = growth.ticket.number
-        self._growing[number] = growth
-        record = await growth.finish(self.engines, self._flights)
-        del self._growing[number]
-        self._finished[number] = record
+    async def _grow_trained(self, tree: GrowingTree) -> None:
+        record = await self._grow(tree)
+        self._finished[record.ticket] = record
         self.engines.note(
             "tree_finished",
-            ticket=number,
+            ticket=record.ticket,
             problem=record.prompt_id,
             attempt=record.attempt,
             engine=record.engine,
             min_version=record.tree.min_version,
             max_version=record.tree.max_version,
         )
-        await self._notify()
+        self._changed.notify()
+
+    async def _grow(self, tree: GrowingTree) -> TreeRecord:
+        self.growing.append(tree)
+        try:
+            return await tree.finish(self.engines)
+        finally:
+            self._last_progress = time.monotonic()
+            if tree in self.growing:  # unless all work was dropped
+                self.growing.remove(tree)
 
     async def unconsumed(self, first: int) -> list[TreeRecord]:
         """The trees of tickets from `first` on, finished or partly grown, for a checkpoint."""
-        growing = [growth.record() for growth in self._growing.values() if growth.groups]
+        growing = [t.record() for t in self.growing if t.groups and not t.is_evaluated]
         held = [*self._saved.values(), *self._taken.values(), *self._finished.values(), *growing]
         return [tree for tree in held if tree.ticket >= first]
 
     async def status(self, stacks: StackDump) -> StageStatus:
         """What is in flight, and since when nothing has moved."""
         stacks.arm()
+        on_engines = [tree for tree in self.growing if tree.is_on_engine]
+        shown = "; ".join(tree.state() for tree in on_engines) or "waiting for tickets"
         finished = f"finished and not taken: {sorted(self._finished)}"
-        return self._flights.status(f"{finished}; {self.engines.states()}")
+        last = max([self._last_progress, *(tree.last_progress for tree in self.growing)])
+        return StageStatus(
+            stage="engines",
+            doing=f"{shown}; {finished}; {self.engines.states()}",
+            is_busy=bool(on_engines),
+            age_s=time.monotonic() - last,
+        )
 
     async def take(self, reader: str, max_trees: int, wait_s: float) -> list[TreeRecord] | None:
         """Up to `max_trees` finished trees in batch order; none after `wait_s` without any.
@@ -221,21 +244,18 @@ class TreePool:
         if reader not in self._past_readers:
             self._past_readers.add(reader)
             self._reader = reader
-        deadline = time.monotonic() + wait_s
-        while reader == self._reader and not self._ready():
-            if self._failure is not None:
-                raise self._failure
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return []
-            async with self._changed:
-                try:
-                    async with asyncio.timeout(left):
-                        await self._changed.wait()
-                except TimeoutError:
-                    return []
+            self._changed.notify()
+
+        def is_answered() -> bool:
+            return reader != self._reader or bool(self._ready()) or self._failure is not None
+
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await self._changed.wait_for(is_answered)
         if reader != self._reader:
             return None
+        if self._failure is not None and not self._ready():
+            raise self._failure
         taken = self._ready()[:max_trees]
         self._released += len(taken)
         trees = {number: self._finished.pop(number) for number in taken}
@@ -256,17 +276,17 @@ class TreePool:
         Raises:
             RuntimeError: the pool began other work, or ended.
         """
-        grows = [
-            self._start(
-                GrowingTree(
-                    ticket=Ticket(number=number, prompt=number, seed=step_seed(seed, (number,))),
-                    prompts=prompts,
-                    shape=shape,
-                    sampling=sampling,
-                ).finish(self.engines, self._flights)
+        trees = [
+            GrowingTree(
+                ticket=Ticket(number=number, prompt=number, seed=step_seed(seed, (number,))),
+                prompts=prompts,
+                shape=shape,
+                sampling=sampling,
+                is_evaluated=True,
             )
             for number in range(len(prompts))
         ]
+        grows = [self._work.start(self._grow(tree)) for tree in trees]
         try:
             for finished in asyncio.as_completed(grows):
                 yield await finished
@@ -278,23 +298,29 @@ class TreePool:
             for task in grows:
                 task.cancel()
 
-    def _start(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
-        """Run `work` beside the others, until `_drop_work` at the latest."""
-        task = asyncio.create_task(work)
-        self._work.add(task)
-        task.add_done_callback(self._work.discard)
-        return task
+    def _fail(self, error: BaseException) -> None:
+        """End the run, through `take`."""
+        log.error("the engine pool failed", exc_info=error)
+        self._failure = error if isinstance(error, Exception) else RuntimeError(str(error))
+        self._changed.notify()
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        """Run `work` beside the others; a failure of it ends the run through `take`."""
-        self._start(work).add_done_callback(self._ended)
+    # Redraws: a tree that teaches nothing is grown anew with another prompt ----------------------
 
-    def _ended(self, task: asyncio.Task) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("the engine pool failed", exc_info=error)
-            self._failure = error if isinstance(error, Exception) else RuntimeError(str(error))
-            self._spawn(self._notify())
+    async def redraw(self, reader: str, past: TreeRecord) -> None:
+        """Grow the ticket of a tree that was taken anew, with another prompt."""
+        if reader == self._reader:
+            self._released -= 1
+            del self._taken[past.ticket]
+            tree = self._tree(self._redrawn(past.ticket, past.num_redraws + 1))
+            tree.num_redraws = past.num_redraws + 1
+            tree.redrawn_tokens = past.redrawn_tokens + past.tree.num_sampled_tokens
+            self._work.spawn(self._grow_trained(tree))
 
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+    def _as_drawn(self, ticket: Ticket, past: TreeRecord) -> Ticket:
+        """The ticket as it was when the saved tree was begun."""
+        return self._redrawn(ticket.number, past.num_redraws) if past.num_redraws else ticket
+
+    def _redrawn(self, number: int, num_redraws: int) -> Ticket:
+        return redrawn(
+            number, num_redraws, num_prompts=len(self.prompts), seed=self.config.run.seed
+        )
