@@ -217,6 +217,6 @@ def test_a_look_that_fails_is_noted_and_the_next_one_goes_well() -> None:
     fleet = Fleet(looks_to_fail=[ConnectionError("away")])
 
     async def act(pool: EnginePool, trees: AsyncExitStack) -> None:
-        assert fleet.of("keeper_failed") == [{"reason": "ConnectionError: away"}]
+        assert fleet.of("autoscaler_failed") == [{"reason": "ConnectionError: away"}]
 
     keep(fleet, act)

@@ -119,7 +119,7 @@ class Autoscaler:
                 self._report(nodes)
             except Exception as error:  # engines that serve go on, and the next look may go well
                 log.warning("no look at the cluster", exc_info=error)
-                self._pool.note("keeper_failed", reason=first_line(error))
+                self._pool.note("autoscaler_failed", reason=first_line(error))
             await asyncio.sleep(self._look_every_s)
 
     def _leave_nodes(self, nodes: Nodes) -> None:
