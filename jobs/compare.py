@@ -15,11 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job has only a working folder
 
+from treerpo_ray.errors import run_command
 from treerpo_ray.study.comparison import read_comparison, read_results
 
 
-def main(arguments: list[str]) -> int:
-    """Run the command; returns the exit status."""
+def compare(arguments: list[str]) -> int:
+    """Train what has no result yet, then tabulate and plot; returns the exit status."""
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(__doc__)
         return 0
@@ -30,16 +31,9 @@ def main(arguments: list[str]) -> int:
     is_report = "--report" in arguments
     path, *common = [argument for argument in arguments if argument != "--report"]
     folder = Path(path).with_suffix("")
-    try:
-        comparison = read_comparison(path)
-        configs = comparison.configs(common)
-        num_failed = 0 if is_report else Trials(configs, folder).run()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
+    comparison = read_comparison(path)
+    configs = comparison.configs(common)
+    num_failed = 0 if is_report else Trials(configs, folder).run()
     results = read_results(configs, folder)
     if not results:
         print(f"there are no results in {folder} yet", file=sys.stderr)
@@ -49,6 +43,12 @@ def main(arguments: list[str]) -> int:
     print_table(table)
     write_plot(comparison, results, folder)
     return 1 if num_failed else 0
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; returns the exit status."""
+    stopped = "stopped; the same command goes on where it was"
+    return run_command(compare, arguments, stopped=stopped)
 
 
 if __name__ == "__main__":

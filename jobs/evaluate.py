@@ -21,6 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job has only a working folder
 
+from treerpo_ray.errors import run_command
+
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit status."""
@@ -28,20 +30,8 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    from treerpo_ray.errors import RunFailed
-
-    try:
-        if "--compare" in arguments:
-            return compare([argument for argument in arguments if argument != "--compare"])
-        return evaluate(arguments)
-    except (ValueError, ImportError) as error:  # a store's package may not be installed
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    command = compare if "--compare" in arguments else evaluate
+    return run_command(command, [argument for argument in arguments if argument != "--compare"])
 
 
 def evaluate(arguments: list[str]) -> int:

@@ -1,8 +1,7 @@
-"""Problems: questions with their accepted answers, from files, the Hub or an embedded task.
+"""Errors: on one line, of a run that failed, and what a command makes of them."""
 
-Whether a path is a file is told from its form: a URI, a known suffix or an existing file is one,
-an existing folder is a Hugging Face data set on this disk, `name` or `org/name` is one on the Hub.
-"""
+import sys
+from collections.abc import Callable
 
 
 def one_line(error: BaseException) -> str:
@@ -13,3 +12,35 @@ def one_line(error: BaseException) -> str:
 
 class RunFailed(Exception):
     """A run ended for good; one line with the cause and where to look."""
+
+
+STOPPED = 130
+"""Exit status of a command that was stopped by a signal, as shells have it."""
+
+
+def run_command(
+    command: Callable[[list[str]], int], arguments: list[str], *, stopped: str | None = None
+) -> int:
+    """Run a command; what it raises becomes a line on stderr and an exit status.
+
+    Args:
+        command: Takes the arguments and returns the exit status.
+        arguments: Those of the command line.
+        stopped: The line for one that is interrupted.
+
+    Returns:
+        The command's own status; 2 for wrong input or a package that is not installed, 1 for a
+        run that failed, STOPPED for an interrupt.
+    """
+    try:
+        return command(arguments)
+    except (ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if stopped:
+            print(stopped, file=sys.stderr)
+        return STOPPED

@@ -4,8 +4,8 @@ A text without a box, or whose last one is empty or stays open, holds no answer:
 take an earlier box, `#### x`, "answer is x" or the last number.
 """
 
-from treerpo_ray.verifier.math_answer import last_box
-from treerpo_ray.verifier.math_equality import is_equal
+from treerpo_ray.verifier.math_answer import equals_any, last_box
+from treerpo_ray.verifier.math_equality import is_equal as is_equal  # to count majorities
 
 SELF_TEST: tuple[tuple[str, tuple[str, ...], bool | None], ...] = (
     (r"So it is \boxed{\frac{1}{2}}.", ("0.5",), True),
@@ -18,10 +18,7 @@ SELF_TEST: tuple[tuple[str, tuple[str, ...], bool | None], ...] = (
 
 def check_answer(text: str, references: tuple[str, ...], is_cut_off: bool = False) -> bool | None:
     """Whether the text's last box equals any of the references; None if it holds none."""
-    answer = find_answer(text, is_cut_off)
-    if answer is None:
-        return None
-    return any(is_equal(answer, reference) for reference in references)
+    return equals_any(find_answer(text, is_cut_off), references)
 
 
 def find_answer(text: str, is_cut_off: bool = False) -> str | None:

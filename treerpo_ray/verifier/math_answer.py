@@ -54,7 +54,11 @@ NUMBER = re.compile(
 
 def check_answer(text: str, references: tuple[str, ...], is_cut_off: bool = False) -> bool | None:
     """Whether the text's final answer equals any of the references; None if it holds none."""
-    answer = find_answer(text, is_cut_off)
+    return equals_any(find_answer(text, is_cut_off), references)
+
+
+def equals_any(answer: str | None, references: tuple[str, ...]) -> bool | None:
+    """Whether the answer equals any of the references; None for none."""
     if answer is None:
         return None
     return any(is_equal(answer, reference) for reference in references)

@@ -1,0 +1,36 @@
+"""What a command makes of an error."""
+
+import pytest
+
+from treerpo_ray.errors import STOPPED, RunFailed, run_command
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ValueError("no such key"), 2, "error: no such key\n"),
+        (ImportError("No module named 's3fs'"), 2, "error: No module named 's3fs'\n"),
+        (RunFailed("no engine is left"), 1, "failed: no engine is left\n"),
+        (KeyboardInterrupt(), STOPPED, "it goes on\n"),
+    ],
+)
+def test_an_error_becomes_a_line_and_a_status(
+    error: BaseException, status: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(arguments: list[str]) -> int:
+        raise error
+
+    assert run_command(command, [], stopped="it goes on") == status
+    assert capsys.readouterr() == ("", line)
+
+
+def test_a_command_gets_its_arguments_and_gives_its_own_status() -> None:
+    assert run_command(len, ["a", "b"]) == 2
+
+
+def test_what_nobody_foresaw_keeps_its_trace() -> None:
+    def command(arguments: list[str]) -> int:
+        raise LookupError("a mistake in the code")
+
+    with pytest.raises(LookupError):
+        run_command(command, [])
