@@ -10,4 +10,5 @@ ruff check .
 ruff format --check .
 mypy
 lint-imports
-exec python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"
+# A file stays in one process, for what its tests share; the order is that of tests/conftest.py.
+exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -4,10 +4,7 @@ The long form (`-m slow`) draws more than 100,000 different answers, the short o
 thousand of them.
 """
 
-import multiprocessing
-import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,15 +44,10 @@ def assert_all_graded(verifier: Verifier, answers: list[Answer]) -> None:
 
 
 def grade_drawn(verifier: Verifier, num_thousands: int) -> int:
-    """Draw, in processes beside those that grade, and grade; returns how many different answers
-    there were."""
-    seen: set[Answer] = set()
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as drawers:
-        for drawn in drawers.map(drawn_answers, range(num_thousands)):
-            answers = [answer for answer in dict.fromkeys(drawn) if answer not in seen]
-            assert_all_graded(verifier, answers)
-            seen.update(answers)
-    return len(seen)
+    """Draw and grade; returns how many different answers there were."""
+    drawn = dict.fromkeys(a for number in range(num_thousands) for a in drawn_answers(number))
+    assert_all_graded(verifier, list(drawn))
+    return len(drawn)
 
 
 def test_the_audit_ends_a_worker_that_runs_code(audited):
@@ -70,10 +62,7 @@ def test_drawn_texts_are_graded(audited, no_canary):
 
 @pytest.mark.slow
 def test_a_hundred_thousand_drawn_texts_are_graded(audited, no_canary):
-    start = time.monotonic()
-    num_different = grade_drawn(audited, 112)
-    print(f"{num_different} different texts in {time.monotonic() - start:.0f} s")
-    assert num_different > 100_000
+    assert grade_drawn(audited, 112) > 100_000
 
 
 @pytest.mark.parametrize("code", CODE)
