@@ -34,7 +34,12 @@ LONG = ("ray", "engine", "slow")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first: of two processes none is left with one at the end."""
-    items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in LONG))
+
+    def rank(item: pytest.Item) -> tuple[bool, bool]:
+        is_long = any(item.get_closest_marker(name) for name in LONG)
+        return not is_long, item.path.parent.name != "runs"
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="session")
