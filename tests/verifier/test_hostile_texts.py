@@ -39,7 +39,8 @@ def no_canary(monkeypatch):
 
 def assert_all_graded(verifier: Verifier, answers: list[Answer]) -> None:
     verdicts = verifier.grade(answers)
-    faults = [(v, a) for v, a in zip(verdicts, answers, strict=True) if not v.is_reward]
+    pairs = zip(verdicts, answers, strict=True)
+    faults = [(v, a.text[:200], a.references[0][:200]) for v, a in pairs if not v.is_reward]
     assert not faults
 
 
@@ -65,26 +66,26 @@ def test_a_hundred_thousand_drawn_texts_are_graded(audited, no_canary):
     assert grade_drawn(audited, 112) > 100_000
 
 
-@pytest.mark.parametrize("code", CODE)
-def test_code_is_text(audited, no_canary, code):
-    forms = (code, rf"\boxed{{{code}}}", f"#### {code}", f"The answer is {code}", f"${code}$")
+def test_code_is_text(audited, no_canary):
+    forms = ("A", r"\boxed{A}", "#### A", "The answer is A", "$A$")
     answers = [
-        Answer(text=text, references=(reference,), is_cut_off=False)
-        for text in forms
+        Answer(text=form.replace("A", code, 1), references=(reference,), is_cut_off=False)
+        for code in CODE
+        for form in forms
         for reference in (code, f"{code}+0", "1", f"x={code}")
     ]
     assert_all_graded(audited, answers)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("token", dict.fromkeys((*TOKENS, *OPENERS)))
-def test_a_megabyte_of_anything_is_graded(audited, token):
-    pieces = (token, f"{token} ", f"{token}1", f"answer is {token}\n")
-    texts = [piece * (MEGABYTE // len(piece)) for piece in pieces]
-    texts += [rf"\boxed{{{text}}}" for text in texts]
-    assert_all_graded(
-        audited, [Answer(text=t, references=("12", texts[0]), is_cut_off=False) for t in texts]
-    )
+def test_a_megabyte_of_anything_is_graded(audited):
+    for token in dict.fromkeys((*TOKENS, *OPENERS)):
+        pieces = (token, f"{token} ", f"{token}1", f"answer is {token}\n")
+        texts = [piece * (MEGABYTE // len(piece)) for piece in pieces]
+        texts += [rf"\boxed{{{text}}}" for text in texts]
+        assert_all_graded(
+            audited, [Answer(text=t, references=("12", texts[0]), is_cut_off=False) for t in texts]
+        )
 
 
 @pytest.mark.parametrize(
