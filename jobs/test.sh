@@ -6,8 +6,10 @@
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" cpu,dev
 export RAY_AUTH_MODE=disabled HF_HUB_OFFLINE=1 WANDB_MODE=offline
+mypy & types=$!
 ruff check .
 ruff format --check .
-mypy
 lint-imports
-exec python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"
+wait "$types"
+# A file stays in one process, for what its tests share; the order is that of tests/conftest.py.
+exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

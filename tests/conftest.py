@@ -29,21 +29,17 @@ settings.register_profile("reproducible", derandomize=True, database=None, deadl
 settings.load_profile("reproducible")
 
 
-TOGETHER = {"tests/runs": "runs", "tests": "cluster"}
-"""Tests in the same Ray cluster, by folder: those of a name share a process (pytest-xdist)."""
+LONG = ("ray", "engine", "slow")
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    """Keep in one process what shares fixtures, and start with what takes longest."""
-    for item in items:
-        group = item.nodeid.partition("::")[0]
-        if "ray_cluster" in getattr(item, "fixturenames", ()):
-            group = next(name for folder, name in TOGETHER.items() if group.startswith(folder))
-        item.add_marker(pytest.mark.xdist_group(group))
-    is_long = ("ray", "engine", "slow")
-    items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in is_long))
-    return (yield)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first: of two processes none is left with one at the end."""
+
+    def rank(item: pytest.Item) -> tuple[bool, bool]:
+        is_long = any(item.get_closest_marker(name) for name in LONG)
+        return not is_long, item.path.parent.name != "runs"
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,10 +18,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.notebooks import execute, outputs
-from tests.support.project import ROOT
+from tests.support.project import ROOT, SMALL
 from tests.support.secrets import holds_secret
 from tests.support.whole_runs import (
     STRICT,
+    assert_gone,
     assert_ledger,
     assert_same_trees,
     assert_saved_trees_were_reused,
@@ -27,6 +30,7 @@ from tests.support.whole_runs import (
     process_of,
     run_training,
     trees_of,
+    wait_for_step,
 )
 from treerpo_ray.actor import make_actor
 from treerpo_ray.algo.backup import mean_backup
@@ -270,3 +274,57 @@ def test_a_train_worker_that_stands_still_ends_the_run_with_a_report(small_confi
     assert str(report) in str(caught.value)
     for stage in ("gate", "engines", "weight sync", "metrics", "scoring", "learner 0"):
         assert f"{stage} (" in report.read_text()
+
+
+def start_run(root: Path) -> subprocess.Popen[str]:
+    """`jobs/train.py` with a cluster of its own, for the run that `strict` is without a break."""
+    settings = ["run.num_steps=3", "checkpoint.every=1", "evaluate.data.path=''"]
+    return subprocess.Popen(
+        [sys.executable, "jobs/train.py", *SMALL, *STRICT, *settings, f"run.root={root}"],
+        cwd=ROOT,
+        # Ray's processes wait so long for a head that is gone before they end; else a minute.
+        env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_gcs_rpc_server_reconnect_timeout_s": "3"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_after_its_head_and_its_driver_were_killed_the_same_command_goes_on_with_the_same_trees(
+    strict, tmp_path
+) -> None:
+    folder = tmp_path / "quickstart"
+    headless = start_run(tmp_path)
+    wait_for_step(str(folder), 1)
+    core = process_of(str(folder), "engine_serving", "core")
+    core.suspend()  # else the run might be over before Ray misses its head
+    [head] = [p for p in psutil.Process(headless.pid).children() if p.name() == "gcs_server"]
+    head.kill()
+    _, shown = headless.communicate(timeout=300)
+    assert headless.returncode > 0 and "GCS may have been killed" in shown
+    core.resume()
+    assert_gone(core)
+
+    killed = start_run(tmp_path)
+    wait_for_step(str(folder), 2)
+    core = process_of(str(folder), "engine_serving", "core")
+    killed.kill()
+    killed.communicate()
+    assert_gone(core)
+    newest = max((folder / "checkpoints").glob("step=*"))
+    os.truncate(newest / "optimizer.pt", 100)
+
+    again = start_run(tmp_path)
+    _, shown = again.communicate()
+    assert again.returncode == 0, shown
+    assert "checkpoint passed over: step" in shown
+    assert "optimizer.pt is corrupt" in shown
+    assert_ledger(str(folder))
+    run = Run(str(folder))
+    assert_same_trees(run, strict[0])
+    metrics = run.metrics()
+    assert metrics.index.tolist() == [1, 2, 3]
+    assert_versions_count_updates(metrics)
+    assert metrics["staleness/max"].max() == 0
+    assert (run.events().kind == "learner_started").sum() == 3

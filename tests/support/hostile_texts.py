@@ -1,10 +1,6 @@
 """Hostile texts: what a model under training, or an attacker, may hand the verifier."""
 
-import warnings
-
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
-from hypothesis.errors import HypothesisWarning
+import random
 
 from treerpo_ray.verifier.verdict import Answer
 
@@ -75,79 +71,76 @@ OPENERS = (
 )
 CLOSERS = ("}", ")", "]", r"\}", "", "}{2}", r"\right)", r"\end{pmatrix}")
 
-_soups = st.lists(st.sampled_from(TOKENS), max_size=14).map("".join)
-_expressions = st.recursive(
-    st.sampled_from(("1", "2", "-3", "10", "0", "0.5", "x", "y", r"\pi", "e", "99999", "123456")),
-    lambda inner: st.builds(
-        lambda form, a, b: form.replace("A", a).replace("B", b),
-        st.sampled_from(
-            (
-                *("A+B", "A-B", "A B", "A/B", "(A)^{B}", "A^B", "A^{B}", "(A,B)", "[A,B)", "A,B"),
-                *(r"\frac{A}{B}", r"\sqrt{A}", r"\sqrt[B]{A}", r"\log_{A}(B)", r"\binom{A}{B}"),
-                *("A=B", r"\{A,B\}", r"\sin(A)", r"\ln(A)", "|A|", "A!", "(A)!", r"e^{A}", r"A\%"),
-                *(r"\begin{pmatrix}A\\B\end{pmatrix}", r"A\cup B", r"\lfloor A\rfloor", "A_{B}"),
-                *(r"A\pm B", r"\text{A}", r"A \text{ cm}", r"(A)(B)", "-A", r"A\cdot B", "A<B"),
-            )
-        ),
-        inner,
-        inner,
-    ),
-    max_leaves=6,
+ATOMS = ("1", "2", "-3", "10", "0", "0.5", "x", "y", r"\pi", "e", "99999", "123456")
+FORMS = (
+    *("A+B", "A-B", "A B", "A/B", "(A)^{B}", "A^B", "A^{B}", "(A,B)", "[A,B)", "A,B"),
+    *(r"\frac{A}{B}", r"\sqrt{A}", r"\sqrt[B]{A}", r"\log_{A}(B)", r"\binom{A}{B}"),
+    *("A=B", r"\{A,B\}", r"\sin(A)", r"\ln(A)", "|A|", "A!", "(A)!", r"e^{A}", r"A\%"),
+    *(r"\begin{pmatrix}A\\B\end{pmatrix}", r"A\cup B", r"\lfloor A\rfloor", "A_{B}"),
+    *(r"A\pm B", r"\text{A}", r"A \text{ cm}", r"(A)(B)", "-A", r"A\cdot B", "A<B"),
 )
-_nests = st.builds(
-    lambda opener, middle, closer, depth, is_closed: (
-        opener * depth + middle + closer * (depth * is_closed)
-    ),
-    st.sampled_from(OPENERS),
-    st.sampled_from(TOKENS),
-    st.sampled_from(CLOSERS),
-    st.integers(1, 300),
-    st.booleans(),
+FRAMES = (
+    "A",
+    r"\boxed{A}",
+    r"\boxed{A}",
+    r"so $\boxed{A}$.",
+    "#### A",
+    "The answer is A.",
+    "A = A",
 )
-_codes = st.builds("".join, st.tuples(st.sampled_from(TOKENS), st.sampled_from(CODE), _soups))
-_repeats = st.builds(
-    lambda soup, exponent: (soup * (2**exponent // max(1, len(soup)) + 1))[: 2**exponent],
-    _soups,
-    st.integers(8, 13),
-)
-_fragments = st.one_of(_expressions, _expressions, _soups, _soups, _nests, _codes, _repeats)
-_frames = st.sampled_from(
-    ("A", r"\boxed{A}", r"\boxed{A}", r"so $\boxed{A}$.", "#### A", "The answer is A.", "A = A")
-)
-_changes = st.sampled_from(
-    ("A", "A+0", "1A", "(A)", "-A", "A=A", "0+A", "{A}", "A,1", r"\frac{A}{1}", "x=A", r"A\%")
+CHANGES = (
+    *("A", "A+0", "1A", "(A)", "-A", "A=A", "0+A", "{A}", "A,1", r"\frac{A}{1}", "x=A", r"A\%"),
 )
 
 
-@st.composite
-def hostile_answers(draw: st.DrawFn) -> Answer:
+def soup(rng: random.Random) -> str:
+    """Tokens in any order."""
+    return "".join(rng.choices(TOKENS, k=rng.randrange(15)))
+
+
+def expression(rng: random.Random, num_leaves: int = 6) -> str:
+    """What reads like mathematics, of at most so many atoms."""
+    if num_leaves == 1 or rng.random() < 0.25:
+        return rng.choice(ATOMS)
+    left = rng.randrange(1, num_leaves)
+    first, second = expression(rng, left), expression(rng, num_leaves - left)
+    return rng.choice(FORMS).replace("A", first).replace("B", second)
+
+
+def nest(rng: random.Random) -> str:
+    """Up to 300 of something that opens, around a token."""
+    depth = rng.randint(1, 300)
+    closer = rng.choice(CLOSERS) * (depth * rng.randrange(2))
+    return rng.choice(OPENERS) * depth + rng.choice(TOKENS) + closer
+
+
+def code(rng: random.Random) -> str:
+    """A command among tokens."""
+    return rng.choice(TOKENS) + rng.choice(CODE) + soup(rng)
+
+
+def repeat(rng: random.Random) -> str:
+    """A soup over and over, up to 8 KiB of it."""
+    unit, size = soup(rng), 2 ** rng.randint(8, 13)
+    return (unit * (size // max(1, len(unit)) + 1))[:size]
+
+
+KINDS = (expression, expression, soup, soup, nest, code, repeat)
+
+
+def hostile_answer(rng: random.Random) -> Answer:
     """An answer of any kind, with a reference that is like it often enough to be compared."""
-    fragment = draw(_fragments)
-    reference = draw(st.one_of(_changes.map(lambda form: form.replace("A", fragment)), _fragments))
+    fragment = rng.choice(KINDS)(rng)
+    is_like_it = rng.randrange(2)
+    reference = rng.choice(CHANGES).replace("A", fragment) if is_like_it else rng.choice(KINDS)(rng)
     return Answer(
-        text=draw(_frames).replace("A", fragment),
+        text=rng.choice(FRAMES).replace("A", fragment),
         references=(reference,),
-        is_cut_off=draw(st.booleans()),
+        is_cut_off=bool(rng.randrange(2)),
     )
 
 
 def drawn_answers(number: int) -> list[Answer]:
     """A thousand hostile answers, the same for the same number."""
-    answers: list[Answer] = []
-
-    @seed(number)
-    @settings(
-        max_examples=1000,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-        database=None,
-        deadline=None,
-    )
-    @given(hostile_answers())
-    def draw(answer: Answer) -> None:
-        answers.append(answer)
-
-    with warnings.catch_warnings():  # about the length of what it draws
-        warnings.simplefilter("ignore", HypothesisWarning)
-        draw()
-    return answers
+    rng = random.Random(number)
+    return [hostile_answer(rng) for _ in range(1000)]

@@ -4,10 +4,7 @@ The long form (`-m slow`) draws more than 100,000 different answers, the short o
 thousand of them.
 """
 
-import multiprocessing
-import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,20 +39,16 @@ def no_canary(monkeypatch):
 
 def assert_all_graded(verifier: Verifier, answers: list[Answer]) -> None:
     verdicts = verifier.grade(answers)
-    faults = [(v, a) for v, a in zip(verdicts, answers, strict=True) if not v.is_reward]
+    pairs = zip(verdicts, answers, strict=True)
+    faults = [(v, a.text[:200], a.references[0][:200]) for v, a in pairs if not v.is_reward]
     assert not faults
 
 
 def grade_drawn(verifier: Verifier, num_thousands: int) -> int:
-    """Draw, in processes beside those that grade, and grade; returns how many different answers
-    there were."""
-    seen: set[Answer] = set()
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as drawers:
-        for drawn in drawers.map(drawn_answers, range(num_thousands)):
-            answers = [answer for answer in dict.fromkeys(drawn) if answer not in seen]
-            assert_all_graded(verifier, answers)
-            seen.update(answers)
-    return len(seen)
+    """Draw and grade; returns how many different answers there were."""
+    drawn = dict.fromkeys(a for number in range(num_thousands) for a in drawn_answers(number))
+    assert_all_graded(verifier, list(drawn))
+    return len(drawn)
 
 
 def test_the_audit_ends_a_worker_that_runs_code(audited):
@@ -70,32 +63,29 @@ def test_drawn_texts_are_graded(audited, no_canary):
 
 @pytest.mark.slow
 def test_a_hundred_thousand_drawn_texts_are_graded(audited, no_canary):
-    start = time.monotonic()
-    num_different = grade_drawn(audited, 112)
-    print(f"{num_different} different texts in {time.monotonic() - start:.0f} s")
-    assert num_different > 100_000
+    assert grade_drawn(audited, 112) > 100_000
 
 
-@pytest.mark.parametrize("code", CODE)
-def test_code_is_text(audited, no_canary, code):
-    forms = (code, rf"\boxed{{{code}}}", f"#### {code}", f"The answer is {code}", f"${code}$")
+def test_code_is_text(audited, no_canary):
+    forms = ("A", r"\boxed{A}", "#### A", "The answer is A", "$A$")
     answers = [
-        Answer(text=text, references=(reference,), is_cut_off=False)
-        for text in forms
+        Answer(text=form.replace("A", code, 1), references=(reference,), is_cut_off=False)
+        for code in CODE
+        for form in forms
         for reference in (code, f"{code}+0", "1", f"x={code}")
     ]
     assert_all_graded(audited, answers)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("token", dict.fromkeys((*TOKENS, *OPENERS)))
-def test_a_megabyte_of_anything_is_graded(audited, token):
-    pieces = (token, f"{token} ", f"{token}1", f"answer is {token}\n")
-    texts = [piece * (MEGABYTE // len(piece)) for piece in pieces]
-    texts += [rf"\boxed{{{text}}}" for text in texts]
-    assert_all_graded(
-        audited, [Answer(text=t, references=("12", texts[0]), is_cut_off=False) for t in texts]
-    )
+def test_a_megabyte_of_anything_is_graded(audited):
+    for token in dict.fromkeys((*TOKENS, *OPENERS)):
+        pieces = (token, f"{token} ", f"{token}1", f"answer is {token}\n")
+        texts = [piece * (MEGABYTE // len(piece)) for piece in pieces]
+        texts += [rf"\boxed{{{text}}}" for text in texts]
+        assert_all_graded(
+            audited, [Answer(text=t, references=("12", texts[0]), is_cut_off=False) for t in texts]
+        )
 
 
 @pytest.mark.parametrize(
