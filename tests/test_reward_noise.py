@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.support.records import make_record
 from tests.support.trees import make_tree
-from tests.test_records import make_record
 from treerpo_ray.algo.tree import ROOT
 from treerpo_ray.scoring import add_noise
 from treerpo_ray.verifier.verdict import Verdict

@@ -6,8 +6,8 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.records import make_record, plain, records
 from tests.support.trees import make_tree
-from tests.test_records import make_record, plain, records
 from treerpo_ray.algo.tree import ROOT
 from treerpo_ray.config import load
 from treerpo_ray.records import SCHEMA, TreeRecord, from_table
@@ -61,6 +61,6 @@ def test_a_step_none_of_whose_trees_has_come_holds_the_next_one_back() -> None:
 def test_a_tree_has_a_signal_if_any_group_is_kept() -> None:
     config = load([])
     right, wrong, errored = Verdict.CORRECT, Verdict.WRONG, Verdict.ERRORED
-    assert has_signal(tree_of(0, right, wrong), config)
-    assert not has_signal(tree_of(0, right, right), config)
-    assert not has_signal(tree_of(0, right, wrong, errored), config)
+    assert has_signal(tree_of(0, right, wrong), config.learner)
+    assert not has_signal(tree_of(0, right, right), config.learner)
+    assert not has_signal(tree_of(0, right, wrong, errored), config.learner)

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from tests.conftest import ROOT as ROOT_FOLDER
+from tests.support.records import make_record
 from tests.support.trees import make_step
-from tests.test_records import make_record
 from treerpo_ray import tree_stream
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree
 from treerpo_ray.config import load
@@ -34,7 +34,7 @@ def tree_of(ticket: int, *answers: str) -> TreeRecord:
     """An unscored tree whose leaves say `answers`; `right` is right."""
     ids = [TOKENIZER(answer, return_tensors="np")["input_ids"][0] for answer in answers]
     steps = [replace(make_step(ROOT, own), stop=StopReason.END_OF_TEXT) for own in ids]
-    tree = Tree(prompt_ids=ids[0], steps=tuple(steps))
+    tree = Tree.from_steps(ids[0], tuple(steps))
     record = make_record(tree, ())
     return replace(record, ticket=ticket, question="which?", answers=("right",), leaf_texts=())
 

@@ -24,8 +24,10 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from treerpo_ray.algo.advantages import step_advantages
+from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.config import Config
-from treerpo_ray.learner.stats import assess
+from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.metrics.run_log import FATAL, Event, RunLogApi
 from treerpo_ray.metrics.watchdog import Heartbeat, HeartbeatsApi
 from treerpo_ray.prompts.prompt_set import load_tokenizer
@@ -106,10 +108,14 @@ class Shares:
                 self.due, self.num_given = self.due + 1, 0
 
 
-def has_signal(tree: TreeRecord, config: Config) -> bool:
+def has_signal(record: TreeRecord, learner: LearnerConfig) -> bool:
     """Whether the learner would train on any step of a scored tree."""
-    learner = config.learner
-    (advantages,), _ = assess([tree], form=learner.advantage, pruning=learner.pruning)
+    advantages = step_advantages(
+        record.tree,
+        mean_backup(record.tree, record.rewards),
+        form=learner.advantage,
+        pruning=learner.pruning,
+    )
     return not np.isnan(advantages).all()
 
 
@@ -121,8 +127,9 @@ def to_share(trees: Sequence[TreeRecord]) -> pa.Table:
 
 def from_share(share: pa.Table) -> pa.Table:
     """Table with one row a tree, as `to_table` makes it."""
-    rows = share.column(TREES).combine_chunks().flatten()
-    return pa.Table.from_struct_array(rows).replace_schema_metadata(SCHEMA.metadata)
+    chunks = share.column(TREES).chunks  # not put together, which would copy them
+    rows = [pa.RecordBatch.from_struct_array(chunk.flatten()) for chunk in chunks]
+    return pa.Table.from_batches(rows).replace_schema_metadata(SCHEMA.metadata)
 
 
 log = logging.getLogger(__name__)
@@ -229,7 +236,9 @@ def _shares(
                 raise
             for tree in scored:
                 noisy = _noisy(tree, config)
-                if noisy.num_redraws < config.gate.max_redraws and not has_signal(noisy, config):
+                if noisy.num_redraws < config.gate.max_redraws and not has_signal(
+                    noisy, config.learner
+                ):
                     ray.get(pool.redraw.remote(reader, noisy))
                 else:
                     shares.add(noisy)
