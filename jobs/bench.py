@@ -35,7 +35,7 @@ from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
 from treerpo_ray.config import Config, load
 from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.records import TreeRecord, from_table
-from treerpo_ray.tree_stream import from_share, to_share
+from treerpo_ray.tree_stream import from_worker_batch, to_worker_batch
 from treerpo_ray.verifier.verdict import Answer, Verdict
 
 ROUNDS = 5
@@ -173,11 +173,11 @@ def bench_learner(config: Config) -> list[Row]:
     return found
 
 
-# From share to forests -----------------------------------------------------------------------
+# From batch to forests -----------------------------------------------------------------------
 
 
 def bench_packing(_: Config) -> list[Row]:
-    """CPU time from the Arrow share of a learner step to its packed forests, statistics included.
+    """CPU time from the Arrow batch of a learner step to its packed forests, statistics included.
 
     The other side goes row by row through Python lists, group by group and step by step.
 
@@ -185,8 +185,8 @@ def bench_packing(_: Config) -> list[Row]:
         AssertionError: the forests of the two sides differ in any number.
     """
     table, learner = packing_batch(), LearnerConfig()
-    ours = share_to_forests(table, learner)
-    plain = plain_share_to_forests(table, learner)
+    ours = batch_to_forests(table, learner)
+    plain = plain_forests(table, learner)
     assert len(ours) == len(plain)
     for mine, theirs in zip(ours, plain, strict=True):
         for field in fields(Forest):
@@ -194,10 +194,10 @@ def bench_packing(_: Config) -> list[Row]:
     return [
         compared(
             f"packing: {NUM_TREES} trees of [8, 8, 8], steps of 384 tokens (CPU time)",
-            ("arrays", partial(cpu_seconds, partial(share_to_forests, table, learner))),
+            ("arrays", partial(cpu_seconds, partial(batch_to_forests, table, learner))),
             (
                 "rows as lists",
-                partial(cpu_seconds, partial(plain_share_to_forests, table, learner)),
+                partial(cpu_seconds, partial(plain_forests, table, learner)),
             ),
         )
     ]
@@ -213,7 +213,7 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 
 
 def packing_batch() -> pa.Table:
-    """The share of one worker: trees whose answers are right or wrong at random."""
+    """The batch of one worker: trees whose answers are right or wrong at random."""
     rng = np.random.default_rng(0)
     shape = TreeShape(num_children=(8, 8, 8), step_tokens=(384, 384, 384))
     records = []
@@ -236,15 +236,15 @@ def packing_batch() -> pa.Table:
                 verdicts=tuple(Verdict.CORRECT if own else Verdict.WRONG for own in is_right),
             )
         )
-    return to_share(records)
+    return to_worker_batch(records)
 
 
-def share_to_forests(share: pa.Table, learner: LearnerConfig) -> list[Forest]:
-    """What the worker and its learner do with a share before the first forward pass."""
+def batch_to_forests(batch: pa.Table, learner: LearnerConfig) -> list[Forest]:
+    """What the worker and its learner do with a batch before the first forward pass."""
     from treerpo_ray.learner.stats import count
 
     form, pruning = learner.advantage, learner.pruning
-    records = from_table(from_share(share))
+    records = from_table(from_worker_batch(batch))
     values = [mean_backup(record.tree, record.rewards) for record in records]
     advantages = [
         step_advantages(record.tree, own, form=form, pruning=pruning)
@@ -255,7 +255,7 @@ def share_to_forests(share: pa.Table, learner: LearnerConfig) -> list[Forest]:
     return pack([record.tree for record in records], advantages, learner.token_budget)
 
 
-def plain_share_to_forests(share: pa.Table, learner: LearnerConfig) -> list[Forest]:
+def plain_forests(batch: pa.Table, learner: LearnerConfig) -> list[Forest]:
     """The same forests with nothing stacked: a list a column, a loop over groups, a step at a time.
 
     Of the statistics it makes the standard errors of groups and the lengths of the answers. It
@@ -263,7 +263,9 @@ def plain_share_to_forests(share: pa.Table, learner: LearnerConfig) -> list[Fore
     """
     assert learner.advantage is AdvantageForm.BERNOULLI
     assert learner.pruning.rule is PruneRule.RANGE
-    trees = [PlainTree.of(row, learner.prune_threshold) for row in from_share(share).to_pylist()]
+    trees = [
+        PlainTree.of(row, learner.prune_threshold) for row in from_worker_batch(batch).to_pylist()
+    ]
     parts = [part for tree in trees for part in tree.parts(learner.token_budget)]
     bins: list[list[tuple[PlainTree, dict[int, float]]]] = []
     free: list[int] = []

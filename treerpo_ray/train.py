@@ -1,11 +1,11 @@
 """Train: the loop of each train worker, from restored state to the last step.
 
-    gate ──tickets──► engines ──trees──► scoring ──shares──► train worker ──weights──► engines
+    gate ──tickets──► engines ──trees──► scoring ─batches──► train worker ──weights──► engines
       ▲                                                           │ step consumed         │
       └───────────────────────────────────────────────────────────┴──── all serve it ◄────┘
 
 Who waits for whom:
-- A worker waits for its share of the step's trees, then for the other workers (gradients, counts).
+- A worker waits for its batch of the step's trees, then for the other workers (gradients, counts).
 - The gate lets further tickets out once a step is consumed: its update is made and every engine has
   proved that it serves what came of it. That bounds the staleness of every tree.
 - With `gate.max_staleness` 0 the worker waits for the engines at once, as there are no trees that
@@ -44,7 +44,7 @@ from treerpo_ray.scoring import Scorer
 from treerpo_ray.search import curriculum
 from treerpo_ray.search.curriculum import Measurement
 from treerpo_ray.task import STREAM, WorkerTask
-from treerpo_ray.tree_stream import Prefetcher, from_share
+from treerpo_ray.tree_stream import Prefetcher, from_worker_batch
 from treerpo_ray.weight_sync import Publisher
 
 
@@ -52,7 +52,7 @@ def train(task: WorkerTask) -> None:
     """One train worker: every learner step, from restored state to the last."""
     with restore(task) as worker:  # learner, engines and gate at the same step
         for step in worker.steps():
-            trees = worker.next_trees(step)  # its share of this step's tickets, scored
+            trees = worker.next_trees(step)  # its part of this step's tickets, scored
             update = worker.learner.update(trees, worker.progress)
             worker.keep(step)
             if update.has_updated:
@@ -102,7 +102,7 @@ def restore(task: WorkerTask) -> Iterator["TrainWorker"]:
     if rank == 0:
         worker.open(left_over, measurements)
     worker.barrier()
-    worker.shares = Prefetcher(ray.train.get_dataset_shard(STREAM))
+    worker.batches = Prefetcher(ray.train.get_dataset_shard(STREAM))
     yield worker
     heartbeat.close()
 
@@ -136,7 +136,7 @@ class TrainWorker:
         self.step, self.learner, self.checkpoints = step, learner, checkpoints
         self.heartbeat = heartbeat
         self.folder = self.config.folder
-        self.shares: Prefetcher
+        self.batches: Prefetcher
         self.publisher = Publisher(
             send=self.actors.weight_sync.publish.remote,
             probe_ids=task.probe_ids,
@@ -206,11 +206,11 @@ class TrainWorker:
         """This worker's trees of a learner step, once they are there."""
         self._started_at = time.time()
         self.heartbeat.at(f"waiting for the trees of step {step}", is_busy=False)
-        share = self.shares.take()
-        if share is None:
+        batch = self.batches.take()
+        if batch is None:
             raise RuntimeError(f"the tree stream ended before learner step {step}")
         self._arrived_at = time.time()
-        self._table = from_share(share)
+        self._table = from_worker_batch(batch)
         records = from_table(self._table)
         self._check_tickets([record.ticket for record in records])
         self._version_before = self.learner.version
