@@ -1,7 +1,7 @@
 """Benchmarks: each part against something real, side by side in one run; ratios are what counts.
 
 python jobs/bench.py                    # all of them, about five minutes on two cores
-python jobs/bench.py learner verifier   # some
+python jobs/bench.py packing learner    # some
 Prints a table, and as the last line JSON.
 """
 
@@ -10,23 +10,33 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job has only a working folder
 
 import numpy as np
+import pyarrow as pa
 import rich.console
 import rich.table
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from treerpo_ray.algo.packing import pack
+from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
+from treerpo_ray.algo.backup import mean_backup
+from treerpo_ray.algo.groups import PruneRule
+from treerpo_ray.algo.packing import Forest, pack
 from treerpo_ray.algo.search import TreeShape
+from treerpo_ray.algo.standard_errors import standard_error_of_mean
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
 from treerpo_ray.config import Config, load
+from treerpo_ray.config.sections import LearnerConfig
+from treerpo_ray.records import TreeRecord, from_table
+from treerpo_ray.tree_stream import from_worker_batch, to_worker_batch
+from treerpo_ray.verifier.verdict import Answer, Verdict
 
 ROUNDS = 5
 """Times that the two sides of a comparison take turns."""
@@ -99,7 +109,7 @@ def random_tree(shape: TreeShape, num_prompt: int, rng: np.random.Generator) -> 
         steps += [step(parent, depth) for parent in level for _ in range(num_children)]
         level = list(range(first, len(steps)))
     prompt = rng.integers(10, 200, num_prompt).astype(np.int32)
-    return Tree(prompt_ids=prompt, steps=tuple(steps))
+    return Tree.from_steps(prompt, tuple(steps))
 
 
 def bench_learner(config: Config) -> list[Row]:
@@ -163,6 +173,240 @@ def bench_learner(config: Config) -> list[Row]:
     return found
 
 
+# From batch to forests -----------------------------------------------------------------------
+
+
+def bench_packing(_: Config) -> list[Row]:
+    """CPU time from the Arrow batch of a learner step to its packed forests, statistics included.
+
+    The other side goes row by row through Python lists, group by group and step by step.
+
+    Raises:
+        AssertionError: the forests of the two sides differ in any number.
+    """
+    table, learner = packing_batch(), LearnerConfig()
+    ours = batch_to_forests(table, learner)
+    plain = plain_forests(table, learner)
+    assert len(ours) == len(plain)
+    for mine, theirs in zip(ours, plain, strict=True):
+        for field in fields(Forest):
+            np.testing.assert_array_equal(getattr(mine, field.name), getattr(theirs, field.name))
+    return [
+        compared(
+            f"packing: {NUM_TREES} trees of [8, 8, 8], steps of 384 tokens (CPU time)",
+            ("arrays", partial(cpu_seconds, partial(batch_to_forests, table, learner))),
+            (
+                "rows as lists",
+                partial(cpu_seconds, partial(plain_forests, table, learner)),
+            ),
+        )
+    ]
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """CPU time of `work`, freeing its result aside."""
+    start = time.process_time()
+    result = work()
+    end = time.process_time()
+    del result
+    return end - start
+
+
+def packing_batch() -> pa.Table:
+    """The batch of one worker: trees whose answers are right or wrong at random."""
+    rng = np.random.default_rng(0)
+    shape = TreeShape(num_children=(8, 8, 8), step_tokens=(384, 384, 384))
+    records = []
+    for ticket in range(NUM_TREES):
+        tree = random_tree(shape, 100, rng)
+        is_right = rng.random(len(tree.leaves)) < rng.random()
+        records.append(
+            TreeRecord(
+                ticket=ticket,
+                attempt=0,
+                prompt_id=str(ticket),
+                question="?",
+                answers=("1",),
+                seed=ticket,
+                engine=0,
+                grow_s=1.0,
+                finished_at_s=1.0,
+                tree=tree,
+                leaf_texts=("the answer is 1",) * len(tree.leaves),
+                verdicts=tuple(Verdict.CORRECT if own else Verdict.WRONG for own in is_right),
+            )
+        )
+    return to_worker_batch(records)
+
+
+def batch_to_forests(batch: pa.Table, learner: LearnerConfig) -> list[Forest]:
+    """What the worker and its learner do with a batch before the first forward pass."""
+    from treerpo_ray.learner.stats import count
+
+    form, pruning = learner.advantage, learner.pruning
+    records = from_table(from_worker_batch(batch))
+    values = [mean_backup(record.tree, record.rewards) for record in records]
+    advantages = [
+        step_advantages(record.tree, own, form=form, pruning=pruning)
+        for record, own in zip(records, values, strict=True)
+    ]
+    for record, own in zip(records, values, strict=True):
+        count(record, own, form=form, pruning=pruning)
+    return pack([record.tree for record in records], advantages, learner.token_budget)
+
+
+def plain_forests(batch: pa.Table, learner: LearnerConfig) -> list[Forest]:
+    """The same forests with nothing stacked: a list a column, a loop over groups, a step at a time.
+
+    Of the statistics it makes the standard errors of groups and the lengths of the answers. It
+    knows the paper's form and rule.
+    """
+    assert learner.advantage is AdvantageForm.BERNOULLI
+    assert learner.pruning.rule is PruneRule.RANGE
+    trees = [
+        PlainTree.of(row, learner.prune_threshold) for row in from_worker_batch(batch).to_pylist()
+    ]
+    parts = [part for tree in trees for part in tree.parts(learner.token_budget)]
+    bins: list[list[tuple[PlainTree, dict[int, float]]]] = []
+    free: list[int] = []
+    for tree, steps, num_tokens in sorted(parts, key=lambda part: -part[2]):
+        index = next((i for i, room in enumerate(free) if num_tokens <= room), len(bins))
+        if index == len(bins):
+            bins.append([])
+            free.append(learner.token_budget)
+        bins[index].append((tree, steps))
+        free[index] -= num_tokens
+    return [plain_forest(own) for own in bins]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainTree:
+    """A tree as lists of steps, with the advantage of each trained step."""
+
+    prompt: np.ndarray
+    parents: list[int]
+    tokens: list[np.ndarray]
+    logprobs: list[np.ndarray]
+    children: dict[int, list[int]]
+    advantages: dict[int, float]
+
+    @classmethod
+    def of(cls, row: dict, threshold: float) -> Self:
+        ends = np.cumsum(row["length"])
+        tokens = np.split(np.asarray(row["token_ids"], np.int32), ends)[:-1]
+        logprobs = np.split(np.asarray(row["logprobs"], np.float32), ends)[:-1]
+        np.split(np.asarray(row["versions"], np.int32), ends)
+        children: dict[int, list[int]] = {}
+        for step, parent in enumerate(row["parent"]):
+            children.setdefault(parent, []).append(step)
+        verdicts = [Verdict(verdict) for verdict in row["verdict"]]
+        values = {leaf: verdict.reward for leaf, verdict in zip(row["leaf"], verdicts, strict=True)}
+        errors = dict.fromkeys(row["leaf"], 0.0)
+        advantages: dict[int, float] = {}
+        sums = dict.fromkeys(("value_se", "signal", "noise"), 0.0)
+        for parent in sorted(children, reverse=True):
+            own = np.array([values[child] for child in children[parent]])
+            values[parent] = mean = float(own.mean())
+            own_errors = np.array([errors[child] for child in children[parent]])
+            errors[parent] = float(standard_error_of_mean(own))
+            free = 1 - 1 / len(own)
+            sums["value_se"] += errors[parent]
+            sums["signal"] += float(((own - mean) ** 2).sum())
+            sums["noise"] += float((free * (free * own_errors**2 + errors[parent] ** 2)).sum())
+            if own.max() - own.min() > threshold:
+                scaled = ((own - mean) / (mean * (1 - mean))).tolist()
+                advantages |= zip(children[parent], scaled, strict=True)
+        tree = cls(
+            prompt=np.asarray(row["prompt_ids"], np.int32),
+            parents=row["parent"],
+            tokens=tokens,
+            logprobs=logprobs,
+            children=children,
+            advantages=advantages,
+        )
+        for leaf in row["leaf"]:  # the answers, for their lengths
+            len([int(token) for step in tree.path(leaf) for token in tokens[step]])
+        return tree
+
+    def path(self, step: int) -> list[int]:
+        path = []
+        while step != ROOT:
+            path.append(step)
+            step = self.parents[step]
+        return path[::-1]
+
+    def parts(self, budget: int) -> Iterator[tuple[Self, dict[int, float], int]]:
+        """Steps with their advantages (NaN: context) and the number of tokens, forest by forest."""
+        steps: dict[int, float] = {}
+        size = len(self.prompt)
+        stack = self.children[ROOT][::-1]
+        while stack:
+            step = stack.pop()
+            stack += self.children.get(step, [])[::-1]
+            if step not in self.advantages:
+                continue
+            path = self.path(step)
+            new = sum(len(self.tokens[i]) for i in path if i not in steps)
+            if steps and size + new > budget:
+                yield self, steps, size
+                steps, size = {}, len(self.prompt)
+                new = sum(len(self.tokens[i]) for i in path)
+            for above in path:
+                steps.setdefault(above, np.nan)
+            steps[step] = self.advantages[step]
+            size += new
+        if steps:
+            yield self, steps, size
+
+
+def plain_forest(parts: list[tuple[PlainTree, dict[int, float]]]) -> Forest:
+    """Lay segments out one after the other, level by level."""
+    segments: list[tuple[int, int, np.ndarray, np.ndarray, float]] = []
+    for tree, steps in parts:
+        row = {ROOT: len(segments)}
+        segments.append((0, -1, tree.prompt, np.empty(0, np.float32), np.nan))
+        for step, advantage in steps.items():
+            row[step], parent = len(segments), row[tree.parents[step]]
+            depth = segments[parent][0] + 1
+            segments.append((depth, parent, tree.tokens[step], tree.logprobs[step], advantage))
+    order = sorted(range(len(segments)), key=lambda i: segments[i][0])
+    rank = {old: new for new, old in enumerate(order)} | {-1: -1}
+    start: list[int] = []
+    end: list[int] = []
+    offset: list[int] = []
+    positions, sources, advantages, logprobs, numbers = [], [], [], [], []
+    size = num_trained = 0
+    for i in order:
+        _, parent, tokens, own_logprobs, advantage = segments[i]
+        count = len(tokens)
+        above = rank[parent]
+        start.append(size)
+        size += count
+        end.append(size)
+        offset.append(0 if above < 0 else offset[above] + end[above] - start[above])
+        positions.append(np.arange(offset[-1], offset[-1] + count))
+        if not np.isnan(advantage):
+            sources.append(np.append(end[above] - 1, np.arange(start[-1], size - 1)))
+            advantages.append(np.full(count, advantage, np.float32))
+            logprobs.append(own_logprobs)
+            numbers.append((start[-1], np.full(count, num_trained, np.int32)))
+            num_trained += 1
+    token_ids = np.concatenate([segments[i][2] for i in order], dtype=np.int64)
+    return Forest(
+        token_ids=token_ids,
+        position_ids=np.concatenate(positions),
+        segment_start=np.array(start),
+        segment_length=np.array(end) - np.array(start),
+        segment_parent=np.array([rank[segments[i][1]] for i in order]),
+        segment_depth=np.array([segments[i][0] for i in order]),
+        source=np.concatenate(sources),
+        target=np.concatenate([token_ids[a : a + len(own)] for a, own in numbers]),
+        advantage=np.concatenate(advantages),
+        behaviour_logprob=np.concatenate(logprobs),
+        step=np.concatenate([own for _, own in numbers]),
+    )
+
+
 # Verifier ----------------------------------------------------------------------------------
 
 
@@ -170,7 +414,6 @@ def bench_verifier(config: Config) -> list[Row]:
     """Grading whole answers: killable workers against math-verify called in process."""
     from math_verify import parse, verify
 
-    from treerpo_ray.verifier.verdict import Answer
     from treerpo_ray.verifier.verifier import Verifier
 
     texts = [(rf"so \boxed{{\frac{{{n}}}{{{n + 7}}}}}", f"{n}/{n + 7}") for n in range(1, 101)]
@@ -264,7 +507,12 @@ async def _search(config: Config) -> Row:
     )
 
 
-BENCHES = {"learner": bench_learner, "verifier": bench_verifier, "search": bench_search}
+BENCHES = {
+    "packing": bench_packing,
+    "learner": bench_learner,
+    "verifier": bench_verifier,
+    "search": bench_search,
+}
 
 
 def main(arguments: list[str]) -> int:

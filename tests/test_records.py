@@ -10,80 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.trees import make_step, make_tree, trees
-from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
+from tests.support.records import empty_step, make_record, plain, records
+from tests.support.trees import make_step, make_tree
+from treerpo_ray.algo.tree import ROOT, Tree
 from treerpo_ray.records import SCHEMA, TreeRecord, from_table, to_table
 from treerpo_ray.verifier.verdict import Verdict
-
-FINITE = st.floats(0, 1e6)
-TEXT = st.text(max_size=5)
-
-
-def make_record(tree: Tree, verdicts: tuple[Verdict, ...]) -> TreeRecord:
-    return TreeRecord(
-        ticket=5,
-        attempt=1,
-        prompt_id="train-5",
-        question="1+1=?",
-        answers=("2", "two"),
-        seed=2**63 - 1,
-        engine=0,
-        grow_s=0.25,
-        finished_at_s=1.7e9 + 0.125,
-        tree=tree,
-        leaf_texts=tuple(f"leaf {leaf}" for leaf in tree.leaves),
-        verdicts=verdicts,
-    )
-
-
-@st.composite
-def records(draw: st.DrawFn) -> TreeRecord:
-    tree = draw(trees())
-    steps = []
-    for index, step in enumerate(tree.steps):
-        if index in tree.leaves and draw(st.booleans()):
-            steps.append(empty_step(step.parent))
-        else:
-            size = len(step.token_ids)
-            versions = draw(st.lists(st.integers(0, 2**31 - 1), min_size=size, max_size=size))
-            stop = draw(st.sampled_from([StopReason.BOUNDARY, StopReason.END_OF_TEXT]))
-            steps.append(
-                replace(
-                    step,
-                    versions=np.array(versions, np.int32),
-                    stop=stop,
-                    num_discarded=draw(st.integers(0, 9)),
-                )
-            )
-    tree = Tree(prompt_ids=tree.prompt_ids, steps=tuple(steps))
-    size = len(tree.leaves)
-    verdicts = draw(st.lists(st.sampled_from(list(Verdict)), min_size=size, max_size=size))
-    return replace(
-        make_record(tree, tuple(verdicts)),
-        ticket=draw(st.integers(0, 2**62)),
-        question=draw(TEXT),
-        answers=tuple(draw(st.lists(TEXT, max_size=2))),
-        seed=draw(st.integers(0, 2**63 - 1)),
-        grow_s=draw(FINITE),
-        scored_at_s=draw(FINITE),
-        leaf_texts=tuple(draw(st.lists(TEXT, min_size=size, max_size=size))),
-    )
-
-
-def empty_step(parent: int) -> Step:
-    return replace(make_step(parent, np.empty(0, np.int32)), stop=StopReason.ERROR)
-
-
-def plain(record: TreeRecord) -> tuple[object, ...]:
-    """Everything of a record, dtypes included, in a form that can be compared."""
-    scalars = [getattr(record, name) for name in TreeRecord.__slots__ if name != "tree"]
-    arrays = [record.tree.prompt_ids]
-    for step in record.tree.steps:
-        arrays += [step.token_ids, step.logprobs, step.versions]
-    stops = [
-        (step.parent, step.stop, type(step.stop), step.num_discarded) for step in record.tree.steps
-    ]
-    return *scalars, stops, [(array.dtype, array.tobytes()) for array in arrays]
 
 
 @given(drawn=st.lists(records(), max_size=3))
@@ -118,7 +49,7 @@ def test_a_slice_and_a_concatenation_of_tables_hold_their_own_trees() -> None:
 
 
 def test_a_tree_without_steps_and_one_whose_every_step_is_empty_come_back() -> None:
-    errors = Tree(prompt_ids=np.array([1], np.int32), steps=(empty_step(ROOT), empty_step(ROOT)))
+    errors = Tree.from_steps(np.array([1], np.int32), (empty_step(ROOT), empty_step(ROOT)))
     drawn = [make_record(make_tree([]), ()), make_record(errors, (Verdict.ERRORED,) * 2)]
     back = from_table(to_table(drawn))
     assert [plain(record) for record in back] == [plain(record) for record in drawn]
@@ -128,7 +59,7 @@ def test_a_tree_without_steps_and_one_whose_every_step_is_empty_come_back() -> N
 def test_logprobs_that_are_not_numbers_come_back_as_they_were() -> None:
     logprobs = np.array([np.nan, -np.inf, -0.1], np.float32)
     step = replace(make_step(ROOT, np.arange(3, dtype=np.int32)), logprobs=logprobs)
-    tree = Tree(prompt_ids=np.array([1], np.int32), steps=(step,))
+    tree = Tree.from_steps(np.array([1], np.int32), (step,))
     [back] = from_table(to_table([make_record(tree, ())]))
     np.testing.assert_array_equal(back.tree.steps[0].logprobs, logprobs)
 
@@ -171,5 +102,5 @@ def test_rewards_stand_at_the_leaves_and_an_errored_or_timed_out_leaf_has_none()
 
 
 def test_a_tree_that_is_not_scored_has_no_rewards_to_give() -> None:
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="0 verdicts for 1 leaves"):
         make_record(make_tree([ROOT]), ()).rewards  # noqa: B018 - a property

@@ -1,21 +1,37 @@
-"""What a train worker does before the first ticket; its loop is tested by whole runs."""
+"""What a train worker does before the first ticket, and who waits for whom in its loop.
 
+Whole runs test the rest.
+"""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import ray
+import torch
 
-from tests.run_folder.test_trees import tree_of
+from tests.support.records import tree_of
 from treerpo_ray.config import Config, load
 from treerpo_ray.driver.outcome import finished_outcome
-from treerpo_ray.records import TreeRecord
+from treerpo_ray.learner.stats import BatchStats
+from treerpo_ray.records import RootValue, TreeRecord
 from treerpo_ray.run_folder.files import publish_folder
+from treerpo_ray.task import RunActors, WorkerTask
 from treerpo_ray.train import TrainWorker
+
+LIMIT_S = 60.0
+"""Time after which what a test waits for does not come any more."""
 
 
 class Station:
-    """Stands in for all the actors of a run: notes what is called, and answers at once."""
+    """Stands in for all the actors of a run: notes what is called, and answers at once.
+
+    An answer that is an event is held back until it is set.
+    """
 
     def __init__(self, answers: dict[str, object]) -> None:
         self.answers = answers
@@ -31,42 +47,72 @@ class Station:
         return SimpleNamespace(remote=remote)
 
 
+class FakeLearner:
+    """Its version is the number of its updates."""
+
+    def __init__(self, version: int) -> None:
+        self.version, self.device = version, torch.device("cpu")
+        self.policy = SimpleNamespace(
+            named_weights=lambda: iter([("w", torch.full((2,), float(self.version)))]),
+            sequence_logprobs=lambda token_ids: torch.zeros(len(token_ids) - 1),
+        )
+
+    def update(self) -> SimpleNamespace:
+        self.version += 1
+        stats = BatchStats(measured=(RootValue(0, 0, 0.5),))
+        return SimpleNamespace(has_updated=True, stats=stats, metrics={})
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """References are what they refer to, or events that are waited for."""
+
+    def get(answer: object) -> object:
+        if isinstance(answer, threading.Event):
+            assert answer.wait(LIMIT_S)
+            return None
+        return answer
+
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "put", lambda value: value)
+
+
+def make_worker(config: Config, station: Station, *, step: int) -> TrainWorker:
+    """A first worker at a learner step, whose version is its number."""
+    actors = RunActors(
+        gate=station, pool=station, weight_sync=station, run_log=station, heartbeats=station
+    )
+    return TrainWorker(
+        task=WorkerTask(config=config, probe_ids=[1, 2], held_out=None, actors=actors),
+        rank=0,
+        num_workers=1,
+        step=step,
+        learner=FakeLearner(step),
+        checkpoints=SimpleNamespace(passed_over={}),
+        heartbeat=SimpleNamespace(at=lambda doing, is_busy=True: None),
+    )
+
+
 def open_worker(
-    config: Config,
-    monkeypatch: pytest.MonkeyPatch,
-    *,
-    step: int,
-    left_over: list[TreeRecord],
-    grown: list[TreeRecord],
+    config: Config, *, step: int, left_over: list[TreeRecord], grown: list[TreeRecord]
 ) -> Station:
-    """Have a first worker begin at a learner step, whose version is its number."""
     station = Station({"unconsumed": grown, "restart": 7, "stats": []})
-    monkeypatch.setattr(ray, "get", lambda result: result)
-    monkeypatch.setattr(TrainWorker, "_publish", lambda worker: station.calls.append("publish"))
-    worker = object.__new__(TrainWorker)
-    worker.config, worker.folder, worker.step = config, config.folder, step
-    worker.actors = SimpleNamespace(gate=station, pool=station, heartbeats=station, run_log=station)
-    worker.checkpoints = SimpleNamespace(passed_over={})
-    worker.learner = SimpleNamespace(version=step)
-    worker.engines = SimpleNamespace(since_last=lambda stats: {})
-    worker.left_over, worker.measurements, worker.num_workers = left_over, [], 1
-    worker._open()
+    make_worker(config, station, step=step).open(left_over, [])
     return station
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Config:
-    settings = ["gate.trees_per_step=2", "gate.max_staleness=1", "evaluate.data.path=''"]
-    return load([f"run.root={tmp_path}", "run.num_steps=2", *settings])
+def config_of(folder: Path, staleness: int = 1, num_steps: int = 2) -> Config:
+    settings = ["gate.trees_per_step=2", "evaluate.data.path=''", f"run.num_steps={num_steps}"]
+    return load([f"run.root={folder}", f"gate.max_staleness={staleness}", *settings])
 
 
 def test_a_restart_goes_on_from_the_checkpoints_trees_and_from_those_that_the_pool_still_has(
-    config: Config, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     left_over = [tree_of(4, 1), tree_of(5, 2)]
     further = tree_of(5, 2, 2)
     grown = [further, tree_of(6, 2), tree_of(7, 2, 3)]
-    station = open_worker(config, monkeypatch, step=2, left_over=left_over, grown=grown)
+    station = open_worker(config_of(tmp_path), step=2, left_over=left_over, grown=grown)
     assert station.arguments["unconsumed"] == (4,)
     _, session, first, _, saved = station.arguments["grow_tickets"]
     assert (session, first) == (7, 4)
@@ -76,11 +122,135 @@ def test_a_restart_goes_on_from_the_checkpoints_trees_and_from_those_that_the_po
 
 
 def test_the_model_of_a_run_that_was_stopped_does_not_pass_for_that_of_a_whole_one(
-    config: Config, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
+    config = config_of(tmp_path)
     publish_folder(config.folder, "model", lambda path: (path / "config.json").write_text("{}"))
     done = Path(config.folder) / "checkpoints/step=000002"
-    open_worker(config, monkeypatch, step=1, left_over=[], grown=[])
+    open_worker(config, step=1, left_over=[], grown=[])
     done.mkdir(parents=True)  # the last checkpoint, after which the driver is killed
     (done / "files.json").write_text("{}")
     assert finished_outcome(config) is None
+
+
+def one_step(worker: TrainWorker) -> None:
+    """What the loop does after a learner step's trees have come."""
+    update = worker.learner.update()
+    worker.publish()
+    worker.consume(worker.step, update)
+
+
+@contextmanager
+def beside(work: object, *arguments: object) -> Iterator[Future[None]]:
+    """Have `work` done in a thread."""
+    with ThreadPoolExecutor(1) as threads:
+        yield threads.submit(work, *arguments)
+
+
+def until_called(station: Station, name: str, times: int = 1) -> None:
+    poll = threading.Event()
+    for _ in range(int(LIMIT_S * 100)):
+        if station.calls.count(name) >= times:
+            return
+        poll.wait(0.01)
+    raise AssertionError(f"{name} was called {station.calls.count(name)} times, not {times}")
+
+
+def test_with_staleness_the_next_update_is_made_while_engines_load_and_the_gate_hears_it_later(
+    tmp_path: Path,
+) -> None:
+    is_served = threading.Event()
+    station = Station({"publish": is_served, "consumed": False})
+    worker = make_worker(config_of(tmp_path, num_steps=9), station, step=0)
+    one_step(worker)  # comes back
+    assert (worker.step, worker.is_last) == (1, False)
+    update = worker.learner.update()  # of the next step, with trees that are there
+    assert "consumed" not in station.calls, "no engine has proved version 1"
+    with beside(worker.publish) as publishing:  # the next version waits for the one before
+        until_called(station, "publish")
+        assert not publishing.done() and station.calls.count("publish") == 1
+        is_served.set()
+        publishing.result(LIMIT_S)
+    worker.consume(1, update)
+    worker.publisher.wait()
+    told = [name for name in station.calls if name in ("publish", "consumed")]
+    assert told == ["publish", "consumed"] * 2
+    assert station.arguments["consumed"] == (1, (RootValue(0, 0, 0.5),))
+    assert [station.arguments["publish"][0].version, worker.learner.version] == [2, 2]
+
+
+def test_weights_that_are_on_their_way_are_not_those_of_the_next_update(tmp_path: Path) -> None:
+    is_served = threading.Event()
+    station = Station({"publish": is_served, "consumed": False})
+    worker = make_worker(config_of(tmp_path, num_steps=9), station, step=0)
+    weight = torch.ones(2)
+    worker.learner.policy.named_weights = lambda: iter([("w", weight)])
+    one_step(worker)
+    weight.zero_()
+    until_called(station, "publish")
+    _, chunks, _ = station.arguments["publish"]
+    assert chunks[0].view("float32")[:2].tolist() == [1, 1]
+    is_served.set()
+    worker.publisher.wait()
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_without_staleness_and_after_the_last_step_the_engines_are_awaited(
+    tmp_path: Path, staleness: int
+) -> None:
+    is_served = threading.Event()
+    station = Station({"publish": is_served, "consumed": False})
+    num_steps = 1 if staleness else 9
+    worker = make_worker(config_of(tmp_path, staleness, num_steps), station, step=0)
+    with beside(one_step, worker) as step:
+        until_called(station, "publish")
+        assert not step.done() and "consumed" not in station.calls
+        is_served.set()
+        step.result(LIMIT_S)
+    assert "consumed" in station.calls
+    assert worker.is_last == bool(staleness)
+
+
+def test_a_checkpoint_waits_until_the_gate_knows_of_the_step(tmp_path: Path) -> None:
+    is_served = threading.Event()
+    station = Station({"publish": is_served, "consumed": False, "num_lines": (0, 0)})
+    worker = make_worker(config_of(tmp_path, num_steps=9), station, step=0)
+    saved = []
+    worker.saver = SimpleNamespace(
+        is_due=lambda step: True, save=lambda step, *_, is_last: saved.append((step, is_last))
+    )
+    one_step(worker)
+    with beside(worker.checkpoint_if_due) as saving:
+        until_called(station, "publish")
+        assert not saving.done() and not saved
+        is_served.set()
+        saving.result(LIMIT_S)
+    assert (saved, "consumed" in station.calls) == ([(1, False)], True)
+
+
+def test_a_run_that_is_told_to_stop_ends_after_the_step_under_way(tmp_path: Path) -> None:
+    station = Station({"consumed": True})
+    worker = make_worker(config_of(tmp_path, num_steps=9), station, step=0)
+    one_step(worker)
+    if not worker.is_last:  # the gate was not heard yet
+        one_step(worker)
+    assert worker.is_last
+    assert station.calls.count("consumed") == worker.step
+
+
+def test_a_publication_that_fails_ends_the_next_step_and_the_gate_does_not_hear_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    station = Station({})
+    worker = make_worker(config_of(tmp_path, num_steps=9), station, step=0)
+
+    def get(answer: object) -> object:
+        if station.calls[-1] == "publish":
+            raise RuntimeError("no engine took it over")
+        return answer
+
+    monkeypatch.setattr(ray, "get", get)
+    one_step(worker)
+    with pytest.raises(RuntimeError, match="no engine took it over"):
+        one_step(worker)
+    assert "consumed" not in station.calls

@@ -1,23 +1,33 @@
-"""The tree stream scores what the pool gives, and ends the run when its verifier fails; no Ray."""
+"""The tree stream scores what the pool gives, and hands whole batches to workers; no Ray."""
 
 import faulthandler
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.support.project import ROOT as ROOT_FOLDER
-from tests.support.trees import make_step
-from tests.test_records import make_record
+from tests.support.records import make_record, plain, records
+from tests.support.trees import make_step, make_tree
 from treerpo_ray import tree_stream
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree
 from treerpo_ray.config import load
 from treerpo_ray.metrics.run_log import FATAL, Event
 from treerpo_ray.prompts.prompt_set import load_tokenizer
-from treerpo_ray.records import TreeRecord, from_table
+from treerpo_ray.records import SCHEMA, TreeRecord, from_table
 from treerpo_ray.scoring import VerifierFailing
-from treerpo_ray.tree_stream import from_share
+from treerpo_ray.tree_stream import (
+    Prefetcher,
+    WorkerBatches,
+    from_worker_batch,
+    has_signal,
+    to_worker_batch,
+)
 from treerpo_ray.verifier.verdict import Verdict
 
 CONFIG = load(
@@ -34,7 +44,7 @@ def tree_of(ticket: int, *answers: str) -> TreeRecord:
     """An unscored tree whose leaves say `answers`; `right` is right."""
     ids = [TOKENIZER(answer, return_tensors="np")["input_ids"][0] for answer in answers]
     steps = [replace(make_step(ROOT, own), stop=StopReason.END_OF_TEXT) for own in ids]
-    tree = Tree(prompt_ids=ids[0], steps=tuple(steps))
+    tree = Tree.from_steps(ids[0], tuple(steps))
     record = make_record(tree, ())
     return replace(record, ticket=ticket, question="which?", answers=("right",), leaf_texts=())
 
@@ -58,7 +68,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., SimpleName
             share_size=lambda: 2,
             redraw=lambda reader, tree: found.redrawn.append(tree),
         )
-        found.shares = tree_stream._shares(
+        found.shares = tree_stream._worker_batches(
             config, pool, Handle(event=found.events.append), Handle(moved=found.moved.append), "me"
         )
         return found
@@ -70,7 +80,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., SimpleName
 def test_trees_come_out_scored_in_shares_of_their_step_until_the_pool_ends(stream) -> None:
     trees = [tree_of(0, "right", "left"), tree_of(2, "right", "right"), tree_of(1, "raise", "left")]
     found = stream(trees[:2], [], trees[2:], [tree_of(3, "left", "left")])
-    shares = [from_table(from_share(share)) for share in found.shares]
+    shares = [from_table(from_worker_batch(share)) for share in found.shares]
     assert [[tree.ticket for tree in share] for share in shares] == [[0, 1], [2, 3]]
     assert shares[0][0].leaf_texts == ("right", "left")
     assert shares[0][0].verdicts == (Verdict.CORRECT, Verdict.WRONG)
@@ -85,7 +95,7 @@ def test_a_tree_without_a_signal_goes_back_to_be_drawn_again(stream) -> None:
     found = stream(
         [tree_of(0, "right", "left"), tree_of(1, "left", "left")], [again], config=config
     )
-    shares = [from_table(from_share(share)) for share in found.shares]
+    shares = [from_table(from_worker_batch(share)) for share in found.shares]
     assert [[tree.ticket for tree in share] for share in shares] == [[0, 1]]
     assert [(tree.ticket, tree.num_redraws) for tree in found.redrawn] == [(1, 0)]
 
@@ -105,3 +115,104 @@ def test_a_verifier_that_fails_too_often_ends_the_run_with_its_examples(stream) 
     for answer in ("raise", "abort", "recurse"):
         example = f"errored: answer '{answer}' to question 'which?' with reference 'right'"
         assert example in str(fatal.fields["reason"])
+
+
+# Batches of workers
+
+
+@settings(max_examples=30)
+@given(st.lists(records(), min_size=1, max_size=4))
+def test_a_share_is_one_row_and_gives_its_trees_back(drawn: list[TreeRecord]) -> None:
+    share = to_worker_batch(drawn)
+    assert share.num_rows == 1
+    table = from_worker_batch(share)
+    assert table.schema.equals(SCHEMA, check_metadata=True)
+    assert [plain(record) for record in from_table(table)] == [plain(record) for record in drawn]
+
+
+def test_of_shares_that_arrow_put_together_each_gives_its_own_trees() -> None:
+    drawn = [make_record(make_tree([ROOT] * n), ()) for n in (1, 3)]
+    both = pa.concat_tables([to_worker_batch([record]) for record in drawn])
+    for index, record in enumerate(drawn):
+        (found,) = from_table(from_worker_batch(both.slice(index, 1)))
+        assert plain(found) == plain(record)
+
+
+def scored_tree(ticket: int, *verdicts: Verdict) -> TreeRecord:
+    return replace(make_record(make_tree([ROOT] * len(verdicts)), verdicts), ticket=ticket)
+
+
+def given_out(shares: WorkerBatches, *tickets: int) -> list[list[int]]:
+    for ticket in tickets:
+        shares.add(scored_tree(ticket, Verdict.WRONG))
+    return [[tree.ticket for tree in share] for share in shares.complete()]
+
+
+def test_shares_come_in_the_order_of_their_learner_steps() -> None:
+    shares = WorkerBatches(load(["gate.trees_per_step=4"]), size=2, first=8)
+    assert given_out(shares, 9, 8) == [[9, 8]]
+    # A redrawn tree is awaited, although the next step is complete.
+    assert given_out(shares, 11, 14, 12, 13, 15) == []
+    assert given_out(shares, 10) == [[11, 10], [14, 12], [13, 15]]
+    assert given_out(shares, 16, 17, 18, 19) == [[16, 17], [18, 19]]
+
+
+def test_a_step_none_of_whose_trees_has_come_holds_the_next_one_back() -> None:
+    shares = WorkerBatches(load(["gate.trees_per_step=2"]), size=2, first=1)
+    assert given_out(shares, 2, 3) == []
+    assert given_out(shares, 0, 1) == [[0, 1], [2, 3]]
+
+
+def test_a_tree_has_a_signal_if_any_group_is_kept() -> None:
+    config = load([])
+    right, wrong, errored = Verdict.CORRECT, Verdict.WRONG, Verdict.ERRORED
+    assert has_signal(scored_tree(0, right, wrong), config.learner)
+    assert not has_signal(scored_tree(0, right, right), config.learner)
+    assert not has_signal(scored_tree(0, right, wrong, errored), config.learner)
+
+
+# The next batch is fetched ahead
+
+
+class Shard:
+    """Gives one table for each number; an exception among them is raised."""
+
+    def __init__(self, *items: int | Exception) -> None:
+        self.items, self.asked = items, threading.Semaphore(0)
+
+    def iter_batches(
+        self, *, batch_size: int, batch_format: str, prefetch_batches: int
+    ) -> Iterator[pa.Table]:
+        assert (batch_size, batch_format, prefetch_batches) == (1, "pyarrow", 0)
+        for item in self.items:
+            self.asked.release()
+            if isinstance(item, Exception):
+                raise item
+            yield pa.table({"number": [item]})
+
+
+def number(share: pa.Table | None) -> int:
+    assert share is not None
+    return share["number"][0].as_py()
+
+
+def test_shares_come_in_order_and_none_follows_the_last() -> None:
+    shares = Prefetcher(Shard(3, 1, 2))
+    assert [number(shares.take()) for _ in range(3)] == [3, 1, 2]
+    assert shares.take() is None
+
+
+def test_the_next_share_is_asked_for_before_it_is_taken_and_no_further_one() -> None:
+    shard = Shard(1, 2, 3)
+    shares = Prefetcher(shard)
+    assert number(shares.take()) == 1
+    for _ in range(2):
+        assert shard.asked.acquire(timeout=10)
+    assert not shard.asked.acquire(timeout=0.1)
+
+
+def test_what_goes_wrong_in_the_stream_is_raised_where_the_share_is_taken() -> None:
+    shares = Prefetcher(Shard(1, RuntimeError("the stream broke")))
+    assert number(shares.take()) == 1
+    with pytest.raises(RuntimeError, match="the stream broke"):
+        shares.take()

@@ -4,20 +4,25 @@ The same schema travels through Ray Data to the learner and lies in the run fold
 tree is exactly what was trained on. A row is written when its tree is scored and holds what the
 tree alone tells: values, differences and their standard errors. An advantage is a difference in
 the scale of the learner's form and pruning, and so is its error: `analysis.Run.tree_table` derives
-both from the run's configuration, `batch_stats.assess` for the metrics.
+both from the run's configuration, `learner.stats.count` for the metrics.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from enum import StrEnum
+from itertools import pairwise
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import step_groups
-from treerpo_ray.algo.tree import Step, StopReason, Tree
+from treerpo_ray.algo.tree import StopReason, Tree
 from treerpo_ray.verifier.verdict import Verdict
+
+MemberT = TypeVar("MemberT", bound=StrEnum)
+
 
 SCHEMA_VERSION = 4
 
@@ -58,6 +63,9 @@ SCHEMA = pa.schema(
 )
 
 
+_REWARDS = {v: v.reward if v.is_reward else np.nan for v in Verdict}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeRecord:
     """A tree with what is known of it; `verdicts` is empty until it is scored."""
@@ -89,10 +97,10 @@ class TreeRecord:
     @property
     def rewards(self) -> np.ndarray:
         """Reward of each leaf at its step's place, NaN elsewhere and where there is none."""
-        rewards = np.full(len(self.tree.steps), np.nan)
-        for leaf, verdict in zip(self.tree.leaves, self.verdicts, strict=True):
-            if verdict.is_reward:
-                rewards[leaf] = verdict.reward
+        if len(self.verdicts) != len(self.tree.leaves):
+            raise ValueError(f"{len(self.verdicts)} verdicts for {len(self.tree.leaves)} leaves")
+        rewards = np.full(len(self.tree), np.nan)
+        rewards[list(self.tree.leaves)] = [_REWARDS[verdict] for verdict in self.verdicts]
         return rewards
 
 
@@ -115,7 +123,7 @@ def from_table(table: pa.Table) -> list[TreeRecord]:
     if not is_readable(table):
         found = _schema_version(table)
         raise ValueError(f"trees were written with schema {found}, this reads {SCHEMA_VERSION}")
-    return [_from_row(row) for row in table.to_pylist()]
+    return [record for batch in table.to_batches() for record in _from_batch(batch)]
 
 
 def _schema_version(table: pa.Table) -> str:
@@ -123,11 +131,7 @@ def _schema_version(table: pa.Table) -> str:
 
 
 def _to_row(record: TreeRecord) -> dict[str, object]:
-    steps = record.tree.steps
-
-    def joined(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
-        return np.concatenate(arrays) if arrays else np.empty(0, dtype)
-
+    tree = record.tree
     return {
         "ticket": record.ticket,
         "attempt": record.attempt,
@@ -141,17 +145,17 @@ def _to_row(record: TreeRecord) -> dict[str, object]:
         "grow_s": record.grow_s,
         "finished_at_s": record.finished_at_s,
         "scored_at_s": record.scored_at_s,
-        "prompt_ids": record.tree.prompt_ids,
-        "parent": [step.parent for step in steps],
-        "stop": [step.stop.value for step in steps],
-        "length": [len(step.token_ids) for step in steps],
-        "num_discarded": [step.num_discarded for step in steps],
-        "token_ids": joined([step.token_ids for step in steps], np.int32),
-        "logprobs": joined([step.logprobs for step in steps], np.float32),
-        "versions": joined([step.versions for step in steps], np.int32),
-        "leaf": list(record.tree.leaves),
+        "prompt_ids": tree.prompt_ids,
+        "parent": tree.parents,
+        "stop": list(tree.stops),
+        "length": tree.lengths,
+        "num_discarded": tree.num_discarded,
+        "token_ids": tree.token_ids,
+        "logprobs": tree.logprobs,
+        "versions": tree.versions,
+        "leaf": list(tree.leaves),
         "leaf_text": list(record.leaf_texts),
-        "verdict": [verdict.value for verdict in record.verdicts],
+        "verdict": list(record.verdicts),
         **_estimates(record),
     }
 
@@ -162,9 +166,9 @@ def _estimates(record: TreeRecord) -> dict[str, float | np.ndarray]:
     if len(record.verdicts) != len(record.tree.leaves):
         return {}
     values = mean_backup(record.tree, record.rewards)
-    differences = np.full(len(record.tree.steps), np.nan)
+    differences = np.full(len(record.tree), np.nan)
     for group in step_groups(record.tree, values):
-        differences[list(group.children)] = group.difference_errors
+        differences[group.children] = group.difference_errors
     return {
         "root_value": values.root,
         "root_se": values.root_error,
@@ -174,75 +178,80 @@ def _estimates(record: TreeRecord) -> dict[str, float | np.ndarray]:
     }
 
 
-class _Row(TypedDict):
-    """A row of SCHEMA as Arrow gives it back."""
-
-    ticket: int
-    attempt: int
-    num_redraws: int
-    redrawn_tokens: int
-    prompt_id: str
-    question: str
-    answers: list[str]
-    seed: int
-    engine: int
-    grow_s: float
-    finished_at_s: float
-    scored_at_s: float
-    prompt_ids: list[int]
-    parent: list[int]
-    stop: list[str]
-    length: list[int]
-    num_discarded: list[int]
-    token_ids: list[int]
-    logprobs: list[float]
-    versions: list[int]
-    leaf_text: list[str]
-    verdict: list[str]
+_SCALARS = (
+    *("ticket", "attempt", "num_redraws", "redrawn_tokens", "prompt_id", "question", "seed"),
+    *("engine", "grow_s", "finished_at_s", "scored_at_s"),
+)
+"""Columns that are a field of the record as they are."""
 
 
-def _from_row(row: _Row) -> TreeRecord:
-    ends = np.cumsum(row["length"], dtype=np.int64)
+def _from_batch(batch: pa.RecordBatch) -> Iterator[TreeRecord]:
+    """Trees of one batch; their arrays are views of its memory, and so cannot be written to."""
 
-    def by_step(flat: list[int] | list[float], dtype: type) -> list[np.ndarray]:
-        return np.split(np.asarray(flat, dtype), ends)[:-1]  # behind the last end is nothing
+    def scalars(name: str) -> list:
+        return batch.column(name).to_pylist()
 
-    steps = tuple(
-        Step(
-            parent=parent,
-            token_ids=ids,
-            logprobs=logprobs,
-            versions=versions,
-            stop=StopReason(stop),
-            num_discarded=num_discarded,
-        )
-        for parent, stop, num_discarded, ids, logprobs, versions in zip(
-            row["parent"],
-            row["stop"],
-            row["num_discarded"],
-            by_step(row["token_ids"], np.int32),
-            by_step(row["logprobs"], np.float32),
-            by_step(row["versions"], np.int32),
-            strict=True,
-        )
+    def lists(name: str) -> Iterator[pa.Array]:
+        column = batch.column(name)
+        return (column.values[a:b] for a, b in pairwise(column.offsets.to_pylist()))
+
+    def arrays(name: str) -> Iterator[np.ndarray]:
+        return (values.to_numpy() for values in lists(name))
+
+    def texts(name: str) -> Iterator[tuple[str, ...]]:
+        return (tuple(values.to_numpy(zero_copy_only=False)) for values in lists(name))
+
+    trees = map(
+        _tree,
+        arrays("prompt_ids"),
+        arrays("parent"),
+        arrays("length"),
+        lists("stop"),
+        arrays("num_discarded"),
+        arrays("token_ids"),
+        arrays("logprobs"),
+        arrays("versions"),
     )
-    return TreeRecord(
-        ticket=row["ticket"],
-        attempt=row["attempt"],
-        num_redraws=row["num_redraws"],
-        redrawn_tokens=row["redrawn_tokens"],
-        prompt_id=row["prompt_id"],
-        question=row["question"],
-        answers=tuple(row["answers"]),
-        seed=row["seed"],
-        engine=row["engine"],
-        grow_s=row["grow_s"],
-        finished_at_s=row["finished_at_s"],
-        scored_at_s=row["scored_at_s"],
-        tree=Tree(prompt_ids=np.asarray(row["prompt_ids"], np.int32), steps=steps),
-        leaf_texts=tuple(row["leaf_text"]),
-        verdicts=tuple(Verdict(v) for v in row["verdict"]),
+    rows = zip(*map(scalars, _SCALARS), strict=True)
+    for row, answers, tree, leaf_texts, verdicts in zip(
+        rows, texts("answers"), trees, texts("leaf_text"), lists("verdict"), strict=True
+    ):
+        yield TreeRecord(
+            **dict(zip(_SCALARS, row, strict=True)),
+            answers=answers,
+            tree=tree,
+            leaf_texts=leaf_texts,
+            verdicts=_members(Verdict, verdicts),
+        )
+
+
+def _tree(
+    prompt_ids: np.ndarray,
+    parents: np.ndarray,
+    lengths: np.ndarray,
+    stops: pa.Array,
+    num_discarded: np.ndarray,
+    token_ids: np.ndarray,
+    logprobs: np.ndarray,
+    versions: np.ndarray,
+) -> Tree:
+    return Tree(
+        prompt_ids=prompt_ids,
+        parents=parents,
+        lengths=lengths,
+        stops=_members(StopReason, stops),
+        num_discarded=num_discarded,
+        token_ids=token_ids,
+        logprobs=logprobs,
+        versions=versions,
     )
+
+
+def _members(kind: type[MemberT], values: pa.Array) -> tuple[MemberT, ...]:
+    """Strings as members of an enumeration, each different one looked up once."""
+    encoded = values.dictionary_encode()
+    members = np.array([kind(value) for value in encoded.dictionary.to_pylist()], object)
+    return tuple(members[encoded.indices.to_numpy()].tolist())
 
 
 class RootValue(NamedTuple):

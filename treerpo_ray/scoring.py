@@ -1,4 +1,4 @@
-"""Error share: ends a run whose verifier fails on too many answers, and shows on which."""
+"""Scoring: leaves get their texts and verdicts; a verifier that fails too often ends the run."""
 
 import time
 from collections import deque
@@ -69,39 +69,6 @@ class ErrorShare:
 def _shown(text: str) -> str:
     """The end of a text, where an answer stands, as any terminal can print it."""
     return ascii(text if len(text) <= SHOWN_CHARS else f"...{text[-SHOWN_CHARS:]}")
-
-
-def add_noise(
-    record: TreeRecord, *, false_positive_rate: float, false_negative_rate: float, seed: int
-) -> TreeRecord:
-    """The tree with verdicts turned over, each leaf by its own draw.
-
-    A reward of 0 becomes correct with probability `false_positive_rate`, one of 1 becomes wrong
-    with `false_negative_rate`; what errored stays. The same seed, ticket and number of redraws
-    draw the same.
-    """
-    rng = np.random.default_rng((seed, record.ticket, record.num_redraws))
-    draws = rng.random(len(record.verdicts))
-
-    def noisy(verdict: Verdict, draw: float) -> Verdict:
-        if verdict is Verdict.CORRECT:
-            return Verdict.WRONG if draw < false_negative_rate else verdict
-        return Verdict.CORRECT if verdict.is_reward and draw < false_positive_rate else verdict
-
-    verdicts = map(noisy, record.verdicts, draws)
-    return replace(record, verdicts=tuple(verdicts))
-
-
-def _noisy(tree: TreeRecord, config: Config) -> TreeRecord:
-    verifier = config.verifier
-    if not verifier.false_positive_rate and not verifier.false_negative_rate:
-        return tree
-    return add_noise(
-        tree,
-        false_positive_rate=verifier.false_positive_rate,
-        false_negative_rate=verifier.false_negative_rate,
-        seed=config.run.seed,
-    )
 
 
 class Scorer:
@@ -188,3 +155,37 @@ class Scorer:
     def close(self) -> None:
         """End the verifier's processes."""
         self.verifier.close()
+
+
+def with_noise(tree: TreeRecord, config: Config) -> TreeRecord:
+    """The tree as a verifier with the configured error rates would have scored it."""
+    verifier = config.verifier
+    if not verifier.false_positive_rate and not verifier.false_negative_rate:
+        return tree
+    return add_noise(
+        tree,
+        false_positive_rate=verifier.false_positive_rate,
+        false_negative_rate=verifier.false_negative_rate,
+        seed=config.run.seed,
+    )
+
+
+def add_noise(
+    record: TreeRecord, *, false_positive_rate: float, false_negative_rate: float, seed: int
+) -> TreeRecord:
+    """The tree with verdicts turned over, each leaf by its own draw.
+
+    A reward of 0 becomes correct with probability `false_positive_rate`, one of 1 becomes wrong
+    with `false_negative_rate`; what errored stays. The same seed, ticket and number of redraws
+    draw the same.
+    """
+    rng = np.random.default_rng((seed, record.ticket, record.num_redraws))
+    draws = rng.random(len(record.verdicts))
+
+    def noisy(verdict: Verdict, draw: float) -> Verdict:
+        if verdict is Verdict.CORRECT:
+            return Verdict.WRONG if draw < false_negative_rate else verdict
+        return Verdict.CORRECT if verdict.is_reward and draw < false_positive_rate else verdict
+
+    verdicts = map(noisy, record.verdicts, draws)
+    return replace(record, verdicts=tuple(verdicts))

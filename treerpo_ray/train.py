@@ -1,12 +1,27 @@
-"""Train worker: the loop that each Ray Train worker runs, from restored state to last step."""
+"""Train: the loop of each train worker, from restored state to the last step.
+
+    gate ──tickets──► engines ──trees──► scoring ─batches──► train worker ──weights──► engines
+      ▲                                                           │ step consumed         │
+      └───────────────────────────────────────────────────────────┴──── all serve it ◄────┘
+
+Who waits for whom:
+- A worker waits for its batch of the step's trees, then for the other workers (gradients, counts).
+- The gate lets further tickets out once a step is consumed: its update is made and every engine has
+  proved that it serves what came of it. That bounds the staleness of every tree.
+- With `gate.max_staleness` 0 the worker waits for the engines at once, as there are no trees that
+  it could train on. Else trees of the next step are on their way already, and it goes on with them
+  while the engines load and prove; it waits before the next version is published, before a
+  checkpoint or an evaluation, and after the last step.
+- Files, rows and checkpoints are written behind its back.
+"""
 
 import os
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
-import pyarrow as pa
 import ray
 import ray.train
 import ray.train.torch
@@ -20,7 +35,7 @@ from treerpo_ray.learner.policy import DTYPES
 from treerpo_ray.metrics.run_log import Event, Row, latest, write_failed
 from treerpo_ray.metrics.watchdog import Heartbeat
 from treerpo_ray.prompts.prompt_set import PromptSet
-from treerpo_ray.records import TreeRecord, from_table
+from treerpo_ray.records import RootValue, TreeRecord, from_table
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.checkpoints import Checkpoints, Saver
 from treerpo_ray.run_folder.files import publish_folder, publish_table, withdraw_folder
@@ -29,69 +44,122 @@ from treerpo_ray.scoring import Scorer
 from treerpo_ray.search import curriculum
 from treerpo_ray.search.curriculum import Measurement
 from treerpo_ray.task import STREAM, WorkerTask
-from treerpo_ray.tree_stream import Prefetcher, from_share
-from treerpo_ray.weight_sync import Probe, pack_weights
+from treerpo_ray.tree_stream import Prefetcher, from_worker_batch
+from treerpo_ray.weight_sync import Publisher
+
+
+def train(task: WorkerTask) -> None:
+    """One train worker: every learner step, from restored state to the last."""
+    with restore(task) as worker:  # learner, engines and gate at the same step
+        for step in worker.steps():
+            trees = worker.next_trees(step)  # its part of this step's tickets, scored
+            update = worker.learner.update(trees, worker.progress)
+            worker.keep(step)
+            if update.has_updated:
+                worker.publish()  # every engine serves and proves the version
+            worker.consume(step, update)  # then the gate lets the next tickets out
+            worker.report(update)
+            worker.checkpoint_if_due()
+            worker.evaluate_if_due()
+        worker.finish()
+
+
+@contextmanager
+def restore(task: WorkerTask) -> Iterator["TrainWorker"]:
+    """This worker at the newest checkpoint; of the first one also the actors are brought there."""
+    config, context = task.config, ray.train.get_context()
+    rank = context.get_world_rank()
+    heartbeat = Heartbeat(
+        task.actors.heartbeats, f"learner {rank}", config.folder, config.run.stall_timeout_s
+    )
+    heartbeat.at("restoring its state")
+    checkpoints = Checkpoints(config.folder, config.checkpoint.keep)
+    left_over: list[TreeRecord] = []
+    measurements: list[Measurement] = []
+    with checkpoints.newest() as found:
+        step, checkpoint = found or (0, None)
+        learner = Learner(
+            model=config.model,
+            learner=config.learner,
+            loss=config.loss,
+            tree=config.tree,
+            max_staleness=config.gate.max_staleness,
+            device=ray.train.torch.get_device(),
+            checkpoint=checkpoint,
+        )
+        if checkpoint is not None and rank == 0:
+            left_over = saved_trees.read(checkpoint, config)
+            measurements = curriculum.read(checkpoint, config)
+    worker = TrainWorker(
+        task=task,
+        rank=rank,
+        num_workers=context.get_world_size(),
+        step=step,
+        learner=learner,
+        checkpoints=checkpoints,
+        heartbeat=heartbeat,
+    )
+    if rank == 0:
+        worker.open(left_over, measurements)
+    worker.barrier()
+    worker.batches = Prefetcher(ray.train.get_dataset_shard(STREAM))
+    yield worker
+    heartbeat.close()
 
 
 class TrainWorker:
-    """One worker of the group; the first one also speaks for all to the other actors."""
+    """One worker of the group; the first one also speaks for all to the other actors.
 
-    def __init__(self, task: WorkerTask) -> None:
-        self.config, self.actors = task.config, task.actors
-        self.held_out = task.held_out
-        self.probe_ids = task.probe_ids
-        context = ray.train.get_context()
-        self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
-        self.is_first = self.rank == 0
+    Args:
+        task: What every worker is given.
+        rank: Its number; 0 is the first.
+        num_workers: Workers of the group.
+        step: Learner steps done.
+        learner: The learner after these steps.
+        checkpoints: Of the run.
+        heartbeat: Told what it does.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: WorkerTask,
+        rank: int,
+        num_workers: int,
+        step: int,
+        learner: Learner,
+        checkpoints: Checkpoints,
+        heartbeat: Heartbeat,
+    ) -> None:
+        self.config, self.actors, self.held_out = task.config, task.actors, task.held_out
+        self.rank, self.num_workers, self.is_first = rank, num_workers, rank == 0
+        self.step, self.learner, self.checkpoints = step, learner, checkpoints
+        self.heartbeat = heartbeat
         self.folder = self.config.folder
+        self.batches: Prefetcher
+        self.publisher = Publisher(
+            send=self.actors.weight_sync.publish.remote,
+            probe_ids=task.probe_ids,
+            dtype=DTYPES[self.config.model.dtype],
+            chunk_bytes=self.config.sync.chunk_mib * 2**20,
+        )
         self.engines = EngineTotals()
         self.sampled_tokens = 0.0
-        self.outbox = Outbox(self._warn)
-        limit_s = self.config.run.stall_timeout_s
-        self.heartbeat = Heartbeat(
-            self.actors.heartbeats, f"learner {self.rank}", self.folder, limit_s
-        )
-        self.heartbeat.at("restoring its state")
-        self.checkpoints = Checkpoints(self.folder, self.config.checkpoint.keep)
-        self.left_over: list[TreeRecord] = []
-        self.measurements: list[Measurement] = []
-        with self.checkpoints.newest() as found:
-            self.step, checkpoint = found or (0, None)
-            self.learner = Learner(self.config, ray.train.torch.get_device(), checkpoint)
-            if checkpoint is not None and self.is_first:
-                self.left_over = saved_trees.read(checkpoint, self.config)
-                self.measurements = curriculum.read(checkpoint, self.config)
-        self.saver = Saver(self.checkpoints, self.config.checkpoint.every, self.step, self._warn)
+        self.is_last = False
+        self.is_told_to_stop = False
         self.trees_kept: int | None = None
+        self.outbox = Outbox(self._warn)
+        self.saver = Saver(checkpoints, self.config.checkpoint.every, step, self._warn)
 
-    def run(self) -> None:
-        """Take batches until the gate says that it was the last one."""
-        if self.is_first:
-            self._open()
-        self._barrier()
-        shares = Prefetcher(ray.train.get_dataset_shard(STREAM))
-        rows = ray.get(self.actors.run_log.rows_since.remote(0))
-        done = latest(rows)
-        self.sampled_tokens = sum(
-            row.get("tokens/sampled", 0.0) for row in done if row["step"] <= self.step
-        )
-        is_last = self._is_over()
-        if not is_last:
-            self._evaluate(unless_done=True)  # the workers before may have died over it
-        while not is_last:
-            is_last = self._step(shares)
-            if self.is_first and (is_last or self.saver.is_due(self.step)):
-                self._save(is_last)
-            if not is_last:
-                self._evaluate()
-        self.heartbeat.at("writing the model")
-        self.outbox.close()
-        if self.is_first:
-            publish_folder(self.folder, "model", self.learner.policy.save_pretrained)
-        self.heartbeat.close()
+    # The loop, in order ----------------------------------------------------------------------
 
-    def _open(self) -> None:
-        """Bring engines, gate and log to where the learner is, before the first ticket."""
+    def open(self, left_over: list[TreeRecord], measurements: list[Measurement]) -> None:
+        """Bring engines, gate and log to where the learner is, before the first ticket.
+
+        Args:
+            left_over: Trees of the checkpoint.
+            measurements: Those of the checkpoint.
+        """
         ray.get(self.actors.heartbeats.forget.remote("learner"))
         withdraw_folder(self.folder, "model")  # of a run that was stopped: it tells of a whole one
         for step, fault in self.checkpoints.passed_over.items():
@@ -104,12 +172,13 @@ class TrainWorker:
         first = self.step * self.config.gate.trees_per_step
         # What grows on once the engines have turned back would be of weights that never were.
         grown: list[TreeRecord] = ray.get(pool.unconsumed.remote(first))
-        self._publish()
+        self.publish()
+        self._await_engines()
         totals = ray.get(pool.stats.remote())
         self.engines.since_last(totals)
-        session: int = ray.get(gate.restart.remote(self.step, self.measurements))
+        session: int = ray.get(gate.restart.remote(self.step, measurements))
         saved = saved_trees.usable(
-            [*self.left_over, *grown], step=self.step, version=version, config=self.config
+            [*left_over, *grown], step=self.step, version=version, config=self.config
         )
         ray.get(pool.grow_tickets.remote(gate, session, first, self.num_workers, saved))
         self._note(
@@ -120,127 +189,105 @@ class TrainWorker:
             saved_trees=len(saved),
             pid=os.getpid(),
         )
-        self.left_over = []
 
-    def _step(self, shares: "Prefetcher") -> bool:
-        """One learner step; returns whether it was the last."""
-        start = time.time()
-        self.heartbeat.at(f"waiting for the trees of step {self.step}", is_busy=False)
-        share = shares.take()
-        if share is None:
-            raise RuntimeError(f"the tree stream ended before learner step {self.step}")
-        arrived = time.time()
-        table = from_share(share)
-        records = from_table(table)
+    def steps(self) -> Iterator[int]:
+        """The learner steps that are due, until the gate or the budget says that one was last."""
+        rows = ray.get(self.actors.run_log.rows_since.remote(0))
+        self.sampled_tokens = sum(
+            row.get("tokens/sampled", 0.0) for row in latest(rows) if row["step"] <= self.step
+        )
+        self.is_last = self._is_over()
+        if not self.is_last:
+            self.evaluate_if_due(unless_done=True)  # the workers before may have died over it
+        while not self.is_last:
+            yield self.step
+
+    def next_trees(self, step: int) -> list[TreeRecord]:
+        """This worker's trees of a learner step, once they are there."""
+        self._started_at = time.time()
+        self.heartbeat.at(f"waiting for the trees of step {step}", is_busy=False)
+        batch = self.batches.take()
+        if batch is None:
+            raise RuntimeError(f"the tree stream ended before learner step {step}")
+        self._arrived_at = time.time()
+        self._table = from_worker_batch(batch)
+        records = from_table(self._table)
         self._check_tickets([record.ticket for record in records])
-        version = self.learner.version
-        self.heartbeat.at(f"updating in step {self.step}")
-        result = self.learner.update(records, self._progress())
-        updated = time.time()
-        self._save_trees(table)
-        self.step += 1
-        self.sampled_tokens += result.stats.num_sampled_tokens
-        is_last = False
+        self._version_before = self.learner.version
+        self.heartbeat.at(f"updating in step {step}")
+        return records
+
+    def keep(self, step: int) -> None:
+        """Have the trees of the step written to the run folder, every few steps."""
+        self._updated_at = time.time()
+        every, done = self.config.metrics.save_trees_every, step + 1
+        if every and done % every == 0:
+            name, table = saved_trees.name(done, self.rank), self._table
+            self.outbox.put(name, lambda: publish_table(self.folder, name, table))
+            self.trees_kept = done
+
+    def publish(self) -> None:
+        """Have every engine serve the learner's weights; `consume` says who waits for it."""
         if self.is_first:
-            if result.has_updated:
-                self._publish()
-            consumed = self.actors.gate.consumed.remote(self.step - 1, result.stats.measured)
-            is_last = ray.get(consumed) or self._is_over()
-            # Of the wait, what a finished tree spent on scoring, and a scored one on its way here.
-            finished = max(start, result.stats.last_finished_s)
-            scored = max(finished, result.stats.last_scored_s)
-            times = {
-                "time/wait_s": arrived - start,
-                "time/score_s": scored - finished,
-                "time/hop_s": arrived - scored,
-                "time/update_s": updated - arrived,
-                "time/sync_s": time.time() - updated,
-                "time/step_s": time.time() - start,
-            }
-            self._report(result, version, times)
-        return self._agreed(is_last)
+            self._await_engines()  # the publication before
+            version = self.learner.version
+            self.heartbeat.at(f"publishing version {version}")
+            digest = self.publisher.publish(self.learner.policy, version)
+            self.publisher.then(partial(self._note, "published", version=version, digest=digest))
 
-    def _progress(self) -> float:
-        """Share of the run that is done, by its learner steps or its tokens."""
-        run = self.config.run
-        spent = self.sampled_tokens / run.max_sampled_tokens if run.max_sampled_tokens else 0.0
-        return max(self.step / run.num_steps, spent)
+    def consume(self, step: int, update: UpdateResult) -> None:
+        """Tell the gate that the step is consumed, once the engines serve what came of it.
 
-    def _is_over(self) -> bool:
-        """Whether the steps that are done are all of the run."""
-        return self._progress() >= 1
+        With staleness 0 that is awaited: no further ticket is out, and no tree to go on with.
+        """
+        self.step = step + 1
+        self.sampled_tokens += update.stats.num_sampled_tokens
+        if self.is_first:
+            version = self.learner.version
+            self.publisher.then(partial(self._consumed, step, version, update.stats.measured))
+            if not self.config.gate.max_staleness:
+                self._await_engines()
+            self.is_last = self.is_told_to_stop or self._is_over()
+            if self.is_last:
+                self._await_engines()
+        self.is_last = self._agreed(self.is_last)
 
-    def _check_tickets(self, tickets: list[int]) -> None:
-        """Invariant: this step consumes its own tickets, each once, and an equal share of them."""
+    def _consumed(self, step: int, version: int, measured: tuple[RootValue, ...]) -> None:
         size = self.config.gate.trees_per_step
-        own = range(self.step * size, (self.step + 1) * size)
-        if len(set(tickets) & set(own)) != size // self.num_workers:
-            raise RuntimeError(f"tickets {tickets} are no share of learner step {self.step}: {own}")
+        if ray.get(self.actors.gate.consumed.remote(step, measured)):
+            self.is_told_to_stop = True
+        self._note("consumed", step=step, first=step * size, trees=size, version=version)
 
-    def _report(self, result: UpdateResult, version: int, times: dict[str, float]) -> None:
+    def report(self, update: UpdateResult) -> None:
+        """Write the step's row."""
+        if not self.is_first:
+            return
+        # Of the wait, what a finished tree spent on scoring, and a scored one on its way here.
+        finished = max(self._started_at, update.stats.last_finished_s)
+        scored = max(finished, update.stats.last_scored_s)
         totals = ray.get(self.actors.pool.stats.remote())
+        now = time.time()
         row: Row = {
             "step": self.step,
             "version": self.learner.version,
-            **result.stats.metrics(version),
-            **result.metrics,
-            **times,
-            "tokens/per_s": result.stats.num_sampled_tokens / times["time/step_s"],
+            **update.stats.metrics(self._version_before),
+            **update.metrics,
+            "time/wait_s": self._arrived_at - self._started_at,
+            "time/score_s": scored - finished,
+            "time/hop_s": self._arrived_at - scored,
+            "time/update_s": self._updated_at - self._arrived_at,
+            "time/sync_s": now - self._updated_at,
+            "time/step_s": now - self._started_at,
+            "tokens/per_s": update.stats.num_sampled_tokens / (now - self._started_at),
             **self.engines.since_last(totals),
         }
         ray.get(self.actors.run_log.step.remote(row))
-        self._note(
-            "consumed",
-            step=self.step - 1,
-            first=(self.step - 1) * self.config.gate.trees_per_step,
-            trees=self.config.gate.trees_per_step,
-            version=self.learner.version,
-        )
 
-    def _publish(self) -> None:
-        """Have every engine serve the learner's weights."""
-        self.heartbeat.at(f"publishing version {self.learner.version}")
-        learner = self.learner
-        manifest, chunks = pack_weights(
-            learner.policy.named_weights(),
-            version=learner.version,
-            dtype=DTYPES[self.config.model.dtype],
-            chunk_bytes=self.config.sync.chunk_mib * 2**20,
-        )
-        logprobs = learner.policy.sequence_logprobs(self.probe_ids).tolist()
-        probe = Probe(token_ids=self.probe_ids, logprobs=logprobs)
-        refs = [ray.put(chunk) for chunk in chunks]
-        ray.get(self.actors.weight_sync.publish.remote(manifest, refs, probe))
-        self._note("published", version=learner.version, digest=manifest.digests[0])
-
-    def _evaluate(self, *, unless_done: bool = False) -> None:
-        """Evaluate if it is due; the learner waits, so that all answers are of one version."""
-        every = self.config.evaluate.every
-        if not every or self.step % every or self.held_out is None:
-            return
-        if not self.is_first:
-            self.heartbeat.at("waiting for the evaluation", is_busy=False)
-        elif not (unless_done and read(self.folder, self.step)):
-            self._evaluate_on(self.held_out)
-        self._barrier()
-
-    def _evaluate_on(self, held_out: PromptSet) -> None:
-        tokenizer = self.learner.policy.tokenizer
-        with closing(Scorer(self.config, tokenizer)) as scorer:
-            evaluate(
-                self.config,
-                held_out,
-                self.actors.pool,
-                self.actors.run_log,
-                scorer,
-                step=self.step,
-                version=self.learner.version,
-                advance=lambda num_problems: self.heartbeat.at("evaluating"),
-                outbox=self.outbox,
-            )
-
-    def _save(self, is_last: bool) -> None:
+    def checkpoint_if_due(self) -> None:
         """Save a checkpoint; training goes on while it is put in its place, but for the last."""
+        if not self.is_first or not (self.is_last or self.saver.is_due(self.step)):
+            return
+        self._await_engines()  # the gate has measured what the steps told it
         self.heartbeat.at(f"writing the checkpoint of step {self.step}")
         num_lines: int = ray.get(self.actors.run_log.num_lines.remote())[0]
         first = self.step * self.config.gate.trees_per_step
@@ -257,8 +304,68 @@ class TrainWorker:
             write,
             partial(self._is_settled, num_lines, self.trees_kept),
             partial(self._note, "checkpoint", step=self.step, version=self.learner.version),
-            is_last=is_last,
+            is_last=self.is_last,
         )
+
+    def evaluate_if_due(self, *, unless_done: bool = False) -> None:
+        """Evaluate if it is due; the learner waits, so that all answers are of one version."""
+        every = self.config.evaluate.every
+        if self.is_last or not every or self.step % every or self.held_out is None:
+            return
+        if not self.is_first:
+            self.heartbeat.at("waiting for the evaluation", is_busy=False)
+        elif not (unless_done and read(self.folder, self.step)):
+            self._await_engines()
+            self._evaluate_on(self.held_out)
+        self.barrier()
+
+    def finish(self) -> None:
+        """Write the model, once all else is written."""
+        self.heartbeat.at("writing the model")
+        self.outbox.close()
+        if self.is_first:
+            publish_folder(self.folder, "model", self.learner.policy.save_pretrained)
+
+    # What it is made of ----------------------------------------------------------------------
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, by its learner steps or its tokens."""
+        run = self.config.run
+        spent = self.sampled_tokens / run.max_sampled_tokens if run.max_sampled_tokens else 0.0
+        return max(self.step / run.num_steps, spent)
+
+    def _is_over(self) -> bool:
+        """Whether the steps that are done are all of the run."""
+        return self.progress >= 1
+
+    def _await_engines(self) -> None:
+        """Wait until the engines serve what was published, and the gate knows of it."""
+        if self.publisher.is_under_way:
+            self.heartbeat.at(f"waiting for the engines to serve version {self.learner.version}")
+        self.publisher.wait()
+
+    def _check_tickets(self, tickets: list[int]) -> None:
+        """Invariant: this step consumes its own tickets, each once, and an equal share of them."""
+        size = self.config.gate.trees_per_step
+        own = range(self.step * size, (self.step + 1) * size)
+        if len(set(tickets) & set(own)) != size // self.num_workers:
+            raise RuntimeError(f"tickets {tickets} are no share of learner step {self.step}: {own}")
+
+    def _evaluate_on(self, held_out: PromptSet) -> None:
+        tokenizer = self.learner.policy.tokenizer
+        with closing(Scorer(self.config, tokenizer)) as scorer:
+            evaluate(
+                self.config,
+                held_out,
+                self.actors.pool,
+                self.actors.run_log,
+                scorer,
+                step=self.step,
+                version=self.learner.version,
+                advance=lambda num_problems: self.heartbeat.at("evaluating"),
+                outbox=self.outbox,
+            )
 
     def _is_settled(self, num_lines: int, trees_kept: int | None) -> bool:
         """Whether the run folder has so many rows and events, and the trees of that step."""
@@ -268,20 +375,14 @@ class TrainWorker:
             return True
         return saved_trees.are_kept(self.folder, trees_kept, self.num_workers)
 
-    def _save_trees(self, table: pa.Table) -> None:
-        every, step = self.config.metrics.save_trees_every, self.step + 1
-        if every and step % every == 0:
-            name = saved_trees.name(step, self.rank)
-            self.outbox.put(name, lambda: publish_table(self.folder, name, table))
-            self.trees_kept = step
-
     def _warn(self, what: str, reason: str) -> None:
         self.actors.run_log.event.remote(write_failed(what, reason))
 
     def _note(self, kind: str, **fields: str | int) -> None:
         ray.get(self.actors.run_log.event.remote(Event(kind=kind, fields=fields)))
 
-    def _barrier(self) -> None:
+    def barrier(self) -> None:
+        """Wait for the other workers."""
         if self.num_workers > 1:
             dist.barrier()
 

@@ -1,8 +1,8 @@
 """Tree stream: finished trees, scored, through Ray Data to the learner's workers.
 
 One endless data set for the whole run: its read task pulls whatever trees are finished, scores
-them as they come and yields them in shares, which Ray Train splits over its workers. A share is
-one row: the whole trees that one worker consumes in one learner step. So a worker fetches once a
+them as they come and yields them in batches, which Ray Train splits over its workers. A worker's
+batch is one row: the whole trees that it consumes in one learner step. So a worker fetches once a
 step, and no further stage adds the tenths of a second that Ray Data takes from one to the next.
 Blocks are cut per row, nothing is prefetched and rows are not held back for locality, so that a
 batch that is admitted always arrives (see `gate`).
@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
-from typing import TYPE_CHECKING
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -24,25 +24,24 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from treerpo_ray.algo.advantages import step_advantages
+from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.config import Config
-from treerpo_ray.learner.stats import assess
+from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.metrics.run_log import FATAL, Event, RunLogApi
 from treerpo_ray.metrics.watchdog import Heartbeat, HeartbeatsApi
 from treerpo_ray.prompts.prompt_set import load_tokenizer
 from treerpo_ray.records import SCHEMA, TreeRecord, to_table
-from treerpo_ray.scoring import Scorer, VerifierFailing, _noisy
+from treerpo_ray.scoring import Scorer, VerifierFailing, with_noise
 from treerpo_ray.task import TreePoolApi
-
-if TYPE_CHECKING:  # Ray's own actors of a data set import this, too
-    pass
 
 
 class Prefetcher:
-    """A worker's shares, the next of which is fetched while it trains on the one before.
+    """A worker's batches, the next of which is fetched while it trains on the one before.
 
-    Ray Data deals shares out by count, not by who asks first, so that asking early takes nothing
+    Ray Data deals batches out by count, not by who asks first, so that asking early takes nothing
     from another worker; what may be in flight at all is the gate's to say. Ray's own prefetch
-    would hold a share back until the next one has come, which at staleness 0 is never.
+    would hold a batch back until the next one has come, which at staleness 0 is never.
     """
 
     def __init__(self, shard: ray.data.DataIterator) -> None:
@@ -51,14 +50,14 @@ class Prefetcher:
         self._ask()
 
     def take(self) -> pa.Table | None:
-        """The next share, waiting for it; None if the stream has ended."""
-        share = self._asked.result()
+        """The next batch, waiting for it; None if the stream has ended."""
+        batch = self._asked.result()
         self._ask()
-        return share
+        return batch
 
     def _ask(self) -> None:
         self._asked: Future[pa.Table | None] = Future()
-        # A daemon: behind the last step it waits for a share that never comes.
+        # A daemon: behind the last step it waits for a batch that never comes.
         threading.Thread(target=self._fetch, args=(self._asked,), daemon=True).start()
 
     def _fetch(self, asked: "Future[pa.Table | None]") -> None:
@@ -69,18 +68,18 @@ class Prefetcher:
 
 
 TREES = "trees"
-"""Column of a share."""
+"""Column of a batch."""
 
 
-class Shares:
-    """Puts trees together to shares, in the order of the learner steps.
+class WorkerBatches:
+    """Puts trees together to the batches of workers, in the order of the learner steps.
 
     Batches leave the pool one after the other, but a redrawn tree may come after trees of the
     next batch: those are held until its own is complete.
 
     Args:
         config: The run's configuration.
-        size: Trees of a share.
+        size: Trees of a worker's batch.
         first: A ticket of the learner step that is due first.
     """
 
@@ -96,7 +95,7 @@ class Shares:
         self.held.setdefault(tree.ticket // self.trees_per_step, []).append(tree)
 
     def complete(self) -> Iterator[list[TreeRecord]]:
-        """Give out the shares that are due and complete."""
+        """Give out the batches that are due and complete."""
         while len(trees := self.held.get(self.due, [])) >= self.size:
             yield trees[: self.size]
             del trees[: self.size]
@@ -106,23 +105,28 @@ class Shares:
                 self.due, self.num_given = self.due + 1, 0
 
 
-def has_signal(tree: TreeRecord, config: Config) -> bool:
+def has_signal(record: TreeRecord, learner: LearnerConfig) -> bool:
     """Whether the learner would train on any step of a scored tree."""
-    learner = config.learner
-    (advantages,), _ = assess([tree], form=learner.advantage, pruning=learner.pruning)
+    advantages = step_advantages(
+        record.tree,
+        mean_backup(record.tree, record.rewards),
+        form=learner.advantage,
+        pruning=learner.pruning,
+    )
     return not np.isnan(advantages).all()
 
 
-def to_share(trees: Sequence[TreeRecord]) -> pa.Table:
+def to_worker_batch(trees: Sequence[TreeRecord]) -> pa.Table:
     """Table of one row that holds all `trees`."""
     rows = to_table(trees).to_struct_array().combine_chunks()
     return pa.table({TREES: pa.ListArray.from_arrays([0, len(rows)], rows)})
 
 
-def from_share(share: pa.Table) -> pa.Table:
+def from_worker_batch(batch: pa.Table) -> pa.Table:
     """Table with one row a tree, as `to_table` makes it."""
-    rows = share.column(TREES).combine_chunks().flatten()
-    return pa.Table.from_struct_array(rows).replace_schema_metadata(SCHEMA.metadata)
+    chunks = batch.column(TREES).chunks  # not put together, which would copy them
+    rows = [pa.RecordBatch.from_struct_array(chunk.flatten()) for chunk in chunks]
+    return pa.Table.from_batches(rows).replace_schema_metadata(SCHEMA.metadata)
 
 
 log = logging.getLogger(__name__)
@@ -139,7 +143,7 @@ SCORED_TREES = 16
 def tree_stream(
     config: Config, pool: TreePoolApi, run_log: RunLogApi, heartbeats: HeartbeatsApi
 ) -> Callable[[], ray.data.Dataset]:
-    """A callable that makes the data set of shares; each call is a stream of its own."""
+    """A callable that makes the data set of batches; each call is a stream of its own."""
 
     def make() -> ray.data.Dataset:
         resources = dict(config.verifier.resources)
@@ -150,7 +154,7 @@ def tree_stream(
             override_num_blocks=1,
             num_cpus=resources.pop("CPU", 0),
             resources=resources,  # what the CPUs left
-            # Ray would run a lost task again and drop as many shares as had come out before,
+            # Ray would run a lost task again and drop as many batches as had come out before,
             # although they would be other trees: better the workers start anew and say so.
             ray_remote_args={"max_retries": 0, "scheduling_strategy": here},
         )
@@ -190,14 +194,14 @@ class ScoredTrees(Datasource):
         """One task, whatever `parallelism`: there is one queue of finished trees."""
         arguments = (self.config, self.pool, self.run_log, self.heartbeats, self.reader)
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(lambda: _shares(*arguments), unknown)]
+        return [ReadTask(lambda: _worker_batches(*arguments), unknown)]
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Not known."""
         return None
 
 
-def _shares(
+def _worker_batches(
     config: Config, pool: TreePoolApi, run_log: RunLogApi, heartbeats: HeartbeatsApi, reader: str
 ) -> Iterator[pa.Table]:
     def on_start(pid: int) -> None:
@@ -206,7 +210,7 @@ def _shares(
     heartbeat = Heartbeat(heartbeats, "scoring", config.folder, config.run.stall_timeout_s)
     heartbeat.at("starting the verifier")
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-    shares: Shares | None = None
+    batches: WorkerBatches | None = None
     with closing(Scorer(config, tokenizer, on_start)) as scorer:
         while True:
             heartbeat.at("waiting for finished trees", is_busy=False)
@@ -217,9 +221,9 @@ def _shares(
             if not trees:
                 log.info("waiting for finished trees")
                 continue
-            if shares is None:
+            if batches is None:
                 size = ray.get(pool.share_size.remote())
-                shares = Shares(config, size=size, first=trees[0].ticket)
+                batches = WorkerBatches(config, size=size, first=trees[0].ticket)
             heartbeat.at(f"scoring tickets {[tree.ticket for tree in trees]}")
             try:
                 scored = scorer.score(trees)
@@ -227,11 +231,14 @@ def _shares(
                 event = Event(kind=FATAL, fields={"reason": str(error)})
                 ray.get(run_log.event.remote(event))
                 raise
-            for tree in scored:
-                noisy = _noisy(tree, config)
-                if noisy.num_redraws < config.gate.max_redraws and not has_signal(noisy, config):
-                    ray.get(pool.redraw.remote(reader, noisy))
+            for tree in map(partial(with_noise, config=config), scored):
+                if _is_redrawn(tree, config):
+                    ray.get(pool.redraw.remote(reader, tree))
                 else:
-                    shares.add(noisy)
+                    batches.add(tree)
             heartbeat.at("handing trees on", is_busy=False)
-            yield from map(to_share, shares.complete())
+            yield from map(to_worker_batch, batches.complete())
+
+
+def _is_redrawn(tree: TreeRecord, config: Config) -> bool:
+    return tree.num_redraws < config.gate.max_redraws and not has_signal(tree, config.learner)

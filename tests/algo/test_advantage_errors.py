@@ -102,7 +102,7 @@ def test_below_the_prompt_of_an_even_tree_the_global_form_has_the_errors_of_the_
     tree = full_tree(3, 2, 1)
     values = mean_backup(tree, data.draw(rewards(tree)))
     found = advantage_errors(tree, values, form=AdvantageForm.GLOBAL, pruning=KEEP_ALL)
-    expected = step_groups(tree, values)[0].difference_errors
+    expected = step_groups(tree, values)[0].difference_errors[0]
     np.testing.assert_allclose(found[:3], expected, atol=1e-8)
 
 

@@ -336,8 +336,7 @@ def test_exactly_the_steps_of_kept_groups_have_an_advantage(
     kept = {
         child
         for group in step_groups(tree, values)
-        if group.state(by_range(0.1)) is GroupState.KEPT
-        for child in group.children
+        for child in group.children[group.states(by_range(0.1)) == GroupState.KEPT].flat
     }
     assert set(np.flatnonzero(~np.isnan(advantages))) == kept
 

@@ -7,27 +7,36 @@ from hypothesis import strategies as st
 
 from tests.support.trees import by_range, make_tree, on_leaves, rewards, trees
 from treerpo_ray.algo.backup import mean_backup
-from treerpo_ray.algo.groups import GroupState, PruneRule, Pruning, StepGroup, step_groups
+from treerpo_ray.algo.groups import GroupState, PruneRule, Pruning, StepGroups, step_groups
 from treerpo_ray.algo.standard_errors import standard_error_of_mean
 from treerpo_ray.algo.tree import ROOT, Tree
 
 
-def group_of(*values: float, errors: Sequence[float] = (), leaf_range: float = 1.0) -> StepGroup:
-    return StepGroup(
-        parent=ROOT,
-        children=tuple(range(len(values))),
-        values=np.array(values),
-        standard_errors=np.array(errors or [0.0] * len(values)),
+def group_of(*values: float, errors: Sequence[float] = (), leaf_range: float = 1.0) -> StepGroups:
+    return StepGroups(
+        depth=1,
+        parents=np.array([ROOT]),
+        children=np.arange(len(values))[None],
+        values=np.array([values]),
+        standard_errors=np.array([errors or [0.0] * len(values)]),
         leaf_range=leaf_range,
     )
 
 
-def test_groups_of_a_tree_by_hand_come_in_the_order_of_their_parents() -> None:
+def test_groups_of_a_tree_by_hand_come_by_depth_and_in_the_order_of_their_parents() -> None:
     tree = make_tree([-1, -1, 1, 1, 0, 0])  # step 1 was expanded before step 0
     groups = step_groups(tree, mean_backup(tree, on_leaves(tree, [1.0, 0.0, 1.0, 1.0])))
-    assert [group.parent for group in groups] == [ROOT, 0, 1]
-    assert [group.children for group in groups] == [(0, 1), (4, 5), (2, 3)]
-    assert [group.values.tolist() for group in groups] == [[1.0, 0.5], [1.0, 1.0], [1.0, 0.0]]
+    assert [group.depth for group in groups] == [1, 2]
+    assert [group.parents.tolist() for group in groups] == [[ROOT], [0, 1]]
+    assert [group.children.tolist() for group in groups] == [[[0, 1]], [[4, 5], [2, 3]]]
+    assert [g.values.tolist() for g in groups] == [[[1.0, 0.5]], [[1.0, 1.0], [1.0, 0.0]]]
+
+
+def test_groups_of_one_depth_that_differ_in_size_stand_apart() -> None:
+    tree = make_tree([-1, -1, -1, 0, 0, 1, 2, 2])
+    groups = step_groups(tree, mean_backup(tree, on_leaves(tree, [1.0, 0.0, 1.0, 1.0, 0.0])))
+    found = [(group.depth, group.parents.tolist(), group.children.tolist()) for group in groups]
+    assert found == [(1, [ROOT], [[0, 1, 2]]), (2, [1], [[5]]), (2, [0, 2], [[3, 4], [6, 7]])]
 
 
 @pytest.mark.parametrize(
@@ -44,28 +53,30 @@ def test_groups_of_a_tree_by_hand_come_in_the_order_of_their_parents() -> None:
     ],
 )
 def test_state_of_a_group_at_the_papers_threshold(values: list[float], state: GroupState) -> None:
-    assert group_of(*values).state(by_range(0.1)) is state
+    assert group_of(*values).states(by_range(0.1)) == [state]
 
 
 def test_a_threshold_of_zero_prunes_only_unanimous_groups() -> None:
-    assert group_of(0.5, 0.5).state(by_range(0.0)) is GroupState.PRUNED
-    assert group_of(0.5, 0.5 + 1e-9).state(by_range(0.0)) is GroupState.KEPT
+    assert group_of(0.5, 0.5).states(by_range(0.0)) == [GroupState.PRUNED]
+    assert group_of(0.5, 0.5 + 1e-9).states(by_range(0.0)) == [GroupState.KEPT]
 
 
 def test_a_negative_threshold_prunes_nothing_and_still_leaves_errors_out() -> None:
-    assert group_of(0.5, 0.5).state(by_range(-1.0)) is GroupState.KEPT
-    assert group_of(0.5, float("nan")).state(by_range(-1.0)) is GroupState.ERRORED
+    assert group_of(0.5, 0.5).states(by_range(-1.0)) == [GroupState.KEPT]
+    assert group_of(0.5, float("nan")).states(by_range(-1.0)) == [GroupState.ERRORED]
 
 
 @given(tree=trees(), data=st.data())
 def test_every_step_is_in_one_group_with_its_own_value(tree: Tree, data: st.DataObject) -> None:
     values = mean_backup(tree, data.draw(rewards(tree, with_errors=True)))
     groups = step_groups(tree, values)
-    members = [child for group in groups for child in group.children]
+    members = [child for group in groups for child in group.children.flat]
     assert sorted(members) == list(range(len(tree.steps)))
     for group in groups:
-        assert {tree.steps[child].parent for child in group.children} == {group.parent}
-        np.testing.assert_array_equal(group.values, values.steps[list(group.children)])
+        for parent, children in zip(group.parents, group.children, strict=True):
+            assert tuple(children) == tree.children[parent]
+        assert {tree.depths[child] for child in group.children.flat} == {group.depth}
+        np.testing.assert_array_equal(group.values, values.steps[group.children])
 
 
 @given(tree=trees(), data=st.data())
@@ -73,8 +84,8 @@ def test_a_group_is_errored_iff_its_parent_has_no_value(tree: Tree, data: st.Dat
     values = mean_backup(tree, data.draw(rewards(tree, with_errors=True)))
     parent_values = np.append(values.steps, values.root)
     for group in step_groups(tree, values):
-        is_errored = group.state(by_range(0.1)) is GroupState.ERRORED
-        assert is_errored == np.isnan(parent_values[group.parent])
+        is_errored = group.states(by_range(0.1)) == GroupState.ERRORED
+        np.testing.assert_array_equal(is_errored, np.isnan(parent_values[group.parents]))
 
 
 def test_the_range_of_the_tree_keeps_or_prunes_all_its_groups() -> None:
@@ -89,7 +100,7 @@ def test_the_range_of_the_tree_keeps_or_prunes_all_its_groups() -> None:
         ([nan] * 5, ["errored", "errored", "errored"]),
     ]:
         groups = step_groups(tree, mean_backup(tree, on_leaves(tree, leaf_rewards)))
-        assert [group.state(pruning) for group in groups] == states
+        assert [state for group in groups for state in group.states(pruning)] == states
 
 
 @pytest.mark.parametrize(
@@ -105,25 +116,25 @@ def test_the_range_of_the_tree_keeps_or_prunes_all_its_groups() -> None:
     ],
 )
 def test_significance_and_reliability_by_hand(
-    group: StepGroup, significance: float, reliability: float
+    group: StepGroups, significance: float, reliability: float
 ) -> None:
     assert group.significance == pytest.approx(significance)
     assert group.reliability == pytest.approx(reliability)
     for rule, signal in [("significance", significance), ("shrinkage", reliability)]:
         below = Pruning(rule=PruneRule(rule), threshold=signal - 1e-6)
         above = Pruning(rule=PruneRule(rule), threshold=signal + 1e-6)
-        assert group.state(above) is GroupState.PRUNED
-        assert group.state(below) is GroupState.KEPT or signal == float("inf")
-    assert group.weight(Pruning(rule=PruneRule.SHRINKAGE, threshold=0)) == group.reliability
-    assert group.weight(Pruning(rule=PruneRule.SIGNIFICANCE, threshold=0)) == 1
+        assert group.states(above) == [GroupState.PRUNED]
+        assert group.states(below) == [GroupState.KEPT] or signal == float("inf")
+    assert group.weights(Pruning(rule=PruneRule.SHRINKAGE, threshold=0)) == group.reliability
+    assert group.weights(Pruning(rule=PruneRule.SIGNIFICANCE, threshold=0)) == [1]
 
 
 @pytest.mark.parametrize("rule", PruneRule)
 def test_every_rule_leaves_errors_out_and_prunes_nothing_below_zero(rule: PruneRule) -> None:
     pruning = Pruning(rule=rule, threshold=-1.0)
-    assert group_of(0.5, 0.5, leaf_range=0.0).state(pruning) is GroupState.KEPT
+    assert group_of(0.5, 0.5, leaf_range=0.0).states(pruning) == [GroupState.KEPT]
     nan = float("nan")
-    assert group_of(0.5, nan, errors=[0.0, nan]).state(pruning) is GroupState.ERRORED
+    assert group_of(0.5, nan, errors=[0.0, nan]).states(pruning) == [GroupState.ERRORED]
 
 
 def test_children_that_are_equally_good_have_a_significance_of_one() -> None:
@@ -133,7 +144,7 @@ def test_children_that_are_equally_good_have_a_significance_of_one() -> None:
     for _ in range(400):
         leaves = rng.integers(0, 2, (16, 8)).astype(float)
         errors = standard_error_of_mean(leaves)
-        squares.append(group_of(*leaves.mean(1), errors=errors.tolist()).significance ** 2)
+        squares.append(group_of(*leaves.mean(1), errors=errors.tolist()).significance[0] ** 2)
     assert np.mean(squares) == pytest.approx(1.0, abs=0.05)
 
 

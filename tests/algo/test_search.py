@@ -392,7 +392,7 @@ def test_a_step_is_cut_before_its_least_likely_token_within_the_window() -> None
     assert cut_at_surprise(step, 4).token_ids.tolist() == [0, 1, 2]
     assert cut_at_surprise(step, 1).token_ids.tolist() == [0, 1, 2, 3]
     assert cut_at_surprise(step, 0) is step
-    tree = Tree(prompt_ids=np.array([1], np.int32), steps=(cut,))
+    tree = Tree.from_steps(np.array([1], np.int32), (cut,))
     assert tree.num_sampled_tokens == 5
 
 

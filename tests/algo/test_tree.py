@@ -38,7 +38,7 @@ def test_versions_of_a_tree_span_those_of_its_tokens() -> None:
         )
         for versions in ([3, 4], [2, 2])
     )
-    tree = Tree(prompt_ids=ids, steps=steps)
+    tree = Tree.from_steps(ids, steps)
     assert (tree.min_version, tree.max_version) == (2, 4)
 
 

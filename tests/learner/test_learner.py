@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from tests.support.learner_runs import (
-    CPU,
     DEPTH_TWO,
     FREE,
     State,
     all_wrong,
     assert_nothing_moved,
     make_config,
+    make_learner,
     make_record,
     mixed,
     run_updates,
@@ -25,7 +25,6 @@ from tests.support.step_rows import bernoulli_by_hand, gradients, plain_model, r
 from tests.support.tiny_models import save_tiny_model
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.loss_config import LossConfig, Normalisation
-from treerpo_ray.learner.learner import Learner
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +147,7 @@ def test_two_minibatches_are_two_steps_against_the_logprobs_from_before_the_firs
     assert state.version == 1
     assert {int(moment) for moment in state.moments if moment.dim() == 0} == {2}
 
-    one = Learner(replace(config, learner=replace(config.learner, minibatches=1)), CPU, None)
+    one = make_learner(replace(config, learner=replace(config.learner, minibatches=1)))
     one.update(first)
     one.write(tmp_path)
     start, moved = plain_model(path), plain_model(tmp_path / "model")
@@ -192,7 +191,7 @@ def test_the_learning_rate_rises_over_the_warm_up_and_the_rate_used_is_reported(
 
 def test_the_learning_rate_falls_linearly_to_what_is_left_of_it_at_the_end(path: str) -> None:
     config = make_config(path, replace(FREE, warmup_steps=1, final_rate=0.2))
-    learner = Learner(config, CPU, None)
+    learner = make_learner(config)
     rates = []
     for k, progress in enumerate((0.0, 0.25, 0.5, 1.0)):
         before = {n: p.detach().clone() for n, p in learner.policy.model.named_parameters()}
@@ -211,11 +210,11 @@ def test_a_resumed_learner_goes_on_bitwise_as_if_nothing_had_happened(
     path: str, tmp_path: Path
 ) -> None:
     config = make_config(path, replace(FREE, warmup_steps=5))
-    learner = Learner(config, CPU, None)
+    learner = make_learner(config)
     for k in range(2):
         learner.update(mixed(first=4 * k))
     learner.write(tmp_path)
-    resumed = Learner(config, CPU, tmp_path)
+    resumed = make_learner(config, tmp_path)
     assert_nothing_moved(State.of(learner), State.of(resumed))
 
     on, again = (one.update(mixed(first=8, version=2)) for one in (learner, resumed))
@@ -228,11 +227,11 @@ def test_a_resumed_learner_goes_on_bitwise_as_if_nothing_had_happened(
 def test_a_resumed_learner_takes_rate_and_decay_from_its_configuration(
     path: str, tmp_path: Path
 ) -> None:
-    learner = Learner(make_config(path, replace(FREE, warmup_steps=3)), CPU, None)
+    learner = make_learner(make_config(path, replace(FREE, warmup_steps=3)))
     learner.update(mixed())
     learner.write(tmp_path)
     changed = replace(FREE, warmup_steps=3, learning_rate=8e-3, weight_decay=0.5)
-    resumed = Learner(make_config(path, changed), CPU, tmp_path)
+    resumed = make_learner(make_config(path, changed), tmp_path)
     assert resumed.optimizer.param_groups[0]["weight_decay"] == 0.5
     assert State.of(resumed).moments, "they are the checkpoint's"
     rates = [resumed.update(mixed(version=k)).metrics["learner/learning_rate"] for k in (1, 2, 3)]
@@ -241,10 +240,10 @@ def test_a_resumed_learner_takes_rate_and_decay_from_its_configuration(
 
 def test_the_kl_is_to_the_model_that_the_run_started_from(path: str, tmp_path: Path) -> None:
     config = make_config(path, FREE, LossConfig(kl_coef=0.1))
-    learner = Learner(config, CPU, None)
+    learner = make_learner(config)
     assert learner.update(mixed()).metrics["loss/kl"] == pytest.approx(0, abs=1e-9)
     learner.write(tmp_path)
-    found = Learner(config, CPU, tmp_path).update(mixed(first=4)).metrics
+    found = make_learner(config, tmp_path).update(mixed(first=4)).metrics
 
     start, now = plain_model(path), plain_model(tmp_path / "model")
     terms = []
@@ -263,7 +262,7 @@ def test_the_kl_is_to_the_model_that_the_run_started_from(path: str, tmp_path: P
 
 
 def test_a_tree_staler_than_allowed_is_an_error(path: str) -> None:
-    learner = Learner(make_config(path, FREE, max_staleness=1), CPU, None)
+    learner = make_learner(make_config(path, FREE, max_staleness=1))
     for _ in range(2):
         assert learner.update(mixed()).has_updated, "0 and 1 versions behind"
     before = State.of(learner)
@@ -273,7 +272,7 @@ def test_a_tree_staler_than_allowed_is_an_error(path: str) -> None:
 
 
 def test_a_tree_of_a_version_that_the_learner_does_not_have_is_an_error(path: str) -> None:
-    learner = Learner(make_config(path, FREE), CPU, None)
+    learner = make_learner(make_config(path, FREE))
     before = State.of(learner)
     with pytest.raises(RuntimeError, match=r"tokens of version 1, but the learner is at version 0"):
         learner.update([*mixed()[:3], make_record(3, "cwwww", version=1)])
@@ -281,7 +280,7 @@ def test_a_tree_of_a_version_that_the_learner_does_not_have_is_an_error(path: st
 
 
 def test_a_gradient_that_is_not_finite_is_an_error_before_anything_moves(path: str) -> None:
-    learner = Learner(make_config(path, FREE), CPU, None)
+    learner = make_learner(make_config(path, FREE))
     before = State.of(learner)
     *sound, last = mixed()
     unknown = [torch.full((len(step.token_ids),), math.nan) for step in last.tree.steps]

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.trees import by_range, make_tree, trees
-from treerpo_ray.algo.advantages import AdvantageForm
+from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
+from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree
-from treerpo_ray.learner.stats import BatchStats, Sums, assess
+from treerpo_ray.learner.stats import BatchStats, Sums, count
 from treerpo_ray.records import RootValue, TreeRecord
 from treerpo_ray.verifier.verdict import Verdict
 
@@ -43,21 +44,28 @@ def record(
         grow_s=0.0,
         finished_at_s=finished_at_s,
         scored_at_s=scored_at_s,
-        tree=Tree(prompt_ids=tree.prompt_ids, steps=steps),
+        tree=Tree.from_steps(tree.prompt_ids, steps),
         leaf_texts=("",) * len(tree.leaves),
         verdicts=verdicts,
     )
 
 
 def stats_of(records: list[TreeRecord]) -> tuple[list[np.ndarray], BatchStats]:
-    return assess(records, form=AdvantageForm.DIFFERENCE, pruning=by_range(0.1))
+    """Advantages of the trees, and the sum of their statistics."""
+    advantages, total = [], BatchStats()
+    for each in records:
+        values = mean_backup(each.tree, each.rewards)
+        rules = {"form": AdvantageForm.DIFFERENCE, "pruning": by_range(0.1)}
+        advantages.append(step_advantages(each.tree, values, **rules))
+        total += count(each, values, **rules)
+    return advantages, total
 
 
 def turned_down() -> TreeRecord:
     """A tree of which the engine turned every request down."""
     tree = make_tree([ROOT, ROOT], lengths=[0, 0])
     steps = tuple(replace(step, stop=StopReason.ERROR) for step in tree.steps)
-    return record(Tree(prompt_ids=tree.prompt_ids, steps=steps), E, E)
+    return record(Tree.from_steps(tree.prompt_ids, steps), E, E)
 
 
 def test_the_statistics_of_a_tree_by_hand() -> None:

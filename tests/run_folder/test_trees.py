@@ -4,30 +4,16 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.trees import make_tree
-from tests.test_records import make_record, plain
-from treerpo_ray.algo.tree import ROOT, Tree
+from tests.support.records import plain, tree_of
 from treerpo_ray.config import Config, load
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.search.gate import Gate
-
-
-def tree_of(ticket: int, *versions: int) -> TreeRecord:
-    """An unscored tree with one step of each version."""
-    tree = make_tree([ROOT] * len(versions))
-    steps = tuple(
-        replace(step, versions=np.full(len(step.token_ids), version, np.int32))
-        for step, version in zip(tree.steps, versions, strict=True)
-    )
-    tree = Tree(prompt_ids=tree.prompt_ids, steps=steps)
-    return replace(make_record(tree, ()), ticket=ticket, leaf_texts=())
 
 
 @cache

@@ -232,7 +232,7 @@ def test_a_ticket_without_a_kept_group_draws_another_prompt(refilled) -> None:
     trees = trees_of(run)
     redrawn = [tree for tree in trees.values() if tree.num_redraws]
     assert redrawn and all(tree.redrawn_tokens > 0 for tree in redrawn)
-    assert all(has_signal(tree, config) or tree.num_redraws == 4 for tree in trees.values())
+    assert all(has_signal(tree, config.learner) or tree.num_redraws == 4 for tree in trees.values())
     metrics = run.metrics()
     assert metrics["gate/redraws"].sum() == sum(tree.num_redraws for tree in redrawn)
     own = sum(tree.tree.num_sampled_tokens for tree in trees.values())

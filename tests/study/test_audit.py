@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from jobs.chaos import Kill, Victim, draw_schedule, recovery_s, serving
-from tests.run_folder.test_trees import tree_of
+from tests.support.records import tree_of
 from tests.support.tiny_models import save_tiny_model
 from treerpo_ray.config import load
 from treerpo_ray.learner.policy import load_policy

@@ -70,7 +70,7 @@ def make_record(
         engine=0,
         grow_s=1.0,
         finished_at_s=float(ticket),
-        tree=Tree(prompt_ids=prompt_ids, steps=tuple(steps)),
+        tree=Tree.from_steps(prompt_ids, tuple(steps)),
         leaf_texts=tuple("a" for _ in verdicts),
         verdicts=tuple(VERDICTS[letter] for letter in verdicts),
     )
@@ -82,7 +82,7 @@ def with_logprobs(record: TreeRecord, logprobs: Sequence[Tensor]) -> TreeRecord:
         replace(step, logprobs=own.numpy().astype(np.float32))
         for step, own in zip(record.tree.steps, logprobs, strict=True)
     )
-    return replace(record, tree=Tree(prompt_ids=record.tree.prompt_ids, steps=steps))
+    return replace(record, tree=Tree.from_steps(record.tree.prompt_ids, steps))
 
 
 def mixed(*, first: int = 0, version: int = 0) -> list[TreeRecord]:
@@ -106,6 +106,19 @@ def make_config(
         gate=GateConfig(trees_per_step=4, max_staleness=max_staleness),
         learner=replace(learner, token_budget=24),
         loss=loss or LossConfig(),
+    )
+
+
+def make_learner(config: Config, checkpoint: Path | None = None) -> Learner:
+    """A learner of these settings on the CPU."""
+    return Learner(
+        model=config.model,
+        learner=config.learner,
+        loss=config.loss,
+        tree=config.tree,
+        max_staleness=config.gate.max_staleness,
+        device=CPU,
+        checkpoint=checkpoint,
     )
 
 
@@ -168,7 +181,7 @@ def run_updates(
 
     It goes on from the checkpoint `start` and leaves one at `end`.
     """
-    learner = Learner(config, CPU, start)
+    learner = make_learner(config, start)
     seen = []
     for shares in updates:
         records = [r for share in shares for r in share] if rank is None else shares[rank]

@@ -118,7 +118,7 @@ def answered(chain, rng, start):
 
 def make_record(ticket, question, right, steps, answers, finished_at_s=0.0):
     """A scored record; `answers` has the text from the prompt to each step."""
-    tree = Tree(prompt_ids=np.array([1], np.int32), steps=tuple(steps))
+    tree = Tree.from_steps(np.array([1], np.int32), tuple(steps))
     texts = tuple(answers[leaf] for leaf in tree.leaves)
     return TreeRecord(
         ticket=ticket,

@@ -33,7 +33,7 @@ def make_tree(
         steps.append(make_step(parent, ids))
         next_token += length
     prompt_ids = np.arange(first_token, first_token + prompt_length, dtype=np.int32)
-    return Tree(prompt_ids=prompt_ids, steps=tuple(steps))
+    return Tree.from_steps(prompt_ids, tuple(steps))
 
 
 def make_step(parent: int, token_ids: np.ndarray) -> Step:
@@ -107,7 +107,7 @@ def shuffled(tree: Tree, ranks: Sequence[float]) -> tuple[Tree, list[int]]:
     steps = tuple(
         make_step(new[tree.steps[old].parent], tree.steps[old].token_ids) for old in order
     )
-    return Tree(prompt_ids=tree.prompt_ids, steps=steps), order
+    return Tree.from_steps(tree.prompt_ids, steps), order
 
 
 def segment_context(forest: Forest, segment: int) -> list[int]:

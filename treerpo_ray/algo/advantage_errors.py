@@ -37,7 +37,7 @@ def advantage_errors(
     of the tree. BERNOULLI's divisor is an estimate, too: of what the advantage is with the true
     one they cover 88 % or more.
     """
-    return of_kept(_all_errors(form, tree, values), tree, values, pruning)
+    return of_kept(_all_errors(form, tree, values), step_groups(tree, values), pruning)
 
 
 def _all_errors(form: AdvantageForm, tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]:
@@ -61,13 +61,15 @@ def _of_groups(form: AdvantageForm, tree: Tree, values: Values) -> Float64[np.nd
 
     Equal values do not tell that number: NaN.
     """
-    advantages, errors = all_advantages(form, tree, values), np.full(len(tree.steps), np.nan)
+    advantages, errors = all_advantages(form, tree, values), np.full(len(tree), np.nan)
     for group in step_groups(tree, values):
-        deviations = group.values - group.values.mean()
-        most = int(np.argmax(np.abs(deviations)))
-        if abs(deviations[most]) > ROUNDING:
-            scale = advantages[group.children[most]] / deviations[most]
-            errors[list(group.children)] = scale * group.difference_errors
+        deviations = group.values - group.values.mean(-1, keepdims=True)
+        most = np.abs(deviations).argmax(-1)[:, None]
+        largest = np.take_along_axis(deviations, most, -1)
+        tells = np.abs(largest[:, 0]) > ROUNDING  # not so where a child has no value
+        furthest = np.take_along_axis(group.children, most, -1)
+        scale = advantages[furthest[tells]] / largest[tells]
+        errors[group.children[tells]] = scale * group.difference_errors[tells]
     return errors
 
 
@@ -81,7 +83,7 @@ def _of_tree(form: TreeForm, tree: Tree, values: Values) -> Float64[np.ndarray, 
     """
     errors, counts = _leaf_mean_errors(tree, values)
     scales, ancestors = _comparisons(form, tree, counts)
-    found = np.full(len(tree.steps), np.nan)
+    found = np.full(len(tree), np.nan)
     for step in np.flatnonzero(counts[:ROOT]).tolist():
         variance = rate = 0.0
         for above, below in pairwise((ROOT, *tree.path(step))):
@@ -101,12 +103,12 @@ def _comparisons(
     TreePO adds up the answers below a step, each with one over its own number of subgroups: it is
     of this kind where they have equally many, and close to it elsewhere.
     """
-    steps = range(len(tree.steps))
+    steps = range(len(tree))
     match form:
         case AdvantageForm.GLOBAL:
             return np.ones(len(steps)), [[ROOT] for _ in steps]
         case AdvantageForm.TREERL:
-            return np.sqrt(counts[:ROOT]), [[ROOT, step.parent] for step in tree.steps]
+            return np.sqrt(counts[:ROOT]), [[ROOT, parent] for parent in tree.parents.tolist()]
         case AdvantageForm.TREEPO:
             ancestors = [subgroups(tree, counts, step) for step in steps]
             scales = np.zeros(len(steps))

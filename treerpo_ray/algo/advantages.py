@@ -5,7 +5,7 @@ write it here, name it in `AdvantageForm` and in `all_advantages`, and one of a 
 is made of in `advantage_errors`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import assert_never
 
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from treerpo_ray.algo.backup import Values
-from treerpo_ray.algo.groups import GroupState, Pruning, step_groups
+from treerpo_ray.algo.groups import GroupState, Pruning, StepGroups, step_groups
 from treerpo_ray.algo.standard_errors import ROUNDING
 from treerpo_ray.algo.tree import ROOT, Tree
 
@@ -38,7 +38,9 @@ class AdvantageForm(StrEnum):
 # Of a step group ---------------------------------------------------------------------------------
 
 
-def bernoulli(values: Float64[np.ndarray, " children"]) -> Float64[np.ndarray, " children"]:
+def bernoulli(
+    values: Float64[np.ndarray, "*groups children"],
+) -> Float64[np.ndarray, "*groups children"]:
     """(R - mu) / (mu (1 - mu)): the paper's form, a variance (arXiv 2506.05183, eq. 4).
 
     For N values in [0, 1] no advantage is larger than N.
@@ -46,12 +48,16 @@ def bernoulli(values: Float64[np.ndarray, " children"]) -> Float64[np.ndarray, "
     return _scaled(values, _bernoulli_variance(values))
 
 
-def bernoulli_std(values: Float64[np.ndarray, " children"]) -> Float64[np.ndarray, " children"]:
+def bernoulli_std(
+    values: Float64[np.ndarray, "*groups children"],
+) -> Float64[np.ndarray, "*groups children"]:
     """(R - mu) / sqrt(mu (1 - mu)): the paper's form with a standard deviation."""
     return _scaled(values, _bernoulli_variance(values) ** 0.5)
 
 
-def difference(values: Float64[np.ndarray, " children"]) -> Float64[np.ndarray, " children"]:
+def difference(
+    values: Float64[np.ndarray, "*groups children"],
+) -> Float64[np.ndarray, "*groups children"]:
     """R - mu: no scale (Dr.GRPO, arXiv 2503.20783).
 
     mu is the parent's value, so this is also SPO-tree's value minus that of the parent
@@ -60,16 +66,20 @@ def difference(values: Float64[np.ndarray, " children"]) -> Float64[np.ndarray, 
     return _scaled(values, 1.0)
 
 
-def standard(values: Float64[np.ndarray, " children"]) -> Float64[np.ndarray, " children"]:
+def standard(
+    values: Float64[np.ndarray, "*groups children"],
+) -> Float64[np.ndarray, "*groups children"]:
     """(R - mu) / (std + 1e-6), std unbiased: GRPO (arXiv 2402.03300, section 4.1.2)."""
-    std = values.std(ddof=1) if len(values) > 1 else 0.0
+    std = values.std(-1, ddof=1, keepdims=True) if values.shape[-1] > 1 else 0.0
     return _scaled(values, std + STD_EPSILON)
 
 
-def leave_one_out(values: Float64[np.ndarray, " children"]) -> Float64[np.ndarray, " children"]:
+def leave_one_out(
+    values: Float64[np.ndarray, "*groups children"],
+) -> Float64[np.ndarray, "*groups children"]:
     """R minus the mean of the other siblings: N / (N - 1) times the difference (RLOO,
     arXiv 2402.14740). Only this baseline is independent of R; an only child has 0."""
-    count = len(values)
+    count = values.shape[-1]
     return _scaled(values, (count - 1) / count if count > 1 else 1.0)
 
 
@@ -94,8 +104,7 @@ def treerl(tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]:
     for each of the L answers that share it; here a step is trained once, so with L / sqrt(L).
     """
     means, counts = leaf_means(tree, values)
-    parents = [step.parent for step in tree.steps]
-    total = 2 * means - means[ROOT] - np.append(means[parents], 0.0)
+    total = 2 * means - means[ROOT] - np.append(means[tree.parents], 0.0)
     return (np.sqrt(counts) * total)[:ROOT]
 
 
@@ -110,7 +119,7 @@ def treepo(tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]:
     trees, whose answers have equally many subgroups and tokens.
     """
     means, counts = leaf_means(tree, values)
-    total = np.zeros(len(tree.steps))
+    total = np.zeros(len(tree))
     for leaf in tree.leaves:
         if counts[leaf]:
             above = subgroups(tree, counts, leaf)
@@ -128,10 +137,11 @@ def policy_gradient(tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]
     count 0; the other forms give the steps of each depth the weight of their number, so that in a
     tree of N x N the first steps count N times too little.
     """
-    weights = np.ones(len(tree.steps))
-    for group in step_groups(tree, values):  # parents come first
-        if group.parent != ROOT:
-            weights[list(group.children)] = weights[group.parent] / len(group.children)
+    weights = np.ones(len(tree))
+    for siblings in tree.siblings:  # parents come first
+        if siblings.depth > 1:
+            shares = weights[siblings.parents] / siblings.children.shape[1]
+            weights[siblings.children] = shares[:, None]
     return weights * _by_group(leave_one_out, tree, values)
 
 
@@ -144,7 +154,7 @@ def leaf_means(
     tree: Tree, values: Values
 ) -> tuple[Float64[np.ndarray, " steps_and_root"], Float64[np.ndarray, " steps_and_root"]]:
     """Mean reward of the leaves below each step that have one, and how many; ROOT is the last."""
-    sums, counts = np.zeros((2, len(tree.steps) + 1))
+    sums, counts = np.zeros((2, len(tree) + 1))
     for leaf in tree.leaves:
         if not np.isnan(values.steps[leaf]):
             below = [ROOT, *tree.path(leaf)]
@@ -189,47 +199,53 @@ def step_advantages(
 
     Every token of a step has the step's advantage: no discount and no sum over depths.
     """
-    return of_kept(all_advantages(form, tree, values), tree, values, pruning)
+    return of_kept(all_advantages(form, tree, values), step_groups(tree, values), pruning)
 
 
 def of_kept(
-    found: Float64[np.ndarray, " steps"], tree: Tree, values: Values, pruning: Pruning
+    found: Float64[np.ndarray, " steps"], groups: Sequence[StepGroups], pruning: Pruning
 ) -> Float64[np.ndarray, " steps"]:
     """What was found of the steps of kept groups, by the weight of the group; NaN elsewhere."""
-    kept = np.full(len(tree.steps), np.nan)
-    for group in step_groups(tree, values):
-        if group.state(pruning) is GroupState.KEPT:
-            children = list(group.children)
-            kept[children] = found[children] * group.weight(pruning)
+    kept = np.full(len(found), np.nan)
+    for group in groups:
+        is_kept = group.states(pruning) == GroupState.KEPT
+        children = group.children[is_kept]
+        kept[children] = found[children] * group.weights(pruning)[is_kept, None]
     return kept
 
 
 def _by_group(
-    form: Callable[[Float64[np.ndarray, " children"]], Float64[np.ndarray, " children"]],
+    form: Callable[
+        [Float64[np.ndarray, "*groups children"]], Float64[np.ndarray, "*groups children"]
+    ],
     tree: Tree,
     values: Values,
 ) -> Float64[np.ndarray, " steps"]:
-    advantages = np.full(len(tree.steps), np.nan)
+    advantages = np.full(len(tree), np.nan)
     for group in step_groups(tree, values):
-        if not np.isnan(group.values).any():
-            advantages[list(group.children)] = form(group.values)
+        has_values = ~group.is_errored
+        if has_values.any():
+            advantages[group.children[has_values]] = form(group.values[has_values])
     return advantages
 
 
-def _bernoulli_variance(values: Float64[np.ndarray, " children"]) -> float:
+def _bernoulli_variance(
+    values: Float64[np.ndarray, "*groups children"],
+) -> Float64[np.ndarray, "*groups 1"]:
     if values.min() < 0 or values.max() > 1:
         raise ValueError(
             f"the Bernoulli forms need rewards in [0, 1], not {values.min():g} to "
             f"{values.max():g}: choose the form difference or standard"
         )
-    mean = float(values.mean())
+    mean = values.mean(-1, keepdims=True)
     return mean * (1 - mean)
 
 
 def _scaled(
-    values: Float64[np.ndarray, " children"], scale: float
-) -> Float64[np.ndarray, " children"]:
+    values: Float64[np.ndarray, "*groups children"],
+    scale: Float64[np.ndarray, "*groups 1"] | float,
+) -> Float64[np.ndarray, "*groups children"]:
     """Deviation from the mean over `scale`; exactly zero for equal values, whatever the scale."""
-    if values.max() - values.min() < ROUNDING:
-        return np.zeros_like(values)
-    return (values - float(values.mean())) / scale
+    is_equal = values.max(-1, keepdims=True) - values.min(-1, keepdims=True) < ROUNDING
+    deviations = values - values.mean(-1, keepdims=True)
+    return np.where(is_equal, 0.0, deviations / np.where(is_equal, 1.0, scale))

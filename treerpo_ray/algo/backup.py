@@ -41,16 +41,19 @@ def mean_backup(tree: Tree, rewards: Float[np.ndarray, " steps"]) -> Values:
     Raises:
         ValueError: If `rewards` has another length than the tree, or rewards an inner step.
     """
-    if len(rewards) != len(tree.steps):
-        raise ValueError(f"{len(rewards)} rewards given for a tree of {len(tree.steps)} steps")
-    rewarded = set(np.flatnonzero(~np.isnan(rewards)).tolist())
-    if inner := sorted(rewarded & tree.children.keys()):
+    if len(rewards) != len(tree):
+        raise ValueError(f"{len(rewards)} rewards given for a tree of {len(tree)} steps")
+    is_inner = ~np.isnan(rewards)
+    is_inner[list(tree.leaves)] = False
+    if is_inner.any():
+        inner = np.flatnonzero(is_inner).tolist()
         raise ValueError(f"steps {inner} have children: rewards are given to leaves only")
     values = np.append(rewards.astype(np.float64), np.nan)  # ROOT = -1 is the appended last
     errors = np.where(np.isnan(values), np.nan, 0.0)
-    for parent in sorted(tree.children, reverse=True):  # children stand behind their parents
-        below = values[list(tree.children[parent])]
-        values[parent], errors[parent] = below.mean(), standard_error_of_mean(below)
+    for siblings in reversed(tree.siblings):  # the deepest first
+        below = values[siblings.children]
+        values[siblings.parents] = below.mean(-1)
+        errors[siblings.parents] = standard_error_of_mean(below)
     return Values(
         steps=values[:ROOT],
         root=float(values[ROOT]),

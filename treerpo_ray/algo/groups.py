@@ -5,7 +5,7 @@ from enum import StrEnum
 from typing import assert_never
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64, Int64, Shaped
 
 from treerpo_ray.algo.backup import Values
 from treerpo_ray.algo.standard_errors import ROUNDING, standard_error_of_mean
@@ -32,10 +32,10 @@ class PruneRule(StrEnum):
     """max - min of the rewards of all leaves of its tree: the groups of a tree are kept or pruned
     together, as DAPO (arXiv 2503.14476, section 3.2) filters questions."""
     SIGNIFICANCE = "significance"
-    """`StepGroup.significance`. Leaves have no standard error: of their groups, those that differ
+    """`StepGroups.significance`. Leaves have no standard error: of their groups, those that differ
     are kept."""
     SHRINKAGE = "shrinkage"
-    """`StepGroup.reliability`, which also scales the advantages of the group; 1 for leaves that
+    """`StepGroups.reliability`, which also scales the advantages of the group; 1 for leaves that
     differ, whose rewards count as they are, rightly given or not."""
 
 
@@ -48,71 +48,85 @@ class Pruning:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StepGroup:
-    """All children of one parent (a step or ROOT), in sampling order, with their values.
+class StepGroups:
+    """Sibling sets of a tree with their values; those of like shape are stacked as in `Siblings`.
 
     Attributes:
         standard_errors: Standard error of each child's value, given the child.
         leaf_range: max - min of the rewards of the whole tree, over leaves that have one.
     """
 
-    parent: int
-    children: tuple[int, ...]
-    values: Float64[np.ndarray, " children"]
-    standard_errors: Float64[np.ndarray, " children"]
+    depth: int
+    parents: Int64[np.ndarray, " groups"]
+    children: Int64[np.ndarray, "groups children"]
+    values: Float64[np.ndarray, "groups children"]
+    standard_errors: Float64[np.ndarray, "groups children"]
     leaf_range: float
 
-    def state(self, pruning: Pruning) -> GroupState:
-        """Kept iff what the rule looks at is above the threshold."""
-        if np.isnan(self.values).any():
-            return GroupState.ERRORED
+    def states(self, pruning: Pruning) -> Shaped[np.ndarray, " groups"]:
+        """`GroupState` of each group; kept iff what the rule looks at is above the threshold."""
         is_kept = self._signal(pruning.rule) > pruning.threshold
-        return GroupState.KEPT if is_kept else GroupState.PRUNED
+        alive = np.where(is_kept, GroupState.KEPT, GroupState.PRUNED)
+        return np.where(self.is_errored, GroupState.ERRORED, alive)
 
-    def weight(self, pruning: Pruning) -> float:
-        """Factor of the group's advantages."""
-        return self.reliability if pruning.rule is PruneRule.SHRINKAGE else 1.0
+    def weights(self, pruning: Pruning) -> Float64[np.ndarray, " groups"]:
+        """Factor of each group's advantages."""
+        if pruning.rule is PruneRule.SHRINKAGE:
+            return self.reliability
+        return np.ones(len(self.parents))
 
     @property
-    def significance(self) -> float:
+    def is_errored(self) -> Bool[np.ndarray, " groups"]:
+        """Whether a child of the group has no value."""
+        return np.isnan(self.values).any(-1)
+
+    @property
+    def ranges(self) -> Float64[np.ndarray, " groups"]:
+        """max - min of the values of each group."""
+        return self.values.max(-1) - self.values.min(-1)
+
+    @property
+    def significance(self) -> Float64[np.ndarray, " groups"]:
         """Standard deviation of the values in units of their standard errors (root mean square).
 
         It is about 1 if the children are equally good and only chance tells them apart: its
         square times N - 1 is Cochran's Q, then a chi-square of N - 1 degrees of freedom. It is
         infinite where the children are leaves and differ.
         """
-        if self.values.max() - self.values.min() < ROUNDING:
-            return 0.0
-        noise = float((self.standard_errors**2).mean())
-        return float(self.values.std(ddof=1)) / noise**0.5 if noise else float("inf")
+        if self.values.shape[-1] == 1:
+            return np.zeros(len(self.parents))
+        noise = np.sqrt((self.standard_errors**2).mean(-1))
+        spread = self.values.std(-1, ddof=1)
+        ratio = np.divide(spread, noise, out=np.full_like(spread, np.inf), where=noise != 0)
+        return np.where(self.ranges < ROUNDING, 0.0, ratio)
 
     @property
-    def reliability(self) -> float:
+    def reliability(self) -> Float64[np.ndarray, " groups"]:
         """Share of the values' variance that is not noise: 1 - significance^-2, 0 at least.
 
         The best linear estimate of a child's true value moves its value towards the group's mean
         by this factor (the empirical Bayes estimate of James and Stein, 1961).
         """
-        return 1 - self.significance**-2 if self.significance > 1 else 0.0
+        return 1 - self.significance.clip(min=1) ** -2
 
     @property
-    def difference_errors(self) -> Float64[np.ndarray, " children"]:
+    def difference_errors(self) -> Float64[np.ndarray, "groups children"]:
         """Standard error of each value minus the group's mean, given the child.
 
         The mean holds the child's own value with weight 1/N. So the difference estimates (N - 1)/N
         of the true one, with the child's own noise, (N - 1)/N e_i, and that of its siblings, each
         s / N: the variance is f (f e_i^2 + S^2) with f = (N - 1)/N and S the error of the mean.
         """
-        free = 1 - 1 / len(self.values)
-        mean_error = standard_error_of_mean(self.values)
+        free = 1 - 1 / self.values.shape[-1]
+        mean_error = standard_error_of_mean(self.values)[:, None]
         return np.sqrt(free * (free * self.standard_errors**2 + mean_error**2))
 
-    def _signal(self, rule: PruneRule) -> float:
+    def _signal(self, rule: PruneRule) -> Float64[np.ndarray, " groups"]:
         match rule:
             case PruneRule.RANGE:
-                return float(self.values.max() - self.values.min())
+                return self.ranges
             case PruneRule.TREE_RANGE:
-                return self.leaf_range
+                return np.full(len(self.parents), self.leaf_range)
             case PruneRule.SIGNIFICANCE:
                 return self.significance
             case PruneRule.SHRINKAGE:
@@ -120,18 +134,19 @@ class StepGroup:
         assert_never(rule)
 
 
-def step_groups(tree: Tree, values: Values) -> list[StepGroup]:
-    """One group for each expanded step, in the order of the parents, the prompt's first."""
+def step_groups(tree: Tree, values: Values) -> list[StepGroups]:
+    """All step groups of a tree, one for each expanded step; shallow ones come first."""
     rewards = values.steps[list(tree.leaves)]
     rewards = rewards[~np.isnan(rewards)]
     leaf_range = float(rewards.max() - rewards.min()) if len(rewards) else 0.0
     return [
-        StepGroup(
-            parent=parent,
-            children=children,
-            values=values.steps[list(children)],
-            standard_errors=values.step_errors[list(children)],
+        StepGroups(
+            depth=siblings.depth,
+            parents=siblings.parents,
+            children=siblings.children,
+            values=values.steps[siblings.children],
+            standard_errors=values.step_errors[siblings.children],
             leaf_range=leaf_range,
         )
-        for parent, children in sorted(tree.children.items())
+        for siblings in tree.siblings
     ]

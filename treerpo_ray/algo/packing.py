@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, Int32, Int64
@@ -44,25 +43,20 @@ class Forest:
         return int(self.step.max()) + 1 if len(self.step) else 0
 
 
-@dataclass(frozen=True, slots=True)
+_NOTHING = np.empty(0, np.float32)
+"""Log-probabilities of a prompt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """Steps of one tree that go into one forest."""
+    """The prompt and some steps of one tree, which go into one forest."""
 
     tree: Tree
-    advantages: dict[int, float]
-    """Laid-out steps, parents first; NaN marks a step that is context only."""
+    segments: Int64[np.ndarray, " segments"]
+    """ROOT for the prompt, then steps, parents first."""
+    advantages: Float32[np.ndarray, " segments"]
+    """NaN marks a segment that is context only."""
     num_tokens: int
-    """Tokens of the prompt and of these steps."""
-
-
-class _Segment(NamedTuple):
-    """A prompt or step that is laid out; its fields are those of `Forest` and `Step`."""
-
-    token_ids: Int32[np.ndarray, " tokens"]
-    logprobs: Float32[np.ndarray, " tokens"]
-    parent: int
-    depth: int
-    advantage: float
 
 
 def pack(
@@ -92,115 +86,167 @@ def pack(
         for part in _split(tree, tree_advantages, token_budget)
     ]
     bins: list[list[_Part]] = []
-    free: list[int] = []
+    free = np.full(len(parts), token_budget)
     for part in sorted(parts, key=lambda part: -part.num_tokens):
-        index = next((i for i, room in enumerate(free) if part.num_tokens <= room), len(bins))
+        index = int((free >= part.num_tokens).argmax())  # no more bins than parts
         if index == len(bins):
             bins.append([])
-            free.append(token_budget)
         bins[index].append(part)
         free[index] -= part.num_tokens
-    return [_lay_out(_level_order(parts)) for parts in bins]
+    return [_lay_out(parts) for parts in bins]
 
 
 def _split(
     tree: Tree, advantages: Float[np.ndarray, " steps"], token_budget: int
 ) -> Iterator[_Part]:
     """Greedy parts of one tree: the next trained step joins if its missing ancestors fit too."""
-    if len(advantages) != len(tree.steps):
-        raise ValueError(f"{len(advantages)} advantages given for {len(tree.steps)} steps")
-    lengths = {ROOT: len(tree.prompt_ids)}
-    lengths |= {index: len(step.token_ids) for index, step in enumerate(tree.steps)}
-    steps: dict[int, float] = {}
-    num_tokens = lengths[ROOT]
-    for index in _depth_first(tree):
-        advantage = float(advantages[index])
-        if np.isnan(advantage):
-            continue
-        path = tree.path(index)
-        if 0 in (lengths[i] for i in (ROOT, *path)):
-            raise ValueError(f"the prompt or one of the steps {path} is empty: nothing predicts it")
-        num_new_tokens = sum(lengths[i] for i in path if i not in steps)
-        if steps and num_tokens + num_new_tokens > token_budget:
-            yield _Part(tree, steps, num_tokens)
-            steps, num_tokens = {}, lengths[ROOT]
-            num_new_tokens = sum(lengths[i] for i in path)
-        if num_tokens + num_new_tokens > token_budget:
-            raise ValueError(
-                f"one path of {num_tokens + num_new_tokens} tokens is above the token budget of "
-                f"{token_budget} a forest: raise the budget, or shorten prompts or answers"
-            )
-        for ancestor in path:
-            steps.setdefault(ancestor, np.nan)
-        steps[index] = advantage
-        num_tokens += num_new_tokens
-    if steps:
-        yield _Part(tree, steps, num_tokens)
+    if len(advantages) != len(tree):
+        raise ValueError(f"{len(advantages)} advantages given for {len(tree)} steps")
+    order = tree.depth_first
+    trained = order[~np.isnan(advantages[order])]
+    if not len(trained):
+        return
+    paths = tree.paths[trained]
+    _check_lengths(tree, paths, token_budget)
+    # Of a step's path, what the trained step before it lacks: in depth-first order that is also
+    # what all before it lack.
+    is_new = paths != np.roll(paths, 1, axis=0)
+    is_new[0] = True
+    is_new = np.logical_or.accumulate(is_new, axis=1) & (paths != ROOT)
+    num_new = np.where(is_new, np.append(tree.lengths, 0)[paths], 0).sum(1)
+    num_path = tree.path_lengths[trained] + len(tree.prompt_ids)
+    total = num_new.cumsum()
+    start = 0
+    while start < len(trained):
+        room = token_budget - num_path[start] + total[start]
+        end = int(total.searchsorted(room, side="right"))
+        own = is_new[start:end].copy()
+        own[0] = paths[start] != ROOT
+        steps = paths[start:end][own]
+        is_context = steps != np.repeat(trained[start:end], own.sum(1))
+        part = np.where(is_context, np.nan, advantages[steps])
+        yield _Part(
+            tree=tree,
+            segments=np.append(ROOT, steps),
+            advantages=np.append(np.nan, part).astype(np.float32),
+            num_tokens=int(num_path[start] + total[end - 1] - total[start]),
+        )
+        start = end
 
 
-def _depth_first(tree: Tree) -> Iterator[int]:
-    """Steps of the tree, each before its children, siblings in sampling order."""
-    stack = list(reversed(tree.children.get(ROOT, ())))
-    while stack:
-        index = stack.pop()
-        yield index
-        stack.extend(reversed(tree.children.get(index, ())))
+def _check_lengths(tree: Tree, paths: Int64[np.ndarray, "paths depth"], token_budget: int) -> None:
+    """Raise ValueError where a path has an empty part or is too long to be laid out."""
+    is_empty = (np.append(tree.lengths, 1)[paths] == 0).any(1)
+    if not len(tree.prompt_ids):
+        is_empty[:] = True
+    if is_empty.any():
+        path = tuple(step for step in paths[is_empty.argmax()].tolist() if step != ROOT)
+        raise ValueError(f"the prompt or one of the steps {path} is empty: nothing predicts it")
+    longest = len(tree.prompt_ids) + np.append(tree.lengths, 0)[paths].sum(1).max()
+    if longest > token_budget:
+        raise ValueError(
+            f"one path of {longest} tokens is above the token budget of {token_budget} a forest: "
+            "raise the budget, or shorten prompts or answers"
+        )
 
 
-def _level_order(parts: list[_Part]) -> list[_Segment]:
-    """Segments of all parts, shallow ones first, with `parent` counted in this order."""
-    segments: list[_Segment] = []
-    for part in parts:
-        tree = part.tree
-        row = {ROOT: len(segments)}
-        segments.append(_Segment(tree.prompt_ids, np.empty(0, np.float32), -1, 0, np.nan))
-        for index, advantage in part.advantages.items():
-            step = tree.steps[index]
-            depth = tree.depths[index]
-            row[index] = len(segments)
-            segments.append(
-                _Segment(step.token_ids, step.logprobs, row[step.parent], depth, advantage)
-            )
-    order = sorted(range(len(segments)), key=lambda i: segments[i].depth)
-    rank = {old: new for new, old in enumerate(order)} | {-1: -1}
-    return [segments[i]._replace(parent=rank[segments[i].parent]) for i in order]
-
-
-def _lay_out(segments: list[_Segment]) -> Forest:
-    """The segments in one row of tokens, and an edge for each token of the trained ones."""
-    token_ids = np.concatenate([s.token_ids for s in segments], dtype=np.int64)
-    length = np.array([len(s.token_ids) for s in segments], np.int64)
-    parent = np.array([s.parent for s in segments], np.int64)
-    depth = np.array([s.depth for s in segments], np.int64)
+def _lay_out(parts: list[_Part]) -> Forest:
+    """Segments of all parts in one row of tokens, an edge for each token of the trained ones."""
+    segments = _level_order(parts)
+    length, parent = segments.length, segments.parent
     start = length.cumsum() - length
-    offset = np.zeros_like(start)
-    for level in range(1, segments[-1].depth + 1):
-        below = np.flatnonzero(depth == level)
-        offset[below] = offset[parent[below]] + length[parent[below]]
-
-    advantage = np.array([s.advantage for s in segments], np.float32)
-    trained = np.flatnonzero(~np.isnan(advantage))
+    is_trained = ~np.isnan(segments.advantage)
+    trained = is_trained.nonzero()[0]
     count = length[trained]
-    predicted = _ranges(start[trained], count)
-    source = predicted - 1
+    token_ids = segments.gather([(p.tree.prompt_ids, p.tree.token_ids) for p in parts], np.int64)
+    predicted = is_trained.repeat(length).nonzero()[0]
+    target = token_ids[predicted]
+    source = predicted
+    source -= 1
     source[count.cumsum() - count] = (start + length - 1)[parent[trained]]
+    position_ids = (segments.offset - start).repeat(length)
+    position_ids += np.arange(len(position_ids))
     return Forest(
         token_ids=token_ids,
-        position_ids=_ranges(offset, length),
+        position_ids=position_ids,
         segment_start=start,
         segment_length=length,
         segment_parent=parent,
-        segment_depth=depth,
+        segment_depth=segments.depth,
         source=source,
-        target=token_ids[predicted],
-        advantage=advantage[trained].repeat(count),
-        behaviour_logprob=np.concatenate([segments[i].logprobs for i in trained]),
+        target=target,
+        advantage=segments.advantage[trained].repeat(count),
+        behaviour_logprob=segments.take(trained).gather(
+            [(_NOTHING, p.tree.logprobs) for p in parts], np.float32
+        ),
         step=np.arange(len(trained), dtype=np.int32).repeat(count),
     )
 
 
-def _ranges(
-    start: Int64[np.ndarray, " ranges"], length: Int64[np.ndarray, " ranges"]
-) -> Int64[np.ndarray, " total"]:
-    """start[0], start[0] + 1, ... (length[0] of them), then start[1], start[1] + 1, ..."""
-    return np.repeat(start - (length.cumsum() - length), length) + np.arange(length.sum())
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Segments:
+    """Prompts and steps that are laid out, and where their tokens are found."""
+
+    parent: Int64[np.ndarray, " segments"]
+    depth: Int64[np.ndarray, " segments"]
+    length: Int64[np.ndarray, " segments"]
+    offset: Int64[np.ndarray, " segments"]
+    """Tokens of the path before the segment."""
+    advantage: Float32[np.ndarray, " segments"]
+    origin: Int64[np.ndarray, " segments"]
+    """2 p for the prompt of part p and 2 p + 1 for its steps."""
+    place: Int64[np.ndarray, " segments"]
+    """First token in the arrays of the origin."""
+
+    def take(self, index: Int64[np.ndarray, " _"]) -> "_Segments":
+        """Some of the segments."""
+        return _Segments(**{name: getattr(self, name)[index] for name in self.__slots__})
+
+    def gather(self, arrays: list[tuple[np.ndarray, np.ndarray]], dtype: type) -> np.ndarray:
+        """What the segments have in the arrays of each part's prompt and steps, one by one.
+
+        Neighbours are copied in one go: whole levels where a tree is laid out whole.
+        """
+        flat = [array for pair in arrays for array in pair]
+        end = self.place + self.length
+        breaks = (self.origin[1:] != self.origin[:-1]) | (self.place[1:] != end[:-1])
+        cuts = breaks.nonzero()[0]
+        first, last = np.append(0, cuts + 1), np.append(cuts, len(end) - 1)
+        runs = zip(
+            self.origin[first].tolist(), self.place[first].tolist(), end[last].tolist(), strict=True
+        )
+        return np.concatenate([flat[origin][a:b] for origin, a, b in runs], dtype=dtype)
+
+
+def _level_order(parts: list[_Part]) -> _Segments:
+    """Segments of all parts, shallow ones first, with `parent` counted in this order."""
+    columns: list[tuple[np.ndarray, ...]] = []
+    num_segments = 0
+    for number, part in enumerate(parts):
+        tree, segments = part.tree, part.segments
+        row = np.empty(len(tree) + 1, np.int64)  # ROOT = -1 is the last
+        row[segments] = num_segments + np.arange(len(segments))
+        own = segments[1:]
+        parent, depth, length, offset, place = np.zeros((5, len(segments)), np.int64)
+        parent[0], length[0] = -1, len(tree.prompt_ids)
+        parent[1:], length[1:] = row[tree.parents[own]], tree.lengths[own]
+        depth[1:], place[1:] = tree.depth_array[own], tree.starts[own]
+        offset[1:] = tree.path_lengths[own] - tree.lengths[own] + len(tree.prompt_ids)
+        origin = 2 * number + (segments != ROOT)
+        columns.append((parent, depth, length, offset, part.advantages, origin, place))
+        num_segments += len(segments)
+    parent, depth, length, offset, advantage, origin, place = map(
+        np.concatenate, zip(*columns, strict=True)
+    )
+    order = depth.argsort(kind="stable")
+    rank = np.empty(num_segments + 1, np.int64)
+    rank[order], rank[-1] = np.arange(num_segments), -1
+    return _Segments(
+        parent=rank[parent],
+        depth=depth,
+        length=length,
+        offset=offset,
+        advantage=advantage,
+        origin=origin,
+        place=place,
+    ).take(order)

@@ -228,7 +228,7 @@ def assemble(prompt_ids: list[int], groups: Iterable[SiblingGroup]) -> Tree:
         for number, step in enumerate(by_parent[path].steps):
             index[(*path, number)] = len(steps)
             steps.append(replace(step, parent=index[path]))
-    return Tree(prompt_ids=np.asarray(prompt_ids, np.int32), steps=tuple(steps))
+    return Tree.from_steps(np.asarray(prompt_ids, np.int32), steps)
 
 
 def sibling_groups(tree: Tree) -> list[SiblingGroup]:

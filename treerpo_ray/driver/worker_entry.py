@@ -9,6 +9,6 @@ def run_worker(settings: dict[str, WorkerTask]) -> None:
     Ray's own actors of a trainer import this module, too: what only a worker needs is imported
     here.
     """
-    from treerpo_ray.train import TrainWorker
+    from treerpo_ray.train import train
 
-    TrainWorker(settings["task"]).run()
+    train(settings["task"])

@@ -15,11 +15,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from treerpo_ray.algo.advantages import step_advantages
+from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.loss import LossInputs, LossSums, policy_loss
+from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.algo.packing import Forest, pack
-from treerpo_ray.config import Config
+from treerpo_ray.config.sections import LearnerConfig, ModelConfig, TreeConfig
 from treerpo_ray.learner.policy import DTYPES, ForestTensors, Policy, load_policy
-from treerpo_ray.learner.stats import BatchStats, assess
+from treerpo_ray.learner.stats import BatchStats, count
 from treerpo_ray.prompts.prompt_set import resolve_model_path
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder.checkpoints import MODEL_FOLDER
@@ -55,24 +58,38 @@ class Learner:
     """Policy and optimizer of one worker.
 
     Args:
-        config: The run's configuration.
+        model: Where the model is found, and the type that its forward pass computes in.
+        learner: Settings of the optimizer and of the training signal.
+        loss: Settings of the loss.
+        tree: Shape of the trees and the temperature that they are sampled at.
+        max_staleness: Updates that a tree may be behind.
         device: Where this worker computes.
         checkpoint: Folder that `write` filled, to go on from; None starts from `model.path`.
     """
 
-    def __init__(self, config: Config, device: torch.device, checkpoint: Path | None) -> None:
-        self.config, self.device = config, device
-        settings = config.learner
+    def __init__(
+        self,
+        *,
+        model: ModelConfig,
+        learner: LearnerConfig,
+        loss: LossConfig,
+        tree: TreeConfig,
+        max_staleness: int,
+        device: torch.device,
+        checkpoint: Path | None = None,
+    ) -> None:
+        self.model, self.settings, self.loss, self.tree = model, learner, loss, tree
+        self.max_staleness, self.device = max_staleness, device
         if device.type == "cpu":
-            torch.set_num_threads(settings.cpu_threads)
-        start = resolve_model_path(config.model.path)
+            torch.set_num_threads(learner.cpu_threads)
+        start = resolve_model_path(model.path)
         self.policy = self._load(start if checkpoint is None else str(checkpoint / MODEL_FOLDER))
         # The KL is to the model that the run started from, whatever it is resumed from.
-        self.reference = self._load(start) if config.loss.kl_coef else None
+        self.reference = self._load(start) if loss.kl_coef else None
         self.optimizer = torch.optim.AdamW(
             self.policy.model.parameters(),
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
+            lr=learner.learning_rate,
+            weight_decay=learner.weight_decay,
         )
         self.version = self.optimizer_steps = 0
         if checkpoint is not None:
@@ -83,15 +100,15 @@ class Learner:
             path,
             dtype=torch.float32,
             device=self.device,
-            gradient_checkpointing=self.config.learner.gradient_checkpointing,
-            trust_remote_code=self.config.model.trust_remote_code,
+            gradient_checkpointing=self.settings.gradient_checkpointing,
+            trust_remote_code=self.model.trust_remote_code,
         )
 
     # The update ------------------------------------------------------------------------------
 
     def learning_rate(self, progress: float) -> float:
         """Rate of the next optimizer step, when the share `progress` of the run is done."""
-        settings = self.config.learner
+        settings = self.settings
         warm = min(1.0, (self.optimizer_steps + 1) / (settings.warmup_steps + 1))
         return settings.learning_rate * warm * (1 - (1 - settings.final_rate) * progress)
 
@@ -106,13 +123,23 @@ class Learner:
             RuntimeError: a tree is staler than `gate.max_staleness` allows or newer than the
                 policy, or the gradient is not finite.
         """
-        settings = self.config.learner
+        settings, pruning = self.settings, self.settings.pruning
         # Trees come as they finish; their order decides minibatches and how sums are rounded.
         records = sorted(records, key=lambda record: record.ticket)
-        metrics = {"learner/learning_rate": self.learning_rate(progress)}
-        advantages, own = assess(records, form=settings.advantage, pruning=settings.pruning)
-        self._check_staleness(own)
         trees = [record.tree for record in records]
+        rate = self.learning_rate(progress)
+
+        values = [mean_backup(record.tree, record.rewards) for record in records]
+        advantages = [
+            step_advantages(tree, own, form=settings.advantage, pruning=pruning)
+            for tree, own in zip(trees, values, strict=True)
+        ]
+        counted = [
+            count(record, own, form=settings.advantage, pruning=pruning)
+            for record, own in zip(records, values, strict=True)
+        ]
+        stats = _summed(counted, BatchStats())
+        self._check_staleness(stats)
         size = len(trees) // settings.minibatches
         minibatches = [
             pack(trees[i : i + size], advantages[i : i + size], settings.token_budget)
@@ -123,27 +150,23 @@ class Learner:
             [self._logprobs_now(forest) if len(minibatches) > 1 else None for forest in forests]
             for forests in minibatches
         ]
-        sums, norms = LossSums.zeros(self.device), []
-        for forests, logprobs in zip(minibatches, old, strict=True):
-            part, norm = self._optimize(forests, logprobs, progress)
-            sums += part
-            norms += [] if norm is None else [norm]
+        steps = [
+            self._optimize(forests, logprobs, progress)
+            for forests, logprobs in zip(minibatches, old, strict=True)
+        ]
+        norms = [norm for _, norm in steps if norm is not None]
         self.version += bool(norms)
-        stats = _summed(_gathered(own), BatchStats())
-        total = _summed(
-            [LossSums.from_vector(v) for v in _gathered(sums.vector().cpu())],
-            LossSums.zeros(torch.device("cpu")),
+
+        sums = _summed([own for own, _ in steps], LossSums.zeros(self.device))
+        return UpdateResult(
+            has_updated=bool(norms),
+            stats=_summed(_gathered(stats), BatchStats()),
+            metrics={"learner/learning_rate": rate, **_loss_metrics(sums, norms)},
         )
-        if norms:
-            metrics |= total.metrics() | {"learner/grad_norm": float(np.mean(norms))}
-            for name in ("loss/total", "loss/policy"):  # each minibatch has a loss of its own
-                metrics[name] /= len(norms)
-            metrics["tokens/trained"] = float(total.num_tokens)
-        return UpdateResult(has_updated=bool(norms), stats=stats, metrics=metrics)
 
     def _check_staleness(self, stats: BatchStats) -> None:
         """Invariant: admission bounds the age of every token; versions count updates."""
-        staleness, limit = self.version - stats.min_version, self.config.gate.max_staleness
+        staleness, limit = self.version - stats.min_version, self.max_staleness
         if stats.num_trees and staleness > limit:
             raise RuntimeError(
                 f"a tree is {staleness} versions behind the learner, gate.max_staleness is {limit}"
@@ -174,15 +197,15 @@ class Learner:
                 self._loss_inputs(forest, old),
                 num_batch_tokens=num_tokens,
                 num_batch_steps=num_steps,
-                max_answer_tokens=self.config.shape.max_answer_tokens,
-                config=self.config.loss,
+                max_answer_tokens=sum(self.tree.step_tokens),
+                config=self.loss,
             )
             output.loss.backward()
             sums += output.sums
         self._sum_gradients()
         norm = torch.nn.utils.clip_grad_norm_(
             self.policy.model.parameters(),
-            self.config.learner.clip_grad_norm,
+            self.settings.clip_grad_norm,
             error_if_nonfinite=True,
         )
         for group in self.optimizer.param_groups:
@@ -209,9 +232,9 @@ class Learner:
         )
 
     def _forward(self, policy: Policy, forest: ForestTensors) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype = DTYPES[self.config.model.dtype]
+        dtype = DTYPES[self.model.dtype]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            return policy.edge_logprobs(forest, self.config.tree.temperature)
+            return policy.edge_logprobs(forest, self.tree.temperature)
 
     @torch.no_grad()
     def _logprobs_now(self, packed: Forest) -> torch.Tensor:
@@ -248,6 +271,22 @@ class Learner:
         torch.set_rng_state(state["torch_rng"].cpu())
         counts: dict[str, int] = json.loads((folder / STATE_FILE).read_text())
         self.version, self.optimizer_steps = counts["version"], counts["optimizer_steps"]
+
+
+def _loss_metrics(own: LossSums, norms: list[float]) -> dict[str, float]:
+    """Metrics of the losses of all workers; `norms` has the gradient's norm at each optimizer step
+    that was made, and they are of those steps."""
+    parts = [LossSums.from_vector(vector) for vector in _gathered(own.vector().cpu())]
+    if not norms:
+        return {}
+    total = _summed(parts, LossSums.zeros(torch.device("cpu")))
+    metrics = total.metrics() | {
+        "learner/grad_norm": float(np.mean(norms)),
+        "tokens/trained": float(total.num_tokens),
+    }
+    for name in ("loss/total", "loss/policy"):  # each minibatch has a loss of its own
+        metrics[name] /= len(norms)
+    return metrics
 
 
 def _all_reduce(tensor: torch.Tensor) -> None:

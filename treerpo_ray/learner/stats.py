@@ -1,16 +1,16 @@
 """Batch statistics: what the trees of a learner step say, as sums that add over workers."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from treerpo_ray.algo.advantage_errors import advantage_errors
-from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
-from treerpo_ray.algo.backup import mean_backup
+from treerpo_ray.algo.advantages import AdvantageForm
+from treerpo_ray.algo.backup import Values
 from treerpo_ray.algo.groups import GroupState, Pruning, step_groups
 from treerpo_ray.algo.standard_errors import standard_error_of_mean
+from treerpo_ray.algo.tree import Tree
 from treerpo_ray.records import RootValue, TreeRecord
 from treerpo_ray.verifier.verdict import Verdict
 
@@ -117,50 +117,55 @@ class BatchStats:
         return ratios
 
 
-def assess(
-    records: Sequence[TreeRecord], *, form: AdvantageForm, pruning: Pruning
-) -> tuple[list[np.ndarray], BatchStats]:
-    """Advantages of every step of every tree (NaN: not trained), and the batch's statistics."""
-    advantages, stats = [], BatchStats()
-    for record in records:
-        values = mean_backup(record.tree, record.rewards)
-        own = step_advantages(record.tree, values, form=form, pruning=pruning)
-        advantages.append(own)
-        errors = advantage_errors(record.tree, values, form=form, pruning=pruning)
-        known = errors[~np.isnan(errors)]
-        groups: Counter[str] = Counter()
-        sums = Sums(advantage_se=float(known.sum()), num_advantage_se=len(known))
-        for group in step_groups(record.tree, values):
-            state = group.state(pruning)
-            depth = record.tree.depths[group.children[0]]
-            groups.update([state, f"{state}_depth_{depth}"])
-            if state is not GroupState.ERRORED:
-                deviations = group.values - group.values.mean()
-                sums["value_se"] += float(standard_error_of_mean(group.values))
-                sums[f"signal_depth_{depth}"] += float((deviations**2).sum())
-                sums[f"noise_depth_{depth}"] += float((group.difference_errors**2).sum())
-        tree, is_valued = record.tree, not np.isnan(values.root)
-        root = RootValue(record.ticket, record.num_redraws, float(values.root))
-        has_tokens = tree.num_sampled_tokens > 0
-        stats += BatchStats(
-            num_trees=1,
-            num_valued=int(is_valued),
-            value_sum=values.root if is_valued else 0.0,
-            num_with_correct=int(Verdict.CORRECT in record.verdicts),
-            groups=groups,
-            group_sums=sums,
-            verdicts=Counter(record.verdicts),
-            num_sampled_tokens=tree.num_sampled_tokens + record.redrawn_tokens,
-            answer_tokens=sum(len(tree.path_token_ids(leaf)) for leaf in tree.leaves),
-            num_leaves=len(tree.leaves),
-            num_versioned=int(has_tokens),
-            min_version=tree.min_version if has_tokens else BatchStats().min_version,
-            max_version=tree.max_version if has_tokens else BatchStats().max_version,
-            version_sum=tree.min_version if has_tokens else 0,
-            last_finished_s=record.finished_at_s,
-            last_scored_s=record.scored_at_s,
-            num_moved=record.attempt,
-            measured=(root,) if is_valued else (),
-            num_redraws=record.num_redraws,
-        )
-    return advantages, stats
+def count(
+    record: TreeRecord, values: Values, *, form: AdvantageForm, pruning: Pruning
+) -> BatchStats:
+    """Statistics of one tree with these values."""
+    tree, is_valued = record.tree, not np.isnan(values.root)
+    groups, sums = _count_groups(tree, values, pruning)
+    errors = advantage_errors(tree, values, form=form, pruning=pruning)
+    known = errors[~np.isnan(errors)]
+    sums += Sums(advantage_se=float(known.sum()), num_advantage_se=len(known))
+    root = RootValue(record.ticket, record.num_redraws, float(values.root))
+    has_tokens = len(tree.token_ids) > 0
+    verdicts = Counter[str](record.verdicts)
+    oldest = tree.min_version
+    return BatchStats(
+        num_trees=1,
+        num_valued=int(is_valued),
+        value_sum=values.root if is_valued else 0.0,
+        num_with_correct=int(Verdict.CORRECT in verdicts),
+        groups=groups,
+        group_sums=sums,
+        verdicts=verdicts,
+        num_sampled_tokens=tree.num_sampled_tokens + record.redrawn_tokens,
+        answer_tokens=int(tree.path_lengths[list(tree.leaves)].sum()),
+        num_leaves=len(tree.leaves),
+        num_versioned=int(has_tokens),
+        min_version=oldest if has_tokens else BatchStats().min_version,
+        max_version=tree.max_version if has_tokens else BatchStats().max_version,
+        version_sum=oldest if has_tokens else 0,
+        last_finished_s=record.finished_at_s,
+        last_scored_s=record.scored_at_s,
+        num_moved=record.attempt,
+        measured=(root,) if is_valued else (),
+        num_redraws=record.num_redraws,
+    )
+
+
+def _count_groups(tree: Tree, values: Values, pruning: Pruning) -> tuple[Counter[str], Sums]:
+    """`BatchStats.groups`, and of `BatchStats.group_sums` what the groups themselves tell."""
+    groups, sums = Counter[str](), Sums()
+    for group in step_groups(tree, values):
+        states = Counter(group.states(pruning).tolist())
+        groups += states
+        groups += Counter({f"{state}_depth_{group.depth}": n for state, n in states.items()})
+        has_values = ~group.is_errored
+        if has_values.any():
+            own = group.values[has_values]
+            deviations = own - own.mean(-1, keepdims=True)
+            noise = group.difference_errors[has_values]
+            sums["value_se"] += float(standard_error_of_mean(own).sum())
+            sums[f"signal_depth_{group.depth}"] += float((deviations**2).sum())
+            sums[f"noise_depth_{group.depth}"] += float((noise**2).sum())
+    return groups, sums

@@ -1,0 +1,95 @@
+"""Tree records for tests, and what they are compared by."""
+
+from dataclasses import replace
+
+import numpy as np
+from hypothesis import strategies as st
+
+from tests.support.trees import make_step, make_tree, trees
+from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
+from treerpo_ray.records import TreeRecord
+from treerpo_ray.verifier.verdict import Verdict
+
+FINITE = st.floats(0, 1e6)
+TEXT = st.text(max_size=5)
+
+
+def make_record(tree: Tree, verdicts: tuple[Verdict, ...]) -> TreeRecord:
+    """A record of ticket 5 with this tree."""
+    return TreeRecord(
+        ticket=5,
+        attempt=1,
+        prompt_id="train-5",
+        question="1+1=?",
+        answers=("2", "two"),
+        seed=2**63 - 1,
+        engine=0,
+        grow_s=0.25,
+        finished_at_s=1.7e9 + 0.125,
+        tree=tree,
+        leaf_texts=tuple(f"leaf {leaf}" for leaf in tree.leaves),
+        verdicts=verdicts,
+    )
+
+
+@st.composite
+def records(draw: st.DrawFn) -> TreeRecord:
+    """Any record."""
+    tree = draw(trees())
+    steps = []
+    for index, step in enumerate(tree.steps):
+        if index in tree.leaves and draw(st.booleans()):
+            steps.append(empty_step(step.parent))
+        else:
+            size = len(step.token_ids)
+            versions = draw(st.lists(st.integers(0, 2**31 - 1), min_size=size, max_size=size))
+            stop = draw(st.sampled_from([StopReason.BOUNDARY, StopReason.END_OF_TEXT]))
+            steps.append(
+                replace(
+                    step,
+                    versions=np.array(versions, np.int32),
+                    stop=stop,
+                    num_discarded=draw(st.integers(0, 9)),
+                )
+            )
+    tree = Tree.from_steps(tree.prompt_ids, tuple(steps))
+    size = len(tree.leaves)
+    verdicts = draw(st.lists(st.sampled_from(list(Verdict)), min_size=size, max_size=size))
+    return replace(
+        make_record(tree, tuple(verdicts)),
+        ticket=draw(st.integers(0, 2**62)),
+        question=draw(TEXT),
+        answers=tuple(draw(st.lists(TEXT, max_size=2))),
+        seed=draw(st.integers(0, 2**63 - 1)),
+        grow_s=draw(FINITE),
+        scored_at_s=draw(FINITE),
+        leaf_texts=tuple(draw(st.lists(TEXT, min_size=size, max_size=size))),
+    )
+
+
+def empty_step(parent: int) -> Step:
+    """A step that a sampler turned down."""
+    return replace(make_step(parent, np.empty(0, np.int32)), stop=StopReason.ERROR)
+
+
+def plain(record: TreeRecord) -> tuple[object, ...]:
+    """Everything of a record, dtypes included, in a form that can be compared."""
+    scalars = [getattr(record, name) for name in TreeRecord.__slots__ if name != "tree"]
+    arrays = [record.tree.prompt_ids]
+    for step in record.tree.steps:
+        arrays += [step.token_ids, step.logprobs, step.versions]
+    stops = [
+        (step.parent, step.stop, type(step.stop), step.num_discarded) for step in record.tree.steps
+    ]
+    return *scalars, stops, [(array.dtype, array.tobytes()) for array in arrays]
+
+
+def tree_of(ticket: int, *versions: int) -> TreeRecord:
+    """An unscored tree with one step of each version."""
+    tree = make_tree([ROOT] * len(versions))
+    steps = tuple(
+        replace(step, versions=np.full(len(step.token_ids), version, np.int32))
+        for step, version in zip(tree.steps, versions, strict=True)
+    )
+    tree = Tree.from_steps(tree.prompt_ids, steps)
+    return replace(make_record(tree, ()), ticket=ticket, leaf_texts=())
