@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from jobs.minimal import TreeRPO, train
-from tests.conftest import ROOT
+from tests.support.project import ROOT
 from tests.support.learner_runs import CPU, FREE, make_config, mixed
 from tests.support.step_rows import gradients
 from tests.support.tiny_models import save_tiny_model
