@@ -25,7 +25,7 @@ TINY = [
     "gate.trees_per_step=4",
     "evaluate.data.num_problems=6",
 ]
-PATIENCE_S = 600
+PATIENCE_S = 1500
 """Far more than anything takes that is waited for."""
 TOKEN = uuid.uuid4().hex
 WITH_TOKEN = {"Authorization": f"Bearer {TOKEN}"}
