@@ -10,7 +10,7 @@ from tests.run_folder.test_trees import tree_of
 from treerpo_ray.config import Config, load
 from treerpo_ray.driver.outcome import finished_outcome
 from treerpo_ray.records import TreeRecord
-from treerpo_ray.run_folder.files import publish_folder
+from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.train import TrainWorker
 
 
@@ -44,7 +44,7 @@ def open_worker(
     monkeypatch.setattr(ray, "get", lambda result: result)
     monkeypatch.setattr(TrainWorker, "_publish", lambda worker: station.calls.append("publish"))
     worker = object.__new__(TrainWorker)
-    worker.config, worker.folder, worker.step = config, config.folder, step
+    worker.config, worker.folder, worker.step = config, RunFolder(config.folder), step
     worker.actors = SimpleNamespace(gate=station, pool=station, heartbeats=station, run_log=station)
     worker.checkpoints = SimpleNamespace(passed_over={})
     worker.learner = SimpleNamespace(version=step)
@@ -78,7 +78,7 @@ def test_a_restart_goes_on_from_the_checkpoints_trees_and_from_those_that_the_po
 def test_the_model_of_a_run_that_was_stopped_does_not_pass_for_that_of_a_whole_one(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish_folder(config.folder, "model", lambda path: (path / "config.json").write_text("{}"))
+    RunFolder(config.folder).publish_model(lambda path: (path / "config.json").write_text("{}"))
     done = Path(config.folder) / "checkpoints/step=000002"
     open_worker(config, monkeypatch, step=1, left_over=[], grown=[])
     done.mkdir(parents=True)  # the last checkpoint, after which the driver is killed

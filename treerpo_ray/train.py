@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from treerpo_ray.engine.types import EngineTotals
-from treerpo_ray.evaluate.evaluation import evaluate, read
+from treerpo_ray.evaluate.evaluation import read_evaluation
+from treerpo_ray.evaluate.grading import evaluate
 from treerpo_ray.learner.learner import Learner, UpdateResult
 from treerpo_ray.learner.policy import DTYPES
 from treerpo_ray.metrics.run_log import Event, Row, latest, write_failed
@@ -22,9 +23,9 @@ from treerpo_ray.metrics.watchdog import Heartbeat
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import TreeRecord, from_table
 from treerpo_ray.run_folder import trees as saved_trees
-from treerpo_ray.run_folder.checkpoints import Checkpoints, Saver
-from treerpo_ray.run_folder.files import publish_folder, publish_table, withdraw_folder
-from treerpo_ray.run_folder.writer import Outbox
+from treerpo_ray.run_folder.checkpoints import Checkpoints, CheckpointSaver
+from treerpo_ray.run_folder.files import RunFolder
+from treerpo_ray.run_folder.writer import BackgroundWriter
 from treerpo_ray.scoring import Scorer
 from treerpo_ray.search import curriculum
 from treerpo_ray.search.curriculum import Measurement
@@ -43,13 +44,13 @@ class TrainWorker:
         context = ray.train.get_context()
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         self.is_first = self.rank == 0
-        self.folder = self.config.folder
+        self.folder = RunFolder(self.config.folder)
         self.engines = EngineTotals()
         self.sampled_tokens = 0.0
-        self.outbox = Outbox(self._warn)
+        self.writer = BackgroundWriter(self._warn)
         limit_s = self.config.run.stall_timeout_s
         self.heartbeat = Heartbeat(
-            self.actors.heartbeats, f"learner {self.rank}", self.folder, limit_s
+            self.actors.heartbeats, f"learner {self.rank}", self.folder.place, limit_s
         )
         self.heartbeat.at("restoring its state")
         self.checkpoints = Checkpoints(self.folder, self.config.checkpoint.keep)
@@ -61,7 +62,12 @@ class TrainWorker:
             if checkpoint is not None and self.is_first:
                 self.left_over = saved_trees.read(checkpoint, self.config)
                 self.measurements = curriculum.read(checkpoint, self.config)
-        self.saver = Saver(self.checkpoints, self.config.checkpoint.every, self.step, self._warn)
+        self.saver = CheckpointSaver(
+            self.checkpoints,
+            every=self.config.checkpoint.every,
+            step=self.step,
+            warn=self._warn,
+        )
         self.trees_kept: int | None = None
 
     def run(self) -> None:
@@ -85,15 +91,15 @@ class TrainWorker:
             if not is_last:
                 self._evaluate()
         self.heartbeat.at("writing the model")
-        self.outbox.close()
+        self.writer.close()
         if self.is_first:
-            publish_folder(self.folder, "model", self.learner.policy.save_pretrained)
+            self.folder.publish_model(self.learner.policy.save_pretrained)
         self.heartbeat.close()
 
     def _open(self) -> None:
         """Bring engines, gate and log to where the learner is, before the first ticket."""
         ray.get(self.actors.heartbeats.forget.remote("learner"))
-        withdraw_folder(self.folder, "model")  # of a run that was stopped: it tells of a whole one
+        self.folder.withdraw_model()  # of a run that was stopped: it tells of a whole one
         for step, fault in self.checkpoints.passed_over.items():
             self._note("checkpoint_passed_over", step=step, fault=fault)
         try:
@@ -220,7 +226,7 @@ class TrainWorker:
             return
         if not self.is_first:
             self.heartbeat.at("waiting for the evaluation", is_busy=False)
-        elif not (unless_done and read(self.folder, self.step)):
+        elif not (unless_done and read_evaluation(self.folder, self.step)):
             self._evaluate_on(self.held_out)
         self._barrier()
 
@@ -236,7 +242,7 @@ class TrainWorker:
                 step=self.step,
                 version=self.learner.version,
                 advance=lambda num_problems: self.heartbeat.at("evaluating"),
-                outbox=self.outbox,
+                writer=self.writer,
             )
 
     def _save(self, is_last: bool) -> None:
@@ -272,7 +278,7 @@ class TrainWorker:
         every, step = self.config.metrics.save_trees_every, self.step + 1
         if every and step % every == 0:
             name = saved_trees.name(step, self.rank)
-            self.outbox.put(name, lambda: publish_table(self.folder, name, table))
+            self.writer.put(name, lambda: self.folder.publish_table(name, table))
             self.trees_kept = step
 
     def _warn(self, what: str, reason: str) -> None:

@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import partial
 from tempfile import TemporaryDirectory
 
-import fsspec
 import ray
 import ray.train
 
@@ -25,21 +24,22 @@ from treerpo_ray.driver.outcome import (
     RunResult,
     collect_outcome,
     finished_outcome,
-    last_step,
     root_cause,
 )
 from treerpo_ray.driver.plan import Inputs
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
 from treerpo_ray.driver.trainer import make_trainer
 from treerpo_ray.errors import RunFailed
-from treerpo_ray.evaluate import evaluation as evaluate
-from treerpo_ray.evaluate.evaluation import Evaluation
+from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation
+from treerpo_ray.evaluate.grading import evaluate
 from treerpo_ray.metrics.console import Console
-from treerpo_ray.metrics.run_log import Event, RunLog, RunLogApi, latest
+from treerpo_ray.metrics.run_log import Event, RunLog, RunLogApi, last_step, latest, write_failed
 from treerpo_ray.metrics.watchdog import Heartbeats, StageApi, Watchdog, watch_over
 from treerpo_ray.prompts.prompt_set import load_tokenizer
+from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder
 from treerpo_ray.run_folder.lock import only_writer
 from treerpo_ray.run_folder.logs import output_to_log
+from treerpo_ray.run_folder.writer import BackgroundWriter
 from treerpo_ray.scoring import Scorer
 from treerpo_ray.search.gate import Gate
 from treerpo_ray.search.tree_pool import TreePool
@@ -67,7 +67,8 @@ def run(
     if outcome is not None:
         console.note("this run is complete; another run.name starts a new one")
         return outcome
-    with only_writer(config.folder), output_to_log(config.folder):
+    folder = RunFolder(config.folder)
+    with only_writer(folder), output_to_log(folder):
         try:
             if pool is not None:
                 return train(config, inputs, console, pool)
@@ -103,7 +104,7 @@ def train(
         ray.exceptions.RayError, RuntimeError: something failed for good; the run folder holds
             the last checkpoint, and the same command goes on from it.
     """
-    _write_config(config)
+    RunFolder(config.folder).publish_file(CONFIG_FILE, to_yaml(config).encode())
     actors = _build(config, inputs, pool)
     scorer = None
     try:
@@ -124,7 +125,7 @@ def train(
             steps_done = _fit(config, inputs, actors, supervisor)
             written = ray.get(actors.run_log.rows_since.remote(0))
             rows = latest(written)
-            is_complete = steps_done >= last_step(config, rows)
+            is_complete = steps_done >= last_step(config.run, rows)
             after = evaluated(steps_done) if is_complete else None
     finally:
         if scorer is not None:
@@ -257,7 +258,7 @@ def _evaluate(
     """Evaluate what the engines serve now, unless the run folder holds the result."""
     if inputs.held_out is None or scorer is None:
         return None
-    result = evaluate.read(config.folder, step)
+    result = read_evaluation(RunFolder(config.folder), step)
     if result is not None:
         return result
     version = ray.get(actors.pool.version.remote())
@@ -265,8 +266,12 @@ def _evaluate(
         raise RuntimeError("engines that have served a run cannot evaluate the start of another")
     num_problems = len(inputs.held_out)
     title = f"evaluating on {num_problems} problems"
-    with evaluation_progress(config, console, actors.heartbeats, title, num_problems) as advance:
-        result = evaluate.evaluate(
+    warn = lambda *why: actors.run_log.event.remote(write_failed(*why))  # noqa: E731
+    with (
+        evaluation_progress(config, console, actors.heartbeats, title, num_problems) as advance,
+        closing(BackgroundWriter(warn)) as writer,
+    ):
+        return evaluate(
             config,
             inputs.held_out,
             actors.pool,
@@ -275,11 +280,5 @@ def _evaluate(
             step=step,
             version=version,
             advance=advance,
+            writer=writer,
         )
-    return result
-
-
-def _write_config(config: Config) -> None:
-    fs, root = fsspec.core.url_to_fs(config.folder)
-    fs.makedirs(root, exist_ok=True)
-    fs.pipe_file(f"{root}/config.yaml", to_yaml(config).encode())
