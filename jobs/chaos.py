@@ -32,8 +32,8 @@ import rich.table
 from ray.cluster_utils import Cluster
 
 from treerpo_ray.config import Config, load
-from treerpo_ray.metrics.run_log import EVENTS_FILE, latest_rows, read_lines
-from treerpo_ray.run_folder.lines import Scalar
+from treerpo_ray.metrics.run_log import EVENTS_FILE, latest_rows
+from treerpo_ray.run_folder.files import RunFolder, Scalar
 from treerpo_ray.study.audit import Fields, _float, _int, faults
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,12 +167,12 @@ class Drill:
             training.wait()
 
     def _steps_done(self) -> int:
-        rows = latest_rows(self.config.folder)
+        rows = latest_rows(RunFolder(self.config.folder))
         return int(rows[-1]["step"]) if rows else 0
 
     def _kill(self, victim: Victim) -> Kill | None:
         """Kill one of its kind; None if none is up."""
-        events = read_lines(self.config.folder, EVENTS_FILE)
+        events = RunFolder(self.config.folder).read_lines(EVENTS_FILE)
         if victim is Victim.NODE:
             return self._kill_node(events)
         if victim in (Victim.ENGINE, Victim.CORE):
@@ -319,7 +319,7 @@ def main(arguments: list[str]) -> int:
             training.kill()  # does nothing once it has ended
             training.wait()
     seconds = time.monotonic() - start
-    kills, events = drill.kills, read_lines(config.folder, EVENTS_FILE)
+    kills, events = drill.kills, RunFolder(config.folder).read_lines(EVENTS_FILE)
     times = [float(str(event["time"])) for event in events] or [0.0]
     recoveries = [recovery_s(kill, events) for kill in kills]
     problems = [*faults(config, events), *unrepaired(kills, recoveries, times[-1])]

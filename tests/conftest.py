@@ -93,3 +93,17 @@ def strict(small_config, ray_cluster) -> "tuple[Run, RunResult, str]":
     config = small_config("run.name=strict", "run.num_steps=3", *STRICT)
     outcome, shown = run_training(config)
     return Run(config.folder), outcome, shown
+
+
+@pytest.fixture
+def hanging() -> Iterator[str]:
+    """Root of runs on a store that hangs."""
+    import fsspec
+
+    from tests.support.run_folders import HangingStore
+
+    fsspec.register_implementation("hanging", HangingStore, clobber=True)
+    HangingStore.store.clear()
+    HangingStore.hold.clear()
+    yield "hanging://bucket"
+    HangingStore.hold.set()

@@ -19,7 +19,7 @@ from treerpo_ray.config import Config, load
 from treerpo_ray.driver.outcome import finished_outcome
 from treerpo_ray.learner.stats import BatchStats
 from treerpo_ray.records import RootValue, TreeRecord
-from treerpo_ray.run_folder.files import publish_folder
+from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.task import RunActors, WorkerTask
 from treerpo_ray.train import TrainWorker
 
@@ -125,7 +125,7 @@ def test_the_model_of_a_run_that_was_stopped_does_not_pass_for_that_of_a_whole_o
     tmp_path: Path,
 ) -> None:
     config = config_of(tmp_path)
-    publish_folder(config.folder, "model", lambda path: (path / "config.json").write_text("{}"))
+    RunFolder(config.folder).publish_model(lambda path: (path / "config.json").write_text("{}"))
     done = Path(config.folder) / "checkpoints/step=000002"
     open_worker(config, step=1, left_over=[], grown=[])
     done.mkdir(parents=True)  # the last checkpoint, after which the driver is killed

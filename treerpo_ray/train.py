@@ -29,7 +29,8 @@ import torch
 import torch.distributed as dist
 
 from treerpo_ray.engine.types import EngineTotals
-from treerpo_ray.evaluate.evaluation import evaluate, read
+from treerpo_ray.evaluate.evaluation import read_evaluation
+from treerpo_ray.evaluate.grading import evaluate
 from treerpo_ray.learner.learner import Learner, UpdateResult
 from treerpo_ray.learner.policy import DTYPES
 from treerpo_ray.metrics.run_log import Event, Row, latest, write_failed
@@ -37,9 +38,9 @@ from treerpo_ray.metrics.watchdog import Heartbeat
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import RootValue, TreeRecord, from_table
 from treerpo_ray.run_folder import trees as saved_trees
-from treerpo_ray.run_folder.checkpoints import Checkpoints, Saver
-from treerpo_ray.run_folder.files import publish_folder, publish_table, withdraw_folder
-from treerpo_ray.run_folder.writer import Outbox
+from treerpo_ray.run_folder.checkpoints import Checkpoints, CheckpointSaver
+from treerpo_ray.run_folder.files import RunFolder
+from treerpo_ray.run_folder.writer import BackgroundWriter
 from treerpo_ray.scoring import Scorer
 from treerpo_ray.search import curriculum
 from treerpo_ray.search.curriculum import Measurement
@@ -73,7 +74,7 @@ def restore(task: WorkerTask) -> Iterator["TrainWorker"]:
         task.actors.heartbeats, f"learner {rank}", config.folder, config.run.stall_timeout_s
     )
     heartbeat.at("restoring its state")
-    checkpoints = Checkpoints(config.folder, config.checkpoint.keep)
+    checkpoints = Checkpoints(RunFolder(config.folder), config.checkpoint.keep)
     left_over: list[TreeRecord] = []
     measurements: list[Measurement] = []
     with checkpoints.newest() as found:
@@ -135,7 +136,7 @@ class TrainWorker:
         self.rank, self.num_workers, self.is_first = rank, num_workers, rank == 0
         self.step, self.learner, self.checkpoints = step, learner, checkpoints
         self.heartbeat = heartbeat
-        self.folder = self.config.folder
+        self.folder = RunFolder(self.config.folder)
         self.batches: Prefetcher
         self.publisher = Publisher(
             send=self.actors.weight_sync.publish.remote,
@@ -148,8 +149,10 @@ class TrainWorker:
         self.is_last = False
         self.is_told_to_stop = False
         self.trees_kept: int | None = None
-        self.outbox = Outbox(self._warn)
-        self.saver = Saver(checkpoints, self.config.checkpoint.every, step, self._warn)
+        self.writer = BackgroundWriter(self._warn)
+        self.saver = CheckpointSaver(
+            checkpoints, every=self.config.checkpoint.every, step=step, warn=self._warn
+        )
 
     # The loop, in order ----------------------------------------------------------------------
 
@@ -161,7 +164,7 @@ class TrainWorker:
             measurements: Those of the checkpoint.
         """
         ray.get(self.actors.heartbeats.forget.remote("learner"))
-        withdraw_folder(self.folder, "model")  # of a run that was stopped: it tells of a whole one
+        self.folder.withdraw_model()  # of a run that was stopped: it tells of a whole one
         for step, fault in self.checkpoints.passed_over.items():
             self._note("checkpoint_passed_over", step=step, fault=fault)
         try:
@@ -223,7 +226,7 @@ class TrainWorker:
         every, done = self.config.metrics.save_trees_every, step + 1
         if every and done % every == 0:
             name, table = saved_trees.name(done, self.rank), self._table
-            self.outbox.put(name, lambda: publish_table(self.folder, name, table))
+            self.writer.put(name, lambda: self.folder.publish_table(name, table))
             self.trees_kept = done
 
     def publish(self) -> None:
@@ -314,7 +317,7 @@ class TrainWorker:
             return
         if not self.is_first:
             self.heartbeat.at("waiting for the evaluation", is_busy=False)
-        elif not (unless_done and read(self.folder, self.step)):
+        elif not (unless_done and read_evaluation(self.folder, self.step)):
             self._await_engines()
             self._evaluate_on(self.held_out)
         self.barrier()
@@ -322,9 +325,9 @@ class TrainWorker:
     def finish(self) -> None:
         """Write the model, once all else is written."""
         self.heartbeat.at("writing the model")
-        self.outbox.close()
+        self.writer.close()
         if self.is_first:
-            publish_folder(self.folder, "model", self.learner.policy.save_pretrained)
+            self.folder.publish_model(self.learner.policy.save_pretrained)
 
     # What it is made of ----------------------------------------------------------------------
 
@@ -364,7 +367,7 @@ class TrainWorker:
                 step=self.step,
                 version=self.learner.version,
                 advance=lambda num_problems: self.heartbeat.at("evaluating"),
-                outbox=self.outbox,
+                writer=self.writer,
             )
 
     def _is_settled(self, num_lines: int, trees_kept: int | None) -> bool:

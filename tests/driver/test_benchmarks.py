@@ -29,6 +29,7 @@ from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.health import StageStatus
 from treerpo_ray.metrics.run_log import Event
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
+from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.search.tree_pool import TreePool
 
 MODEL = str(ROOT / "treerpo_ray/quickstart/model")
@@ -101,12 +102,10 @@ def test_a_model_has_one_name_however_it_is_written(tmp_path: Path, monkeypatch)
 
 @pytest.mark.parametrize("place", ["", "memory:/"])
 def test_a_folder_with_results_of_another_model_is_refused(place: str, tmp_path: Path) -> None:
-    folder = f"{place}{tmp_path}/eval-mine"
+    folder = RunFolder(f"{place}{tmp_path}/eval-mine")
     check_folder(folder, "mine")  # there is nothing yet
-    fs, root = fsspec.core.url_to_fs(folder)
-    fs.makedirs(f"{root}/eval")
     for name, fields in (("old", {}), ("aime24", {"model": "mine"})):
-        fs.pipe_file(f"{root}/eval/{name}.json", json.dumps(fields).encode())
+        folder.publish_file(f"eval/{name}.json", json.dumps(fields).encode())
     check_folder(folder, "mine")
     with pytest.raises(ValueError, match=r"eval-mine holds results of mine: .*run\.name="):
         check_folder(folder, "other/mine")

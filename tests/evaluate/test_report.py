@@ -12,11 +12,13 @@ import pytest
 import rich.console
 import rich.table
 
-from tests.evaluate.test_evaluation import C, W, graded
+from tests.support.evaluations import C, W, graded
 from treerpo_ray.config import load
 from treerpo_ray.config.sections import PromptsConfig
-from treerpo_ray.evaluate.evaluation import Evaluation, Graded, save, save_samples, summarise
+from treerpo_ray.evaluate.evaluation import Evaluation, Graded, save_evaluation, save_samples
+from treerpo_ray.evaluate.grading import summarise
 from treerpo_ray.evaluate.report import PAPER, averaged, differences, plain, table, with_mean
+from treerpo_ray.run_folder.files import RunFolder
 
 RIGHT, WRONG, HALF = (C, C), (W, W), (C, W)
 
@@ -42,9 +44,11 @@ def evaluated(
         for number, verdicts in enumerate(answers)
     ]
     data = PromptsConfig(path=name, system_prompt=system_prompt)
-    result = summarise(config, found, data=data, step=0, version=0, seconds=0.0)
-    save(result, folder, name)
-    save_samples(found, folder, name)
+    result = summarise(
+        config, found, data=data, model="quickstart/model", step=0, version=0, seconds=0.0
+    )
+    save_evaluation(result, RunFolder(folder), name)
+    save_samples(found, RunFolder(folder), name)
     return result
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.evaluations import interval
 from treerpo_ray.evaluate.scores import (
     Estimate,
     Samples,
@@ -23,6 +24,8 @@ from treerpo_ray.evaluate.scores import (
 )
 
 NAN = float("nan")
+NORMAL_975 = 1.959964
+"""The 97.5 % quantile of the normal distribution."""
 
 
 def samples(
@@ -195,12 +198,48 @@ def test_the_interval_of_a_mean_over_benchmarks_is_as_wide_as_those_of_its_parts
     )
 
 
-def interval(values: np.ndarray, seed: int) -> tuple[float, float]:
-    """95 % bootstrap interval of a mean."""
-    score = mean_estimate(values, seed=seed).score
-    return score.low, score.high
-
-
 def test_the_interval_of_a_mean_does_not_depend_on_the_order() -> None:
     values = np.random.default_rng(0).binomial(4, 0.5, 100) / 4
     assert interval(values, 3) == interval(values[::-1], 3)
+
+
+def bernoulli(num_problems: int, num_correct: int) -> np.ndarray:
+    return np.repeat([1.0, 0.0], [num_correct, num_problems - num_correct])
+
+
+@pytest.mark.parametrize(("num_problems", "num_correct"), [(400, 200), (1000, 100), (2000, 1500)])
+def test_the_interval_of_a_bernoulli_mean_is_close_to_the_normal_one(
+    num_problems: int, num_correct: int
+) -> None:
+    mean = num_correct / num_problems
+    half = NORMAL_975 * np.sqrt(mean * (1 - mean) / num_problems)
+    low, high = interval(bernoulli(num_problems, num_correct), seed=0)
+    assert low == pytest.approx(mean - half, abs=0.07 * half)
+    assert high == pytest.approx(mean + half, abs=0.07 * half)
+
+
+def test_the_interval_of_shares_of_several_answers_is_close_to_the_normal_one() -> None:
+    values = np.random.default_rng(0).binomial(8, 0.4, 1000) / 8
+    half = NORMAL_975 * values.std() / np.sqrt(len(values))
+    low, high = interval(values, seed=1)
+    assert low == pytest.approx(values.mean() - half, abs=0.07 * half)
+    assert high == pytest.approx(values.mean() + half, abs=0.07 * half)
+
+
+def test_intervals_cover_the_true_mean_about_95_times_in_100() -> None:
+    rng, covered, num_trials = np.random.default_rng(0), 0, 600
+    for trial in range(num_trials):
+        low, high = interval((rng.random(300) < 0.3).astype(float), seed=trial)
+        covered += low <= 0.3 <= high
+    assert 0.92 <= covered / num_trials <= 0.975
+
+
+def test_an_interval_is_reproducible_and_does_not_depend_on_the_order_of_the_problems() -> None:
+    values = np.random.default_rng(0).binomial(4, 0.5, 100) / 4
+    assert interval(values, seed=3) == interval(values[::-1], seed=3)
+    assert interval(values, seed=3) != interval(values, seed=4)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.375, 1.0])
+def test_equal_values_leave_no_doubt(value: float) -> None:
+    assert interval(np.full(50, value), seed=0) == pytest.approx((value, value))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from jobs.minimal import TreeRPO, train
-from tests.support.project import ROOT
 from tests.support.learner_runs import CPU, FREE, make_config, mixed
+from tests.support.project import ROOT
 from tests.support.step_rows import gradients
 from tests.support.tiny_models import save_tiny_model
 from treerpo_ray.algo.tree import StopReason

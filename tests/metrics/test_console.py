@@ -1,10 +1,15 @@
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import rich.console
 
 from treerpo_ray.metrics.console import Console
 
+REPOSITORY = Path(__file__).parents[2]
 ROW = {
     "step": 2,
     "time": 1000.0,
@@ -79,3 +84,25 @@ def test_stdout_stays_free(capsys):
     printer.note("hello")
     printer.print_step(ROW)
     assert capsys.readouterr().out == ""
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_run(tmp_path):
+    """In a process of its own, whose standard error is a pipe that nobody reads."""
+    code = (
+        "from treerpo_ray.metrics.console import Console\n"
+        "console = Console(9)\n"
+        "for step in range(9):\n"
+        "    console.note('line ' * 20000)\n"
+        "print('still here')\n"
+    )
+    read, written = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        stderr=written,
+        stdout=subprocess.PIPE,
+        cwd=REPOSITORY,
+        text=True,
+    )
+    os.close(written)
+    assert done.stdout == "still here\n"

@@ -17,6 +17,7 @@ from treerpo_ray.config import Config, load
 from treerpo_ray.config.sections import PromptsConfig
 from treerpo_ray.prompts.problems import load_problems
 from treerpo_ray.run_folder.checkpoints import LIST_FILE, Checkpoints
+from treerpo_ray.run_folder.files import RunFolder
 
 ROWS = [{"question": f"what is {n}?", "answer": [str(n), "7.5"]} for n in range(20)]
 
@@ -119,7 +120,7 @@ def save(checkpoints: Checkpoints, step: int) -> None:
 
 
 def test_any_spoiled_file_of_a_checkpoint_passes_it_over_for_the_one_before(tmp_path) -> None:
-    checkpoints = Checkpoints(str(tmp_path), keep=2)
+    checkpoints = Checkpoints(RunFolder(str(tmp_path)), keep=2)
     save(checkpoints, 1)
     rng = random.Random(0)
     for _ in range(60):
@@ -142,7 +143,7 @@ def test_any_spoiled_file_of_a_checkpoint_passes_it_over_for_the_one_before(tmp_
 
 @pytest.mark.parametrize("content", [b"[]", b"3", b'"text"', b"null", b'{"state.pt": 7}', b"{}"])
 def test_a_list_of_files_that_is_none_passes_its_checkpoint_over(tmp_path, content: bytes) -> None:
-    checkpoints = Checkpoints(str(tmp_path), keep=2)
+    checkpoints = Checkpoints(RunFolder(str(tmp_path)), keep=2)
     save(checkpoints, 1)
     save(checkpoints, 2)
     (tmp_path / "checkpoints/step=000002" / LIST_FILE).write_bytes(content)
@@ -151,7 +152,7 @@ def test_a_list_of_files_that_is_none_passes_its_checkpoint_over(tmp_path, conte
 
 
 def test_a_folder_that_is_no_checkpoint_is_not_taken_for_one(tmp_path) -> None:
-    checkpoints = Checkpoints(str(tmp_path), keep=2)
+    checkpoints = Checkpoints(RunFolder(str(tmp_path)), keep=2)
     save(checkpoints, 1)
     other = tmp_path / "checkpoints/step=old"
     other.mkdir()

@@ -14,12 +14,14 @@ from treerpo_ray.driver.plan import Inputs
 from treerpo_ray.driver.run import run
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.prompts.prompt_set import PromptSet
+from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.lock import FILE, only_writer
 
 HOLDER = """
 import sys, time
+from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.lock import only_writer
-with only_writer(sys.argv[1]):
+with only_writer(RunFolder(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -35,7 +37,7 @@ def test_a_second_job_is_refused_before_anything_starts_and_names_the_folder(
     console = Console(1, rich.console.Console(file=io.StringIO()))
     was_started = ray.is_initialized()  # by tests that ran before
     told = f"^another job writes {tmp_path}/shared; wait for it or choose another run.name$"
-    with only_writer(config.folder), pytest.raises(ValueError, match=told):
+    with only_writer(RunFolder(config.folder)), pytest.raises(ValueError, match=told):
         run(config, NOTHING, console)
     assert ray.is_initialized() == was_started
     assert [path.name for path in (tmp_path / "shared").iterdir()] == [FILE]
@@ -46,18 +48,22 @@ def test_the_lock_of_a_job_that_was_killed_or_has_ended_blocks_nobody(tmp_path: 
         [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match="another job writes"), only_writer(str(tmp_path)):
+    with (
+        pytest.raises(ValueError, match="another job writes"),
+        only_writer(RunFolder(str(tmp_path))),
+    ):
         pass
     holder.kill()
     holder.communicate()
     for _ in range(2):
-        with only_writer(str(tmp_path)):
+        with only_writer(RunFolder(str(tmp_path))):
             pass
     assert (tmp_path / FILE).exists()
 
 
 def test_other_folders_and_object_stores_are_not_locked(tmp_path: Path) -> None:
-    with only_writer(str(tmp_path / "a")), only_writer(str(tmp_path / "b")):
-        pass
-    with only_writer("memory://bucket/run"), only_writer("memory://bucket/run"):
-        pass
+    for first, second in (("a", "b"), ("memory://bucket/run", "memory://bucket/run")):
+        places = (place if "://" in place else str(tmp_path / place) for place in (first, second))
+        one, other = map(RunFolder, places)
+        with only_writer(one), only_writer(other):
+            pass

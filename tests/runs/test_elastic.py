@@ -20,8 +20,8 @@ from tests.support.whole_runs import (
     assert_no_tree_was_finished_twice,
     assert_versions_count_updates,
 )
-from treerpo_ray.metrics.run_log import EVENTS_FILE, read_lines
-from treerpo_ray.run_folder.lines import Scalar
+from treerpo_ray.metrics.run_log import EVENTS_FILE
+from treerpo_ray.run_folder.files import RunFolder, Scalar
 from treerpo_ray.study.analysis import Run
 
 ELASTIC = [
@@ -86,7 +86,7 @@ class Job:
         deadline = time.monotonic() + 1800
         while time.monotonic() < deadline:
             is_over = self.process.poll() is not None
-            if is_so(read_lines(str(self.folder), EVENTS_FILE)):
+            if is_so(RunFolder(str(self.folder)).read_lines(EVENTS_FILE)):
                 return
             assert not is_over, f"the job ended without {what}"
             time.sleep(0.1)

@@ -36,7 +36,7 @@ from treerpo_ray.actor import make_actor
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.config import Config
 from treerpo_ray.driver.outcome import finished_outcome
-from treerpo_ray.metrics.run_log import read_lines
+from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.search.tree_pool import TreePool
 from treerpo_ray.study.analysis import Run
 from treerpo_ray.task import TreePoolApi
@@ -201,7 +201,7 @@ def kill_train_workers_after_steps(folder: str, *steps: int) -> None:
     """SIGKILL the first worker once the checkpoint of each of these steps is written."""
     for step in steps:
         while True:
-            events = read_lines(folder, "events.jsonl")
+            events = RunFolder(folder).read_lines("events.jsonl")
             if any(e["kind"] == "checkpoint" and e["step"] == step for e in events):
                 break
             time.sleep(0.05)
@@ -253,7 +253,9 @@ def test_a_train_worker_that_stands_still_ends_the_run_with_a_report(small_confi
     def stop() -> None:
         """Hold the worker, and any that takes its place: a machine short of memory loses some."""
         while not ended.wait(0.05):
-            if any(row["step"] >= 1 for row in read_lines(config.folder, "metrics.jsonl")):
+            if any(
+                row["step"] >= 1 for row in RunFolder(config.folder).read_lines("metrics.jsonl")
+            ):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     worker = process_of(config.folder, "learner_started")
                     worker.suspend()

@@ -22,7 +22,7 @@ from tests.support.small_run import (
 from treerpo_ray.algo.tree import ROOT, StopReason
 from treerpo_ray.records import to_table
 from treerpo_ray.run_folder import trees as saved_trees
-from treerpo_ray.run_folder.files import publish_table
+from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.study.analysis import Run, most_mixed_tree, newest_run, path_changes, worst_leaf
 from treerpo_ray.study.plots import plot_curves, plot_kept_by_depth, plot_pool
 from treerpo_ray.study.tree_plots import MAX_LEAVES, plot_tree, plot_value_along_path
@@ -111,23 +111,23 @@ def test_trees_of_steps_that_were_rolled_back_are_not_those_of_the_run(place, tm
         uri = f"memory://{uuid.uuid4().hex}/small"
         fsspec.filesystem("memory").put(folder, uri, recursive=True)
         folder = uri
-    saved_trees.take_back(folder, 11)
+    saved_trees.take_back(RunFolder(folder), 11)
     assert Run(folder).tree_steps() == [11]
-    saved_trees.take_back(folder, 0)
-    saved_trees.take_back(folder, 0)  # there are none
+    saved_trees.take_back(RunFolder(folder), 0)
+    saved_trees.take_back(RunFolder(folder), 0)  # there are none
     assert Run(folder).tree_steps() == []
 
 
 def test_the_trees_of_a_step_are_there_once_those_of_all_workers_are(tmp_path):
-    folder = str(tmp_path)
+    folder = RunFolder(str(tmp_path))
     for rank in (1, 0):
         assert not saved_trees.are_kept(folder, 7, num_workers=2)
-        publish_table(folder, saved_trees.name(7, rank), to_table([worked_record(rank)]))
+        folder.publish_table(saved_trees.name(7, rank), to_table([worked_record(rank)]))
     assert saved_trees.are_kept(folder, 7, num_workers=2)
     beside = tmp_path / f"{saved_trees.name(7, 2)}.writing"
     beside.write_bytes(b"torn")  # by a worker that was killed over it
     (tmp_path / "config.yaml").touch()
-    assert [record.ticket for record in Run(folder).trees(7)] == [0, 1]
+    assert [record.ticket for record in Run(str(tmp_path)).trees(7)] == [0, 1]
 
 
 def test_the_tree_table_has_a_row_a_step(tmp_path):

@@ -15,7 +15,7 @@ from treerpo_ray.learner.policy import load_policy
 from treerpo_ray.metrics.run_log import RunLog
 from treerpo_ray.records import to_table
 from treerpo_ray.run_folder import trees as saved_trees
-from treerpo_ray.run_folder.files import publish_folder, publish_table
+from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.study import audit as ledger
 from treerpo_ray.study.audit import ConsumedTree, check_ledger, standing
 from treerpo_ray.weight_sync import pack_weights
@@ -135,7 +135,7 @@ def test_wrong_tickets_and_weights_in_a_run_folder_are_found(place, tmp_path) ->
         for ticket in tickets:
             step = ticket // SIZE
             table = to_table([tree_of(ticket, step)])
-            publish_table(config.folder, saved_trees.name(step + 1, rank), table)
+            RunFolder(config.folder).publish_table(saved_trees.name(step + 1, rank), table)
 
     policy = load_policy(
         save_tiny_model(tmp_path / "start", "qwen2"),
@@ -147,7 +147,7 @@ def test_wrong_tickets_and_weights_in_a_run_folder_are_found(place, tmp_path) ->
         policy.named_weights(), version=2, dtype=torch.float32, chunk_bytes=2**30
     )
     events = [*good_events(), event(6, "published", version=2, digest=manifest.digests[0])]
-    publish_folder(config.folder, "model", policy.save_pretrained)
+    RunFolder(config.folder).publish_model(policy.save_pretrained)
     keep(0, 0, 2, 4)
     keep(1, 1, 3, 5)
     assert ledger.faults(config, events) == []
@@ -155,7 +155,7 @@ def test_wrong_tickets_and_weights_in_a_run_folder_are_found(place, tmp_path) ->
     keep(1, 4)  # in the place of 5
     with torch.no_grad():
         next(policy.model.parameters())[0, 0] += 1e-6
-    publish_folder(config.folder, "model", policy.save_pretrained)
+    RunFolder(config.folder).publish_model(policy.save_pretrained)
     assert ledger.faults(config, events) == [
         "step 1 was trained on tickets [2] too many",
         "step 2 was not trained on its tickets [5]",

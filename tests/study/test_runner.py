@@ -12,8 +12,8 @@ import pytest
 from tests.support.project import ROOT
 from treerpo_ray.config import Config
 from treerpo_ray.errors import RunFailed
-from treerpo_ray.evaluate import evaluation as evaluate
-from treerpo_ray.evaluate.evaluation import Evaluation
+from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation, save_evaluation
+from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.study import runner as trials
 from treerpo_ray.study.comparison import CURVE, Comparison, read_comparison, read_results
 from treerpo_ray.study.runner import Trials
@@ -53,10 +53,11 @@ class Sessions:
             raise RunFailed("an engine was lost")
         if config.run.name == self.stopped:
             return SimpleNamespace(is_complete=False)
-        if evaluate.read(config.folder, 0) is None:
+        folder = RunFolder(config.folder)
+        if read_evaluation(folder, 0) is None:
             assert len(self.started[-1]) == 1  # a start is evaluated on fresh engines
-            evaluate.save(START, config.folder)
-        evaluate.save(replace(START, step=1), config.folder)
+            save_evaluation(START, folder)
+        save_evaluation(replace(START, step=1), folder)
         row = dict.fromkeys(CURVE, 1.0) | {"tokens/sampled": 20000.0}
         (Path(config.folder) / "metrics.jsonl").write_text(json.dumps(row) + "\n")
         return SimpleNamespace(is_complete=True)

@@ -12,8 +12,9 @@ from treerpo_ray.driver.outcome import RunResult
 from treerpo_ray.driver.plan import load_inputs
 from treerpo_ray.driver.run import train
 from treerpo_ray.metrics.console import Console
-from treerpo_ray.metrics.run_log import EVENTS_FILE, read_lines
+from treerpo_ray.metrics.run_log import EVENTS_FILE
 from treerpo_ray.records import TreeRecord
+from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.study.analysis import Run
 from treerpo_ray.study.audit import faults
 from treerpo_ray.task import TreePoolApi
@@ -33,7 +34,7 @@ def assert_ledger(folder: str, *overrides: str) -> None:
     """Every ticket was consumed once, by its own step and no staler than allowed; all else of a
     finished run that `ledger` checks holds too."""
     config = load([f"{folder}/config.yaml", *overrides])
-    assert faults(config, read_lines(folder, EVENTS_FILE)) == []
+    assert faults(config, RunFolder(folder).read_lines(EVENTS_FILE)) == []
 
 
 def assert_versions_count_updates(metrics: pd.DataFrame) -> None:
@@ -79,13 +80,13 @@ def assert_same_trees(run: Run, whole: Run) -> None:
 
 def wait_for_step(folder: str, step: int) -> None:
     """Wait until the metrics of learner step `step` are written."""
-    while not any(row["step"] >= step for row in read_lines(folder, "metrics.jsonl")):
+    while not any(row["step"] >= step for row in RunFolder(folder).read_lines("metrics.jsonl")):
         time.sleep(0.05)
 
 
 def process_of(folder: str, kind: str, field: str = "pid", **fields: int) -> psutil.Process:
     """The process in the newest event of a kind."""
-    events = read_lines(folder, EVENTS_FILE)
+    events = RunFolder(folder).read_lines(EVENTS_FILE)
     found = [e[field] for e in events if e["kind"] == kind and fields.items() <= e.items()]
     return psutil.Process(found[-1])
 

@@ -11,10 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-import fsspec
 import ray
-from fsspec import AbstractFileSystem
-from fsspec.implementations.local import LocalFileSystem
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from treerpo_ray.actor import make_actor
@@ -24,21 +21,15 @@ from treerpo_ray.driver.cluster import connected
 from treerpo_ray.driver.outcome import root_cause
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
 from treerpo_ray.errors import RunFailed
-from treerpo_ray.evaluate.evaluation import (
-    Evaluation,
-    Graded,
-    grade_samples,
-    save,
-    save_samples,
-    summarise,
-)
+from treerpo_ray.evaluate.evaluation import Evaluation, Graded, save_evaluation, save_samples
+from treerpo_ray.evaluate.grading import grade_samples, summarise
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.run_log import RunLog, RunLogApi
 from treerpo_ray.metrics.watchdog import Heartbeats, HeartbeatsApi, watch_over
 from treerpo_ray.prompts.problems import load_problems
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer, resolve_model_path
-from treerpo_ray.run_folder.checkpoints import MODEL_FOLDER
-from treerpo_ray.run_folder.files import publish_file
+from treerpo_ray.run_folder.checkpoints import FOLDER as CHECKPOINTS
+from treerpo_ray.run_folder.files import CONFIG_FILE, MODEL_FOLDER, RunFolder
 from treerpo_ray.run_folder.lock import only_writer
 from treerpo_ray.run_folder.logs import output_to_log
 from treerpo_ray.scoring import Scorer
@@ -59,20 +50,17 @@ def configure(model: str, names: Sequence[str], arguments: Sequence[str]) -> Con
         ValueError: a benchmark is not known, or there is no model.
         ImportError: the package that the URI needs is not installed.
     """
-    fs, root = fsspec.core.url_to_fs(model)
-    if fs.isfile(f"{root}/config.yaml"):
-        base = [
-            _fetched(fs, f"{root}/config.yaml"),
-            f"model.path={_fetched(fs, _model_of(fs, root))}",
-        ]
+    folder = RunFolder(model)
+    if folder.exists(CONFIG_FILE):
+        base = [_fetched(folder, CONFIG_FILE), f"model.path={_fetched(folder, _model_of(folder))}"]
     elif "://" not in model:
         base = [f"model.path={model}"]
-    elif _is_model(fs, root):
-        base = [f"model.path={_fetched(fs, root)}"]
+    elif _is_model(folder):
+        base = [f"model.path={_fetched(folder)}"]
     else:
         raise ValueError(f"{model}: neither a run (config.yaml) nor a model (*.safetensors)")
     own = [
-        f"run.name=eval-{_without_model_folder(root).name}",
+        f"run.name=eval-{_without_model_folder(folder.root).name}",
         "metrics.wandb_project=null",
         "prompts.path=''",
         "evaluate.data.path=''",
@@ -85,19 +73,21 @@ def configure(model: str, names: Sequence[str], arguments: Sequence[str]) -> Con
     return replace(config, evaluate=replace(config.evaluate, benchmarks=chosen))
 
 
-def _model_of(fs: AbstractFileSystem, run: str) -> str:
+def _model_of(run: RunFolder) -> str:
     """The model that a run exported at its end, else that of its newest checkpoint."""
-    checkpoints = sorted(fs.glob(f"{run}/checkpoints/step=*/{MODEL_FOLDER}"), reverse=True)
-    for folder in (f"{run}/model", *checkpoints):
-        if _is_model(fs, folder):
-            return folder
+    checkpoints = reversed(run.glob(f"{CHECKPOINTS}/step=*/{MODEL_FOLDER}"))
+    for name in (MODEL_FOLDER, *checkpoints):
+        if _is_model(run, name):
+            return name
     raise ValueError(f"{run}: the run has written neither a model nor a checkpoint yet")
 
 
 def source_of(model: str) -> str:
     """One name for a model or run, however its path is written; a Hub id stays as it is."""
-    fs, root = fsspec.core.url_to_fs(model)
-    return fs.unstrip_protocol(str(_without_model_folder(root))) if fs.exists(root) else model
+    folder = RunFolder(model)
+    if not folder.exists():
+        return model
+    return folder.fs.unstrip_protocol(str(_without_model_folder(folder.root)))
 
 
 def _without_model_folder(path: str) -> PurePosixPath:
@@ -106,19 +96,15 @@ def _without_model_folder(path: str) -> PurePosixPath:
     return found.parent if found.name == MODEL_FOLDER else found
 
 
-def _is_model(fs: AbstractFileSystem, folder: str) -> bool:
-    return bool(fs.glob(f"{folder}/*.safetensors"))
+def _is_model(folder: RunFolder, name: str = "") -> bool:
+    return bool(folder.glob(f"{name}/*.safetensors".lstrip("/")))
 
 
-def _fetched(fs: AbstractFileSystem, path: str) -> str:
+def _fetched(folder: RunFolder, name: str = "") -> str:
     """Local path of a file or folder; what lies elsewhere is copied for as long as this process."""
-    if isinstance(fs, LocalFileSystem):
-        return path
-    folder = tempfile.mkdtemp(prefix="treerpo-fetched-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    target = f"{folder}/{PurePosixPath(path).name}"
-    fs.get(path, target, recursive=True)
-    return target
+    target = tempfile.mkdtemp(prefix="treerpo-fetched-")
+    atexit.register(shutil.rmtree, target, ignore_errors=True)
+    return str(folder.fetch(name, Path(target)))
 
 
 def load_benchmarks(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, PromptSet]:
@@ -170,9 +156,10 @@ def run_benchmarks(config: Config, model: str, console: Console) -> dict[str, Ev
     check_length(config)
     prompts = load_benchmarks(config, tokenizer)
     source = source_of(model)
-    check_folder(config.folder, source)
-    with only_writer(config.folder), output_to_log(config.folder):
-        publish_file(config.folder, "eval/config.yaml", to_yaml(config).encode())
+    folder = RunFolder(config.folder)
+    check_folder(folder, source)
+    with only_writer(folder), output_to_log(folder):
+        folder.publish_file(f"eval/{CONFIG_FILE}", to_yaml(config).encode())
         try:
             with connected(config, trains=False):
                 return dict(evaluate_all(config, source, prompts, tokenizer, console))
@@ -183,15 +170,14 @@ def run_benchmarks(config: Config, model: str, console: Console) -> dict[str, Ev
             raise RunFailed(f"{root_cause(error)}; traces are in {config.folder}/logs") from error
 
 
-def check_folder(folder: str, source: str) -> None:
+def check_folder(folder: RunFolder, source: str) -> None:
     """Check that an evaluation folder holds results of no other model, which would mix with these.
 
     Raises:
         ValueError: it does.
     """
-    fs, root = fsspec.core.url_to_fs(folder)
-    for file in fs.glob(f"{root}/eval/*.json"):
-        other = json.loads(fs.cat_file(file)).get("model")
+    for file in folder.glob("eval/*.json"):
+        other = json.loads(folder.read_bytes(file)).get("model")
         if other is not None and other != source:
             raise ValueError(
                 f"{folder} holds results of {other}: give those of {source} another folder, "
@@ -248,8 +234,8 @@ def _save(config: Config, source: str, name: str, graded: list[Graded]) -> Evalu
     spent = max(each.record.finished_at_s for each in graded) - min(
         each.record.finished_at_s - each.record.grow_s for each in graded
     )
-    result = summarise(config, graded, data=data, step=0, version=0, seconds=spent)
-    result = replace(result, model=source)
-    save(result, config.folder, name)
-    save_samples(graded, config.folder, name)
+    result = summarise(config, graded, data=data, model=source, step=0, version=0, seconds=spent)
+    folder = RunFolder(config.folder)
+    save_evaluation(result, folder, name)
+    save_samples(graded, folder, name)
     return result

@@ -1,19 +1,17 @@
 """Run result: what a run came to, in words and as JSON."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
 import ray
 import ray.train
 
 from treerpo_ray.config import Config
-from treerpo_ray.evaluate import evaluation as evaluate
-from treerpo_ray.evaluate.evaluation import Evaluation
-from treerpo_ray.metrics.run_log import Row, latest_rows
+from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation
+from treerpo_ray.metrics.run_log import last_step, latest_rows
 from treerpo_ray.run_folder.checkpoints import Checkpoints
+from treerpo_ray.run_folder.files import WHOLE_MODEL, RunFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,36 +29,23 @@ class RunResult:
 
 def finished_outcome(config: Config) -> RunResult | None:
     """What a run came to that the run folder holds complete; None if there is work left."""
-    fs, root = fsspec.core.url_to_fs(config.folder)
-    if not fs.exists(f"{root}/model/config.json"):  # put in place last, removed when a run goes on
+    folder = RunFolder(config.folder)
+    if not folder.exists(WHOLE_MODEL):
         return None
-    last = last_step(config, latest_rows(config.folder))
-    if last not in Checkpoints(config.folder, config.checkpoint.keep).steps():
+    last = last_step(config.run, latest_rows(folder))
+    if last not in Checkpoints(folder, config.checkpoint.keep).steps():
         return None
-    before, after = (evaluate.read(config.folder, step) for step in (0, last))
+    before, after = (read_evaluation(folder, step) for step in (0, last))
     if config.evaluate.data.path and (before is None or after is None):
         return None
     return collect_outcome(config, before, after, is_complete=True)
-
-
-def last_step(config: Config, rows: Sequence[Row]) -> int:
-    """The learner step that ends the run, as far as the rows of those that are done tell.
-
-    It is `run.num_steps`, or before it the one that reached `run.max_sampled_tokens`.
-    """
-    limit, total = config.run.max_sampled_tokens, 0.0
-    for row in rows:
-        total += row.get("tokens/sampled", 0.0)
-        if limit is not None and total >= limit:
-            return int(row["step"])
-    return config.run.num_steps
 
 
 def collect_outcome(
     config: Config, before: Evaluation | None, after: Evaluation | None, *, is_complete: bool
 ) -> RunResult:
     """Result of a run whose metrics are in the run folder."""
-    rows = [row for row in latest_rows(config.folder) if "tokens/sampled" in row]
+    rows = [row for row in latest_rows(RunFolder(config.folder)) if "tokens/sampled" in row]
     return RunResult(
         before=before,
         after=after,

@@ -14,7 +14,6 @@ from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Self
 
-import fsspec
 import ray
 import ray.train
 
@@ -27,21 +26,22 @@ from treerpo_ray.driver.outcome import (
     RunResult,
     collect_outcome,
     finished_outcome,
-    last_step,
     root_cause,
 )
 from treerpo_ray.driver.plan import Inputs
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
 from treerpo_ray.driver.trainer import make_trainer
 from treerpo_ray.errors import RunFailed
-from treerpo_ray.evaluate import evaluation as evaluate
-from treerpo_ray.evaluate.evaluation import Evaluation
+from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation
+from treerpo_ray.evaluate.grading import evaluate
 from treerpo_ray.metrics.console import Console
-from treerpo_ray.metrics.run_log import Event, RunLog, RunLogApi, latest
+from treerpo_ray.metrics.run_log import Event, RunLog, RunLogApi, last_step, latest, write_failed
 from treerpo_ray.metrics.watchdog import Heartbeats, StageApi, Watchdog, watch_over
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
+from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder
 from treerpo_ray.run_folder.lock import only_writer
 from treerpo_ray.run_folder.logs import output_to_log
+from treerpo_ray.run_folder.writer import BackgroundWriter
 from treerpo_ray.scoring import Scorer
 from treerpo_ray.search.gate import Gate
 from treerpo_ray.search.tree_pool import TreePool
@@ -69,7 +69,8 @@ def run(
     if outcome is not None:
         console.note("this run is complete; another run.name starts a new one")
         return outcome
-    with only_writer(config.folder), output_to_log(config.folder):
+    folder = RunFolder(config.folder)
+    with only_writer(folder), output_to_log(folder):
         try:
             if pool is not None:
                 return train(config, inputs, console, pool)
@@ -105,7 +106,7 @@ def train(
         ray.exceptions.RayError, RuntimeError: something failed for good; the run folder holds
             the last checkpoint, and the same command goes on from it.
     """
-    _write_config(config)
+    RunFolder(config.folder).publish_file(CONFIG_FILE, to_yaml(config).encode())
     with RunSession(config, inputs, console, pool) as session:
         session.start_engines()
         before = session.evaluate(step=0)
@@ -167,7 +168,7 @@ class RunSession:
     def last_step(self) -> int:
         """The learner step that ends the run, as far as its rows tell."""
         written = ray.get(self.actors.run_log.rows_since.remote(0))
-        return last_step(self.config, latest(written))
+        return last_step(self.config.run, latest(written))
 
     def evaluate(self, step: int) -> Evaluation | None:
         """Evaluate what the engines serve now, unless the run folder holds the result of `step`;
@@ -183,17 +184,19 @@ class RunSession:
 
     def _evaluate(self, held_out: PromptSet, scorer: Scorer, step: int) -> Evaluation:
         config, actors = self.config, self.actors
-        result = evaluate.read(config.folder, step)
+        result = read_evaluation(RunFolder(config.folder), step)
         if result is not None:
             return result
         version = ray.get(actors.pool.version.remote())
         if step == 0 and version:
             raise RuntimeError("engines that served a run cannot evaluate the start of another")
         title = f"evaluating on {len(held_out)} problems"
-        with evaluation_progress(
-            config, self.console, actors.heartbeats, title, len(held_out)
-        ) as advance:
-            return evaluate.evaluate(
+        size = len(held_out)
+        with (
+            evaluation_progress(config, self.console, actors.heartbeats, title, size) as advance,
+            closing(BackgroundWriter(self._warn)) as writer,
+        ):
+            return evaluate(
                 config,
                 held_out,
                 actors.pool,
@@ -202,7 +205,11 @@ class RunSession:
                 step=step,
                 version=version,
                 advance=advance,
+                writer=writer,
             )
+
+    def _warn(self, what: str, reason: str) -> None:
+        self.actors.run_log.event.remote(write_failed(what, reason))
 
     def _fit_once(self) -> ray.train.TrainingFailedError | None:
         """Run a group of train workers to its end; returns what it failed of."""
@@ -337,9 +344,3 @@ def stop_on_signal(gate: GateApi, console: Console) -> Iterator[None]:
     finally:
         for each, handler in previous.items():
             signal.signal(each, handler)
-
-
-def _write_config(config: Config) -> None:
-    fs, root = fsspec.core.url_to_fs(config.folder)
-    fs.makedirs(root, exist_ok=True)
-    fs.pipe_file(f"{root}/config.yaml", to_yaml(config).encode())

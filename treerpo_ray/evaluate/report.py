@@ -8,9 +8,7 @@ from dataclasses import asdict
 from pathlib import PurePosixPath
 from typing import Any
 
-import fsspec
 import numpy as np
-import pyarrow.parquet as pq
 import rich.console
 import rich.table
 
@@ -25,6 +23,7 @@ from treerpo_ray.evaluate.scores import (
     paired_differences,
     powers_of_two,
 )
+from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.verifier.verdict import Verdict
 
 log = logging.getLogger(__name__)
@@ -157,23 +156,30 @@ def differences(ours: str, theirs: str) -> tuple[dict[str, dict[str, Score]], ri
 
 def find(place: str) -> dict[str, str]:
     """Files of samples by benchmark; see `differences`."""
-    fs, path = fsspec.core.url_to_fs(place)
-    if path.endswith((".json", ".parquet")):
-        files = [path.rpartition(".")[0] + ".parquet"]
+    if place.endswith((".json", ".parquet")):
+        folder, name = _split(place)
+        files = [f"{_stem(name)}.parquet"]
     else:
-        files = sorted(fs.glob(f"{path}/eval/*.parquet"))
+        folder = RunFolder(place)
+        files = folder.glob("eval/*.parquet")
         steps = [file for file in files if _stem(file).startswith("step=")]
         files = [file for file in files if file not in steps[:-1]]
-    if not files or not fs.isfile(files[0]):
+    if not files or not folder.exists(files[0]):
         raise ValueError(f"{place}: there are no samples of an evaluation (eval/*.parquet)")
-    return {_benchmark(fs, file): fs.unstrip_protocol(file) for file in files}
+    return {_benchmark(folder.uri(file)): folder.uri(file) for file in files}
 
 
-def _benchmark(fs: fsspec.AbstractFileSystem, file: str) -> str:
+def _split(file: str) -> tuple[RunFolder, str]:
+    """The folder of a file (path or URI), and its name in there."""
+    folder, _, name = file.rpartition("/")
+    return RunFolder(folder or "."), name
+
+
+def _benchmark(file: str) -> str:
     """Name of what was evaluated: the file's, or of a training run the path of its data."""
     if not _stem(file).startswith("step="):
         return _stem(file)
-    return str(_evaluation(fs.unstrip_protocol(file))["data"])
+    return str(_evaluation(file)["data"])
 
 
 def _stem(file: str) -> str:
@@ -197,8 +203,8 @@ def check_alike(ours: str, theirs: str) -> None:
 
 def _evaluation(file: str) -> dict[str, Any]:
     """What is written beside a file of samples; nothing if it stands alone."""
-    fs, path = fsspec.core.url_to_fs(f"{file.removesuffix('.parquet')}.json")
-    return with_moved_modules(json.loads(fs.cat_file(path))) if fs.exists(path) else {}
+    folder, name = _split(f"{file.removesuffix('.parquet')}.json")
+    return with_moved_modules(json.loads(folder.read_bytes(name))) if folder.exists(name) else {}
 
 
 def compare(
@@ -220,10 +226,10 @@ def compare(
 
 
 def read_samples(path: str) -> dict[Problem, Samples]:
-    """Samples of each problem in a file (path or URI) that `evaluate.save_samples` wrote."""
-    fs, file = fsspec.core.url_to_fs(path)
+    """Samples of each problem in a file (path or URI) that `save_samples` wrote."""
+    folder, name = _split(path)
     rows: dict[Problem, list[dict]] = {}
-    for row in pq.read_table(file, filesystem=fs).to_pylist():
+    for row in folder.read_table(name).to_pylist():
         rows.setdefault((row["problem"], row["question"]), []).append(row)
     return {problem: _samples(own) for problem, own in rows.items()}
 

@@ -25,7 +25,7 @@ from treerpo_ray.learner.policy import DTYPES, ForestTensors, Policy, load_polic
 from treerpo_ray.learner.stats import BatchStats, count
 from treerpo_ray.prompts.prompt_set import resolve_model_path
 from treerpo_ray.records import TreeRecord
-from treerpo_ray.run_folder.checkpoints import MODEL_FOLDER
+from treerpo_ray.run_folder.files import MODEL_FOLDER
 
 
 class _Addable(Protocol):

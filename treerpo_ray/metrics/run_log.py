@@ -6,23 +6,22 @@ in between. Both only ever grow, by whole lines. A row's `step` counts the finis
 again; `latest_rows` leaves out those that they replace.
 """
 
-import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
-
-import fsspec
 
 from treerpo_ray.actor import actor_method
 from treerpo_ray.metrics.health import StackDump, StageStatus
 from treerpo_ray.metrics.wandb import ID_FILE, WandbRun
-from treerpo_ray.run_folder.lines import Scalar, Spool
+from treerpo_ray.run_folder.files import RunFolder, Scalar, parse_lines
+from treerpo_ray.run_folder.lines import AppendLog, LogTimes
 
 if TYPE_CHECKING:
     from treerpo_ray.config import Config
+    from treerpo_ray.config.sections import RunConfig
 
 
 log = logging.getLogger(__name__)
@@ -103,29 +102,42 @@ class RunLog:
     """Writes the metrics and events of the run that `config` describes.
 
     A row is on disk before anything else sees it, unless the disk is late: then it waits in memory
-    and the run goes on. W&B is served by a thread of its own, so that it can neither stop nor
-    delay the run. On an object store the files lie in a local spool that is uploaded every few
-    seconds and on `close`. A folder has one writer at a time (`lock`).
+    and the run goes on. W&B can neither stop nor delay the run. For an object store the files lie
+    in a local folder that is uploaded every few seconds and on `close`. A run folder has one
+    writer at a time (`lock`).
+
+    Args:
+        config: The run's.
+        times: How long disk and store are waited for.
+        make_wandb: Makes the copy on W&B, if there is to be one.
 
     Raises:
         OSError: the folder cannot be made or read.
     """
 
-    def __init__(self, config: "Config") -> None:
+    def __init__(
+        self,
+        config: "Config",
+        times: LogTimes | None = None,
+        make_wandb: Callable[..., WandbRun] = WandbRun,
+    ) -> None:
         self._notices: list[Event] = []
         self._moved_at = time.monotonic()
-        self._spool = Spool(config.folder, (METRICS_FILE, EVENTS_FILE, ID_FILE), self._warn)
-        self._rows = _parse_rows(_parse(self._spool.read(METRICS_FILE)))
+        folder, continued = RunFolder(config.folder), (METRICS_FILE, EVENTS_FILE, ID_FILE)
+        self._log = AppendLog(folder, continued, self._warn, times)
+        self._rows = _parse_rows(parse_lines(self._log.read(METRICS_FILE)))
         self._wandb: WandbRun | None = None
         if config.metrics.wandb_project is not None:
             last_step = max((row["step"] for row in self._rows), default=-1)
-            self._wandb = WandbRun(config, self._spool.path, last_step, self._warn)
+            self._wandb = make_wandb(
+                config, folder=self._log.path, last_step=last_step, warn=self._warn
+            )
 
     def step(self, row: Row) -> None:
         """Append a row; it needs `step`, and gets the Unix `time` unless it has one."""
         row = {"step": row["step"], "time": time.time()} | row
-        self._spool.append(METRICS_FILE, {name: _finite(value) for name, value in row.items()})
-        self._spool.settle()
+        self._log.append(METRICS_FILE, {name: _finite(value) for name, value in row.items()})
+        self._log.settle()
         self._rows.append(row)
         self._moved_at = time.monotonic()
         if self._wandb is not None:
@@ -134,13 +146,13 @@ class RunLog:
     def event(self, event: Event) -> None:
         """Append an event."""
         self._append(event)
-        self._spool.settle()
+        self._log.settle()
         if event.kind in NOTICES:
             self._notices.append(event)
 
     def _append(self, event: Event) -> None:
         scalars = {name: _finite(value) for name, value in event.fields.items()}
-        self._spool.append(EVENTS_FILE, {"time": event.time, "kind": event.kind, **scalars})
+        self._log.append(EVENTS_FILE, {"time": event.time, "kind": event.kind, **scalars})
 
     def _warn(self, kind: str, reason: str) -> None:
         """Tell of a sink that is late or gone; called by the threads that serve them too."""
@@ -169,7 +181,7 @@ class RunLog:
 
     def num_lines(self) -> tuple[int, int]:
         """Rows and events so far, and how many of them are in the run folder."""
-        return self._spool.num_lines()
+        return self._log.num_lines()
 
     def close(self) -> None:
         """Finish W&B and uploads; nothing may be appended afterwards.
@@ -179,19 +191,12 @@ class RunLog:
         """
         if self._wandb is not None:
             self._wandb.close()
-        self._spool.close()
+        self._log.close()
 
 
-def read_lines(folder: str, name: str) -> list[dict[str, Scalar]]:
-    """Objects in a JSONL file of a run folder (path or URI); none if there is no such file."""
-    fs, root = fsspec.core.url_to_fs(folder)
-    path = f"{root}/{name}"
-    return _parse(fs.cat_file(path).decode()) if fs.exists(path) else []
-
-
-def latest_rows(folder: str) -> list[Row]:
+def latest_rows(folder: RunFolder) -> list[Row]:
     """The rows of a run folder by increasing step, one a step, as the last resume left them."""
-    return latest(_parse_rows(read_lines(folder, METRICS_FILE)))
+    return latest(_parse_rows(folder.read_lines(METRICS_FILE)))
 
 
 def latest(written: Sequence[Row]) -> list[Row]:
@@ -211,9 +216,17 @@ def latest(written: Sequence[Row]) -> list[Row]:
     return rows
 
 
-def _parse(text: str) -> list[dict[str, Scalar]]:
-    """The objects of a JSONL text; a last line without its end is still being written."""
-    return [json.loads(line) for line in text.split("\n")[:-1]]
+def last_step(run: "RunConfig", rows: Sequence[Row]) -> int:
+    """The learner step that ends a run, as far as the rows of those that are done tell.
+
+    It is `run.num_steps`, or before it the one that reached `run.max_sampled_tokens`.
+    """
+    limit, total = run.max_sampled_tokens, 0.0
+    for row in rows:
+        total += row.get("tokens/sampled", 0.0)
+        if limit is not None and total >= limit:
+            return int(row["step"])
+    return run.num_steps
 
 
 def _parse_rows(lines: list[dict[str, Scalar]]) -> list[Row]:

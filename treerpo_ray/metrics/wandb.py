@@ -2,13 +2,12 @@
 
 import dataclasses
 import os
-import queue
-import threading
-import time
 import uuid
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from treerpo_ray.run_folder.writer import BackgroundWriter, OnFailure, Warn
 
 if TYPE_CHECKING:
     import wandb
@@ -20,16 +19,9 @@ ID_FILE = "wandb_id"
 """File in the run folder with the id under which a resumed run goes on."""
 
 
-QUEUE_ROWS = 1000
-"""Rows that may wait."""
-
-
-CLOSE_S = 60.0
-"""Time that W&B gets to finish when the run ends."""
-
-
 class WandbRun:
-    """One W&B run, served by a thread; offline unless a key is known, and never asking for one.
+    """One W&B run, served in the background; offline unless a key is known, and never asking for
+    one.
 
     Args:
         config: The run's; it is shown on W&B.
@@ -37,58 +29,49 @@ class WandbRun:
         last_step: Step that W&B has already; rows of earlier ones, which a resume repeats, are
             left out, so that its step axis never runs backwards.
         warn: Told once, with a kind and a reason, when W&B gets no more rows.
+        max_waiting: Rows that may wait.
+        close_s: Time that W&B gets to finish when the run ends.
     """
 
     def __init__(
-        self, config: "Config", folder: Path, last_step: float, warn: Callable[[str, str], None]
+        self,
+        config: "Config",
+        *,
+        folder: Path,
+        last_step: float,
+        warn: Warn,
+        max_waiting: int = 1000,
+        close_s: float = 60.0,
     ) -> None:
-        self._warn = warn
         self._config, self._folder, self._last_step = config, folder, last_step
-        self._rows: queue.Queue[dict[str, float] | None] = queue.Queue(QUEUE_ROWS)
-        self._has_failed = False
-        self._failing = threading.Lock()
-        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
-        self._thread.start()
+        self._run: wandb.Run | None = None
+        self._writer = BackgroundWriter(
+            lambda _, reason: warn("wandb_stopped", f"{reason}; metrics.jsonl has all rows"),
+            name="wandb",
+            on_failure=OnFailure.STOP,
+            max_waiting=max_waiting,
+            close_s=close_s,
+        )
+        self._writer.put("start", self._start)
 
     def put(self, row: dict[str, float]) -> None:
         """Hand over a row, which has a `step`; never blocks."""
-        if row["step"] < self._last_step or self._has_failed:
-            return
-        try:
-            self._rows.put_nowait(row)
-        except queue.Full:
-            self._fail("it is too slow")
+        if row["step"] >= self._last_step:
+            self._writer.put("row", partial(self._log, row))
 
     def close(self) -> None:
         """Finish the run, within a limited time."""
-        with self._failing:  # the warning of a failure is out before this returns
-            if self._has_failed:
-                return
-        deadline = time.monotonic() + CLOSE_S
-        try:
-            self._rows.put(None, timeout=CLOSE_S)
-        except queue.Full:
-            self._fail("it is too slow")
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-        if self._thread.is_alive():
-            self._fail(f"it did not finish within {CLOSE_S:g} s")
+        self._writer.close(self._finish)
 
-    def _work(self) -> None:
-        try:
-            run = self._start()
-            while (row := self._rows.get()) is not None:
-                run.log(row)
-            run.finish()
-        except Exception as error:  # whatever W&B runs into must not reach the run
-            self._fail(f"{type(error).__name__}: {error}")
+    def _log(self, row: dict[str, float]) -> None:
+        assert self._run is not None
+        self._run.log(row)
 
-    def _fail(self, reason: str) -> None:
-        with self._failing:
-            if not self._has_failed:
-                self._has_failed = True
-                self._warn("wandb_stopped", f"{reason}; metrics.jsonl has all rows")
+    def _finish(self) -> None:
+        assert self._run is not None
+        self._run.finish()
 
-    def _start(self) -> "wandb.Run":
+    def _start(self) -> None:
         import wandb
 
         id_file = self._folder / ID_FILE
@@ -96,7 +79,7 @@ class WandbRun:
             id_file.write_text(uuid.uuid4().hex[:12])
         is_online = os.environ.get("WANDB_MODE", "online") == "online"
         has_key = not is_online or wandb.login(prompt=False, verify=False)
-        run = wandb.init(
+        self._run = wandb.init(
             project=self._config.metrics.wandb_project,
             name=self._config.run.name,
             id=id_file.read_text(),
@@ -113,5 +96,4 @@ class WandbRun:
                 x_disable_meta=True,
             ),
         )
-        run.define_metric("*", step_metric="step")
-        return run
+        self._run.define_metric("*", step_metric="step")

@@ -24,8 +24,8 @@ import ray
 from treerpo_ray.actor import actor_method
 from treerpo_ray.config import Config
 from treerpo_ray.metrics.health import StackDump, StageStatus, stalled
-from treerpo_ray.run_folder.files import publish_file
-from treerpo_ray.run_folder.writer import Outbox
+from treerpo_ray.run_folder.files import RunFolder
+from treerpo_ray.run_folder.writer import BackgroundWriter
 
 log = logging.getLogger(__name__)
 
@@ -117,11 +117,20 @@ class Watchdog:
     Args:
         limit_s: Time for which a stage may stand still.
         look: Latest statuses of all stages.
-        folder: Run folder (path or URI), in whose logs the report goes.
+        folder: Run folder, in whose logs the report goes.
+        report_s: Time that the run folder gets to take it.
     """
 
-    def __init__(self, limit_s: float, look: Callable[[], list[StageStatus]], folder: str) -> None:
+    def __init__(
+        self,
+        *,
+        limit_s: float,
+        look: Callable[[], list[StageStatus]],
+        folder: RunFolder,
+        report_s: float = 60.0,
+    ) -> None:
         self._limit_s, self._look, self._folder = limit_s, look, folder
+        self._report_s = report_s
         self.failure: str | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work, name="watchdog", daemon=True)
@@ -147,14 +156,17 @@ class Watchdog:
         """Write what each stage waits for and this process's stacks; returns where."""
         lines = [f"stalled: {status}" for status in found]
         lines += [str(status) for status in statuses if status not in found]
-        place = "Ray's logs" if "://" in self._folder else "stacks-*.txt"
+        place = "stacks-*.txt" if self._folder.is_local else "Ray's logs"
         lines.append(f"stacks of the stages are in {place}, those of the driver are:")
         name = time.strftime("logs/stall-%Y%m%d-%H%M%S.txt")
-        faults: list[str] = []
-        box = Outbox(lambda *why: faults.append(": ".join(why)))
         report = "\n".join(lines) + "\n"
-        box.put(name, lambda: publish_file(self._folder, name, report.encode() + _own_stacks()))
-        box.close()  # a disk or store that hangs must not keep the run from its end
+        faults: list[str] = []
+        writer = BackgroundWriter(
+            lambda *why: faults.append(": ".join(why)), name="stall report", close_s=self._report_s
+        )
+        own = self._folder
+        writer.put(name, lambda: own.publish_file(name, report.encode() + _own_stacks()))
+        writer.close()  # a disk or store that hangs must not keep the run from its end
         if not faults:
             return f"{self._folder}/{name}"
         print(report, *faults, sep="\n", file=sys.__stderr__)
@@ -223,4 +235,8 @@ class Stages:
 def watch_over(config: Config, actors: dict[str, StageApi], heartbeats: HeartbeatsApi) -> Watchdog:
     """The watchdog of a run; `actors` and `heartbeats` are those of `Stages`."""
     limit_s = config.run.stall_timeout_s
-    return Watchdog(limit_s, Stages(actors, heartbeats, config.folder, limit_s), config.folder)
+    return Watchdog(
+        limit_s=limit_s,
+        look=Stages(actors, heartbeats, config.folder, limit_s),
+        folder=RunFolder(config.folder),
+    )

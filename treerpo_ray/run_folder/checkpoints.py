@@ -1,8 +1,7 @@
-"""Checkpoints, and whatever else of a run is whole or not there.
+"""Checkpoints, each whole or passed over for the one before.
 
-A checkpoint is written beside its place, listed with a digest of each file, checked and renamed (on
-an object store: uploaded, its list last, and compared). One that is torn or corrupt is passed over
-for the one before.
+One is written beside its place, listed with a digest of each file, checked and renamed (on an
+object store: uploaded, its list last, and compared).
 """
 
 import hashlib
@@ -14,17 +13,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
-from treerpo_ray.run_folder.files import _names, _place, _stage, _sync, _sync_all
+from treerpo_ray.run_folder.files import RunFolder, Write, names_below, sync, sync_all
+from treerpo_ray.run_folder.writer import BackgroundWriter, OnFailure, Warn
 
 log = logging.getLogger(__name__)
 
-Warn = Callable[[str, str], object]
-"""Told what cannot be written, and the reason."""
+
+FOLDER = "checkpoints"
 
 
 LIST_FILE = "files.json"
@@ -32,11 +30,10 @@ LIST_FILE = "files.json"
 
 
 class Checkpoints:
-    """The checkpoints of the run folder `folder` (path or URI), the newest `keep` of them."""
+    """The checkpoints of a run folder, the newest `keep` of them."""
 
-    def __init__(self, folder: str, keep: int) -> None:
-        self._fs, root = fsspec.core.url_to_fs(folder)
-        self._root, self.keep = f"{root}/checkpoints", keep
+    def __init__(self, folder: RunFolder, keep: int) -> None:
+        self._folder, self.keep = folder, keep
         self.passed_over: dict[int, str] = {}
         """What is wrong with each checkpoint that `newest` passed over, by its step."""
 
@@ -46,27 +43,20 @@ class Checkpoints:
         Raises:
             OSError: the disk or the store does not say what there is.
         """
-        self._fs.invalidate_cache()
         found = []
-        for folder in self._names_in(self._root):
-            name = folder.rstrip("/").rpartition("/step=")[2]
-            files = self._names_in(folder) if name.isdecimal() else []
-            found += [int(name) for path in files if path.endswith(f"/{LIST_FILE}")]
+        for name in self._folder.names(FOLDER):
+            number = name.removeprefix("step=")
+            if number.isdecimal() and LIST_FILE in self._folder.names(f"{FOLDER}/{name}"):
+                found.append(int(number))
         return sorted(found)
 
-    def _names_in(self, folder: str) -> list[str]:
-        try:  # not `glob`, which takes what cannot be listed for empty
-            return self._fs.ls(folder, detail=False)
-        except FileNotFoundError:
-            return []
-
-    def stage(self, write: Callable[[Path], None]) -> Path:
+    def stage(self, write: Write) -> Path:
         """Have `write` fill a folder on this machine, which `place` is to have.
 
         Raises:
             OSError: the disk is full.
         """
-        return _stage(self._fs, self._root, write)
+        return self._folder.stage(FOLDER, write)
 
     def place(self, step: int, staging: Path) -> None:
         """Make a staged folder the checkpoint of `step`.
@@ -76,23 +66,23 @@ class Checkpoints:
                 checkpoints are untouched.
         """
         try:
-            files = {name: _digest(staging / name) for name in _names(staging)}
+            files = {name: _digest(staging / name) for name in names_below(staging)}
             (staging / LIST_FILE).write_text(json.dumps(files, indent=1))
-            _sync_all(staging)
+            sync_all(staging)
             if fault := _fault(staging):
                 raise OSError(f"{staging}: {fault}")
-            if isinstance(self._fs, LocalFileSystem):
-                for path in Path(self._root).parent.glob("*.jsonl"):
-                    _sync(path)  # what tells of the steps before is not to be lost where this stays
-            _place(self._fs, staging, [*files, LIST_FILE], f"{self._root}/step={step:06d}")
+            if self._folder.is_local:
+                for path in Path(self._folder.root).glob("*.jsonl"):
+                    sync(path)  # what tells of the steps before is not to be lost where this stays
+            self._folder.place_staged(staging, [*files, LIST_FILE], name_of(step))
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         try:
             self._remove_old(step)
         except OSError as error:  # it is in its place all the same
-            log.warning("older checkpoints of %s stay: %s", self._root, error)
+            log.warning("older checkpoints of %s stay: %s", self._folder, error)
 
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
+    def save(self, step: int, write: Write) -> None:
         """Stage what `write` writes and place it, both at once."""
         self.place(step, self.stage(write))
 
@@ -101,7 +91,7 @@ class Checkpoints:
         # A later one was passed over when this session began: it must not push out what is whole.
         later = [old for old in steps if old > step]
         for old in [*later, *[old for old in steps if old <= step][: -self.keep]]:
-            self._fs.rm(f"{self._root}/step={old:06d}", recursive=True)
+            self._folder.remove(name_of(old))
 
     @contextmanager
     def newest(self) -> Iterator[tuple[int, Path] | None]:
@@ -114,7 +104,7 @@ class Checkpoints:
         with tempfile.TemporaryDirectory(prefix="treerpo-checkpoint-") as local:
             steps = self.steps()
             for step in reversed(steps):
-                folder = self._local_copy(step, Path(local) / str(step))
+                folder = self._folder.fetch(name_of(step), Path(local))
                 if (fault := _fault(folder)) is None:
                     yield step, folder
                     return
@@ -123,17 +113,15 @@ class Checkpoints:
             if steps:
                 told = "; ".join(f"step {step}: {self.passed_over[step]}" for step in steps)
                 raise RuntimeError(
-                    f"all {len(steps)} checkpoints in {self._root} are unreadable: {told}; "
-                    "remove them to start anew"
+                    f"all {len(steps)} checkpoints in {self._folder}/{FOLDER} are unreadable: "
+                    f"{told}; remove them to start anew"
                 )
             yield None
 
-    def _local_copy(self, step: int, target: Path) -> Path:
-        source = f"{self._root}/step={step:06d}"
-        if isinstance(self._fs, LocalFileSystem):
-            return Path(source)
-        self._fs.get(f"{source}/", f"{target}/", recursive=True)
-        return target
+
+def name_of(step: int) -> str:
+    """Folder of the checkpoint of a learner step, in the run folder."""
+    return f"{FOLDER}/step={step:06d}"
 
 
 def _digest(path: Path) -> str:
@@ -160,24 +148,22 @@ def _fault(folder: Path) -> str | None:
     return None
 
 
-SLOW_S = 60.0
-"""Time after which a disk that is still at a checkpoint, while training waits, is told."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveTimes:
+    """Seconds that training or its checkpoints wait."""
+
+    slow: float = 60.0
+    """After which a disk that is still at a checkpoint, while training waits, is told."""
+    place: float = 60.0
+    """That the next checkpoint waits for one that is not in its place yet."""
+    settle: float = 15.0
+    """That what comes before a checkpoint gets to be in the run folder."""
+    poll: float = 0.2
+    """Between looks for it."""
 
 
-PLACE_S = 60.0
-"""Time that the next checkpoint waits for one that is not in its place yet."""
-
-
-SETTLE_S = 15.0
-"""Time that what comes before a checkpoint gets to be in the run folder."""
-
-
-POLL_S = 0.2
-"""Time between looks for it."""
-
-
-class Saver:
-    """Saves checkpoints while training goes on: they are placed in a thread.
+class CheckpointSaver:
+    """Saves checkpoints while training goes on: they are placed in the background.
 
     One that fails is told, and due again at once; so is one that is left out, for the one before
     it is still on its way.
@@ -187,14 +173,23 @@ class Saver:
         every: Learner steps between two.
         step: Learner step that training begins at; it needs none.
         warn: Told what is not as it should be, and the reason.
+        times: How long each part is waited for.
     """
 
-    def __init__(self, checkpoints: Checkpoints, every: int, step: int, warn: Warn) -> None:
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        *,
+        every: int,
+        step: int,
+        warn: Warn,
+        times: SaveTimes | None = None,
+    ) -> None:
         self._checkpoints, self._every, self._warn = checkpoints, every, warn
+        self._times = times or SaveTimes()
         self._saved = step
         self._error: Exception | None = None
-        self._thread: threading.Thread | None = None
-        self._is_late = False
+        self._writer = BackgroundWriter(warn, name="checkpoints", on_failure=OnFailure.DROP)
 
     def is_due(self, step: int) -> bool:
         """Whether it is time for the checkpoint of `step`."""
@@ -203,7 +198,7 @@ class Saver:
     def save(
         self,
         step: int,
-        write: Callable[[Path], None],
+        write: Write,
         is_settled: Callable[[], bool],
         placed: Callable[[], object],
         *,
@@ -215,15 +210,19 @@ class Saver:
             step: Learner steps done.
             write: Fills its folder.
             is_settled: Whether the run folder holds what comes before the checkpoint; that is
-                awaited for a limited time, in the thread.
-            placed: Told, in the thread, that the checkpoint is in its place.
+                awaited for a limited time, in the background.
+            placed: Told, in the background, that the checkpoint is in its place.
             is_last: Whether none comes after it, so that it is waited for.
 
         Raises:
             Exception: the last one failed; whatever the disk or the store raised.
         """
-        name = f"checkpoint of step {step}"
-        if not self._is_free(name, None if is_last else PLACE_S):
+        name, limit_s = f"checkpoint of step {step}", None if is_last else self._times.place
+
+        def left_out(before: str) -> None:
+            self._warn(name, f"left out: {before} is not in its place within {limit_s:g} s")
+
+        if not self._writer.settle(limit_s, left_out):
             return
         before, self._saved, self._error = self._saved, step, None
         is_written = threading.Event()
@@ -237,41 +236,28 @@ class Saver:
                 placed()
             except Exception as error:  # any store's own
                 self._saved, self._error = before, error
-                self._warn(name, f"{type(error).__name__}: {error}")
+                raise
             finally:
                 is_written.set()
 
-        self._thread = threading.Thread(target=work, name=name, daemon=True)
-        self._thread.start()
-        if not is_written.wait(SLOW_S):
-            self._warn(name, f"the disk has not taken it within {SLOW_S:g} s")
+        self._writer.put(name, work)
+        if not is_written.wait(self._times.slow):
+            self._warn(name, f"the disk has not taken it within {self._times.slow:g} s")
             is_written.wait()
         if is_last:
-            self._thread.join()
+            self._writer.settle()
             if self._error is not None:
                 raise self._error
 
-    def _is_free(self, name: str, limit_s: float | None) -> bool:
-        """Whether the last checkpoint is in its place, or has failed; awaited once for each."""
-        if self._thread is not None:
-            self._thread.join(0.0 if self._is_late and limit_s is not None else limit_s)
-            if self._thread.is_alive():
-                if not self._is_late:
-                    why = f"{self._thread.name} is not in its place within {limit_s:g} s"
-                    self._warn(name, f"left out: {why}")
-                self._is_late = True
-                return False
-        self._is_late = False
-        return True
+    def settle(self) -> None:
+        """Wait until no checkpoint is on its way any more."""
+        self._writer.settle()
 
     def _settle(self, name: str, is_settled: Callable[[], bool]) -> None:
-        end = time.monotonic() + SETTLE_S
+        end = time.monotonic() + self._times.settle
         while not is_settled():
             if time.monotonic() > end:
-                why = f"not in the run folder within {SETTLE_S:g} s"
+                why = f"not in the run folder within {self._times.settle:g} s"
                 self._warn(f"what comes before the {name}", why)
                 return
-            time.sleep(POLL_S)
-
-
-MODEL_FOLDER = "model"
+            time.sleep(self._times.poll)

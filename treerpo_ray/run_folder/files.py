@@ -1,129 +1,241 @@
-"""Checkpoints, and whatever else of a run is whole or not there.
+"""Run folder: the one place that knows where the files of a run lie and which file system they are
+on.
 
-A checkpoint is written beside its place, listed with a digest of each file, checked and renamed (on
-an object store: uploaded, its list last, and compared). One that is torn or corrupt is passed over
-for the one before.
+What is published is whole or not there: it is written beside its place, synced and renamed, on an
+object store uploaded with what tells of it last, and compared.
 """
 
 import io
-import logging
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-log = logging.getLogger(__name__)
+Scalar = str | int | float | bool | None
+"""Value of a field in a line."""
 
 
-def publish_folder(folder: str, name: str, write: Callable[[Path], None]) -> str:
-    """Have `write` fill a folder and put it at `folder/name` (path or URI); returns where it is.
+Write = Callable[[Path], object]
+"""Fills the folder that it is given."""
 
-    A model is whole where its `config.json` is, which comes last.
 
-    Raises:
-        OSError: the disk is full or the store refuses; what was there is untouched by a failing
-            `write`.
+CONFIG_FILE = "config.yaml"
+"""The run's configuration, every key with its value."""
+
+
+MODEL_FOLDER = "model"
+"""The exported model, in a run folder and in each checkpoint."""
+
+
+WHOLE_MODEL = f"{MODEL_FOLDER}/config.json"
+"""The model's file that comes last and goes first, so that its presence means it is whole."""
+
+
+class RunFolder:
+    """A run folder, or any folder with files of runs.
+
+    Args:
+        place: Path or URI.
     """
-    fs, root = fsspec.core.url_to_fs(folder)
-    staging = _stage(fs, root, write)
-    try:
-        _sync_all(staging)
-        files = sorted(_names(staging), key=lambda file: file == "config.json")
-        _place(fs, staging, files, f"{root}/{name}")
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return f"{folder}/{name}"
 
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self.fs, self.root = fsspec.core.url_to_fs(place)
+        self.is_local = isinstance(self.fs, LocalFileSystem)
 
-def withdraw_folder(folder: str, name: str) -> None:
-    """Remove what `publish_folder` put there, if it did; first what tells that it is whole.
+    def __str__(self) -> str:
+        return self.place
 
-    Raises:
-        OSError: the disk or the store refuses.
-    """
-    fs, root = fsspec.core.url_to_fs(folder)
-    for path in (f"{root}/{name}/config.json", f"{root}/{name}"):
+    def uri(self, name: str) -> str:
+        """Where a file or folder of it is, with the protocol."""
+        return self.fs.unstrip_protocol(self._path(name))
+
+    def exists(self, name: str = "") -> bool:
+        """Whether there is such a file or folder."""
+        return self.fs.exists(self._path(name))
+
+    def glob(self, pattern: str) -> list[str]:
+        """Names, in order, of the files and folders that match; the store is asked anew."""
+        self.fs.invalidate_cache()
+        paths = (path.rstrip("/") for path in self.fs.glob(self._path(pattern)))
+        return sorted(path.removeprefix(f"{self.root}/") for path in paths)
+
+    def names(self, name: str) -> list[str]:
+        """What lies in a folder, which need not be there.
+
+        Raises:
+            OSError: the disk or the store does not say; `glob` takes that for nothing.
+        """
+        self.fs.invalidate_cache()
+        try:
+            paths = self.fs.ls(self._path(name), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+
+    def read_bytes(self, name: str) -> bytes:
+        """Content of a file."""
+        return self.fs.cat_file(self._path(name))
+
+    def read_text(self, name: str) -> str:
+        """Content of a text file."""
+        return self.read_bytes(name).decode()
+
+    def read_lines(self, name: str) -> list[dict[str, Scalar]]:
+        """Objects in a JSONL file; none if there is no such file."""
+        return parse_lines(self.read_text(name)) if self.exists(name) else []
+
+    def read_table(self, name: str) -> pa.Table:
+        """Content of a Parquet file."""
+        with self.fs.open(self._path(name)) as file:
+            return pq.read_table(file)
+
+    @contextmanager
+    def local(self, name: str) -> Iterator[Path]:
+        """A file or folder on this machine: itself, or a copy for a while."""
+        with tempfile.TemporaryDirectory(prefix="treerpo-copy-") as target:
+            yield self.fetch(name, Path(target))
+
+    def fetch(self, name: str, target: Path) -> Path:
+        """Where a file or folder lies on this machine; copied into `target` from a store."""
+        if self.is_local:
+            return Path(self._path(name))
+        copy = target / Path(name or self.root).name
+        is_folder = self.fs.isdir(self._path(name))
+        paths = (f"{self._path(name)}/", f"{copy}/") if is_folder else (self._path(name), str(copy))
+        self.fs.get(*paths, recursive=is_folder)
+        return copy
+
+    def publish_file(self, name: str, content: bytes) -> None:
+        """Put a file in its place.
+
+        Raises:
+            OSError: the disk is full or the store refuses; what was there is untouched.
+        """
+        if not self.is_local:
+            path = self._path(name)
+            self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self.fs.pipe_file(path, content)  # there once it is whole
+            return
+        place = Path(self._path(name))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        beside = place.with_name(f"{place.name}.writing")
+        try:
+            beside.write_bytes(content)
+            sync(beside)
+            beside.replace(place)
+        finally:
+            beside.unlink(missing_ok=True)
+        sync(place.parent)
+
+    def publish_table(self, name: str, table: pa.Table) -> None:
+        """Put a Parquet file in its place, as `publish_file` does."""
+        content = io.BytesIO()
+        pq.write_table(table, content)
+        self.publish_file(name, content.getvalue())
+
+    def publish_model(self, write: Write) -> str:
+        """Have `write` fill a folder and make it the exported model; returns where that is.
+
+        Raises:
+            OSError: the disk is full or the store refuses; what was there is untouched by a
+                failing `write`.
+        """
+        staging = self.stage("", write)
+        try:
+            sync_all(staging)
+            last = Path(WHOLE_MODEL).name
+            files = sorted(names_below(staging), key=lambda file: file == last)
+            self.place_staged(staging, files, MODEL_FOLDER)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return f"{self.place}/{MODEL_FOLDER}"
+
+    def withdraw_model(self) -> None:
+        """Remove the exported model if there is one; first what tells that it is whole.
+
+        Raises:
+            OSError: the disk or the store refuses.
+        """
+        self.remove(WHOLE_MODEL)
+        self.remove(MODEL_FOLDER)
+
+    def remove(self, name: str) -> None:
+        """Remove a file or folder, which need not be there."""
         with suppress(FileNotFoundError):
-            fs.rm(path, recursive=True)
+            self.fs.rm(self._path(name), recursive=True)
+
+    def stage(self, parent: str, write: Write) -> Path:
+        """A folder that `write` filled: beside its place in `parent`, or here for a store.
+
+        Raises:
+            OSError: the disk is full; nothing is left of it.
+        """
+        beside: Path | None = None
+        if self.is_local:
+            beside = Path(self._path(parent))
+            beside.mkdir(parents=True, exist_ok=True)
+            for left in beside.glob(".writing-*"):
+                shutil.rmtree(left, ignore_errors=True)  # by a process that was killed
+        staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=beside))
+        staging.chmod(0o755)
+        try:
+            write(staging)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        return staging
+
+    def place_staged(self, staging: Path, files: list[str], name: str) -> None:
+        """Put a staged folder in its place: renamed, or its `files` uploaded in that order.
+
+        Raises:
+            OSError: the disk or the store refuses, or does not hold what was written.
+        """
+        target = self._path(name)
+        if self.is_local:
+            shutil.rmtree(target, ignore_errors=True)
+            staging.rename(target)
+            sync(Path(target).parent)
+            return
+        if self.fs.exists(target):
+            self.fs.rm(target, recursive=True)
+        for file in files:
+            self.fs.put_file(str(staging / file), f"{target}/{file}")
+            written, arrived = (staging / file).stat().st_size, self.fs.size(f"{target}/{file}")
+            if arrived != written:
+                raise OSError(f"{arrived} of the {written} bytes of {file} arrived at {target}")
+
+    def _path(self, name: str) -> str:
+        """Of a file or folder, on its file system."""
+        return f"{self.root}/{name}" if name else self.root
 
 
-def publish_file(folder: str, name: str, content: bytes) -> None:
-    """Put a file at `folder/name` (path or URI).
-
-    Raises:
-        OSError: the disk is full or the store refuses; what was there is untouched.
-    """
-    fs, root = fsspec.core.url_to_fs(folder)
-    if not isinstance(fs, LocalFileSystem):
-        fs.pipe_file(f"{root}/{name}", content)  # there once it is whole
-        return
-    path = Path(root, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.writing")
-    try:
-        beside.write_bytes(content)
-        _sync(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    _sync(path.parent)
+def parse_lines(text: str) -> list[dict[str, Scalar]]:
+    """The objects of a JSONL text; a last line without its end is still being written."""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
-def publish_table(folder: str, name: str, table: pa.Table) -> None:
-    """Put a Parquet file at `folder/name`, as `publish_file` does."""
-    content = io.BytesIO()
-    pq.write_table(table, content)
-    publish_file(folder, name, content.getvalue())
+def names_below(folder: Path) -> list[str]:
+    """Files of a folder on this machine, those of its folders too."""
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-def _stage(fs: AbstractFileSystem, root: str, write: Callable[[Path], None]) -> Path:
-    """A folder that `write` filled: beside its place, or here for an object store."""
-    beside: Path | None = None
-    if isinstance(fs, LocalFileSystem):
-        beside = Path(root)
-        beside.mkdir(parents=True, exist_ok=True)
-        for left in beside.glob(".writing-*"):
-            shutil.rmtree(left, ignore_errors=True)  # by a process that was killed
-    staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=beside))
-    staging.chmod(0o755)
-    try:
-        write(staging)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    return staging
-
-
-def _place(fs: AbstractFileSystem, staging: Path, files: list[str], target: str) -> None:
-    """Put a written folder in its place: renamed, or its `files` uploaded in that order."""
-    if isinstance(fs, LocalFileSystem):
-        shutil.rmtree(target, ignore_errors=True)
-        staging.rename(target)
-        _sync(Path(target).parent)
-        return
-    if fs.exists(target):
-        fs.rm(target, recursive=True)
-    for name in files:
-        fs.put_file(str(staging / name), f"{target}/{name}")
-        written, arrived = (staging / name).stat().st_size, fs.size(f"{target}/{name}")
-        if arrived != written:
-            raise OSError(f"{arrived} of the {written} bytes of {name} arrived at {target}")
-
-
-def _sync_all(folder: Path) -> None:
+def sync_all(folder: Path) -> None:
+    """Have the disk hold a folder with all that is in it."""
     for path in (*folder.rglob("*"), folder):
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have the disk hold a file or, as far as its file system can, the names in a folder."""
     opened = os.open(path, os.O_RDONLY)
     try:
@@ -135,8 +247,3 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(opened)
-
-
-def _names(folder: Path) -> list[str]:
-    """Files of a folder, those of its folders too."""
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())

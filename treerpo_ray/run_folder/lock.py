@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
+from treerpo_ray.run_folder.files import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -16,20 +15,19 @@ FILE = "lock"
 
 
 @contextmanager
-def only_writer(folder: str) -> Iterator[None]:
-    """Be the only one that writes the run folder `folder`; those that only read need no lock.
+def only_writer(folder: RunFolder) -> Iterator[None]:
+    """Be the only one that writes a run folder; those that only read need no lock.
 
     It has to be a path, on this machine or shared: an object store (URI) knows no locks.
 
     Raises:
         ValueError: another process writes it.
     """
-    fs, root = fsspec.core.url_to_fs(folder)
-    if not isinstance(fs, LocalFileSystem):
+    if not folder.is_local:
         yield
         return
-    Path(root).mkdir(parents=True, exist_ok=True)
-    with Path(root, FILE).open("a") as file:
+    Path(folder.root).mkdir(parents=True, exist_ok=True)
+    with Path(folder.root, FILE).open("a") as file:
         try:
             # It ends with this process, however that ends, so that the file itself may stay.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

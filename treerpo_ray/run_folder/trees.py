@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import fsspec
 import pyarrow.parquet as pq
 
 from treerpo_ray.config import Config
 from treerpo_ray.records import TreeRecord, from_table, is_readable, to_table
+from treerpo_ray.run_folder.files import RunFolder
 
 FILE = "trees.parquet"
 
@@ -69,15 +69,24 @@ def name(step: int, rank: int) -> str:
     return f"trees/step={step:06d}/rank-{rank}.parquet"
 
 
-def are_kept(folder: str, step: int, num_workers: int) -> bool:
+def are_kept(folder: RunFolder, step: int, num_workers: int) -> bool:
     """Whether the trees of all shares of a learner step are there."""
-    fs, root = fsspec.core.url_to_fs(folder)
-    return all(fs.exists(f"{root}/{name(step, rank)}") for rank in range(num_workers))
+    return all(folder.exists(name(step, rank)) for rank in range(num_workers))
 
 
-def take_back(folder: str, step: int) -> None:
+def saved_steps(folder: RunFolder) -> list[int]:
+    """Learner steps whose trees are saved, ascending; `step` counts as in `name`."""
+    return sorted(int(path.rpartition("=")[2]) for path in folder.glob("trees/step=*"))
+
+
+def saved(folder: RunFolder, step: int) -> list[TreeRecord]:
+    """The trees that are saved of a learner step, doubled ones too."""
+    files = folder.glob(f"trees/step={step:06d}/*.parquet")
+    return [tree for file in files for tree in from_table(folder.read_table(file))]
+
+
+def take_back(folder: RunFolder, step: int) -> None:
     """Remove the trees of the steps after `step`: they were rolled back, and other trees come."""
-    fs, root = fsspec.core.url_to_fs(folder)
-    for path in fs.glob(f"{root}/trees/step=*"):
-        if int(path.rstrip("/").rpartition("=")[2]) > step:
-            fs.rm(path, recursive=True)
+    for later in saved_steps(folder):
+        if later > step:
+            folder.remove(f"trees/step={later:06d}")

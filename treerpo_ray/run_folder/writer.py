@@ -1,74 +1,187 @@
-"""Outbox: writes files in a thread, so that a store that is slow or gone holds nobody up.
+"""Background writer: does in a thread what a sink that is slow or gone must not hold up.
 
-A `Saver` does so with checkpoints, which come one at a time and behind what they continue.
+Each sink has its own: files, checkpoints, lines, an object store, Weights & Biases.
 """
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+Work = Callable[[], object]
+"""Writes something; whatever it raises counts as a failure."""
+
 
 Warn = Callable[[str, str], object]
-"""Told what cannot be written, and the reason."""
+"""Told the name of what cannot be written, and the reason."""
 
 
-MAX_WAITING = 8
-"""Files that may wait; what comes on top is left out, and told."""
+class OnFailure(Enum):
+    """What becomes of something that cannot be written."""
+
+    RETRY = "retry"
+    """It is tried until it succeeds; what comes after it waits."""
+    DROP = "drop"
+    """It is left out."""
+    STOP = "stop"
+    """It is left out, and so is all that comes after it."""
 
 
-RETRY_S = 5.0
-"""Time between attempts at a file."""
+@dataclass(slots=True)
+class _Job:
+    name: str
+    work: Work
+    is_late: bool = False
+    """Whether it has failed, or was waited for in vain."""
 
 
-CLOSE_S = 60.0
-"""Time that the files that wait get at the end."""
-
-
-class Outbox:
-    """Writes what it is handed in this order, and tries each until it succeeds.
+class BackgroundWriter:
+    """Does what it is handed, one after the other in this order.
 
     Args:
-        warn: Told the name of a file and the reason, the first time that it cannot be written and
-            when it is left out.
+        warn: Told of a failure, of one that is tried again only the first time; and of whatever is
+            left out. It may hand over something to this writer.
+        name: Of the thread.
+        on_failure: What becomes of something that fails.
+        caught_up: Called when something that was late is done.
+        max_waiting: How much may wait; what comes on top is left out.
+        retry_s: Time between attempts.
+        pause_s: Time between one that is done and the next.
+        close_s: Time that is left for what waits at the end.
     """
 
-    def __init__(self, warn: Warn) -> None:
-        self._warn = warn
-        self._waiting: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue(MAX_WAITING)
-        self._is_closing = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="outbox", daemon=True)
+    def __init__(
+        self,
+        warn: Warn,
+        *,
+        name: str = "files",
+        on_failure: OnFailure = OnFailure.RETRY,
+        caught_up: Callable[[], object] = lambda: None,
+        max_waiting: int = 8,
+        retry_s: float = 5.0,
+        pause_s: float = 0.0,
+        close_s: float = 60.0,
+    ) -> None:
+        self._warn, self._caught_up, self._on_failure = warn, caught_up, on_failure
+        self._max_waiting, self._close_s = max_waiting, close_s
+        self._retry_s, self._pause_s = retry_s, pause_s
+        # Held by the one that changes or tells something, never over the work itself.
+        self._changed = threading.Condition()
+        self._jobs: deque[_Job] = deque()  # the first one may be in work
+        self._is_working = self._is_closing = self._is_stopped = False
+        self._fault: str | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def put(self, name: str, write: Callable[[], None]) -> None:
-        """Hand over a file and what writes it; never blocks."""
-        try:
-            self._waiting.put_nowait((name, write))
-        except queue.Full:
-            self._warn(name, f"left out: {MAX_WAITING} files before it still wait")
+    def put(self, name: str, work: Work, *, unless_waiting: bool = False) -> None:
+        """Hand over something to do; never blocks.
 
-    def close(self) -> None:
-        """Write the rest within a limited time; what fails now is left out."""
-        self._is_closing.set()
-        try:
-            self._waiting.put(None, timeout=CLOSE_S)
-        except queue.Full:
-            pass
-        else:
-            self._thread.join(CLOSE_S)
-        if self._thread.is_alive():
-            self._warn("the last files", f"left out: not written within {CLOSE_S:g} s")
-
-    def _work(self) -> None:
-        while (item := self._waiting.get()) is not None:
-            self._write(*item)
-
-    def _write(self, name: str, write: Callable[[], None]) -> None:
-        is_first = True
-        while True:
-            try:
-                return write()
-            except Exception as error:  # any store's own
-                if is_first:
-                    self._warn(name, f"{type(error).__name__}: {error}")
-                is_first = False
-            if self._is_closing.wait(RETRY_S):
+        Args:
+            name: What is written.
+            work: Writes it.
+            unless_waiting: Whether one of this name that is not begun yet will do.
+        """
+        with self._changed:
+            num_waiting = len(self._jobs) - self._is_working
+            names = [job.name for job in self._jobs][self._is_working :] if unless_waiting else []
+            if self._is_stopped or name in names:
                 return
+            if num_waiting >= self._max_waiting:
+                self._leave_out(name, f"left out: {num_waiting} before it still wait")
+                return
+            self._jobs.append(_Job(name, work))
+            self._changed.notify_all()
+
+    def settle(
+        self, limit_s: float | None = None, late: Callable[[str], object] = lambda name: None
+    ) -> bool:
+        """Wait until all is done; returns whether it is.
+
+        Args:
+            limit_s: For how long, and not at all for something that is known to be late; None
+                waits however long it takes.
+            late: Told what is in the way, once, when it becomes late in this wait.
+        """
+        with self._changed:
+            is_over = lambda: not self._jobs or (limit_s is not None and self._jobs[0].is_late)  # noqa: E731
+            if not self._changed.wait_for(is_over, limit_s):
+                self._jobs[0].is_late = True
+                late(self._jobs[0].name)
+                self._changed.notify_all()
+            return not self._jobs
+
+    def close(self, last: Work | None = None) -> str | None:
+        """Do what waits and then `last`, within a limited time; what fails now is left out.
+
+        Returns:
+            Why something was left out; None if nothing was.
+        """
+        with self._changed:
+            if self._is_stopped:
+                return self._fault
+            if last is not None:
+                self._jobs.append(_Job("the end", last))
+            self._is_closing = True
+            self._changed.notify_all()
+        self._thread.join(self._close_s)
+        with self._changed:
+            if self._jobs:
+                names = ", ".join(job.name for job in self._jobs)
+                self._leave_out(names, f"left out: not written within {self._close_s:g} s")
+            return self._fault
+
+    def _run(self) -> None:
+        while (job := self._next()) is not None:
+            fault = None
+            try:
+                job.work()
+            except Exception as error:  # any sink's own
+                fault = f"{type(error).__name__}: {error}"
+            with self._changed:
+                self._is_working = False
+                wait_s = self._pause_s
+                if self._is_stopped:
+                    return
+                if fault is None:
+                    self._finish(job)
+                elif self._fail(job, fault):
+                    wait_s = self._retry_s
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._is_closing, wait_s)
+
+    def _next(self) -> _Job | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._is_closing or self._is_stopped)
+            if not self._jobs:
+                return None
+            self._is_working = True
+            return self._jobs[0]
+
+    def _finish(self, job: _Job) -> None:
+        self._jobs.popleft()
+        if job.is_late:
+            self._caught_up()
+
+    def _fail(self, job: _Job, fault: str) -> bool:
+        """Tell of a failure; returns whether it is tried again."""
+        is_retried = self._on_failure is OnFailure.RETRY
+        if is_retried and not self._is_closing:
+            if not job.is_late:
+                self._warn(job.name, fault)
+            job.is_late = True
+            return True
+        self._jobs.popleft()
+        if is_retried and job.is_late:
+            self._fault = fault  # it was told when it began to fail
+        else:
+            self._leave_out(job.name, fault)
+        return False
+
+    def _leave_out(self, name: str, reason: str) -> None:
+        self._fault = reason
+        if self._on_failure is OnFailure.STOP:
+            self._is_stopped = True
+            self._jobs.clear()
+            self._changed.notify_all()
+        self._warn(name, reason)

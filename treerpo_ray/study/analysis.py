@@ -6,10 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import cast
 
-import fsspec
 import numpy as np
 import pandas as pd
-import pyarrow.parquet
 from jaxtyping import Float64, Int32
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer
@@ -18,8 +16,10 @@ from treerpo_ray.algo.advantage_errors import advantage_errors
 from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
 from treerpo_ray.algo.backup import Values, mean_backup
 from treerpo_ray.algo.groups import PruneRule, Pruning
-from treerpo_ray.metrics.run_log import EVENTS_FILE, METRICS_FILE, latest_rows, read_lines
-from treerpo_ray.records import TreeRecord, from_table
+from treerpo_ray.metrics.run_log import EVENTS_FILE, METRICS_FILE, latest_rows
+from treerpo_ray.records import TreeRecord
+from treerpo_ray.run_folder import trees as saved_trees
+from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder
 
 
 class Run:
@@ -35,42 +35,41 @@ class Run:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self._fs, self._root = fsspec.core.url_to_fs(folder)
-        if not self._fs.exists(f"{self._root}/config.yaml"):
-            raise ValueError(f"{folder} is not the folder of a run: it has no config.yaml")
+        self._files = RunFolder(folder)
+        if not self._files.exists(CONFIG_FILE):
+            raise ValueError(f"{folder} is not the folder of a run: it has no {CONFIG_FILE}")
 
     @cached_property
     def config(self) -> dict[str, dict[str, object]]:
         """The resolved configuration: section, key, value."""
-        sections = OmegaConf.to_container(OmegaConf.create(self._text("config.yaml")))
+        sections = OmegaConf.to_container(OmegaConf.create(self._files.read_text(CONFIG_FILE)))
         return cast(dict[str, dict[str, object]], sections)
 
     def metrics(self) -> pd.DataFrame:
         """Metrics by learner step; a step that a resume repeated counts as it was done last."""
-        rows = latest_rows(self.folder)
+        rows = latest_rows(self._files)
         if not rows:
             raise ValueError(f"{self.folder} has no step in its {METRICS_FILE} yet")
         return pd.DataFrame(rows).astype({"step": int}).set_index("step")
 
     def events(self) -> pd.DataFrame:
         """Events in order, with a time (UTC), a kind and a column for each field."""
-        events = pd.DataFrame(read_lines(self.folder, EVENTS_FILE))
+        events = pd.DataFrame(self._files.read_lines(EVENTS_FILE))
         if events.empty:
             raise ValueError(f"{self.folder} has no event in its {EVENTS_FILE} yet")
         return events.assign(time=pd.to_datetime(events["time"], unit="s", utc=True))
 
     def evaluations(self) -> pd.DataFrame:
         """What the files in `eval/` hold, one row a file, by the file's name."""
-        paths = sorted(self._fs.glob(f"{self._root}/eval/*.json"))
+        paths = self._files.glob("eval/*.json")
         if not paths:
             raise ValueError(f"{self.folder} has no evaluation in eval/ yet")
-        rows = [json.loads(self._fs.cat_file(path)) for path in paths]
+        rows = [json.loads(self._files.read_bytes(path)) for path in paths]
         return pd.DataFrame(rows, index=pd.Index([Path(path).stem for path in paths], name="name"))
 
     def tree_steps(self) -> list[int]:
         """Learner steps whose trees are saved, in order."""
-        folders = self._fs.glob(f"{self._root}/trees/step=*")
-        return sorted(int(path.rstrip("/").rpartition("=")[2]) for path in folders)
+        return saved_trees.saved_steps(self._files)
 
     def trees(self, step: int | None = None) -> list[TreeRecord]:
         """Trees that one learner step was trained on, by ticket; without `step` the newest ones.
@@ -85,10 +84,7 @@ class Run:
                 f"see metrics.save_trees_every"
             )
         step = saved[-1] if step is None else step
-        records: list[TreeRecord] = []
-        for path in self._fs.glob(f"{self._root}/trees/step={step:06d}/*.parquet"):
-            with self._fs.open(path) as file:
-                records += from_table(pyarrow.parquet.read_table(file))
+        records = saved_trees.saved(self._files, step)
         newest = {r.ticket: r for r in sorted(records, key=lambda record: record.finished_at_s)}
         return [newest[ticket] for ticket in sorted(newest)]
 
@@ -155,14 +151,11 @@ class Run:
     @cached_property
     def _tokenizer(self) -> Tokenizer | None:
         """That of the exported model, or of the model the run started from if that is a folder."""
-        if self._fs.exists(f"{self._root}/model/tokenizer.json"):
-            return Tokenizer.from_str(self._text("model/tokenizer.json"))
+        if self._files.exists("model/tokenizer.json"):
+            return Tokenizer.from_str(self._files.read_text("model/tokenizer.json"))
         # Paths in a config are relative to the project, a notebook's working folder is not.
         start = Path(__file__).parents[2] / str(self.config["model"]["path"]) / "tokenizer.json"
         return Tokenizer.from_file(str(start)) if start.exists() else None
-
-    def _text(self, name: str) -> str:
-        return self._fs.cat_file(f"{self._root}/{name}").decode()
 
 
 def newest_run(root: str) -> str:

@@ -8,17 +8,14 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from tempfile import TemporaryDirectory
 
-import fsspec
-import pyarrow.parquet as pq
 import torch
 
 from treerpo_ray.config import Config
 from treerpo_ray.learner.policy import DTYPES, load_policy
 from treerpo_ray.metrics.run_log import Row, latest_rows
-from treerpo_ray.records import from_table
-from treerpo_ray.run_folder.lines import Scalar
+from treerpo_ray.run_folder import trees as saved_trees
+from treerpo_ray.run_folder.files import MODEL_FOLDER, WHOLE_MODEL, RunFolder, Scalar
 from treerpo_ray.weight_sync import pack_weights
 
 Fields = Mapping[str, Scalar]
@@ -53,10 +50,11 @@ def standing(events: Sequence[Fields]) -> tuple[list[Fields], list[str]]:
 
 def faults(config: Config, events: Sequence[Fields]) -> list[str]:
     """What the folder of a finished run says against it; `events` are those of its file."""
+    folder = RunFolder(config.folder)
     found = check_ledger(
         events,
-        latest_rows(config.folder),
-        consumed_trees(config.folder),
+        latest_rows(folder),
+        consumed_trees(folder),
         num_steps=config.run.num_steps,
         trees_per_step=config.gate.trees_per_step,
         max_staleness=config.gate.max_staleness,
@@ -69,13 +67,12 @@ def faults(config: Config, events: Sequence[Fields]) -> list[str]:
 
 def exported_digest(config: Config) -> str | None:
     """Digest of the exported model, packed as the learner packs what it publishes."""
-    fs, root = fsspec.core.url_to_fs(config.folder)
-    if not fs.exists(f"{root}/model/config.json"):
+    folder = RunFolder(config.folder)
+    if not folder.exists(WHOLE_MODEL):
         return None
-    with TemporaryDirectory() as folder:
-        fs.get(f"{root}/model/", folder, recursive=True)
+    with folder.local(MODEL_FOLDER) as model:
         policy = load_policy(
-            folder,
+            str(model),
             dtype=torch.float32,
             device=torch.device("cpu"),
             gradient_checkpointing=False,
@@ -90,26 +87,22 @@ def exported_digest(config: Config) -> str | None:
     return manifest.digests[0]
 
 
-def consumed_trees(folder: str) -> dict[int, list[ConsumedTree]]:
-    """All trees in a run folder (path or URI), doubled ones too, by learner step (0 is the first).
+def consumed_trees(folder: RunFolder) -> dict[int, list[ConsumedTree]]:
+    """All trees in a run folder, doubled ones too, by learner step (0 is the first).
 
     Every step's trees must be saved: `metrics.save_trees_every` is 1.
     """
-    fs, root = fsspec.core.url_to_fs(folder)
-    found: dict[int, list[ConsumedTree]] = {}
-    for path in fs.glob(f"{root}/trees/step=*/*.parquet"):
-        step = int(path.split("/")[-2].removeprefix("step=")) - 1
-        with fs.open(path) as file:
-            records = from_table(pq.read_table(file))
-        found.setdefault(step, []).extend(
+    return {
+        step - 1: [
             ConsumedTree(
                 ticket=record.ticket,
                 min_version=record.tree.min_version,
                 max_version=record.tree.max_version,
             )
-            for record in records
-        )
-    return found
+            for record in saved_trees.saved(folder, step)
+        ]
+        for step in saved_trees.saved_steps(folder)
+    }
 
 
 def check_ledger(

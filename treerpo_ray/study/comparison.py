@@ -24,10 +24,9 @@ from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config import Config
 from treerpo_ray.config.files import load, to_yaml, with_moved_modules
 from treerpo_ray.config.sections import RunConfig
-from treerpo_ray.driver.outcome import last_step
-from treerpo_ray.evaluate import evaluation as evaluate
-from treerpo_ray.evaluate.evaluation import Evaluation
-from treerpo_ray.metrics.run_log import latest_rows
+from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation
+from treerpo_ray.metrics.run_log import last_step, latest_rows
+from treerpo_ray.run_folder.files import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -174,8 +173,9 @@ def expected_tokens(shape: TreeShape, answer_tokens: float) -> float:
 
 def result_of(trial: Trial, config: Config) -> Result:
     """The result of a run that is complete, from its run folder."""
-    rows = latest_rows(config.folder)
-    before, after = (evaluate.read(config.folder, step) for step in (0, last_step(config, rows)))
+    folder = RunFolder(config.folder)
+    rows = latest_rows(folder)
+    before, after = (read_evaluation(folder, step) for step in (0, last_step(config.run, rows)))
     if before is None or after is None:
         raise ValueError(
             f"{config.folder}: a comparison needs held-out problems: evaluate.data.path"

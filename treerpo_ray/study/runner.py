@@ -11,9 +11,9 @@ from treerpo_ray.driver.plan import load_inputs
 from treerpo_ray.driver.run import kept_engines, run
 from treerpo_ray.engine.pool import can_serve
 from treerpo_ray.errors import RunFailed
-from treerpo_ray.evaluate import evaluation as evaluate
-from treerpo_ray.evaluate.evaluation import Evaluation
+from treerpo_ray.evaluate.evaluation import Evaluation, save_evaluation
 from treerpo_ray.metrics.console import Console
+from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.study.comparison import Result, Trial, read_results, result_of, write_result
 from treerpo_ray.task import TreePoolApi
 
@@ -69,7 +69,7 @@ class Trials:
         # The start is the same for all arms: it is evaluated once for each setting, before the
         # engines have served a run.
         if (start := self._starts.get(trial.setting)) is not None:
-            evaluate.save(start, config.folder)
+            save_evaluation(start, RunFolder(config.folder))
         if self._started is None or start is None or not can_serve(self._started, config):
             self._restart(config)
         if not run(config, inputs, console, self._pool).is_complete:

@@ -1,0 +1,116 @@
+"""What is published is whole or not there, and a failed write leaves everything as it was."""
+
+import errno
+import os
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pytest
+
+from tests.support.run_folders import LossyStore, contents, files, full_disk
+from treerpo_ray.run_folder.checkpoints import Checkpoints
+from treerpo_ray.run_folder.files import RunFolder
+
+
+def test_a_published_folder_is_where_it_is_said_to_be_and_takes_the_old_ones_place(
+    folder: str,
+) -> None:
+    assert RunFolder(folder).publish_model(contents("a")) == f"{folder}/model"
+    RunFolder(folder).publish_model(contents("b"))
+    assert files(folder) == {
+        "/model/state.pt": b"state b",
+        "/model/model/shards/0.safetensors": b"b" * 1000,
+    }
+
+
+def test_a_full_disk_leaves_the_published_folder_as_it_was(folder: str) -> None:
+    RunFolder(folder).publish_model(contents("a"))
+    before = files(folder)
+    with pytest.raises(OSError, match="No space left on device"):
+        RunFolder(folder).publish_model(full_disk)
+    assert files(folder) == before
+
+
+def test_a_withdrawn_folder_is_gone_and_until_then_does_not_look_whole(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def model(target: Path) -> None:
+        contents("a")(target)
+        (target / "config.json").write_text("{}")
+
+    RunFolder(folder).withdraw_model()
+    RunFolder(folder).publish_file("config.yaml", b"")
+    RunFolder(folder).publish_model(model)
+    fs, root = fsspec.core.url_to_fs(folder)
+    remove, removed = fs.rm, []
+
+    def rm(path: str, recursive: bool) -> None:
+        remove(path, recursive=recursive)
+        removed.append(path.removeprefix(root))
+
+    monkeypatch.setattr(fs, "rm", rm)
+    RunFolder(folder).withdraw_model()
+    assert removed == ["/model/config.json", "/model"]
+    assert files(folder) == {"/config.yaml": b""}
+
+
+def test_a_published_file_takes_the_old_ones_place(folder: str) -> None:
+    for content in (b"a", b"b"):
+        RunFolder(folder).publish_file("eval/step=000001.json", content)
+        assert files(folder) == {"/eval/step=000001.json": content}
+
+
+def test_a_file_is_in_its_place_only_when_the_disk_holds_it(tmp_path: Path, monkeypatch) -> None:
+    RunFolder(str(tmp_path)).publish_file("file", b"old")
+
+    def sync(opened: int) -> None:
+        assert files(str(tmp_path)) == {"/file": b"old", "/file.writing": b"new"}
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with pytest.raises(OSError, match="Input/output error"):
+        RunFolder(str(tmp_path)).publish_file("file", b"new")
+    assert files(str(tmp_path)) == {"/file": b"old"}
+
+
+def test_folders_that_are_written_can_be_read_by_others(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path))
+    folder.publish_model(contents("a"))
+    Checkpoints(folder, keep=1).save(1, contents("a"))
+    for name in ("model", "checkpoints/step=000001"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o755
+
+
+def test_in_a_store_the_file_that_tells_that_a_model_is_there_comes_last() -> None:
+    def write(target: Path) -> None:
+        contents("a")(target)
+        (target / "config.json").write_text("{}")
+
+    LossyStore.register()
+    RunFolder("lossy://bucket/run").publish_model(write)
+    assert LossyStore.arrived == ["0.safetensors", "state.pt", "config.json"]
+
+
+def test_what_lies_in_a_run_folder_is_found_and_read(folder: str, tmp_path: Path) -> None:
+    run = RunFolder(folder)
+    assert (
+        not run.exists() and run.glob("*") == run.names("eval") == run.read_lines("a.jsonl") == []
+    )
+    table = pa.table({"n": [1, 2]})
+    run.publish_table("trees/step=000002/rank-0.parquet", table)
+    run.publish_file("trees/step=000010/rank-0.parquet", b"")
+    run.publish_file("a.jsonl", b'{"n": 1}\n{"n": 2}\n{"n"')
+    assert run.exists() and run.exists("trees/step=000002") and not run.exists("trees/none")
+    assert run.glob("trees/step=*") == ["trees/step=000002", "trees/step=000010"]
+    assert run.names("trees") == ["step=000002", "step=000010"]
+    assert run.read_table("trees/step=000002/rank-0.parquet") == table
+    assert run.read_lines("a.jsonl") == [{"n": 1}, {"n": 2}]
+    assert RunFolder(run.uri("trees")).names("") == ["step=000002", "step=000010"]
+    with run.local("trees/step=000002") as copy:
+        assert [path.name for path in copy.iterdir()] == ["rank-0.parquet"]
+    with run.local("a.jsonl") as copy:
+        assert copy.read_text() == run.read_text("a.jsonl")
+    run.remove("trees")
+    run.remove("trees")
+    assert sorted(files(folder)) == ["/a.jsonl"]

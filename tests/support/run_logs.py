@@ -1,0 +1,56 @@
+"""Run logs, and a W&B that goes wrong as it is told."""
+
+import threading
+import types
+
+from treerpo_ray.config import Config
+from treerpo_ray.config.sections import MetricsConfig, RunConfig
+from treerpo_ray.metrics.run_log import RunLog
+
+
+def run_config(root, project=None):
+    return Config(
+        run=RunConfig(name="small", root=str(root)), metrics=MetricsConfig(wandb_project=project)
+    )
+
+
+def write(config, rows):
+    run_log = RunLog(config)
+    for row in rows:
+        run_log.step(row)
+    run_log.close()
+
+
+class FakeWandb(types.ModuleType):
+    """Stands where `import wandb` finds it; `hold` makes its log call hang."""
+
+    def __init__(self, has_key=True, error=None):
+        super().__init__("wandb")
+        self.has_key, self.error = has_key, error
+        self.rows, self.settings, self.is_finished = [], {}, False
+        self.hold, self.is_logging = threading.Event(), threading.Event()
+        self.hold.set()
+
+    def login(self, prompt, verify):
+        assert not prompt
+        return self.has_key
+
+    def Settings(self, **settings):
+        return settings
+
+    def init(self, **settings):
+        self.settings = settings
+        if self.error:
+            raise self.error
+        return self
+
+    def define_metric(self, name, step_metric):
+        self.axis = (name, step_metric)
+
+    def log(self, row):
+        self.is_logging.set()
+        assert self.hold.wait(60)
+        self.rows.append(row)
+
+    def finish(self):
+        self.is_finished = True

@@ -1,0 +1,163 @@
+"""Grading: k answers to each held-out problem, graded by the same verifier as training."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import ray
+
+from treerpo_ray.algo.search import TreeShape
+from treerpo_ray.config import Config
+from treerpo_ray.config.sections import PromptsConfig
+from treerpo_ray.engine.types import Sampling
+from treerpo_ray.evaluate.evaluation import (
+    Evaluation,
+    Graded,
+    save_evaluation,
+    save_samples,
+    step_name,
+)
+from treerpo_ray.evaluate.scores import powers_of_two, scores
+from treerpo_ray.metrics.run_log import RunLogApi
+from treerpo_ray.prompts.prompt_set import PromptSet
+from treerpo_ray.records import TreeRecord
+from treerpo_ray.run_folder.files import RunFolder
+from treerpo_ray.run_folder.writer import BackgroundWriter
+from treerpo_ray.scoring import Scorer
+from treerpo_ray.task import TreePoolApi
+
+GRADE_TREES = 32
+"""Problems that are graded at a time, while the engines go on."""
+
+
+def evaluate(
+    config: Config,
+    prompts: PromptSet,
+    pool: TreePoolApi,
+    run_log: RunLogApi,
+    scorer: Scorer,
+    *,
+    step: int,
+    version: int,
+    advance: Callable[[int], None],
+    writer: BackgroundWriter,
+) -> Evaluation:
+    """Evaluate during training, into the run folder; engines must serve `version` already.
+
+    The metrics have the result even where its files cannot be written.
+
+    Args:
+        config: The run's configuration.
+        prompts: The held-out problems.
+        pool: Actor of `TreePool`.
+        run_log: Actor of `RunLog`.
+        scorer: Grades the answers.
+        step: Learner steps done.
+        version: Version of the weights that is evaluated.
+        advance: Told how many more problems are done.
+        writer: Writes the files, and tells of those that cannot be written.
+    """
+    start = time.monotonic()
+    graded = grade_samples(config, prompts, pool, scorer, advance)
+    result = summarise(
+        config,
+        graded,
+        data=config.evaluate.data,
+        model=config.model.path,
+        step=step,
+        version=version,
+        seconds=time.monotonic() - start,
+    )
+    name, folder = step_name(step), RunFolder(config.folder)
+    writer.put(f"eval/{name}.parquet", lambda: save_samples(graded, folder, name))
+    writer.put(f"eval/{name}.json", lambda: save_evaluation(result, folder))
+    ray.get(run_log.step.remote(result.row()))
+    return result
+
+
+def grade_samples(
+    config: Config,
+    prompts: PromptSet,
+    pool: TreePoolApi,
+    scorer: Scorer,
+    advance: Callable[[int], None],
+) -> list[Graded]:
+    """Sample `evaluate.num_samples` answers to each problem and grade them, in order of problems.
+
+    The arguments are those of `evaluate`.
+    """
+    settings = config.evaluate
+    shape = TreeShape(
+        num_children=(settings.num_samples,), step_tokens=(config.max_evaluated_tokens,)
+    )
+    sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p)
+    trees = pool.evaluate.options(num_returns="streaming").remote(
+        prompts, shape, sampling, config.run.seed
+    )
+    graded: list[Graded] = []
+    waiting: list[TreeRecord] = []
+
+    def grade() -> None:
+        records = scorer.score(waiting)
+        pairs = zip(records, scorer.group(records), strict=True)
+        graded.extend(Graded(record=record, group=group) for record, group in pairs)
+        waiting.clear()
+
+    for tree in trees:
+        waiting.append(ray.get(tree))
+        advance(1)
+        if len(waiting) == GRADE_TREES:
+            grade()
+    grade()
+    return sorted(graded, key=lambda each: each.record.ticket)
+
+
+def summarise(
+    config: Config,
+    graded: Sequence[Graded],
+    *,
+    data: PromptsConfig,
+    model: str,
+    step: int,
+    version: int,
+    seconds: float,
+) -> Evaluation:
+    """Statistics of graded samples of `model`, of problems that `data` describes.
+
+    Raises:
+        RuntimeError: not one answer has a verdict.
+    """
+    settings, most = config.evaluate, config.evaluate.num_samples
+    found = scores(
+        [each.samples for each in graded],
+        pass_ks=sorted({*(settings.pass_ks or powers_of_two(most)), most}),
+        num_samples=most,
+        seed=config.run.seed,
+    )
+    if "pass@1" not in found:
+        raise RuntimeError(f"evaluation: none of {len(graded)} problems has a graded answer")
+    verdicts = [verdict for each in graded for verdict in each.record.verdicts]
+    all_passed = found.get(f"pass@{most}")
+    return Evaluation(
+        step=step,
+        version=version,
+        data=data.path,
+        num_problems=len(graded),
+        num_samples=settings.num_samples,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        max_tokens=config.max_evaluated_tokens,
+        verifier=config.verifier.check,
+        system_prompt=data.system_prompt or "",
+        model=model,
+        seed=config.run.seed,
+        pass_at_1=found["pass@1"].value,
+        ci95_low=found["pass@1"].low,
+        ci95_high=found["pass@1"].high,
+        pass_at_k=None if all_passed is None else all_passed.value,
+        length=found["length"].value,
+        cut_off_share=found["cut_off"].value,
+        errored_share=sum(not verdict.is_reward for verdict in verdicts) / len(verdicts),
+        num_sampled_tokens=sum(each.record.tree.num_sampled_tokens for each in graded),
+        seconds=seconds,
+        scores=found,
+    )
