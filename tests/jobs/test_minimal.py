@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from jobs.minimal import TreeRPO, train
-from tests.support.learner_runs import CPU, FREE, make_config, mixed
+from tests.support.learner_runs import FREE, make_config, make_learner, mixed
 from tests.support.project import ROOT
 from tests.support.step_rows import gradients
 from tests.support.tiny_models import save_tiny_model
 from treerpo_ray.algo.tree import StopReason
 from treerpo_ray.config import Config, load
-from treerpo_ray.learner.learner import Learner
 
 METHODS = sorted(path.stem for path in (ROOT / "conf/methods").glob("*.yaml"))
 
@@ -50,7 +49,7 @@ def test_the_same_trees_make_the_learners_update(name: str, path: str) -> None:
     )
     config = make_config(path, settings, replace(own.loss, entropy_coef=0.01))
     records = mixed()
-    minimal, learner = TreeRPO(config), Learner(config, CPU, None)
+    minimal, learner = TreeRPO(config), make_learner(config)
     before = weights(minimal.model)
     trained = minimal.update([r.tree for r in records], [r.rewards for r in records], 0.3)
     result = learner.update(records, 0.3)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from tests.support.trees import make_tree
-from treerpo_ray.algo.tree import ROOT, StopReason
+from treerpo_ray.algo.tree import ROOT, StopReason, Tree
 from treerpo_ray.evaluate.evaluation import Evaluation
 from treerpo_ray.evaluate.scores import mean_estimate
 from treerpo_ray.records import TreeRecord
@@ -44,7 +44,7 @@ def graded(*verdicts: Verdict, length: int = 2, is_full: bool = False) -> TreeRe
         replace(step, stop=stops[verdict])
         for step, verdict in zip(tree.steps, verdicts, strict=True)
     )
-    tree = replace(tree, steps=tuple(steps))
+    tree = Tree.from_steps(tree.prompt_ids, tuple(steps))
     return TreeRecord(
         ticket=0,
         attempt=0,
