@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
 from treerpo_ray.algo.backup import mean_backup
-from treerpo_ray.algo.groups import PruneRule
+from treerpo_ray.algo.groups import PruneRule, step_groups
 from treerpo_ray.algo.packing import Forest, pack
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.algo.standard_errors import standard_error_of_mean
@@ -246,12 +246,13 @@ def batch_to_forests(batch: pa.Table, learner: LearnerConfig) -> list[Forest]:
     form, pruning = learner.advantage, learner.pruning
     records = from_table(from_worker_batch(batch))
     values = [mean_backup(record.tree, record.rewards) for record in records]
+    groups = [step_groups(r.tree, own) for r, own in zip(records, values, strict=True)]
     advantages = [
-        step_advantages(record.tree, own, form=form, pruning=pruning)
-        for record, own in zip(records, values, strict=True)
+        step_advantages(record.tree, own, form=form, pruning=pruning, groups=siblings)
+        for record, own, siblings in zip(records, values, groups, strict=True)
     ]
-    for record, own in zip(records, values, strict=True):
-        count(record, own, form=form, pruning=pruning)
+    for record, own, siblings in zip(records, values, groups, strict=True):
+        count(record, own, siblings, form=form, pruning=pruning)
     return pack([record.tree for record in records], advantages, learner.token_budget)
 
 

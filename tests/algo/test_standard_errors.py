@@ -10,7 +10,7 @@ from tests.support.trees import by_range, full_tree, make_tree, on_leaves, rewar
 from treerpo_ray.algo.advantage_errors import advantage_errors
 from treerpo_ray.algo.advantages import AdvantageForm, all_advantages, step_advantages
 from treerpo_ray.algo.backup import mean_backup
-from treerpo_ray.algo.groups import PruneRule, Pruning
+from treerpo_ray.algo.groups import PruneRule, Pruning, step_groups
 from treerpo_ray.algo.standard_errors import standard_error_of_mean
 from treerpo_ray.algo.tree import ROOT, Tree
 
@@ -206,7 +206,8 @@ def true_advantage(
     for place, leaf in enumerate(tree.leaves):
         if leaf != step:
             expected[place] = chances[own] if own in tree.path(leaf) else 0.5
-    return float(all_advantages(form, tree, mean_backup(tree, on_leaves(tree, expected)))[step])
+    values = mean_backup(tree, on_leaves(tree, expected))
+    return float(all_advantages(form, tree, values, step_groups(tree, values))[step])
 
 
 @pytest.mark.parametrize("ends", [0.0, 0.25])

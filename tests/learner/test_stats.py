@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.support.trees import by_range, make_tree, trees
 from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
 from treerpo_ray.algo.backup import mean_backup
+from treerpo_ray.algo.groups import step_groups
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree
 from treerpo_ray.learner.stats import BatchStats, Sums, count
 from treerpo_ray.records import RootValue, TreeRecord
@@ -57,7 +58,7 @@ def stats_of(records: list[TreeRecord]) -> tuple[list[np.ndarray], BatchStats]:
         values = mean_backup(each.tree, each.rewards)
         rules = {"form": AdvantageForm.DIFFERENCE, "pruning": by_range(0.1)}
         advantages.append(step_advantages(each.tree, values, **rules))
-        total += count(each, values, **rules)
+        total += count(each, values, step_groups(each.tree, values), **rules)
     return advantages, total
 
 

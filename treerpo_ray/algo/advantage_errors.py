@@ -5,6 +5,7 @@ of each step on the path with all below them, and what lies below the step itsel
 its variance. Divisors of a form, and numbers of leaves, are taken as given.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, assert_never
 
@@ -19,7 +20,7 @@ from treerpo_ray.algo.advantages import (
     subgroups,
 )
 from treerpo_ray.algo.backup import Values
-from treerpo_ray.algo.groups import Pruning, step_groups
+from treerpo_ray.algo.groups import Pruning, StepGroups, step_groups
 from treerpo_ray.algo.standard_errors import ROUNDING, standard_error_of_mean
 from treerpo_ray.algo.tree import ROOT, Tree
 
@@ -28,19 +29,28 @@ TreeForm = Literal[AdvantageForm.GLOBAL, AdvantageForm.TREERL, AdvantageForm.TRE
 
 
 def advantage_errors(
-    tree: Tree, values: Values, *, form: AdvantageForm, pruning: Pruning
+    tree: Tree,
+    values: Values,
+    *,
+    form: AdvantageForm,
+    pruning: Pruning,
+    groups: Sequence[StepGroups] | None = None,
 ) -> Float64[np.ndarray, " steps"]:
-    """Standard error of each advantage of `step_advantages`; NaN where there is none.
+    """Standard error of each advantage of `step_advantages`; NaN where there is none. It has the
+    arguments of that.
 
     Over simulated trees (tests/algo/test_standard_errors.py) 1.96 of them cover 92 % or more of
     the steps with others below, and of the leaves 92 % in the forms of a group and 85 % in those
     of the tree. BERNOULLI's divisor is an estimate, too: of what the advantage is with the true
     one they cover 88 % or more.
     """
-    return of_kept(_all_errors(form, tree, values), step_groups(tree, values), pruning)
+    groups = step_groups(tree, values) if groups is None else groups
+    return of_kept(_all_errors(form, tree, values, groups), groups, pruning)
 
 
-def _all_errors(form: AdvantageForm, tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]:
+def _all_errors(
+    form: AdvantageForm, tree: Tree, values: Values, groups: Sequence[StepGroups]
+) -> Float64[np.ndarray, " steps"]:
     match form:
         case (
             AdvantageForm.BERNOULLI
@@ -50,19 +60,21 @@ def _all_errors(form: AdvantageForm, tree: Tree, values: Values) -> Float64[np.n
             | AdvantageForm.LEAVE_ONE_OUT
             | AdvantageForm.POLICY_GRADIENT
         ):
-            return _of_groups(form, tree, values)
+            return _of_groups(form, tree, values, groups)
         case AdvantageForm.GLOBAL | AdvantageForm.TREERL | AdvantageForm.TREEPO:
             return _of_tree(form, tree, values)
     assert_never(form)
 
 
-def _of_groups(form: AdvantageForm, tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]:
+def _of_groups(
+    form: AdvantageForm, tree: Tree, values: Values, groups: Sequence[StepGroups]
+) -> Float64[np.ndarray, " steps"]:
     """Errors of the differences in the scale of the form: it divides a group by one number.
 
     Equal values do not tell that number: NaN.
     """
-    advantages, errors = all_advantages(form, tree, values), np.full(len(tree), np.nan)
-    for group in step_groups(tree, values):
+    advantages, errors = all_advantages(form, tree, values, groups), np.full(len(tree), np.nan)
+    for group in groups:
         deviations = group.values - group.values.mean(-1, keepdims=True)
         most = np.abs(deviations).argmax(-1)[:, None]
         largest = np.take_along_axis(deviations, most, -1)

@@ -127,7 +127,7 @@ def treepo(tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]:
     return total
 
 
-def policy_gradient(tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]:
+def policy_gradient(tree: Tree, groups: Sequence[StepGroups]) -> Float64[np.ndarray, " steps"]:
     """w (R minus the mean of the other siblings): the gradient of the prompt's expected reward.
 
     w is the share that a step has in its first ancestor's value: one over the number of siblings
@@ -142,7 +142,7 @@ def policy_gradient(tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]
         if siblings.depth > 1:
             shares = weights[siblings.parents] / siblings.children.shape[1]
             weights[siblings.children] = shares[:, None]
-    return weights * _by_group(leave_one_out, tree, values)
+    return weights * _by_group(leave_one_out, tree, groups)
 
 
 def subgroups(tree: Tree, counts: Float64[np.ndarray, " steps_and_root"], step: int) -> list[int]:
@@ -167,20 +167,20 @@ def leaf_means(
 
 
 def all_advantages(
-    form: AdvantageForm, tree: Tree, values: Values
+    form: AdvantageForm, tree: Tree, values: Values, groups: Sequence[StepGroups]
 ) -> Float64[np.ndarray, " steps"]:
     """Advantage of each step whose step group has no errored leaf below, pruned or not."""
     match form:
         case AdvantageForm.BERNOULLI:
-            return _by_group(bernoulli, tree, values)
+            return _by_group(bernoulli, tree, groups)
         case AdvantageForm.BERNOULLI_STD:
-            return _by_group(bernoulli_std, tree, values)
+            return _by_group(bernoulli_std, tree, groups)
         case AdvantageForm.DIFFERENCE:
-            return _by_group(difference, tree, values)
+            return _by_group(difference, tree, groups)
         case AdvantageForm.STANDARD:
-            return _by_group(standard, tree, values)
+            return _by_group(standard, tree, groups)
         case AdvantageForm.LEAVE_ONE_OUT:
-            return _by_group(leave_one_out, tree, values)
+            return _by_group(leave_one_out, tree, groups)
         case AdvantageForm.GLOBAL:
             return global_difference(tree, values)
         case AdvantageForm.TREERL:
@@ -188,18 +188,31 @@ def all_advantages(
         case AdvantageForm.TREEPO:
             return treepo(tree, values)
         case AdvantageForm.POLICY_GRADIENT:
-            return policy_gradient(tree, values)
+            return policy_gradient(tree, groups)
     assert_never(form)
 
 
 def step_advantages(
-    tree: Tree, values: Values, *, form: AdvantageForm, pruning: Pruning
+    tree: Tree,
+    values: Values,
+    *,
+    form: AdvantageForm,
+    pruning: Pruning,
+    groups: Sequence[StepGroups] | None = None,
 ) -> Float64[np.ndarray, " steps"]:
     """Advantage of each step of a kept group; NaN for every step that is not trained on.
 
     Every token of a step has the step's advantage: no discount and no sum over depths.
+
+    Args:
+        tree: The tree.
+        values: Its values.
+        form: What an advantage is.
+        pruning: Which groups are kept.
+        groups: Those of `step_groups`, where the caller has them.
     """
-    return of_kept(all_advantages(form, tree, values), step_groups(tree, values), pruning)
+    groups = step_groups(tree, values) if groups is None else groups
+    return of_kept(all_advantages(form, tree, values, groups), groups, pruning)
 
 
 def of_kept(
@@ -219,10 +232,10 @@ def _by_group(
         [Float64[np.ndarray, "*groups children"]], Float64[np.ndarray, "*groups children"]
     ],
     tree: Tree,
-    values: Values,
+    groups: Sequence[StepGroups],
 ) -> Float64[np.ndarray, " steps"]:
     advantages = np.full(len(tree), np.nan)
-    for group in step_groups(tree, values):
+    for group in groups:
         has_values = ~group.is_errored
         if has_values.any():
             advantages[group.children[has_values]] = form(group.values[has_values])

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import assert_never
 
 import numpy as np
@@ -47,13 +48,15 @@ class Pruning:
     threshold: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class StepGroups:
     """Sibling sets of a tree with their values; those of like shape are stacked as in `Siblings`.
 
     Attributes:
         standard_errors: Standard error of each child's value, given the child.
         leaf_range: max - min of the rewards of the whole tree, over leaves that have one.
+
+    What follows from these is computed once.
     """
 
     depth: int
@@ -75,17 +78,17 @@ class StepGroups:
             return self.reliability
         return np.ones(len(self.parents))
 
-    @property
+    @cached_property
     def is_errored(self) -> Bool[np.ndarray, " groups"]:
         """Whether a child of the group has no value."""
         return np.isnan(self.values).any(-1)
 
-    @property
+    @cached_property
     def ranges(self) -> Float64[np.ndarray, " groups"]:
         """max - min of the values of each group."""
         return self.values.max(-1) - self.values.min(-1)
 
-    @property
+    @cached_property
     def significance(self) -> Float64[np.ndarray, " groups"]:
         """Standard deviation of the values in units of their standard errors (root mean square).
 
@@ -100,7 +103,7 @@ class StepGroups:
         ratio = np.divide(spread, noise, out=np.full_like(spread, np.inf), where=noise != 0)
         return np.where(self.ranges < ROUNDING, 0.0, ratio)
 
-    @property
+    @cached_property
     def reliability(self) -> Float64[np.ndarray, " groups"]:
         """Share of the values' variance that is not noise: 1 - significance^-2, 0 at least.
 
@@ -109,7 +112,7 @@ class StepGroups:
         """
         return 1 - self.significance.clip(min=1) ** -2
 
-    @property
+    @cached_property
     def difference_errors(self) -> Float64[np.ndarray, "groups children"]:
         """Standard error of each value minus the group's mean, given the child.
 

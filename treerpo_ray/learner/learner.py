@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from treerpo_ray.algo.advantages import step_advantages
 from treerpo_ray.algo.backup import mean_backup
+from treerpo_ray.algo.groups import step_groups
 from treerpo_ray.algo.loss import LossInputs, LossSums, policy_loss
 from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.algo.packing import Forest, pack
@@ -130,13 +131,14 @@ class Learner:
         rate = self.learning_rate(progress)
 
         values = [mean_backup(record.tree, record.rewards) for record in records]
+        groups = [step_groups(tree, own) for tree, own in zip(trees, values, strict=True)]
         advantages = [
-            step_advantages(tree, own, form=settings.advantage, pruning=pruning)
-            for tree, own in zip(trees, values, strict=True)
+            step_advantages(tree, own, form=settings.advantage, pruning=pruning, groups=siblings)
+            for tree, own, siblings in zip(trees, values, groups, strict=True)
         ]
         counted = [
-            count(record, own, form=settings.advantage, pruning=pruning)
-            for record, own in zip(records, values, strict=True)
+            count(record, own, siblings, form=settings.advantage, pruning=pruning)
+            for record, own, siblings in zip(records, values, groups, strict=True)
         ]
         stats = _summed(counted, BatchStats())
         self._check_staleness(stats)

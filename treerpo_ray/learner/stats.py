@@ -1,6 +1,7 @@
 """Batch statistics: what the trees of a learner step say, as sums that add over workers."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,9 +9,8 @@ import numpy as np
 from treerpo_ray.algo.advantage_errors import advantage_errors
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.backup import Values
-from treerpo_ray.algo.groups import GroupState, Pruning, step_groups
+from treerpo_ray.algo.groups import GroupState, Pruning, StepGroups
 from treerpo_ray.algo.standard_errors import standard_error_of_mean
-from treerpo_ray.algo.tree import Tree
 from treerpo_ray.records import RootValue, TreeRecord
 from treerpo_ray.verifier.verdict import Verdict
 
@@ -118,12 +118,17 @@ class BatchStats:
 
 
 def count(
-    record: TreeRecord, values: Values, *, form: AdvantageForm, pruning: Pruning
+    record: TreeRecord,
+    values: Values,
+    step_groups: Sequence[StepGroups],
+    *,
+    form: AdvantageForm,
+    pruning: Pruning,
 ) -> BatchStats:
-    """Statistics of one tree with these values."""
+    """Statistics of one tree with these values and step groups."""
     tree, is_valued = record.tree, not np.isnan(values.root)
-    groups, sums = _count_groups(tree, values, pruning)
-    errors = advantage_errors(tree, values, form=form, pruning=pruning)
+    groups, sums = _count_groups(step_groups, pruning)
+    errors = advantage_errors(tree, values, form=form, pruning=pruning, groups=step_groups)
     known = errors[~np.isnan(errors)]
     sums += Sums(advantage_se=float(known.sum()), num_advantage_se=len(known))
     root = RootValue(record.ticket, record.num_redraws, float(values.root))
@@ -153,10 +158,10 @@ def count(
     )
 
 
-def _count_groups(tree: Tree, values: Values, pruning: Pruning) -> tuple[Counter[str], Sums]:
+def _count_groups(step_groups: Sequence[StepGroups], pruning: Pruning) -> tuple[Counter[str], Sums]:
     """`BatchStats.groups`, and of `BatchStats.group_sums` what the groups themselves tell."""
     groups, sums = Counter[str](), Sums()
-    for group in step_groups(tree, values):
+    for group in step_groups:
         states = Counter(group.states(pruning).tolist())
         groups += states
         groups += Counter({f"{state}_depth_{group.depth}": n for state, n in states.items()})
