@@ -10,9 +10,10 @@ Who waits for whom:
   proved that it serves what came of it. That bounds the staleness of every tree.
 - With `gate.max_staleness` 0 the worker waits for the engines at once, as there are no trees that
   it could train on. Else trees of the next step are on their way already, and it goes on with them
-  while the engines load and prove; it waits before the next version is published, before a
-  checkpoint or an evaluation, and after the last step.
-- Files, rows and checkpoints are written behind its back.
+  while the engines load and prove; it waits before the next version is published, before an
+  evaluation, and after the last step.
+- Files, rows and checkpoints are written behind its back. A checkpoint is put in its place once the
+  engines serve its version.
 """
 
 import os
@@ -290,23 +291,31 @@ class TrainWorker:
         """Save a checkpoint; training goes on while it is put in its place, but for the last."""
         if not self.is_first or not (self.is_last or self.saver.is_due(self.step)):
             return
-        self._await_engines()  # the gate has measured what the steps told it
+        if self.config.gate.revisit:
+            self._await_engines()  # the gate has measured what the steps told it
         self.heartbeat.at(f"writing the checkpoint of step {self.step}")
-        num_lines: int = ray.get(self.actors.run_log.num_lines.remote())[0]
         first = self.step * self.config.gate.trees_per_step
+        publication, trees_kept = self.publisher.last, self.trees_kept
+        num_lines = 0
 
         def write(folder: Path) -> None:
             self.learner.write(folder)
-            trees: list[TreeRecord] = ray.get(self.actors.pool.unconsumed.remote(first))
+            trees = ray.get(self.actors.pool.unconsumed.remote(first))
             saved_trees.write(folder, trees, self.config)
-            measurements: list[Measurement] = ray.get(self.actors.gate.measurements.remote())
+            measurements = ray.get(self.actors.gate.measurements.remote())
             curriculum.write(folder, measurements, self.config)
+
+        def before_place() -> None:
+            nonlocal num_lines
+            publication.result()  # no checkpoint tells of a step that the gate holds for due
+            num_lines = ray.get(self.actors.run_log.num_lines.remote())[0]
 
         self.saver.save(
             self.step,
             write,
-            partial(self._is_settled, num_lines, self.trees_kept),
+            lambda: self._is_settled(num_lines, trees_kept),
             partial(self._note, "checkpoint", step=self.step, version=self.learner.version),
+            before_place=before_place,
             is_last=self.is_last,
         )
 

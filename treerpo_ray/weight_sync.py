@@ -207,6 +207,11 @@ class Publisher:
         """Wait until all is done; raises what failed first."""
         self._last.result()
 
+    @property
+    def last(self) -> Future[None]:
+        """Is done when all is that was begun until now; raises what failed first."""
+        return self._last
+
 
 def _work(before: Future[None], work: Callable[[], object], done: Future[None]) -> None:
     try:

@@ -202,6 +202,7 @@ class CheckpointSaver:
         is_settled: Callable[[], bool],
         placed: Callable[[], object],
         *,
+        before_place: Callable[[], object] = lambda: None,
         is_last: bool,
     ) -> None:
         """Save the checkpoint of `step`; returns once it is written here, if it is not the last.
@@ -209,6 +210,8 @@ class CheckpointSaver:
         Args:
             step: Learner steps done.
             write: Fills its folder.
+            before_place: Returns when it may be put in its place, awaited in the background for
+                however long it takes; the checkpoint is left out if it raises.
             is_settled: Whether the run folder holds what comes before the checkpoint; that is
                 awaited for a limited time, in the background.
             placed: Told, in the background, that the checkpoint is in its place.
@@ -231,6 +234,7 @@ class CheckpointSaver:
             try:
                 staging = self._checkpoints.stage(write)
                 is_written.set()
+                before_place()
                 self._settle(name, is_settled)
                 self._checkpoints.place(step, staging)
                 placed()
