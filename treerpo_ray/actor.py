@@ -71,3 +71,20 @@ def first_line(error: BaseException) -> str:
     if isinstance(error, RayTaskError):
         error = error.cause
     return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
+
+
+def root_cause(error: BaseException) -> str:
+    """One line for what made a run fail, from under the wrappers that Ray puts around it."""
+    from ray.exceptions import RayTaskError
+    from ray.train import WorkerGroupError
+
+    while True:
+        inner = error.__cause__
+        if isinstance(error, WorkerGroupError):
+            inner = next(iter(error.worker_failures.values()))
+        elif isinstance(error, RayTaskError):
+            inner = error.cause
+        if inner is None or inner is error:
+            lines = str(error).strip().splitlines()
+            return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
+        error = inner

@@ -51,7 +51,7 @@ class Manifest:
     """blake2b of each chunk."""
 
     def update_info(self, chunk: int) -> dict[str, list]:
-        """The fields of `engine_worker.StoreUpdate` for one chunk, but for its path."""
+        """The fields of `vllm_worker.StoreUpdate` for one chunk, but for its path."""
         tensors = [tensor for tensor in self.tensors if tensor.chunk == chunk]
         return {
             "names": [tensor.name for tensor in tensors],

@@ -12,7 +12,8 @@ import rich.console
 
 from tests.support.thread_actors import Handle, without_ray
 from treerpo_ray.config.sections import LearnerConfig
-from treerpo_ray.driver.run import STOP_SIGNALS, TrainGroup, restart_wait_s, stop_on_signal
+from treerpo_ray.driver.run import STOP_SIGNALS, stop_on_signal
+from treerpo_ray.driver.train_group import TrainGroup, restart_wait_s
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.run_log import Event
 

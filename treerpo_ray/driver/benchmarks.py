@@ -14,11 +14,10 @@ from pathlib import Path, PurePosixPath
 import ray
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from treerpo_ray.actor import make_actor
+from treerpo_ray.actor import make_actor, root_cause
 from treerpo_ray.config import Config
 from treerpo_ray.config.files import load, to_yaml
 from treerpo_ray.driver.cluster import connected
-from treerpo_ray.driver.outcome import root_cause
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
 from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, Graded, save_evaluation, save_samples

@@ -4,9 +4,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import ray
-import ray.train
-
 from treerpo_ray.config import Config
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation
 from treerpo_ray.metrics.run_log import last_step, latest_rows
@@ -91,17 +88,3 @@ def describe_outcome(config: Config, outcome: RunResult) -> str:
         f"held-out problems, answers from {before.length:.1f} to {after.length:.1f} tokens, "
         f"with {spent}; the run folder is {config.folder}"
     )
-
-
-def root_cause(error: BaseException) -> str:
-    """One line for what made a run fail, from under the wrappers that Ray puts around it."""
-    while True:
-        inner = error.__cause__
-        if isinstance(error, ray.train.WorkerGroupError):
-            inner = next(iter(error.worker_failures.values()))
-        elif isinstance(error, ray.exceptions.RayTaskError):
-            inner = error.cause
-        if inner is None or inner is error:
-            lines = str(error).strip().splitlines()
-            return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
-        error = inner

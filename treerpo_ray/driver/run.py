@@ -5,7 +5,6 @@ gate ──► engine pool ──► tree stream (scoring) ──► train worke
 
 import signal
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -17,25 +16,23 @@ from typing import Self
 import ray
 import ray.train
 
-from treerpo_ray.actor import make_actor
+from treerpo_ray.actor import make_actor, root_cause
 from treerpo_ray.config import Config
 from treerpo_ray.config.files import to_yaml
-from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.driver.cluster import connected
 from treerpo_ray.driver.outcome import (
     RunResult,
     collect_outcome,
     finished_outcome,
-    root_cause,
 )
 from treerpo_ray.driver.plan import Inputs
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
-from treerpo_ray.driver.trainer import make_trainer
+from treerpo_ray.driver.train_group import TrainGroup, make_trainer
 from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation
 from treerpo_ray.evaluate.grading import evaluate
 from treerpo_ray.metrics.console import Console
-from treerpo_ray.metrics.run_log import Event, RunLog, RunLogApi, last_step, latest, write_failed
+from treerpo_ray.metrics.run_log import RunLog, RunLogApi, last_step, latest, write_failed
 from treerpo_ray.metrics.watchdog import Heartbeats, StageApi, Watchdog, watch_over
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
 from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder
@@ -250,67 +247,6 @@ def _make_actors(config: Config, inputs: Inputs, pool: TreePoolApi | None) -> Ru
 
 def _make_pool(config: Config) -> TreePoolApi:
     return make_actor(TreePool)(config=config, log_folder=config.log_folder)
-
-
-class TrainGroup:
-    """Train workers; a group that failed is started again from the last checkpoint, with whatever
-    workers there are then.
-
-    Args:
-        limits: How many workers there may be, and failures without progress.
-        fit_once: Runs one group to its end; returns what it failed of, None if it ended well.
-        actors: Those of the run.
-        supervisor: Follows the wait before a start.
-        sleep: Waits so many seconds.
-    """
-
-    def __init__(
-        self,
-        *,
-        limits: LearnerConfig,
-        fit_once: Callable[[], Exception | None],
-        actors: RunActors,
-        supervisor: Supervisor,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self.limits, self.fit_once = limits, fit_once
-        self.actors, self.supervisor, self.sleep = actors, supervisor, sleep
-
-    def fit(self) -> int:
-        """Train to the end of the run or to its stop; returns the learner steps that are done.
-
-        Raises:
-            Exception: what the last group failed of, after too many failures without progress.
-        """
-        failures = reached = 0
-        fewest, most = self.limits.fewest_workers, self.limits.num_workers
-        number = f"{most}" if fewest == most else f"{fewest} to {most}"
-        while True:
-            self.supervisor.console.note(f"starting {number} train worker(s)")
-            error = self.fit_once()
-            done = ray.get(self.actors.gate.done.remote())
-            if error is None:
-                return done
-            failures = 1 if done > reached else failures + 1
-            reached = max(done, reached)
-            is_over = failures > self.limits.max_failures
-            wait_s = 0.0 if is_over else restart_wait_s(failures)
-            lost: dict[str, str | float] = {"step": done, "failures": failures, "wait_s": wait_s}
-            lost["cause"] = root_cause(error)
-            ray.get(self.actors.run_log.event.remote(Event(kind="learner_lost", fields=lost)))
-            if is_over:
-                raise error
-            ray.get(self.actors.heartbeats.forget.remote("learner"))
-            self.supervisor.run(partial(self.sleep, wait_s))
-
-
-def restart_wait_s(failures: int) -> float:
-    """Seconds before a group is started again that failed so many times without progress.
-
-    The first time it may well be one machine that was lost, and nothing to wait for; later it is
-    likely something that all need, such as the store, and takes a while to come back.
-    """
-    return 1.0 if failures == 1 else min(60.0, 5.0 * 2**failures)
 
 
 def _watchdog(config: Config, actors: RunActors) -> Watchdog:

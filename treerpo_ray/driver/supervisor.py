@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import ray
 
+from treerpo_ray.actor import root_cause
 from treerpo_ray.config import Config
-from treerpo_ray.driver.outcome import root_cause
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.run_log import FATAL, RunLogApi
 from treerpo_ray.metrics.watchdog import Heartbeat, HeartbeatsApi, Watchdog

@@ -1,0 +1,120 @@
+"""Train group: Ray Train's workers, and when a group that failed is started again."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from treerpo_ray.actor import root_cause
+from treerpo_ray.config import Config
+from treerpo_ray.config.sections import LearnerConfig
+from treerpo_ray.driver.plan import Inputs
+from treerpo_ray.driver.supervisor import Supervisor
+from treerpo_ray.driver.worker_entry import run_worker
+from treerpo_ray.metrics.run_log import Event
+from treerpo_ray.task import STREAM, RunActors, WorkerTask
+from treerpo_ray.tree_stream import tree_stream
+
+PROBE_TOKENS = 256
+"""Most tokens of the sequence that engines and learner are compared on."""
+
+
+COLLECTIVE_TIMEOUT_S = 6 * 3600
+"""Time after which a worker gives up waiting for the others."""
+
+
+def make_trainer(config: Config, inputs: Inputs, actors: RunActors, storage: str) -> TorchTrainer:
+    """Ray Train's group of workers; what it writes of its own goes to `storage`."""
+    task = WorkerTask(
+        config=config,
+        probe_ids=max(inputs.prompts.token_ids, key=len)[:PROBE_TOKENS],
+        held_out=inputs.held_out,
+        actors=actors,
+    )
+    learner, resources = config.learner, dict(config.learner.resources)
+    is_fixed = learner.min_workers is None
+    workers = learner.num_workers if is_fixed else (learner.min_workers, learner.num_workers)
+    return TorchTrainer(
+        run_worker,
+        train_loop_config={"task": task},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers,  # type: ignore[arg-type]  # Ray's hint knows no range
+            use_gpu=resources.get("GPU", 0) > 0,
+            resources_per_worker=resources,
+        ),
+        # Workers wait in collectives while the first one syncs weights or evaluates.
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+        # Ray Train's own records are not ours: checkpoints and metrics lie in the run folder.
+        run_config=ray.train.RunConfig(
+            name=f"treerpo-{time.time_ns()}",
+            storage_path=storage,
+            # Whoever runs the trainer starts it again, and says so.
+            failure_config=ray.train.FailureConfig(max_failures=0),
+        ),
+        datasets={STREAM: tree_stream(config, actors.pool, actors.run_log, actors.heartbeats)},
+        dataset_config=ray.train.DataConfig(enable_shard_locality=False),
+    )
+
+
+class TrainGroup:
+    """Train workers; a group that failed is started again from the last checkpoint, with whatever
+    workers there are then.
+
+    Args:
+        limits: How many workers there may be, and failures without progress.
+        fit_once: Runs one group to its end; returns what it failed of, None if it ended well.
+        actors: Those of the run.
+        supervisor: Follows the wait before a start.
+        sleep: Waits so many seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        limits: LearnerConfig,
+        fit_once: Callable[[], Exception | None],
+        actors: RunActors,
+        supervisor: Supervisor,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.limits, self.fit_once = limits, fit_once
+        self.actors, self.supervisor, self.sleep = actors, supervisor, sleep
+
+    def fit(self) -> int:
+        """Train to the end of the run or to its stop; returns the learner steps that are done.
+
+        Raises:
+            Exception: what the last group failed of, after too many failures without progress.
+        """
+        failures = reached = 0
+        fewest, most = self.limits.fewest_workers, self.limits.num_workers
+        number = f"{most}" if fewest == most else f"{fewest} to {most}"
+        while True:
+            self.supervisor.console.note(f"starting {number} train worker(s)")
+            error = self.fit_once()
+            done = ray.get(self.actors.gate.done.remote())
+            if error is None:
+                return done
+            failures = 1 if done > reached else failures + 1
+            reached = max(done, reached)
+            is_over = failures > self.limits.max_failures
+            wait_s = 0.0 if is_over else restart_wait_s(failures)
+            lost: dict[str, str | float] = {"step": done, "failures": failures, "wait_s": wait_s}
+            lost["cause"] = root_cause(error)
+            ray.get(self.actors.run_log.event.remote(Event(kind="learner_lost", fields=lost)))
+            if is_over:
+                raise error
+            ray.get(self.actors.heartbeats.forget.remote("learner"))
+            self.supervisor.run(partial(self.sleep, wait_s))
+
+
+def restart_wait_s(failures: int) -> float:
+    """Seconds before a group is started again that failed so many times without progress.
+
+    The first time it may well be one machine that was lost, and nothing to wait for; later it is
+    likely something that all need, such as the store, and takes a while to come back.
+    """
+    return 1.0 if failures == 1 else min(60.0, 5.0 * 2**failures)
