@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from treerpo_ray.algo.search import TreeShape, assemble
 from treerpo_ray.algo.tree import StopReason, Tree
 from treerpo_ray.config import Config
+from treerpo_ray.engine._vllm_args import CPU_BLOCK_SIZE
 from treerpo_ray.engine.engine import Engine
 from treerpo_ray.engine.types import EngineStats, Sampling
-from treerpo_ray.engine.vllm_args import CPU_BLOCK_SIZE
 from treerpo_ray.learner.policy import Policy, load_policy
 from treerpo_ray.prompts.prompt_set import load_tokenizer, resolve_model_path
 from treerpo_ray.weight_sync import Manifest, pack_weights

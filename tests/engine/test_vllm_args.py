@@ -3,7 +3,7 @@
 import pytest
 
 from treerpo_ray.config import load
-from treerpo_ray.engine.vllm_args import CPU_BLOCK_SIZE, GIB, engine_args, environment
+from treerpo_ray.engine._vllm_args import CPU_BLOCK_SIZE, GIB, engine_args, environment
 
 GPUS = ("engine.resources={GPU: 2, CPU: 2}", "engine.tensor_parallel=2", "model.dtype=bfloat16")
 

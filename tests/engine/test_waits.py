@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from tests.support.virtual_time import run
-from treerpo_ray.engine.waits import Waits
+from treerpo_ray.engine._waits import Waits
 
 Told = list[tuple[float, str]]
 

@@ -13,11 +13,11 @@ from treerpo_ray.algo.search import SiblingGroup, TreeShape, assemble, grow
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
 from treerpo_ray.config import Config, load
 from treerpo_ray.config.sections import EngineConfig
+from treerpo_ray.engine._waits import Waits
 from treerpo_ray.engine.autoscaler import Nodes
 from treerpo_ray.engine.pool import TIMES, PoolTimes
 from treerpo_ray.engine.replica import EngineActor, Replica
 from treerpo_ray.engine.types import EngineStats, Sampling
-from treerpo_ray.engine.waits import Waits
 from treerpo_ray.metrics.run_log import Event
 from treerpo_ray.prompts.problems import Problem
 from treerpo_ray.prompts.prompt_set import PromptSet

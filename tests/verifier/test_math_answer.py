@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.project import ROOT
-from treerpo_ray.verifier import math_equality
+from treerpo_ray.verifier import _math_equality as math_equality
+from treerpo_ray.verifier._math_equality import is_equal
 from treerpo_ray.verifier.math_answer import SELF_TEST, check_answer, find_answer
-from treerpo_ray.verifier.math_equality import is_equal
 from treerpo_ray.verifier.verdict import Answer, Verdict
 from treerpo_ray.verifier.verifier import Verifier
 

@@ -24,9 +24,9 @@ from ray.actor import ActorHandle
 from treerpo_ray.algo.search import SiblingGroup, TreeShape, grow
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, error_step
 from treerpo_ray.config import Config
+from treerpo_ray.engine._vllm_args import engine_args, environment
 from treerpo_ray.engine.replica import EngineActor, EngineApi
 from treerpo_ray.engine.types import EngineStats, Sampling
-from treerpo_ray.engine.vllm_args import engine_args, environment
 from treerpo_ray.prompts.prompt_set import end_token_ids, load_tokenizer
 from treerpo_ray.weight_sync import ChunkFiles, LoadProof, Manifest
 

@@ -18,10 +18,10 @@ import ray
 from treerpo_ray.actor import first_line
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import EngineConfig
+from treerpo_ray.engine._waits import Waits
 from treerpo_ray.engine.background import BackgroundTasks, Signal
 from treerpo_ray.engine.replica import EngineActor, Replica, ReplicaState, WeightVersion
 from treerpo_ray.engine.types import EngineStats
-from treerpo_ray.engine.waits import Waits
 from treerpo_ray.metrics.run_log import Event, RunLogApi
 from treerpo_ray.weight_sync import Manifest, Probe
 

@@ -20,9 +20,9 @@ import ray
 from treerpo_ray.actor import actor_method, actor_stream
 from treerpo_ray.algo.search import SiblingGroup, TreeShape
 from treerpo_ray.config.sections import EngineConfig
+from treerpo_ray.engine._waits import Waits
 from treerpo_ray.engine.background import Signal
 from treerpo_ray.engine.types import EngineStats, Sampling
-from treerpo_ray.engine.waits import Waits
 from treerpo_ray.weight_sync import Manifest, Probe
 
 

@@ -4,8 +4,8 @@ A text without a box, or whose last one is empty or stays open, holds no answer:
 take an earlier box, `#### x`, "answer is x" or the last number.
 """
 
+from treerpo_ray.verifier._math_equality import is_equal as is_equal  # to count majorities
 from treerpo_ray.verifier.math_answer import equals_any, last_box
-from treerpo_ray.verifier.math_equality import is_equal as is_equal  # to count majorities
 
 SELF_TEST: tuple[tuple[str, tuple[str, ...], bool | None], ...] = (
     (r"So it is \boxed{\frac{1}{2}}.", ("0.5",), True),

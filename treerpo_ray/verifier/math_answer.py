@@ -6,7 +6,7 @@ evaluates text as code.
 
 import re
 
-from treerpo_ray.verifier.math_equality import MAX_ANSWER_CHARS, is_equal
+from treerpo_ray.verifier._math_equality import MAX_ANSWER_CHARS, is_equal
 
 SELF_TEST: tuple[tuple[str, tuple[str, ...], bool | None], ...] = (
     (r"So it is \boxed{\frac{1}{2}}.", ("0.5",), True),

@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
 from types import TracebackType
 
+from treerpo_ray.verifier._worker import FAILED, REPLIES, RETIRED
 from treerpo_ray.verifier.verdict import Answer, Verdict
-from treerpo_ray.verifier.worker import FAILED, REPLIES, RETIRED
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ MAX_START_FAILURES = 3  # in a row; a worker may be killed from outside, all of 
 
 
 WORKER = "import sys, json; a = json.loads(sys.argv[1]); sys.path[:] = a.pop(0)\n" + (
-    "from treerpo_ray.verifier.worker import serve; serve(*a)"
+    "from treerpo_ray.verifier._worker import serve; serve(*a)"
 )
 
 
@@ -55,7 +55,7 @@ ENVIRONMENT = (
 
 
 Request = tuple[object, ...]
-"""What a worker is asked, as JSON takes it: see `verifier.worker`."""
+"""What a worker is asked, as JSON takes it: see `verifier._worker`."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

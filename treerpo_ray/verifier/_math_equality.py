@@ -18,7 +18,7 @@ from latex2sympy2_extended import NormalizationConfig, latex2sympy2
 from math_verify import LatexExtractionConfig, parse, parser, verify
 from sympy import Add, Basic, Eq, Expr, Float, Integer, MatrixBase, Mul, nan, zoo
 
-from treerpo_ray.verifier.math_notation import (
+from treerpo_ray.verifier._math_notation import (
     closing,
     key,
     letters,
