@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 if TYPE_CHECKING:
     from treerpo_ray.driver.outcome import RunResult
@@ -29,15 +31,27 @@ settings.register_profile("reproducible", derandomize=True, database=None, deadl
 settings.load_profile("reproducible")
 
 
-LONG = ("ray", "engine", "slow")
+class OneRunAtATime(LoadFileScheduling):
+    """Files go to whichever process is free, but all whole runs to the same one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "tests/runs" if file.startswith("tests/runs/") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
+    """How `-n` shares the tests out."""
+    return OneRunAtATime(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest come first: of two processes none is left with one at the end."""
+    """Whole runs first, in one process, and beside them what computes alone, so that no two start
+    engines at a time; then what starts Ray or an engine, too."""
 
-    def rank(item: pytest.Item) -> tuple[bool, bool]:
-        is_long = any(item.get_closest_marker(name) for name in LONG)
-        return not is_long, item.path.parent.name != "runs"
+    def rank(item: pytest.Item) -> tuple[bool, bool, bool]:
+        starts = any(item.get_closest_marker(name) for name in ("ray", "engine"))
+        is_slow = item.get_closest_marker("slow") is not None
+        return item.path.parent.name != "runs", starts, not is_slow
 
     items.sort(key=rank)
 

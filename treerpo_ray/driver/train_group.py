@@ -22,6 +22,10 @@ PROBE_TOKENS = 256
 """Most tokens of the sequence that engines and learner are compared on."""
 
 
+RESIZE_S = 15.0
+"""Time between looks for room for further workers, and since the last start of a group."""
+
+
 COLLECTIVE_TIMEOUT_S = 6 * 3600
 """Time after which a worker gives up waiting for the others."""
 
@@ -42,6 +46,7 @@ def make_trainer(config: Config, inputs: Inputs, actors: RunActors, storage: str
         train_loop_config={"task": task},
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,  # type: ignore[arg-type]  # Ray's hint knows no range
+            elastic_resize_monitor_interval_s=RESIZE_S,
             use_gpu=resources.get("GPU", 0) > 0,
             resources_per_worker=resources,
         ),
