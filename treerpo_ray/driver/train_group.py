@@ -46,7 +46,7 @@ def make_trainer(config: Config, inputs: Inputs, actors: RunActors, storage: str
         train_loop_config={"task": task},
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,  # type: ignore[arg-type]  # Ray's hint knows no range
-            elastic_resize_monitor_interval_s=RESIZE_S,
+            elastic_resize_monitor_interval_s=RESIZE_S,  # type: ignore[call-arg]  # nor this
             use_gpu=resources.get("GPU", 0) > 0,
             resources_per_worker=resources,
         ),
