@@ -1,8 +1,8 @@
-"""Task: the actors of a run, and what its train workers are told of them."""
+"""Task: what crosses between the stages of a run, and what its train workers are told."""
 
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import ray
 
@@ -17,29 +17,46 @@ from treerpo_ray.records import RootValue, TreeRecord
 
 if TYPE_CHECKING:  # the stages stand above this module
     from treerpo_ray.engine.types import EngineStats, Sampling
-    from treerpo_ray.search.curriculum import Measurement
-    from treerpo_ray.search.gate import Ticket
     from treerpo_ray.weight_sync import Manifest, Probe
 
 STREAM = "trees"
 """Name of the workers' data set."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ticket:
+    """The right and duty to grow one tree."""
+
+    number: int
+    prompt: int
+    """Row of the prompt in the training set."""
+    seed: int
+    """Seed of the tree."""
+
+
+class Measurement(NamedTuple):
+    """Root value of a tree of a prompt (row of the training set) that a learner step consumed."""
+
+    step: int
+    prompt: int
+    value: float
+
+
 class GateApi(Protocol):
     """Actor of `Gate`."""
 
     @actor_method
-    def next(self, session: int) -> "Ticket | None":
+    def next(self, session: int) -> Ticket | None:
         """See `Gate`, as for all that follow."""
 
     @actor_method
     def consumed(self, step: int, measured: Sequence[RootValue]) -> bool: ...
 
     @actor_method
-    def measurements(self) -> "list[Measurement]": ...
+    def measurements(self) -> list[Measurement]: ...
 
     @actor_method
-    def restart(self, step: int, measurements: "Iterable[Measurement]") -> int: ...
+    def restart(self, step: int, measurements: Iterable[Measurement]) -> int: ...
 
     @actor_method
     def status(self, stacks: StackDump) -> StageStatus: ...

@@ -44,8 +44,7 @@ from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.writer import BackgroundWriter
 from treerpo_ray.scoring import Scorer
 from treerpo_ray.search import curriculum
-from treerpo_ray.search.curriculum import Measurement
-from treerpo_ray.task import STREAM, WorkerTask
+from treerpo_ray.task import STREAM, Measurement, WorkerTask
 from treerpo_ray.tree_stream import Prefetcher, from_worker_batch
 from treerpo_ray.weight_sync import Publisher
 

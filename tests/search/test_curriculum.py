@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from treerpo_ray.config import load
 from treerpo_ray.search import curriculum
-from treerpo_ray.search.curriculum import Curriculum, Measurement
+from treerpo_ray.search.curriculum import Curriculum
+from treerpo_ray.task import Measurement
 
 MEASURED = [
     Measurement(0, 3, 0.5),

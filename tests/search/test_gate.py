@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treerpo_ray.records import RootValue
-from treerpo_ray.search.curriculum import Measurement
-from treerpo_ray.search.gate import Gate, Ticket, redrawn
+from treerpo_ray.search.gate import Gate, redrawn
+from treerpo_ray.task import Measurement, Ticket
 
 SMALL = st.integers(1, 7)
 

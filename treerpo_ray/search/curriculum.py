@@ -8,25 +8,17 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from treerpo_ray.config import Config
+from treerpo_ray.task import Measurement
 
 FILE = "measurements.json"
 
 
 STREAM = 1
 """Sets the draws of a ticket apart from those of its tree's seed and of its other prompts."""
-
-
-class Measurement(NamedTuple):
-    """Root value of a tree of a prompt (row of the training set) that a learner step consumed."""
-
-    step: int
-    prompt: int
-    value: float
 
 
 class Curriculum:

@@ -14,26 +14,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from treerpo_ray.metrics.health import StackDump, StageStatus
 from treerpo_ray.records import RootValue
-from treerpo_ray.search.curriculum import Curriculum, Measurement
+from treerpo_ray.search.curriculum import Curriculum
+from treerpo_ray.task import Measurement, Ticket
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ticket:
-    """The right and duty to grow one tree."""
-
-    number: int
-    prompt: int
-    """Row of the prompt in the training set."""
-    seed: int
-    """Seed of the tree."""
 
 
 class Gate:

@@ -19,7 +19,7 @@ from treerpo_ray.engine.replica import Replica
 from treerpo_ray.engine.types import Sampling
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import TreeRecord
-from treerpo_ray.search.gate import Ticket
+from treerpo_ray.task import Ticket
 
 
 @dataclass(eq=False, slots=True, kw_only=True)

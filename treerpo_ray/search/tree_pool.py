@@ -26,9 +26,9 @@ from treerpo_ray.metrics.health import StackDump, StageStatus
 from treerpo_ray.metrics.run_log import RunLogApi
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import TreeRecord
-from treerpo_ray.search.gate import Ticket, redrawn
+from treerpo_ray.search.gate import redrawn
 from treerpo_ray.search.growing_tree import GrowingTree
-from treerpo_ray.task import GateApi
+from treerpo_ray.task import GateApi, Ticket
 from treerpo_ray.weight_sync import Manifest, Probe
 
 log = logging.getLogger(__name__)
