@@ -28,7 +28,7 @@ LIMIT_S = 60.0
 """Time after which what a test waits for does not come any more."""
 
 
-class Station:
+class FakeActors:
     """Stands in for all the actors of a run: notes what is called, and answers at once.
 
     An answer that is an event is held back until it is set.
@@ -78,11 +78,9 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "put", lambda value: value)
 
 
-def make_worker(config: Config, station: Station, *, step: int) -> TrainWorker:
+def make_worker(config: Config, fakes: FakeActors, *, step: int) -> TrainWorker:
     """A first worker at a learner step, whose version is its number."""
-    actors = RunActors(
-        gate=station, pool=station, weight_sync=station, run_log=station, heartbeats=station
-    )
+    actors = RunActors(gate=fakes, pool=fakes, weight_sync=fakes, run_log=fakes, heartbeats=fakes)
     return TrainWorker(
         task=WorkerTask(config=config, probe_ids=[1, 2], held_out=None, actors=actors),
         rank=0,
@@ -96,10 +94,10 @@ def make_worker(config: Config, station: Station, *, step: int) -> TrainWorker:
 
 def open_worker(
     config: Config, *, step: int, left_over: list[TreeRecord], grown: list[TreeRecord]
-) -> Station:
-    station = Station({"unconsumed": grown, "restart": 7, "stats": []})
-    make_worker(config, station, step=step).open(left_over, [])
-    return station
+) -> FakeActors:
+    fakes = FakeActors({"unconsumed": grown, "restart": 7, "stats": []})
+    make_worker(config, fakes, step=step).open(left_over, [])
+    return fakes
 
 
 def config_of(folder: Path, staleness: int = 1, num_steps: int = 2) -> Config:
@@ -113,12 +111,12 @@ def test_a_restart_goes_on_from_the_checkpoints_trees_and_from_those_that_the_po
     left_over = [tree_of(4, 1), tree_of(5, 2)]
     further = tree_of(5, 2, 2)
     grown = [further, tree_of(6, 2), tree_of(7, 2, 3)]
-    station = open_worker(config_of(tmp_path), step=2, left_over=left_over, grown=grown)
-    assert station.arguments["unconsumed"] == (4,)
-    _, session, first, _, saved = station.arguments["grow_tickets"]
+    fakes = open_worker(config_of(tmp_path), step=2, left_over=left_over, grown=grown)
+    assert fakes.arguments["unconsumed"] == (4,)
+    _, session, first, _, saved = fakes.arguments["grow_tickets"]
     assert (session, first) == (7, 4)
     assert saved == [left_over[0], further, grown[1]]
-    order = [station.calls.index(name) for name in ("unconsumed", "publish", "grow_tickets")]
+    order = [fakes.calls.index(name) for name in ("unconsumed", "publish", "grow_tickets")]
     assert order == sorted(order), "asked before the engines turn back and the pool drops them"
 
 
@@ -148,48 +146,48 @@ def beside(work: object, *arguments: object) -> Iterator[Future[None]]:
         yield threads.submit(work, *arguments)
 
 
-def until_called(station: Station, name: str, times: int = 1) -> None:
+def until_called(fakes: FakeActors, name: str, times: int = 1) -> None:
     poll = threading.Event()
     for _ in range(int(LIMIT_S * 100)):
-        if station.calls.count(name) >= times:
+        if fakes.calls.count(name) >= times:
             return
         poll.wait(0.01)
-    raise AssertionError(f"{name} was called {station.calls.count(name)} times, not {times}")
+    raise AssertionError(f"{name} was called {fakes.calls.count(name)} times, not {times}")
 
 
 def test_with_staleness_the_next_update_is_made_while_engines_load_and_the_gate_hears_it_later(
     tmp_path: Path,
 ) -> None:
     is_served = threading.Event()
-    station = Station({"publish": is_served, "consumed": False})
-    worker = make_worker(config_of(tmp_path, num_steps=9), station, step=0)
+    fakes = FakeActors({"publish": is_served, "consumed": False, "is_told_to_stop": False})
+    worker = make_worker(config_of(tmp_path, num_steps=9), fakes, step=0)
     one_step(worker)  # comes back
     assert (worker.step, worker.is_last) == (1, False)
     update = worker.learner.update()  # of the next step, with trees that are there
-    assert "consumed" not in station.calls, "no engine has proved version 1"
+    assert "consumed" not in fakes.calls, "no engine has proved version 1"
     with beside(worker.publish) as publishing:  # the next version waits for the one before
-        until_called(station, "publish")
-        assert not publishing.done() and station.calls.count("publish") == 1
+        until_called(fakes, "publish")
+        assert not publishing.done() and fakes.calls.count("publish") == 1
         is_served.set()
         publishing.result(LIMIT_S)
     worker.consume(1, update)
     worker.publisher.wait()
-    told = [name for name in station.calls if name in ("publish", "consumed")]
+    told = [name for name in fakes.calls if name in ("publish", "consumed")]
     assert told == ["publish", "consumed"] * 2
-    assert station.arguments["consumed"] == (1, (RootValue(0, 0, 0.5),))
-    assert [station.arguments["publish"][0].version, worker.learner.version] == [2, 2]
+    assert fakes.arguments["consumed"] == (1, (RootValue(0, 0, 0.5),))
+    assert [fakes.arguments["publish"][0].version, worker.learner.version] == [2, 2]
 
 
 def test_weights_that_are_on_their_way_are_not_those_of_the_next_update(tmp_path: Path) -> None:
     is_served = threading.Event()
-    station = Station({"publish": is_served, "consumed": False})
-    worker = make_worker(config_of(tmp_path, num_steps=9), station, step=0)
+    fakes = FakeActors({"publish": is_served, "consumed": False, "is_told_to_stop": False})
+    worker = make_worker(config_of(tmp_path, num_steps=9), fakes, step=0)
     weight = torch.ones(2)
     worker.learner.policy.named_weights = lambda: iter([("w", weight)])
     one_step(worker)
     weight.zero_()
-    until_called(station, "publish")
-    _, chunks, _ = station.arguments["publish"]
+    until_called(fakes, "publish")
+    _, chunks, _ = fakes.arguments["publish"]
     assert chunks[0].view("float32")[:2].tolist() == [1, 1]
     is_served.set()
     worker.publisher.wait()
@@ -200,22 +198,24 @@ def test_without_staleness_and_after_the_last_step_the_engines_are_awaited(
     tmp_path: Path, staleness: int
 ) -> None:
     is_served = threading.Event()
-    station = Station({"publish": is_served, "consumed": False})
+    fakes = FakeActors({"publish": is_served, "consumed": False, "is_told_to_stop": False})
     num_steps = 1 if staleness else 9
-    worker = make_worker(config_of(tmp_path, staleness, num_steps), station, step=0)
+    worker = make_worker(config_of(tmp_path, staleness, num_steps), fakes, step=0)
     with beside(one_step, worker) as step:
-        until_called(station, "publish")
-        assert not step.done() and "consumed" not in station.calls
+        until_called(fakes, "publish")
+        assert not step.done() and "consumed" not in fakes.calls
         is_served.set()
         step.result(LIMIT_S)
-    assert "consumed" in station.calls
+    assert "consumed" in fakes.calls
     assert worker.is_last == bool(staleness)
 
 
 def test_a_checkpoint_is_put_in_its_place_once_the_gate_knows_of_the_step(tmp_path: Path) -> None:
     is_served = threading.Event()
-    station = Station({"publish": is_served, "consumed": False, "num_lines": (7, 7)})
-    worker = make_worker(config_of(tmp_path, num_steps=9), station, step=0)
+    fakes = FakeActors(
+        {"publish": is_served, "consumed": False, "is_told_to_stop": False, "num_lines": (7, 7)}
+    )
+    worker = make_worker(config_of(tmp_path, num_steps=9), fakes, step=0)
     saved = []
     worker.saver = SimpleNamespace(
         is_due=lambda step: True, save=lambda step, *_, **named: saved.append((step, named))
@@ -225,50 +225,68 @@ def test_a_checkpoint_is_put_in_its_place_once_the_gate_knows_of_the_step(tmp_pa
     [(step, named)] = saved
     assert (step, named["is_last"]) == (1, False)
     with beside(named["before_place"]) as placing:
-        until_called(station, "publish")
-        assert not placing.done() and "num_lines" not in station.calls
+        until_called(fakes, "publish")
+        assert not placing.done() and "num_lines" not in fakes.calls
         is_served.set()
         placing.result(LIMIT_S)
-    assert station.calls.index("consumed") < station.calls.index("num_lines")
+    assert fakes.calls.index("consumed") < fakes.calls.index("num_lines")
 
 
 def test_a_checkpoint_with_measurements_waits_until_the_gate_has_them(tmp_path: Path) -> None:
     is_served = threading.Event()
-    station = Station({"publish": is_served, "consumed": False})
+    fakes = FakeActors({"publish": is_served, "consumed": False, "is_told_to_stop": False})
     config = config_of(tmp_path, num_steps=9)
     config = replace(config, gate=replace(config.gate, revisit=0.5))
-    worker = make_worker(config, station, step=0)
+    worker = make_worker(config, fakes, step=0)
     saved = []
     worker.saver = SimpleNamespace(
         is_due=lambda step: True, save=lambda step, *_, **named: saved.append(step)
     )
     one_step(worker)
     with beside(worker.checkpoint_if_due) as saving:
-        until_called(station, "publish")
+        until_called(fakes, "publish")
         assert not saving.done() and not saved
         is_served.set()
         saving.result(LIMIT_S)
-    assert saved == [1] and "consumed" in station.calls
+    assert saved == [1] and "consumed" in fakes.calls
 
 
 def test_a_run_that_is_told_to_stop_ends_after_the_step_under_way(tmp_path: Path) -> None:
-    station = Station({"consumed": True})
-    worker = make_worker(config_of(tmp_path, num_steps=9), station, step=0)
+    fakes = FakeActors({"consumed": True, "is_told_to_stop": True})
+    worker = make_worker(config_of(tmp_path, num_steps=9), fakes, step=0)
     one_step(worker)
-    if not worker.is_last:  # the gate was not heard yet
-        one_step(worker)
     assert worker.is_last
-    assert station.calls.count("consumed") == worker.step
+    assert fakes.calls.count("consumed") == worker.step == 1
+
+
+def test_a_publication_that_failed_is_found_by_a_step_that_publishes_nothing(
+    tmp_path: Path,
+) -> None:
+    """Else the gate would never hear of that step, and the learner wait for its tickets."""
+
+    fakes = FakeActors({"consumed": False, "is_told_to_stop": False})
+    worker = make_worker(config_of(tmp_path, num_steps=9), fakes, step=0)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no engine took version 1 over")
+
+    worker.publisher.send = refuse
+    update = worker.learner.update()
+    worker.publish()
+    worker.consume(0, update)
+    nothing = SimpleNamespace(has_updated=False, stats=BatchStats(), metrics={})
+    with pytest.raises(RuntimeError, match="no engine took version 1 over"):
+        worker.consume(1, nothing)
 
 
 def test_a_publication_that_fails_ends_the_next_step_and_the_gate_does_not_hear_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    station = Station({})
-    worker = make_worker(config_of(tmp_path, num_steps=9), station, step=0)
+    fakes = FakeActors({})
+    worker = make_worker(config_of(tmp_path, num_steps=9), fakes, step=0)
 
     def get(answer: object) -> object:
-        if station.calls[-1] == "publish":
+        if fakes.calls[-1] == "publish":
             raise RuntimeError("no engine took it over")
         return answer
 
@@ -276,4 +294,4 @@ def test_a_publication_that_fails_ends_the_next_step_and_the_gate_does_not_hear_
     one_step(worker)
     with pytest.raises(RuntimeError, match="no engine took it over"):
         one_step(worker)
-    assert "consumed" not in station.calls
+    assert "consumed" not in fakes.calls

@@ -65,7 +65,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., SimpleName
         found, rest = SimpleNamespace(events=[], redrawn=[], moved=[]), iter([*given, None])
         pool = Handle(
             take=lambda *arguments: next(rest),
-            share_size=lambda: 2,
+            worker_batch_size=lambda: 2,
             redraw=lambda reader, tree: found.redrawn.append(tree),
         )
         found.shares = tree_stream._worker_batches(

@@ -147,7 +147,6 @@ class TrainWorker:
         self.engines = EngineTotals()
         self.sampled_tokens = 0.0
         self.is_last = False
-        self.is_told_to_stop = False
         self.trees_kept: int | None = None
         self.writer = BackgroundWriter(self._warn)
         self.saver = CheckpointSaver(
@@ -247,18 +246,19 @@ class TrainWorker:
         self.sampled_tokens += update.stats.num_sampled_tokens
         if self.is_first:
             version = self.learner.version
+            if not update.has_updated:
+                self._await_engines()  # no publication of this step has waited for the one before
             self.publisher.then(partial(self._consumed, step, version, update.stats.measured))
             if not self.config.gate.max_staleness:
                 self._await_engines()
-            self.is_last = self.is_told_to_stop or self._is_over()
+            self.is_last = ray.get(self.actors.gate.is_told_to_stop.remote()) or self._is_over()
             if self.is_last:
                 self._await_engines()
         self.is_last = self._agreed(self.is_last)
 
     def _consumed(self, step: int, version: int, measured: tuple[RootValue, ...]) -> None:
         size = self.config.gate.trees_per_step
-        if ray.get(self.actors.gate.consumed.remote(step, measured)):
-            self.is_told_to_stop = True
+        ray.get(self.actors.gate.consumed.remote(step, measured))
         self._note("consumed", step=step, first=step * size, trees=size, version=version)
 
     def report(self, update: UpdateResult) -> None:
@@ -361,7 +361,9 @@ class TrainWorker:
         size = self.config.gate.trees_per_step
         own = range(self.step * size, (self.step + 1) * size)
         if len(set(tickets) & set(own)) != size // self.num_workers:
-            raise RuntimeError(f"tickets {tickets} are no share of learner step {self.step}: {own}")
+            raise RuntimeError(
+                f"tickets {tickets} are no worker batch of learner step {self.step}: {own}"
+            )
 
     def _evaluate_on(self, held_out: PromptSet) -> None:
         tokenizer = self.learner.policy.tokenizer

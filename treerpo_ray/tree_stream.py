@@ -171,7 +171,7 @@ def tree_stream(
 
 
 class ScoredTrees(Datasource):
-    """Reads finished trees from the engine pool, without end, and scores them."""
+    """Reads finished trees from the tree pool, without end, and scores them."""
 
     def __init__(
         self,
@@ -222,7 +222,7 @@ def _worker_batches(
                 log.info("waiting for finished trees")
                 continue
             if batches is None:
-                size = ray.get(pool.share_size.remote())
+                size = ray.get(pool.worker_batch_size.remote())
                 batches = WorkerBatches(config, size=size, first=trees[0].ticket)
             heartbeat.at(f"scoring tickets {[tree.ticket for tree in trees]}")
             try:

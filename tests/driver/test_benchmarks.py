@@ -165,7 +165,7 @@ def test_a_job_whose_engines_are_gone_says_so_and_ends(tmp_path: Path, monkeypat
     with without_ray(), pytest.raises(RuntimeError, match=r"nothing moved for \d s: evaluation"):
         dict(evaluate_all(config, "mine", {"one": prompts}, None, console))
     assert "engine lost: engine 0" in shown.getvalue()
-    assert "the engine pool did not end well: " in shown.getvalue()
+    assert "the engines did not end well: " in shown.getvalue()
     [report] = Path(config.folder).glob("logs/stall-*.txt")
     assert "engines (idle for 9 s): waiting for a node" in report.read_text()
 

@@ -10,8 +10,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from tests.support.project import ROOT, load_script
 from tests.support.whole_runs import (
-    assert_ledger,
     assert_no_tree_was_finished_twice,
+    assert_promises_kept,
     assert_versions_count_updates,
 )
 from treerpo_ray.study.analysis import Run
@@ -65,7 +65,7 @@ def test_ray_starts_and_takes_away_nodes_as_trees_come_and_go(tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     assert "no rollout node is left" in done.stderr
     run = Run(str(tmp_path / "scaled"))
-    assert_ledger(run.folder)
+    assert_promises_kept(run.folder)
     assert_no_tree_was_finished_twice(run)
     assert_versions_count_updates(run.metrics())
     assert run.metrics()["staleness/max"].max() <= 1

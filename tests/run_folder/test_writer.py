@@ -165,3 +165,28 @@ def test_a_late_sink_is_waited_for_once_and_told_when_it_has_caught_up(sink: Sin
     assert sink.caught_up.wait(60)
     assert writer.settle() and writer.settle(0.0)
     assert sink.told == []
+
+
+def test_a_sink_that_fails_at_the_end_is_told_once_though_telling_writes_to_it() -> None:
+    told: list[str] = []
+
+    def refuse() -> None:
+        raise OSError("the disk is full")
+
+    def warn(name: str, reason: str) -> None:
+        told.append(reason)
+        writer.put("the warning", refuse)
+
+    is_held = threading.Event()
+    writer = BackgroundWriter(warn)
+    writer.put("first", is_held.wait)
+    writer.put("second", refuse)
+    closing = threading.Thread(target=writer.close)
+    closing.start()
+    while not writer._is_closing:
+        threading.Event().wait(0.01)
+    is_held.set()
+    closing.join(60)
+    assert told == ["OSError: the disk is full"]
+    writer._thread.join(60)
+    assert not writer._thread.is_alive()

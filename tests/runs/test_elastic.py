@@ -16,8 +16,8 @@ from ray.core.generated import autoscaler_pb2
 
 from tests.support.project import ROOT, SMALL
 from tests.support.whole_runs import (
-    assert_ledger,
     assert_no_tree_was_finished_twice,
+    assert_promises_kept,
     assert_versions_count_updates,
 )
 from treerpo_ray.metrics.run_log import EVENTS_FILE
@@ -154,7 +154,7 @@ def test_a_node_of_engines_or_of_workers_that_is_lost_or_drained_costs_no_ticket
     assert_versions_count_updates(metrics)
     assert_no_tree_was_finished_twice(run)
     assert metrics["staleness/max"].max() <= 1
-    assert_ledger(run.folder, f"run.num_steps={metrics.index.max()}")
+    assert_promises_kept(run.folder, f"run.num_steps={metrics.index.max()}")
     # More than once where Ray put it on the node that was gone and not yet missed.
     assert set(events[events.kind == "engine_lost"]["engine"]) == {0}
     [draining] = events[events.kind == "engine_draining"].itertuples()

@@ -8,8 +8,8 @@ import pytest
 
 from tests.support.whole_runs import (
     assert_gone,
-    assert_ledger,
     assert_no_tree_was_finished_twice,
+    assert_promises_kept,
     assert_saved_trees_were_reused,
     assert_versions_count_updates,
     process_of,
@@ -75,7 +75,7 @@ def test_a_run_of_two_workers_and_two_engines_outlives_a_lost_engine_a_lost_work
     assert_saved_trees_were_reused(run)
     saved = events[events.kind == "learner_started"]["saved_trees"]
     assert saved.iloc[1] > 0  # these tickets were out a whole step before
-    assert_ledger(folder)
+    assert_promises_kept(folder)
     assert metrics["staleness/max"].max() <= 1
     assert_versions_count_updates(metrics)
     for process in cores:

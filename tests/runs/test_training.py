@@ -23,7 +23,7 @@ from tests.support.secrets import holds_secret
 from tests.support.whole_runs import (
     STRICT,
     assert_gone,
-    assert_ledger,
+    assert_promises_kept,
     assert_same_trees,
     assert_saved_trees_were_reused,
     assert_versions_count_updates,
@@ -113,7 +113,7 @@ def test_every_ticket_is_consumed_once_by_its_step(strict) -> None:
     run, _, _ = strict
     events = run.events()
     assert events[events.kind == "consumed"]["step"].tolist() == [0, 1, 2]
-    assert_ledger(run.folder)
+    assert_promises_kept(run.folder)
 
 
 def test_tickets_come_back_to_prompts_with_a_value_between_0_and_1(strict) -> None:
@@ -147,7 +147,7 @@ def test_a_run_on_engines_that_served_another_stops_and_resumes_with_the_same_tr
     outcome, shown = run_training(config, kept)
     assert outcome.is_complete
     assert "3/3" in shown and "2/3" not in shown  # only what is new
-    assert_ledger(config.folder)
+    assert_promises_kept(config.folder)
     run = Run(config.folder)
     assert (run.events().kind == "engine_serving").sum() == 0
     assert_same_trees(run, whole)
@@ -187,7 +187,7 @@ def test_a_worker_lost_twice_is_made_good_from_the_checkpoint_and_no_evaluation_
     run = Run(config.folder)
     assert run.metrics().index.tolist() == [0, 1, 2, 3, 4, 5]
     assert_versions_count_updates(run.metrics())
-    assert_ledger(run.folder)
+    assert_promises_kept(run.folder)
     assert run.metrics()["staleness/max"].max() == 0
     # No block of the prefix cache outlived the weights that were rolled back.
     assert run.metrics()["mismatch/max"].max() < 1e-3
@@ -228,7 +228,7 @@ def test_a_run_in_which_nothing_can_be_learned_says_so_and_ends_well(small_confi
 
 def test_a_ticket_without_a_kept_group_draws_another_prompt(refilled) -> None:
     run, config = refilled
-    assert_ledger(run.folder)
+    assert_promises_kept(run.folder)
     trees = trees_of(run)
     redrawn = [tree for tree in trees.values() if tree.num_redraws]
     assert redrawn and all(tree.redrawn_tokens > 0 for tree in redrawn)
@@ -322,7 +322,7 @@ def test_after_its_head_and_its_driver_were_killed_the_same_command_goes_on_with
     assert again.returncode == 0, shown
     assert "checkpoint passed over: step" in shown
     assert "optimizer.pt is corrupt" in shown
-    assert_ledger(str(folder))
+    assert_promises_kept(str(folder))
     run = Run(str(folder))
     assert_same_trees(run, strict[0])
     metrics = run.metrics()

@@ -487,7 +487,7 @@ def test_the_share_of_a_worker_follows_from_the_workers_that_there_are() -> None
         pool = await opened(config, fleet, gate)
         for num_workers, size in ((1, 4), (2, 2), (4, 1)):
             await pool.grow_tickets(Handle(gate), gate.restart(0, ()), 0, num_workers, [])
-            assert await pool.share_size() == size
+            assert await pool.worker_batch_size() == size
         await pool.stop()
 
     run(scenario(Fleet()))

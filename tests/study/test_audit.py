@@ -1,4 +1,4 @@
-"""The ledger of a run: what it finds wrong, and what it lets pass."""
+"""The audit of a run: what it finds wrong, and what it lets pass."""
 
 import math
 import uuid
@@ -16,8 +16,8 @@ from treerpo_ray.metrics.run_log import RunLog
 from treerpo_ray.records import to_table
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
-from treerpo_ray.study import audit as ledger
-from treerpo_ray.study.audit import ConsumedTree, check_ledger, standing
+from treerpo_ray.study import audit
+from treerpo_ray.study.audit import ConsumedTree, check_promises, standing
 from treerpo_ray.weight_sync import pack_weights
 
 NUM_STEPS, SIZE = 3, 2
@@ -68,7 +68,7 @@ def good_trees():
 
 
 def faults(events=None, rows=None, trees=None, max_staleness=1):
-    return check_ledger(
+    return check_promises(
         events or good_events(),
         rows or good_rows(),
         trees or good_trees(),
@@ -150,13 +150,13 @@ def test_wrong_tickets_and_weights_in_a_run_folder_are_found(place, tmp_path) ->
     RunFolder(config.folder).publish_model(policy.save_pretrained)
     keep(0, 0, 2, 4)
     keep(1, 1, 3, 5)
-    assert ledger.faults(config, events) == []
+    assert audit.faults(config, events) == []
     keep(2, 2)  # once more, by a worker of a larger group
     keep(1, 4)  # in the place of 5
     with torch.no_grad():
         next(policy.model.parameters())[0, 0] += 1e-6
     RunFolder(config.folder).publish_model(policy.save_pretrained)
-    assert ledger.faults(config, events) == [
+    assert audit.faults(config, events) == [
         "step 1 was trained on tickets [2] too many",
         "step 2 was not trained on its tickets [5]",
         "step 2 was trained on tickets [4] too many",

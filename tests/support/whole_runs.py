@@ -30,9 +30,9 @@ def run_training(config: Config, pool: TreePoolApi | None = None) -> tuple[RunRe
     return train(config, load_inputs(config), console, pool), shown.getvalue()
 
 
-def assert_ledger(folder: str, *overrides: str) -> None:
+def assert_promises_kept(folder: str, *overrides: str) -> None:
     """Every ticket was consumed once, by its own step and no staler than allowed; all else of a
-    finished run that `ledger` checks holds too."""
+    finished run that the audit checks holds too."""
     config = load([f"{folder}/config.yaml", *overrides])
     assert faults(config, RunFolder(folder).read_lines(EVENTS_FILE)) == []
 

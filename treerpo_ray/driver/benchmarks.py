@@ -210,8 +210,8 @@ def evaluate_all(
                     graded = supervisor.run(grade)
                     yield name, _save(config, source, name, graded)
     finally:
-        stop_actor(pool.stop.remote, "engine pool", console)
-        stop_actor(run_log.close.remote, "run log", console)
+        stop_actor(pool.stop.remote, "the engines", console)
+        stop_actor(run_log.close.remote, "the run log", console)
 
 
 def _grade(

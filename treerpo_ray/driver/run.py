@@ -1,6 +1,6 @@
 """Run: wires the stages together, follows them and starts the train workers again that fail.
 
-gate ──► engine pool ──► tree stream (scoring) ──► train workers ──► weight sync ──► engines
+gate ──► tree pool ──► tree stream (scoring) ──► train workers ──► weight sync ──► engines
 """
 
 import signal
@@ -91,7 +91,7 @@ def kept_engines(config: Config) -> Iterator[TreePoolApi]:
         try:
             yield pool
         finally:
-            stop_actor(pool.stop.remote, "engine pool")
+            stop_actor(pool.stop.remote, "the engines")
 
 
 def train(
@@ -129,10 +129,12 @@ class RunSession:
         self.config, self.inputs, self.console = config, inputs, console
         self._ending = ExitStack()
         with self._ending:  # what was made ends where the rest fails
-            self.actors = _make_actors(config, inputs, pool)
-            self._at_end(self.actors.run_log.close.remote, "run log")
+            run_log: RunLogApi = make_actor(RunLog, concurrency=1)(config)
+            self._at_end(run_log.close.remote, "the run log")
             if pool is None:
-                self._at_end(self.actors.pool.stop.remote, "engine pool")
+                pool = _make_pool(config)
+                self._at_end(pool.stop.remote, "the engines")
+            self.actors = _make_actors(config, inputs, pool, run_log)
             watchdog = self._ending.enter_context(closing(_watchdog(config, self.actors)))
             self.supervisor = Supervisor(self.actors.run_log, console, watchdog)
             self._scorer: Scorer | None = None
@@ -222,11 +224,11 @@ class RunSession:
         return None
 
 
-def _make_actors(config: Config, inputs: Inputs, pool: TreePoolApi | None) -> RunActors:
+def _make_actors(
+    config: Config, inputs: Inputs, pool: TreePoolApi, run_log: RunLogApi
+) -> RunActors:
     """The actors of a run; all of them mostly wait."""
     shape = replace(config.shape, delimiters=inputs.delimiters)
-    run_log: RunLogApi = make_actor(RunLog, concurrency=1)(config)
-    pool = _make_pool(config) if pool is None else pool
     ray.get(pool.begin.remote(config, inputs.prompts, shape, run_log))
     gate = make_actor(Gate)(
         num_prompts=len(inputs.prompts),

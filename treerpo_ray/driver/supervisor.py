@@ -109,6 +109,6 @@ def stop_actor(
     try:
         ray.get(stop(), timeout=SHUT_DOWN_S)
     except ray.exceptions.RayError as error:
-        log.warning("the %s did not end well: %s", name, error)
+        log.warning("%s did not end well: %s", name, error)
         if console is not None:
-            console.note(f"the {name} did not end well: {root_cause(error)}")
+            console.note(f"{name} did not end well: {root_cause(error)}")

@@ -69,6 +69,8 @@ class Engine:
     def __init__(self, *, config: Config, index: int, log_folder: str | None) -> None:
         self.config, self.index = config, index
         self._num_loads = 0
+        self._version = 0
+        """The last that it proved."""
         self._loading = asyncio.Lock()
         self._request_ids = itertools.count()
         self._totals = np.zeros(4, np.int64)
@@ -203,6 +205,7 @@ class Engine:
                 digests=tuple(tuple(worker) for worker in digests),
             )
             proof.check(manifest)
+            self._version = proof.version
             await self._llm.resume_generation()
 
     async def probe(self, token_ids: list[int]) -> list[float]:
@@ -230,7 +233,7 @@ class Engine:
             num_cached_tokens=int(self._totals[2]),
             num_sampled_tokens=int(self._totals[3]),
             cpu_s=cpu_seconds(),
-            version=_version(await self._llm.get_weight_version()),
+            version=self._version,
         )
 
     async def stop(self) -> None:

@@ -234,8 +234,12 @@ class CheckpointSaver:
             try:
                 staging = self._checkpoints.stage(write)
                 is_written.set()
-                before_place()
-                self._settle(name, is_settled)
+                try:
+                    before_place()
+                    self._settle(name, is_settled)
+                except BaseException:
+                    shutil.rmtree(staging, ignore_errors=True)
+                    raise
                 self._checkpoints.place(step, staging)
                 placed()
             except Exception as error:  # any store's own

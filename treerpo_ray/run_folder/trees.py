@@ -1,7 +1,7 @@
 """Saved trees: in a run's folder those that it was trained on, in a checkpoint those to come.
 
 A resumed run goes on from the trees of its checkpoint, a learner that was lost also from those that
-the engine pool holds, whole or partly grown, where they are what it would have sampled itself:
+the tree pool holds, whole or partly grown, where they are what it would have sampled itself:
 trees of the same tickets, of versions that the learner knows, and no staler than it allows.
 """
 
@@ -70,7 +70,7 @@ def name(step: int, rank: int) -> str:
 
 
 def are_kept(folder: RunFolder, step: int, num_workers: int) -> bool:
-    """Whether the trees of all shares of a learner step are there."""
+    """Whether the trees of all workers in a learner step are there."""
     return all(folder.exists(name(step, rank)) for rank in range(num_workers))
 
 

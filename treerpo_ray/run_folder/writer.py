@@ -75,7 +75,8 @@ class BackgroundWriter:
         self._thread.start()
 
     def put(self, name: str, work: Work, *, unless_waiting: bool = False) -> None:
-        """Hand over something to do; never blocks.
+        """Hand over something to do; never blocks. It is left out, untold, after the end and once
+        something has failed at the end.
 
         Args:
             name: What is written.
@@ -85,7 +86,8 @@ class BackgroundWriter:
         with self._changed:
             num_waiting = len(self._jobs) - self._is_working
             names = [job.name for job in self._jobs][self._is_working :] if unless_waiting else []
-            if self._is_stopped or name in names:
+            has_given_up = self._is_stopped or (self._is_closing and self._fault is not None)
+            if has_given_up or name in names:
                 return
             if num_waiting >= self._max_waiting:
                 self._leave_out(name, f"left out: {num_waiting} before it still wait")
@@ -128,6 +130,7 @@ class BackgroundWriter:
         with self._changed:
             if self._jobs:
                 names = ", ".join(job.name for job in self._jobs)
+                self._is_stopped = True
                 self._leave_out(names, f"left out: not written within {self._close_s:g} s")
             return self._fault
 

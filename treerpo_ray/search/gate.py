@@ -146,6 +146,10 @@ class Gate:
         """Learner steps that are done."""
         return self.steps_done
 
+    def is_told_to_stop(self) -> bool:
+        """Whether the run is to end after the learner step that is under way."""
+        return self.is_stopping
+
     def stop(self) -> None:
         """End the run after the learner step that is under way."""
         self.is_stopping = True

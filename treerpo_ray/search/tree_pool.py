@@ -162,7 +162,7 @@ class TreePool:
         self._reader = ""  # the one of the stream that ended may still be waiting
         self._failure = None
 
-    async def share_size(self) -> int:
+    async def worker_batch_size(self) -> int:
         """Trees that each learner worker consumes in a step."""
         return self.config.gate.trees_per_step // self._num_workers
 
@@ -300,7 +300,7 @@ class TreePool:
 
     def _fail(self, error: BaseException) -> None:
         """End the run, through `take`."""
-        log.error("the engine pool failed", exc_info=error)
+        log.error("the tree pool failed", exc_info=error)
         self._failure = error if isinstance(error, Exception) else RuntimeError(str(error))
         self._changed.notify()
 

@@ -1,4 +1,4 @@
-"""Ledger: what the events, rows and trees of a run say of its tickets, whatever died meanwhile.
+"""Audit: what the events, rows and trees of a run say of its tickets, whatever died meanwhile.
 
 A learner that starts anew at step s takes back every consumption from s on; what is left must be
 each step once, in order, with the tickets that are its own.
@@ -51,7 +51,7 @@ def standing(events: Sequence[Fields]) -> tuple[list[Fields], list[str]]:
 def faults(config: Config, events: Sequence[Fields]) -> list[str]:
     """What the folder of a finished run says against it; `events` are those of its file."""
     folder = RunFolder(config.folder)
-    found = check_ledger(
+    found = check_promises(
         events,
         latest_rows(folder),
         consumed_trees(folder),
@@ -105,7 +105,7 @@ def consumed_trees(folder: RunFolder) -> dict[int, list[ConsumedTree]]:
     }
 
 
-def check_ledger(
+def check_promises(
     events: Sequence[Fields],
     rows: Sequence[Row],
     trees: Mapping[int, Sequence[ConsumedTree]],

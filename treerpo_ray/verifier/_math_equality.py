@@ -13,10 +13,11 @@ import math
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import takewhile
 
 from latex2sympy2_extended import NormalizationConfig, latex2sympy2
 from math_verify import LatexExtractionConfig, parse, parser, verify
-from sympy import Add, Basic, Eq, Expr, Float, Integer, MatrixBase, Mul, nan, zoo
+from sympy import Add, And, Basic, Eq, Expr, Float, Integer, MatrixBase, Mul, Pow, nan, zoo
 
 from treerpo_ray.verifier._math_notation import (
     closing,
@@ -250,12 +251,19 @@ def _same_matrix(a: str, b: str) -> bool | None:
 
 def _same_expression(a: str, b: str) -> bool:
     """Ask math-verify, unless a look shows that the two differ or cost too much."""
-    if letters(a) != letters(b) or not (_is_bounded(a) and _is_bounded(b)):
+    most = MAX_ANGLE_POWER if ANGULAR.search(a + b) else MAX_POWER
+    if letters(a) != letters(b) or not (_is_bounded(a, most) and _is_bounded(b, most)):
         return False
     parsed_a, parsed_b = _parsed(a), _parsed(b)
     if parsed_a is None or parsed_b is None or _is_apart(parsed_a, parsed_b):
         return False
+    if isinstance(parsed_a, Eq) and isinstance(parsed_b, Eq) and _has_unknown_power(parsed_a):
+        return True  # to solve for an exponent takes any time, and one is a multiple of the other
     return verify(parsed_b, parsed_a, timeout_seconds=None)
+
+
+def _has_unknown_power(equation: Basic) -> bool:
+    return any(power.exp.free_symbols for power in equation.atoms(Pow))
 
 
 @lru_cache(maxsize=2048)
@@ -289,6 +297,8 @@ def _is_apart(a: Basic | MatrixBase, b: Basic | MatrixBase) -> bool:
     Equations are apart unless one is a multiple of the other: math-verify compares their solutions,
     and takes any two without a real solution for the same.
     """
+    if any(isinstance(each, And) and each.has(Eq) for each in (a, b)):
+        return True  # several equations at once take any time to solve: alike only to the letter
     is_equation = isinstance(a, Eq) and isinstance(b, Eq)
     if is_equation:
         a, b = a.args[0] - a.args[1], b.args[0] - b.args[1]
@@ -314,7 +324,7 @@ def _is_close(a: complex, b: complex) -> bool:
     return a == b or abs(a - b) <= MAX_RELATIVE_ERROR * max(abs(a), abs(b))
 
 
-def _is_bounded(text: str) -> bool:
+def _is_bounded(text: str, max_power: int) -> bool:
     """Whether the size of the text and its powers and factorials bound the time to compare it."""
     if len(text) > MAX_PARSED_CHARS or UNBOUNDED.search(text):
         return False
@@ -324,8 +334,9 @@ def _is_bounded(text: str) -> bool:
         if text[start : start + 1] in BRACKETS:
             content = text[start + 1 : closing(text, start)]
         else:
-            content = text[start : start + 1]
+            # LaTeX raises to the first digit, the parser to all of them.
+            content = "".join(takewhile(str.isdecimal, text[start:])) or text[start : start + 1]
         if "!" in content or ("^" in content and not letters(content)):
             return False
         power *= math.prod(max(1, int(digits)) for digits in re.findall(r"\d+", content))
-    return power <= (MAX_ANGLE_POWER if ANGULAR.search(text) else MAX_POWER)
+    return power <= max_power
