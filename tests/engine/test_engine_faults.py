@@ -20,7 +20,7 @@ from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer, resolve_mo
 from treerpo_ray.search.tree_pool import TreePool
 from treerpo_ray.weight_sync import Probe, pack_weights
 
-pytestmark = [pytest.mark.ray, pytest.mark.engine]
+pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.slow]
 
 SHAPE = TreeShape(num_children=(2, 2), step_tokens=(8, 8))
 

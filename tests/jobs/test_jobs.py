@@ -95,6 +95,7 @@ def logs_of(client: JobSubmissionClient, entrypoint: str) -> list[str]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.engine
 def test_training_evaluation_and_comparison_run_when_they_are_submitted_to_a_cluster(
     cluster: str, tmp_path: Path

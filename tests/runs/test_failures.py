@@ -18,7 +18,7 @@ from tests.support.whole_runs import (
 )
 from treerpo_ray.study.analysis import Run
 
-pytestmark = [pytest.mark.ray, pytest.mark.engine]
+pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.slow]
 
 
 def second_worker(folder: str) -> psutil.Process:

@@ -167,6 +167,7 @@ def test_the_notebook_shows_a_real_run(strict) -> None:
     assert [o for o in outputs(execute(run.folder)) if o.get("name") == "stderr"] == []
 
 
+@pytest.mark.slow
 def test_a_worker_lost_twice_is_made_good_from_the_checkpoint_and_no_evaluation_is_missed(
     strict, small_config, ray_cluster
 ) -> None:
