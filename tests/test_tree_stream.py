@@ -149,7 +149,7 @@ def given_out(shares: WorkerBatches, *tickets: int) -> list[list[int]]:
 
 
 def test_shares_come_in_the_order_of_their_learner_steps() -> None:
-    shares = WorkerBatches(load(["gate.trees_per_step=4"]), size=2, first=8)
+    shares = WorkerBatches(trees_per_step=4, size=2, first=8)
     assert given_out(shares, 9, 8) == [[9, 8]]
     # A redrawn tree is awaited, although the next step is complete.
     assert given_out(shares, 11, 14, 12, 13, 15) == []
@@ -158,7 +158,7 @@ def test_shares_come_in_the_order_of_their_learner_steps() -> None:
 
 
 def test_a_step_none_of_whose_trees_has_come_holds_the_next_one_back() -> None:
-    shares = WorkerBatches(load(["gate.trees_per_step=2"]), size=2, first=1)
+    shares = WorkerBatches(trees_per_step=2, size=2, first=1)
     assert given_out(shares, 2, 3) == []
     assert given_out(shares, 0, 1) == [[0, 1], [2, 3]]
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from treerpo_ray.algo.tree import StopReason
 from treerpo_ray.config import Config
+from treerpo_ray.config.sections import VerifierConfig
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.verifier.verdict import Answer, Verdict
 from treerpo_ray.verifier.verifier import Verifier
@@ -76,20 +77,21 @@ class Scorer:
 
     def __init__(
         self,
-        config: Config,
+        settings: VerifierConfig,
         tokenizer: "PreTrainedTokenizerBase",
+        *,
         on_start: Callable[[int], None] = lambda pid: None,
     ) -> None:
-        self.config, self.tokenizer = config, tokenizer
+        self.tokenizer = tokenizer
         self.verifier = Verifier(
-            check=config.verifier.check,
-            num_workers=config.verifier.num_workers,
-            timeout_s=config.verifier.timeout_s,
-            memory_mib=config.verifier.memory_mib,
+            check=settings.check,
+            num_workers=settings.num_workers,
+            timeout_s=settings.timeout_s,
+            memory_mib=settings.memory_mib,
             on_start=on_start,
         )
         self.verifier.self_test()
-        self.error_share = ErrorShare(config.verifier.max_error_share)
+        self.error_share = ErrorShare(settings.max_error_share)
 
     def score(self, records: list[TreeRecord]) -> list[TreeRecord]:
         """The same trees with texts and verdicts; all leaves are graded in one go.

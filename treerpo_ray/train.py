@@ -367,7 +367,7 @@ class TrainWorker:
 
     def _evaluate_on(self, held_out: PromptSet) -> None:
         tokenizer = self.learner.policy.tokenizer
-        with closing(Scorer(self.config, tokenizer)) as scorer:
+        with closing(Scorer(self.config.verifier, tokenizer)) as scorer:
             evaluate(
                 self.config,
                 held_out,

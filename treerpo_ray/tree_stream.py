@@ -78,13 +78,13 @@ class WorkerBatches:
     next batch: those are held until its own is complete.
 
     Args:
-        config: The run's configuration.
+        trees_per_step: Trees that a learner step consumes.
         size: Trees of a worker's batch.
         first: A ticket of the learner step that is due first.
     """
 
-    def __init__(self, config: Config, *, size: int, first: int) -> None:
-        self.trees_per_step, self.size = config.gate.trees_per_step, size
+    def __init__(self, *, trees_per_step: int, size: int, first: int) -> None:
+        self.trees_per_step, self.size = trees_per_step, size
         self.due = first // self.trees_per_step
         self.num_given = 0
         """Trees of the step that is due that have been given out."""
@@ -211,7 +211,7 @@ def _worker_batches(
     heartbeat.at("starting the verifier")
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     batches: WorkerBatches | None = None
-    with closing(Scorer(config, tokenizer, on_start)) as scorer:
+    with closing(Scorer(config.verifier, tokenizer, on_start=on_start)) as scorer:
         while True:
             heartbeat.at("waiting for finished trees", is_busy=False)
             trees = ray.get(pool.take.remote(reader, SCORED_TREES, WAIT_S))
@@ -223,7 +223,9 @@ def _worker_batches(
                 continue
             if batches is None:
                 size = ray.get(pool.worker_batch_size.remote())
-                batches = WorkerBatches(config, size=size, first=trees[0].ticket)
+                batches = WorkerBatches(
+                    trees_per_step=config.gate.trees_per_step, size=size, first=trees[0].ticket
+                )
             heartbeat.at(f"scoring tickets {[tree.ticket for tree in trees]}")
             try:
                 scored = scorer.score(trees)

@@ -202,7 +202,7 @@ def evaluate_all(
             supervisor = Supervisor(run_log, console, dog)
             with console.progress(f"starting {config.engine.num_engines} engine(s)", None):
                 supervisor.run(lambda: ray.get(pool.start.remote()))
-            with closing(Scorer(config, tokenizer)) as scorer:
+            with closing(Scorer(config.verifier, tokenizer)) as scorer:
                 for name, problems in prompts.items():
                     grade = partial(
                         _grade, config, name, problems, pool, scorer, console, heartbeats

@@ -177,7 +177,9 @@ class RunSession:
         if self._scorer is None:
             model = self.config.model
             tokenizer = load_tokenizer(model.path, model.trust_remote_code)
-            self._scorer = self._ending.enter_context(closing(Scorer(self.config, tokenizer)))
+            self._scorer = self._ending.enter_context(
+                closing(Scorer(self.config.verifier, tokenizer))
+            )
         grade = partial(self._evaluate, self.inputs.held_out, self._scorer, step)
         return self.supervisor.run(grade)
 
