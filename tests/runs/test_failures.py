@@ -41,6 +41,7 @@ def test_a_run_of_two_workers_and_two_engines_outlives_a_lost_engine_a_lost_work
     config = small_config(
         "run.name=two", "run.num_steps=8", "learner.num_workers=2", "engine.num_engines=2",
         "engine.resources.CPU=0.4", "learner.resources.CPU=0.4", "engine.request_timeout_s=20",
+        "engine.load_timeout_s=30",
         "evaluate.data.path=''", "verifier.check=tests.support.slow_grades",
     )  # fmt: skip
     folder, cores = config.folder, list[psutil.Process]()
