@@ -19,8 +19,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other core is for the other process
 
+from tests.support.planted_secrets import SECRETS
 from tests.support.project import ROOT, SMALL
-from tests.support.secrets import SECRETS
 from treerpo_ray.config import Config, load
 
 os.environ |= SECRETS

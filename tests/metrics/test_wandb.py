@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.planted_secrets import SECRETS, holds_secret
 from tests.support.run_logs import FakeWandb, run_config, write
-from tests.support.secrets import SECRETS, holds_secret
 from treerpo_ray.metrics.run_log import RunLog, latest_rows
 from treerpo_ray.metrics.wandb import WandbRun
 from treerpo_ray.run_folder.files import RunFolder

@@ -18,8 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.notebooks import execute, outputs
+from tests.support.planted_secrets import holds_secret
 from tests.support.project import ROOT, SMALL
-from tests.support.secrets import holds_secret
 from tests.support.whole_runs import (
     STRICT,
     assert_gone,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.planted_secrets import holds_secret
 from tests.support.project import ROOT
-from tests.support.secrets import holds_secret
 from treerpo_ray.verifier.verdict import Answer, Verdict
 from treerpo_ray.verifier.verifier import Verifier
 
