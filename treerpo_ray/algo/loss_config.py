@@ -1,6 +1,6 @@
 """Settings of the loss; without torch, since every process of a run reads the configuration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -35,9 +35,9 @@ class LossConfig:
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.2
     """The ratio is clipped above at 1 + clip_high."""
-    kl_coef: float = 0.0
+    kl_coef: float = field(default=0.0, metadata={"at_least": 0})
     """Weight of the k3 KL to the reference model; 0 needs no reference model."""
-    entropy_coef: float = 0.0
+    entropy_coef: float = field(default=0.0, metadata={"at_least": 0})
     """Weight of the entropy bonus."""
     importance_cap: float | None = 2.0
     """Largest importance weight of learner against engine; None turns the weights off."""
@@ -53,9 +53,6 @@ class LossConfig:
                 f"loss.clip_low must be in [0, 1] and loss.clip_high at least 0, not "
                 f"{self.clip_low:g} and {self.clip_high:g}"
             )
-        for name in ("kl_coef", "entropy_coef"):
-            if not (value := getattr(self, name)) >= 0:
-                raise ValueError(f"loss.{name}={value} must be at least 0")
         if self.importance_cap is not None and self.importance_cap <= 0:
             raise ValueError(
                 f"loss.importance_cap is {self.importance_cap:g}: give a positive cap, or null "

@@ -101,6 +101,8 @@ def _is_model(folder: RunFolder, name: str = "") -> bool:
 
 def _fetched(folder: RunFolder, name: str = "") -> str:
     """Local path of a file or folder; what lies elsewhere is copied for as long as this process."""
+    if folder.is_local:
+        return str(folder.fetch(name, Path()))
     target = tempfile.mkdtemp(prefix="treerpo-fetched-")
     atexit.register(shutil.rmtree, target, ignore_errors=True)
     return str(folder.fetch(name, Path(target)))
