@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 
 import pytest
+from ray.util.tracing.tracing_helper import _inject_tracing_into_class
 
 from treerpo_ray.engine.engine import Engine
 from treerpo_ray.engine.replica import EngineApi
@@ -28,8 +29,23 @@ PAIRS = [
 
 
 def signature(method: Callable[..., object]) -> str:
-    """A method's signature as text, types without their modules."""
-    return re.sub(r"[\w.]+\.(?=\w)|['\"]", "", str(inspect.signature(method)))
+    """A method's signature as text, types without their modules, and without the argument that Ray
+    gives a method of a class once an actor was made of it."""
+    own = inspect.signature(method)
+    told = [own.parameters[name] for name in own.parameters if name != "_ray_trace_ctx"]
+    text = str(own.replace(parameters=told))
+    return re.sub(r"[\w.]+\.(?=\w)|['\"]", "", text)
+
+
+def test_a_signature_is_the_same_once_an_actor_was_made_of_its_class() -> None:
+    class Counter:
+        def add(self, number: int) -> int:
+            return number
+
+    before = signature(Counter.add)
+    _inject_tracing_into_class(Counter)
+    assert "_ray_trace_ctx" in inspect.signature(Counter.add).parameters
+    assert signature(Counter.add) == before == "(self, number: int) -> int"
 
 
 @pytest.mark.parametrize(("api", "kind"), PAIRS)
