@@ -455,10 +455,10 @@ async def _search(config: Config) -> Row:
 
     from treerpo_ray.driver.plan import load_inputs
     from treerpo_ray.engine.engine import Engine
-    from treerpo_ray.engine.types import Sampling
+    from treerpo_ray.engine.types import EngineSetup, Sampling
 
     prompts = load_inputs(config).prompts.token_ids[:NUM_TREES]
-    engine = Engine(config=config, index=0, log_folder=None)
+    engine = Engine(setup=EngineSetup.of(config), index=0, log_folder=None)
     await engine.start()
     shape, sampling = config.shape, Sampling(temperature=1.0)
 

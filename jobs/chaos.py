@@ -1,10 +1,12 @@
-"""Failure drill: a real training in which engines, learners, verifiers and a node are killed.
+"""Failure drill: a real training in which engines, learners, verifiers and a node are killed, or
+hang.
 
 python jobs/chaos.py                    # 20 kills, at most 15 minutes on two cores
-python jobs/chaos.py --kills 5 --steps 8 run.seed=1 run.root=/tmp/drills
+python jobs/chaos.py --kills 6 --steps 9 run.seed=1 run.root=/tmp/drills
 Ends with a table of what was killed and how long it took to be made good, and one line of JSON;
-the exit status is 1 if a ticket was lost or doubled, a bound was broken, something is stale or it
-took longer than `--minutes`, after which the run is ended.
+the exit status is 1 if a ticket was lost or doubled, a bound was broken, something is stale, what
+was killed is still there or not made good, or it took longer than `--minutes`. The run is stopped
+by Ctrl-C once it has done `--steps` learner steps and all is made good.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -27,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job has only a
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
+import psutil
 import rich.console
 import rich.table
 from ray.cluster_utils import Cluster
@@ -53,8 +56,10 @@ class Victim(StrEnum):
     """The actor of an engine."""
     CORE = "core"
     """vLLM's core process of an engine."""
+    HUNG_CORE = "hung core"
+    """The same, but it is stopped and stays: nothing tells Ray of it."""
     LEARNER = "learner"
-    """A Ray Train worker."""
+    """The first of the Ray Train workers, while others may wait for it."""
     VERIFIER = "verifier"
     """A process that grades."""
     NODE = "node"
@@ -93,6 +98,7 @@ def draw_schedule(num_kills: int, num_steps: int, seed: int) -> list[tuple[int, 
 RECOVERED = {
     Victim.ENGINE: "engine_serving",
     Victim.CORE: "engine_serving",
+    Victim.HUNG_CORE: "engine_serving",
     Victim.NODE: "engine_serving",
     Victim.LEARNER: "consumed",
     Victim.VERIFIER: "verifier_started",
@@ -122,37 +128,54 @@ def serving(events: Sequence[Fields]) -> dict[int, Fields]:
 
 
 TAKES_DOWN = {
-    "engine_serving": {Victim.ENGINE, Victim.CORE, Victim.NODE},
+    "engine_serving": {Victim.ENGINE, Victim.CORE, Victim.HUNG_CORE, Victim.NODE},
     "learner_started": {Victim.LEARNER},
     "verifier_started": {Victim.VERIFIER, Victim.LEARNER},
 }
 """Whose end is also that of what an event says to be up."""
+STOPPED = 130
+"""Exit status of a run that was stopped with a checkpoint."""
+ENDLESS = 10_000
+"""Learner steps of a run that the drill ends."""
 POLL_S = 0.2
 """Time between looks at the run folder."""
-REPAIR_S = 180.0
-"""Time after which what was killed must be there again, if the run goes on so long."""
+GONE_S = 60.0
+"""Time that a process gets to be gone, once the run has ended."""
 SMALL = [
     *("prompts.num_problems=256", "evaluate.data.path=''", "metrics.wandb_project=null"),
     *("gate.trees_per_step=6", "gate.max_staleness=1", "checkpoint.every=1"),
     *("engine.num_engines=2", "engine.resources={CPU: 0.1, rollout_slot: 1}"),
     *("engine.kv_cache_gib=0.125", "engine.request_timeout_s=120", "run.stall_timeout_s=300"),
-    "engine.load_timeout_s=60",
-    "learner.resources={CPU: 0.1, train_slot: 1}",
+    *("engine.load_timeout_s=30", "learner.num_workers=2"),
+    "learner.resources={CPU: 0.1, train_slot: 0.5}",
 ]
 """The quickstart, small enough to be killed often; each node holds one engine."""
 
 
 class Drill:
-    """Kills what `schedule` names while a run goes on; nothing but processes that it recorded."""
+    """Kills what `schedule` names while a run goes on; nothing but processes that it recorded.
+
+    Args:
+        config: The run's.
+        cluster: Where it runs.
+        schedule: Learner steps after which something dies, and what.
+        num_steps: Learner steps after which the run is stopped.
+    """
 
     def __init__(
-        self, config: Config, cluster: Cluster, schedule: list[tuple[int, Victim]]
+        self,
+        *,
+        config: Config,
+        cluster: Cluster,
+        schedule: list[tuple[int, Victim]],
+        num_steps: int,
     ) -> None:
+        self.num_steps = num_steps
         self.config, self.cluster, self.schedule = config, cluster, schedule
         self.kills: list[Kill] = []
 
     def run(self, training: subprocess.Popen[bytes], end: float) -> None:
-        """Kill while `training` lasts, and at the monotonic time `end` that itself."""
+        """Kill while `training` lasts, then stop it; at the monotonic time `end` it is killed."""
         for step, victim in self.schedule:
             while training.poll() is None and time.monotonic() < end:
                 time.sleep(POLL_S)
@@ -160,6 +183,10 @@ class Drill:
                     self.kills.append(kill)
                     print(f"killed: {victim}, pid {kill.pid}", file=sys.stderr)
                     break
+        while training.poll() is None and time.monotonic() < end and not self._is_over():
+            time.sleep(POLL_S)
+        if training.poll() is None and time.monotonic() < end:
+            training.send_signal(signal.SIGINT)
         try:
             training.wait(max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -170,12 +197,19 @@ class Drill:
         rows = latest_rows(RunFolder(self.config.folder))
         return int(rows[-1]["step"]) if rows else 0
 
+    def _is_over(self) -> bool:
+        """Whether all is made good, and the run has gone on as far as it should."""
+        events = RunFolder(self.config.folder).read_lines(EVENTS_FILE)
+        are_good = all(recovery_s(kill, events) is not None for kill in self.kills)
+        return are_good and self._steps_done() >= self.num_steps
+
     def _kill(self, victim: Victim) -> Kill | None:
         """Kill one of its kind; None if none is up."""
         events = RunFolder(self.config.folder).read_lines(EVENTS_FILE)
         if victim is Victim.NODE:
             return self._kill_node(events)
-        if victim in (Victim.ENGINE, Victim.CORE):
+        is_core = victim in (Victim.CORE, Victim.HUNG_CORE)
+        if victim is Victim.ENGINE or is_core:
             up: Sequence[Fields] = list(serving(events).values())
         else:
             kind = "learner_started" if victim is Victim.LEARNER else "verifier_started"
@@ -184,10 +218,10 @@ class Drill:
         for event in sorted(
             filter(self._is_whole, up), key=lambda event: float(str(event["time"]))
         ):
-            pid, engine = event["core" if victim is Victim.CORE else "pid"], event.get("engine")
+            pid, engine = event["core" if is_core else "pid"], event.get("engine")
             assert isinstance(pid, int) and isinstance(engine, int | None)
             try:
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGSTOP if victim is Victim.HUNG_CORE else signal.SIGKILL)
             except ProcessLookupError:
                 continue  # its end is not in the events yet
             return Kill(time=time.time(), victim=victim, pid=pid, engine=engine)
@@ -236,7 +270,7 @@ def add_node(cluster: Cluster) -> None:
 
 @contextmanager
 def small_cluster() -> Iterator[Cluster]:
-    """A head with the learner and one engine, and a node with the other."""
+    """A head with the learners and one engine, and a node with the other."""
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
@@ -255,12 +289,30 @@ def small_cluster() -> Iterator[Cluster]:
 
 
 def unrepaired(kills: list[Kill], recoveries: list[float | None], end: float) -> list[str]:
-    """The kills that were never made good, but for those shortly before the `end` of the run."""
+    """The kills that were not made good by the `end` of the run."""
     return [
         f"{kill.victim}, pid {kill.pid}, was not made good in {end - kill.time:.0f} s"
         for kill, recovery in zip(kills, recoveries, strict=True)
-        if recovery is None and end - kill.time > REPAIR_S
+        if recovery is None
     ]
+
+
+def left_over(kills: list[Kill]) -> list[str]:
+    """What was killed, or hung and was replaced, and holds its memory still."""
+    return [f"{kill.victim}, pid {kill.pid}, is still there" for kill in kills if _lives(kill.pid)]
+
+
+def _lives(pid: int) -> bool:
+    """Whether there is such a process; it gets a while to go."""
+    deadline = time.monotonic() + GONE_S
+    while time.monotonic() < deadline:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return False
+        except psutil.NoSuchProcess:
+            return False
+        time.sleep(POLL_S)
+    return True
 
 
 def report(
@@ -304,15 +356,15 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     arguments = [
         *(str(ROOT / "conf/quickstart.yaml"), f"run.name=chaos-{time.time_ns()}", *SMALL),
-        *(f"run.num_steps={options.steps}", *options.overrides),
+        *(f"run.num_steps={ENDLESS}", *options.overrides),
     ]
     config = load(arguments)
     start, limit_s = time.monotonic(), 60 * options.minutes
-    schedule = draw_schedule(options.kills, config.run.num_steps, config.run.seed)
+    schedule = draw_schedule(options.kills, options.steps, config.run.seed)
     with small_cluster() as cluster:
         command = [sys.executable, str(ROOT / "jobs/train.py"), *arguments]
         training = subprocess.Popen(command, stdout=sys.stderr)
-        drill = Drill(config, cluster, schedule)
+        drill = Drill(config=config, cluster=cluster, schedule=schedule, num_steps=options.steps)
         try:
             drill.run(training, start + limit_s)
         finally:
@@ -322,8 +374,11 @@ def main(arguments: list[str]) -> int:
     kills, events = drill.kills, RunFolder(config.folder).read_lines(EVENTS_FILE)
     times = [float(str(event["time"])) for event in events] or [0.0]
     recoveries = [recovery_s(kill, events) for kill in kills]
-    problems = [*faults(config, events), *unrepaired(kills, recoveries, times[-1])]
-    if training.returncode:
+    done = [_int(event["step"]) + 1 for event in events if event["kind"] == "consumed"]
+    as_run = replace(config, run=replace(config.run, num_steps=max(done, default=1)))
+    problems = [*faults(as_run, events), *unrepaired(kills, recoveries, times[-1])]
+    problems += left_over(kills)
+    if training.returncode != STOPPED:
         problems.append(f"the job ended with status {training.returncode}")
     if len(kills) < len(schedule):
         problems.append(f"{len(kills)} kills, should be {len(schedule)}")

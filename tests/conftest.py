@@ -3,16 +3,11 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
-
-if TYPE_CHECKING:
-    from treerpo_ray.driver.outcome import RunResult
-    from treerpo_ray.study.analysis import Run
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -95,18 +90,6 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
-
-
-@pytest.fixture(scope="session")
-def strict(small_config, ray_cluster) -> "tuple[Run, RunResult, str]":
-    """Three steps, strictly on-policy, half of the tickets back at prompts, without a break; and
-    what the terminal showed."""
-    from tests.support.whole_runs import STRICT, run_training
-    from treerpo_ray.study.analysis import Run
-
-    config = small_config("run.name=strict", "run.num_steps=3", *STRICT)
-    outcome, shown = run_training(config)
-    return Run(config.folder), outcome, shown
 
 
 @pytest.fixture

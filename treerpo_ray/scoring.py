@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from treerpo_ray.algo.tree import StopReason
-from treerpo_ray.config import Config
 from treerpo_ray.config.sections import VerifierConfig
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.verifier.verdict import Answer, Verdict
@@ -159,16 +158,15 @@ class Scorer:
         self.verifier.close()
 
 
-def with_noise(tree: TreeRecord, config: Config) -> TreeRecord:
+def with_noise(tree: TreeRecord, verifier: VerifierConfig, seed: int) -> TreeRecord:
     """The tree as a verifier with the configured error rates would have scored it."""
-    verifier = config.verifier
     if not verifier.false_positive_rate and not verifier.false_negative_rate:
         return tree
     return add_noise(
         tree,
         false_positive_rate=verifier.false_positive_rate,
         false_negative_rate=verifier.false_negative_rate,
-        seed=config.run.seed,
+        seed=seed,
     )
 
 

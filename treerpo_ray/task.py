@@ -9,6 +9,7 @@ import ray
 from treerpo_ray.actor import actor_method, actor_stream
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config import Config
+from treerpo_ray.config.sections import GateConfig
 from treerpo_ray.metrics.health import StackDump, StageStatus
 from treerpo_ray.metrics.run_log import RunLogApi
 from treerpo_ray.metrics.watchdog import HeartbeatsApi
@@ -76,7 +77,14 @@ class TreePoolApi(Protocol):
 
     @actor_method
     def begin(
-        self, config: Config, prompts: PromptSet, shape: TreeShape, run_log: RunLogApi
+        self,
+        *,
+        gate: GateConfig,
+        prompts: PromptSet,
+        shape: TreeShape,
+        sampling: "Sampling",
+        seed: int,
+        run_log: RunLogApi,
     ) -> None:
         """See `TreePool`, as for all that follow."""
 

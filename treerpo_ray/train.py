@@ -71,7 +71,10 @@ def restore(task: WorkerTask) -> Iterator["TrainWorker"]:
     config, context = task.config, ray.train.get_context()
     rank = context.get_world_rank()
     heartbeat = Heartbeat(
-        task.actors.heartbeats, f"learner {rank}", config.folder, config.run.stall_timeout_s
+        heartbeats=task.actors.heartbeats,
+        stage=f"learner {rank}",
+        folder=config.folder,
+        limit_s=config.run.stall_timeout_s,
     )
     heartbeat.at("restoring its state")
     checkpoints = Checkpoints(RunFolder(config.folder), config.checkpoint.keep)
@@ -89,8 +92,8 @@ def restore(task: WorkerTask) -> Iterator["TrainWorker"]:
             checkpoint=checkpoint,
         )
         if checkpoint is not None and rank == 0:
-            left_over = saved_trees.read(checkpoint, config)
-            measurements = curriculum.read(checkpoint, config)
+            left_over = saved_trees.read(checkpoint, config.tree)
+            measurements = curriculum.read(checkpoint, config.prompts)
     worker = TrainWorker(
         task=task,
         rank=rank,
@@ -180,7 +183,7 @@ class TrainWorker:
         self.engines.since_last(totals)
         session: int = ray.get(gate.restart.remote(self.step, measurements))
         saved = saved_trees.usable(
-            [*left_over, *grown], step=self.step, version=version, config=self.config
+            [*left_over, *grown], step=self.step, version=version, gate=self.config.gate
         )
         ray.get(pool.grow_tickets.remote(gate, session, first, self.num_workers, saved))
         self._note(
@@ -300,9 +303,9 @@ class TrainWorker:
         def write(folder: Path) -> None:
             self.learner.write(folder)
             trees = ray.get(self.actors.pool.unconsumed.remote(first))
-            saved_trees.write(folder, trees, self.config)
+            saved_trees.write(folder, trees, self.config.tree)
             measurements = ray.get(self.actors.gate.measurements.remote())
-            curriculum.write(folder, measurements, self.config)
+            curriculum.write(folder, measurements, self.config.prompts)
 
         def before_place() -> None:
             nonlocal num_lines

@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -150,7 +149,13 @@ def tree_stream(
         # Where there is room: on the node of the driver, not on one that may be taken away.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         stream = ray.data.read_datasource(
-            ScoredTrees(config, pool, run_log, heartbeats, uuid.uuid4().hex),
+            ScoredTrees(
+                config=config,
+                pool=pool,
+                run_log=run_log,
+                heartbeats=heartbeats,
+                reader=uuid.uuid4().hex,
+            ),
             override_num_blocks=1,
             num_cpus=resources.pop("CPU", 0),
             resources=resources,  # what the CPUs left
@@ -171,10 +176,19 @@ def tree_stream(
 
 
 class ScoredTrees(Datasource):
-    """Reads finished trees from the tree pool, without end, and scores them."""
+    """Reads finished trees from the tree pool, without end, and scores them.
+
+    Args:
+        config: The run's.
+        pool: Actor of `TreePool`.
+        run_log: Actor of `RunLog`, told of a verifier that starts or fails.
+        heartbeats: Actor of `Heartbeats`.
+        reader: Name of this stream; the pool serves the newest alone.
+    """
 
     def __init__(
         self,
+        *,
         config: Config,
         pool: TreePoolApi,
         run_log: RunLogApi,
@@ -207,7 +221,12 @@ def _worker_batches(
     def on_start(pid: int) -> None:
         run_log.event.remote(Event(kind="verifier_started", fields={"pid": pid}))
 
-    heartbeat = Heartbeat(heartbeats, "scoring", config.folder, config.run.stall_timeout_s)
+    heartbeat = Heartbeat(
+        heartbeats=heartbeats,
+        stage="scoring",
+        folder=config.folder,
+        limit_s=config.run.stall_timeout_s,
+    )
     heartbeat.at("starting the verifier")
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     batches: WorkerBatches | None = None
@@ -233,7 +252,8 @@ def _worker_batches(
                 event = Event(kind=FATAL, fields={"reason": str(error)})
                 ray.get(run_log.event.remote(event))
                 raise
-            for tree in map(partial(with_noise, config=config), scored):
+            for graded in scored:
+                tree = with_noise(graded, config.verifier, config.run.seed)
                 if _is_redrawn(tree, config):
                     ray.get(pool.redraw.remote(reader, tree))
                 else:

@@ -130,7 +130,7 @@ class PoolWithoutNodes:
     def __init__(self) -> None:
         self.ended = threading.Event()
 
-    def begin(self, config, prompts, shape, run_log) -> None:
+    def begin(self, *, run_log, **_) -> None:
         self.run_log = run_log
 
     def start(self) -> None:

@@ -28,7 +28,9 @@ def run_log(small_config, ray_cluster) -> Iterator[RunLogApi]:
 def supervisor(run_log: RunLogApi, failure: str | None = None) -> tuple[Supervisor, io.StringIO]:
     shown = io.StringIO()
     console = Console(3, rich.console.Console(file=shown, width=120))
-    return Supervisor(run_log, console, SimpleNamespace(failure=failure)), shown
+    return Supervisor(
+        run_log=run_log, console=console, watchdog=SimpleNamespace(failure=failure)
+    ), shown
 
 
 def test_what_is_new_in_the_log_is_shown_while_the_work_goes_on(run_log) -> None:

@@ -15,7 +15,7 @@ from treerpo_ray.algo.tree import StopReason, Tree
 from treerpo_ray.config import Config
 from treerpo_ray.engine._vllm_args import CPU_BLOCK_SIZE
 from treerpo_ray.engine.engine import Engine
-from treerpo_ray.engine.types import EngineStats, Sampling
+from treerpo_ray.engine.types import EngineSetup, EngineStats, Sampling
 from treerpo_ray.learner.policy import Policy, load_policy
 from treerpo_ray.prompts.prompt_set import load_tokenizer, resolve_model_path
 from treerpo_ray.weight_sync import Manifest, pack_weights
@@ -30,7 +30,7 @@ class ServedEngine:
 
     def __init__(self, config: Config, index: int) -> None:
         actor = ray.remote(Engine).options(num_cpus=0.5, max_concurrency=1000)
-        self.actor = actor.remote(config=config, index=index, log_folder=None)
+        self.actor = actor.remote(setup=EngineSetup.of(config), index=index, log_folder=None)
         ray.get(self.actor.start.remote())
 
     def start_tree(

@@ -10,10 +10,10 @@ import torch
 from tests.support.engine_with_worker import EngineWithWorker
 from tests.support.fake_engines import Fleet, Handle
 from treerpo_ray.algo.search import TreeShape
-from treerpo_ray.config import Config
+from treerpo_ray.config.sections import GateConfig
 from treerpo_ray.engine.engine import Engine, make_engine
 from treerpo_ray.engine.replica import EngineActor
-from treerpo_ray.engine.types import Sampling
+from treerpo_ray.engine.types import EngineSetup, Sampling
 from treerpo_ray.learner.policy import load_policy
 from treerpo_ray.prompts.problems import Problem
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer, resolve_model_path
@@ -48,15 +48,23 @@ def test_an_engine_that_is_stale_or_without_its_worker_is_replaced_and_its_tree_
     told = Fleet()
     actors: list[EngineActor] = []
 
-    def make(config: Config, index: int, log_folder: str | None) -> EngineActor:
+    def make(setup: EngineSetup, index: int, log_folder: str | None) -> EngineActor:
         """The second engine has the worker."""
         kind = EngineWithWorker if len(actors) == 1 else Engine
-        actors.append(make_engine(config, index, log_folder, kind))
+        actors.append(make_engine(setup, index, log_folder, kind))
         return actors[-1]
 
     async def scenario() -> None:
-        pool = TreePool(config=config, log_folder=None, make_engine=make)
-        await pool.begin(config, prompts, SHAPE, Handle(told))
+        pool = TreePool(setup=EngineSetup.of(config), log_folder=None, make_engine=make)
+        sampling = Sampling(temperature=1.0)
+        await pool.begin(
+            gate=GateConfig(),
+            prompts=prompts,
+            shape=SHAPE,
+            sampling=sampling,
+            seed=0,
+            run_log=Handle(told),
+        )
         await pool.start()
         packed = {}
         for version in (1, 2, 3):
@@ -76,7 +84,6 @@ def test_an_engine_that_is_stale_or_without_its_worker_is_replaced_and_its_tree_
 
         await actors[0].api.load.remote(*packed[1])
         assert [stats.version for stats in await pool.stats()] == [1]
-        sampling = Sampling(temperature=1.0)
         [tree] = [tree async for tree in pool.evaluate(prompts, SHAPE, sampling, seed=3)]
         assert (tree.tree.min_version, tree.tree.max_version, tree.attempt) == (3, 3, 1)
         [moved] = told.of("tree_moved")

@@ -4,29 +4,34 @@ import pytest
 
 from treerpo_ray.config import load
 from treerpo_ray.engine._vllm_args import CPU_BLOCK_SIZE, GIB, engine_args, environment
+from treerpo_ray.engine.types import EngineSetup
 
 GPUS = ("engine.resources={GPU: 2, CPU: 2}", "engine.tensor_parallel=2", "model.dtype=bfloat16")
 
 
+def args_of(*overrides: str):
+    return engine_args(EngineSetup.of(load(list(overrides))))
+
+
 def test_variables_that_are_for_a_cpu_are_not_set_on_a_gpu() -> None:
-    on_cpu = environment(load(["engine.cpu_threads=3"]))
+    on_cpu = environment(load(["engine.cpu_threads=3"]).engine)
     assert on_cpu["OMP_NUM_THREADS"] == "3" and on_cpu["TORCH_COMPILE_DISABLE"] == "1"
-    assert not {"OMP_NUM_THREADS", "TORCH_COMPILE_DISABLE"} & environment(load(GPUS)).keys()
+    assert not {"OMP_NUM_THREADS", "TORCH_COMPILE_DISABLE"} & environment(load(GPUS).engine).keys()
 
 
 @pytest.mark.engine
 def test_an_engine_on_gpus_gets_their_memory_and_as_many_workers() -> None:
-    args = engine_args(load([*GPUS, "engine.kv_cache_gib=null"]))
+    args = args_of(*GPUS, "engine.kv_cache_gib=null")
     assert (args.tensor_parallel_size, args.distributed_executor_backend) == (2, "mp")
     assert args.gpu_memory_utilization == 0.85 and args.kv_cache_memory_bytes is None
     assert args.dtype == "bfloat16" and not args.enforce_eager
-    alone = engine_args(load(["engine.resources={GPU: 1, CPU: 2}"]))
+    alone = args_of("engine.resources={GPU: 1, CPU: 2}")
     assert (alone.tensor_parallel_size, alone.distributed_executor_backend) == (1, "uni")
 
 
 @pytest.mark.engine
 def test_an_engine_on_a_cpu_gets_what_its_kernels_need() -> None:
-    args = engine_args(load(["engine.kv_cache_gib=0.5"]))
+    args = args_of("engine.kv_cache_gib=0.5")
     assert args.enforce_eager and args.block_size == CPU_BLOCK_SIZE
     assert args.enable_chunked_prefill is False
     assert args.kv_cache_memory_bytes == GIB // 2

@@ -52,10 +52,11 @@ def test_the_demonstrations_nodes_ask_for_a_token_of_their_own(demo, monkeypatch
 @pytest.mark.engine
 @pytest.mark.slow
 def test_ray_starts_and_takes_away_nodes_as_trees_come_and_go(tmp_path) -> None:
-    """The demonstration, smaller: many trees in hand, then few, then many again."""
+    """The demonstration, smaller: many trees in hand, then no more than one engine grows, then many
+    again."""
     command = [sys.executable, "jobs/autoscale_demo.py", f"run.root={tmp_path}"]
     smaller = [
-        *("run.name=scaled", "run.num_steps=15"),
+        *("run.name=scaled", "run.num_steps=6", "gate.trees_per_step=2"),
         *("engine.max_engines=2", "engine.max_trees=4", "engine.shrink_after_s=4"),
     ]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
@@ -71,7 +72,7 @@ def test_ray_starts_and_takes_away_nodes_as_trees_come_and_go(tmp_path) -> None:
     assert run.metrics()["staleness/max"].max() <= 1
     events = run.events()
     assert (events.kind == "learner_started").sum() == 1
-    assert (events.kind == "consumed").sum() == 15
+    assert (events.kind == "consumed").sum() == 6
     nodes = events[events.kind == "pool"]["nodes"].tolist()
     top = nodes.index(3)
     assert min(nodes[top:]) == 2

@@ -1,4 +1,4 @@
-"""The failure drill, short: every kind of process is killed once in a real training."""
+"""The failure drill, short: every kind of process is killed once, or hangs, in a real training."""
 
 import json
 import subprocess
@@ -9,13 +9,23 @@ import pytest
 
 from jobs.chaos import Victim
 from tests.support.project import ROOT, load_script
+from tests.support.whole_runs import (
+    assert_no_tree_was_finished_twice,
+    assert_promises_kept,
+    assert_saved_trees_were_reused,
+    assert_versions_count_updates,
+)
 from treerpo_ray.config import load
+from treerpo_ray.study.analysis import Run
 
 
 def test_a_drill_ends_a_run_that_takes_too_long(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "else the drill sets one for all tests")
     chaos = load_script("jobs/chaos.py")
-    drill = chaos.Drill(load([f"run.root={tmp_path}"]), None, [(1, Victim.CORE), (2, Victim.NODE)])
+    schedule = [(1, Victim.CORE), (2, Victim.NODE)]
+    drill = chaos.Drill(
+        config=load([f"run.root={tmp_path}"]), cluster=None, schedule=schedule, num_steps=3
+    )
     training = subprocess.Popen(["sleep", "60"])
     drill.run(training, time.monotonic() + 0.5)
     assert training.returncode == -9 and drill.kills == []
@@ -27,8 +37,8 @@ def test_a_drill_ends_a_run_that_takes_too_long(monkeypatch, tmp_path) -> None:
 def test_a_run_keeps_its_promises_while_its_parts_are_killed(tmp_path) -> None:
     done = subprocess.run(
         [
-            *(sys.executable, "jobs/chaos.py", "--kills", "5", "--steps", "8"),
-            *(f"run.root={tmp_path}", "run.name=drill"),
+            *(sys.executable, "jobs/chaos.py", "--kills", "6", "--steps", "9"),
+            *(f"run.root={tmp_path}", "run.name=drill", "engine.request_timeout_s=30"),
         ],
         cwd=ROOT,
         capture_output=True,
@@ -37,4 +47,16 @@ def test_a_run_keeps_its_promises_while_its_parts_are_killed(tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["broken"] == []
-    assert result["kills"] == dict.fromkeys(("engine", "core", "learner", "verifier", "node"), 1)
+    assert result["kills"] == dict.fromkeys(Victim, 1)
+    run = Run(str(tmp_path / "drill"))
+    metrics, events = run.metrics(), run.events()
+    assert_promises_kept(run.folder, f"run.num_steps={metrics.index.max()}")
+    assert_versions_count_updates(metrics)
+    assert metrics["staleness/max"].max() <= 1
+    assert_no_tree_was_finished_twice(run)
+    # Killing the first of two workers ends the group; a verifier dies without it.
+    assert events[events.kind == "learner_started"]["workers"].tolist() == [2, 2]
+    assert_saved_trees_were_reused(run)
+    # The engine that was killed, the two cores, and the one that was on the node.
+    assert (events.kind == "engine_lost").sum() >= 4
+    assert "engine lost: " in done.stderr and "learner lost: " in done.stderr

@@ -132,7 +132,7 @@ def test_every_command_holds_a_configuration_that_the_cluster_can_reach(name) ->
             reach[resource] = reach.get(resource, 0) + amount * node["max_workers"]
     for command in commands(name):
         config = config_of(command)
-        assert missing_resources(needed_resources(config, config.most_engines), reach) == {}
+        assert missing_resources(needed_resources(config, config.engine.most), reach) == {}
 
 
 def can_hold(node, resources) -> bool:
@@ -162,8 +162,8 @@ def test_each_role_fits_its_own_nodes_and_no_others(name) -> None:
         assert can_hold(train, together)
         assert train["min_workers"] == train["max_workers"] == config.learner.num_workers
         # What a run waits for at its start is there from the start; the pool grows from it.
-        assert config.engine.num_engines == rollout["min_workers"] < config.most_engines
-        assert config.most_engines <= rollout["max_workers"]
+        assert config.engine.num_engines == rollout["min_workers"] < config.engine.most
+        assert config.engine.most <= rollout["max_workers"]
 
 
 @pytest.mark.parametrize("name", ALL)

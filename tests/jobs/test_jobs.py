@@ -135,12 +135,8 @@ def test_training_evaluation_and_comparison_run_when_they_are_submitted_to_a_clu
 
 @pytest.mark.ray
 @pytest.mark.engine
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
-def test_a_signal_stops_with_a_checkpoint_and_leaves_no_process(
-    tmp_path: Path, number: signal.Signals
-) -> None:
+def test_ctrl_c_stops_with_a_checkpoint_and_leaves_no_process(tmp_path: Path) -> None:
+    """`test_elastic` does it with SIGTERM."""
     command = [
         *SCRIPT, "conf/quickstart.yaml", *TINY, f"run.root={tmp_path}", "run.name=stopped",
         "run.num_steps=1000", "evaluate.data.path=''",
@@ -154,7 +150,7 @@ def test_a_signal_stops_with_a_checkpoint_and_leaves_no_process(
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, shown = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert b"stopped with a checkpoint" in shown

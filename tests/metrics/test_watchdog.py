@@ -108,7 +108,7 @@ def test_a_stage_that_does_not_answer_counts_as_busy_and_a_hung_one_writes_its_s
     kind = ray.remote(num_cpus=0)(Stage)
     gate, scoring = kind.remote(), kind.remote()
     watch = ray.remote(num_cpus=0)(Heartbeats).remote()
-    stages = Stages({"gate": gate}, watch, str(tmp_path), 3.0)
+    stages = Stages(actors={"gate": gate}, heartbeats=watch, folder=str(tmp_path), limit_s=3.0)
     end = time.monotonic() + 60
     found = stages()
     while any(m.is_busy for m in found):  # they are starting

@@ -149,7 +149,12 @@ def test_a_run_of_the_domain_has_its_problems_and_its_verifier_by_configuration_
     half = Answer(text=rows[0].solution[:-1], references=answers[0].references, is_cut_off=True)
     corrupt = Answer(text=rows[0].solution, references=("40",), is_cut_off=False)
     settings = config.verifier
-    with Verifier(settings.check, 1, settings.timeout_s, settings.memory_mib) as verifier:
+    with Verifier(
+        check=settings.check,
+        num_workers=1,
+        timeout_s=settings.timeout_s,
+        memory_mib=settings.memory_mib,
+    ) as verifier:
         verifier.self_test()
         assert set(verifier.grade(answers)) == {Verdict.CORRECT}
         assert set(verifier.grade(swapped)) == {Verdict.WRONG}

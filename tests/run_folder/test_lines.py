@@ -44,7 +44,9 @@ class Log(AppendLog):
         self.is_up, self.is_full = threading.Event(), False
         self.is_up.set()
         given = {"retry": 0.01, "patience": 900.0, "upload_every": 0.01} | times
-        super().__init__(self.folder, (ROWS, EVENTS), self._note, LogTimes(**given))
+        super().__init__(
+            folder=self.folder, names=(ROWS, EVENTS), warn=self._note, times=LogTimes(**given)
+        )
 
     def _note(self, kind: str, reason: str) -> None:
         self.told.append((kind, reason))

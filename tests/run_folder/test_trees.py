@@ -23,22 +23,22 @@ def config_of(*overrides: str) -> Config:
 
 def used(trees: list[TreeRecord], step: int, version: int, staleness: int) -> list[int]:
     config = config_of(f"gate.max_staleness={staleness}")
-    found = saved_trees.usable(trees, step=step, version=version, config=config)
+    found = saved_trees.usable(trees, step=step, version=version, gate=config.gate)
     return [tree.ticket for tree in found]
 
 
 @pytest.mark.parametrize("num_trees", [0, 3])
 def test_trees_come_back_as_they_were(tmp_path: Path, num_trees: int) -> None:
     trees = [replace(tree_of(n, n, n + 1), finished_at_s=n % 2) for n in range(num_trees)]
-    saved_trees.write(tmp_path, trees, config_of())
-    found = saved_trees.read(tmp_path, config_of("gate.max_staleness=3", "run.num_steps=7"))
+    saved_trees.write(tmp_path, trees, config_of().tree)
+    found = saved_trees.read(tmp_path, config_of("gate.max_staleness=3", "run.num_steps=7").tree)
     assert [plain(tree) for tree in found] == [plain(tree) for tree in trees]
 
 
 @pytest.mark.parametrize("change", ["tree.temperature=0.5", "tree.step_tokens=[9,9,9]"])
 def test_trees_of_another_shape_or_temperature_are_not_read(tmp_path: Path, change: str) -> None:
-    saved_trees.write(tmp_path, [tree_of(0, 0)], config_of())
-    assert saved_trees.read(tmp_path, config_of(change)) == []
+    saved_trees.write(tmp_path, [tree_of(0, 0)], config_of().tree)
+    assert saved_trees.read(tmp_path, config_of(change).tree) == []
 
 
 def test_a_tree_of_a_version_that_the_learner_has_lost_is_not_used() -> None:
@@ -49,7 +49,7 @@ def test_of_two_trees_of_a_ticket_the_last_one_that_can_be_used_is() -> None:
     saved, grown = tree_of(4, 2), tree_of(4, 2, 2)
     config = config_of("gate.max_staleness=1")
     for trees in ([saved, grown], [saved, grown, tree_of(4, 2, 3)]):
-        assert saved_trees.usable(trees, step=2, version=2, config=config) == [grown]
+        assert saved_trees.usable(trees, step=2, version=2, gate=config.gate) == [grown]
 
 
 def test_a_tree_of_a_step_that_is_done_is_not_used() -> None:
@@ -86,9 +86,9 @@ def test_a_checkpoint_without_trees_or_with_those_of_another_schema_gives_none(
     tmp_path: Path,
 ) -> None:
     config = config_of()
-    assert saved_trees.read(tmp_path, config) == []
-    saved_trees.write(tmp_path, [tree_of(0, 1)], config)
+    assert saved_trees.read(tmp_path, config.tree) == []
+    saved_trees.write(tmp_path, [tree_of(0, 1)], config.tree)
     table = pq.read_table(tmp_path / saved_trees.FILE)
     metadata = table.schema.metadata | {b"treerpo_schema": b"0"}
     pq.write_table(table.replace_schema_metadata(metadata), tmp_path / saved_trees.FILE)
-    assert saved_trees.read(tmp_path, config) == []
+    assert saved_trees.read(tmp_path, config.tree) == []

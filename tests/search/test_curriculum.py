@@ -90,13 +90,13 @@ def test_what_is_given_up_is_nothing_that_later_tickets_ask_for(
 def test_measurements_come_back_from_a_checkpoint_as_they_were(tmp_path: Path) -> None:
     config = load(["prompts.path=a.jsonl", "prompts.num_problems=9"])
     thirds = [*MEASURED, Measurement(3, 5, 1 / 3)]
-    curriculum.write(tmp_path, thirds, config)
+    curriculum.write(tmp_path, thirds, config.prompts)
     changed = load(["prompts.path=a.jsonl", "prompts.num_problems=9", "gate.revisit=0.25"])
-    assert curriculum.read(tmp_path, changed) == thirds
-    assert curriculum.read(tmp_path, load(["prompts.path=b.jsonl"])) == []
+    assert curriculum.read(tmp_path, changed.prompts) == thirds
+    assert curriculum.read(tmp_path, load(["prompts.path=b.jsonl"]).prompts) == []
 
 
 def test_a_checkpoint_without_measurements_gives_none(tmp_path: Path) -> None:
-    curriculum.write(tmp_path, [], load([]))
+    curriculum.write(tmp_path, [], load([]).prompts)
     assert list(tmp_path.iterdir()) == []
-    assert curriculum.read(tmp_path, load([])) == []
+    assert curriculum.read(tmp_path, load([]).prompts) == []

@@ -373,7 +373,7 @@ def test_a_learner_that_is_lost_goes_on_from_what_its_own_pool_holds_of_the_vers
         grown = await pool.unconsumed(first * TREES)
         await serve(pool, first)
         session = gate.restart(first, ())
-        saved = saved_trees.usable(grown, step=first, version=first, config=config)
+        saved = saved_trees.usable(grown, step=first, version=first, gate=config.gate)
         assert all(tree.tree.max_version <= first for tree in saved)
         assert back or len(saved) == len(grown), "they are of no version that was rolled back"
         assert saved or back or turns < 30, "there is something to go on from"

@@ -17,7 +17,7 @@ from treerpo_ray.engine._waits import Waits
 from treerpo_ray.engine.autoscaler import Nodes
 from treerpo_ray.engine.pool import TIMES, PoolTimes
 from treerpo_ray.engine.replica import EngineActor, Replica
-from treerpo_ray.engine.types import EngineStats, Sampling
+from treerpo_ray.engine.types import EngineSetup, EngineStats, Sampling
 from treerpo_ray.metrics.run_log import Event
 from treerpo_ray.prompts.problems import Problem
 from treerpo_ray.prompts.prompt_set import PromptSet
@@ -237,7 +237,7 @@ class Fleet:
     """Time of the event loop at which a node will be gone, by its name."""
     looks_to_fail: list[Exception] = field(default_factory=list)
 
-    def make(self, config: Config, index: int, log_folder: str | None) -> EngineActor:
+    def make(self, setup: EngineSetup, index: int, log_folder: str | None) -> EngineActor:
         faults, before = self.faults.get(index, []), self.started.setdefault(index, [])
         fault = faults[len(before)] if len(before) < len(faults) else None
         engine = FakeEngine(index, fault, self.nodes.get(index, "node"))
@@ -275,7 +275,7 @@ async def make_replica(
     fleet = Fleet(nodes={index: node})
     replica = Replica(
         index=index,
-        actor=fleet.make(load([]), index, None),
+        actor=fleet.make(EngineSetup.of(load([])), index, None),
         limits=EngineConfig(max_trees=max_trees),
         waits=Waits(report=print, report_every_s=600.0),
     )
@@ -306,13 +306,20 @@ def make_gate(config: Config, revisit: float = 0.0) -> Gate:
 
 async def make_pool(config: Config, fleet: Fleet, times: PoolTimes = TIMES) -> TreePool:
     pool = TreePool(
-        config=config,
+        setup=EngineSetup.of(config),
         log_folder=None,
         make_engine=fleet.make,
         see_nodes=fleet.see_nodes,
         times=times,
     )
-    await pool.begin(config, PROMPTS, SHAPE, Handle(fleet))
+    await pool.begin(
+        gate=config.gate,
+        prompts=PROMPTS,
+        shape=SHAPE,
+        sampling=Sampling(temperature=config.tree.temperature),
+        seed=config.run.seed,
+        run_log=Handle(fleet),
+    )
     return pool
 
 

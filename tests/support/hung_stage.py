@@ -19,5 +19,7 @@ class Stage:
         time.sleep(3600)
 
     def hang(self, watch: ray.actor.ActorHandle, folder: str) -> None:
-        Heartbeat(watch, "scoring", folder, 0.5).at("scoring ticket 7")
+        Heartbeat(heartbeats=watch, stage="scoring", folder=folder, limit_s=0.5).at(
+            "scoring ticket 7"
+        )
         time.sleep(3600)

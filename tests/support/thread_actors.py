@@ -30,12 +30,12 @@ class Method:
         assert num_returns == "streaming"
         return StreamMethod(self.call)
 
-    def remote(self, *arguments: object) -> concurrent.futures.Future:
+    def remote(self, *arguments: object, **named: object) -> concurrent.futures.Future:
         answer: concurrent.futures.Future = concurrent.futures.Future()
 
         def work() -> None:
             try:
-                answer.set_result(self.call(*arguments))
+                answer.set_result(self.call(*arguments, **named))
             except Exception as error:
                 answer.set_exception(error)
 
@@ -49,8 +49,8 @@ class StreamMethod:
 
     call: Callable[..., object]
 
-    def remote(self, *arguments: object) -> object:
-        return self.call(*arguments)
+    def remote(self, *arguments: object, **named: object) -> object:
+        return self.call(*arguments, **named)
 
 
 def get(refs: object, timeout: float | None = None) -> object:

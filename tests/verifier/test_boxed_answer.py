@@ -35,7 +35,9 @@ def test_any_of_several_references_makes_a_box_correct() -> None:
 def test_the_verifier_grades_and_groups_by_boxes() -> None:
     texts = [r"\boxed{\frac12}", "1/2", r"\boxed{0.5}", r"It is \boxed{0.5"]
     answers = [Answer(text=text, references=("0.5",), is_cut_off=True) for text in texts]
-    with Verifier("treerpo_ray.verifier.boxed_answer", 1, 5.0, 512) as verifier:
+    with Verifier(
+        check="treerpo_ray.verifier.boxed_answer", num_workers=1, timeout_s=5.0, memory_mib=512
+    ) as verifier:
         verifier.self_test()
         verdicts = verifier.grade(answers)
         assert verifier.group([answers]) == [[0, -1, 0, -1]]

@@ -294,7 +294,7 @@ def train_problems() -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def verifier() -> Iterator[Verifier]:
     with Verifier(
-        "treerpo_ray.verifier.math_answer", num_workers=2, timeout_s=5.0, memory_mib=512
+        check="treerpo_ray.verifier.math_answer", num_workers=2, timeout_s=5.0, memory_mib=512
     ) as verifier:
         yield verifier
 
@@ -449,7 +449,9 @@ def test_a_number_equals_itself_in_every_spelling_and_no_other(number):
 def test_solutions_of_math_train_are_correct(check, without_braces):
     rows = train_problems()
     assert len(rows) == 7498
-    with Verifier(f"treerpo_ray.verifier.{check}", 2, 5.0, 512) as verifier:
+    with Verifier(
+        check=f"treerpo_ray.verifier.{check}", num_workers=2, timeout_s=5.0, memory_mib=512
+    ) as verifier:
         verdicts = grade(verifier, [r["solution"] for r in rows], [r["answer"] for r in rows])
     failed = {r["id"] for r, v in zip(rows, verdicts, strict=True) if v is not Verdict.CORRECT}
     assert failed == {"math-train-44"} | without_braces  # 44: \box{four}, where it is \mbox{four}
@@ -530,7 +532,9 @@ def test_every_reference_answer_that_parses_equals_itself_in_value(
 def test_the_pool_takes_at_most_a_millisecond_more_than_plain_math_verify():
     rows = train_problems()[:400]
     plain_s = pool_s = 0.0
-    with Verifier("treerpo_ray.verifier.math_answer", 1, 5.0, 512) as verifier:
+    with Verifier(
+        check="treerpo_ray.verifier.math_answer", num_workers=1, timeout_s=5.0, memory_mib=512
+    ) as verifier:
         grade(verifier, [r"\boxed{1}"], ["1"])
         for start in range(0, len(rows), 50):
             part = rows[start : start + 50]
@@ -556,5 +560,7 @@ def test_equal_answers_are_one_group_in_the_workers(verifier):
 
 def test_a_domain_that_finds_no_answers_groups_none():
     answers = [Answer(text="one", references=("1",), is_cut_off=False)] * 2
-    with Verifier("tests.support.false_self_test", 1, 5.0, 512) as domain:
+    with Verifier(
+        check="tests.support.false_self_test", num_workers=1, timeout_s=5.0, memory_mib=512
+    ) as domain:
         assert domain.group([answers]) == [None]

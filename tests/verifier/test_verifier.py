@@ -28,7 +28,7 @@ def answers(*texts: str, is_cut_off: bool = False) -> list[Answer]:
 
 @pytest.fixture(scope="module")
 def unruly():
-    with Verifier(UNRULY, num_workers=2, timeout_s=TIMEOUT_S, memory_mib=256) as verifier:
+    with Verifier(check=UNRULY, num_workers=2, timeout_s=TIMEOUT_S, memory_mib=256) as verifier:
         verifier.self_test()
         yield verifier
 
@@ -119,7 +119,7 @@ def test_a_worker_killed_from_outside_is_replaced(unruly, tmp_path):
 
 
 def test_a_worker_killed_while_it_starts_is_replaced():
-    with Verifier(UNRULY, num_workers=2, timeout_s=PATIENCE_S, memory_mib=64) as verifier:
+    with Verifier(check=UNRULY, num_workers=2, timeout_s=PATIENCE_S, memory_mib=64) as verifier:
         for worker in list(verifier._workers):
             worker.process.kill()
             worker.process.wait()  # or it may yet take an answer, if it had just started
@@ -127,7 +127,7 @@ def test_a_worker_killed_while_it_starts_is_replaced():
 
 
 def test_a_worker_killed_amid_a_chunk_costs_the_answer_that_it_was_at(tmp_path):
-    with Verifier(UNRULY, num_workers=1, timeout_s=PATIENCE_S, memory_mib=64) as verifier:
+    with Verifier(check=UNRULY, num_workers=1, timeout_s=PATIENCE_S, memory_mib=64) as verifier:
         verifier.self_test()
         worker = verifier._workers[0].process
 
@@ -145,7 +145,7 @@ def test_a_worker_killed_amid_a_chunk_costs_the_answer_that_it_was_at(tmp_path):
 
 
 def test_a_worker_that_has_grown_ends_before_it_fails_an_answer(tmp_path):
-    with Verifier(UNRULY, num_workers=1, timeout_s=PATIENCE_S, memory_mib=128) as verifier:
+    with Verifier(check=UNRULY, num_workers=1, timeout_s=PATIENCE_S, memory_mib=128) as verifier:
         first = worker_pids(verifier, tmp_path)
         assert verifier.grade(answers(*["grow"] * 50)) == [Verdict.CORRECT] * 50  # 800 MiB
         (tmp_path / "pids").unlink()
@@ -165,7 +165,7 @@ def test_workers_get_no_secret_of_the_environment(unruly):
 
 def test_workers_run_in_parallel(tmp_path):
     """Each answer waits for another process to have one too."""
-    with Verifier(UNRULY, num_workers=2, timeout_s=PATIENCE_S, memory_mib=64) as verifier:
+    with Verifier(check=UNRULY, num_workers=2, timeout_s=PATIENCE_S, memory_mib=64) as verifier:
         meeting = answers(*[f"meet {tmp_path / 'pids'}"] * 8)
         assert verifier.grade(meeting) == [Verdict.CORRECT] * 8
 
@@ -174,7 +174,7 @@ def test_a_verifier_of_a_thread_outlives_the_thread():
     made: list[Verifier] = []
 
     def make() -> None:
-        made.append(Verifier(UNRULY, num_workers=1, timeout_s=PATIENCE_S, memory_mib=64))
+        made.append(Verifier(check=UNRULY, num_workers=1, timeout_s=PATIENCE_S, memory_mib=64))
         made[0].grade(answers("right"))
 
     thread = threading.Thread(target=make)
@@ -187,7 +187,7 @@ def test_a_verifier_of_a_thread_outlives_the_thread():
 
 
 def test_a_closed_verifier_has_no_processes_and_says_so(tmp_path):
-    verifier = Verifier(UNRULY, num_workers=2, timeout_s=PATIENCE_S, memory_mib=64)
+    verifier = Verifier(check=UNRULY, num_workers=2, timeout_s=PATIENCE_S, memory_mib=64)
     pids = worker_pids(verifier, tmp_path)
     verifier.close()
     verifier.close()
@@ -202,7 +202,7 @@ def test_workers_die_with_their_parent_even_while_they_hang(tmp_path, in_thread)
 import threading
 from treerpo_ray.verifier.verifier import Answer, Verifier
 def work():
-    verifier = Verifier("{UNRULY}", num_workers=2, timeout_s={TIMEOUT_S}, memory_mib=64)
+    verifier = Verifier(check="{UNRULY}", num_workers=2, timeout_s={TIMEOUT_S}, memory_mib=64)
     texts = ["write pid {tmp_path / "pids"}"] * 9
     answer = lambda text: Answer(text=text, references=("",), is_cut_off=False)
     verifier.grade([answer(text) for text in texts])
@@ -231,7 +231,8 @@ def test_the_main_module_is_not_run_again_in_a_worker(tmp_path):
     script.write_text(
         'print("main runs", flush=True)\n'
         "from treerpo_ray.verifier.verifier import Answer, Verifier\n"
-        f'with Verifier("{UNRULY}", 2, timeout_s={PATIENCE_S}, memory_mib=64) as verifier:\n'
+        f'settings = dict(check="{UNRULY}", num_workers=2, timeout_s={PATIENCE_S}, memory_mib=64)\n'
+        "with Verifier(**settings) as verifier:\n"
         '    answer = Answer(text="a", references=("a",), is_cut_off=False)\n'
         "    print(verifier.grade([answer])[0].value)\n"
     )
@@ -249,7 +250,7 @@ def test_the_main_module_is_not_run_again_in_a_worker(tmp_path):
 def test_it_says_when_it_waits_for_workers(caplog):
     with (
         caplog.at_level(logging.INFO, logger="treerpo_ray.verifier.verifier"),
-        Verifier(UNRULY, num_workers=1, timeout_s=PATIENCE_S, memory_mib=64) as verifier,
+        Verifier(check=UNRULY, num_workers=1, timeout_s=PATIENCE_S, memory_mib=64) as verifier,
     ):
         verifier.grade(answers("right"))
     assert "waiting for 1 verifier workers" in caplog.text
@@ -258,13 +259,16 @@ def test_it_says_when_it_waits_for_workers(caplog):
 @pytest.mark.parametrize("name", ["no_such_module", "no.such.module", "treerpo_ray.nothing", ""])
 def test_an_unknown_module_is_named_with_its_key(name):
     with pytest.raises(ValueError, match=r"verifier\.check"):
-        Verifier(name, num_workers=1, timeout_s=PATIENCE_S, memory_mib=64)
+        Verifier(check=name, num_workers=1, timeout_s=PATIENCE_S, memory_mib=64)
 
 
 def test_a_module_without_the_check_is_refused():
     with (
         Verifier(
-            "treerpo_ray.verifier.verifier", num_workers=1, timeout_s=PATIENCE_S, memory_mib=64
+            check="treerpo_ray.verifier.verifier",
+            num_workers=1,
+            timeout_s=PATIENCE_S,
+            memory_mib=64,
         ) as verifier,
         pytest.raises(ValueError, match=r"verifier\.check.*check_answer"),
     ):
@@ -273,14 +277,18 @@ def test_a_module_without_the_check_is_refused():
 
 @pytest.mark.parametrize("wrong", [(0, 1.0, 64), (1, 0.0, 64), (1, 1.0, 0)])
 def test_limits_must_be_positive(wrong):
+    num_workers, timeout_s, memory_mib = wrong
     with pytest.raises(ValueError, match="must be positive"):
-        Verifier(UNRULY, *wrong)
+        Verifier(check=UNRULY, num_workers=num_workers, timeout_s=timeout_s, memory_mib=memory_mib)
 
 
 def test_a_failing_self_test_names_its_pair():
     with (
         Verifier(
-            "tests.support.false_self_test", num_workers=1, timeout_s=PATIENCE_S, memory_mib=64
+            check="tests.support.false_self_test",
+            num_workers=1,
+            timeout_s=PATIENCE_S,
+            memory_mib=64,
         ) as verifier,
         pytest.raises(RuntimeError, match=r"'two' against \['2'\] is wrong, should be correct"),
     ):

@@ -113,7 +113,12 @@ async def grow(
     Groups in `held` are taken as they are and not yielded again. Closing the iterator cancels
     every request of the tree; an exception of the sampler ends the search and is raised here.
     """
-    search = _Search(shape, sampler, seed, {group.parent: group.steps for group in held})
+    search = _Search(
+        shape=shape,
+        sampler=sampler,
+        seed=seed,
+        held={group.parent: group.steps for group in held},
+    )
     root = asyncio.create_task(search.expand((), prompt_ids))
     root.add_done_callback(lambda _: search.finished.put_nowait(None))
     try:
@@ -141,7 +146,12 @@ class _Search:
     """The state of one growing tree."""
 
     def __init__(
-        self, shape: TreeShape, sampler: Sampler, seed: int, held: dict[Path, tuple[Step, ...]]
+        self,
+        *,
+        shape: TreeShape,
+        sampler: Sampler,
+        seed: int,
+        held: dict[Path, tuple[Step, ...]],
     ) -> None:
         self.shape, self.sampler, self.seed, self.held = shape, sampler, seed, held
         self.finished: asyncio.Queue[SiblingGroup | None] = asyncio.Queue()

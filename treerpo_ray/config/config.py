@@ -173,7 +173,7 @@ class Config:
                 f"engine.max_engines={engine.max_engines} must not be less than "
                 f"engine.num_engines={engine.num_engines}"
             )
-        if self.most_engines > engine.num_engines and engine.max_trees is None:
+        if engine.most > engine.num_engines and engine.max_trees is None:
             raise ValueError(
                 f"engine.max_engines={engine.max_engines} needs engine.max_trees: the pool grows "
                 "while more trees are in hand than its engines may grow at a time"
@@ -185,12 +185,6 @@ class Config:
                 f"engine.tensor_parallel={engine.tensor_parallel} needs as many GPUs, but "
                 f"engine.resources has GPU: {num_gpus:g}"
             )
-
-    @property
-    def most_engines(self) -> int:
-        """Engines that the pool may grow to."""
-        most = self.engine.max_engines
-        return self.engine.num_engines if most is None else most
 
     @property
     def shape(self) -> TreeShape:

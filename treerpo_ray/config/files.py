@@ -6,6 +6,7 @@ import inspect
 import itertools
 import json
 from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import TypeVar, cast, get_type_hints
 
@@ -48,7 +49,7 @@ def load(arguments: list[str]) -> Config:
 
 
 def _load(arguments: list[str]) -> Config:
-    merged = OmegaConf.structured(Config)
+    merged = _defaults()
     for argument in arguments:
         try:
             part = _part(argument)
@@ -64,6 +65,12 @@ def _load(arguments: list[str]) -> Config:
         return cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error)) from error
+
+
+@cache
+def _defaults() -> Container:
+    """The configuration before anything is said; a merge copies it."""
+    return OmegaConf.structured(Config)
 
 
 def to_yaml(config: Config) -> str:

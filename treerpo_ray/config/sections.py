@@ -145,6 +145,11 @@ class EngineConfig:
     """Time that an engine may go without a finished step group, of whichever of its trees, before
     it counts as hung."""
 
+    @property
+    def most(self) -> int:
+        """Engines that the pool may grow to."""
+        return self.num_engines if self.max_engines is None else self.max_engines
+
 
 @dataclass(frozen=True, kw_only=True)
 class VerifierConfig:

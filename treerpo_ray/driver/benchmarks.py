@@ -19,6 +19,7 @@ from treerpo_ray.config import Config
 from treerpo_ray.config.files import load, to_yaml
 from treerpo_ray.driver.cluster import connected
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
+from treerpo_ray.engine.types import EngineSetup, Sampling
 from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, Graded, save_evaluation, save_samples
 from treerpo_ray.evaluate.grading import grade_samples, summarise
@@ -195,13 +196,23 @@ def evaluate_all(
 ) -> Iterator[tuple[str, Evaluation]]:
     """Evaluate each benchmark on the Ray cluster that is connected, on the same engines."""
     run_log: RunLogApi = make_actor(RunLog, concurrency=1)(config)
-    pool: TreePoolApi = make_actor(TreePool)(config=config, log_folder=config.log_folder)
+    pool: TreePoolApi = make_actor(TreePool)(
+        setup=EngineSetup.of(config), log_folder=config.log_folder
+    )
     heartbeats: HeartbeatsApi = make_actor(Heartbeats, concurrency=1)()
     first = next(iter(prompts.values()))
     try:
-        ray.get(pool.begin.remote(config, first, config.shape, run_log))
+        begun = pool.begin.remote(
+            gate=config.gate,
+            prompts=first,
+            shape=config.shape,
+            sampling=Sampling(temperature=config.tree.temperature),
+            seed=config.run.seed,
+            run_log=run_log,
+        )
+        ray.get(begun)
         with closing(watch_over(config, {"engines": pool, "metrics": run_log}, heartbeats)) as dog:
-            supervisor = Supervisor(run_log, console, dog)
+            supervisor = Supervisor(run_log=run_log, console=console, watchdog=dog)
             with console.progress(f"starting {config.engine.num_engines} engine(s)", None):
                 supervisor.run(lambda: ray.get(pool.start.remote()))
             with closing(Scorer(config.verifier, tokenizer)) as scorer:

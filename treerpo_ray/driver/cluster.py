@@ -21,9 +21,20 @@ LOOK_EVERY_S = 15.0
 """Time between looks at a cluster that is still starting."""
 
 
-RUNTIME_ENV = {"env_vars": {"RAY_DATA_METADATA_PREFETCH_ON_THREAD": "0"}}
-"""Ray Data notices metadata that it fetches on a thread when the next block comes, or after 0.1 s:
-a share of the tree stream would always wait that long, since the next one comes a step later."""
+RUNTIME_ENV = {
+    "env_vars": {
+        # Ray Data notices metadata that it fetches on a thread when the next block comes, or after
+        # 0.1 s: a share of the tree stream would always wait that long, since the next one comes a
+        # step later.
+        "RAY_DATA_METADATA_PREFETCH_ON_THREAD": "0",
+        # After a node was lost, Ray Train counts on it for up to 20 s more, and would then wait a
+        # minute for a place that is not there before it starts the workers that there is room for.
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+        # It tells training functions of nodes that leave, and ours does not ask: one process less.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    }
+}
+"""Settings of Ray's own libraries, in all processes of a job."""
 
 
 def check_vllm(config: Config) -> None:
@@ -78,7 +89,7 @@ def local_resources(config: Config) -> dict[str, float]:
 
 
 def _local_slots(config: Config) -> dict[str, float]:
-    needed = needed_resources(config, config.most_engines)
+    needed = needed_resources(config, config.engine.most)
     return {name: needed[name] for name in needed if name.endswith("_slot")}
 
 

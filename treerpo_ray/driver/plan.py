@@ -203,7 +203,7 @@ def plan_lines(config: Config, found: Preflight) -> list[str]:
     if run.max_sampled_tokens is not None:
         length += f", or {run.max_sampled_tokens:,} sampled tokens"
     needed = needed_resources(config, config.engine.num_engines)
-    at_most = needed_resources(config, config.most_engines)
+    at_most = needed_resources(config, config.engine.most)
     return [
         f"run         {config.folder}",
         f"model       {config.model.path}: {_size_line(config, found)}",
@@ -260,7 +260,7 @@ def _memory_line(config: Config, found: Preflight) -> str:
     cache = "the rest of its GPU" if kv_gib is None else f"{kv_gib:g} GiB"
     return (
         f"{config.learner.num_workers} worker(s) of {learner_gib:.2f} GiB and activations; "
-        f"{_range(config.engine.num_engines, config.most_engines)} engine(s) of "
+        f"{_range(config.engine.num_engines, config.engine.most)} engine(s) of "
         f"{engine_gib:.2f} GiB and {cache} as KV cache"
     )
 

@@ -28,6 +28,7 @@ from treerpo_ray.driver.outcome import (
 from treerpo_ray.driver.plan import Inputs
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
 from treerpo_ray.driver.train_group import TrainGroup, make_trainer
+from treerpo_ray.engine.types import EngineSetup, Sampling
 from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation
 from treerpo_ray.evaluate.grading import evaluate
@@ -85,7 +86,8 @@ def run(
 
 @contextmanager
 def kept_engines(config: Config) -> Iterator[TreePoolApi]:
-    """A Ray session and an engine pool for runs one after the other, whom `can_serve` allows."""
+    """A Ray session and an engine pool for runs one after the other, of whose setups the one of
+    `config` `can_serve` each."""
     with connected(config):
         pool = _make_pool(config)
         try:
@@ -104,7 +106,7 @@ def train(
             the last checkpoint, and the same command goes on from it.
     """
     RunFolder(config.folder).publish_file(CONFIG_FILE, to_yaml(config).encode())
-    with RunSession(config, inputs, console, pool) as session:
+    with RunSession(config=config, inputs=inputs, console=console, pool=pool) as session:
         session.start_engines()
         before = session.evaluate(step=0)
         steps_done = session.train_group.fit()
@@ -124,7 +126,7 @@ class RunSession:
     """
 
     def __init__(
-        self, config: Config, inputs: Inputs, console: Console, pool: TreePoolApi | None
+        self, *, config: Config, inputs: Inputs, console: Console, pool: TreePoolApi | None
     ) -> None:
         self.config, self.inputs, self.console = config, inputs, console
         self._ending = ExitStack()
@@ -136,7 +138,9 @@ class RunSession:
                 self._at_end(pool.stop.remote, "the engines")
             self.actors = _make_actors(config, inputs, pool, run_log)
             watchdog = self._ending.enter_context(closing(_watchdog(config, self.actors)))
-            self.supervisor = Supervisor(self.actors.run_log, console, watchdog)
+            self.supervisor = Supervisor(
+                run_log=self.actors.run_log, console=console, watchdog=watchdog
+            )
             self._scorer: Scorer | None = None
             self._ending = self._ending.pop_all()
 
@@ -231,7 +235,15 @@ def _make_actors(
 ) -> RunActors:
     """The actors of a run; all of them mostly wait."""
     shape = replace(config.shape, delimiters=inputs.delimiters)
-    ray.get(pool.begin.remote(config, inputs.prompts, shape, run_log))
+    begun = pool.begin.remote(
+        gate=config.gate,
+        prompts=inputs.prompts,
+        shape=shape,
+        sampling=Sampling(temperature=config.tree.temperature),
+        seed=config.run.seed,
+        run_log=run_log,
+    )
+    ray.get(begun)
     gate = make_actor(Gate)(
         num_prompts=len(inputs.prompts),
         trees_per_step=config.gate.trees_per_step,
@@ -250,7 +262,7 @@ def _make_actors(
 
 
 def _make_pool(config: Config) -> TreePoolApi:
-    return make_actor(TreePool)(config=config, log_folder=config.log_folder)
+    return make_actor(TreePool)(setup=EngineSetup.of(config), log_folder=config.log_folder)
 
 
 def _watchdog(config: Config, actors: RunActors) -> Watchdog:

@@ -37,7 +37,7 @@ class Supervisor:
         watchdog: Knows whether the run hangs.
     """
 
-    def __init__(self, run_log: RunLogApi, console: Console, watchdog: Watchdog) -> None:
+    def __init__(self, *, run_log: RunLogApi, console: Console, watchdog: Watchdog) -> None:
         self.run_log, self.console, self.watchdog = run_log, console, watchdog
         self._num_notices = 0
         self._num_rows = len(ray.get(run_log.rows_since.remote(0)))
@@ -91,7 +91,12 @@ def evaluation_progress(
 ) -> Iterator[Callable[[int], None]]:
     """Progress of an evaluation in the driver, on the console and for the watchdog that asks
     `heartbeats`; yields its `advance`."""
-    heartbeat = Heartbeat(heartbeats, "evaluation", config.folder, config.run.stall_timeout_s)
+    heartbeat = Heartbeat(
+        heartbeats=heartbeats,
+        stage="evaluation",
+        folder=config.folder,
+        limit_s=config.run.stall_timeout_s,
+    )
     with closing(heartbeat), console.progress(title, num_problems) as show:
 
         def advance(num_done: int) -> None:

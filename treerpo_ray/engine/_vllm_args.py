@@ -1,8 +1,9 @@
-"""Engine args: how vLLM is set up for a configuration, on a GPU and on a CPU."""
+"""Engine args: how vLLM is set up, on a GPU and on a CPU."""
 
 from typing import TYPE_CHECKING
 
-from treerpo_ray.config import Config
+from treerpo_ray.config.sections import EngineConfig
+from treerpo_ray.engine.types import EngineSetup
 from treerpo_ray.prompts.prompt_set import resolve_model_path
 
 if TYPE_CHECKING:
@@ -24,29 +25,29 @@ CPU_BLOCK_SIZE = 32
 GIB = 2**30
 
 
-def environment(config: Config) -> dict[str, str]:
+def environment(engine: EngineConfig) -> dict[str, str]:
     """Variables that must be set before vLLM is imported."""
     common = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    if _is_gpu(config):
+    if _is_gpu(engine):
         return common
-    return common | CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(config.engine.cpu_threads)}
+    return common | CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(engine.cpu_threads)}
 
 
-def engine_args(config: Config) -> "AsyncEngineArgs":
+def engine_args(setup: EngineSetup) -> "AsyncEngineArgs":
     """Arguments of the engine."""
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     from treerpo_ray.engine.vllm_worker import BACKEND
 
-    engine, longest = config.engine, config.max_model_tokens
+    model, engine, longest = setup.model, setup.engine, setup.max_tokens
     kv_bytes = None if engine.kv_cache_gib is None else int(engine.kv_cache_gib * GIB)
     args = AsyncEngineArgs(
-        model=resolve_model_path(config.model.path),
+        model=resolve_model_path(model.path),
         skip_tokenizer_init=True,
-        trust_remote_code=config.model.trust_remote_code,
-        dtype=config.model.dtype,
-        seed=config.run.seed,
+        trust_remote_code=model.trust_remote_code,
+        dtype=model.dtype,
+        seed=setup.seed,
         max_model_len=longest + 1,
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=max(4096, longest + 1),
@@ -57,7 +58,7 @@ def engine_args(config: Config) -> "AsyncEngineArgs":
         worker_extension_cls="treerpo_ray.engine.vllm_worker.WorkerExtension",
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
     )
-    if _is_gpu(config):
+    if _is_gpu(engine):
         args.tensor_parallel_size = engine.tensor_parallel
         args.gpu_memory_utilization = engine.gpu_memory_utilization
         args.distributed_executor_backend = "mp" if engine.tensor_parallel > 1 else "uni"
@@ -70,5 +71,5 @@ def engine_args(config: Config) -> "AsyncEngineArgs":
     return args
 
 
-def _is_gpu(config: Config) -> bool:
-    return config.engine.resources.get("GPU", 0) > 0
+def _is_gpu(engine: EngineConfig) -> bool:
+    return engine.resources.get("GPU", 0) > 0

@@ -23,10 +23,9 @@ from ray.actor import ActorHandle
 
 from treerpo_ray.algo.search import SiblingGroup, TreeShape, grow
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, error_step
-from treerpo_ray.config import Config
 from treerpo_ray.engine._vllm_args import engine_args, environment
 from treerpo_ray.engine.replica import EngineActor, EngineApi
-from treerpo_ray.engine.types import EngineStats, Sampling
+from treerpo_ray.engine.types import EngineSetup, EngineStats, Sampling
 from treerpo_ray.prompts.prompt_set import end_token_ids, load_tokenizer
 from treerpo_ray.weight_sync import ChunkFiles, LoadProof, Manifest
 
@@ -58,16 +57,16 @@ log = logging.getLogger(__name__)
 
 
 class Engine:
-    """A vLLM engine for `config`; call `start` before anything else.
+    """A vLLM engine; call `start` before anything else.
 
     Args:
-        config: The run's configuration.
+        setup: What it is started for.
         index: Number of the engine, for logs.
         log_folder: Where vLLM's output goes; None leaves it to Ray.
     """
 
-    def __init__(self, *, config: Config, index: int, log_folder: str | None) -> None:
-        self.config, self.index = config, index
+    def __init__(self, *, setup: EngineSetup, index: int, log_folder: str | None) -> None:
+        self.setup, self.index = setup, index
         self._num_loads = 0
         self._version = 0
         """The last that it proved."""
@@ -83,16 +82,16 @@ class Engine:
 
     async def start(self) -> tuple[int, int]:
         """Load the model; returns the ids of this process and of vLLM's core once it can sample."""
-        os.environ |= environment(self.config)
+        os.environ |= environment(self.setup.engine)
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from treerpo_ray.engine.vllm_worker import ACTOR_VARIABLE
 
         os.environ[ACTOR_VARIABLE] = str(os.getpid())
-        path = self.config.model.path
-        tokenizer = load_tokenizer(path, self.config.model.trust_remote_code)
-        self._end_ids = frozenset(end_token_ids(path, tokenizer))
+        model = self.setup.model
+        tokenizer = load_tokenizer(model.path, model.trust_remote_code)
+        self._end_ids = frozenset(end_token_ids(model.path, tokenizer))
         self._llm: AsyncLLM = AsyncLLM.from_engine_args(self.vllm_args())
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
         [core] = multiprocessing.active_children()
@@ -101,7 +100,7 @@ class Engine:
 
     def vllm_args(self) -> "AsyncEngineArgs":
         """How vLLM is set up."""
-        return engine_args(self.config)
+        return engine_args(self.setup)
 
     async def grow(
         self,
@@ -242,18 +241,18 @@ class Engine:
 
 
 def make_engine(
-    config: Config, index: int, log_folder: str | None, kind: type[Engine] = Engine
+    setup: EngineSetup, index: int, log_folder: str | None, kind: type[Engine] = Engine
 ) -> EngineActor:
     """An actor of `kind`; Ray places it by the resources and labels of `engine`."""
-    resources = dict(config.engine.resources)
+    resources = dict(setup.engine.resources)
     made = ray.remote(kind).options(
         num_cpus=resources.pop("CPU", 0),
         num_gpus=resources.pop("GPU", 0),
         resources=resources,  # what the two above left
-        label_selector=config.engine.labels or None,
+        label_selector=setup.engine.labels or None,
         max_concurrency=10_000,
     )
-    actor = cast(ActorHandle, made.remote(config=config, index=index, log_folder=log_folder))
+    actor = cast(ActorHandle, made.remote(setup=setup, index=index, log_folder=log_folder))
     return EngineActor(api=cast(EngineApi, actor), kill=partial(ray.kill, actor))
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import ray
 
 from treerpo_ray.actor import first_line
-from treerpo_ray.config import Config
 from treerpo_ray.config.sections import EngineConfig
 from treerpo_ray.engine._waits import Waits
 from treerpo_ray.engine.background import BackgroundTasks, Signal
@@ -406,9 +405,3 @@ class EnginePool:
     def _work_failed(self, error: BaseException) -> None:
         log.error("work on the engines failed", exc_info=error)
         self.note("engine_work_failed", reason=first_line(error))
-
-
-def can_serve(started: Config, config: Config) -> bool:
-    """Whether engines that were started for one configuration can serve a run of another."""
-    parts = [(each.model, each.engine, each.sync) for each in (started, config)]
-    return parts[0] == parts[1] and started.max_model_tokens >= config.max_model_tokens

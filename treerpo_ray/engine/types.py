@@ -1,11 +1,44 @@
-"""Engine totals: what the engines did between two rows of the metrics."""
+"""Types of the engine: what engines are started for, how they sample, and what they have done."""
 
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
+from treerpo_ray.config import Config
+from treerpo_ray.config.sections import EngineConfig, ModelConfig
 from treerpo_ray.metrics.run_log import Row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSetup:
+    """What engines are started for; it holds as long as they run."""
+
+    model: ModelConfig
+    engine: EngineConfig
+    max_tokens: int
+    """Of the longest prompt with its answer."""
+    seed: int
+    """Of vLLM itself; each request has its own."""
+    probe_tolerance: float
+    """Nats a token that an engine may be off the learner."""
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """Of a run."""
+        return cls(
+            model=config.model,
+            engine=config.engine,
+            max_tokens=config.max_model_tokens,
+            seed=config.run.seed,
+            probe_tolerance=config.sync.probe_tolerance,
+        )
+
+    def can_serve(self, other: "EngineSetup") -> bool:
+        """Whether engines that were started for this can serve a run that asks for `other`."""
+        mine, theirs = ((each.model, each.engine, each.probe_tolerance) for each in (self, other))
+        return mine == theirs and self.max_tokens >= other.max_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -123,8 +123,12 @@ class RunLog:
     ) -> None:
         self._notices: list[Event] = []
         self._moved_at = time.monotonic()
-        folder, continued = RunFolder(config.folder), (METRICS_FILE, EVENTS_FILE, ID_FILE)
-        self._log = AppendLog(folder, continued, self._warn, times)
+        self._log = AppendLog(
+            folder=RunFolder(config.folder),
+            names=(METRICS_FILE, EVENTS_FILE, ID_FILE),
+            warn=self._warn,
+            times=times,
+        )
         self._rows = _parse_rows(parse_lines(self._log.read(METRICS_FILE)))
         self._wandb: WandbRun | None = None
         if config.metrics.wandb_project is not None:

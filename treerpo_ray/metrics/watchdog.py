@@ -92,7 +92,9 @@ class Heartbeat:
         limit_s: `run.stall_timeout_s`.
     """
 
-    def __init__(self, heartbeats: HeartbeatsApi, stage: str, folder: str, limit_s: float) -> None:
+    def __init__(
+        self, *, heartbeats: HeartbeatsApi, stage: str, folder: str, limit_s: float
+    ) -> None:
         self._heartbeats, self._stage = heartbeats, stage
         self._where = f", {socket.gethostname()} process {os.getpid()}"
         self._stacks = StackDump(stage=stage, folder=folder, limit_s=limit_s)
@@ -191,7 +193,12 @@ class Stages:
     """
 
     def __init__(
-        self, actors: dict[str, StageApi], heartbeats: HeartbeatsApi, folder: str, limit_s: float
+        self,
+        *,
+        actors: dict[str, StageApi],
+        heartbeats: HeartbeatsApi,
+        folder: str,
+        limit_s: float,
     ) -> None:
         self._actors, self._heartbeats = actors, heartbeats
         self._stacks = {
@@ -237,6 +244,6 @@ def watch_over(config: Config, actors: dict[str, StageApi], heartbeats: Heartbea
     limit_s = config.run.stall_timeout_s
     return Watchdog(
         limit_s=limit_s,
-        look=Stages(actors, heartbeats, config.folder, limit_s),
+        look=Stages(actors=actors, heartbeats=heartbeats, folder=config.folder, limit_s=limit_s),
         folder=RunFolder(config.folder),
     )

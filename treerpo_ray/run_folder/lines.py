@@ -49,7 +49,12 @@ class AppendLog:
     """
 
     def __init__(
-        self, folder: RunFolder, names: tuple[str, ...], warn: Warn, times: LogTimes | None = None
+        self,
+        *,
+        folder: RunFolder,
+        names: tuple[str, ...],
+        warn: Warn,
+        times: LogTimes | None = None,
     ) -> None:
         self._folder, self._warn, self._times = folder, warn, times or LogTimes()
         self.path = Path(folder.root if folder.is_local else tempfile.mkdtemp(prefix="treerpo_"))

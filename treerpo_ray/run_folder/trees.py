@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from treerpo_ray.config import Config
+from treerpo_ray.config.sections import GateConfig, TreeConfig
 from treerpo_ray.records import TreeRecord, from_table, is_readable, to_table
 from treerpo_ray.run_folder.files import RunFolder
 
@@ -23,29 +23,30 @@ CONFIG_KEY = b"treerpo_tree"
 """Of the table's metadata: the section `tree` that the trees were grown with."""
 
 
-def write(folder: Path, trees: Sequence[TreeRecord], config: Config) -> None:
-    """Write `trees` into the folder of a checkpoint."""
+def write(folder: Path, trees: Sequence[TreeRecord], settings: TreeConfig) -> None:
+    """Write `trees`, grown with `settings`, into the folder of a checkpoint."""
     table = to_table(trees)
-    metadata = (table.schema.metadata or {}) | {CONFIG_KEY: _tree_section(config)}
+    metadata = (table.schema.metadata or {}) | {CONFIG_KEY: _tree_section(settings)}
     pq.write_table(table.replace_schema_metadata(metadata), folder / FILE)
 
 
-def read(folder: Path, config: Config) -> list[TreeRecord]:
-    """Trees of a checkpoint; none if they were written for another `tree` or in another schema."""
+def read(folder: Path, settings: TreeConfig) -> list[TreeRecord]:
+    """Trees of a checkpoint; none if they were grown with other settings or are of another
+    schema."""
     if not (folder / FILE).exists():  # by a version that saved none
         return []
     table = pq.read_table(folder / FILE)
-    if (table.schema.metadata or {}).get(CONFIG_KEY) != _tree_section(config):
+    if (table.schema.metadata or {}).get(CONFIG_KEY) != _tree_section(settings):
         return []
     return from_table(table) if is_readable(table) else []
 
 
-def _tree_section(config: Config) -> bytes:
-    return json.dumps(asdict(config.tree), sort_keys=True).encode()
+def _tree_section(settings: TreeConfig) -> bytes:
+    return json.dumps(asdict(settings), sort_keys=True).encode()
 
 
 def usable(
-    trees: Sequence[TreeRecord], *, step: int, version: int, config: Config
+    trees: Sequence[TreeRecord], *, step: int, version: int, gate: GateConfig
 ) -> list[TreeRecord]:
     """Those of `trees` that a learner of `version` may use from learner step `step` on; of several
     of a ticket the last one.
@@ -53,7 +54,7 @@ def usable(
     Learner step k is made at version + (k - step) at most, so this bounds the staleness of each
     tree by `gate.max_staleness`. Under an unchanged configuration admission has done that before.
     """
-    size, limit = config.gate.trees_per_step, config.gate.max_staleness
+    size, limit = gate.trees_per_step, gate.max_staleness
     found = {
         tree.ticket: tree
         for tree in trees

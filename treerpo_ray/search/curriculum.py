@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from treerpo_ray.config import Config
+from treerpo_ray.config.sections import PromptsConfig
 from treerpo_ray.task import Measurement
 
 FILE = "measurements.json"
@@ -78,18 +78,18 @@ class Curriculum:
         self._weights.clear()
 
 
-def write(folder: Path, measurements: Sequence[Measurement], config: Config) -> None:
-    """Write `measurements`, if there are any, into the folder of a checkpoint."""
+def write(folder: Path, measurements: Sequence[Measurement], prompts: PromptsConfig) -> None:
+    """Write the `measurements` of `prompts`, if there are any, into the folder of a checkpoint."""
     if measurements:
-        content = {"prompts": asdict(config.prompts), "measurements": measurements}
+        content = {"prompts": asdict(prompts), "measurements": measurements}
         (folder / FILE).write_text(json.dumps(content))
 
 
-def read(folder: Path, config: Config) -> list[Measurement]:
+def read(folder: Path, prompts: PromptsConfig) -> list[Measurement]:
     """Measurements of a checkpoint; none if there are none or they are of other `prompts`."""
     if not (folder / FILE).exists():
         return []
     content = json.loads((folder / FILE).read_text())
-    if content["prompts"] != asdict(config.prompts):
+    if content["prompts"] != asdict(prompts):
         return []
     return [Measurement(*row) for row in content["measurements"]]

@@ -15,13 +15,13 @@ from contextlib import suppress
 import ray
 
 from treerpo_ray.algo.search import TreeShape, step_seed
-from treerpo_ray.config import Config
+from treerpo_ray.config.sections import GateConfig
 from treerpo_ray.engine.autoscaler import Autoscaler, Nodes, ScalingPolicy, see_nodes
 from treerpo_ray.engine.background import BackgroundTasks, Signal
 from treerpo_ray.engine.engine import make_engine
 from treerpo_ray.engine.pool import TIMES, EnginePool, PoolTimes
 from treerpo_ray.engine.replica import EngineActor
-from treerpo_ray.engine.types import EngineStats, Sampling
+from treerpo_ray.engine.types import EngineSetup, EngineStats, Sampling
 from treerpo_ray.metrics.health import StackDump, StageStatus
 from treerpo_ray.metrics.run_log import RunLogApi
 from treerpo_ray.prompts.prompt_set import PromptSet
@@ -40,9 +40,9 @@ class TreePool:
     It serves one run at a time: `begin` it, then `start`.
 
     Args:
-        config: The configuration that the engines are started for.
+        setup: What the engines are started for.
         log_folder: Where the engines' output goes; None leaves it to Ray.
-        make_engine: Asks Ray for an engine of a configuration, by its number.
+        make_engine: Asks Ray for an engine, by its number.
         see_nodes: Tells of the nodes of the cluster.
         times: Those of the engines that no run needs to set.
     """
@@ -50,26 +50,30 @@ class TreePool:
     def __init__(
         self,
         *,
-        config: Config,
+        setup: EngineSetup,
         log_folder: str | None,
-        make_engine: Callable[[Config, int, str | None], EngineActor] = make_engine,
+        make_engine: Callable[[EngineSetup, int, str | None], EngineActor] = make_engine,
         see_nodes: Callable[[], Nodes] = see_nodes,
         times: PoolTimes = TIMES,
     ) -> None:
-        self.config = config
+        self.setup = setup
+        self.gate: GateConfig
+        self.sampling: Sampling
+        self.seed: int
         self.prompts: PromptSet
         self.shape: TreeShape
+        engine = setup.engine
         self.engines = EnginePool(
-            limits=config.engine,
-            probe_tolerance=config.sync.probe_tolerance,
-            make_engine=lambda index: make_engine(config, index, log_folder),
+            limits=engine,
+            probe_tolerance=setup.probe_tolerance,
+            make_engine=lambda index: make_engine(setup, index, log_folder),
             times=times,
         )
         policy = ScalingPolicy(
-            fewest=config.engine.num_engines,
-            most=config.most_engines,
-            trees_per_engine=config.engine.max_trees,
-            patience_s=config.engine.shrink_after_s,
+            fewest=engine.num_engines,
+            most=engine.most,
+            trees_per_engine=engine.max_trees,
+            patience_s=engine.shrink_after_s,
         )
         self._autoscaler = Autoscaler(
             pool=self.engines,
@@ -97,18 +101,28 @@ class TreePool:
         self._work = BackgroundTasks(self._fail)
 
     async def begin(
-        self, config: Config, prompts: PromptSet, shape: TreeShape, run_log: RunLogApi
+        self,
+        *,
+        gate: GateConfig,
+        prompts: PromptSet,
+        shape: TreeShape,
+        sampling: Sampling,
+        seed: int,
+        run_log: RunLogApi,
     ) -> None:
         """Turn to a run. Engines that served another one keep its weights until the next `serve`.
 
         Args:
-            config: The run's configuration; see `can_serve`.
+            gate: How many trees a learner step has, and how stale they may be.
             prompts: The training set.
             shape: Shape of the training trees, with the delimiter's token id.
+            sampling: How their tokens are drawn.
+            seed: Of the run.
             run_log: Actor of `RunLog`, told of every tree and failure.
         """
         self._drop_work()
-        self.config, self.prompts, self.shape = config, prompts, shape
+        self.gate, self.prompts, self.shape = gate, prompts, shape
+        self.sampling, self.seed = sampling, seed
         self.engines.run_log = run_log
 
     async def start(self) -> None:
@@ -164,10 +178,10 @@ class TreePool:
 
     async def worker_batch_size(self) -> int:
         """Trees that each learner worker consumes in a step."""
-        return self.config.gate.trees_per_step // self._num_workers
+        return self.gate.trees_per_step // self._num_workers
 
     async def _admit(self, gate: GateApi, session: int) -> None:
-        size, staleness = self.config.gate.trees_per_step, self.config.gate.max_staleness
+        size, staleness = self.gate.trees_per_step, self.gate.max_staleness
         while (ticket := await gate.next.remote(session)) is not None:
             due = (ticket.number // size - staleness) * size  # the gate lets no ticket out sooner
             self._taken = {n: tree for n, tree in self._taken.items() if n >= due}
@@ -190,7 +204,7 @@ class TreePool:
             ticket=ticket,
             prompts=self.prompts,
             shape=self.shape,
-            sampling=Sampling(temperature=self.config.tree.temperature),
+            sampling=self.sampling,
         )
 
     async def _grow_trained(self, tree: GrowingTree) -> None:
@@ -264,7 +278,7 @@ class TreePool:
 
     def _ready(self) -> list[int]:
         """Finished tickets of the batch that is due."""
-        size = self.config.gate.trees_per_step
+        size = self.gate.trees_per_step
         end = (self._released // size + 1) * size
         return [number for number in self._finished if number < end]
 
@@ -321,6 +335,4 @@ class TreePool:
         return self._redrawn(ticket.number, past.num_redraws) if past.num_redraws else ticket
 
     def _redrawn(self, number: int, num_redraws: int) -> Ticket:
-        return redrawn(
-            number, num_redraws, num_prompts=len(self.prompts), seed=self.config.run.seed
-        )
+        return redrawn(number, num_redraws, num_prompts=len(self.prompts), seed=self.seed)

@@ -9,7 +9,7 @@ from treerpo_ray.config import Config
 from treerpo_ray.driver.cluster import check_vllm
 from treerpo_ray.driver.plan import load_inputs
 from treerpo_ray.driver.run import kept_engines, run
-from treerpo_ray.engine.pool import can_serve
+from treerpo_ray.engine.types import EngineSetup
 from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, save_evaluation
 from treerpo_ray.metrics.console import Console
@@ -34,7 +34,7 @@ class Trials:
             result.trial.setting: result.before for result in results
         }
         self._session = ExitStack()
-        self._started: Config | None = None
+        self._started: EngineSetup | None = None
         self._pool: TreePoolApi | None = None
 
     def run(self) -> int:
@@ -70,15 +70,19 @@ class Trials:
         # engines have served a run.
         if (start := self._starts.get(trial.setting)) is not None:
             save_evaluation(start, RunFolder(config.folder))
-        if self._started is None or start is None or not can_serve(self._started, config):
-            self._restart(config)
+        setup = EngineSetup.of(config)
+        if self._started is None or start is None or not self._started.can_serve(setup):
+            self._restart(setup)
         if not run(config, inputs, console, self._pool).is_complete:
             raise KeyboardInterrupt
         return result_of(trial, config)
 
-    def _restart(self, config: Config) -> None:
+    def _restart(self, setup: EngineSetup) -> None:
         """Start engines that can serve this run and as many of the others as possible."""
         self._session.close()
-        able = [each for each in self.configs.values() if can_serve(each, config)]
-        self._started = max(able, key=lambda each: each.max_model_tokens)
-        self._pool = self._session.enter_context(kept_engines(self._started))
+        able = [
+            config for config in self.configs.values() if EngineSetup.of(config).can_serve(setup)
+        ]
+        most = max(able, key=lambda config: config.max_model_tokens)
+        self._started = EngineSetup.of(most)
+        self._pool = self._session.enter_context(kept_engines(most))

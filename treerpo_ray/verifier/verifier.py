@@ -90,6 +90,7 @@ class Verifier:
 
     def __init__(
         self,
+        *,
         check: str,
         num_workers: int,
         timeout_s: float,
