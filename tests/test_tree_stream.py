@@ -207,7 +207,7 @@ def test_the_next_share_is_asked_for_before_it_is_taken_and_no_further_one() -> 
     shares = Prefetcher(shard)
     assert number(shares.take()) == 1
     for _ in range(2):
-        assert shard.asked.acquire(timeout=10)
+        assert shard.asked.acquire(timeout=600)
     assert not shard.asked.acquire(timeout=0.1)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from tests.support.engine_with_worker import EngineWithWorker
 from tests.support.fake_engines import Fleet, Handle
+from tests.support.whole_runs import assert_gone
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config.sections import GateConfig
 from treerpo_ray.engine.engine import Engine, make_engine
@@ -102,7 +103,8 @@ def test_an_engine_that_is_stale_or_without_its_worker_is_replaced_and_its_tree_
         assert (tree.tree.min_version, tree.tree.max_version, tree.attempt) == (3, 3, 1)
         assert "core of engine 0 is dead" in str(told.of("engine_lost")[-1]["reason"])
         assert pool.engines.replicas != (fresh,)
-        assert not psutil.wait_procs([core, worker], timeout=30)[1]
+        for process in (core, worker):
+            assert_gone(process)
         await pool.stop()
 
     asyncio.run(scenario())

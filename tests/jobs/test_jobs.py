@@ -161,7 +161,7 @@ def test_ctrl_c_stops_with_a_checkpoint_and_leaves_no_process(tmp_path: Path) ->
 
 def processes_with(variable: str) -> list[str]:
     """Commands of living processes that inherited an environment variable."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         found = []
         for entry in Path("/proc").iterdir():

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -328,11 +327,9 @@ def test_a_store_that_hangs_is_waited_for_once_and_the_checkpoint_tried_at_each_
 ) -> None:
     saving = Saving(tmp_path, place=0.5)
     saving.store.is_up.clear()
-    start = time.monotonic()
     assert [saving.save(step) for step in range(2, 400)] == [True, False, *[True] * 396]
-    assert time.monotonic() - start < 50  # 200 if each step waited
     left_out = "left out: checkpoint of step 2 is not in its place within 0.5 s"
-    assert saving.told == [("checkpoint of step 4", left_out)]
+    assert saving.told == [("checkpoint of step 4", left_out)]  # each wait would tell
     assert saving.store.steps() == []
     saving.store.is_up.set()
     saving.wait()

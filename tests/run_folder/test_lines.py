@@ -15,6 +15,9 @@ from treerpo_ray.run_folder.lines import AppendLog, LogTimes
 
 ROWS, EVENTS = "metrics.jsonl", "events.jsonl"
 
+PATIENCE_S = 600.0
+"""Far more than anything takes that is waited for."""
+
 
 class WeakStore(MemoryFileSystem):
     """An object store that `is_gone`, or answers only while `hold` is set."""
@@ -67,7 +70,7 @@ class Log(AppendLog):
 
     def wait_for(self, kind: str) -> str:
         """Wait until it has told that; returns the reason."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE_S
         while not (reasons := [why for told, why in self.told if told == kind]):
             assert time.monotonic() < end, f"no {kind} in {self.told}"
             time.sleep(0.01)
@@ -127,11 +130,9 @@ def test_a_device_that_is_really_full_is_no_error_of_the_step(tmp_path) -> None:
 def test_a_disk_that_hangs_is_waited_for_once_and_the_rest_is_kept(tmp_path) -> None:
     log = Log(tmp_path, patience=0.2, disk_close=0.1)
     log.is_up.clear()
-    start = time.monotonic()
     for step in range(500):
         log.row(step)
-    assert time.monotonic() - start < 50  # 100 if each row waited
-    assert log.told == [("log_delayed", "the disk does not answer")]
+    assert log.told == [("log_delayed", "the disk does not answer")]  # each wait would tell
     with pytest.raises(OSError, match="they are in") as caught:
         log.close()
     log.is_up.set()
@@ -141,7 +142,7 @@ def test_a_disk_that_hangs_is_waited_for_once_and_the_rest_is_kept(tmp_path) -> 
 def test_a_store_gets_the_files_while_the_run_goes_on_and_whole_at_the_end(weak) -> None:
     log = Log(weak)
     log.row(1)
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE_S
     while log.steps != [1]:
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -196,7 +197,7 @@ def test_it_is_known_which_lines_are_in_the_run_folder(weak, tmp_path, place: st
         assert kept == 0
         log.wait_for("upload_delayed")
         WeakStore.is_gone = False
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE_S
     while log.num_lines()[1] < taken:
         assert time.monotonic() < end
         time.sleep(0.01)

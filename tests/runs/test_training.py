@@ -322,7 +322,7 @@ def test_after_its_head_and_its_driver_were_killed_the_same_command_goes_on_with
     core.suspend()  # else the run might be over before Ray misses its head
     [head] = [p for p in psutil.Process(headless.pid).children() if p.name() == "gcs_server"]
     head.kill()
-    _, shown = headless.communicate(timeout=300)
+    _, shown = headless.communicate(timeout=1500)
     assert headless.returncode > 0 and "GCS may have been killed" in shown
     core.resume()
     assert_gone(core)

@@ -93,5 +93,5 @@ def process_of(folder: str, kind: str, field: str = "pid", **fields: int) -> psu
 
 def assert_gone(process: psutil.Process) -> None:
     """It must not go on holding memory."""
-    psutil.wait_procs([process], timeout=300)
+    psutil.wait_procs([process], timeout=1500)
     assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
