@@ -33,7 +33,7 @@ def compare(arguments: list[str]) -> int:
     folder = Path(path).with_suffix("")
     comparison = read_comparison(path)
     configs = comparison.configs(common)
-    num_failed = 0 if is_report else Trials(configs, folder).run()
+    num_failed = 0 if is_report else Trials(configs=configs, folder=folder).run()
     results = read_results(configs, folder)
     if not results:
         print(f"there are no results in {folder} yet", file=sys.stderr)

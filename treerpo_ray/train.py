@@ -44,7 +44,7 @@ from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.writer import BackgroundWriter
 from treerpo_ray.scoring import Scorer
 from treerpo_ray.search import curriculum
-from treerpo_ray.task import STREAM, Measurement, WorkerTask
+from treerpo_ray.task import STREAM, WorkerTask
 from treerpo_ray.tree_stream import Prefetcher, from_worker_batch
 from treerpo_ray.weight_sync import Publisher
 
@@ -78,8 +78,6 @@ def restore(task: WorkerTask) -> Iterator["TrainWorker"]:
     )
     heartbeat.at("restoring its state")
     checkpoints = Checkpoints(RunFolder(config.folder), config.checkpoint.keep)
-    left_over: list[TreeRecord] = []
-    measurements: list[Measurement] = []
     with checkpoints.newest() as found:
         step, checkpoint = found or (0, None)
         learner = Learner(
@@ -91,20 +89,17 @@ def restore(task: WorkerTask) -> Iterator["TrainWorker"]:
             device=ray.train.torch.get_device(),
             checkpoint=checkpoint,
         )
-        if checkpoint is not None and rank == 0:
-            left_over = saved_trees.read(checkpoint, config.tree)
-            measurements = curriculum.read(checkpoint, config.prompts)
-    worker = TrainWorker(
-        task=task,
-        rank=rank,
-        num_workers=context.get_world_size(),
-        step=step,
-        learner=learner,
-        checkpoints=checkpoints,
-        heartbeat=heartbeat,
-    )
-    if rank == 0:
-        worker.open(left_over, measurements)
+        worker = TrainWorker(
+            task=task,
+            rank=rank,
+            num_workers=context.get_world_size(),
+            step=step,
+            learner=learner,
+            checkpoints=checkpoints,
+            heartbeat=heartbeat,
+        )
+        if rank == 0:
+            worker.open(checkpoint)
     worker.barrier()
     worker.batches = Prefetcher(ray.train.get_dataset_shard(STREAM))
     yield worker
@@ -158,12 +153,11 @@ class TrainWorker:
 
     # The loop, in order ----------------------------------------------------------------------
 
-    def open(self, left_over: list[TreeRecord], measurements: list[Measurement]) -> None:
+    def open(self, checkpoint: Path | None) -> None:
         """Bring engines, gate and log to where the learner is, before the first ticket.
 
         Args:
-            left_over: Trees of the checkpoint.
-            measurements: Those of the checkpoint.
+            checkpoint: Folder of the one that the learner was restored from.
         """
         ray.get(self.actors.heartbeats.forget.remote("learner"))
         self.folder.withdraw_model()  # of a run that was stopped: it tells of a whole one
@@ -181,7 +175,9 @@ class TrainWorker:
         self._await_engines()
         totals = ray.get(pool.stats.remote())
         self.engines.since_last(totals)
-        session: int = ray.get(gate.restart.remote(self.step, measurements))
+        drawn = curriculum.read(checkpoint, self.config.prompts)
+        session: int = ray.get(gate.restart.remote(self.step, drawn))
+        left_over = saved_trees.read(checkpoint, self.config.tree)
         saved = saved_trees.usable(
             [*left_over, *grown], step=self.step, version=version, gate=self.config.gate
         )
@@ -251,7 +247,7 @@ class TrainWorker:
             version = self.learner.version
             if not update.has_updated:
                 self._await_engines()  # no publication of this step has waited for the one before
-            self.publisher.then(partial(self._consumed, step, version, update.stats.measured))
+            self.publisher.then(partial(self._consumed, step, version, update.stats.root_values))
             if not self.config.gate.max_staleness:
                 self._await_engines()
             self.is_last = ray.get(self.actors.gate.is_told_to_stop.remote()) or self._is_over()
@@ -259,9 +255,9 @@ class TrainWorker:
                 self._await_engines()
         self.is_last = self._agreed(self.is_last)
 
-    def _consumed(self, step: int, version: int, measured: tuple[RootValue, ...]) -> None:
+    def _consumed(self, step: int, version: int, root_values: tuple[RootValue, ...]) -> None:
         size = self.config.gate.trees_per_step
-        ray.get(self.actors.gate.consumed.remote(step, measured))
+        ray.get(self.actors.gate.consumed.remote(step, root_values))
         self._note("consumed", step=step, first=step * size, trees=size, version=version)
 
     def report(self, update: UpdateResult) -> None:
@@ -294,7 +290,7 @@ class TrainWorker:
         if not self.is_first or not (self.is_last or self.saver.is_due(self.step)):
             return
         if self.config.gate.revisit:
-            self._await_engines()  # the gate has measured what the steps told it
+            self._await_engines()  # what the gate draws from is that of these steps
         self.heartbeat.at(f"writing the checkpoint of step {self.step}")
         first = self.step * self.config.gate.trees_per_step
         publication, trees_kept = self.publisher.last, self.trees_kept
@@ -304,8 +300,8 @@ class TrainWorker:
             self.learner.write(folder)
             trees = ray.get(self.actors.pool.unconsumed.remote(first))
             saved_trees.write(folder, trees, self.config.tree)
-            measurements = ray.get(self.actors.gate.measurements.remote())
-            curriculum.write(folder, measurements, self.config.prompts)
+            drawn_from = ray.get(self.actors.gate.measurements.remote())
+            curriculum.write(folder, drawn_from, self.config.prompts)
 
         def before_place() -> None:
             nonlocal num_lines

@@ -6,6 +6,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -14,7 +15,7 @@ import rich.console
 
 from tests.support.project import ROOT
 from tests.support.thread_actors import Handle, without_ray
-from treerpo_ray.driver import benchmarks
+from treerpo_ray.actor import make_actor
 from treerpo_ray.driver.benchmarks import (
     check_folder,
     check_length,
@@ -31,6 +32,7 @@ from treerpo_ray.metrics.run_log import Event
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.search.tree_pool import TreePool
+from treerpo_ray.task import TreePoolApi
 
 MODEL = str(ROOT / "treerpo_ray/quickstart/model")
 
@@ -150,24 +152,43 @@ class PoolWithoutNodes:
         raise ray.exceptions.RayActorError
 
 
-def test_a_job_whose_engines_are_gone_says_so_and_ends(tmp_path: Path, monkeypatch) -> None:
+def test_a_job_whose_engines_are_gone_says_so_and_ends(tmp_path: Path) -> None:
     def make(kind, *, concurrency=1) -> Callable[..., Handle]:
         made = PoolWithoutNodes if kind is TreePool else kind
         return lambda *args, **kwargs: Handle(made() if kind is TreePool else made(*args, **kwargs))
 
-    monkeypatch.setattr(benchmarks, "make_actor", make)
-    monkeypatch.setattr(benchmarks, "Scorer", lambda config, tokenizer: io.BytesIO())
     limits = ["run.stall_timeout_s=2", "engine.request_timeout_s=1", "engine.load_timeout_s=0.5"]
     config = configure(MODEL, ["quickstart"], [*limits, f"run.root={tmp_path}"])
     shown = io.StringIO()
     console = Console(0, rich.console.Console(file=shown, width=200))
     prompts = PromptSet(problems=(), token_ids=(), num_too_long=0)
-    with without_ray(), pytest.raises(RuntimeError, match=r"nothing moved for \d s: evaluation"):
-        dict(evaluate_all(config, "mine", {"one": prompts}, None, console))
+    with without_ray(), pytest.raises(RuntimeError, match=r"nothing moved for \d+ s: evaluation"):
+        dict(
+            evaluate_all(
+                config,
+                "mine",
+                {"one": prompts},
+                None,
+                console,
+                make_actor=make,
+                make_scorer=lambda verifier, tokenizer: io.BytesIO(),
+            )
+        )
     assert "engine lost: engine 0" in shown.getvalue()
     assert "the engines did not end well: " in shown.getvalue()
     [report] = Path(config.folder).glob("logs/stall-*.txt")
     assert "engines (idle for 9 s): waiting for a node" in report.read_text()
+
+
+class KeptPool:
+    """The handle of a pool that goes on when its first user is done."""
+
+    def __init__(self, pool: TreePoolApi) -> None:
+        self._pool = pool
+        self.stop = SimpleNamespace(remote=lambda: ray.put(None))
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._pool, name)
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +200,15 @@ def evaluated(ray_cluster, tmp_path_factory) -> tuple[Path, dict[str, Evaluation
         lines = [json.dumps({"q": question, "a": answer}) for question, answer in part]
         (root / f"{name}.jsonl").write_text("\n".join(lines))
     found = {}
+    pools: list[TreePoolApi] = []
+
+    def make(kind: type, *, concurrency: int = 10_000) -> Callable[..., object]:
+        if kind is not TreePool:
+            return make_actor(kind, concurrency=concurrency)
+        if not pools:
+            return lambda **given: pools.append(make_actor(TreePool)(**given)) or KeptPool(pools[0])
+        return lambda **given: KeptPool(pools[0])
+
     for seed, name in enumerate(("first", "second")):
         data = [
             f"evaluate.benchmarks.{file}={{path: {root}/{file}.jsonl, question_column: q, "
@@ -197,8 +227,11 @@ def evaluated(ray_cluster, tmp_path_factory) -> tuple[Path, dict[str, Evaluation
         prompts = load_benchmarks(config, tokenizer)
         found |= {
             f"{name}/{key}": each
-            for key, each in evaluate_all(config, "mine", prompts, tokenizer, console)
+            for key, each in evaluate_all(
+                config, "mine", prompts, tokenizer, console, make_actor=make
+            )
         }
+    ray.get(pools[0].stop.remote())
     return root, found
 
 

@@ -123,7 +123,7 @@ def test_an_errored_leaf_leaves_out_its_groups_up_to_the_prompt_and_no_others() 
         "errored_depth_2": 1,
     }
     assert (stats.num_valued, stats.value_sum, stats.num_with_correct) == (0, 0.0, 1)
-    assert stats.measured == ()
+    assert stats.root_values == ()
 
 
 def test_the_metrics_of_a_batch_by_hand() -> None:

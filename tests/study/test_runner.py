@@ -14,7 +14,6 @@ from treerpo_ray.config import Config
 from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation, save_evaluation
 from treerpo_ray.run_folder.files import RunFolder
-from treerpo_ray.study import runner as trials
 from treerpo_ray.study.comparison import CURVE, Comparison, read_comparison, read_results
 from treerpo_ray.study.runner import Trials
 
@@ -70,19 +69,18 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comparison:
     return read_comparison(str(tmp_path / "two.yaml"))
 
 
-def run_trials(
-    comparison: Comparison, folder: Path, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
-) -> int:
-    monkeypatch.setattr(trials, "run", sessions.run)
-    monkeypatch.setattr(trials, "kept_engines", sessions.kept_engines)
-    return Trials(comparison.configs([f"run.root={folder}/runs"]), folder).run()
+def run_trials(comparison: Comparison, folder: Path, sessions: Sessions) -> int:
+    configs = comparison.configs([f"run.root={folder}/runs"])
+    return Trials(
+        configs=configs, folder=folder, run=sessions.run, kept_engines=sessions.kept_engines
+    ).run()
 
 
 def test_runs_share_engines_once_their_start_is_known_and_are_not_run_again(
-    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    comparison: Comparison, tmp_path: Path
 ) -> None:
     sessions = Sessions()
-    assert run_trials(comparison, tmp_path, sessions, monkeypatch) == 0
+    assert run_trials(comparison, tmp_path, sessions) == 0
     assert sessions.started == [
         ["short-flat-0", "short-tree-0"],
         [
@@ -92,31 +90,30 @@ def test_runs_share_engines_once_their_start_is_known_and_are_not_run_again(
     ]
     assert len(read_results(comparison.configs([]), tmp_path)) == 8
     again = Sessions()
-    assert run_trials(comparison, tmp_path, again, monkeypatch) == 0
+    assert run_trials(comparison, tmp_path, again) == 0
     assert again.started == []
 
 
 def test_after_a_run_that_failed_the_others_have_fresh_engines(
     comparison: Comparison,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     sessions = Sessions(failing="short-flat-1")
-    assert run_trials(comparison, tmp_path, sessions, monkeypatch) == 1
+    assert run_trials(comparison, tmp_path, sessions) == 1
     assert [len(names) for names in sessions.started] == [2, 3, 3]
     assert "an engine was lost" in capsys.readouterr().err
     again = Sessions()
-    assert run_trials(comparison, tmp_path, again, monkeypatch) == 0
+    assert run_trials(comparison, tmp_path, again) == 0
     assert again.started == [["short-flat-1"]]
 
 
 def test_a_run_that_was_stopped_ends_the_comparison_until_it_is_run_again(
-    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    comparison: Comparison, tmp_path: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run_trials(comparison, tmp_path, Sessions(stopped="short-tree-0"), monkeypatch)
+        run_trials(comparison, tmp_path, Sessions(stopped="short-tree-0"))
     assert len(read_results(comparison.configs([]), tmp_path)) == 1
     again = Sessions()
-    assert run_trials(comparison, tmp_path, again, monkeypatch) == 0
+    assert run_trials(comparison, tmp_path, again) == 0
     assert again.started[0][0] == "short-tree-0"

@@ -14,6 +14,8 @@ SMALL = [
     "engine.kv_cache_gib=0.125",
     "metrics.wandb_project=null",
     "checkpoint.every=2",
+    "engine.max_num_seqs=64",  # a batch asks for more at a time
+    "sync.chunk_mib=1",  # so that the weights are several
 ]
 """The quickstart, small enough for a test."""
 

@@ -5,11 +5,12 @@ import json
 import shutil
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import ray
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from treerpo_ray.actor import make_actor, root_cause
 from treerpo_ray.config import Config
 from treerpo_ray.config.files import load, to_yaml
+from treerpo_ray.config.sections import VerifierConfig
 from treerpo_ray.driver.cluster import connected
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
 from treerpo_ray.engine.types import EngineSetup, Sampling
@@ -193,6 +195,9 @@ def evaluate_all(
     prompts: dict[str, PromptSet],
     tokenizer: PreTrainedTokenizerBase,
     console: Console,
+    *,
+    make_actor: Callable[..., Callable[..., Any]] = make_actor,
+    make_scorer: Callable[[VerifierConfig, PreTrainedTokenizerBase], Scorer] = Scorer,
 ) -> Iterator[tuple[str, Evaluation]]:
     """Evaluate each benchmark on the Ray cluster that is connected, on the same engines."""
     run_log: RunLogApi = make_actor(RunLog, concurrency=1)(config)
@@ -215,7 +220,7 @@ def evaluate_all(
             supervisor = Supervisor(run_log=run_log, console=console, watchdog=dog)
             with console.progress(f"starting {config.engine.num_engines} engine(s)", None):
                 supervisor.run(lambda: ray.get(pool.start.remote()))
-            with closing(Scorer(config.verifier, tokenizer)) as scorer:
+            with closing(make_scorer(config.verifier, tokenizer)) as scorer:
                 for name, problems in prompts.items():
                     grade = partial(
                         _grade, config, name, problems, pool, scorer, console, heartbeats

@@ -60,7 +60,7 @@ class BatchStats:
     """Unix time at which the last tree was scored."""
     num_moved: int = 0
     """Times a tree had to go to another engine."""
-    measured: tuple[RootValue, ...] = ()
+    root_values: tuple[RootValue, ...] = ()
     """Root values of the trees that have one."""
     num_redraws: int = 0
     """Trees that were put aside for having no kept group; their tokens count as sampled."""
@@ -153,7 +153,7 @@ def count(
         last_finished_s=record.finished_at_s,
         last_scored_s=record.scored_at_s,
         num_moved=record.attempt,
-        measured=(root,) if is_valued else (),
+        root_values=(root,) if is_valued else (),
         num_redraws=record.num_redraws,
     )
 

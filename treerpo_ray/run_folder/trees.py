@@ -30,10 +30,10 @@ def write(folder: Path, trees: Sequence[TreeRecord], settings: TreeConfig) -> No
     pq.write_table(table.replace_schema_metadata(metadata), folder / FILE)
 
 
-def read(folder: Path, settings: TreeConfig) -> list[TreeRecord]:
-    """Trees of a checkpoint; none if they were grown with other settings or are of another
+def read(folder: Path | None, settings: TreeConfig) -> list[TreeRecord]:
+    """Trees of a checkpoint, if there is one that has any, grown with these settings and of this
     schema."""
-    if not (folder / FILE).exists():  # by a version that saved none
+    if folder is None or not (folder / FILE).exists():  # by a version that saved none
         return []
     table = pq.read_table(folder / FILE)
     if (table.schema.metadata or {}).get(CONFIG_KEY) != _tree_section(settings):

@@ -85,9 +85,9 @@ def write(folder: Path, measurements: Sequence[Measurement], prompts: PromptsCon
         (folder / FILE).write_text(json.dumps(content))
 
 
-def read(folder: Path, prompts: PromptsConfig) -> list[Measurement]:
-    """Measurements of a checkpoint; none if there are none or they are of other `prompts`."""
-    if not (folder / FILE).exists():
+def read(folder: Path | None, prompts: PromptsConfig) -> list[Measurement]:
+    """Measurements of a checkpoint, if there is one that has any, of these `prompts`."""
+    if folder is None or not (folder / FILE).exists():
         return []
     content = json.loads((folder / FILE).read_text())
     if content["prompts"] != asdict(prompts):

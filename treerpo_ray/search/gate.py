@@ -93,26 +93,22 @@ class Gate:
         self._moved_at = time.monotonic()
         return ticket
 
-    def consumed(self, step: int, measured: Sequence[RootValue]) -> bool:
+    def consumed(self, step: int, root_values: Sequence[RootValue]) -> None:
         """Learner step `step` has consumed its tickets and every engine serves what came of it.
 
         Args:
             step: The learner step that is due.
-            measured: Root values of its trees, in any order; those that errored have none.
-
-        Returns:
-            Whether the run is to end after this step.
+            root_values: Those of its trees, in any order; those that errored have none.
 
         Raises:
             RuntimeError: steps were skipped or consumed twice.
         """
         if step != self.steps_done:
             raise RuntimeError(f"learner step {step} consumed, but step {self.steps_done} is due")
-        self._measure(step, measured)
+        self._measure(step, root_values)
         self.steps_done = step + 1
         self._moved_at = time.monotonic()
         self._moved.set()
-        return self.is_stopping or self.steps_done == self.num_steps
 
     def restart(self, step: int, measurements: Iterable[Measurement]) -> int:
         """Begin again at learner step `step`: tickets from there on are issued anew.
@@ -164,9 +160,9 @@ class Gate:
         own = [m for m in measurements if m.prompt < self.num_prompts]  # data sets may shrink
         self.curriculum = Curriculum(share=self.curriculum.share, seed=self.seed, measurements=own)
 
-    def _measure(self, step: int, measured: Sequence[RootValue]) -> None:
+    def _measure(self, step: int, root_values: Sequence[RootValue]) -> None:
         if self.curriculum.share:
-            values = sorted(measured)  # so that two trees of a prompt have an order
+            values = sorted(root_values)  # so that two trees of a prompt have an order
             found = [Measurement(step, self._prompt_of(root), root.value) for root in values]
             self.curriculum.add(found, self._last_measured(step + 1))
 

@@ -1,13 +1,14 @@
 """Trials: runs the missing trials of a comparison, one after the other, on shared engines."""
 
 import sys
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from treerpo_ray.config import Config
 from treerpo_ray.driver.cluster import check_vllm
-from treerpo_ray.driver.plan import load_inputs
+from treerpo_ray.driver.outcome import RunResult
+from treerpo_ray.driver.plan import Inputs, load_inputs
 from treerpo_ray.driver.run import kept_engines, run
 from treerpo_ray.engine.types import EngineSetup
 from treerpo_ray.errors import RunFailed
@@ -24,10 +25,20 @@ class Trials:
     Args:
         configs: Their configurations, in the order in which they are run.
         folder: Where their results lie.
+        run: Runs one of them on engines that are kept.
+        kept_engines: Starts engines that several can be run on.
     """
 
-    def __init__(self, configs: Mapping[Trial, Config], folder: Path) -> None:
+    def __init__(
+        self,
+        *,
+        configs: Mapping[Trial, Config],
+        folder: Path,
+        run: Callable[[Config, Inputs, Console, TreePoolApi | None], RunResult] = run,
+        kept_engines: Callable[[Config], AbstractContextManager[TreePoolApi]] = kept_engines,
+    ) -> None:
         self.folder, self.configs = folder, configs
+        self._run_on, self._kept_engines = run, kept_engines
         results = read_results(configs, folder)
         self._done = {result.trial for result in results}
         self._starts: dict[str, Evaluation] = {
@@ -73,7 +84,7 @@ class Trials:
         setup = EngineSetup.of(config)
         if self._started is None or start is None or not self._started.can_serve(setup):
             self._restart(setup)
-        if not run(config, inputs, console, self._pool).is_complete:
+        if not self._run_on(config, inputs, console, self._pool).is_complete:
             raise KeyboardInterrupt
         return result_of(trial, config)
 
@@ -85,4 +96,4 @@ class Trials:
         ]
         most = max(able, key=lambda config: config.max_model_tokens)
         self._started = EngineSetup.of(most)
-        self._pool = self._session.enter_context(kept_engines(most))
+        self._pool = self._session.enter_context(self._kept_engines(most))
