@@ -35,6 +35,7 @@ import rich.table
 from ray.cluster_utils import Cluster
 
 from treerpo_ray.config import Config, load
+from treerpo_ray.errors import STOPPED
 from treerpo_ray.metrics.run_log import EVENTS_FILE, latest_rows
 from treerpo_ray.run_folder.files import RunFolder, Scalar
 from treerpo_ray.study.audit import Fields, _float, _int, faults
@@ -133,8 +134,6 @@ TAKES_DOWN = {
     "verifier_started": {Victim.VERIFIER, Victim.LEARNER},
 }
 """Whose end is also that of what an event says to be up."""
-STOPPED = 130
-"""Exit status of a run that was stopped with a checkpoint."""
 ENDLESS = 10_000
 """Learner steps of a run that the drill ends."""
 POLL_S = 0.2

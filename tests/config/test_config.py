@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import pickle
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ from omegaconf import OmegaConf
 from tests.support.project import ROOT
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.loss_config import Normalisation
+from treerpo_ray.config import files
 from treerpo_ray.config.config import Config, credential_keys, numbers
 from treerpo_ray.config.files import MOVED_MODULES, describe, load, to_yaml, with_moved_modules
+from treerpo_ray.config.sections import RAY_JOB
 from treerpo_ray.evaluate.evaluation import Evaluation
 
 CONF = ROOT / "conf"
@@ -350,3 +353,53 @@ def test_no_stored_result_names_a_module_that_is_not_there() -> None:
     assert checks & MOVED_MODULES.keys(), "there are results of before the move"
     for check in {*with_moved_modules([*checks]), *graded}:
         importlib.import_module(check)
+
+
+@pytest.mark.parametrize(
+    ("root", "home", "expected"),
+    [
+        ("runs", "/home/me", "{here}/runs"),
+        ("./a/../runs", "/home/me", "{here}/a/../runs"),
+        ("~/runs", "/home/me", "/home/me/runs"),
+        ("/data/runs/", "/home/me", "/data/runs"),
+        ("s3://bucket/runs", "/home/me", "s3://bucket/runs"),
+        (None, "/home/me", "/home/me/treerpo_runs"),
+    ],
+)
+def test_the_folder_of_a_run_is_the_same_for_every_process(
+    root, home, expected, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.chdir(tmp_path)
+    files._defaults.cache_clear()
+    config = load([] if root is None else [f"run.root={root}"])
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("HOME", "/elsewhere")
+    there = pickle.loads(pickle.dumps(config))
+    assert there.folder == f"{expected.format(here=tmp_path)}/treerpo"
+    (tmp_path / "config.yaml").write_text(to_yaml(there))
+    assert load([str(tmp_path / "config.yaml")]) == config
+    files._defaults.cache_clear()
+
+
+@pytest.mark.parametrize("root", ["runs", ".", "../runs"])
+def test_a_run_in_the_working_folder_of_a_ray_job_is_refused(root, monkeypatch) -> None:
+    monkeypatch.setenv(RAY_JOB, "{}")
+    with pytest.raises(ValueError, match=rf"^run\.root={root}: the working folder of a Ray job"):
+        load([f"run.root={root}"])
+    assert load(["run.root=/runs"]).folder == "/runs/treerpo"
+    assert load(["run.root=s3://bucket"]).folder == "s3://bucket/treerpo"
+
+
+def test_a_home_that_is_not_there_is_one_line_unless_another_place_is_named(monkeypatch) -> None:
+    def no_home(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    files._defaults.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=r"^run\.root=~/treerpo_runs: there is no such home"):
+            load([])
+        assert load(["run.root=/runs"]).folder == "/runs/treerpo"
+    finally:
+        files._defaults.cache_clear()

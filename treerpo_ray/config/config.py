@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from operator import attrgetter
-from pathlib import Path
 
 from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.algo.search import TreeShape
@@ -104,6 +103,8 @@ class Config:
                 f"{key} holds a credential, which would be written into config.yaml and W&B: give "
                 "it to the store by its environment variables or profile"
             )
+        if self.run.root.startswith("~"):
+            raise ValueError(f"run.root={self.run.root}: there is no such home; give a whole path")
         for key, value, limits in numbers(self):
             _check_number(key, value, limits)
         if not 0 <= self.gate.revisit < 1:
@@ -216,8 +217,7 @@ class Config:
     @property
     def folder(self) -> str:
         """The run folder: path or URI."""
-        root = self.run.root if "://" in self.run.root else str(Path(self.run.root).expanduser())
-        return f"{root.rstrip('/')}/{self.run.name}"
+        return f"{self.run.root.rstrip('/')}/{self.run.name}"
 
     @property
     def log_folder(self) -> str | None:

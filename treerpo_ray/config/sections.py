@@ -4,17 +4,42 @@ Defaults and their meaning live here; `config` puts the sections together and ch
 string below a new key is what `--help` says of it.
 """
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.groups import PruneRule, Pruning
+
+RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Variable that Ray sets for the command of a job."""
 
 # What a number must be, as a field's metadata; null is always allowed where the type has it.
 POSITIVE = {"above": 0}
 NOT_NEGATIVE = {"at_least": 0}
 SHARE = {"at_least": 0, "at_most": 1}
 POSITIVE_SHARE = {"above": 0, "at_most": 1}
+
+
+def _absolute(root: str) -> str:
+    """A folder as every process finds it; a URI, or one in a home that is not there, as it is.
+
+    Raises:
+        ValueError: it would be in the working folder of a Ray job.
+    """
+    if "://" in root:
+        return root
+    try:
+        folder = Path(root).expanduser()
+    except RuntimeError:  # there is no such home; `Config` says so, unless another one is given
+        return root
+    if not folder.is_absolute() and RAY_JOB in os.environ:
+        raise ValueError(
+            f"run.root={root}: the working folder of a Ray job is removed after it; give a whole "
+            "path or a URI"
+        )
+    return str(folder.absolute())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +49,8 @@ class RunConfig:
     name: str = "treerpo"
     """Name of the run; a run of the same name goes on where it was."""
     root: str = "~/treerpo_runs"
-    """Folder or URI (s3://, gs://) of all runs; run folders are `root/name`."""
+    """Folder or URI (s3://, gs://) of all runs; run folders are `root/name`. A relative one is
+    taken from the working folder of whoever starts the run."""
     seed: int = 0
     """Seed of prompts, trees and the learner."""
     num_steps: int = field(default=100, metadata=POSITIVE)
@@ -36,6 +62,10 @@ class RunConfig:
     """Time that a stage may stand still before the run stops with a report; longer than any
     learner step, than `engine.request_timeout_s` and than twice `engine.load_timeout_s`, after
     which a hung engine is replaced."""
+
+    def __post_init__(self) -> None:
+        # Processes of a run have other working folders than the one that makes this.
+        object.__setattr__(self, "root", _absolute(self.root))
 
 
 @dataclass(frozen=True, kw_only=True)
