@@ -1,12 +1,15 @@
 """What a run needs of a cluster and of vLLM, worked out without starting Ray."""
 
 import importlib.metadata
+import socket
 
 import pytest
 import torch
+from ray._private import services
 
 from treerpo_ray.config import Config, load
 from treerpo_ray.driver.cluster import (
+    await_head,
     check_fit,
     check_vllm,
     local_resources,
@@ -117,3 +120,30 @@ def test_what_is_missing_is_the_difference_and_rounding_is_not_missing(
     needed: dict[str, float], available: dict[str, float], missing: dict[str, float]
 ) -> None:
     assert missing_resources(needed, available) == missing
+
+
+def test_a_cluster_that_does_not_answer_is_one_line_after_a_while(caplog) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        port = taken.getsockname()[1]
+        for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+            with pytest.raises(ValueError, match=rf"^RAY_ADDRESS={address}: nothing answers there"):
+                await_head(address, patience_s=0.05)
+            assert f"waiting for Ray at {address}, for 0 s more" in caplog.text
+    with pytest.raises(ValueError, match=r"^RAY_ADDRESS=head:port: "):
+        await_head("head:port")
+
+
+def test_one_that_answers_is_not_waited_for() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        await_head(f"127.0.0.1:{server.getsockname()[1]}", patience_s=0)
+    await_head("local", patience_s=0)
+
+
+def test_no_cluster_on_this_machine_is_one_line(monkeypatch) -> None:
+    """`auto` is the one that `ray start` began here."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(services, "get_ray_address_from_environment", lambda *_: None)
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: set())
+    with pytest.raises(ValueError, match=r"^RAY_ADDRESS=auto: Could not find any running Ray"):
+        await_head("auto", patience_s=0)

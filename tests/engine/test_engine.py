@@ -1,5 +1,7 @@
 """A real vLLM engine on a CPU: trees, versions, prefix cache and weights."""
 
+import json
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,11 +12,12 @@ import ray
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from treerpo_ray.actor import root_cause
 from treerpo_ray.algo.search import TreeShape, assemble
 from treerpo_ray.algo.tree import StopReason, Tree
 from treerpo_ray.config import Config
 from treerpo_ray.engine._vllm_args import CPU_BLOCK_SIZE
-from treerpo_ray.engine.engine import Engine
+from treerpo_ray.engine.engine import Engine, last_error
 from treerpo_ray.engine.types import EngineSetup, EngineStats, Sampling
 from treerpo_ray.learner.policy import Policy, load_policy
 from treerpo_ray.prompts.prompt_set import load_tokenizer, resolve_model_path
@@ -286,3 +289,44 @@ def test_a_tied_models_head_is_not_stale_after_an_update_and_other_bytes_are_not
     with pytest.raises(RuntimeError, match="received other bytes"):
         tied.load_packed(manifest, chunks)
     tied.stop()
+
+
+@pytest.mark.parametrize(
+    ("printed", "error"),
+    [
+        ("(EngineCore pid=7) ERROR 11-29 [core.py:9] ValueError: no room", "ValueError: no room"),
+        ("(EngineCore pid=7) torch.OutOfMemoryError: CUDA\n", "torch.OutOfMemoryError: CUDA"),
+        (
+            "RuntimeError: first\n  File x\nKeyError: 'second'\n"
+            "RuntimeError: Engine core initialization failed. See root cause above.",
+            "KeyError: 'second'",
+        ),
+        ("WARNING 11-29 [arg_utils.py:1] all is well\nno error: at all", None),
+        ("", None),
+    ],
+)
+def test_the_cause_of_a_failed_start_is_the_last_error_that_vllm_printed(printed, error) -> None:
+    assert last_error(printed) == error
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"max_position_embeddings": 40}, "max_model_len"),  # found by the actor
+        ({"intermediate_size": 400}, "[Ee]rror"),  # found by the core, when it loads the weights
+    ],
+)
+def test_a_model_that_vllm_cannot_load_is_one_plain_line(
+    change, told, small_config, ray_cluster, tmp_path
+) -> None:
+    shutil.copytree(resolve_model_path(small_config().model.path), tmp_path / "model")
+    file = tmp_path / "model/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    setup = EngineSetup.of(small_config(f"model.path={tmp_path}/model"))
+    kind = ray.remote(Engine).options(num_cpus=0.5)
+    actor = kind.remote(setup=setup, index=9, log_folder=str(tmp_path / "logs"))
+    with pytest.raises(RuntimeError, match=f"vLLM does not start: .*{told}") as caught:
+        ray.get(actor.start.remote())
+    line = root_cause(caught.value)
+    assert line.startswith("RuntimeError: vLLM does not start: ") and "See root cause" not in line
+    ray.kill(actor)

@@ -60,6 +60,23 @@ def test_a_broken_wandb_warns_once_and_loses_nothing(tmp_path, fake_wandb):
     assert len(latest_rows(RunFolder(config.folder))) == 5
 
 
+@pytest.mark.parametrize("message", ["no connection\nin 90 s", ""])
+def test_a_wandb_that_does_not_answer_is_written_offline_and_told_once(
+    tmp_path, fake_wandb, message
+):
+    fake_wandb.error_online = ConnectionError(message)
+    run_log = RunLog(run_config(tmp_path, "p"))
+    for step in range(3):
+        run_log.step({"step": step})
+    run_log.close()
+    [notice] = run_log.notices_since(0)
+    assert notice.kind == "wandb_offline"
+    why = message.splitlines()[0] if message else "ConnectionError"
+    sync = f"`wandb sync {tmp_path}/small/wandb/offline-run-*` sends it later"
+    assert notice.fields["reason"] == f"{why}; {sync}"
+    assert [row["step"] for row in fake_wandb.rows] == [0, 1, 2]
+
+
 def test_the_warning_of_a_failure_is_out_when_the_run_is_closed(tmp_path, fake_wandb):
     fake_wandb.error = RuntimeError("no such entity")
     is_failing, told = threading.Event(), []
@@ -101,13 +118,15 @@ def test_a_wandb_that_does_not_finish_holds_up_the_end_only_for_a_while(tmp_path
     assert notice.fields["reason"].startswith("left out: not written within 0.1 s")
 
 
-def test_the_real_wandb_writes_offline_files_without_a_key(tmp_path):
+@pytest.mark.parametrize("key", [{}, {"WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "3"}])
+def test_the_real_wandb_writes_offline_files_without_a_key_or_a_connection(tmp_path, key):
     """In a process of its own: W&B starts a service and keeps global state."""
     script = (
         "from tests.support.run_logs import run_config, write; import sys;"
         "write(run_config(sys.argv[1], 'p'), [{'step': 0, 'reward/mean': 0.5}])"
     )
     env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    env |= key
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],
         capture_output=True,
@@ -117,6 +136,7 @@ def test_the_real_wandb_writes_offline_files_without_a_key(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "wandb_stopped" not in done.stderr
+    assert ("wandb_offline" in done.stderr) == bool(key)
     (saved,) = (tmp_path / "small/wandb").glob("offline-run-*/*.wandb")
     assert b"reward/mean" in saved.read_bytes()
 

@@ -34,7 +34,7 @@ from tests.support.whole_runs import (
 )
 from treerpo_ray.actor import make_actor
 from treerpo_ray.algo.backup import mean_backup
-from treerpo_ray.config import Config
+from treerpo_ray.config import Config, load
 from treerpo_ray.driver.outcome import RunResult, finished_outcome
 from treerpo_ray.engine.types import EngineSetup
 from treerpo_ray.evaluate.evaluation import save_evaluation
@@ -297,11 +297,13 @@ def test_a_train_worker_that_stands_still_ends_the_run_with_a_report(
         assert f"{stage} (" in report.read_text()
 
 
+SETTINGS = [*STRICT, "run.num_steps=3", "checkpoint.every=1", "evaluate.data.path=''"]
+
+
 def start_run(root: Path) -> subprocess.Popen[str]:
     """`jobs/train.py` with a cluster of its own, for the run that `strict` is without a break."""
-    settings = ["run.num_steps=3", "checkpoint.every=1", "evaluate.data.path=''"]
     return subprocess.Popen(
-        [sys.executable, "jobs/train.py", *SMALL, *STRICT, *settings, f"run.root={root}"],
+        [sys.executable, "jobs/train.py", *SMALL, *SETTINGS, f"run.root={root}"],
         cwd=ROOT,
         # Ray's processes wait so long for a head that is gone before they end; else a minute.
         env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_gcs_rpc_server_reconnect_timeout_s": "3"},
@@ -313,8 +315,9 @@ def start_run(root: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_after_its_head_and_its_driver_were_killed_the_same_command_goes_on_with_the_same_trees(
-    strict, tmp_path
+    strict, kept, tmp_path
 ) -> None:
+    """The last time on engines that are kept: what goes on is in the run folder alone."""
     folder = tmp_path / "quickstart"
     headless = start_run(tmp_path)
     wait_for_step(str(folder), 1)
@@ -336,9 +339,8 @@ def test_after_its_head_and_its_driver_were_killed_the_same_command_goes_on_with
     newest = max((folder / "checkpoints").glob("step=*"))
     os.truncate(newest / "optimizer.pt", 100)
 
-    again = start_run(tmp_path)
-    _, shown = again.communicate()
-    assert again.returncode == 0, shown
+    outcome, shown = run_training(load([*SMALL, *SETTINGS, f"run.root={tmp_path}"]), kept)
+    assert outcome.is_complete
     assert "checkpoint passed over: step" in shown
     assert "optimizer.pt is corrupt" in shown
     assert_promises_kept(str(folder))

@@ -24,9 +24,9 @@ def write(config, rows):
 class FakeWandb(types.ModuleType):
     """Stands where `import wandb` finds it; `hold` makes its log call hang."""
 
-    def __init__(self, has_key=True, error=None):
+    def __init__(self, has_key=True, error=None, error_online=None):
         super().__init__("wandb")
-        self.has_key, self.error = has_key, error
+        self.has_key, self.error, self.error_online = has_key, error, error_online
         self.rows, self.settings, self.is_finished = [], {}, False
         self.hold, self.is_logging = threading.Event(), threading.Event()
         self.hold.set()
@@ -42,6 +42,8 @@ class FakeWandb(types.ModuleType):
         self.settings = settings
         if self.error:
             raise self.error
+        if self.error_online and settings["mode"] != "offline":
+            raise self.error_online
         return self
 
     def define_metric(self, name, step_metric):

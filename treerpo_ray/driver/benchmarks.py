@@ -13,13 +13,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import ray
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from treerpo_ray.actor import make_actor, root_cause
 from treerpo_ray.config import Config
 from treerpo_ray.config.files import load, to_yaml
 from treerpo_ray.config.sections import VerifierConfig
 from treerpo_ray.driver.cluster import connected
+from treerpo_ray.driver.model_check import num_positions
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
 from treerpo_ray.engine.types import EngineSetup, Sampling
 from treerpo_ray.errors import RunFailed
@@ -29,7 +30,7 @@ from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.run_log import RunLog, RunLogApi
 from treerpo_ray.metrics.watchdog import Heartbeats, HeartbeatsApi, watch_over
 from treerpo_ray.prompts.problems import load_problems
-from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer, resolve_model_path
+from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
 from treerpo_ray.run_folder.checkpoints import FOLDER as CHECKPOINTS
 from treerpo_ray.run_folder.files import CONFIG_FILE, MODEL_FOLDER, RunFolder
 from treerpo_ray.run_folder.lock import only_writer
@@ -131,10 +132,7 @@ def check_length(config: Config) -> None:
     Raises:
         ValueError: they do not.
     """
-    model = AutoConfig.from_pretrained(
-        resolve_model_path(config.model.path), trust_remote_code=config.model.trust_remote_code
-    )
-    limit = getattr(model, "max_position_embeddings", None)
+    limit = num_positions(config.model)
     if limit is not None and config.max_model_tokens >= limit:
         raise ValueError(
             f"evaluate.max_tokens={config.max_evaluated_tokens} and the longest prompt "

@@ -4,21 +4,33 @@ import importlib.metadata
 import logging
 import os
 import secrets
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from urllib.parse import urlsplit
 
 import ray
+from ray._private import services
 from ray._private.state import state as ray_state
 
 from treerpo_ray.config import Config
+from treerpo_ray.errors import one_line
 
 log = logging.getLogger(__name__)
 
 
 LOOK_EVERY_S = 15.0
 """Time between looks at a cluster that is still starting."""
+
+
+HEAD_S = 30.0
+"""Time for the head of a cluster to answer; one that has just been started takes some."""
+
+
+HEAD_POLL_S = 5.0
+"""Time between attempts to reach it."""
 
 
 RUNTIME_ENV = {
@@ -104,9 +116,11 @@ def connected(config: Config, *, trains: bool = True) -> Iterator[None]:
     """Connect to the cluster that the environment names, or start one here for the while.
 
     Raises:
-        ValueError: the run needs more than the cluster has; names what and where to change it.
+        ValueError: nothing answers at `RAY_ADDRESS`, or the run needs more than the cluster has;
+            names what and where to change it.
     """
-    if os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        await_head(address)
         ray.init(log_to_driver=False, logging_level=logging.WARNING, runtime_env=RUNTIME_ENV)
     else:
         # Ray listens on every interface, and who may talk to it may run code. Unless told otherwise
@@ -126,6 +140,42 @@ def connected(config: Config, *, trains: bool = True) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def await_head(address: str, patience_s: float = HEAD_S) -> None:
+    """Wait until something listens at `host:port`; Ray itself would wait for minutes, in silence.
+
+    Raises:
+        ValueError: nothing does.
+    """
+    if address == "auto":
+        try:
+            found = services.canonicalize_bootstrap_address_or_die(address)
+        except ConnectionError as error:
+            raise ValueError(f"RAY_ADDRESS={address}: {one_line(error)}") from error
+    else:
+        found = address
+    place = urlsplit(found if "://" in found else f"//{found}")
+    try:
+        host, port = place.hostname, place.port
+    except ValueError as error:
+        raise ValueError(f"RAY_ADDRESS={address}: {error}") from error
+    if host is None or port is None:  # such as "local"
+        return
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=LOOK_EVERY_S).close()
+            return
+        except OSError as error:
+            left_s = end - time.monotonic()
+            if left_s <= 0:
+                raise ValueError(
+                    f"RAY_ADDRESS={address}: nothing answers there ({error}); start the cluster, "
+                    "or unset RAY_ADDRESS to run on this machine alone"
+                ) from error
+            log.warning("waiting for Ray at %s, for %.0f s more: %s", address, left_s, error)
+            time.sleep(min(HEAD_POLL_S, left_s))
 
 
 def _await_cluster(config: Config, *, trains: bool) -> None:

@@ -1,18 +1,13 @@
 """The plan: what a run will do and need, worked out before anything is started."""
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import PromptsConfig
@@ -22,9 +17,12 @@ from treerpo_ray.driver.cluster import (
     missing_resources,
     needed_resources,
 )
-from treerpo_ray.prompts.hub import Unreachable, is_unreachable
+from treerpo_ray.driver.model_check import ModelFacts, check_model
+from treerpo_ray.errors import one_line
+from treerpo_ray.prompts.hub import Unreachable
 from treerpo_ray.prompts.problems import DataReport, load_problems
-from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer, one_token, resolve_model_path
+from treerpo_ray.prompts.prompt_set import PromptSet, end_token_ids, load_tokenizer, one_token
+from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.verifier.verifier import is_module
 
 T = TypeVar("T")
@@ -99,18 +97,15 @@ def load_inputs(config: Config) -> Inputs:
 
 
 def preflight(config: Config) -> Preflight:
-    """Look at data, tokenizer, model and verifier.
+    """Look at data, tokenizer, model, verifier and run folder.
 
     Raises:
-        ValueError: a data set, a column, the tokenizer, the delimiter, the model folder or the
-            verifier is not as it must be.
+        ValueError: a data set, a column, the tokenizer, the delimiter, the model, the verifier or
+            the run folder is not as it must be.
     """
     if not is_module(config.verifier.check):
         raise ValueError(f"verifier.check={config.verifier.check}: no such module")
-    folder = Path(resolve_model_path(config.model.path))
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise ValueError(f"model.path={config.model.path}: the folder has no *.safetensors weights")
-    _check_own_code(config)
+    _check_folder(config)
     unchecked: list[str] = []
 
     def reached(look: Callable[[], T]) -> T | None:
@@ -121,6 +116,7 @@ def preflight(config: Config) -> Preflight:
             return None
 
     model = config.model
+    facts = reached(lambda: check_model(model, config.max_model_tokens))
     tokenizer = reached(lambda: load_tokenizer(model.path, model.trust_remote_code))
     delimiters: tuple[int, ...] = ()
     if config.tree.delimiter is not None and tokenizer is not None:
@@ -129,11 +125,13 @@ def preflight(config: Config) -> Preflight:
     held_out = None
     if config.evaluate.data.path:
         held_out = reached(lambda: _load_data(config.evaluate.data, "evaluate.data", tokenizer))
+    if tokenizer is not None and facts is not None:
+        _check_token_ids(config, facts, tokenizer, train, held_out)
     return Preflight(
         train=train,
         held_out=held_out,
         delimiters=delimiters,
-        num_parameters=reached(lambda: count_parameters(config)),
+        num_parameters=None if facts is None else facts.num_parameters,
         unchecked=tuple(dict.fromkeys(unchecked)),
     )
 
@@ -148,48 +146,52 @@ def _load_data(
     return DataSet(report=report, prompts=prompts)
 
 
-def _check_own_code(config: Config) -> None:
-    """Refuse a model that only Python code of its own can load, unless that may run.
+def _check_folder(config: Config) -> None:
+    """Refuse a run folder that cannot be written, as far as that can be told without writing.
 
     Raises:
-        ValueError: it is such a model.
+        ValueError: it cannot.
     """
-    if config.model.trust_remote_code:
+    try:
+        folder = RunFolder(config.folder)
+    except (ImportError, ValueError) as error:  # of the store that the URI names
+        raise ValueError(f"run.root={config.run.root}: {one_line(error)}") from error
+    if not folder.is_local:
         return
-    try:
-        found, _ = PreTrainedConfig.get_config_dict(resolve_model_path(config.model.path))
-    except OSError:
-        return  # there is no model; whoever loads it says so
-    if "auto_map" in found and found.get("model_type") not in CONFIG_MAPPING:
-        raise ValueError(
-            f"model.path={config.model.path}: this model comes with Python code of its own; read "
-            "it, and if you trust it set model.trust_remote_code=true"
-        )
+    place = Path(folder.root)
+    nearest = next(each for each in (place, *place.parents) if each.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"run.root={config.run.root}: {nearest} is a file, not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"run.root={config.run.root}: {nearest} cannot be written")
 
 
-def count_parameters(config: Config) -> int:
-    """Parameters of the model, without loading its weights.
+def _check_token_ids(
+    config: Config,
+    facts: ModelFacts,
+    tokenizer: PreTrainedTokenizerBase,
+    train: DataSet | None,
+    held_out: DataSet | None,
+) -> None:
+    """Refuse tokens that the model's embedding has no row for.
 
     Raises:
-        ValueError: there is no model at `model.path`; `Unreachable` if the id could not be
-            looked up.
+        ValueError: an end token or one of a prompt is such.
     """
-    import torch
-
-    path = resolve_model_path(config.model.path)
-    try:
-        model_config = AutoConfig.from_pretrained(
-            path, trust_remote_code=config.model.trust_remote_code
-        )
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                model_config, trust_remote_code=config.model.trust_remote_code
-            )
-    except (OSError, ValueError) as error:
-        if is_unreachable(error):
-            raise Unreachable(f"model.path={config.model.path}") from error
-        raise ValueError(f"model.path={config.model.path}: {str(error).splitlines()[0]}") from error
-    return sum(parameter.numel() for parameter in model.parameters())
+    path, rows = config.model.path, facts.num_embeddings
+    fix = f"the embedding has {rows} rows; take the tokenizer of this model"
+    for end in end_token_ids(path, tokenizer):
+        if end >= rows:
+            raise ValueError(f"model.path={path}: its end token has the id {end}, but {fix}")
+    for section, data in (("prompts", train), ("evaluate.data", held_out)):
+        if data is None or data.prompts is None:
+            continue
+        for problem, ids in zip(data.prompts.problems, data.prompts.token_ids, strict=True):
+            if max(ids) >= rows:
+                raise ValueError(
+                    f"model.path={path}: the prompt of '{problem.id}' in {section} has the token "
+                    f"{max(ids)}, but {fix}"
+                )
 
 
 def plan_lines(config: Config, found: Preflight) -> list[str]:

@@ -9,6 +9,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import re
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import psutil
 import ray
 from ray.actor import ActorHandle
 
+from treerpo_ray.actor import root_cause
 from treerpo_ray.algo.search import SiblingGroup, TreeShape, grow
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, error_step
 from treerpo_ray.engine._vllm_args import engine_args, environment
@@ -53,6 +55,24 @@ def redirect_output(path: Path) -> None:
     os.close(file)
 
 
+ERROR_LINE = re.compile(r"(?:^|\] |\) )((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.MULTILINE)
+"""Last line of a trace, behind what vLLM puts before each line."""
+
+
+POINTER = "See root cause above"
+"""In the error of vLLM that only says that its core had one."""
+
+
+def last_error(printed: str) -> str | None:
+    """The error of the last trace that vLLM printed, but for one that only points to another.
+
+    >>> last_error("(EngineCore pid=7) ERROR 11-29 [core.py:9] ValueError: no room")
+    'ValueError: no room'
+    """
+    found = [error for error in ERROR_LINE.findall(printed) if POINTER not in error]
+    return found[-1] if found else None
+
+
 log = logging.getLogger(__name__)
 
 
@@ -73,16 +93,22 @@ class Engine:
         self._loading = asyncio.Lock()
         self._request_ids = itertools.count()
         self._totals = np.zeros(4, np.int64)
-        if log_folder is not None:
-            redirect_output(Path(log_folder) / f"engine-{index}.log")
+        self._log = None if log_folder is None else Path(log_folder) / f"engine-{index}.log"
+        if self._log is not None:
+            redirect_output(self._log)
 
     async def node(self) -> str:
         """Ray's id of this actor's node."""
         return ray.get_runtime_context().get_node_id()
 
     async def start(self) -> tuple[int, int]:
-        """Load the model; returns the ids of this process and of vLLM's core once it can sample."""
+        """Load the model; returns the ids of this process and of vLLM's core once it can sample.
+
+        Raises:
+            RuntimeError: vLLM does not start; one line with its cause.
+        """
         os.environ |= environment(self.setup.engine)
+        from pydantic import ValidationError
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -92,11 +118,24 @@ class Engine:
         model = self.setup.model
         tokenizer = load_tokenizer(model.path, model.trust_remote_code)
         self._end_ids = frozenset(end_token_ids(model.path, tokenizer))
-        self._llm: AsyncLLM = AsyncLLM.from_engine_args(self.vllm_args())
-        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+        num_logged = len(self._logged())
+        try:
+            self._llm: AsyncLLM = AsyncLLM.from_engine_args(self.vllm_args())
+            await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+        except Exception as error:  # vLLM's own may not even be pickled
+            cause = last_error(self._logged()[num_logged:]) or root_cause(error)
+            if isinstance(error, ValidationError):  # its text has several lines on each fault
+                cause = "; ".join(fault["msg"] for fault in error.errors())
+            raise RuntimeError(f"vLLM does not start: {cause}") from None
         [core] = multiprocessing.active_children()
         assert core.pid is not None  # it runs
         return os.getpid(), core.pid
+
+    def _logged(self) -> str:
+        """What this engine and its processes have printed, in earlier starts too."""
+        if self._log is None or not self._log.exists():
+            return ""
+        return self._log.read_text(errors="replace")
 
     def vllm_args(self) -> "AsyncEngineArgs":
         """How vLLM is set up."""

@@ -5,7 +5,7 @@ import os
 import uuid
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from treerpo_ray.run_folder.writer import BackgroundWriter, OnFailure, Warn
 
@@ -20,15 +20,16 @@ ID_FILE = "wandb_id"
 
 
 class WandbRun:
-    """One W&B run, served in the background; offline unless a key is known, and never asking for
-    one.
+    """One W&B run, served in the background; offline unless a key is known and W&B answers, and
+    never asking for a key.
 
     Args:
         config: The run's; it is shown on W&B.
         folder: Local folder for the offline files and the id of the run.
         last_step: Step that W&B has already; rows of earlier ones, which a resume repeats, are
             left out, so that its step axis never runs backwards.
-        warn: Told once, with a kind and a reason, when W&B gets no more rows.
+        warn: Told, with a kind and a reason, once when W&B does not answer and the run goes on
+            offline, and once when W&B gets no more rows.
         max_waiting: Rows that may wait.
         close_s: Time that W&B gets to finish when the run ends.
     """
@@ -44,6 +45,7 @@ class WandbRun:
         close_s: float = 60.0,
     ) -> None:
         self._config, self._folder, self._last_step = config, folder, last_step
+        self._warn = warn
         self._run: wandb.Run | None = None
         self._writer = BackgroundWriter(
             lambda _, reason: warn("wandb_stopped", f"{reason}; metrics.jsonl has all rows"),
@@ -74,19 +76,35 @@ class WandbRun:
     def _start(self) -> None:
         import wandb
 
+        is_online = os.environ.get("WANDB_MODE", "online") == "online"
+        has_key = not is_online or wandb.login(prompt=False, verify=False)
+        try:
+            self._run = self._init(mode=None if has_key else "offline")
+        except Exception as error:  # no connection, no such entity, a key that is refused
+            if not (is_online and has_key):
+                raise
+            self._run = self._init(mode="offline")
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self._warn(
+                "wandb_offline",
+                f"{reason}; `wandb sync {self._folder}/wandb/offline-run-*` sends it later",
+            )
+        self._run.define_metric("*", step_metric="step")
+
+    def _init(self, mode: Literal["offline"] | None) -> "wandb.Run":
+        import wandb
+
         id_file = self._folder / ID_FILE
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:12])
-        is_online = os.environ.get("WANDB_MODE", "online") == "online"
-        has_key = not is_online or wandb.login(prompt=False, verify=False)
-        self._run = wandb.init(
+        return wandb.init(
             project=self._config.metrics.wandb_project,
             name=self._config.run.name,
             id=id_file.read_text(),
             resume="allow",
             dir=str(self._folder),
             config=dataclasses.asdict(self._config),
-            mode=None if has_key else "offline",
+            mode=mode,
             # Metadata would hold the command line of a Ray worker, and with it Ray's password.
             settings=wandb.Settings(
                 silent=True,
@@ -96,4 +114,3 @@ class WandbRun:
                 x_disable_meta=True,
             ),
         )
-        self._run.define_metric("*", step_metric="step")

@@ -51,7 +51,8 @@ class PromptSet:
             section: Where `config` stands in the configuration, for messages.
 
         Raises:
-            ValueError: no prompt is short enough, or the template refuses the messages.
+            ValueError: no prompt is short enough, one has no tokens, or the template or tokenizer
+                fails.
         """
         try:
             encoded = _encode([p.question for p in problems], tokenizer, config.system_prompt)
@@ -60,6 +61,16 @@ class PromptSet:
                 f"{section}.system_prompt={config.system_prompt!r}: the model's chat template "
                 f"refuses these messages ({one_line(error)}); null leaves the system message out"
             ) from error
+        except Exception as error:  # a template may do anything, a tokenizer much
+            raise ValueError(
+                f"{section}.path={config.path}: the model's chat template or tokenizer fails on "
+                f"its questions ({type(error).__name__}: {one_line(error)})"
+            ) from error
+        for problem, ids in zip(problems, encoded, strict=True):
+            if not ids:
+                raise ValueError(
+                    f"{section}.path={config.path}: the prompt of '{problem.id}' has no tokens"
+                )
         kept = [i for i, ids in enumerate(encoded) if len(ids) <= config.max_prompt_tokens]
         if not kept:
             raise ValueError(
@@ -84,20 +95,27 @@ def load_tokenizer(model_path: str, trust_remote_code: bool) -> "PreTrainedToken
 
     resolved = resolve_model_path(model_path)
     try:
-        return AutoTokenizer.from_pretrained(resolved, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        loaded = AutoTokenizer.from_pretrained(resolved, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises whatever its parsers do
         if is_unreachable(error):
             raise Unreachable(f"model.path={model_path}") from error
         raise ValueError(f"model.path={model_path}: no tokenizer ({one_line(error)})") from error
+    if len(loaded) <= len(loaded.all_special_ids):  # made from nothing, where its files are not
+        raise ValueError(
+            f"model.path={model_path}: no tokenizer (it has special tokens only; copy "
+            "tokenizer.json and tokenizer_config.json from the model that this one came from)"
+        )
+    return loaded
 
 
 def end_token_ids(model_path: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
-    """Ids that end an answer: the tokenizer's end token, then those of `generation_config.json`.
+    """Ids that end an answer: the tokenizer's end token, then those of `generation_config.json`
+    or, where there is none, of `config.json`.
 
     Raises:
         ValueError: the model has no end token, or its `generation_config.json` is corrupt.
     """
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedConfig
 
     resolved = resolve_model_path(model_path)
     try:
@@ -105,7 +123,7 @@ def end_token_ids(model_path: str, tokenizer: "PreTrainedTokenizerBase") -> tupl
     except OSError as error:
         if (Path(resolved) / "generation_config.json").exists():
             raise ValueError(f"model.path={model_path}: {one_line(error)}") from error
-        found = None  # the file is optional
+        found = PreTrainedConfig.get_config_dict(resolved)[0].get("eos_token_id")
     listed = found if isinstance(found, list) else [found]
     ids = dict.fromkeys(i for i in [tokenizer.eos_token_id, *listed] if i is not None)
     if not ids:

@@ -1,0 +1,262 @@
+"""Model check: what can be told of a model in seconds, without loading its weights.
+
+What is wrong is one line that names the model and what to do. Engines and workers would find it
+once they are started, with a trace, or never.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.core_model_loading import revert_weight_conversion
+
+from treerpo_ray.config.sections import ModelConfig
+from treerpo_ray.errors import one_line
+from treerpo_ray.prompts.hub import Unreachable, is_unreachable
+from treerpo_ray.prompts.prompt_set import resolve_model_path
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+LFS_POINTER = b"version https://git-lfs"
+MOST_HEADER_BYTES = 100 * 2**20
+"""Longer headers are refused by safetensors itself."""
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+"""Names that architectures give to the number of positions."""
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What a run needs to know of its model."""
+
+    num_parameters: int
+    num_embeddings: int
+    """Rows of the embedding: token ids are below."""
+
+
+def check_model(model: ModelConfig, longest: int) -> ModelFacts:
+    """Look at the files of a model, its configuration and the shapes of its weights.
+
+    Args:
+        model: Which one.
+        longest: Tokens of the longest prompt with its answer.
+
+    Raises:
+        ValueError: it cannot be trained, or not on paths of that length; `Unreachable` if a
+            Hugging Face id could not be looked up.
+    """
+    path = resolve_model_path(model.path)
+    try:
+        shapes = dict(_saved_shapes(Path(path))) if Path(path).is_dir() else None
+        _check_own_code(path, model)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+        _check_config(config, longest)
+        made = _make_empty(config, model)
+        if shapes is not None:
+            _check_shapes(made, shapes)
+        _check_generation_config(path)
+    except Exception as error:  # transformers has its own for whatever a configuration may hold
+        if is_unreachable(error):
+            raise Unreachable(f"model.path={model.path}") from error
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        raise ValueError(f"model.path={model.path}: {kind}{one_line(error)}") from error
+    return ModelFacts(
+        num_parameters=sum(parameter.numel() for parameter in made.parameters()),
+        num_embeddings=len(cast("torch.Tensor", made.get_input_embeddings().weight)),
+    )
+
+
+def num_positions(model: ModelConfig) -> int | None:
+    """Positions that a model knows; None: any number."""
+    path = resolve_model_path(model.path)
+    return _num_positions(
+        AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    )
+
+
+# Files -------------------------------------------------------------------------------------
+
+
+def _saved_shapes(folder: Path) -> Iterator[tuple[str, Shape]]:
+    """Name and shape of every weight that the files of a model folder hold, whole.
+
+    Raises:
+        ValueError: a file is missing, a pointer, cut off or none of safetensors.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError("the folder has no config.json")
+    if (folder / INDEX).is_file():
+        placed: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+        for name in sorted(set(placed.values())):
+            if not (folder / name).is_file():
+                raise ValueError(f"{name} is not there, but {INDEX} names it; download it")
+            held = dict(_header(folder / name))
+            for weight in (weight for weight, place in placed.items() if place == name):
+                if weight not in held:
+                    raise ValueError(f"{name} lacks {weight}, which {INDEX} names")
+            yield from held.items()
+    elif (folder / SINGLE).is_file():
+        yield from _header(folder / SINGLE)
+    else:
+        raise ValueError(f"the folder has no *.safetensors weights: neither {SINGLE} nor {INDEX}")
+
+
+def _header(file: Path) -> Iterator[tuple[str, Shape]]:
+    """Name and shape of the weights in a file of safetensors: 8 bytes with the length of a JSON
+    header, the header, and the bytes that it tells of."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        start = opened.read(max(8, len(LFS_POINTER)))
+        if start.startswith(LFS_POINTER):
+            raise ValueError(f"{file.name} is a pointer of Git LFS: fetch it with `git lfs pull`")
+        length = int.from_bytes(start[:8], "little")
+        if size < 8 or length > MOST_HEADER_BYTES:
+            raise ValueError(f"{file.name} is no safetensors file")
+        opened.seek(8)
+        header = opened.read(length)
+    if len(header) < length:
+        raise ValueError(f"{file.name} is cut off at {size:,} bytes; download it again")
+    try:
+        weights: dict[str, dict[str, Any]] = json.loads(header)
+        weights.pop("__metadata__", None)
+        end = 8 + length + max((each["data_offsets"][1] for each in weights.values()), default=0)
+        shapes = [(name, tuple(each["shape"])) for name, each in weights.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file.name} is no safetensors file") from error
+    if size < end:
+        raise ValueError(f"{file.name} is cut off at {size:,} of {end:,} bytes; download it again")
+    yield from shapes
+
+
+def _check_shapes(model: PreTrainedModel, saved: Mapping[str, Shape]) -> None:
+    """Compare the weights of a model with those that its files hold.
+
+    Raises:
+        ValueError: some are missing or have another shape.
+    """
+    prefix = f"{model.base_model_prefix}."
+    weights = {name: weight.data for name, weight in model.named_parameters()}
+    wrong = []
+    for name, weight in revert_weight_conversion(model, weights).items():
+        names = (name, name.removeprefix(prefix), prefix + name)  # with a head or without
+        found = next((saved[each] for each in names if each in saved), None)
+        if found is None and _is_tied(model, name) and "lm_head.weight" in saved:
+            found = saved["lm_head.weight"]
+        if found is None:
+            wrong.append(f"{name}: not there")
+        elif found != tuple(weight.shape):
+            wrong.append(f"{name}: {list(found)}, should be {list(weight.shape)}")
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} weights are missing from the checkpoint or have another shape than "
+            f"config.json says, e.g. {wrong[0]}"
+        )
+
+
+def _is_tied(model: PreTrainedModel, name: str) -> bool:
+    """Whether a weight is the embedding of a model whose head has the same one."""
+    embedding = model.get_input_embeddings().weight
+    names = [own for own, weight in model.named_parameters() if weight is embedding]
+    return bool(model.config.tie_word_embeddings) and name in names
+
+
+# Configuration -----------------------------------------------------------------------------
+
+
+def _check_own_code(path: str, model: ModelConfig) -> None:
+    """Refuse a model that only Python code of its own can load, unless that may run."""
+    if model.trust_remote_code:
+        return
+    found, _ = PreTrainedConfig.get_config_dict(path)
+    if "auto_map" in found and found.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            "this model comes with Python code of its own; read it, and if you trust it set "
+            "model.trust_remote_code=true"
+        )
+
+
+def _check_config(config: PreTrainedConfig, longest: int) -> None:
+    """Refuse what no weight of the model can make good."""
+    text = config.get_text_config()
+    if quantised := getattr(config, "quantization_config", None):
+        method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
+        raise ValueError(
+            f"its weights are quantised ({method or 'quantization_config in config.json'}); "
+            "training needs those of the model before that"
+        )
+    limit = _num_positions(config)
+    if limit is not None and longest >= limit:
+        raise ValueError(
+            f"it has {limit} positions, and the longest prompt with its answer {longest} tokens: "
+            "lower max_prompt_tokens, tree.step_tokens or evaluate.max_tokens"
+        )
+    window = _window(text)
+    if window is not None and window < longest:
+        raise ValueError(
+            f"its attention has a window of {window} tokens, and the longest prompt with its "
+            f"answer {longest}: tree attention has no windows"
+        )
+
+
+def _num_positions(config: PreTrainedConfig) -> int | None:
+    """Positions that a model knows, with the scaling of its rotary embedding; None: any number."""
+    text = config.get_text_config()
+    known = [value for key in POSITION_KEYS if isinstance(value := getattr(text, key, None), int)]
+    if not known:
+        return None
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    original = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type", rope.get("type")) == "yarn" and original:
+        return max(known[0], int(original * rope.get("factor", 1.0)))
+    return known[0]
+
+
+def _window(text: PreTrainedConfig) -> int | None:
+    """Tokens that some layer's attention is limited to; None: no layer's is."""
+    windows = [getattr(text, key, None) for key in ("sliding_window", "attention_chunk_size")]
+    known = [window for window in windows if isinstance(window, int) and window > 0]
+    layers = getattr(text, "layer_types", None)
+    if not known or getattr(text, "use_sliding_window", True) is False:
+        return None
+    if layers is not None and not any(kind.startswith(("sliding", "chunked")) for kind in layers):
+        return None
+    return min(known)
+
+
+def _make_empty(config: PreTrainedConfig, model: ModelConfig) -> PreTrainedModel:
+    """The model without memory for its weights."""
+    import torch
+
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    return made
+
+
+def _check_generation_config(path: str) -> None:
+    """Refuse one that is corrupt, or that could not be saved with the trained model."""
+    try:
+        found = GenerationConfig.from_pretrained(path)
+    except OSError:
+        if (Path(path) / "generation_config.json").exists():
+            raise
+        return  # the file is optional
+    try:
+        found.validate(strict=True)
+    except ValueError as error:
+        raise ValueError(
+            f"its generation_config.json could not be saved again: {one_line(error)}"
+        ) from error
