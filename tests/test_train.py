@@ -19,7 +19,8 @@ from tests.support.records import tree_of
 from treerpo_ray.config import Config, load
 from treerpo_ray.driver.outcome import finished_outcome
 from treerpo_ray.learner.stats import BatchStats
-from treerpo_ray.records import RootValue, TreeRecord
+from treerpo_ray.records import RootValue, TreeRecord, to_table
+from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.task import RunActors, WorkerTask
 from treerpo_ray.train import TrainWorker
@@ -60,7 +61,7 @@ class FakeLearner:
 
     def update(self) -> SimpleNamespace:
         self.version += 1
-        stats = BatchStats(measured=(RootValue(0, 0, 0.5),))
+        stats = BatchStats(root_values=(RootValue(0, 0, 0.5),))
         return SimpleNamespace(has_updated=True, stats=stats, metrics={})
 
 
@@ -96,7 +97,10 @@ def open_worker(
     config: Config, *, step: int, left_over: list[TreeRecord], grown: list[TreeRecord]
 ) -> FakeActors:
     fakes = FakeActors({"unconsumed": grown, "restart": 7, "stats": []})
-    make_worker(config, fakes, step=step).open(left_over, [])
+    checkpoint = Path(config.folder) / "restored"
+    checkpoint.mkdir(parents=True)
+    saved_trees.write(checkpoint, left_over, config.tree)
+    make_worker(config, fakes, step=step).open(checkpoint)
     return fakes
 
 
@@ -115,7 +119,7 @@ def test_a_restart_goes_on_from_the_checkpoints_trees_and_from_those_that_the_po
     assert fakes.arguments["unconsumed"] == (4,)
     _, session, first, _, saved = fakes.arguments["grow_tickets"]
     assert (session, first) == (7, 4)
-    assert saved == [left_over[0], further, grown[1]]
+    assert to_table(saved).equals(to_table([left_over[0], further, grown[1]]))
     order = [fakes.calls.index(name) for name in ("unconsumed", "publish", "grow_tickets")]
     assert order == sorted(order), "asked before the engines turn back and the pool drops them"
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from dataclasses import is_dataclass
 from pathlib import Path
 
@@ -195,11 +196,14 @@ def math_files(tmp_path: Path) -> tuple[str, str]:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_plan_of_local_stand_ins_has_nothing_unchecked(
-    name: str, math_files: tuple[str, str]
+    name: str, math_files: tuple[str, str], tmp_path: Path
 ) -> None:
     train, test = math_files
+    shutil.copytree(MODEL, tmp_path / "model")  # a small one with room for the recipe's answers
+    file = tmp_path / "model/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 4096}))
     config = recipe(
-        name, f"model.path={MODEL}", f"prompts.path={train}", f"evaluate.data.path={test}"
+        name, f"model.path={tmp_path}/model", f"prompts.path={train}", f"evaluate.data.path={test}"
     )
     found = preflight(config)
     assert found.unchecked == ()

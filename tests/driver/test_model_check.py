@@ -32,12 +32,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def edit(name: str, **values: object) -> Spoil:
-    """Sets values of a JSON file; None removes them."""
+    """Sets values of a JSON file."""
 
     def spoil(folder: Path) -> None:
         fields = json.loads((folder / name).read_text()) | values
-        kept = {key: value for key, value in fields.items() if value is not None}
-        (folder / name).write_text(json.dumps(kept))
+        (folder / name).write_text(json.dumps(fields))
 
     return spoil
 
@@ -99,7 +98,11 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
         r"b\.safetensors lacks model\.extra\.weight",
     ),
     "shape": (edit("config.json", intermediate_size=400), r"weights .* shape than config\.json"),
-    "layers": (edit("config.json", num_hidden_layers=9), r"weights are missing .*: not there"),
+    "layers": (
+        edit("config.json", num_hidden_layers=9, layer_types=["full_attention"] * 9),
+        r"weights are missing .*: not there",
+    ),
+    "padding": (edit("config.json", pad_token_id=9999), r"pad_token_id 9999, .* \d+ rows"),
     "one missing": (
         weights_as(lambda w: {name: w[name] for name in w if "layers.1.mlp.up" not in name}),
         r"^model\.path=\S+: 1 weights are missing .*layers\.1\.mlp\.up_proj\.weight: not there",
@@ -217,7 +220,7 @@ def test_tokens_beyond_the_embedding_are_refused(folder: Path) -> None:
             for name, weight in weights.items()
         }
 
-    edit("config.json", vocab_size=40)(folder)
+    edit("config.json", vocab_size=40, pad_token_id=None)(folder)
     weights_as(lambda weights: cut(weights, 40))(folder)
     with pytest.raises(ValueError, match=r"its end token has the id \d+, but the embedding has 40"):
         look(folder)

@@ -1,6 +1,7 @@
 """A real vLLM engine on a CPU: trees, versions, prefix cache and weights."""
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -309,24 +310,17 @@ def test_the_cause_of_a_failed_start_is_the_last_error_that_vllm_printed(printed
     assert last_error(printed) == error
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"max_position_embeddings": 40}, "max_model_len"),  # found by the actor
-        ({"intermediate_size": 400}, "[Ee]rror"),  # found by the core, when it loads the weights
-    ],
-)
 def test_a_model_that_vllm_cannot_load_is_one_plain_line(
-    change, told, small_config, ray_cluster, tmp_path
+    small_config, ray_cluster, tmp_path
 ) -> None:
     shutil.copytree(resolve_model_path(small_config().model.path), tmp_path / "model")
     file = tmp_path / "model/config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 400}))
     setup = EngineSetup.of(small_config(f"model.path={tmp_path}/model"))
     kind = ray.remote(Engine).options(num_cpus=0.5)
     actor = kind.remote(setup=setup, index=9, log_folder=str(tmp_path / "logs"))
-    with pytest.raises(RuntimeError, match=f"vLLM does not start: .*{told}") as caught:
+    with pytest.raises(RuntimeError, match="vLLM does not start: ") as caught:
         ray.get(actor.start.remote())
     line = root_cause(caught.value)
-    assert line.startswith("RuntimeError: vLLM does not start: ") and "See root cause" not in line
+    assert re.match(r"RuntimeError: vLLM does not start: \w+Error: .*(size|shape)", line), line
     ray.kill(actor)

@@ -106,7 +106,7 @@ def test_the_statistics_of_a_tree_by_hand() -> None:
         version_sum=4,
         last_finished_s=9,
         last_scored_s=10,
-        measured=(RootValue(ticket=7, num_redraws=0, value=0.25),),
+        root_values=(RootValue(ticket=7, num_redraws=0, value=0.25),),
         num_moved=2,
     )
 

@@ -75,12 +75,10 @@ def drain(cluster: Cluster, node_id: str, seconds: float) -> None:
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_node_of_engines_or_of_workers_that_is_lost_or_drained_costs_no_ticket(
-    cluster, tmp_path
-) -> None:
-    """A node for a second worker and one for a second engine come up; then the nodes of the first
-    engine and of the second worker vanish, and that of the second engine is drained."""
-    lost = add_rollout_node(cluster)
+def test_nodes_of_workers_and_engines_come_and_go_and_cost_no_ticket(cluster, tmp_path) -> None:
+    """A node for a second worker and one for a second engine come up; then the first vanishes and
+    the other is drained. In `test_chaos` a node of an engine vanishes."""
+    add_rollout_node(cluster)
     add_train_node(cluster)
     command = [sys.executable, "jobs/train.py", *SMALL, f"run.root={tmp_path}", "run.name=nodes"]
     shown = tmp_path / "shown"
@@ -89,18 +87,14 @@ def test_a_node_of_engines_or_of_workers_that_is_lost_or_drained_costs_no_ticket
     job = Job(process, tmp_path / "nodes")
     try:
         job.wait_for_workers(1)  # with one engine: a second of both is wanted, but has no node yet
-        lost_worker = add_train_node(cluster)  # Ray Train looks for it every few seconds
+        lost = add_train_node(cluster)  # Ray Train looks for it every few seconds
         drained = add_rollout_node(cluster)
         job.wait_for("engine_serving", 2)
         job.wait_for_workers(1, 2)
         cluster.remove_node(lost, allow_graceful=False)
-        job.wait_for("engine_lost")
-        cluster.remove_node(lost_worker, allow_graceful=False)
-        add_rollout_node(cluster)
-        job.wait_for("engine_serving", 3)
-        job.wait_for_workers(1, 2, 1)
-        drain(cluster, drained.node_id, seconds=30)
+        drain(cluster, drained.node_id, seconds=60)
         job.wait_for("engine_left")
+        job.wait_for_workers(1, 2, 1)
         process.send_signal(signal.SIGTERM)  # as `ray job stop` does
         assert process.wait(timeout=1800) == 130, shown.read_text()
     finally:
@@ -113,15 +107,14 @@ def test_a_node_of_engines_or_of_workers_that_is_lost_or_drained_costs_no_ticket
     assert_no_tree_was_finished_twice(run)
     assert metrics["staleness/max"].max() <= 1
     assert_promises_kept(run.folder, f"run.num_steps={metrics.index.max()}")
-    # More than once where Ray put it on the node that was gone and not yet missed.
-    assert set(events[events.kind == "engine_lost"]["engine"]) == {0}
+    assert (events.kind == "engine_lost").sum() == 0
     [draining] = events[events.kind == "engine_draining"].itertuples()
     [left] = events[events.kind == "engine_left"].itertuples()
     assert draining.node == left.node == drained.node_id
     assert draining.reason == "its node is drained"
     assert left.trees == 0 and left.reason == "it is drained"
     joined = events[events.kind == "engine_serving"]
-    assert joined["node"].nunique() == 3
-    assert joined["version"].iloc[1:].min() > 0  # they took over what had been learned
+    assert joined["engine"].tolist() == [0, 1]
+    assert joined["version"].iloc[1] > 0  # it took over what had been learned
     assert "engine draining: " in shown.read_text()
     assert "stopped with a checkpoint" in shown.read_text()

@@ -46,6 +46,9 @@ class FakeWandb(types.ModuleType):
             raise self.error_online
         return self
 
+    def teardown(self):
+        assert self.error or self.error_online
+
     def define_metric(self, name, step_metric):
         self.axis = (name, step_metric)
 

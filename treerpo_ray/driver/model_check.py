@@ -198,6 +198,11 @@ def _check_config(config: PreTrainedConfig, longest: int) -> None:
             f"its weights are quantised ({method or 'quantization_config in config.json'}); "
             "training needs those of the model before that"
         )
+    if text.pad_token_id is not None and text.pad_token_id >= text.vocab_size:
+        raise ValueError(
+            f"config.json has the pad_token_id {text.pad_token_id}, and an embedding of "
+            f"{text.vocab_size} rows"
+        )
     limit = _num_positions(config)
     if limit is not None and longest >= limit:
         raise ValueError(

@@ -83,6 +83,7 @@ class WandbRun:
         except Exception as error:  # no connection, no such entity, a key that is refused
             if not (is_online and has_key):
                 raise
+            wandb.teardown()  # else the id counts as in use
             self._run = self._init(mode="offline")
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             self._warn(
