@@ -204,7 +204,7 @@ def test_help_explains_every_section() -> None:
         ("model.path=nowhere/model/x", "model.path="),
         ("learner.num_workers=5", "must be a multiple"),
         ("tree.delimiter='ab'", "must be one"),
-        ("model.path=tests", "no *.safetensors"),
+        ("model.path=tests", "no config.json"),
         ("verifier.check=treerpo_ray.nothing", "verifier.check="),
         ("engine.kv_cache_gib=null", "engine.kv_cache_gib is needed"),
         ("engine.tensor_parallel=4", "needs as many GPUs"),
