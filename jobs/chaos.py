@@ -1,5 +1,4 @@
-"""Failure drill: a real training in which engines, learners, verifiers and a node are killed, or
-hang.
+"""Failure drill: a real training whose engines, learners, verifiers and nodes die or hang.
 
 python jobs/chaos.py                    # 20 kills, at most 15 minutes on two cores
 python jobs/chaos.py --kills 6 --steps 9 run.seed=1 run.root=/tmp/drills

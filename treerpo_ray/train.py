@@ -175,8 +175,8 @@ class TrainWorker:
         self._await_engines()
         totals = ray.get(pool.stats.remote())
         self.engines.since_last(totals)
-        drawn = curriculum.read(checkpoint, self.config.prompts)
-        session: int = ray.get(gate.restart.remote(self.step, drawn))
+        drawn_from = curriculum.read(checkpoint, self.config.prompts)
+        session: int = ray.get(gate.restart.remote(self.step, drawn_from))
         left_over = saved_trees.read(checkpoint, self.config.tree)
         saved = saved_trees.usable(
             [*left_over, *grown], step=self.step, version=version, gate=self.config.gate

@@ -205,9 +205,13 @@ def evaluated(ray_cluster, tmp_path_factory) -> tuple[Path, dict[str, Evaluation
     def make(kind: type, *, concurrency: int = 10_000) -> Callable[..., object]:
         if kind is not TreePool:
             return make_actor(kind, concurrency=concurrency)
-        if not pools:
-            return lambda **given: pools.append(make_actor(TreePool)(**given)) or KeptPool(pools[0])
-        return lambda **given: KeptPool(pools[0])
+
+        def keep(**given: object) -> KeptPool:
+            if not pools:
+                pools.append(make_actor(TreePool)(**given))
+            return KeptPool(pools[0])
+
+        return keep
 
     for seed, name in enumerate(("first", "second")):
         data = [

@@ -13,6 +13,7 @@ from tests.support.run_logs import run_config, write
 from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.metrics.run_log import Event, RunLog, last_step, latest_rows
 from treerpo_ray.run_folder.files import RunFolder
+from treerpo_ray.run_folder.lines import LogTimes
 
 
 def test_a_row_is_on_disk_as_soon_as_it_is_logged(tmp_path):
@@ -102,7 +103,8 @@ def test_rows_and_events_of_a_run_on_a_store_are_continued():
 
 
 def test_a_store_that_takes_nothing_is_an_error_that_names_where_the_rows_are(monkeypatch):
-    run_log = RunLog(run_config(f"memory://{uuid.uuid4().hex}"))
+    times = LogTimes(patience=900.0, disk_close=900.0)  # however slow the disk of the test is
+    run_log = RunLog(run_config(f"memory://{uuid.uuid4().hex}"), times=times)
 
     def refuse(*args, **kwargs):
         raise ConnectionError("store is away")

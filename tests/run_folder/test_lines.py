@@ -1,9 +1,11 @@
 """Sinks that are full, slow or gone delay nothing and lose nothing."""
 
 import errno
+import json
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -29,9 +31,9 @@ class WeakStore(MemoryFileSystem):
     hold = threading.Event()
 
     def pipe_file(self, path: str, value: bytes, **options: object) -> None:
+        assert WeakStore.hold.wait(60)
         if WeakStore.is_gone:
             raise ConnectionError("the store is gone")
-        assert WeakStore.hold.wait(60)
         super().pipe_file(path, value)
 
 
@@ -176,7 +178,8 @@ def test_a_store_that_is_gone_or_hangs_at_the_end_is_told_with_where_the_files_a
 ) -> None:
     log = Log(weak, store_close=0.3)
     WeakStore.is_gone = is_gone
-    WeakStore.hold.clear()
+    if not is_gone:
+        WeakStore.hold.clear()
     for step in range(20):
         log.row(step)
     told = "the store is gone" if is_gone else r"not written within 0\.3 s"
@@ -184,6 +187,21 @@ def test_a_store_that_is_gone_or_hangs_at_the_end_is_told_with_where_the_files_a
         log.close()
     assert str(log.path) in str(caught.value)
     assert rows_in(log.path) == 20
+
+
+def test_what_a_store_tells_of_itself_at_the_end_is_on_disk_as_well(weak) -> None:
+    log = Log(weak)
+    WeakStore.hold.clear()
+    log.row(1)
+    with ThreadPoolExecutor() as pool:
+        closing = pool.submit(log.close)
+        time.sleep(0.1)  # all that the disk had to take is taken
+        WeakStore.is_gone = True
+        WeakStore.hold.set()
+        with pytest.raises(OSError, match=r"the store is gone.* the files are in"):
+            closing.result()
+    told = [json.loads(line)["kind"] for line in (log.path / EVENTS).read_text().splitlines()]
+    assert told == [kind for kind, _ in log.told] == ["upload_delayed"] * 2
 
 
 @pytest.mark.parametrize("place", ["disk", "store"])

@@ -107,6 +107,15 @@ def test_at_the_end_what_failed_has_one_more_attempt_and_the_last_comes_last(sin
     assert sink.written == ["a", "b", "last"] and sink.told == [("a", GONE)]
 
 
+def test_what_is_handed_over_after_the_end_is_neither_written_nor_told(sink: Sink) -> None:
+    writer = sink.writer()
+    writer.hand_over("a")
+    assert writer.close() is None
+    writer.hand_over("b")
+    assert writer.settle(60) and writer.close() is None
+    assert sink.attempts == ["a"] and sink.told == []
+
+
 def test_where_a_failure_is_left_out_the_next_one_is_written(sink: Sink) -> None:
     sink.is_gone = True
     writer = sink.writer(OnFailure.DROP)

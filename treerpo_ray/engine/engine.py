@@ -118,24 +118,27 @@ class Engine:
         model = self.setup.model
         tokenizer = load_tokenizer(model.path, model.trust_remote_code)
         self._end_ids = frozenset(end_token_ids(model.path, tokenizer))
-        num_logged = len(self._logged())
+        start = 0 if self._log is None else self._log.stat().st_size
         try:
             self._llm: AsyncLLM = AsyncLLM.from_engine_args(self.vllm_args())
             await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
         except Exception as error:  # vLLM's own may not even be pickled
-            cause = last_error(self._logged()[num_logged:]) or root_cause(error)
             if isinstance(error, ValidationError):  # its text has several lines on each fault
                 cause = "; ".join(fault["msg"] for fault in error.errors())
+            else:
+                cause = last_error(self._printed(start)) or root_cause(error)
             raise RuntimeError(f"vLLM does not start: {cause}") from None
         [core] = multiprocessing.active_children()
         assert core.pid is not None  # it runs
         return os.getpid(), core.pid
 
-    def _logged(self) -> str:
-        """What this engine and its processes have printed, in earlier starts too."""
-        if self._log is None or not self._log.exists():
+    def _printed(self, start: int) -> str:
+        """What this engine and its processes have printed since its log had so many bytes."""
+        if self._log is None:
             return ""
-        return self._log.read_text(errors="replace")
+        with self._log.open("rb") as printed:
+            printed.seek(start)
+            return printed.read().decode(errors="replace")
 
     def vllm_args(self) -> "AsyncEngineArgs":
         """How vLLM is set up."""

@@ -76,12 +76,12 @@ class WandbRun:
     def _start(self) -> None:
         import wandb
 
-        is_online = os.environ.get("WANDB_MODE", "online") == "online"
-        has_key = not is_online or wandb.login(prompt=False, verify=False)
+        should_send = os.environ.get("WANDB_MODE", "online") == "online"
+        can_send = should_send and wandb.login(prompt=False, verify=False)
         try:
-            self._run = self._init(mode=None if has_key else "offline")
+            self._run = self._init(mode="offline" if should_send and not can_send else None)
         except Exception as error:  # no connection, no such entity, a key that is refused
-            if not (is_online and has_key):
+            if not can_send:
                 raise
             wandb.teardown()  # else the id counts as in use
             self._run = self._init(mode="offline")

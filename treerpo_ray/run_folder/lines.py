@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,16 +125,18 @@ class AppendLog:
         Raises:
             OSError: the disk or the store did not take all; the message names where the rest is.
         """
+        if not self._disk.settle(self._times.disk_close):
+            self._disk.close()  # it tries once more
+        # The disk goes on while the store ends: what the store tells of itself are lines, too.
+        fault = None if self._store is None else self._store.close(self._upload_last)
         self._disk.close()
         rescued = self._rescue()
-        if self._store is not None:
-            fault = self._store.close(lambda: self._upload(is_last=True))
-            if not self._is_uploaded:
-                rest = f", the last lines in {rescued}" if rescued else ""
-                raise OSError(
-                    f"upload to {self._folder.root} failed ({fault}), the files are in "
-                    f"{self.path}{rest}"
-                )
+        if not self._is_uploaded:
+            rest = f", the last lines in {rescued}" if rescued else ""
+            raise OSError(
+                f"upload to {self._folder.root} failed ({fault}), the files are in "
+                f"{self.path}{rest}"
+            )
         if rescued:
             raise OSError(f"{self.path} did not take the last lines; they are in {rescued}")
         if self._store is not None:
@@ -161,7 +163,7 @@ class AppendLog:
                     self._num_written += 1
         finally:
             if self._store is not None:
-                self._store.put("lines", self._upload, unless_waiting=True)
+                self._store.put("lines", self._upload_grown, unless_waiting=True)
 
     def _write(self, name: str, line: bytes) -> None:
         with (self.path / name).open("ab") as file:
@@ -171,10 +173,19 @@ class AppendLog:
             file.write(line)
         self._sizes[name] += len(line)
 
-    def _upload(self, *, is_last: bool = False) -> None:
-        """Upload the files that have grown; the last time those of folders too."""
+    def _upload_last(self) -> None:
+        """Upload all, with the files of folders and what was told until now."""
+        self._disk.settle(self._times.disk_close)
+        self._upload(self.path.rglob("*"))
+        self._is_uploaded = True
+
+    def _upload_grown(self) -> None:
+        self._upload(self.path.iterdir())
+
+    def _upload(self, paths: Iterable[Path]) -> None:
+        """Upload those files that have grown."""
         num_written = self._num_written
-        for path in sorted(self.path.rglob("*") if is_last else self.path.iterdir()):
+        for path in sorted(paths):
             if not path.is_file():
                 continue
             name, content = path.relative_to(self.path).as_posix(), path.read_bytes()
@@ -183,4 +194,3 @@ class AppendLog:
                 self._uploaded_sizes[name] = len(content)
         with self._counting:
             self._num_uploaded = num_written
-        self._is_uploaded = is_last

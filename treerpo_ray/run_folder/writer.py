@@ -157,6 +157,7 @@ class BackgroundWriter:
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._is_closing or self._is_stopped)
             if not self._jobs:
+                self._is_stopped = True
                 return None
             self._is_working = True
             return self._jobs[0]
