@@ -1,6 +1,7 @@
 """Ray's autoscaler and a real run: the demonstration as a user calls it."""
 
 import os
+import signal
 import subprocess
 import sys
 from types import ModuleType
@@ -10,10 +11,12 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from tests.support.project import ROOT, load_script
 from tests.support.whole_runs import (
+    Job,
     assert_no_tree_was_finished_twice,
     assert_promises_kept,
     assert_versions_count_updates,
 )
+from treerpo_ray.run_folder.files import Scalar
 from treerpo_ray.study.analysis import Run
 
 
@@ -52,32 +55,42 @@ def test_the_demonstrations_nodes_ask_for_a_token_of_their_own(demo, monkeypatch
 @pytest.mark.engine
 @pytest.mark.slow
 def test_ray_starts_and_takes_away_nodes_as_trees_come_and_go(tmp_path) -> None:
-    """The demonstration, smaller: many trees in hand, then no more than one engine grows, then many
-    again."""
+    """The demonstration, smaller: many trees in hand, then no more than one engine grows, and a
+    Ctrl-C once the second node has come and gone."""
     command = [sys.executable, "jobs/autoscale_demo.py", f"run.root={tmp_path}"]
     smaller = [
-        *("run.name=scaled", "run.num_steps=6", "gate.trees_per_step=2"),
+        *("run.name=scaled", "run.num_steps=1000", "gate.trees_per_step=2"),
         *("engine.max_engines=2", "engine.max_trees=4", "engine.shrink_after_s=4"),
     ]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
-    done = subprocess.run(
-        [*command, *smaller], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "no rollout node is left" in done.stderr
-    run = Run(str(tmp_path / "scaled"))
-    assert_promises_kept(run.folder)
+    shown = tmp_path / "shown"
+    with shown.open("w") as output:
+        process = subprocess.Popen([*command, *smaller], cwd=ROOT, env=environment, stderr=output)
+    job = Job(process, tmp_path / "scaled")
+    try:
+        job.wait("second node that comes and goes, and two steps", has_shrunk_and_trained)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=1800) == 1, shown.read_text()
+    finally:
+        process.terminate()  # it takes its cluster down
+        process.wait(timeout=1800)
+    assert "no rollout node is left" in shown.read_text()
+    run = Run(str(job.folder))
+    assert_promises_kept(run.folder, f"run.num_steps={run.metrics().index.max()}")
     assert_no_tree_was_finished_twice(run)
     assert_versions_count_updates(run.metrics())
     assert run.metrics()["staleness/max"].max() <= 1
     events = run.events()
     assert (events.kind == "learner_started").sum() == 1
-    assert (events.kind == "consumed").sum() == 6
-    nodes = events[events.kind == "pool"]["nodes"].tolist()
-    top = nodes.index(3)
-    assert min(nodes[top:]) == 2
     assert set(events[events.kind == "engine_serving"]["engine"]) == {0, 1}
     # An engine that has not come up yet leaves at once, one that serves drains first.
     leaving = events[events.kind.isin(["engine_draining", "engine_left"])]
     assert "fewer are enough" in set(leaving["reason"])
-    assert (tmp_path / "scaled/pool.png").stat().st_size > 10_000
+    assert (job.folder / "pool.png").stat().st_size > 10_000
+
+
+def has_shrunk_and_trained(events: list[dict[str, Scalar]]) -> bool:
+    """Whether there were three nodes, then two, and steps."""
+    nodes = [event["nodes"] for event in events if event["kind"] == "pool"]
+    num_steps = sum(event["kind"] == "consumed" for event in events)
+    return 3 in nodes and 2 in nodes[nodes.index(3) :] and num_steps >= 2

@@ -5,9 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 from ray._raylet import GcsClient
@@ -16,12 +14,11 @@ from ray.core.generated import autoscaler_pb2
 
 from tests.support.project import ROOT, SMALL
 from tests.support.whole_runs import (
+    Job,
     assert_no_tree_was_finished_twice,
     assert_promises_kept,
     assert_versions_count_updates,
 )
-from treerpo_ray.metrics.run_log import EVENTS_FILE
-from treerpo_ray.run_folder.files import RunFolder, Scalar
 from treerpo_ray.study.analysis import Run
 
 ELASTIC = [
@@ -72,41 +69,6 @@ def drain(cluster: Cluster, node_id: str, seconds: float) -> None:
     client = GcsClient(address=cluster.address)
     is_accepted, why = client.drain_node(node_id, reason, "spot", end_ms)
     assert is_accepted, why
-
-
-@dataclass
-class Job:
-    """A training that is under way."""
-
-    process: subprocess.Popen
-    folder: Path
-
-    def wait(self, what: str, is_so: Callable[[list[dict[str, Scalar]]], bool]) -> None:
-        """Wait until the events so far say that something is so."""
-        deadline = time.monotonic() + 1800
-        while time.monotonic() < deadline:
-            is_over = self.process.poll() is not None
-            if is_so(RunFolder(str(self.folder)).read_lines(EVENTS_FILE)):
-                return
-            assert not is_over, f"the job ended without {what}"
-            time.sleep(0.1)
-        raise TimeoutError(f"no {what}")
-
-    def wait_for(self, kind: str, count: int = 1) -> None:
-        """Wait for the event that is the `count`th of its kind."""
-        self.wait(
-            f"{count} {kind}", lambda events: [e["kind"] for e in events].count(kind) >= count
-        )
-
-    def wait_for_workers(self, *numbers: int) -> None:
-        """Wait until groups of so many workers, one after the other, have each done two steps."""
-
-        def is_so(events: list[dict[str, Scalar]]) -> bool:
-            kinds = [e["kind"] for e in events if e["kind"] in ("learner_started", "consumed")]
-            sizes = [e["workers"] for e in events if e["kind"] == "learner_started"]
-            return sizes == list(numbers) and kinds[-2:] == ["consumed"] * 2
-
-        self.wait(f"groups of {numbers} workers", is_so)
 
 
 @pytest.mark.ray

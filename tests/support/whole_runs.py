@@ -1,7 +1,11 @@
 """What tests of whole runs share: how they train, what they wait for, and what they look at."""
 
 import io
+import subprocess
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 import psutil
@@ -14,7 +18,7 @@ from treerpo_ray.driver.run import train
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.run_log import EVENTS_FILE
 from treerpo_ray.records import TreeRecord
-from treerpo_ray.run_folder.files import RunFolder
+from treerpo_ray.run_folder.files import RunFolder, Scalar
 from treerpo_ray.study.analysis import Run
 from treerpo_ray.study.audit import faults
 from treerpo_ray.task import TreePoolApi
@@ -28,6 +32,41 @@ def run_training(config: Config, pool: TreePoolApi | None = None) -> tuple[RunRe
     shown = io.StringIO()
     console = Console(config.run.num_steps, rich.console.Console(file=shown, width=120))
     return train(config, load_inputs(config), console, pool), shown.getvalue()
+
+
+@dataclass
+class Job:
+    """A training that is under way."""
+
+    process: subprocess.Popen
+    folder: Path
+
+    def wait(self, what: str, is_so: Callable[[list[dict[str, Scalar]]], bool]) -> None:
+        """Wait until the events so far say that something is so."""
+        deadline = time.monotonic() + 1800
+        while time.monotonic() < deadline:
+            is_over = self.process.poll() is not None
+            if is_so(RunFolder(str(self.folder)).read_lines(EVENTS_FILE)):
+                return
+            assert not is_over, f"the job ended without {what}"
+            time.sleep(0.1)
+        raise TimeoutError(f"no {what}")
+
+    def wait_for(self, kind: str, count: int = 1) -> None:
+        """Wait for the event that is the `count`th of its kind."""
+        self.wait(
+            f"{count} {kind}", lambda events: [e["kind"] for e in events].count(kind) >= count
+        )
+
+    def wait_for_workers(self, *numbers: int) -> None:
+        """Wait until groups of so many workers, one after the other, have each done two steps."""
+
+        def is_so(events: list[dict[str, Scalar]]) -> bool:
+            kinds = [e["kind"] for e in events if e["kind"] in ("learner_started", "consumed")]
+            sizes = [e["workers"] for e in events if e["kind"] == "learner_started"]
+            return sizes == list(numbers) and kinds[-2:] == ["consumed"] * 2
+
+        self.wait(f"groups of {numbers} workers", is_so)
 
 
 def assert_promises_kept(folder: str, *overrides: str) -> None:
