@@ -22,11 +22,7 @@ from treerpo_ray.algo.tree import StopReason, Tree
 from treerpo_ray.verifier.verdict import Verdict
 
 MemberT = TypeVar("MemberT", bound=StrEnum)
-
-
 SCHEMA_VERSION = 4
-
-
 SCHEMA = pa.schema(
     [
         ("ticket", pa.int64()),
@@ -61,8 +57,6 @@ SCHEMA = pa.schema(
     ],
     metadata={"treerpo_schema": str(SCHEMA_VERSION)},
 )
-
-
 _REWARDS = {v: v.reward if v.is_reward else np.nan for v in Verdict}
 
 

@@ -20,15 +20,9 @@ if TYPE_CHECKING:  # Ray's own actors of a data set import this, too
 
 WINDOW = 1000
 """Answers, the newest ones, over which the share is taken."""
-
-
 MIN_ANSWERS = 200
 """Least number that errors are held against, so that a few at the start do not end a run."""
-
-
 NUM_EXAMPLES = 3
-
-
 SHOWN_CHARS = 200
 
 

@@ -34,6 +34,15 @@ from treerpo_ray.records import SCHEMA, TreeRecord, to_table
 from treerpo_ray.scoring import Scorer, VerifierFailing, with_noise
 from treerpo_ray.task import TreePoolApi
 
+log = logging.getLogger(__name__)
+
+TREES = "trees"
+"""Column of a batch."""
+WAIT_S = 10.0
+"""Time after which the reader asks anew, and says that it waits."""
+SCORED_TREES = 16
+"""Most trees scored at a time: more make fewer calls, fewer are scored sooner."""
+
 
 class Prefetcher:
     """A worker's batches, the next of which is fetched while it trains on the one before.
@@ -64,10 +73,6 @@ class Prefetcher:
             asked.set_result(next(self._batches, None))
         except BaseException as error:  # raised again in `take`
             asked.set_exception(error)
-
-
-TREES = "trees"
-"""Column of a batch."""
 
 
 class WorkerBatches:
@@ -126,17 +131,6 @@ def from_worker_batch(batch: pa.Table) -> pa.Table:
     chunks = batch.column(TREES).chunks  # not put together, which would copy them
     rows = [pa.RecordBatch.from_struct_array(chunk.flatten()) for chunk in chunks]
     return pa.Table.from_batches(rows).replace_schema_metadata(SCHEMA.metadata)
-
-
-log = logging.getLogger(__name__)
-
-
-WAIT_S = 10.0
-"""Time after which the reader asks anew, and says that it waits."""
-
-
-SCORED_TREES = 16
-"""Most trees scored at a time: more make fewer calls, fewer are scored sooner."""
 
 
 def tree_stream(

@@ -16,14 +16,9 @@ from treerpo_ray.metrics.watchdog import Heartbeat, HeartbeatsApi, Watchdog
 
 log = logging.getLogger(__name__)
 
-
 T = TypeVar("T")
-
-
 POLL_S = 0.5
 """Time between looks at the run's log."""
-
-
 SHUT_DOWN_S = 180
 """Time for engines to stop, and for the run's log to reach disk, store and W&B."""
 

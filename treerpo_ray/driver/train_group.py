@@ -20,12 +20,8 @@ from treerpo_ray.tree_stream import tree_stream
 
 PROBE_TOKENS = 256
 """Most tokens of the sequence that engines and learner are compared on."""
-
-
 RESIZE_S = 15.0
 """Time between looks for room for further workers, and since the last start of a group."""
-
-
 COLLECTIVE_TIMEOUT_S = 6 * 3600
 """Time after which a worker gives up waiting for the others."""
 

@@ -35,6 +35,13 @@ if TYPE_CHECKING:
     from vllm import CompletionOutput
     from vllm.engine.arg_utils import AsyncEngineArgs
 
+log = logging.getLogger(__name__)
+
+ERROR_LINE = re.compile(r"(?:^|\] |\) )((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.MULTILINE)
+"""Last line of a trace, behind what vLLM puts before each line."""
+POINTER = "See root cause above"
+"""In the error of vLLM that only says that its core had one."""
+
 
 def cpu_seconds() -> float:
     """CPU time of this process and of those that it started, vLLM's core among them."""
@@ -55,14 +62,6 @@ def redirect_output(path: Path) -> None:
     os.close(file)
 
 
-ERROR_LINE = re.compile(r"(?:^|\] |\) )((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.MULTILINE)
-"""Last line of a trace, behind what vLLM puts before each line."""
-
-
-POINTER = "See root cause above"
-"""In the error of vLLM that only says that its core had one."""
-
-
 def last_error(printed: str) -> str | None:
     """The error of the last trace that vLLM printed, but for one that only points to another.
 
@@ -71,9 +70,6 @@ def last_error(printed: str) -> str | None:
     """
     found = [error for error in ERROR_LINE.findall(printed) if POINTER not in error]
     return found[-1] if found else None
-
-
-log = logging.getLogger(__name__)
 
 
 class Engine:

@@ -26,7 +26,6 @@ from treerpo_ray.weight_sync import Manifest, Probe
 
 log = logging.getLogger(__name__)
 
-
 MAX_STARTS = 5
 """Starts of one engine, without a tree in between, after which it is given up."""
 

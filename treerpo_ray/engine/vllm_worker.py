@@ -27,12 +27,8 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 BACKEND = "treerpo_store"
-
-
 ACTOR_VARIABLE = "TREERPO_ENGINE_ACTOR"
 """Process id of the engine's actor, for the processes that vLLM starts in it."""
-
-
 ACTOR_CHECK_S = 1.0
 """Time between looks at the engine's actor."""
 

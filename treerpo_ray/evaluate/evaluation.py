@@ -21,7 +21,6 @@ from treerpo_ray.run_folder.files import RunFolder
 
 log = logging.getLogger(__name__)
 
-
 SAMPLES = pa.schema(
     [
         ("problem", pa.string()),

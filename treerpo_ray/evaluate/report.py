@@ -28,15 +28,10 @@ from treerpo_ray.verifier.verdict import Verdict
 
 log = logging.getLogger(__name__)
 
-
 IN_TOKENS = ("length", "median_length")
 """Scores that are no shares."""
-
-
 PAPER = ("math500", "olympiadbench", "minerva", "aime24")
 """Benchmarks of the mean that TreeRPO's paper reports (arXiv 2506.05183, table 1)."""
-
-
 SETTINGS = {
     "num_samples": "evaluate.num_samples",
     "temperature": "evaluate.temperature",
@@ -46,8 +41,6 @@ SETTINGS = {
     "system_prompt": "system_prompt",
 }
 """What two evaluations must share to be compared: fields of theirs, and the settings behind."""
-
-
 Problem = tuple[str, str]
 """Id and question, by which problems of two evaluations are the same."""
 

@@ -14,8 +14,6 @@ from jaxtyping import Bool, Float, Int
 
 NUM_RESAMPLES = 10_000
 """Bootstrap resamples behind an interval."""
-
-
 RESAMPLED_AT_ONCE = 4_000_000
 """Numbers that the bootstrap of a median holds at a time."""
 

@@ -13,11 +13,7 @@ from treerpo_ray.metrics.run_log import Event, Row
 
 HEADER_EVERY = 20
 """Lines after which the names of the columns are repeated."""
-
-
 MISSING = "-"
-
-
 COLUMNS = (
     ("reward", "reward/mean", "{:.3f}", 6),
     ("kept", "groups/kept_share", "{:.0%}", 5),

@@ -12,8 +12,6 @@ from pathlib import Path
 
 EARLY = 0.9
 """Share of the limit after which a process writes its stacks, to have done so when it is over."""
-
-
 STDERR = 2
 
 

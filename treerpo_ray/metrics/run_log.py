@@ -26,21 +26,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
 Row = dict[str, float]
 """Metrics of one step by their name `area/name`, and the `step`."""
-
-
 METRICS_FILE = "metrics.jsonl"
-
-
 EVENTS_FILE = "events.jsonl"
-
-
 FATAL = "fatal"
 """Kind of an event that ends the run, with its `reason`."""
-
-
 NOTICES = {
     *("engine_serving", "engine_lost", "engine_draining", "engine_left", "tree_moved"),
     *(FATAL, "waiting", "learner_started", "learner_lost", "write_failed"),

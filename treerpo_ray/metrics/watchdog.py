@@ -29,11 +29,8 @@ from treerpo_ray.run_folder.writer import BackgroundWriter
 
 log = logging.getLogger(__name__)
 
-
 CHECKS = 20
 """Looks at the stages within one time limit."""
-
-
 ANSWER_S = 5.0
 """Time that the stages get to answer one look."""
 

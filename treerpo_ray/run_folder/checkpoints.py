@@ -21,10 +21,7 @@ from treerpo_ray.run_folder.writer import BackgroundWriter, OnFailure, Warn
 
 log = logging.getLogger(__name__)
 
-
 FOLDER = "checkpoints"
-
-
 LIST_FILE = "files.json"
 """Digest of every file of a checkpoint; there last, so that its presence means it is whole."""
 

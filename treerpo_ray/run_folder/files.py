@@ -21,20 +21,12 @@ from fsspec.implementations.local import LocalFileSystem
 
 Scalar = str | int | float | bool | None
 """Value of a field in a line."""
-
-
 Write = Callable[[Path], object]
 """Fills the folder that it is given."""
-
-
 CONFIG_FILE = "config.yaml"
 """The run's configuration, every key with its value."""
-
-
 MODEL_FOLDER = "model"
 """The exported model, in a run folder and in each checkpoint."""
-
-
 WHOLE_MODEL = f"{MODEL_FOLDER}/config.json"
 """The model's file that comes last and goes first, so that its presence means it is whole."""
 

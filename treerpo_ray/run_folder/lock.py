@@ -10,7 +10,6 @@ from treerpo_ray.run_folder.files import RunFolder
 
 log = logging.getLogger(__name__)
 
-
 FILE = "lock"
 
 

@@ -17,8 +17,6 @@ from treerpo_ray.records import TreeRecord, from_table, is_readable, to_table
 from treerpo_ray.run_folder.files import RunFolder
 
 FILE = "trees.parquet"
-
-
 CONFIG_KEY = b"treerpo_tree"
 """Of the table's metadata: the section `tree` that the trees were grown with."""
 

@@ -11,8 +11,6 @@ from enum import Enum
 
 Work = Callable[[], object]
 """Writes something; whatever it raises counts as a failure."""
-
-
 Warn = Callable[[str, str], object]
 """Told the name of what cannot be written, and the reason."""
 

@@ -15,8 +15,6 @@ from treerpo_ray.config.sections import PromptsConfig
 from treerpo_ray.task import Measurement
 
 FILE = "measurements.json"
-
-
 STREAM = 1
 """Sets the draws of a ticket apart from those of its tree's seed and of its other prompts."""
 

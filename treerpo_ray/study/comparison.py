@@ -30,23 +30,16 @@ from treerpo_ray.run_folder.files import RunFolder
 
 log = logging.getLogger(__name__)
 
-
 CURVE = (
     *("step", "tokens/sampled", "time/step_s", "time/cpu_s", "reward/mean", "length/mean"),
     "groups/kept_share",
 )
 """Metrics of a learner step that a result keeps."""
-
-
 LENGTH = ("run.num_steps", "run.max_sampled_tokens")
 """Settings that say how long a run is."""
-
-
 CHECKPOINTS = "checkpoint.every=20"
 """Of all runs, unless their file says otherwise: what checkpoints cost is part of a result's time,
 and the same for all."""
-
-
 SPARE_STEPS = 1.2
 """Learner steps that a run may take at most, for each that its tokens are expected to come to."""
 

@@ -18,20 +18,12 @@ from treerpo_ray.study.comparison import Comparison, Result
 
 GRID_POINTS = 40
 """Points of a plotted curve."""
-
-
 WINDOW_TOKENS = 12_000
 """Sampled tokens, the last of them its own, over which a step's training reward is the mean."""
-
-
 MIN_PLOTTED = 3
 """Fewest seeds of an arm that is plotted."""
-
-
 CPU = "time/cpu_s"
 """Its sum is the time axis: wall time says little on a machine that other work shares."""
-
-
 AXES = {
     "learner steps": "step",
     "sampled tokens": "tokens/sampled",

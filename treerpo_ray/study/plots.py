@@ -11,11 +11,7 @@ from treerpo_ray.metrics.run_log import EVENTS_FILE
 from treerpo_ray.study.analysis import Run
 
 KEPT, PRUNED, GRID = "#2a6f97", "#b8c0c8", "#eceff1"
-
-
 LINES = (KEPT, "#e08e2b", "#5b8c5a", "#8e5ea2")
-
-
 MARKED_STEPS = 15
 """A line of at most so many points shows each of them."""
 

@@ -19,30 +19,16 @@ from treerpo_ray.study.analysis import Run, path_changes, worst_leaf
 from treerpo_ray.study.plots import KEPT, PRUNED, figure_grid
 
 LOST = "#c8443c"
-
-
 FONT = "DejaVu Sans Mono"
-
-
 VALUE_COLORS = LinearSegmentedColormap.from_list("value", ["#f6c1b1", "#fbf8ee", "#a9d5e6"])
 """From value 0 to 1, light enough to read black text on."""
-
-
 NO_VALUE = "#ffffff"
-
-
 MAX_LEAVES = 40
 """Leaves up to which a tree is drawn whole."""
-
-
 LINE_CHARS = 26
 """Longest line of a step's text in a drawing."""
-
-
 MAX_LINES = 3
 """Most lines of it."""
-
-
 ROW_INCHES, COLUMN_INCHES = 0.68, 2.5
 
 
