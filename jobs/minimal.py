@@ -41,8 +41,8 @@ LEFT_OUT = "gate.max_redraws gate.revisit tree.delimiter loss.kl_coef run.max_sa
 
 def train(config: Config) -> None:
     """Learner steps, a line each; the reward shown is the mean value of the trees' roots."""
-    if any(attrgetter(*LEFT_OUT.split())(config)):
-        raise ValueError(f"jobs/minimal.py knows none of {LEFT_OUT}")
+    if any(attrgetter(*LEFT_OUT.split())(config)) or config.learner.advantage == "past_baseline":
+        raise ValueError(f"jobs/minimal.py knows neither past_baseline nor {LEFT_OUT}")
     torch.manual_seed(config.run.seed)
     torch.set_num_threads(config.learner.cpu_threads)
     rng, policy = np.random.default_rng(config.run.seed), TreeRPO(config)

@@ -48,6 +48,13 @@ def test_the_error_of_an_advantage_is_that_of_the_difference_in_the_scale_of_the
     np.testing.assert_allclose(errors, [scale * (3 / 64) ** 0.5] * 4)
 
 
+@pytest.mark.parametrize("form", [AdvantageForm.REWARD, AdvantageForm.PAST_BASELINE])
+def test_what_is_compared_with_no_sibling_has_the_error_of_its_value(form: AdvantageForm) -> None:
+    """Step 0's children are worth 0, 0 and 1/2: variance 1/12 over 3. A leaf's reward is exact."""
+    errors = advantage_errors(UNEVEN, uneven_values(), form=form, pruning=KEEP_ALL)
+    np.testing.assert_allclose(errors, [1 / 6, 0, 1 / 2, 0, 0, 0, 0])
+
+
 def test_the_policy_gradient_has_its_weight_in_its_errors() -> None:
     """Step 2's children are 1 and 0: S^2 = 1/4, f = 1/2, N / (N - 1) = 2, and they count 1/6."""
     values = uneven_values()

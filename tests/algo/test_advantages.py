@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tests.support.trees import by_range, make_tree, on_leaves, rewards, shuffled, trees
 from treerpo_ray.algo.advantages import (
+    WITHOUT_SIBLINGS,
     AdvantageForm,
     bernoulli,
     bernoulli_std,
@@ -249,6 +250,40 @@ def test_the_policy_gradient_alone_has_the_gradient_of_the_expected_reward_as_it
     assert is_gradient == (form is AdvantageForm.POLICY_GRADIENT)
 
 
+def test_the_reward_itself_and_what_is_left_of_it_above_a_baseline_by_hand() -> None:
+    """Step 2 is worth 1/2, so step 0 (0 + 0 + 1/2) / 3 = 1/6."""
+    values = mean_backup(UNEVEN, on_leaves(UNEVEN, [1.0, 0.0, 0.0, 1.0, 0.0]))
+    worth = np.array([1 / 6, 1, 1 / 2, 0, 0, 1, 0])
+    for form, taken_off in ((AdvantageForm.REWARD, 0.0), (AdvantageForm.PAST_BASELINE, 0.3)):
+        found = step_advantages(UNEVEN, values, form=form, pruning=KEEP_ALL, baseline=0.3)
+        np.testing.assert_allclose(found, worth - taken_off)
+
+
+@pytest.mark.parametrize("form", AdvantageForm)
+def test_an_only_child_is_trained_where_no_sibling_is_asked_for(form: AdvantageForm) -> None:
+    tree = make_tree([-1])
+    values = mean_backup(tree, np.array([1.0]))
+    found = step_advantages(tree, values, form=form, pruning=KEEP_ALL, baseline=0.25)
+    expected = {AdvantageForm.REWARD: 1.0, AdvantageForm.PAST_BASELINE: 0.75}
+    assert found.tolist() == [expected.get(form, 0.0)]
+    assert expected.keys() == WITHOUT_SIBLINGS
+
+
+@pytest.mark.parametrize("baseline", [0.0, 0.4, 1.0])
+def test_one_answer_a_question_has_the_gradient_of_the_expected_reward_for_any_past_baseline(
+    baseline: float,
+) -> None:
+    chances, reward = np.array([0.3, 0.5, 0.2]), np.array([1.0, 0.0, 0.5])
+    tree, mean = make_tree([-1]), np.zeros(3)
+    for answer, chance in enumerate(chances):
+        values = mean_backup(tree, reward[[answer]])
+        [found] = step_advantages(
+            tree, values, form=AdvantageForm.PAST_BASELINE, pruning=KEEP_ALL, baseline=baseline
+        )
+        mean += chance * found * (np.eye(3)[answer] - chances)
+    np.testing.assert_allclose(mean, chances * (reward - chances @ reward))
+
+
 def test_a_subgroup_of_one_answer_compares_it_with_none() -> None:
     tree = make_tree([-1, -1, 0])
     values = mean_backup(tree, on_leaves(tree, [0.0, 1.0]))
@@ -318,12 +353,9 @@ def test_a_tree_whose_leaves_all_errored_is_not_trained_at_all() -> None:
 def test_a_negative_threshold_keeps_unanimous_groups_with_no_advantage() -> None:
     tree = make_tree([-1, -1, 0])
     values = mean_backup(tree, on_leaves(tree, [1.0, 1.0]))
-    for form in AdvantageForm:
-        assert step_advantages(tree, values, form=form, pruning=by_range(-1.0)).tolist() == [
-            0,
-            0,
-            0,
-        ]
+    for form in set(AdvantageForm) - WITHOUT_SIBLINGS:
+        found = step_advantages(tree, values, form=form, pruning=by_range(-1.0))
+        assert found.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("form", AdvantageForm)

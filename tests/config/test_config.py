@@ -21,6 +21,7 @@ from treerpo_ray.config.sections import RAY_JOB
 from treerpo_ray.evaluate.evaluation import Evaluation
 
 CONF = ROOT / "conf"
+ALONE = ["tree.num_children=[1]", "tree.step_tokens=[9]"]
 FILES = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml"))
 
 
@@ -213,6 +214,23 @@ def test_a_number_beyond_its_limits_is_told_with_its_key() -> None:
         (["verifier.false_positive_rate=20"], "verifier.false_positive_rate=20.* more than 1"),
         (["tree.num_children=[8]"], r"tree.num_children .* not \[8\] and \[384, 384, 384\]"),
         (["tree.num_children=[]", "tree.step_tokens=[]"], "one entry for each depth"),
+        (
+            ALONE,
+            r"learner.advantage=bernoulli compares siblings, of which tree.num_children=\[1\]",
+        ),
+        (
+            [*ALONE, "learner.advantage=reward"],
+            r"learner.prune=range with learner.prune_threshold=0\.1 leaves nothing to train",
+        ),
+        (
+            [
+                *ALONE,
+                "learner.advantage=reward",
+                "learner.prune=shrinkage",
+                "learner.prune_threshold=-1",
+            ],
+            "learner.prune=shrinkage with learner.prune_threshold=-1 leaves nothing to train",
+        ),
         (["tree.num_children=[8, 0, 8]"], "tree.num_children and tree.step_tokens must be pos"),
         (["engine.num_engines=3", "engine.max_engines=2"], "must not be less than engine.num_eng"),
         (["engine.max_engines=2"], "engine.max_engines=2 needs engine.max_trees"),

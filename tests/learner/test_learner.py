@@ -224,6 +224,24 @@ def test_a_resumed_learner_goes_on_bitwise_as_if_nothing_had_happened(
     assert again.metrics["learner/learning_rate"] == pytest.approx(3 / 6 * 1e-3)
 
 
+def test_the_past_baseline_is_the_mean_root_value_of_the_steps_before_also_after_a_resume(
+    path: str, tmp_path: Path
+) -> None:
+    """A right answer is worth 1, a wrong one 0; the trees have one answer each."""
+    batches = [
+        [make_record(4 * k + i, letter, parents=(-1,)) for i, letter in enumerate(letters)]
+        for k, letters in enumerate(("cwww", "ccww", "cccc"))
+    ]
+    config = make_config(
+        path, replace(FREE, advantage=AdvantageForm.PAST_BASELINE, prune_threshold=-1), None, 3
+    )
+    learner = make_learner(config)
+    found = [learner.update(batch).metrics["learner/baseline"] for batch in batches[:2]]
+    learner.write(tmp_path)
+    found.append(make_learner(config, tmp_path).update(batches[2]).metrics["learner/baseline"])
+    assert found == [0, 1 / 4, (1 / 4 + 2 / 4) / 2]
+
+
 def test_a_resumed_learner_takes_rate_and_decay_from_its_configuration(
     path: str, tmp_path: Path
 ) -> None:

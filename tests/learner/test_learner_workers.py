@@ -20,6 +20,7 @@ from tests.support.learner_runs import (
     run_worker,
 )
 from tests.support.tiny_models import save_tiny_model
+from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.config import Config
 
 
@@ -39,6 +40,10 @@ def cases(path: str) -> dict[str, tuple[Config, Updates]]:
         "resumed": (make_config(path, replace(FREE, warmup_steps=5)), resumed),
         "whole": (make_config(path, replace(FREE, warmup_steps=5)), [halves, pruned, one_idle]),
         "minibatches": (make_config(path, replace(FREE, minibatches=2)), [[[a, c], [b, d]]]),
+        "past_baseline": (
+            make_config(path, replace(FREE, advantage=AdvantageForm.PAST_BASELINE)),
+            [halves, one_idle],
+        ),
     }
 
 
@@ -55,7 +60,7 @@ def workers(cases: dict[str, tuple[Config, Updates]], folder: Path) -> list[dict
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("case", ["whole", "minibatches"])
+@pytest.mark.parametrize("case", ["whole", "minibatches", "past_baseline"])
 def test_two_workers_make_the_update_of_one(
     cases: dict[str, tuple[Config, Updates]], workers: list[dict[str, Seen]], case: str
 ) -> None:

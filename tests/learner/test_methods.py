@@ -18,6 +18,7 @@ from treerpo_ray.records import TreeRecord
 
 CONF = Path(__file__).parents[2] / "conf"
 FLAT = {"tree.num_children": (8,), "tree.step_tokens": (46,)}
+ALONE = {"tree.num_children": (1,), "tree.step_tokens": (46,)}
 UNFILTERED = {"learner.prune": "range", "learner.prune_threshold": -1}
 DEFINED_BY: dict[str, dict[str, object]] = {
     "grpo": FLAT
@@ -48,6 +49,10 @@ DEFINED_BY: dict[str, dict[str, object]] = {
     "rloo": FLAT
     | UNFILTERED
     | {"learner.advantage": "leave_one_out", "loss.normalisation": "constant"},
+    "raft": ALONE | UNFILTERED | {"learner.advantage": "reward", "loss.normalisation": "constant"},
+    "reinforce": ALONE
+    | UNFILTERED
+    | {"learner.advantage": "past_baseline", "loss.normalisation": "constant"},
     "spo_tree": {"learner.advantage": "difference", "learner.prune_threshold": 0},
     "treerl": {
         "learner.advantage": "treerl",
@@ -73,6 +78,7 @@ DEFINED_BY: dict[str, dict[str, object]] = {
     },
 }
 """Values that make each method."""
+LONE_VERDICTS = "cwwcuw"
 FLAT_VERDICTS = ("cwww", "wccw", "wwww", "cccw")
 TREE_VERDICTS = ("ccwww", "wwccw", "cwwcw", "wwwww")
 """The last trees of both have a pruned group, or are pruned."""
@@ -89,6 +95,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def records_of(name: str) -> list[TreeRecord]:
+    if method(name).tree.num_children == (1,):
+        return [make_record(i, v, parents=(-1,)) for i, v in enumerate(LONE_VERDICTS)]
     if method(name).tree.num_children == (8,):
         return [make_record(i, v, parents=(-1,) * 4) for i, v in enumerate(FLAT_VERDICTS)]
     return [make_record(i, v) for i, v in enumerate(TREE_VERDICTS)]

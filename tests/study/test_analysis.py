@@ -81,6 +81,18 @@ def test_advantages_follow_the_config_of_the_run(tmp_path):
     np.testing.assert_allclose(Run(folder).advantages(worked_record()), expected)
 
 
+def test_a_past_baseline_is_that_of_the_step_that_the_tree_was_trained_in(tmp_path):
+    folder = write_small_run(tmp_path)
+    config = Path(folder, "config.yaml")
+    changed = config.read_text().replace("advantage: BERNOULLI", "advantage: past_baseline")
+    config.write_text(changed.replace("trees_per_step: 128", "trees_per_step: 4"))
+    with Path(folder, "metrics.jsonl").open("a") as metrics:
+        print(json.dumps({"step": NUM_STEPS + 1, "learner/baseline": 0.2}), file=metrics)
+    record = worked_record(ticket=4 * NUM_STEPS + 3)
+    expected = [0.5 - 0.2, 1 - 0.2, 0 - 0.2, 0 - 0.2, np.nan, np.nan]
+    np.testing.assert_allclose(Run(folder).advantages(record), expected)
+
+
 def test_metrics_are_indexed_by_step_and_the_last_row_wins(run):
     metrics = run.metrics()
     assert metrics.index.tolist() == list(range(NUM_STEPS + 1))

@@ -91,6 +91,8 @@ ROWS: dict[str, Callable[[TreeRecord], list[Row]]] = {
     "rloo": siblings(leave_one_out),
     "spo_tree": siblings(lambda values, own: values[own] - fmean(values)),
     "treerpo": siblings(bernoulli),
+    "raft": siblings(lambda values, own: values[own]),
+    "reinforce": siblings(lambda values, own: values[own]),  # in the first step, without a past
     "treerl": treerl,
     "treepo": treepo,
 }

@@ -2,7 +2,7 @@
 
 Given the path to a step, what else its advantage is made of was drawn independently: the siblings
 of each step on the path with all below them, and what lies below the step itself. Each part adds
-its variance. Divisors of a form, and numbers of leaves, are taken as given.
+its variance. Divisors and baselines of a form, and numbers of leaves, are taken as given.
 """
 
 from collections.abc import Sequence
@@ -63,6 +63,8 @@ def _all_errors(
             return _of_groups(form, tree, values, groups)
         case AdvantageForm.GLOBAL | AdvantageForm.TREERL | AdvantageForm.TREEPO:
             return _of_tree(form, tree, values)
+        case AdvantageForm.REWARD | AdvantageForm.PAST_BASELINE:
+            return values.step_errors
     assert_never(form)
 
 

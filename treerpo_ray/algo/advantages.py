@@ -33,6 +33,12 @@ class AdvantageForm(StrEnum):
     TREERL = "treerl"
     TREEPO = "treepo"
     POLICY_GRADIENT = "policy_gradient"
+    REWARD = "reward"
+    PAST_BASELINE = "past_baseline"
+
+
+WITHOUT_SIBLINGS = {AdvantageForm.REWARD, AdvantageForm.PAST_BASELINE}
+"""Forms in which a step needs no other of its tree to be compared with: an only child has one."""
 
 
 # Of a step group ---------------------------------------------------------------------------------
@@ -145,6 +151,15 @@ def policy_gradient(tree: Tree, groups: Sequence[StepGroups]) -> Float64[np.ndar
     return weights * _by_group(leave_one_out, tree, groups)
 
 
+def past_baseline(values: Values, baseline: float) -> Float64[np.ndarray, " steps"]:
+    """V - b, b the mean root value of earlier learner steps: REINFORCE (Williams, 1992).
+
+    b depends on none of the trees that it is taken off from, so the gradient stays unbiased. With
+    b = 0 only what was right is trained: rejection sampling, RAFT (arXiv 2504.11343).
+    """
+    return values.steps - baseline
+
+
 def subgroups(tree: Tree, counts: Float64[np.ndarray, " steps_and_root"], step: int) -> list[int]:
     """Ancestors of a step whose leaves, `counts` of them, are subgroups of `treepo`."""
     return [ROOT, *(above for above in tree.path(step)[:-1] if counts[above] > 1)]
@@ -167,7 +182,11 @@ def leaf_means(
 
 
 def all_advantages(
-    form: AdvantageForm, tree: Tree, values: Values, groups: Sequence[StepGroups]
+    form: AdvantageForm,
+    tree: Tree,
+    values: Values,
+    groups: Sequence[StepGroups],
+    baseline: float = 0.0,
 ) -> Float64[np.ndarray, " steps"]:
     """Advantage of each step whose step group has no errored leaf below, pruned or not."""
     match form:
@@ -189,6 +208,10 @@ def all_advantages(
             return treepo(tree, values)
         case AdvantageForm.POLICY_GRADIENT:
             return policy_gradient(tree, groups)
+        case AdvantageForm.REWARD:
+            return past_baseline(values, 0.0)
+        case AdvantageForm.PAST_BASELINE:
+            return past_baseline(values, baseline)
     assert_never(form)
 
 
@@ -199,6 +222,7 @@ def step_advantages(
     form: AdvantageForm,
     pruning: Pruning,
     groups: Sequence[StepGroups] | None = None,
+    baseline: float = 0.0,
 ) -> Float64[np.ndarray, " steps"]:
     """Advantage of each step of a kept group; NaN for every step that is not trained on.
 
@@ -210,9 +234,10 @@ def step_advantages(
         form: What an advantage is.
         pruning: Which groups are kept.
         groups: Those of `step_groups`, where the caller has them.
+        baseline: Mean root value of earlier learner steps, for `past_baseline`.
     """
     groups = step_groups(tree, values) if groups is None else groups
-    return of_kept(all_advantages(form, tree, values, groups), groups, pruning)
+    return of_kept(all_advantages(form, tree, values, groups, baseline), groups, pruning)
 
 
 def of_kept(

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from operator import attrgetter
 
+from treerpo_ray.algo.advantages import WITHOUT_SIBLINGS
+from treerpo_ray.algo.groups import PruneRule
 from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config.sections import (
@@ -129,6 +131,7 @@ class Config:
                 f"evaluate.pass_ks={list(self.evaluate.pass_ks)} must lie between 1 and "
                 f"evaluate.num_samples={self.evaluate.num_samples}"
             )
+        self._check_only_children()
         self._check_engine()
         self._check_workers()
         if self.max_path_tokens > self.learner.token_budget:
@@ -165,6 +168,24 @@ class Config:
                     f"learner.resources.{name}={amount} must be a multiple of 0.5 where "
                     "learner.min_workers is set"
                 )
+
+    def _check_only_children(self) -> None:
+        """Refuse trees of which no step would ever be trained: one answer a question."""
+        learner = self.learner
+        if set(self.tree.num_children) != {1}:
+            return
+        if learner.advantage not in WITHOUT_SIBLINGS:
+            raise ValueError(
+                f"learner.advantage={learner.advantage.value} compares siblings, of which "
+                f"tree.num_children={list(self.tree.num_children)} has none: set it to reward or "
+                "past_baseline (conf/methods/raft.yaml, conf/methods/reinforce.yaml)"
+            )
+        if learner.prune_threshold >= 0 or learner.prune is PruneRule.SHRINKAGE:
+            raise ValueError(
+                f"learner.prune={learner.prune.value} with learner.prune_threshold="
+                f"{learner.prune_threshold:g} leaves nothing to train where "
+                f"tree.num_children={list(self.tree.num_children)}: set them to range and -1"
+            )
 
     def _check_engine(self) -> None:
         """Check the engine's share of the machine, and how far the pool may grow."""

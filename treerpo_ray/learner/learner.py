@@ -6,6 +6,7 @@ Every worker holds the whole model and makes the same update.
 """
 
 import json
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from treerpo_ray.algo.advantages import step_advantages
+from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import step_groups
 from treerpo_ray.algo.loss import LossInputs, LossSums, policy_loss
@@ -34,15 +35,12 @@ class _Addable(Protocol):
 
 
 T = TypeVar("T")
-
-
 SumT = TypeVar("SumT", bound=_Addable)
-
-
 STATE_FILE = "learner.json"
-
-
 OPTIMIZER_FILE = "optimizer.pt"
+BASELINE_STEPS = 10
+"""Learner steps that the baseline of `past_baseline` is the mean of: many enough for a small error,
+few enough to follow a policy that learns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +91,8 @@ class Learner:
             weight_decay=learner.weight_decay,
         )
         self.version = self.optimizer_steps = 0
+        self._past_values: deque[float] = deque(maxlen=BASELINE_STEPS)
+        """Mean root values of the newest batches, of all workers."""
         if checkpoint is not None:
             self._restore(checkpoint)
 
@@ -113,6 +113,11 @@ class Learner:
         warm = min(1.0, (self.optimizer_steps + 1) / (settings.warmup_steps + 1))
         return settings.learning_rate * warm * (1 - (1 - settings.final_rate) * progress)
 
+    @property
+    def baseline(self) -> float:
+        """Mean root value of the newest batches; 0 before the first."""
+        return float(np.mean(self._past_values)) if self._past_values else 0.0
+
     def update(self, records: Sequence[TreeRecord], progress: float = 0.0) -> UpdateResult:
         """Train on this worker's share of a batch; every worker must call it.
 
@@ -128,12 +133,19 @@ class Learner:
         # Trees come as they finish; their order decides minibatches and how sums are rounded.
         records = sorted(records, key=lambda record: record.ticket)
         trees = [record.tree for record in records]
-        rate = self.learning_rate(progress)
+        rate, baseline = self.learning_rate(progress), self.baseline
 
         values = [mean_backup(record.tree, record.rewards) for record in records]
         groups = [step_groups(tree, own) for tree, own in zip(trees, values, strict=True)]
         advantages = [
-            step_advantages(tree, own, form=settings.advantage, pruning=pruning, groups=siblings)
+            step_advantages(
+                tree,
+                own,
+                form=settings.advantage,
+                pruning=pruning,
+                groups=siblings,
+                baseline=baseline,
+            )
             for tree, own, siblings in zip(trees, values, groups, strict=True)
         ]
         counted = [
@@ -160,11 +172,13 @@ class Learner:
         self.version += bool(norms)
 
         sums = _summed([own for own, _ in steps], LossSums.zeros(self.device))
-        return UpdateResult(
-            has_updated=bool(norms),
-            stats=_summed(_gathered(stats), BatchStats()),
-            metrics={"learner/learning_rate": rate, **_loss_metrics(sums, norms)},
-        )
+        total = _summed(_gathered(stats), BatchStats())
+        metrics = {"learner/learning_rate": rate, **_loss_metrics(sums, norms)}
+        if settings.advantage is AdvantageForm.PAST_BASELINE:
+            metrics["learner/baseline"] = baseline
+        if total.num_valued:
+            self._past_values.append(total.value_sum / total.num_valued)
+        return UpdateResult(has_updated=bool(norms), stats=total, metrics=metrics)
 
     def _check_staleness(self, stats: BatchStats) -> None:
         """Invariant: admission bounds the age of every token; versions count updates."""
@@ -260,10 +274,11 @@ class Learner:
         }
         torch.save(state, folder / OPTIMIZER_FILE)
         counts = {"version": self.version, "optimizer_steps": self.optimizer_steps}
-        (folder / STATE_FILE).write_text(json.dumps(counts))
+        past = {"past_values": list(self._past_values)}
+        (folder / STATE_FILE).write_text(json.dumps(counts | past))
 
     def _restore(self, folder: Path) -> None:
-        """Take over moments and counts.
+        """Take over moments, counts and the values of the newest batches.
 
         Rate, weight decay and the like are the configuration's, which may have been changed.
         """
@@ -271,8 +286,9 @@ class Learner:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
         torch.set_rng_state(state["torch_rng"].cpu())
-        counts: dict[str, int] = json.loads((folder / STATE_FILE).read_text())
+        counts = json.loads((folder / STATE_FILE).read_text())
         self.version, self.optimizer_steps = counts["version"], counts["optimizer_steps"]
+        self._past_values.extend(counts.get("past_values", []))  # older checkpoints have none
 
 
 def _loss_metrics(own: LossSums, norms: list[float]) -> dict[str, float]:

@@ -36,6 +36,7 @@ class Run:
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self._files = RunFolder(folder)
+        self._baselines: dict[int, float] = {}
         if not self._files.exists(CONFIG_FILE):
             raise ValueError(f"{folder} is not the folder of a run: it has no {CONFIG_FILE}")
 
@@ -95,7 +96,17 @@ class Run:
     def advantages(self, record: TreeRecord) -> Float64[np.ndarray, " steps"]:
         """Advantage of each step as this run computes it; NaN where it is not trained on."""
         form, pruning = self._scheme
-        return step_advantages(record.tree, self.values(record), form=form, pruning=pruning)
+        baseline = self._baseline(record) if form is AdvantageForm.PAST_BASELINE else 0.0
+        return step_advantages(
+            record.tree, self.values(record), form=form, pruning=pruning, baseline=baseline
+        )
+
+    def _baseline(self, record: TreeRecord) -> float:
+        """What the learner took off from the values of this tree."""
+        step = record.ticket // int(str(self.config["gate"]["trees_per_step"])) + 1
+        if step not in self._baselines:
+            self._baselines = self.metrics()["learner/baseline"].dropna().to_dict()
+        return float(self._baselines[step])
 
     @property
     def _scheme(self) -> tuple[AdvantageForm, Pruning]:
