@@ -26,7 +26,9 @@ def train(arguments: list[str]) -> int:
     config = load([argument for argument in arguments if argument != "--dry-run"])
     from treerpo_ray.driver.cluster import check_vllm
     from treerpo_ray.driver.plan import plan_lines, preflight
+    from treerpo_ray.driver.start import check_same_run
 
+    check_same_run(config)
     found = preflight(config)
     print("\n".join(plan_lines(config, found)), file=sys.stderr)
     if "--dry-run" in arguments:

@@ -15,6 +15,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from treerpo_ray.config.config import Config
+from treerpo_ray.config.identity import flatten, is_free, name_from
 from treerpo_ray.errors import one_line
 
 T = TypeVar("T")
@@ -38,6 +39,8 @@ def with_moved_modules(value: T) -> T:
 def load(arguments: list[str]) -> Config:
     """Configuration from YAML files (merged left to right) and `section.key=value` overrides.
 
+    Without `run.name` the run is named after those of them that make it what it is.
+
     Raises:
         ValueError: a file is missing, a key is unknown or a value is impossible; one line that
             names it and the fix.
@@ -49,11 +52,16 @@ def load(arguments: list[str]) -> Config:
 
 
 def _load(arguments: list[str]) -> Config:
-    merged = _defaults()
+    merged, naming, is_named = _defaults(), [], False
     for argument in arguments:
         try:
             part = _part(argument)
             merged = OmegaConf.merge(merged, part)
+            keys = [
+                key for key, _ in flatten(cast(dict[str, object], OmegaConf.to_container(part)))
+            ]
+            is_named |= "run.name" in keys
+            naming += [argument] if not all(map(is_free, keys)) else []
         except OmegaConfBaseException as error:
             raise ValueError(f"{argument}: {_explain(error)}") from error
         except TypeError as error:
@@ -61,6 +69,8 @@ def _load(arguments: list[str]) -> Config:
         except (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError) as e:
             # OmegaConf and YAML were not made for just any text.
             raise ValueError(f"{argument}: cannot be read: {type(e).__name__}: {e}") from e
+    if naming and not is_named:
+        merged = OmegaConf.merge(merged, {"run": {"name": name_from(naming, _known_keys(Config))}})
     try:
         return cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:

@@ -47,7 +47,8 @@ class RunConfig:
     """What is run, and where it is written."""
 
     name: str = "treerpo"
-    """Name of the run; a run of the same name goes on where it was."""
+    """Name of the run; a run of the same name goes on where it was. If not given it is made of the
+    configuration files and the overrides, such as `quickstart-dapo-seed=1`."""
     root: str = "~/treerpo_runs"
     """Folder or URI (s3://, gs://) of all runs; run folders are `root/name`. A relative one is
     taken from the working folder of whoever starts the run."""

@@ -18,7 +18,6 @@ import ray.train
 
 from treerpo_ray.actor import make_actor, root_cause
 from treerpo_ray.config import Config
-from treerpo_ray.config.files import to_yaml
 from treerpo_ray.driver.cluster import connected
 from treerpo_ray.driver.outcome import (
     RunResult,
@@ -26,6 +25,7 @@ from treerpo_ray.driver.outcome import (
     finished_outcome,
 )
 from treerpo_ray.driver.plan import Inputs
+from treerpo_ray.driver.start import check_same_run, record_start
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
 from treerpo_ray.driver.train_group import TrainGroup, make_trainer
 from treerpo_ray.engine.types import EngineSetup, Sampling
@@ -36,7 +36,7 @@ from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.run_log import RunLog, RunLogApi, last_step, latest, write_failed
 from treerpo_ray.metrics.watchdog import Heartbeats, StageApi, Watchdog, watch_over
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
-from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder
+from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.lock import only_writer
 from treerpo_ray.run_folder.logs import output_to_log
 from treerpo_ray.run_folder.writer import BackgroundWriter
@@ -57,15 +57,19 @@ def run(
     `pool` is that of `kept_engines`, for one run of several that share engines.
 
     Raises:
-        ValueError: the cluster lacks resources for it, or another job writes its folder.
+        ValueError: the cluster lacks resources for it, another job writes its folder, or the
+            folder holds a run with other settings.
         RunFailed: something failed for good; the same command goes on from the last checkpoint.
     """
     try:
+        changed = check_same_run(config)
         outcome = finished_outcome(config)
     except OSError as error:
         raise RunFailed(f"{config.folder} cannot be read: {error}") from error
+    if changed:
+        console.note(f"since the last start: {', '.join(changed)}")
     if outcome is not None:
-        console.note("this run is complete; another run.name starts a new one")
+        console.note(f"the run {config.run.name} is complete; another run.name starts a new one")
         return outcome
     folder = RunFolder(config.folder)
     with only_writer(folder), output_to_log(folder):
@@ -105,7 +109,7 @@ def train(
         ray.exceptions.RayError, RuntimeError: something failed for good; the run folder holds
             the last checkpoint, and the same command goes on from it.
     """
-    RunFolder(config.folder).publish_file(CONFIG_FILE, to_yaml(config).encode())
+    record_start(config)
     with RunSession(config=config, inputs=inputs, console=console, pool=pool) as session:
         session.start_engines()
         before = session.evaluate(step=0)

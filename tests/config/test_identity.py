@@ -1,0 +1,61 @@
+"""What a run is called where nobody says, and which settings make it another one."""
+
+from dataclasses import asdict
+
+import pytest
+
+from treerpo_ray.config import Config, load
+from treerpo_ray.config.identity import FREE, MAX_NAME, flatten, is_free
+
+QUICK = "conf/quickstart.yaml"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ([], "treerpo"),
+        ([QUICK], "quickstart"),
+        ([QUICK, "conf/methods/dapo.yaml", "run.seed=1"], "quickstart-dapo-seed=1"),
+        (["run.seed=1", QUICK], "seed=1-quickstart"),
+        ([QUICK, "run.name=mine", "run.seed=1"], "mine"),
+        ([QUICK, "tree.num_children=[4, 2]"], "quickstart-num_children=4_2-a145d818"),
+        ([QUICK, 'tree.delimiter="\'"'], "quickstart-delimiter="),
+        # Where it is and on what it runs is not what it is.
+        ([QUICK, "run.root=/runs", "engine.num_engines=2", "run.num_steps=99"], "quickstart"),
+        (["conf/quickstart.yaml", "conf/hardware/one_gpu.yaml"], "quickstart-one_gpu"),
+        # Several sections have a path, a seed only one.
+        ([QUICK, "prompts.path=a.jsonl"], "quickstart-prompts.path=a.jsonl"),
+    ],
+)
+def test_a_run_without_a_name_is_named_after_its_files_and_what_makes_it_another(
+    arguments: list[str], name: str
+) -> None:
+    assert load(arguments).run.name == name
+
+
+def test_names_that_lose_characters_or_are_too_long_are_told_apart() -> None:
+    texts = ["a/b", "a_b", "a b", "a?b", "x" * 200 + "1", "x" * 200 + "2", "../../b"]
+    names = [load([f"prompts.path='{text}'"]).run.name for text in texts]
+    assert len(set(names)) == len(names)
+    assert all(len(name) <= MAX_NAME and "/" not in name for name in names)
+
+
+def test_the_name_of_a_written_configuration_is_the_one_in_it(tmp_path) -> None:
+    (tmp_path / "config.yaml").write_text("run: {name: kept, seed: 3}\n")
+    assert load([str(tmp_path / "config.yaml"), "run.num_steps=5"]).run.name == "kept"
+
+
+def test_no_setting_of_what_is_learned_or_measured_is_free() -> None:
+    fixed = {key for key, _ in flatten({"run": {"seed": 0}, "gate": {"max_staleness": 1}})}
+    fixed |= {"learner.learning_rate", "learner.advantage", "loss.clip_low", "prompts.path"}
+    fixed |= {"model.path", "model.dtype", "evaluate.num_samples", "evaluate.data.path"}
+    fixed |= {"verifier.check", "tree.temperature", "run.seed"}
+    assert not any(map(is_free, fixed))
+    assert all(map(is_free, ("engine.resources.GPU", "metrics.wandb_project", "run.num_steps")))
+    assert not is_free("learner.num_workers_more") and not is_free("evaluate.everything")
+
+
+def test_every_free_key_exists() -> None:
+    keys = [key for key, _ in flatten(asdict(Config()))]
+    for free in FREE:
+        assert any(key == free or key.startswith(free) for key in keys), free

@@ -1,0 +1,122 @@
+"""A run folder holds one run: other settings are refused, and each start leaves its own."""
+
+import uuid
+from pathlib import Path
+
+import pytest
+
+from treerpo_ray.config import Config, load
+from treerpo_ray.config.files import to_yaml
+from treerpo_ray.driver.start import check_same_run, record_start
+from treerpo_ray.run_folder.files import RunFolder
+
+QUICK = "conf/quickstart.yaml"
+
+
+@pytest.fixture(params=["disk", "store"])
+def root(request, tmp_path) -> str:
+    return str(tmp_path) if request.param == "disk" else f"memory://{uuid.uuid4().hex}"
+
+
+def started(root: str, *overrides: str) -> Config:
+    """A run that has been started and has written a row."""
+    config = load([QUICK, f"run.root={root}", "run.name=one", *overrides])
+    record_start(config)
+    RunFolder(config.folder).publish_file("metrics.jsonl", b'{"step": 0}\n')
+    return config
+
+
+def again(root: str, *overrides: str) -> Config:
+    return load([QUICK, f"run.root={root}", "run.name=one", *overrides])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("run.seed=1", "learner.learning_rate=1e-3", "learner.advantage=DIFFERENCE"),
+        *("tree.temperature=0.9", "prompts.path=quickstart:chains10/train", "gate.max_staleness=0"),
+        *("evaluate.num_samples=2", "verifier.check=other.module", "loss.kl_coef=0.1"),
+        *("model.path=other/model", "tree.num_children=[4,2]", "evaluate.data.num_problems=10"),
+    ],
+)
+def test_a_start_with_other_settings_is_refused_with_both_values_and_a_free_name(
+    root: str, override: str
+) -> None:
+    started(root)
+    with pytest.raises(ValueError) as caught:
+        check_same_run(again(root, override))
+    told, key = str(caught.value), override.partition("=")[0]
+    assert "\n" not in told
+    assert f"{root}/one holds a run with other settings: {key}=" in told and "(was " in told
+    assert "run.name=one-2" in told
+
+
+def test_what_may_change_is_told_and_the_same_settings_are_not(root: str) -> None:
+    config = started(root)
+    assert check_same_run(config) == check_same_run(again(root)) == []
+    changed = ["run.num_steps=99", "engine.num_engines=2", "engine.max_trees=3"]
+    assert check_same_run(again(root, *changed)) == [
+        *("run.num_steps=99 (was 36)", "engine.num_engines=2 (was 1)"),
+        "engine.max_trees=3 (was null)",
+    ]
+
+
+def test_each_start_keeps_its_configuration(root: str) -> None:
+    started(root)
+    record_start(again(root, "run.num_steps=40"))
+    folder = RunFolder(f"{root}/one")
+    assert folder.glob("starts/*") == ["starts/000001.yaml", "starts/000002.yaml"]
+    first, second = map(folder.read_text, folder.glob("starts/*"))
+    assert "num_steps: 36" in first and "num_steps: 40" in second
+    assert folder.read_text("config.yaml") == second
+
+
+def test_a_start_that_came_to_nothing_binds_nobody(root: str) -> None:
+    record_start(again(root))
+    assert check_same_run(again(root, "run.seed=1")) == ["run.seed=1 (was 0)"]
+
+
+@pytest.mark.parametrize("what", ["checkpoints/step=000003/files.json", "eval/step=000000.json"])
+def test_any_result_makes_it_a_run(root: str, what: str) -> None:
+    record_start(again(root))
+    RunFolder(f"{root}/one").publish_file(what, b"{}")
+    with pytest.raises(ValueError, match=r"run\.seed=1 \(was 0\)"):
+        check_same_run(again(root, "run.seed=1"))
+
+
+def test_the_name_that_is_proposed_is_free_and_the_weights_that_are_there_are_named(root) -> None:
+    started(root)
+    RunFolder(f"{root}/one-2").publish_file("config.yaml", b"run: {}")
+    RunFolder(f"{root}/one").publish_file("checkpoints/step=000003/model/config.json", b"{}")
+    told = rf"run\.name=one-3 \(from its weights: model\.path={root}/one/checkpoints/step=000003/"
+    with pytest.raises(ValueError, match=told):
+        check_same_run(again(root, "run.seed=1"))
+
+
+def test_a_run_is_not_made_shorter_than_it_is(root: str) -> None:
+    started(root)
+    RunFolder(f"{root}/one").publish_file("checkpoints/step=000030/files.json", b"{}")
+    assert check_same_run(again(root, "run.num_steps=30")) == ["run.num_steps=30 (was 36)"]
+    with pytest.raises(ValueError, match=r"done 30 learner steps, more than run\.num_steps=29"):
+        check_same_run(again(root, "run.num_steps=29"))
+
+
+def test_a_folder_of_an_earlier_version_is_the_same_run_where_what_is_new_has_its_default(
+    tmp_path: Path,
+) -> None:
+    """Keys that are gone count nothing, modules that have moved are the same."""
+    config = started(str(tmp_path))
+    text = to_yaml(config).replace("treerpo_ray.verifier.math_answer", "treerpo_ray.math_answer")
+    lines = [line for line in text.splitlines() if "max_redraws" not in line]
+    old = "\n".join(lines).replace("gate:", "gone:\n  key: 1\ngate:")
+    (tmp_path / "one/config.yaml").write_text(old)
+    assert check_same_run(config) == []
+    with pytest.raises(ValueError, match=r"gate\.max_redraws=2 \(was 0\)"):
+        check_same_run(again(str(tmp_path), "gate.max_redraws=2"))
+
+
+def test_many_settings_are_counted(tmp_path: Path) -> None:
+    started(str(tmp_path))
+    many = [*("run.seed=1", "tree.temperature=0.5", "gate.max_staleness=0", "loss.kl_coef=1")]
+    with pytest.raises(ValueError, match=r"learner\.weight_decay=0\.5 \(was 0\.0\) and 1 more;"):
+        check_same_run(again(str(tmp_path), *many, "learner.weight_decay=0.5"))

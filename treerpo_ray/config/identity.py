@@ -1,0 +1,83 @@
+"""Identity: the settings that make a run what it is, and the name it has where none is given."""
+
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+FREE = (
+    *("run.name", "run.root", "run.num_steps", "run.max_sampled_tokens", "run.stall_timeout_s"),
+    *("engine.", "sync.", "checkpoint.", "metrics."),
+    *("verifier.num_workers", "verifier.timeout_s", "verifier.memory_mib", "verifier.resources"),
+    *("verifier.max_error_share", "evaluate.every", "evaluate.benchmarks"),
+    *("learner.num_workers", "learner.min_workers", "learner.resources", "learner.cpu_threads"),
+    *("learner.max_failures", "learner.token_budget", "learner.gradient_checkpointing"),
+)
+"""Keys, and sections with a point, that may change while a run is interrupted: how long it is,
+where and on what it runs, and what is kept of it. All others say what is learned or measured."""
+MAX_NAME = 100
+"""Characters of a name, so that it can be a folder's on any disk."""
+
+Flat = dict[str, object]
+"""Values by their whole key."""
+
+
+def is_free(key: str) -> bool:
+    """Whether a setting may change and the run still is the same."""
+    return any(key == free or key.startswith(free.rstrip(".") + ".") for free in FREE)
+
+
+def flatten(sections: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Key and value of each setting, as in `section.key=value`; an empty mapping is a value."""
+    for key, value in sections.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def differences(before: Flat, now: Flat) -> list[str]:
+    """Settings of `now` that had another value before, one phrase each.
+
+    >>> differences({"run.seed": 0}, {"run.seed": 1})
+    ['run.seed=1 (was 0)']
+    """
+    return [
+        f"{key}={_shown(value)} (was {_shown(before[key])})"
+        for key, value in now.items()
+        if key in before and before[key] != value
+    ]
+
+
+def _shown(value: object) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def name_from(arguments: Sequence[str], keys: Sequence[str]) -> str:
+    """Name of a run, made of its files and of the overrides that make it another run.
+
+    An override is named by the end of its key where no other key ends so. Where characters had to
+    be left out, or much, a checksum stands for them.
+
+    Args:
+        arguments: Configuration files and overrides that are not all free.
+        keys: All keys that there are.
+
+    >>> name_from(["conf/quickstart.yaml", "run.seed=1"], ["run.seed", "run.root"])
+    'quickstart-seed=1'
+    """
+    parts = []
+    for argument in arguments:
+        key, is_override, value = argument.partition("=")
+        if is_override:
+            end = key.rpartition(".")[2]
+            is_alone = sum(other.rpartition(".")[2] == end for other in keys) == 1
+            parts.append(f"{end if is_alone else key}={value}")
+        else:
+            parts.append(Path(argument).stem)
+    exact = re.sub(r"[\[\]{}'\" ]", "", "-".join(parts))  # a list or a text is told by its key
+    name = re.sub(r"[^\w.=+-]+", "_", exact).strip("_.")
+    if name == exact and len(name) <= MAX_NAME:
+        return name
+    return f"{name[: MAX_NAME - 9]}-{zlib.crc32(exact.encode()):08x}"

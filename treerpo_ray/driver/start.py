@@ -1,0 +1,92 @@
+"""Start: one start of a run in its folder; refused where it would be another run, else recorded.
+
+What a run folder holds, down to the headline, is of one run. A start with other settings would
+mix two, or answer with the result of the other.
+"""
+
+from typing import cast
+
+import yaml
+
+from treerpo_ray.config import Config
+from treerpo_ray.config.files import to_yaml, with_moved_modules
+from treerpo_ray.config.identity import Flat, differences, flatten, is_free
+from treerpo_ray.metrics.run_log import METRICS_FILE
+from treerpo_ray.run_folder.checkpoints import Checkpoints
+from treerpo_ray.run_folder.files import CONFIG_FILE, WHOLE_MODEL, RunFolder
+
+MOST_SHOWN = 4
+"""Settings that the message about another run names."""
+STARTS = "starts"
+"""Folder with the configuration of each start."""
+
+
+def check_same_run(config: Config) -> list[str]:
+    """Compare a start with what its folder holds.
+
+    Returns:
+        The settings that have changed since the last start, which may; nothing if it is the first.
+
+    Raises:
+        ValueError: the folder holds results of a run with other settings, or a longer one.
+    """
+    folder = RunFolder(config.folder)
+    if not folder.exists(CONFIG_FILE):
+        return []
+    before, now = _settings(folder.read_text(CONFIG_FILE)), _settings(to_yaml(config))
+    # A setting that the earlier version did not have was what is its default now.
+    before = _settings(to_yaml(Config())) | before
+    fixed = differences(before, {key: value for key, value in now.items() if not is_free(key)})
+    if fixed and _has_results(folder):
+        more = f" and {len(fixed) - MOST_SHOWN} more" if len(fixed) > MOST_SHOWN else ""
+        raise ValueError(
+            f"{config.folder} holds a run with other settings: {', '.join(fixed[:MOST_SHOWN])}"
+            f"{more}; give this one a name of its own, such as run.name={_free_name(config)}"
+            f"{_weights(folder)}, or its settings back to go on with it"
+        )
+    done = Checkpoints(folder, config.checkpoint.keep).steps()
+    if done and done[-1] > config.run.num_steps:
+        raise ValueError(
+            f"{config.folder} has done {done[-1]} learner steps, more than run.num_steps="
+            f"{config.run.num_steps}; a run is made longer, not shorter"
+        )
+    free = {key: value for key, value in now.items() if is_free(key) and key != "run.root"}
+    return fixed + differences(before, free)
+
+
+def record_start(config: Config) -> None:
+    """Keep the configuration, as that of the run and as that of this start.
+
+    Raises:
+        OSError: the disk or the store refuses.
+    """
+    folder, content = RunFolder(config.folder), to_yaml(config).encode()
+    number = len(folder.glob(f"{STARTS}/*.yaml")) + 1
+    folder.publish_file(f"{STARTS}/{number:06d}.yaml", content)
+    folder.publish_file(CONFIG_FILE, content)
+
+
+def _settings(text: str) -> Flat:
+    return dict(flatten(with_moved_modules(cast(dict[str, object], yaml.safe_load(text)))))
+
+
+def _has_results(folder: RunFolder) -> bool:
+    if folder.exists(METRICS_FILE) and folder.read_bytes(METRICS_FILE).strip():
+        return True
+    return any(map(folder.glob, ("checkpoints/*", "eval/*", "trees/*", WHOLE_MODEL)))
+
+
+def _free_name(config: Config) -> str:
+    number = 2
+    while RunFolder(f"{config.folder}-{number}").exists():
+        number += 1
+    return f"{config.run.name}-{number}"
+
+
+def _weights(folder: RunFolder) -> str:
+    """How a run of another name starts from the weights of the one that is there."""
+    found = [*folder.glob(f"checkpoints/*/{WHOLE_MODEL}"), *folder.glob(WHOLE_MODEL)]
+    if not found:
+        return ""
+    model = found[-1].removesuffix("/config.json")
+    return f" (from its weights: model.path={folder.place}/{model})"
