@@ -53,9 +53,11 @@ def evaluate(arguments: list[str]) -> int:
         raise ValueError("the model comes first: a folder, a Hugging Face id or a run folder")
     config = configure(rest[0], names, rest[1:])
     check_vllm(config)
-    scores = with_mean(config.folder, run_benchmarks(config, rest[0], Console(0)))
-    show(table(scores))
-    print(json.dumps({"folder": config.folder, "scores": plain(scores)}))
+    found = run_benchmarks(config, rest[0], Console(0))
+    scores, one = with_mean(config.folder, found), next(iter(found.values()))
+    show(table(scores, one.sampling))
+    sampled = {name: getattr(one, name) for name in ("num_samples", "temperature", "top_p")}
+    print(json.dumps({"folder": config.folder, **sampled, "scores": plain(scores)}))
     return 0
 
 
@@ -64,7 +66,9 @@ def compare(places: list[str]) -> int:
     from treerpo_ray.evaluate.report import differences, plain, show
 
     if len(places) != 2:
-        raise ValueError("--compare takes two: folders of runs or evaluations, or files in eval/")
+        raise ValueError(
+            "--compare takes two: runs or evaluations (names, folders, files in eval/)"
+        )
     found, shown = differences(*places)
     show(shown)
     print(json.dumps(plain(found)))

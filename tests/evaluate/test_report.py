@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import rich.console
-import rich.table
 
 from tests.support.evaluations import C, W, graded
 from treerpo_ray.config import load
@@ -52,9 +52,9 @@ def evaluated(
     return result
 
 
-def drawn(shown: rich.table.Table) -> str:
+def drawn(shown: rich.console.Group, width: int = 300) -> str:
     text = io.StringIO()
-    rich.console.Console(file=text, width=300).print(shown)
+    rich.console.Console(file=text, width=width).print(shown)
     return text.getvalue()
 
 
@@ -77,7 +77,9 @@ def test_the_mean_is_over_the_papers_benchmarks_if_they_are_there_and_says_so(
     error = sum(each.var() / len(each) for each in shares) ** 0.5 / 4
     width = mean["pass@1"].high - mean["pass@1"].low
     assert width == pytest.approx(2 * 1.96 * error, rel=0.1)
-    assert "mean of math500, olympiadbench, minerva, aime24 (11)" in drawn(table(scores))
+    assert "mean of math500, olympiadbench, minerva, aime24 (11)" in drawn(
+        table(scores, "2 answers a problem")
+    )
     json.dumps(plain(scores), allow_nan=False)
 
 
@@ -100,7 +102,8 @@ def test_differences_by_hand_with_those_of_the_mean(tmp_path: Path) -> None:
     assert (mean["pass@1"].low, mean["pass@1"].high) == (0, 0.75)  # `two` is but one problem
     assert [each["median_length"].value for each in (one, two, mean)] == [3, -6, -1.5]
     assert (one["pass@2"].value, one["maj@2"].value) == (0.5, 0.25)  # a tie is half a majority
-    assert "2 of 3" in drawn(shown)
+    assert "one (2 of 3)" in drawn(shown)
+    assert drawn(shown).startswith("ours less theirs\n2 answers a problem, temperature 0.6")
     itself, _ = differences(ours, f"{ours}/eval/one.json")
     assert all(score.value == score.low == score.high == 0 for score in itself["one"].values())
 
@@ -175,3 +178,18 @@ def test_a_place_may_be_in_the_home_folder_or_on_an_object_store(
     assert scores["one"]["pass@1"].value == 1
     with pytest.raises(ValueError, match=r"^~/none: there are no samples of an evaluation"):
         differences("~/none", "~/mine")
+
+
+def test_runs_are_compared_by_their_names_and_the_steps_are_said_in_80_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, steps in (("quickstart-dapo", (0, 9)), ("quickstart", (0, 36))):
+        for step in steps:
+            evaluated(f"{tmp_path}/treerpo_runs/{name}", f"step={step:06d}", RIGHT, HALF)
+    _, shown = differences("quickstart-dapo", "quickstart")
+    lines = drawn(shown, width=80).splitlines()
+    assert lines[0] == "quickstart-dapo (step 9) less quickstart (step 36)"
+    assert any(re.search(r"pass@1 .* 0\.0 \[0\.0, 0\.0\]", line) for line in lines)
+    with pytest.raises(ValueError, match="treerpo_runs/other: there are no samples"):
+        differences("other", "quickstart")

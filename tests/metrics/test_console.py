@@ -50,10 +50,12 @@ def test_an_evaluation_is_a_sentence():
     printer, text = console()
     printer.print_step(
         {"step": 0, "eval/pass_at_1": 0.25, "eval/ci95_low": 0.2, "eval/ci95_high": 0.3}
-        | {"eval/length": 40.25}
+        | {"eval/length": 40.25, "eval/num_problems": 400, "eval/num_samples": 4}
+        | {"eval/temperature": 0.6, "eval/top_p": 1.0}
     )
-    assert text.getvalue() == (
-        "step 0: Pass@1 25.0% (95 % interval 20.0% to 30.0%), 40.2 tokens an answer\n"
+    assert " ".join(text.getvalue().split()) == (
+        "step 0: Pass@1 25.0% (95 % interval 20.0% to 30.0%), 40.2 tokens an answer; "
+        "400 problems, 4 answers each, temperature 0.6, top-p 1"
     )
 
 

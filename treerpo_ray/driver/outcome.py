@@ -52,6 +52,16 @@ def collect_outcome(
     )
 
 
+def sampled(result: Evaluation) -> dict[str, float]:
+    """How an evaluation was sampled, as JSON has it."""
+    return {
+        "num_problems": result.num_problems,
+        "num_samples": result.num_samples,
+        "temperature": result.temperature,
+        "top_p": result.top_p,
+    }
+
+
 def summary_json(config: Config, outcome: RunResult) -> str:
     """The result as one line of JSON."""
     before, after = outcome.before, outcome.after
@@ -66,6 +76,7 @@ def summary_json(config: Config, outcome: RunResult) -> str:
             "pass_at_1_after": None if after is None else round(after.pass_at_1, 4),
             "ci95_before": interval(before),
             "ci95_after": interval(after),
+            **({} if after is None else sampled(after)),
             "length_before": None if before is None else round(before.length, 1),
             "length_after": None if after is None else round(after.length, 1),
             "sampled_tokens": outcome.sampled_tokens,
@@ -85,6 +96,6 @@ def describe_outcome(config: Config, outcome: RunResult) -> str:
     return (
         f"Pass@1 went from {before.pass_at_1:.1%} to {after.pass_at_1:.1%} "
         f"({100 * (after.pass_at_1 - before.pass_at_1):+.1f} points) on {after.num_problems} "
-        f"held-out problems, answers from {before.length:.1f} to {after.length:.1f} tokens, "
-        f"with {spent}; the run folder is {config.folder}"
+        f"held-out problems ({after.sampling}), answers from {before.length:.1f} to "
+        f"{after.length:.1f} tokens, with {spent}; the run folder is {config.folder}"
     )

@@ -105,6 +105,12 @@ class Evaluation:
         found = {name: Score(**score) for name, score in fields.get("scores", {}).items()}
         return cls(**fields | {"scores": found})
 
+    @property
+    def sampling(self) -> str:
+        """How the answers were sampled, in words; no number of theirs means anything without."""
+        answers = "1 answer" if self.num_samples == 1 else f"{self.num_samples} answers"
+        return f"{answers} a problem, temperature {self.temperature:g}, top-p {self.top_p:g}"
+
     def row(self) -> Row:
         """Its row in `metrics.jsonl`."""
         return {
@@ -113,6 +119,10 @@ class Evaluation:
             "eval/ci95_low": self.ci95_low,
             "eval/ci95_high": self.ci95_high,
             "eval/length": self.length,
+            "eval/num_problems": self.num_problems,
+            "eval/num_samples": self.num_samples,
+            "eval/temperature": self.temperature,
+            "eval/top_p": self.top_p,
         }
 
 

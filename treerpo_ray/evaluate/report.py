@@ -13,6 +13,7 @@ import rich.console
 import rich.table
 
 from treerpo_ray.config.files import with_moved_modules
+from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.evaluate.evaluation import Evaluation
 from treerpo_ray.evaluate.scores import (
     Estimate,
@@ -74,17 +75,33 @@ def averaged(names: Iterable[str]) -> tuple[str, ...]:
     return chosen if len(chosen) > 1 else ()
 
 
-def table(scores: dict[str, dict[str, Score]]) -> rich.table.Table:
-    """A column a benchmark or mean, a row a score with its interval."""
-    shown = rich.table.Table(title="value [95 % interval over problems]; shares in %")
-    shown.add_column("")
+def table(scores: dict[str, dict[str, Score]], sampling: str) -> rich.console.Group:
+    """A column a benchmark or mean, a row a score with its interval.
+
+    Args:
+        scores: By benchmark and name.
+        sampling: How all the answers were sampled, in words.
+    """
+    title = f"{sampling}\nvalue [95 % interval over problems]; shares in %"
+    headings = []
     for name, found in scores.items():
         size = max(score.num_problems for score in found.values())
-        shown.add_column(f"{name} ({size})", justify="right")
+        headings.append(f"{name} ({size})")
+    return _by_score(title, headings, scores)
+
+
+def _by_score(
+    title: str, headings: list[str], scores: dict[str, dict[str, Score]]
+) -> rich.console.Group:
+    """A table with a row a score under its title; `headings` are those of the columns."""
+    shown = rich.table.Table()
+    shown.add_column("")
+    for heading in headings:
+        shown.add_column(heading, justify="right")
     for key in dict.fromkeys(key for found in scores.values() for key in found):
         cells = (cell(key, found[key]) if key in found else "" for found in scores.values())
         shown.add_row(key, *cells)
-    return shown
+    return rich.console.Group(title, shown)
 
 
 def cell(name: str, score: Score) -> str:
@@ -103,17 +120,18 @@ def plain(scores: dict[str, dict[str, Score]]) -> dict[str, dict[str, dict[str, 
     return {name: {key: asdict(s) for key, s in each.items()} for name, each in scores.items()}
 
 
-def show(shown: rich.table.Table) -> None:
+def show(shown: rich.console.Group) -> None:
     """Print a table to stdout."""
     rich.console.Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(shown)
 
 
-def differences(ours: str, theirs: str) -> tuple[dict[str, dict[str, Score]], rich.table.Table]:
+def differences(ours: str, theirs: str) -> tuple[dict[str, dict[str, Score]], rich.console.Group]:
     """Paired differences, first less second, by benchmark and score, on the same problems.
 
     Args:
-        ours, theirs: Folder or URI of a run or of an evaluation, or one of the files in its
-            `eval/`. Of a run the newest evaluation counts.
+        ours, theirs: Folder or URI of a run or of an evaluation, its name where it lies in the
+            folder of all runs, or one of the files in its `eval/`. Of a run the newest evaluation
+            counts; the table's title says of which step it is.
 
     Raises:
         ValueError: there is no evaluation, the two share no benchmark or problem, or they were
@@ -137,18 +155,26 @@ def differences(ours: str, theirs: str) -> tuple[dict[str, dict[str, Score]], ri
         name: {key: estimate.score for key, estimate in each.items()}
         for name, each in found.items()
     } | mean_of(found)
-    shown = rich.table.Table(title=f"{ours} less {theirs}, paired by problem [95 %]; in points")
-    keys = dict.fromkeys(key for each in scores.values() for key in each)
-    for title in ("benchmark", "problems", *keys):
-        shown.add_column(title, justify="left" if title == "benchmark" else "right")
-    for name, each in scores.items():
-        cells = (cell(key, each[key]) if key in each else "" for key in keys)
-        shown.add_row(name, sizes.get(name, ""), *cells)
-    return scores, shown
+    sides = (_label(place, own[common[0]]) for place, own in ((ours, first), (theirs, second)))
+    fields = _evaluation(first[common[0]])
+    sampling = f"{Evaluation.from_fields(fields).sampling}\n" if fields else ""
+    title = f"{' less '.join(sides)}\n{sampling}paired by problem [95 % interval]; in points"
+    headings = [f"{name} ({sizes[name]})" if name in sizes else name for name in scores]
+    return scores, _by_score(title, headings, scores)
+
+
+def _label(place: str, file: str) -> str:
+    """What is compared, with the learner step of a run that its file is of."""
+    name = PurePosixPath(place.rstrip("/")).name
+    if not (stem := _stem(file)).startswith("step="):
+        return name
+    return f"{name if not name.startswith('step=') else place} (step {int(stem[5:])})"
 
 
 def find(place: str) -> dict[str, str]:
     """Files of samples by benchmark; see `differences`."""
+    if "/" not in place and not RunFolder(place).exists():
+        place = f"{RunConfig().root}/{place}"
     if place.endswith((".json", ".parquet")):
         folder, name = _split(place)
         files = [f"{_stem(name)}.parquet"]

@@ -49,7 +49,9 @@ class Console:
             self.note(
                 f"step {row['step']:.0f}: Pass@1 {row['eval/pass_at_1']:.1%} (95 % interval "
                 f"{row['eval/ci95_low']:.1%} to {row['eval/ci95_high']:.1%}), "
-                f"{row['eval/length']:.1f} tokens an answer"
+                f"{row['eval/length']:.1f} tokens an answer; {row['eval/num_problems']:.0f} "
+                f"problems, {row['eval/num_samples']:.0f} answers each, temperature "
+                f"{row['eval/temperature']:g}, top-p {row['eval/top_p']:g}"
             )
         if "reward/mean" not in row:
             return

@@ -60,6 +60,8 @@ class Report:
 
     references: list[str]
     lines: list[Line]
+    sampling: str
+    """How the held-out answers were sampled."""
 
     def write(self, folder: Path) -> None:
         """Write the table as JSON, in which an unknown number is null."""
@@ -88,7 +90,8 @@ def report(comparison: Comparison, results: list[Result]) -> Report:
                     if reference != arm
                 }
                 lines.append(_line(own, others, here))
-    return Report(references=comparison.references, lines=lines)
+    ways = sorted({result.after.sampling for result in results})
+    return Report(references=comparison.references, lines=lines, sampling="; or ".join(ways))
 
 
 def _line(
@@ -141,7 +144,7 @@ def difference_interval(
 
 def print_table(table: Report) -> None:
     """Print the table to stdout."""
-    shown = rich.table.Table(title="Pass@1 in %, mean over seeds [95 %]")
+    shown = rich.table.Table(title=f"Pass@1 in % ({table.sampling}), mean over seeds [95 %]")
     for title in (
         "setting",
         "arm",
