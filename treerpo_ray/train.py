@@ -142,7 +142,7 @@ class TrainWorker:
             dtype=DTYPES[self.config.model.dtype],
             chunk_bytes=self.config.sync.chunk_mib * 2**20,
         )
-        self.engines = EngineTotals()
+        self.engines: EngineTotals
         self.sampled_tokens = 0.0
         self.is_last = False
         self.trees_kept: int | None = None
@@ -173,8 +173,7 @@ class TrainWorker:
         grown: list[TreeRecord] = ray.get(pool.unconsumed.remote(first))
         self.publish()
         self._await_engines()
-        totals = ray.get(pool.stats.remote())
-        self.engines.since_last(totals)
+        self.engines = EngineTotals(ray.get(pool.stats.remote()))
         drawn_from = curriculum.read(checkpoint, self.config.prompts)
         session: int = ray.get(gate.restart.remote(self.step, drawn_from))
         left_over = saved_trees.read(checkpoint, self.config.tree)

@@ -49,7 +49,9 @@ def fit(
         limits=LearnerConfig(max_failures=max_failures),
         fit_once=fit_once,
         actors=actors,
-        supervisor=SimpleNamespace(console=make_console()[0], run=lambda work: work()),
+        supervisor=SimpleNamespace(
+            console=make_console()[0], run=lambda work: work(), show_last=lambda: None
+        ),
         sleep=waits.append,
     )
     with without_ray():

@@ -25,11 +25,13 @@ def run_log(small_config, ray_cluster) -> Iterator[RunLogApi]:
     ray.kill(actor)
 
 
-def supervisor(run_log: RunLogApi, failure: str | None = None) -> tuple[Supervisor, io.StringIO]:
+def supervisor(
+    run_log: RunLogApi, failure: str | None = None, **settings: float
+) -> tuple[Supervisor, io.StringIO]:
     shown = io.StringIO()
     console = Console(3, rich.console.Console(file=shown, width=120))
     return Supervisor(
-        run_log=run_log, console=console, watchdog=SimpleNamespace(failure=failure)
+        run_log=run_log, console=console, watchdog=SimpleNamespace(failure=failure), **settings
     ), shown
 
 
@@ -45,6 +47,22 @@ def test_what_is_new_in_the_log_is_shown_while_the_work_goes_on(run_log) -> None
     assert ours.run(lambda: 8) == 8
     assert shown.getvalue().count("0.222") == 1 and "0.111" not in shown.getvalue()
     assert shown.getvalue().count("waiting: what an engine") == 1
+
+
+def test_what_a_slow_log_tells_after_the_work_is_shown_before_its_end_and_its_failure(
+    run_log,
+) -> None:
+    """The looks meanwhile are over before anybody answers."""
+
+    def fail() -> None:
+        run_log.step.remote({"step": 2.0, "reward/mean": 0.222})
+        run_log.event.remote(Event(kind=FATAL, fields={"reason": "too many errors"}))
+        raise ZeroDivisionError
+
+    ours, shown = supervisor(run_log, poll_s=1e-6)
+    with pytest.raises(RuntimeError, match="too many errors"):
+        ours.run(fail)
+    assert "0.222" in shown.getvalue()
 
 
 def test_a_failure_of_the_work_is_its_own(run_log) -> None:

@@ -153,7 +153,10 @@ def test_a_draining_engine_that_fails_is_not_replaced_and_ends_at_once() -> None
             await serve(pool, 1)
             assert first.state is ReplicaState.GONE
             assert fleet.killed == [fleet.started[0][0]]
-        await until(lambda: bool(fleet.of("engine_left")))
+        await asyncio.sleep(1)  # virtual: whoever waited for it to drain has looked
+        assert [event["reason"] for event in fleet.of("engine_left")] == [
+            "it failed: ActorDiedError: The actor died unexpectedly before finishing this task."
+        ]
         assert len(fleet.started[0]) == 1 and fleet.of("engine_lost") == []
         await pool.stop()
 
@@ -256,5 +259,18 @@ def test_whoever_waits_is_told_that_no_engine_will_serve() -> None:
         with pytest.raises(RuntimeError, match="no engine"):
             await waiting
         assert router.num_waiting == 0
+
+    run(scenario())
+
+
+def test_whoever_gives_up_at_the_moment_that_no_engine_will_serve_is_just_cancelled() -> None:
+    async def scenario() -> None:
+        router = Router([await make_replica(0, is_serving=False)])
+        waiting = asyncio.create_task(router.take())
+        await asyncio.sleep(0.1)
+        router.fail(RuntimeError("no engine"))
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
 
     run(scenario())

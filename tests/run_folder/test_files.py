@@ -92,6 +92,15 @@ def test_in_a_store_the_file_that_tells_that_a_model_is_there_comes_last() -> No
     assert LossyStore.arrived == ["0.safetensors", "state.pt", "config.json"]
 
 
+def test_a_folder_may_be_called_like_a_pattern(tmp_path: Path) -> None:
+    for name in ("run[1]", "run1", "r*n"):
+        RunFolder(f"{tmp_path}/{name}").publish_file("eval/a.json", name.encode())
+    for name in ("run[1]", "run1", "r*n"):
+        run = RunFolder(f"{tmp_path}/{name}")
+        assert run.glob("eval/*.json") == ["eval/a.json"]
+        assert run.read_text("eval/a.json") == name
+
+
 def test_what_lies_in_a_run_folder_is_found_and_read(folder: str, tmp_path: Path) -> None:
     run = RunFolder(folder)
     assert (

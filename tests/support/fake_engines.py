@@ -183,10 +183,10 @@ class FakeEngine:
     async def stats(self) -> EngineStats:
         await self.meet("stats")
         return EngineStats(
+            start=f"{id(self)}",
             num_requests=self.num_sampled,
             num_prompt_tokens=0,
             num_cached_tokens=0,
-            num_sampled_tokens=0,
             cpu_s=0.0,
             version=self.version,
         )

@@ -65,6 +65,11 @@ class RunConfig:
     which a hung engine is replaced."""
 
     def __post_init__(self) -> None:
+        if not self.name or set(self.name.split("/")) & {"", ".", ".."}:
+            raise ValueError(f"run.name={self.name!r} must be a folder in run.root")
+        for key, value in (("name", self.name), ("root", self.root)):
+            if set(value) & set("*?[]"):  # file systems would look for what it matches
+                raise ValueError(f"run.{key}={value} must not have * ? [ or ]")
         # Processes of a run have other working folders than the one that makes this.
         object.__setattr__(self, "root", _absolute(self.root))
 

@@ -145,6 +145,7 @@ class RunSession:
             self.supervisor = Supervisor(
                 run_log=self.actors.run_log, console=console, watchdog=watchdog
             )
+            self._ending.callback(self.supervisor.show_last)
             self._scorer: Scorer | None = None
             self._ending = self._ending.pop_all()
 

@@ -107,6 +107,7 @@ class TrainGroup:
             lost["cause"] = root_cause(error)
             ray.get(self.actors.run_log.event.remote(Event(kind="learner_lost", fields=lost)))
             if is_over:
+                self.supervisor.show_last()
                 raise error
             ray.get(self.actors.heartbeats.forget.remote("learner"))
             self.supervisor.run(partial(self.sleep, wait_s))

@@ -54,7 +54,7 @@ class Router:
         try:
             return await place
         except asyncio.CancelledError:
-            if place.done() and not place.cancelled():
+            if place.done() and not place.cancelled() and place.exception() is None:
                 self.release(place.result())
             raise
 
@@ -331,6 +331,7 @@ class EnginePool:
         was_draining = replica.state is ReplicaState.DRAINING
         self._end(replica)
         if was_draining:  # another was asked for, if one is needed
+            self._note_end("engine_left", replica, f"it failed: {first_line(error)}")
             return
         self.note("engine_lost", engine=replica.index, reason=first_line(error))
         if replica.num_starts < MAX_STARTS:
@@ -361,6 +362,8 @@ class EnginePool:
 
     async def _end_drained(self, replica: Replica) -> None:
         await replica.drained(self._times.margin_s)
+        if replica.state is ReplicaState.GONE:  # it failed meanwhile
+            return
         reason = "its node ends" if replica.num_trees else "it is drained"
         self._note_end("engine_left", replica, reason)
         if not replica.num_trees:

@@ -55,11 +55,12 @@ class Sampling:
 class EngineStats:
     """What an engine has done since it started."""
 
+    start: str
+    """Which start of which engine it is; no other has the same."""
     num_requests: int
     num_prompt_tokens: int
     num_cached_tokens: int
     """Prompt tokens that the prefix cache held."""
-    num_sampled_tokens: int
     cpu_s: float
     """CPU time of the engine's processes on the actor's machine."""
     version: int
@@ -67,27 +68,35 @@ class EngineStats:
 
 
 class EngineTotals:
-    """What had been done at the last row; the engines themselves only count up."""
+    """What each start of an engine had done at the last row; engines themselves only count up.
 
-    def __init__(self) -> None:
-        self.asked = self.cached = 0
-        self.cpu_s = 0.0
+    Args:
+        stats: Those of the engines that are there; what they have done already counts for no row.
+    """
+
+    def __init__(self, stats: Sequence[EngineStats]) -> None:
+        self._cpu_s = time.process_time()
+        self._last = {engine.start: engine for engine in stats}
 
     def since_last(self, stats: Sequence[EngineStats]) -> Row:
-        """What the engines did since the last call, with this process's CPU time, and serve now.
+        """What the engines did since the last row, with this process's CPU time, and serve now.
 
-        The totals start anew with an engine that was replaced; that step's shares are zero.
+        An engine that has come since counts from its start; of one that has gone, what it did
+        after the last row is not known.
         """
-        asked = sum(engine.num_prompt_tokens for engine in stats)
-        cached = sum(engine.num_cached_tokens for engine in stats)
-        cpu_s = time.process_time() + sum(engine.cpu_s for engine in stats)
-        since = asked - self.asked, cached - self.cached, cpu_s - self.cpu_s
-        self.asked, self.cached, self.cpu_s = asked, cached, cpu_s
-        is_whole = since[0] >= 0
+        asked = cached = 0
+        now_s = time.process_time()
+        cpu_s, self._cpu_s = now_s - self._cpu_s, now_s
+        for engine in stats:
+            last = self._last.get(engine.start)
+            asked += engine.num_prompt_tokens - (last.num_prompt_tokens if last else 0)
+            cached += engine.num_cached_tokens - (last.num_cached_tokens if last else 0)
+            cpu_s += engine.cpu_s - (last.cpu_s if last else 0.0)
+            self._last[engine.start] = engine
         versions = [engine.version for engine in stats]
         return {
-            "engine/prefix_hit_rate": since[1] / max(since[0], 1) if is_whole else 0.0,
-            "time/cpu_s": since[2] if is_whole else 0.0,
+            "engine/prefix_hit_rate": cached / max(asked, 1),
+            "time/cpu_s": cpu_s,
             "engine/oldest_version": min(versions, default=math.nan),
             "engine/newest_version": max(versions, default=math.nan),
         }

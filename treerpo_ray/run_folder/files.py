@@ -5,6 +5,7 @@ What is published is whole or not there: it is written beside its place, synced 
 object store uploaded with what tells of it last, and compared.
 """
 
+import glob
 import io
 import json
 import os
@@ -57,7 +58,8 @@ class RunFolder:
     def glob(self, pattern: str) -> list[str]:
         """Names, in order, of the files and folders that match; the store is asked anew."""
         self.fs.invalidate_cache()
-        paths = (path.rstrip("/") for path in self.fs.glob(self._path(pattern)))
+        whole = f"{glob.escape(self.root)}/{pattern}"  # a run may be called `best[1]`
+        paths = (path.rstrip("/") for path in self.fs.glob(whole))
         return sorted(path.removeprefix(f"{self.root}/") for path in paths)
 
     def names(self, name: str) -> list[str]:
