@@ -37,7 +37,7 @@ from treerpo_ray.config import Config, load
 from treerpo_ray.errors import STOPPED
 from treerpo_ray.metrics.run_log import EVENTS_FILE, latest_rows
 from treerpo_ray.run_folder.files import RunFolder, Scalar
-from treerpo_ray.study.audit import Fields, _float, _int, faults
+from treerpo_ray.study.audit import Fields, as_float, as_int, faults
 
 ROOT = Path(__file__).resolve().parents[1]
 HEALTH = {
@@ -109,10 +109,10 @@ RECOVERED = {
 def recovery_s(kill: Kill, events: Sequence[Fields]) -> float | None:
     """Seconds until what was killed was there again; None if it never was."""
     for event in events:
-        is_late = _float(event["time"]) > kill.time
+        is_late = as_float(event["time"]) > kill.time
         is_same = kill.engine is None or event.get("engine") == kill.engine
         if is_late and is_same and event["kind"] == RECOVERED[kill.victim]:
-            return _float(event["time"]) - kill.time
+            return as_float(event["time"]) - kill.time
     return None
 
 
@@ -121,9 +121,9 @@ def serving(events: Sequence[Fields]) -> dict[int, Fields]:
     found: dict[int, Fields] = {}
     for event in events:
         if event["kind"] == "engine_serving":
-            found[_int(event["engine"])] = event
+            found[as_int(event["engine"])] = event
         elif event["kind"] == "engine_lost":
-            found.pop(_int(event["engine"]), None)
+            found.pop(as_int(event["engine"]), None)
     return found
 
 
@@ -372,7 +372,7 @@ def main(arguments: list[str]) -> int:
     kills, events = drill.kills, RunFolder(config.folder).read_lines(EVENTS_FILE)
     times = [float(str(event["time"])) for event in events] or [0.0]
     recoveries = [recovery_s(kill, events) for kill in kills]
-    done = [_int(event["step"]) + 1 for event in events if event["kind"] == "consumed"]
+    done = [as_int(event["step"]) + 1 for event in events if event["kind"] == "consumed"]
     as_run = replace(config, run=replace(config.run, num_steps=max(done, default=1)))
     problems = [*faults(as_run, events), *unrepaired(kills, recoveries, times[-1])]
     problems += left_over(kills)

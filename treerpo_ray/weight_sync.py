@@ -1,4 +1,5 @@
-"""Weights on their way: flat chunks of bytes, a manifest that says what lies where, proofs.
+"""Weight sync: the learner's weights on their way to the engines, in flat chunks of
+bytes, with a manifest that says what lies where, and proofs.
 
 A manifest carries a digest of each chunk; an engine proves a version by echoing it together
 with the digests of the bytes that its workers received.

@@ -87,7 +87,7 @@ def test_the_warning_of_a_failure_is_out_when_the_run_is_closed(tmp_path, fake_w
         told.append(kind)
 
     run = WandbRun(run_config(tmp_path, "p"), folder=tmp_path, last_step=-1, warn=warn)
-    assert is_failing.wait(10)
+    assert is_failing.wait(600)
     run.close()
     assert told == ["wandb_stopped"]
 
@@ -97,7 +97,7 @@ def test_a_hanging_wandb_delays_nothing(tmp_path, fake_wandb):
     config = run_config(tmp_path, "p")
     run_log = RunLog(config, make_wandb=partial(WandbRun, max_waiting=2, close_s=900.0))
     run_log.step({"step": 0})
-    assert fake_wandb.is_logging.wait(10)
+    assert fake_wandb.is_logging.wait(600)
     for step in range(1, 5):
         run_log.step({"step": step})
     run_log.close()

@@ -7,7 +7,7 @@ import pytest
 import ray
 
 from tests.support.hung_stage import Stage
-from treerpo_ray.metrics.health import StageStatus
+from treerpo_ray.metrics.health import StackDump, StageStatus
 from treerpo_ray.metrics.watchdog import Heartbeats, Stages, Watchdog
 from treerpo_ray.run_folder.files import RunFolder
 
@@ -117,7 +117,7 @@ def test_a_stage_that_does_not_answer_counts_as_busy_and_a_hung_one_writes_its_s
         assert time.monotonic() < end, found
         found = stages()
     scoring.hang.remote(watch, str(tmp_path))
-    gate.sleep.remote()
+    gate.sleep.remote(StackDump(stage="gate", folder=str(tmp_path), limit_s=3.0))
     while {m.stage for m in stages() if m.is_busy} != {"gate", "scoring"}:
         assert time.monotonic() < end
     silent = next(m for m in stages() if m.stage == "gate" and m.is_busy)

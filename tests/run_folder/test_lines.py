@@ -176,7 +176,7 @@ def test_a_store_that_is_gone_for_a_while_delays_nothing_and_gets_everything(wea
 def test_a_store_that_is_gone_or_hangs_at_the_end_is_told_with_where_the_files_are(
     weak, is_gone: bool
 ) -> None:
-    log = Log(weak, store_close=0.3)
+    log = Log(weak, store_close=900.0 if is_gone else 0.3)
     WeakStore.is_gone = is_gone
     if not is_gone:
         WeakStore.hold.clear()

@@ -15,7 +15,8 @@ class Stage:
         stacks.arm()
         return StageStatus(stage="gate", doing="waiting", is_busy=False)
 
-    def sleep(self) -> None:
+    def sleep(self, stacks: StackDump) -> None:
+        stacks.arm()  # the last answer may be long ago, on a busy machine
         time.sleep(3600)
 
     def hang(self, watch: ray.actor.ActorHandle, folder: str) -> None:

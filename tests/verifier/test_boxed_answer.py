@@ -36,7 +36,7 @@ def test_the_verifier_grades_and_groups_by_boxes() -> None:
     texts = [r"\boxed{\frac12}", "1/2", r"\boxed{0.5}", r"It is \boxed{0.5"]
     answers = [Answer(text=text, references=("0.5",), is_cut_off=True) for text in texts]
     with Verifier(
-        check="treerpo_ray.verifier.boxed_answer", num_workers=1, timeout_s=5.0, memory_mib=512
+        check="treerpo_ray.verifier.boxed_answer", num_workers=1, timeout_s=600.0, memory_mib=512
     ) as verifier:
         verifier.self_test()
         verdicts = verifier.grade(answers)

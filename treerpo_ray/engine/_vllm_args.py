@@ -1,4 +1,4 @@
-"""Engine args: how vLLM is set up, on a GPU and on a CPU."""
+"""vLLM's arguments: how an engine is set up, on a GPU and on a CPU."""
 
 from typing import TYPE_CHECKING
 

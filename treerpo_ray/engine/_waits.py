@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Wait:
-    """One that is to be told of."""
+    """A wait under way, which is told of when it takes long."""
 
     name: str
     start: float
@@ -22,7 +22,7 @@ class Wait:
 
 
 class Waits:
-    """All of them.
+    """All waits of a pool: each has its limit, and one line tells of those that take long.
 
     Args:
         report: Takes the seconds of the longest wait that is due, and for what it and how many

@@ -82,9 +82,12 @@ def first_to_leave(replicas: list[Replica]) -> Replica:
     Among equals the one with the fewest trees, and of these the one that came last.
     """
     on_node = Counter(replica.node for replica in replicas)
-    return min(
-        replicas, key=lambda m: (m.is_serving, bool(m.node), on_node[m.node], m.num_trees, -m.index)
-    )
+
+    def loss(replica: Replica) -> tuple[bool, bool, int, int, int]:
+        has_node, companions = bool(replica.node), on_node[replica.node]
+        return replica.is_serving, has_node, companions, replica.num_trees, -replica.index
+
+    return min(replicas, key=loss)
 
 
 class Autoscaler:

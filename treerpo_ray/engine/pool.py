@@ -71,7 +71,7 @@ class Router:
                 return
             place = self._waiting.popleft()
             if not place.done():
-                replica = min(free, key=lambda m: m.num_trees)
+                replica = min(free, key=lambda each: each.num_trees)
                 replica.take_place()
                 place.set_result(replica)
 
@@ -151,7 +151,7 @@ class EnginePool:
     @property
     def staying(self) -> list[Replica]:
         """Those that take trees, or will once they serve."""
-        return [m for m in self._replicas if m.state is not ReplicaState.DRAINING]
+        return [each for each in self._replicas if each.state is not ReplicaState.DRAINING]
 
     @property
     def num_waiting(self) -> int:
@@ -195,7 +195,7 @@ class EnginePool:
             self.add()
 
         def new() -> list[Replica]:
-            return [m for m in self._replicas if m.num_starts == 1]
+            return [each for each in self._replicas if each.num_starts == 1]
 
         limit_s = self._limits.start_timeout_s
         try:
@@ -206,7 +206,7 @@ class EnginePool:
             raise TimeoutError(
                 f"waited {limit_s:.0f} s for {self._needed_node} for engine {lacking}"
             ) from None
-        await self._until(lambda: self._is_serving() and all(m.is_serving for m in new()))
+        await self._until(lambda: self._is_serving() and all(each.is_serving for each in new()))
 
     @property
     def _needed_node(self) -> str:
@@ -380,7 +380,9 @@ class EnginePool:
     async def stop(self) -> None:
         """End all work and shut the engines down."""
         self._background.cancel()
-        await self._stop([m for m in self._replicas if m.state is not ReplicaState.STARTING])
+        await self._stop(
+            [each for each in self._replicas if each.state is not ReplicaState.STARTING]
+        )
         for replica in self._replicas:
             replica.kill()
 

@@ -90,7 +90,7 @@ class ReplicaState(Enum):
     STARTING = auto()
     """It has no node yet, or loads the model or the weights."""
     SERVING = auto()
-    """It has proved the weights and takes trees."""
+    """It takes trees; it has proved the newest weights, if any were published yet."""
     DRAINING = auto()
     """It finishes its trees and takes no more."""
     GONE = auto()

@@ -86,15 +86,15 @@ class Evaluation:
     seconds: float
     top_p: float = 1.0
     max_tokens: int | None = None
-    """Most tokens of an answer; None in the file of a version that did not record it."""
+    """Most tokens of an answer; None, here and below: it is not recorded."""
     verifier: str | None = None
-    """Module that graded the answers; None as above."""
+    """Module that graded the answers."""
     system_prompt: str | None = None
-    """What stood before each question, empty if nothing did; None as above."""
+    """What stood before each question, empty if nothing did."""
     model: str | None = None
-    """What was evaluated: `model.path` of a run, of a job `benchmarks.source_of`; None as above."""
+    """What was evaluated: `model.path` of a run, of a job `benchmarks.source_of`."""
     seed: int | None = None
-    """`run.seed`, from which the samples follow; None as above."""
+    """`run.seed`, from which the samples follow."""
     scores: dict[str, Score] = field(default_factory=dict)
     """Every statistic with its interval, by name: pass@k, maj@k, length, median_length, cut_off."""
 

@@ -17,7 +17,7 @@ STDERR = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StackDump:
-    """Those of the process that a stage is in.
+    """The stacks of the process that a stage runs in, written if the stage hangs.
 
     Args:
         stage: Name of the stage.
@@ -76,5 +76,5 @@ def stalled(statuses: list[StageStatus], limit_s: float) -> list[StageStatus]:
     """
     oldest_first = sorted(statuses, key=lambda status: -status.age_s)
     if any(status.is_busy for status in statuses):
-        return [m for m in oldest_first if m.is_busy and m.age_s > limit_s]
-    return oldest_first if all(m.age_s > limit_s for m in oldest_first) else []
+        return [one for one in oldest_first if one.is_busy and one.age_s > limit_s]
+    return oldest_first if all(one.age_s > limit_s for one in oldest_first) else []

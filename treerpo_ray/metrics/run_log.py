@@ -1,4 +1,4 @@
-"""Metrics: the rows and events of a run, in its folder and on Weights & Biases.
+"""Run log: the rows and events of a run, in its folder and on Weights & Biases.
 
 `metrics.jsonl` has one row for each learner step and evaluation, `events.jsonl` what happened
 in between. Both only ever grow, by whole lines. A row's `step` counts the finished updates, so

@@ -70,7 +70,9 @@ class Heartbeats:
 
     def forget(self, prefix: str) -> None:
         """Stages of that kind begin anew, and there may be fewer of them."""
-        self._moved = {stage: m for stage, m in self._moved.items() if not stage.startswith(prefix)}
+        self._moved = {
+            stage: last for stage, last in self._moved.items() if not stage.startswith(prefix)
+        }
 
     def statuses(self) -> list[StageStatus]:
         """The latest of each stage."""
@@ -79,8 +81,8 @@ class Heartbeats:
 
 
 class Heartbeat:
-    """A stage's own hand in it: reports statuses, and has this process write its stacks if it
-    stays busy too long.
+    """What a stage tells of itself: it reports its statuses, and has this process write its stacks
+    if it stays busy too long.
 
     Args:
         heartbeats: Actor of `Heartbeats`.
@@ -229,7 +231,7 @@ class Stages:
             silence = StageStatus(
                 stage=stage, doing=f"does not answer ({kind})", is_busy=True, age_s=now - at
             )
-            return [*(replace(m, age_s=m.age_s + now - at) for m in statuses), silence]
+            return [*(replace(each, age_s=each.age_s + now - at) for each in statuses), silence]
         del self._asked[stage]
         statuses = answer if isinstance(answer, list) else [answer]
         self._answered[stage] = now, statuses

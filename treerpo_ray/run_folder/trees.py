@@ -31,7 +31,7 @@ def write(folder: Path, trees: Sequence[TreeRecord], settings: TreeConfig) -> No
 def read(folder: Path | None, settings: TreeConfig) -> list[TreeRecord]:
     """Trees of a checkpoint, if there is one that has any, grown with these settings and of this
     schema."""
-    if folder is None or not (folder / FILE).exists():  # by a version that saved none
+    if folder is None or not (folder / FILE).exists():
         return []
     table = pq.read_table(folder / FILE)
     if (table.schema.metadata or {}).get(CONFIG_KEY) != _tree_section(settings):

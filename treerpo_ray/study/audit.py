@@ -37,7 +37,7 @@ def standing(events: Sequence[Fields]) -> tuple[list[Fields], list[str]]:
     faults = []
     for event in events:
         if event["kind"] == "learner_started":
-            step = _int(event["step"])
+            step = as_int(event["step"])
             if step > len(kept):
                 faults.append(f"the learner went on at step {step} after {len(kept)} steps")
             kept = kept[:step]
@@ -143,7 +143,7 @@ def check_promises(
                     f"ticket {tree.ticket} is of versions {tree.min_version} to "
                     f"{tree.max_version}, trained on at {version}"
                 )
-        version = _int(event["version"])
+        version = as_int(event["version"])
     overlaps = max_staleness > 0
     return faults + _version_faults(events, rows, version, num_steps, overlaps=overlaps)
 
@@ -187,11 +187,13 @@ def _version_faults(
     return faults
 
 
-def _int(value: Scalar) -> int:
+def as_int(value: Scalar) -> int:
+    """A field of an event that is a whole number."""
     assert isinstance(value, int)
     return value
 
 
-def _float(value: Scalar) -> float:
+def as_float(value: Scalar) -> float:
+    """A field of an event that is a number."""
     assert isinstance(value, float | int)
     return value

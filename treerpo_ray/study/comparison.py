@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import cast
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -23,6 +24,7 @@ from yaml import YAMLError
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config import Config
 from treerpo_ray.config.files import load, to_yaml, with_moved_modules
+from treerpo_ray.config.identity import Flat, flatten
 from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation
 from treerpo_ray.metrics.run_log import last_step, latest_rows
@@ -235,7 +237,7 @@ def _read_result(path: Path) -> Result:
     )
 
 
-def _unlike(result: Result, config: Config, default: dict[str, object]) -> list[str]:
+def _unlike(result: Result, config: Config, default: Flat) -> list[str]:
     """What a result has otherwise than a run of `config` would: settings, start, tokens.
 
     A result may be older than a setting, which then has its `default`.
@@ -252,16 +254,9 @@ def _unlike(result: Result, config: Config, default: dict[str, object]) -> list[
     return unlike
 
 
-def _flat(config: str) -> dict[str, object]:
-    """Values of a configuration in YAML by dotted name."""
-    return _values(with_moved_modules(OmegaConf.to_container(OmegaConf.create(config))))
-
-
-def _values(node: object, name: str = "") -> dict[str, object]:
-    if not isinstance(node, dict):
-        return {name: node}
-    parts = [_values(value, f"{name}.{key}" if name else str(key)) for key, value in node.items()]
-    return dict(item for part in parts for item in part.items())
+def _flat(config: str) -> Flat:
+    """Values of a configuration in YAML by their whole key."""
+    return dict(flatten(with_moved_modules(yaml.safe_load(config))))
 
 
 def version_of(root: Path) -> str:

@@ -1,4 +1,4 @@
-"""Trials: runs the missing trials of a comparison, one after the other, on shared engines."""
+"""Runner: trains the missing trials of a comparison, one after the other, on shared engines."""
 
 import sys
 from collections.abc import Callable, Mapping
