@@ -51,7 +51,7 @@ SETTINGS = [
 ]
 
 
-def main(overrides: list[str]) -> int:
+def show(overrides: list[str]) -> int:
     """Run the demonstration; returns the exit status."""
     _ask_for_token()
     from treerpo_ray.config import load
@@ -60,13 +60,9 @@ def main(overrides: list[str]) -> int:
     from treerpo_ray.driver.run import run
     from treerpo_ray.metrics.console import Console
 
-    try:
-        config = load([*SETTINGS, *overrides])
-        check_vllm(config)
-        inputs = load_inputs(config)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = load([*SETTINGS, *overrides])
+    check_vllm(config)
+    inputs = load_inputs(config)
     console = Console(config.run.num_steps)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is taken down
     with autoscaling_cluster() as address:
@@ -214,6 +210,13 @@ def _end_processes(variable: str) -> None:
                 os.kill(int(entry.name), signal.SIGKILL)
         except OSError:
             continue  # it ended meanwhile, or is another user's
+
+
+def main(overrides: list[str]) -> int:
+    """Run the command; returns the exit status."""
+    from treerpo_ray.errors import run_command
+
+    return run_command(show, overrides)
 
 
 if __name__ == "__main__":

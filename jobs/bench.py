@@ -259,8 +259,9 @@ def batch_to_forests(batch: pa.Table, learner: LearnerConfig) -> list[Forest]:
 def plain_forests(batch: pa.Table, learner: LearnerConfig) -> list[Forest]:
     """The same forests with nothing stacked: a list a column, a loop over groups, a step at a time.
 
-    Of the statistics it makes the standard errors of groups and the lengths of the answers. It
-    knows the paper's form and rule.
+    It does what records and statistics of lists do, also where nobody reads the result: versions
+    are split by step, an answer's length is that of its list of tokens. Of the statistics it makes
+    the standard errors of groups and these lengths. It knows the paper's form and rule.
     """
     assert learner.advantage is AdvantageForm.BERNOULLI
     assert learner.pruning.rule is PruneRule.RANGE

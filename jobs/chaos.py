@@ -34,7 +34,7 @@ import rich.table
 from ray.cluster_utils import Cluster
 
 from treerpo_ray.config import Config, load
-from treerpo_ray.errors import STOPPED
+from treerpo_ray.errors import STOPPED, run_command
 from treerpo_ray.metrics.run_log import EVENTS_FILE, latest_rows
 from treerpo_ray.run_folder.files import RunFolder, Scalar
 from treerpo_ray.study.audit import Fields, as_float, as_int, faults
@@ -344,8 +344,8 @@ def report(
     print(json.dumps(summary))
 
 
-def main(arguments: list[str]) -> int:
-    """Run the command; returns the exit status."""
+def drill(arguments: list[str]) -> int:
+    """Run the drill; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=120)
@@ -362,14 +362,14 @@ def main(arguments: list[str]) -> int:
     with small_cluster() as cluster:
         command = [sys.executable, str(ROOT / "jobs/train.py"), *arguments]
         training = subprocess.Popen(command, stdout=sys.stderr)
-        drill = Drill(config=config, cluster=cluster, schedule=schedule, num_steps=options.steps)
+        run = Drill(config=config, cluster=cluster, schedule=schedule, num_steps=options.steps)
         try:
-            drill.run(training, start + limit_s)
+            run.run(training, start + limit_s)
         finally:
             training.kill()  # does nothing once it has ended
             training.wait()
     seconds = time.monotonic() - start
-    kills, events = drill.kills, RunFolder(config.folder).read_lines(EVENTS_FILE)
+    kills, events = run.kills, RunFolder(config.folder).read_lines(EVENTS_FILE)
     times = [float(str(event["time"])) for event in events] or [0.0]
     recoveries = [recovery_s(kill, events) for kill in kills]
     done = [as_int(event["step"]) + 1 for event in events if event["kind"] == "consumed"]
@@ -387,4 +387,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(drill, sys.argv[1:]))

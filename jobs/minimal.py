@@ -1,15 +1,13 @@
 """TreeRPO whole, in one file and one process: to be read first, and to hold the learner against.
 
-python jobs/minimal.py conf/quickstart.yaml
-python jobs/minimal.py conf/quickstart.yaml conf/methods/grpo.yaml run.num_steps=20
+python jobs/minimal.py conf/quickstart.yaml conf/methods/grpo.yaml
 
     questions ── grow ──► trees ── score ──► rewards ── rows ──► values, advantages ─┐
                    ▲                                                                 │
                    └──────── AdamW ◄──── loss ◄──── one row a trained step ◄─────────┘
 
 Configuration, prompts and mathematics (`treerpo_ray.algo`) are those of jobs/train.py, and so is
-the update: the same trees give the same weights. Left out is what makes that fast and safe: a
-plain loop samples, each trained step is a row of its own, answers are checked in this process.
+the update: the same trees give the same weights. Left out is what makes that fast and safe.
 """
 
 import importlib
@@ -33,21 +31,22 @@ from treerpo_ray.algo.loss import LossInputs, policy_loss
 from treerpo_ray.algo.search import SiblingGroup, assemble, cut_at_surprise
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
 from treerpo_ray.config import Config, load
-from treerpo_ray.prompts import prompt_set
-from treerpo_ray.prompts.problems import load_problems
+from treerpo_ray.errors import run_command
+from treerpo_ray.prompts import problems, prompt_set
 
-LEFT_OUT = "gate.max_redraws gate.revisit tree.delimiter loss.kl_coef run.max_sampled_tokens"
+LEFT_OUT = "gate.max_redraws gate.revisit tree.delimiter loss.kl_coef run.max_sampled_tokens "
+LEFT_OUT += "verifier.false_positive_rate verifier.false_negative_rate model.trust_remote_code"
 
 
-def train(config: Config) -> None:
+def train(config: Config) -> int:
     """Learner steps, a line each; the reward shown is the mean value of the trees' roots."""
-    if any(attrgetter(*LEFT_OUT.split())(config)) or config.learner.advantage == "past_baseline":
-        raise ValueError(f"jobs/minimal.py knows neither past_baseline nor {LEFT_OUT}")
+    wrong = [key for key in LEFT_OUT.split() if attrgetter(key)(config)]
+    if wrong or config.model.dtype != "float32" or config.learner.advantage == "past_baseline":
+        raise ValueError(f"not in jobs/minimal.py: {wrong or 'bfloat16, past_baseline'}")
     torch.manual_seed(config.run.seed)
-    torch.set_num_threads(config.learner.cpu_threads)
     rng, policy = np.random.default_rng(config.run.seed), TreeRPO(config)
-    problems, _ = load_problems(config.prompts)
-    questions = prompt_set.PromptSet.encode(problems, policy.tokenizer, config.prompts)
+    found, _ = problems.load_problems(config.prompts)
+    questions = prompt_set.PromptSet.encode(found, policy.tokenizer, config.prompts)
     for step in range(config.run.num_steps):
         drawn = rng.choice(len(questions), config.gate.trees_per_step, replace=False)
         trees = policy.grow([questions.token_ids[i] for i in drawn])
@@ -57,6 +56,7 @@ def train(config: Config) -> None:
         trained = policy.update(trees, rewards, step / config.run.num_steps)
         tokens = f"{sum(t.num_sampled_tokens for t in trees)} tokens sampled, {trained} trained"
         print(f"step {step + 1}: reward {value:.1%}, {tokens}", flush=True)
+    return 0
 
 
 @dataclass(kw_only=True, eq=False)
@@ -197,4 +197,4 @@ class TreeRPO:
 
 
 if __name__ == "__main__":
-    train(load(sys.argv[1:]))
+    sys.exit(run_command(lambda arguments: train(load(arguments)), sys.argv[1:]))

@@ -94,5 +94,8 @@ def test_the_command_trains_and_prints_a_line_a_step(capsys: pytest.CaptureFixtu
 
 
 def test_what_it_leaves_out_is_refused() -> None:
-    with pytest.raises(ValueError, match="knows none of"):
+    with pytest.raises(ValueError, match=r"not in jobs/minimal.py: \['gate.max_redraws'\]"):
         train(method("dapo"))
+    for override in ("model.dtype=bfloat16", "learner.advantage=past_baseline"):
+        with pytest.raises(ValueError, match=r"not in jobs/minimal.py: bfloat16, past_baseline"):
+            train(load([override]))
