@@ -212,7 +212,10 @@ def test_a_number_beyond_its_limits_is_told_with_its_key() -> None:
         (["learner.token_budget=1663"], "learner.token_budget=1663 is smaller .* = 1664$"),
         (["gate.max_staleness=-1"], "gate.max_staleness=-1 must be at least 0"),
         (["verifier.false_positive_rate=20"], "verifier.false_positive_rate=20.* more than 1"),
-        (["tree.num_children=[8]"], r"tree.num_children .* not \[8\] and \[384, 384, 384\]"),
+        (
+            ["tree.num_children=[8]", "tree.step_tokens=[9,9]"],
+            r"tree.num_children .* not \[8\] and \[9, 9\]",
+        ),
         (["tree.num_children=[]", "tree.step_tokens=[]"], "one entry for each depth"),
         (
             ALONE,
@@ -259,6 +262,27 @@ def test_a_number_beyond_its_limits_is_told_with_its_key() -> None:
 )
 def test_values_that_do_not_go_together_are_refused(arguments: list[str], told: str) -> None:
     assert re.search(told, mistake(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "step_tokens"),
+    [
+        (["tree.num_children=[8]"], (1152,)),
+        (["tree.num_children=[2, 2, 2, 2, 2]"], (231, 231, 230, 230, 230)),
+        (["tree.num_children=[4, 4, 4]"], (384, 384, 384)),
+        (["tree.num_children=[8]", "tree.step_tokens=[50]"], (50,)),
+        (["tree.num_children=[8]", "tree.num_children=[4, 2]"], (576, 576)),
+        (["conf/quickstart.yaml", "conf/methods/grpo.yaml"], (46,)),
+        (["conf/quickstart.yaml", "conf/tasks/chains10.yaml", "conf/methods/grpo.yaml"], (104,)),
+        (["conf/quickstart.yaml", "conf/few_tokens.yaml"], (23, 23)),
+        (["conf/treerpo_qwen2.5_math_1.5b.yaml", "conf/methods/rloo.yaml"], (1152,)),
+    ],
+)
+def test_an_answer_is_as_long_as_before_where_only_the_branches_change(
+    arguments: list[str], step_tokens: tuple[int, ...]
+) -> None:
+    found = load([str(ROOT / a) if a.endswith(".yaml") else a for a in arguments])
+    assert found.tree.step_tokens == step_tokens
 
 
 def test_a_number_of_workers_that_may_change_is_accepted_where_each_gets_an_equal_share() -> None:

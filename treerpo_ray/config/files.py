@@ -25,6 +25,7 @@ MOVED_MODULES = {
     "treerpo_ray.boxed_answer": "treerpo_ray.verifier.boxed_answer",
 }
 """Modules that configurations of earlier versions name, and where they are now."""
+SHAPE_KEYS = ("num_children", "step_tokens")
 
 
 def with_moved_modules(value: T) -> T:
@@ -60,6 +61,8 @@ def _load(arguments: list[str]) -> Config:
             keys = [
                 key for key, _ in flatten(cast(dict[str, object], OmegaConf.to_container(part)))
             ]
+            if "tree.num_children" in keys and "tree.step_tokens" not in keys:
+                merged = _share_out_answer(merged)
             is_named |= "run.name" in keys
             naming += [argument] if not all(map(is_free, keys)) else []
         except OmegaConfBaseException as error:
@@ -75,6 +78,16 @@ def _load(arguments: list[str]) -> Config:
         return cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error)) from error
+
+
+def _share_out_answer(merged: Container) -> Container:
+    """Keep the length of an answer where the number of depths has changed: equal steps."""
+    counts, lengths = (OmegaConf.select(merged, f"tree.{key}") for key in SHAPE_KEYS)
+    if not counts or len(counts) == len(lengths):
+        return merged
+    total, number = sum(lengths), len(counts)
+    equal = [total // number + (depth < total % number) for depth in range(number)]
+    return OmegaConf.merge(merged, {"tree": {"step_tokens": equal}})
 
 
 @cache

@@ -121,7 +121,8 @@ class TreeConfig:
     num_children: tuple[int, ...] = (8, 8, 8)
     """Children of an expanded step, one entry a depth; [16] is GRPO with 16 samples."""
     step_tokens: tuple[int, ...] = (384, 384, 384)
-    """Most tokens of a step, one entry a depth."""
+    """Most tokens of a step, one entry a depth. Where only `num_children` is given, with another
+    number of depths, their sum is shared out equally: an answer is as long as before."""
     delimiter: str | None = None
     """Text of one token that also ends a step above the last depth; none: by length alone."""
     entropy_window: int = 0
