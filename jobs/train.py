@@ -29,6 +29,7 @@ def train(arguments: list[str]) -> int:
 
     found = preflight(config)
     print("\n".join(plan_lines(config, found)), file=sys.stderr)
+    found.check_memory()
     if "--dry-run" in arguments:
         return 0
     check_vllm(config)
