@@ -29,7 +29,7 @@ from treerpo_ray.engine._vllm_args import engine_args, environment
 from treerpo_ray.engine.replica import EngineActor, EngineApi
 from treerpo_ray.engine.types import EngineSetup, EngineStats, Sampling
 from treerpo_ray.prompts.prompt_set import end_token_ids, load_tokenizer
-from treerpo_ray.weight_sync import ChunkFiles, LoadProof, Manifest
+from treerpo_ray.weight_sync import ChunkFiles, LoadProof, Manifest, WeightsLost
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput
@@ -225,14 +225,19 @@ class Engine:
         """Take over the weights of `manifest` and prove it; requests in flight wait and go on.
 
         Raises:
-            RuntimeError: the workers received other bytes or serve another version. Whatever is
-                raised leaves the engine paused and perhaps half loaded: it must be replaced.
+            WeightsLost: its bytes cannot be had any more; the engine goes on with what it has.
+            RuntimeError: the workers received other bytes or serve another version. Whatever else
+                is raised leaves the engine paused and perhaps half loaded: it must be replaced.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         async with self._loading:
             with ChunkFiles() as files:
-                paths = [files.write(await chunk) for chunk in chunks]
+                try:
+                    paths = [files.write(await chunk) for chunk in chunks]
+                except ray.exceptions.ObjectLostError as error:
+                    lost = f"version {manifest.version} is lost: {type(error).__name__}"
+                    raise WeightsLost(lost) from None
                 await self._llm.pause_generation(mode="keep", clear_cache=False)
                 self._num_loads += 1  # what is asked from here on is computed with these weights
                 await self._llm.start_weight_update()
