@@ -223,6 +223,11 @@ def _work(before: Future[None], work: Callable[[], object], done: Future[None]) 
         done.set_exception(error)
 
 
+class WeightsLost(RuntimeError):
+    """The bytes of a version are gone, with the node or the process that held them; whoever was to
+    load them still has what it had."""
+
+
 class ChunkFiles:
     """Chunks as files in memory, for worker processes of this machine; gone with their maker.
 
@@ -242,6 +247,18 @@ class ChunkFiles:
         chunk.tofile(path)
         return path
 
+    async def fetch(self, manifest: Manifest, chunks: list[ray.ObjectRef]) -> list[str]:
+        """Write the chunks of a version as they come; returns their paths.
+
+        Raises:
+            WeightsLost: they cannot be had any more.
+        """
+        try:
+            return [self.write(await chunk) for chunk in chunks]
+        except ray.exceptions.ObjectLostError as error:
+            lost = f"version {manifest.version} is lost: {type(error).__name__}"
+            raise WeightsLost(lost) from None
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -250,11 +267,6 @@ class ChunkFiles:
     ) -> None:
         for descriptor in self._descriptors:
             os.close(descriptor)
-
-
-class WeightsLost(RuntimeError):
-    """The bytes of a version are gone, with the node or the process that held them; whoever was to
-    load them still has what it had."""
 
 
 class EnginesApi(Protocol):

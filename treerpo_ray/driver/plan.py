@@ -11,14 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import PromptsConfig
-from treerpo_ray.driver.cluster import (
-    check_vllm,
-    local_resources,
-    missing_resources,
-    needed_resources,
-)
+from treerpo_ray.driver.cluster import check_gpus, check_vllm, local_resources
 from treerpo_ray.driver.memory import MemoryPlan, misfit
 from treerpo_ray.driver.model_check import ModelFacts, check_model
+from treerpo_ray.driver.placement import missing_resources, needed_resources
 from treerpo_ray.errors import one_line
 from treerpo_ray.prompts.hub import Unreachable
 from treerpo_ray.prompts.problems import DataReport, load_problems
@@ -274,10 +270,11 @@ def _missing_lines(config: Config) -> list[str]:
     lacking = missing_resources(needed, local_resources(config))
     amounts = ", ".join(f"{name} {amount:g}" for name, amount in lacking.items()) or "nothing"
     lines = [f"missing     {amounts} (on this machine alone)"]
-    try:
-        check_vllm(config)
-    except ValueError as error:
-        lines.append(f"missing     {error}")
+    for check in (check_vllm, check_gpus):
+        try:
+            check(config)
+        except ValueError as error:
+            lines.append(f"missing     {error}")
     return lines
 
 

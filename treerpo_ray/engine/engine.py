@@ -29,7 +29,7 @@ from treerpo_ray.engine._vllm_args import engine_args, environment
 from treerpo_ray.engine.replica import EngineActor, EngineApi
 from treerpo_ray.engine.types import EngineSetup, EngineStats, Sampling
 from treerpo_ray.prompts.prompt_set import end_token_ids, load_tokenizer
-from treerpo_ray.weight_sync import ChunkFiles, LoadProof, Manifest, WeightsLost
+from treerpo_ray.weight_sync import ChunkFiles, LoadProof, Manifest
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput
@@ -233,11 +233,7 @@ class Engine:
 
         async with self._loading:
             with ChunkFiles() as files:
-                try:
-                    paths = [files.write(await chunk) for chunk in chunks]
-                except ray.exceptions.ObjectLostError as error:
-                    lost = f"version {manifest.version} is lost: {type(error).__name__}"
-                    raise WeightsLost(lost) from None
+                paths = await files.fetch(manifest, chunks)  # while requests go on
                 await self._llm.pause_generation(mode="keep", clear_cache=False)
                 self._num_loads += 1  # what is asked from here on is computed with these weights
                 await self._llm.start_weight_update()
