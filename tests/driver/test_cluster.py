@@ -9,7 +9,7 @@ from ray._private import services
 
 from treerpo_ray.config import Config, load
 from treerpo_ray.driver import cluster
-from treerpo_ray.driver.cluster import await_head, check_gpus, check_vllm, local_resources
+from treerpo_ray.driver.cluster import await_head, check_vllm, local_resources
 from treerpo_ray.driver.placement import (
     Node,
     check_places,
@@ -208,49 +208,6 @@ def test_what_no_node_type_holds_is_one_line_after_a_while(grown_cluster, kind, 
     with pytest.raises(ValueError, match=told):
         cluster._await_cluster(load(GROWING), trains=True)
     assert asked[-1] == []
-
-
-GPUS = ["engine.resources={GPU: 0.5}", "learner.resources={GPU: 0.5}", "learner.gpu_memory_gib=79"]
-
-
-@pytest.mark.parametrize(
-    ("cuda", "printed", "overrides", "told"),
-    [
-        ("13.0", "580.65.06, 81559", GPUS, None),
-        ("13.0", "581.1, 81559\n", GPUS, None),
-        (
-            "13.0",
-            "580.64.99, 81559",
-            GPUS,
-            r"^the NVIDIA driver 580\.64\.99 .* CUDA 13\.0 .* 580\.",
-        ),
-        ("12.9", "550.54.15, 81559", GPUS, None),
-        (
-            "12.9",
-            "470.82.01, 81559",
-            GPUS,
-            r"470\.82\.01 .* too old for CUDA 12\.9 .* 525\.60\.13",
-        ),
-        ("13.0", "580.65.06, 23034", GPUS, r"^learner\.gpu_memory_gib=79, but a .* 22\.5 GiB$"),
-        ("13.0", "470.82.01, 23034", [], None),  # of no concern to a run on CPUs
-        (None, "470.82.01, 81559", GPUS, None),  # that the build is for CPUs is told elsewhere
-        ("13.0", "No devices were found", GPUS, None),
-    ],
-)
-def test_gpus_that_cannot_be_used_are_one_line(
-    cuda, printed, overrides, told, tmp_path, monkeypatch
-) -> None:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text(f"#!/bin/sh\necho '{printed}'\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    if told is None:
-        check_gpus(load(overrides))
-        return
-    with pytest.raises(ValueError, match=told) as caught:
-        check_gpus(load(overrides))
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

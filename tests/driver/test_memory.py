@@ -18,7 +18,14 @@ from tests.support.trees import full_tree
 from treerpo_ray.algo.packing import pack
 from treerpo_ray.config import Config, load
 from treerpo_ray.config.sections import LearnerConfig
-from treerpo_ray.driver.memory import GIB, MemoryPlan, ModelSizes, cache_bytes_a_token, misfit
+from treerpo_ray.driver.memory import (
+    GIB,
+    MemoryPlan,
+    ModelSizes,
+    cache_bytes_a_token,
+    check_gpus,
+    misfit,
+)
 
 QWEN = {"model_type": "qwen2", "vocab_size": 151_936, "max_position_embeddings": 4096}
 CONFIGS = {
@@ -214,3 +221,46 @@ def test_the_estimate_of_activations_is_what_an_update_takes(
     parts = MemoryPlan.of(config, learner.policy.model.num_parameters(), sizes).worker
     planned = (parts["activations"] + parts.get("copies in bfloat16", 0.0)) * GIB
     assert 1.0 < planned / peak < 1.3
+
+
+GPUS = ["engine.resources={GPU: 0.5}", "learner.resources={GPU: 0.5}", "learner.gpu_memory_gib=79"]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "printed", "overrides", "told"),
+    [
+        ("13.0", "580.65.06, 81559", GPUS, None),
+        ("13.0", "581.1, 81559\n", GPUS, None),
+        (
+            "13.0",
+            "580.64.99, 81559",
+            GPUS,
+            r"^the NVIDIA driver 580\.64\.99 .* CUDA 13\.0 .* 580\.",
+        ),
+        ("12.9", "550.54.15, 81559", GPUS, None),
+        (
+            "12.9",
+            "470.82.01, 81559",
+            GPUS,
+            r"470\.82\.01 .* too old for CUDA 12\.9 .* 525\.60\.13",
+        ),
+        ("13.0", "580.65.06, 23034", GPUS, r"^learner\.gpu_memory_gib=79, but a .* 22\.5 GiB$"),
+        ("13.0", "470.82.01, 23034", [], None),  # of no concern to a run on CPUs
+        (None, "470.82.01, 81559", GPUS, None),  # that the build is for CPUs is told elsewhere
+        ("13.0", "No devices were found", GPUS, None),
+    ],
+)
+def test_gpus_that_cannot_be_used_are_one_line(
+    cuda, printed, overrides, told, tmp_path, monkeypatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho '{printed}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    if told is None:
+        check_gpus(load(overrides))
+        return
+    with pytest.raises(ValueError, match=told) as caught:
+        check_gpus(load(overrides))
+    assert "\n" not in str(caught.value)

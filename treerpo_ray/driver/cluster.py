@@ -1,11 +1,10 @@
-"""Cluster: which vLLM and GPUs are there, what Ray has of what a run needs, the connection."""
+"""Cluster: which vLLM is there, what Ray has of what a run needs, and the connection to it."""
 
 import importlib.metadata
 import logging
 import os
 import secrets
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from ray._private.state import state as ray_state
 from ray.autoscaler.sdk import request_resources
 
 from treerpo_ray.config import Config
+from treerpo_ray.driver.memory import check_gpus
 from treerpo_ray.driver.placement import (
     Node,
     Stage,
@@ -42,10 +42,6 @@ HEAD_S = 30.0
 
 HEAD_POLL_S = 5.0
 """Time between attempts to reach it."""
-
-
-NVIDIA_SMI_S = 30.0
-"""Time for NVIDIA's tool to answer."""
 
 
 RUNTIME_ENV = {
@@ -84,58 +80,6 @@ def check_vllm(config: Config) -> None:
             f"engine.resources={config.engine.resources} needs {wanted}, but {found.pop()} is "
             f"installed: install treerpo_ray[{'gpu' if wanted == 'vllm' else 'cpu'}] instead"
         )
-
-
-DRIVERS = {12: "525.60.13", 13: "580.65.06"}
-"""Oldest NVIDIA driver for each major version of CUDA on Linux; its minor ones run on the same."""
-
-
-def check_gpus(config: Config) -> None:
-    """Check the GPUs of this machine, where the run is to use them: their driver and memory.
-
-    A GPU that is not there is a resource that Ray lacks; those of other machines are not seen from
-    here, and whoever starts there says what is wrong with them.
-
-    Raises:
-        ValueError: the driver is too old for the CUDA that PyTorch was built with, or a GPU has
-            less memory than the configuration names.
-    """
-    import torch
-
-    parts = {"learner": config.learner, "engine": config.engine}
-    using = {name: part for name, part in parts.items() if part.resources.get("GPU", 0) > 0}
-    found = _installed_gpus() if using else []
-    cuda = torch.version.cuda
-    oldest = DRIVERS.get(int(cuda.split(".")[0])) if cuda else None
-    for driver, gib in found:
-        if oldest is not None and _numbers(driver) < _numbers(oldest):
-            raise ValueError(
-                f"the NVIDIA driver {driver} of this machine is too old for CUDA {cuda} of torch "
-                f"{torch.__version__}: install {oldest} or newer"
-            )
-        for name, part in using.items():
-            if part.gpu_memory_gib is not None and part.gpu_memory_gib > gib:
-                raise ValueError(
-                    f"{name}.gpu_memory_gib={part.gpu_memory_gib:g}, but a GPU of this machine has "
-                    f"{gib:.1f} GiB"
-                )
-
-
-def _installed_gpus() -> list[tuple[str, float]]:
-    """Driver and GiB of each GPU of this machine, as NVIDIA's tool says; none without it."""
-    asked = ["--query-gpu=driver_version,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        told = subprocess.run(
-            ["nvidia-smi", *asked], capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=True
-        )
-        rows = [line.split(", ") for line in told.stdout.splitlines() if line.strip()]
-        return [(driver, float(mib) / 1024) for driver, mib in rows]
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return []
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in version.split(".") if part.isdigit()]
 
 
 def _is_installed(name: str) -> bool:

@@ -5,10 +5,12 @@ transformer with a gated MLP: what PyTorch keeps of a layer for the backward pas
 `tests/driver/test_memory.py` measures it again.
 """
 
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 from transformers import PreTrainedConfig
 
 from treerpo_ray.config import Config
@@ -315,3 +317,59 @@ def _shared_misfits(config: Config, plan: MemoryPlan) -> Iterator[str]:
                     "engine.kv_cache_gib, or give each a GPU of its own"
                 )
                 return
+
+
+# The GPUs of this machine ---------------------------------------------------------------------
+
+NVIDIA_SMI_S = 30.0
+"""Time for NVIDIA's tool to answer."""
+
+
+DRIVERS = {12: "525.60.13", 13: "580.65.06"}
+"""Oldest NVIDIA driver for each major version of CUDA on Linux; its minor ones run on the same."""
+
+
+def check_gpus(config: Config) -> None:
+    """Check the GPUs of this machine, where the run is to use them: their driver and memory.
+
+    A GPU that is not there is a resource that Ray lacks; those of other machines are not seen from
+    here, and whoever starts there says what is wrong with them.
+
+    Raises:
+        ValueError: the driver is too old for the CUDA that PyTorch was built with, or a GPU has
+            less memory than the configuration names.
+    """
+    parts = {"learner": config.learner, "engine": config.engine}
+    using = {name: part for name, part in parts.items() if part.resources.get("GPU", 0) > 0}
+    found = installed_gpus() if using else []
+    cuda = torch.version.cuda
+    oldest = DRIVERS.get(int(cuda.split(".")[0])) if cuda else None
+    for driver, gib in found:
+        if oldest is not None and _numbers(driver) < _numbers(oldest):
+            raise ValueError(
+                f"the NVIDIA driver {driver} of this machine is too old for CUDA {cuda} of torch "
+                f"{torch.__version__}: install {oldest} or newer"
+            )
+        for name, part in using.items():
+            if part.gpu_memory_gib is not None and part.gpu_memory_gib > gib:
+                raise ValueError(
+                    f"{name}.gpu_memory_gib={part.gpu_memory_gib:g}, but a GPU of this machine has "
+                    f"{gib:.1f} GiB"
+                )
+
+
+def installed_gpus() -> list[tuple[str, float]]:
+    """Driver and GiB of each GPU of this machine, as NVIDIA's tool says; none without it."""
+    asked = ["--query-gpu=driver_version,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(
+            ["nvidia-smi", *asked], capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=True
+        )
+        rows = [line.split(", ") for line in told.stdout.splitlines() if line.strip()]
+        return [(driver, float(mib) / 1024) for driver, mib in rows]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".") if part.isdigit()]

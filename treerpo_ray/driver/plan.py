@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import PromptsConfig
-from treerpo_ray.driver.cluster import check_gpus, check_vllm, local_resources
-from treerpo_ray.driver.memory import MemoryPlan, misfit
+from treerpo_ray.driver.cluster import check_vllm, local_resources
+from treerpo_ray.driver.memory import MemoryPlan, check_gpus, misfit
 from treerpo_ray.driver.model_check import ModelFacts, check_model
 from treerpo_ray.driver.placement import missing_resources, needed_resources
 from treerpo_ray.errors import one_line
