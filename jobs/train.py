@@ -31,6 +31,7 @@ def train(arguments: list[str]) -> int:
     check_same_run(config)
     found = preflight(config)
     print("\n".join(plan_lines(config, found)), file=sys.stderr)
+    found.check_memory()
     if "--dry-run" in arguments:
         return 0
     check_vllm(config)

@@ -14,7 +14,7 @@ from treerpo_ray.metrics.watchdog import Heartbeats, HeartbeatsApi, StageApi
 from treerpo_ray.search.gate import Gate
 from treerpo_ray.search.tree_pool import TreePool
 from treerpo_ray.task import GateApi, TreePoolApi, WeightSyncApi
-from treerpo_ray.weight_sync import EnginesApi, WeightSync
+from treerpo_ray.weight_sync import EnginesApi, WeightStore, WeightStoreApi, WeightSync
 
 PAIRS = [
     (EngineApi, Engine),
@@ -23,6 +23,7 @@ PAIRS = [
     (HeartbeatsApi, Heartbeats),
     (RunLogApi, RunLog),
     (TreePoolApi, TreePool),
+    (WeightStoreApi, WeightStore),
     (WeightSyncApi, WeightSync),
     *((StageApi, stage) for stage in (Gate, RunLog, TreePool, WeightSync)),
 ]

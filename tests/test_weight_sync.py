@@ -1,6 +1,8 @@
 """Weights are packed and read back bit for bit, and a proof of other bytes is refused."""
 
+import asyncio
 import hashlib
+from collections.abc import Awaitable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +11,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.exceptions import OwnerDiedError
 
-from treerpo_ray.weight_sync import ALIGNMENT, ChunkFiles, LoadProof, Manifest, pack_weights
+from treerpo_ray.weight_sync import (
+    ALIGNMENT,
+    ChunkFiles,
+    LoadProof,
+    Manifest,
+    WeightsLost,
+    pack_weights,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 KEPT = [torch.int64, torch.uint8, torch.bool]
@@ -163,3 +173,19 @@ def test_chunk_files_are_gone_after_an_error_too() -> None:
         path = Path(files.write(np.zeros(3, np.uint8)))
         raise ZeroDivisionError
     assert not path.exists()
+
+
+def test_chunks_that_are_lost_on_their_way_are_told_as_such() -> None:
+    async def chunk() -> np.ndarray:
+        return np.zeros(3, np.uint8)
+
+    async def lost() -> np.ndarray:
+        raise OwnerDiedError("00", None, "")
+
+    async def fetch(*chunks: Awaitable[np.ndarray]) -> list[str]:
+        with ChunkFiles() as files:
+            return await files.fetch(MANIFEST, list(chunks))
+
+    assert len(asyncio.run(fetch(chunk(), chunk()))) == 2
+    with pytest.raises(WeightsLost, match=r"^version 4 is lost: OwnerDiedError$"):
+        asyncio.run(fetch(chunk(), lost()))

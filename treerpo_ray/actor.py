@@ -54,13 +54,20 @@ def actor_stream(signature: Callable[Concatenate[Any, P], object]) -> ActorStrea
     return cast(ActorStream[P], signature)
 
 
-def make_actor(kind: Callable[P, object], *, concurrency: int = 10_000) -> Callable[P, Any]:
-    """What makes an actor on the node of the driver, called with the arguments of its class."""
+def make_actor(
+    kind: Callable[P, object], *, concurrency: int = 10_000, node: str | None = None
+) -> Callable[P, Any]:
+    """What makes an actor on `node` (Ray's id) or that of the caller, called with the arguments of
+    its class. On a node that is gone, calls of the actor fail."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = ray.get_runtime_context().get_node_id()
-    node = {ray._raylet.RAY_NODE_ID_KEY: here}  # type: ignore[attr-defined]  # not in Ray's stub
-    made = ray.remote(kind).options(num_cpus=0, label_selector=node, max_concurrency=concurrency)
+    here = NodeAffinitySchedulingStrategy(
+        node or ray.get_runtime_context().get_node_id(), soft=False
+    )
+    made = ray.remote(kind).options(
+        num_cpus=0, scheduling_strategy=here, max_concurrency=concurrency
+    )
     return cast(Callable[P, Any], made.remote)
 
 

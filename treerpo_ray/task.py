@@ -135,7 +135,9 @@ class WeightSyncApi(Protocol):
     """Actor of `WeightSync`."""
 
     @actor_method
-    def publish(self, manifest: "Manifest", chunks: list[ray.ObjectRef], probe: "Probe") -> None:
+    def publish(
+        self, manifest: "Manifest", chunks: list[ray.ObjectRef], probe: "Probe", node: str
+    ) -> None:
         """See `WeightSync`, as for all that follow."""
 
     @actor_method

@@ -20,7 +20,7 @@ import numpy as np
 import ray
 from jaxtyping import UInt8
 
-from treerpo_ray.actor import actor_method
+from treerpo_ray.actor import actor_method, make_actor
 from treerpo_ray.metrics.health import StackDump, StageStatus
 
 if TYPE_CHECKING:  # manifests go through actors that have no use for it
@@ -157,7 +157,7 @@ class Publisher:
     All of it is done in order and beside the caller, who may go on and change the weights.
 
     Args:
-        send: Has the engines serve a manifest, its chunks and a probe; see `WeightSync.publish`.
+        send: Has the engines serve what lies on a node; see `WeightSync.publish`.
         probe_ids: Tokens of the probe.
         dtype: Floating type of the weights that are sent.
         chunk_bytes: Size of a chunk.
@@ -166,7 +166,7 @@ class Publisher:
     def __init__(
         self,
         *,
-        send: Callable[[Manifest, list[ray.ObjectRef], Probe], ray.ObjectRef[None]],
+        send: Callable[[Manifest, list[ray.ObjectRef], Probe, str], ray.ObjectRef[None]],
         probe_ids: list[int],
         dtype: "torch.dtype",
         chunk_bytes: int,
@@ -190,7 +190,8 @@ class Publisher:
         logprobs = policy.sequence_logprobs(self.probe_ids).tolist()
         probe = Probe(token_ids=self.probe_ids, logprobs=logprobs)
         refs = [ray.put(chunk) for chunk in chunks]
-        self.then(lambda: ray.get(self.send(manifest, refs, probe)))
+        here = ray.get_runtime_context().get_node_id()
+        self.then(lambda: ray.get(self.send(manifest, refs, probe, here)))
         return manifest.digests[0]
 
     def then(self, work: Callable[[], object]) -> None:
@@ -223,6 +224,11 @@ def _work(before: Future[None], work: Callable[[], object], done: Future[None]) 
         done.set_exception(error)
 
 
+class WeightsLost(RuntimeError):
+    """The bytes of a version are gone, with the node or the process that held them; whoever was to
+    load them still has what it had."""
+
+
 class ChunkFiles:
     """Chunks as files in memory, for worker processes of this machine; gone with their maker.
 
@@ -241,6 +247,18 @@ class ChunkFiles:
         path = f"/proc/{os.getpid()}/fd/{descriptor}"
         chunk.tofile(path)
         return path
+
+    async def fetch(self, manifest: Manifest, chunks: list[ray.ObjectRef]) -> list[str]:
+        """Write the chunks of a version as they come; returns their paths.
+
+        Raises:
+            WeightsLost: they cannot be had any more.
+        """
+        try:
+            return [self.write(await chunk) for chunk in chunks]
+        except ray.exceptions.ObjectLostError as error:
+            lost = f"version {manifest.version} is lost: {type(error).__name__}"
+            raise WeightsLost(lost) from None
 
     def __exit__(
         self,
@@ -262,8 +280,28 @@ class EnginesApi(Protocol):
         """Have the engines serve a version; see `EnginePool.serve`."""
 
 
+class WeightStore:
+    """Holds weights on the node where they were packed, whatever becomes of who packed them."""
+
+    def keep(self, chunks: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
+        """The same chunks, as this actor's own."""
+        return [ray.put(chunk) for chunk in ray.get(chunks)]
+
+
+class WeightStoreApi(Protocol):
+    """Actor of `WeightStore`."""
+
+    @actor_method
+    def keep(self, chunks: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
+        """See `WeightStore`."""
+
+
 class WeightSync:
     """Takes weights from the learner's first worker and returns once every engine proved them.
+
+    The bytes go from that worker's node to the engines and nowhere else. When that node is lost
+    they are, too: engines go on with the version that they have, and one that starts waits for the
+    version that the learner publishes from its last checkpoint.
 
     Args:
         pool: Actor of `TreePool`; keeps what is handed on for engines that come up later.
@@ -273,24 +311,54 @@ class WeightSync:
     def __init__(self, *, pool: EnginesApi, probe_every: int) -> None:
         self.pool, self.probe_every = pool, probe_every
         self._num_syncs = 0
+        self._stores: dict[str, WeightStoreApi] = {}
+        """By their nodes; only the one of the node that published last."""
         self._doing = ""
         self._moved_at = time.monotonic()
 
-    async def publish(self, manifest: Manifest, chunks: list[ray.ObjectRef], probe: Probe) -> None:
+    async def publish(
+        self, manifest: Manifest, chunks: list[ray.ObjectRef], probe: Probe, node: str
+    ) -> None:
         """Have the engines serve `manifest`; returns once they have proved it.
 
+        Args:
+            manifest: What the version consists of.
+            chunks: Its bytes.
+            probe: What the engines are compared with.
+            node: Ray's id of the node where the chunks lie.
+
         Raises:
-            RuntimeError: no engine could take it over.
+            RayError, RuntimeError: no engine could take it over, or the chunks are lost.
         """
         self._move(f"having the engines serve version {manifest.version}")
+        should_probe = self._num_syncs % self.probe_every == 0
+        self._num_syncs += 1
         try:
-            # What the learner put dies with its worker; what is put here lives as long as the run.
-            owned = [ray.put(await chunk) for chunk in chunks]
-            should_probe = self._num_syncs % self.probe_every == 0
-            self._num_syncs += 1
-            await self.pool.serve.remote(manifest, owned, probe, should_probe)
+            try:
+                await self._serve(manifest, chunks, probe, node, should_probe)
+            except (ray.exceptions.RayActorError, WeightsLost):
+                # The store was killed; the learner may still have what it put.
+                self._stores.pop(node, None)
+                await self._serve(manifest, chunks, probe, node, should_probe)
         finally:
             self._move("")
+
+    async def _serve(
+        self,
+        manifest: Manifest,
+        chunks: list[ray.ObjectRef],
+        probe: Probe,
+        node: str,
+        should_probe: bool,
+    ) -> None:
+        # What the learner put dies with its worker; what is put here lives on.
+        if node == ray.get_runtime_context().get_node_id():
+            owned = [ray.put(await chunk) for chunk in chunks]
+        else:
+            if node not in self._stores:
+                self._stores = {node: make_actor(WeightStore, node=node)()}
+            owned = await self._stores[node].keep.remote(chunks)
+        await self.pool.serve.remote(manifest, owned, probe, should_probe)
 
     def _move(self, doing: str) -> None:
         self._doing, self._moved_at = doing, time.monotonic()

@@ -237,6 +237,10 @@ def test_a_number_beyond_its_limits_is_told_with_its_key() -> None:
         (["tree.num_children=[8, 0, 8]"], "tree.num_children and tree.step_tokens must be pos"),
         (["engine.num_engines=3", "engine.max_engines=2"], "must not be less than engine.num_eng"),
         (["engine.max_engines=2"], "engine.max_engines=2 needs engine.max_trees"),
+        (
+            ["engine.resources={GPU: 0.5}", "engine.kv_cache_gib=null"],
+            r"engine.kv_cache_gib is needed where a GPU is shared .*GPU: 0\.5",
+        ),
         (["engine.max_trees=0"], "engine.max_trees=0 must be more than 0"),
         (
             ["run.stall_timeout_s=100", "engine.request_timeout_s=100"],

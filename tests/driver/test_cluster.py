@@ -8,13 +8,14 @@ import torch
 from ray._private import services
 
 from treerpo_ray.config import Config, load
-from treerpo_ray.driver.cluster import (
-    await_head,
-    check_fit,
-    check_vllm,
-    local_resources,
+from treerpo_ray.driver import cluster
+from treerpo_ray.driver.cluster import await_head, check_vllm, local_resources
+from treerpo_ray.driver.placement import (
+    Node,
+    check_places,
     missing_resources,
     needed_resources,
+    stages,
 )
 
 CPU = "engine.resources={CPU: 0.5}"
@@ -94,15 +95,119 @@ def test_a_cluster_of_ones_own_has_role_slots_for_all_engines_that_the_pool_may_
     assert local_resources(config)["rollout_slot"] == 6
 
 
-def test_what_one_engine_asks_for_must_be_on_one_node() -> None:
-    nodes = [{"CPU": 4.0}, {"CPU": 1.0, "GPU": 1.0}]
-    check_fit("engine.resources", {"CPU": 1.0, "GPU": 1.0}, nodes, {})
-    with pytest.raises(
-        ValueError, match=r"^engine\.resources=.*: no node has all of that at once$"
-    ):
-        check_fit("engine.resources", {"CPU": 2.0, "GPU": 1.0}, nodes, {})
-    with pytest.raises(ValueError, match=r"no node with the labels .*rollout.* \(engine\.labels\)"):
-        check_fit("engine.resources", {"CPU": 2.0}, [], {"role": "rollout"})
+SPREAD = [
+    *("engine.resources={CPU: 1}", "engine.num_engines=2"),
+    *("learner.resources={CPU: 1}", "verifier.resources={CPU: 1}"),
+]
+"""Four processes of one CPU each."""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "nodes", "told"),
+    [
+        (SPREAD, [4.0], None),
+        (SPREAD, [2.0, 1.0, 1.0], None),
+        (
+            SPREAD,
+            [1.9, 1.9, 1.9],
+            r"^the nodes of the cluster .* 2 x engine\.resources=.*, 1 x l",
+        ),
+        ([*SPREAD, "engine.resources.CPU=2"], [3.0, 3.0], None),
+        ([*SPREAD, "engine.resources.CPU=2"], [2.0, 1.5, 1.5, 1.5], "no way to place 2 x engine"),
+        ([*SPREAD, "engine.resources.CPU=3"], [2.0] * 5, r"^engine\.resources=.*: no node has all"),
+        ([*SPREAD, "learner.resources.CPU=3"], [2.0] * 5, r"^learner\.resources=.*: no node has "),
+        ([*SPREAD, "verifier.resources.CPU=3"], [2.0] * 5, r"^verifier\.resources=.*: no node ha"),
+        (
+            [*SPREAD, "engine.labels={role: rollout}"],
+            [9.0],
+            r"labels .*rollout.* \(engine\.lab",
+        ),
+        (["learner.num_workers=64", "gate.trees_per_step=64"], [1.0] * 40, None),
+    ],
+)
+def test_each_process_of_each_stage_needs_a_node_beside_all_others(overrides, nodes, told) -> None:
+    config = load(overrides)
+    starting = stages(config, config.engine.num_engines)
+    there = [Node({"CPU": cpus}, {}) for cpus in nodes]
+    if told is None:
+        check_places(starting, there)
+        return
+    with pytest.raises(ValueError, match=told) as caught:
+        check_places(starting, there)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_role_goes_to_nodes_with_its_labels() -> None:
+    config = load([*SPREAD, "engine.labels={role: rollout}"])
+    rollout = Node({"CPU": 2.0}, {"role": "rollout", "market": "spot"})
+    check_places(stages(config, 2), [rollout, Node({"CPU": 2.0}, {})])
+    with pytest.raises(ValueError, match="no way to place"):
+        check_places(stages(config, 2), [rollout._replace(resources={"CPU": 1.0}), rollout])
+
+
+@pytest.fixture
+def grown_cluster(monkeypatch: pytest.MonkeyPatch):
+    """A cluster as Ray tells of it, whose autoscaler adds the nodes that it is asked for if it has
+    their kind; returns what it was asked."""
+    asked: list[list[dict[str, float]]] = []
+    nodes = [{"Alive": True, "Resources": {"CPU": 1.0}, "Labels": {}}]
+
+    def start(kinds: list[dict[str, float]]) -> list[list[dict[str, float]]]:
+        def request(*, bundles: list[dict[str, float]]) -> None:
+            asked.append(bundles)
+            for bundle in bundles:
+                fitting = [kind for kind in kinds if missing_resources(bundle, kind) == {}]
+                nodes.extend({"Alive": True, "Resources": k, "Labels": {}} for k in fitting[:1])
+
+        def resources() -> dict[str, float]:
+            names = {name for node in nodes for name in node["Resources"]}
+            return {n: sum(node["Resources"].get(n, 0.0) for node in nodes) for n in names}
+
+        monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+        monkeypatch.setattr(cluster, "request_resources", request)
+        monkeypatch.setattr(cluster, "LOOK_EVERY_S", 0.01)
+        monkeypatch.setattr(cluster.ray, "cluster_resources", resources)
+        monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes)
+        found = cluster.ray_state
+        monkeypatch.setattr(found, "get_max_resources_from_cluster_config", lambda: None)
+        return asked
+
+    return start
+
+
+GROWING = [
+    *("learner.resources={CPU: 2, train_slot: 1}", "learner.num_workers=2"),
+    *("learner.min_workers=1", "verifier.resources={CPU: 4, score_slot: 1}"),
+    *("engine.resources={GPU: 1}", "engine.max_engines=4", "engine.max_trees=8"),
+    "engine.start_timeout_s=0.2",
+]
+
+
+def test_nodes_that_are_not_there_yet_are_asked_for_and_waited_for(grown_cluster) -> None:
+    """Those of the fewest workers and of the scoring; engines ask for their own later."""
+    asked = grown_cluster([{"CPU": 8.0, "train_slot": 1.0, "score_slot": 1.0}])
+    cluster._await_cluster(load(GROWING), trains=True)
+    first, last = asked
+    assert first == [{"CPU": 2, "train_slot": 1}, {"CPU": 4, "score_slot": 1}]
+    assert last == [], "nothing is held for a run that ends by itself"
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (
+            {"CPU": 8.0, "train_slot": 1.0},
+            r"lacks \{'score_slot': 1.0\} .*which verifier.re",
+        ),
+        ({"CPU": 8.0, "score_slot": 1.0}, r"lacks \{'train_slot': 1.0\} .*which learner.res"),
+        ({"CPU": 1.0, "train_slot": 1.0, "score_slot": 1.0}, r"lacks .*learner.*, verifier"),
+    ],
+)
+def test_what_no_node_type_holds_is_one_line_after_a_while(grown_cluster, kind, told) -> None:
+    asked = grown_cluster([kind])
+    with pytest.raises(ValueError, match=told):
+        cluster._await_cluster(load(GROWING), trains=True)
+    assert asked[-1] == []
 
 
 @pytest.mark.parametrize(

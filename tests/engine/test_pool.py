@@ -25,7 +25,7 @@ from tests.support.fake_engines import (
 from tests.support.virtual_time import run
 from treerpo_ray.engine.pool import MAX_STARTS, PoolTimes, Router
 from treerpo_ray.engine.replica import ReplicaState
-from treerpo_ray.weight_sync import Manifest, Probe
+from treerpo_ray.weight_sync import Manifest, Probe, WeightsLost
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,33 @@ def test_an_engine_that_fails_while_the_run_starts_is_replaced(method: str, how:
         await pool.stop()
 
     fleet = Fleet({1: [Fault(method, how)]})
+    run(scenario())
+
+
+def test_weights_that_are_lost_cost_no_engine() -> None:
+    """Neither one that serves nor one that starts; both take over what is published next."""
+
+    async def scenario() -> None:
+        pool = await make_pool(make_config("engine.num_engines=2"), fleet)
+        await serve_from_start(pool, version=1)
+        pool.engines.replace(pool.engines.replicas[0], RuntimeError("its node is gone"))
+        await asyncio.sleep(100)
+        assert fleet.started[0][1].calls == ["start", "load 1"], "and now it waits"
+        await serve(pool, 2)
+        await until(lambda: all(replica.is_serving for replica in pool.engines.replicas))
+        fleet.started[1][0].fault = Fault("load", "lost")
+        with pytest.raises(WeightsLost):
+            await serve(pool, 3)
+        found = {r.index: (r.is_serving, r.version) for r in pool.engines.replicas}
+        assert found == {0: (True, 3), 1: (True, 2)}
+        await serve(pool, 2)  # the learner goes on from its checkpoint
+        assert [replica.version for replica in pool.engines.replicas] == [2, 2]
+        assert {index: len(started) for index, started in fleet.started.items()} == {0: 2, 1: 1}
+        [waiting, *_] = fleet.of("waiting")
+        assert waiting["what"].endswith("for engine 0, since those of version 1 are lost")
+        await pool.stop()
+
+    fleet = Fleet({0: [Fault("load", "lost", after=1), Fault("load", "lost")]})
     run(scenario())
 
 

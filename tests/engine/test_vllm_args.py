@@ -26,6 +26,8 @@ def test_an_engine_on_gpus_gets_their_memory_and_as_many_workers() -> None:
     assert args.gpu_memory_utilization == 0.85 and args.kv_cache_memory_bytes is None
     assert args.dtype == "bfloat16" and not args.enforce_eager
     alone = args_of("engine.resources={GPU: 1, CPU: 2}")
+    # Beside a learner that has grown, vLLM must not ask for the 0.85 that it leaves unused.
+    assert alone.kv_cache_memory_bytes == GIB and alone.gpu_memory_utilization <= 0.05
     assert (alone.tensor_parallel_size, alone.distributed_executor_backend) == (1, "uni")
 
 

@@ -19,7 +19,7 @@ from ray.runtime_env import RuntimeEnv
 from tests.support import kuberay_schema
 from tests.support.project import ROOT, load_script
 from treerpo_ray.config import Config, load
-from treerpo_ray.driver.cluster import missing_resources, needed_resources
+from treerpo_ray.driver.placement import missing_resources, needed_resources
 
 FOLDER = ROOT / "jobs/cluster"
 DRAIN = "jobs/cluster/drain.py"
@@ -164,6 +164,49 @@ def test_each_role_fits_its_own_nodes_and_no_others(name) -> None:
         # What a run waits for at its start is there from the start; the pool grows from it.
         assert config.engine.num_engines == rollout["min_workers"] < config.engine.most
         assert config.engine.most <= rollout["max_workers"]
+
+
+GPUS = {"a100": 79, "h100": 79, "l4": 22}
+"""GiB that PyTorch finds on a GPU."""
+MACHINES = {
+    "p5.4xlarge": (16, 256, "h100"),
+    "g6.2xlarge": (8, 32, "l4"),
+    "a2-ultragpu-1g": (12, 170, "a100"),
+    "g2-standard-8": (8, 32, "l4"),
+}
+"""CPUs, GiB of main memory and GPU of a machine, as its cloud lists them."""
+SELECTED = {"nvidia-a100-80gb": "a100", "nvidia-l4": "l4"}
+"""GPU of the nodes with a label of GKE."""
+
+
+def machine(name, role) -> tuple[float, float, str]:
+    """CPUs, GiB of main memory and GPU of the nodes of a role."""
+    if name in VM_FILES:
+        found = node_types(name)[role]["node_config"]
+        return MACHINES[found.get("InstanceType") or found["machineType"]]
+    groups = kuberay_spec(name)["workerGroupSpecs"]
+    [pod] = [group["template"]["spec"] for group in groups if group["groupName"] == role]
+    limits = pod["containers"][0]["resources"]["limits"]
+    gpu = SELECTED[pod["nodeSelector"]["cloud.google.com/gke-accelerator"]]
+    return float(limits["cpu"]), float(limits["memory"].removesuffix("Gi")), gpu
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_machines_hold_the_recipe_that_a_file_names(name) -> None:
+    types = node_types(name)
+    for command in commands(name):
+        config = config_of(command)
+        assert "1.5B" in config.model.path
+        weights_gib = 2 * 1.5437e9 / 2**30
+        for role, part in (("train", config.learner), ("rollout", config.engine)):
+            cpus, main_gib, gpu = machine(name, role)
+            assert types[role]["resources"]["CPU"] <= cpus
+            assert part.gpu_memory_gib <= GPUS[gpu]
+            # Ray's object store is 30 % of the memory: two versions and one that comes.
+            assert 0.3 * main_gib > 3 * weights_gib
+        # A worker loads the policy and the reference in main memory first, and its copies for the
+        # engines are made there.
+        assert 0.7 * machine(name, "train")[1] > (4 + 2 + 2) / 2 * weights_gib + 8
 
 
 @pytest.mark.parametrize("name", ALL)

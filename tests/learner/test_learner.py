@@ -203,6 +203,23 @@ def test_the_learning_rate_falls_linearly_to_what_is_left_of_it_at_the_end(path:
     assert rates == pytest.approx([0.5e-3, 0.8e-3, 0.6e-3, 0.2e-3])
 
 
+@pytest.mark.parametrize("other", [{"foreach": False}, {"foreach": True}])
+def test_the_fused_optimizer_steps_as_the_others_do(path: str, other: dict[str, bool]) -> None:
+    learner = make_learner(make_config(path, FREE))
+    assert learner.optimizer.defaults["fused"]
+    trained = list(learner.policy.model.parameters())
+    copies = [parameter.detach().clone() for parameter in trained]
+    decay = FREE.weight_decay
+    plain = torch.optim.AdamW(copies, lr=FREE.learning_rate, weight_decay=decay, **other)
+    for k in range(3):
+        learner.update(mixed(version=k))
+        for copy, parameter in zip(copies, trained, strict=True):
+            copy.grad = parameter.grad.clone()
+        plain.step()
+        found = [parameter.detach() for parameter in trained]
+        torch.testing.assert_close(found, copies, atol=1e-8, rtol=1e-6)
+
+
 # Checkpoints -----------------------------------------------------------------------------------
 
 
@@ -274,6 +291,31 @@ def test_the_kl_is_to_the_model_that_the_run_started_from(path: str, tmp_path: P
     assert expected > 1e-4
     assert found["loss/kl"] == pytest.approx(expected, rel=1e-2)
     assert found["loss/total"] - found["loss/policy"] == pytest.approx(0.1 * expected, rel=1e-2)
+
+
+def test_the_reference_has_the_weights_of_the_type_that_is_computed_in(path: str) -> None:
+    found, ids = {}, list(range(3, 23))
+    for dtype in ("float32", "bfloat16"):
+        checkpointed = replace(FREE, gradient_checkpointing=True)
+        config = make_config(path, checkpointed, LossConfig(kl_coef=0.1))
+        learner = make_learner(replace(config, model=replace(config.model, dtype=dtype)))
+        policy, reference = learner.policy, learner.reference
+        assert reference is not None and policy.model.dtype == torch.float32
+        assert reference.model.dtype == getattr(torch, dtype)
+        assert policy.model.is_gradient_checkpointing
+        assert not reference.model.is_gradient_checkpointing
+        difference = policy.sequence_logprobs(ids) - reference.sequence_logprobs(ids)
+        assert float(difference.abs().max()) < 0.2
+        found[dtype] = learner.update(mixed()).metrics["loss/kl"]
+    assert found["float32"] == pytest.approx(0, abs=1e-9)
+    assert 0 < found["bfloat16"] < 1e-2, "rounding alone"
+
+
+def test_cudnn_computes_no_attention_once_there_is_a_policy(path: str) -> None:
+    """It is never chosen on a CPU: what is looked at is the switch that a GPU reads."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    make_learner(make_config(path, FREE))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 # Refusals --------------------------------------------------------------------------------------

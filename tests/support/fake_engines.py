@@ -24,7 +24,7 @@ from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.search.gate import Gate
 from treerpo_ray.search.tree_pool import TreePool
-from treerpo_ray.weight_sync import Manifest, Probe
+from treerpo_ray.weight_sync import Manifest, Probe, WeightsLost
 
 SHAPE = TreeShape(num_children=(2, 2, 2), step_tokens=(3, 3, 3))
 PROMPTS = PromptSet(
@@ -87,8 +87,8 @@ class Fault:
 
     method: str
     how: str
-    """killed, core dead, out of memory, hung; while it grows also stale, or busy: one tree after
-    the other takes `BUSY_S` to go on."""
+    """killed, core dead, out of memory, hung, lost (the weights); while it grows also stale, or
+    busy: one tree after the other takes `BUSY_S` to go on."""
     after: int = 0
 
 
@@ -134,6 +134,9 @@ class FakeEngine:
             return False
         if fault.how == "killed":
             raise ActorDiedError()
+        if fault.how == "lost":
+            self.fault = None
+            raise RayTaskError(method, "trace", WeightsLost("gone")).as_instanceof_cause()
         if fault.how == "out of memory":
             raise OutOfMemoryError("the node ran out of memory")
         if fault.how == "core dead":

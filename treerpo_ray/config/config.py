@@ -202,6 +202,11 @@ class Config:
             )
         if engine.kv_cache_gib is None and not num_gpus:
             raise ValueError("engine.kv_cache_gib is needed on a CPU; 1 is enough for small models")
+        if engine.kv_cache_gib is None and num_gpus < 1:
+            raise ValueError(
+                f"engine.kv_cache_gib is needed where a GPU is shared (engine.resources has GPU: "
+                f"{num_gpus:g}): what is left of it differs when an engine is started again"
+            )
         if engine.tensor_parallel > 1 and engine.tensor_parallel != num_gpus:
             raise ValueError(
                 f"engine.tensor_parallel={engine.tensor_parallel} needs as many GPUs, but "

@@ -167,10 +167,13 @@ class EngineConfig:
     """GPUs of one engine."""
     max_num_seqs: int = field(default=256, metadata=POSITIVE)
     """Requests that one engine decodes at a time."""
+    gpu_memory_gib: float | None = field(default=None, metadata=POSITIVE)
+    """Memory of one of its GPUs in GiB, which the plan must fit: 79 of 80 GB, 22 of an L4; null:
+    not known, and not checked."""
     kv_cache_gib: float | None = field(default=1.0, metadata=POSITIVE)
     """KV cache of one engine in GiB; null on a GPU means what `gpu_memory_utilization` leaves."""
-    gpu_memory_utilization: float = field(default=0.85, metadata=POSITIVE)
-    """Share of a GPU's memory that an engine may take."""
+    gpu_memory_utilization: float = field(default=0.85, metadata=POSITIVE_SHARE)
+    """Share of a GPU's memory that an engine takes where `kv_cache_gib` is null."""
     cpu_threads: int = field(default=1, metadata=POSITIVE)
     """OpenMP threads of a CPU engine."""
     start_timeout_s: float = field(default=600.0, metadata=POSITIVE)
@@ -186,6 +189,15 @@ class EngineConfig:
     def most(self) -> int:
         """Engines that the pool may grow to."""
         return self.num_engines if self.max_engines is None else self.max_engines
+
+    @property
+    def start_share(self) -> float:
+        """Share of a GPU that must be free before vLLM starts, whatever it takes afterwards.
+
+        With a KV cache of fixed size it counts for nothing else: a large one would only keep an
+        engine from being started again beside a learner that has grown meanwhile.
+        """
+        return self.gpu_memory_utilization if self.kv_cache_gib is None else 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +233,8 @@ class LearnerConfig:
     back. None: always `num_workers`. Needs nodes of its own, by a resource such as train_slot."""
     resources: dict[str, float] = field(default_factory=lambda: {"CPU": 0.5})
     """Ray resources of one worker, such as {GPU: 1, train_slot: 1}."""
+    gpu_memory_gib: float | None = field(default=None, metadata=POSITIVE)
+    """Memory of its GPU in GiB, which the plan must fit; null: not known, and not checked."""
     cpu_threads: int = field(default=1, metadata=POSITIVE)
     """Torch threads of a CPU worker."""
     max_failures: int = field(default=3, metadata=NOT_NEGATIVE)

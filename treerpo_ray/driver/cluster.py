@@ -1,4 +1,4 @@
-"""Cluster: which vLLM is there, what a run needs, what Ray has, and the connection to it."""
+"""Cluster: which vLLM is there, what Ray has of what a run needs, and the connection to it."""
 
 import importlib.metadata
 import logging
@@ -14,8 +14,19 @@ from urllib.parse import urlsplit
 import ray
 from ray._private import services
 from ray._private.state import state as ray_state
+from ray.autoscaler.sdk import request_resources
 
 from treerpo_ray.config import Config
+from treerpo_ray.driver.memory import check_gpus
+from treerpo_ray.driver.placement import (
+    Node,
+    Stage,
+    check_places,
+    missing_resources,
+    needed_resources,
+    stages,
+    total,
+)
 from treerpo_ray.errors import one_line
 
 log = logging.getLogger(__name__)
@@ -79,19 +90,6 @@ def _is_installed(name: str) -> bool:
     return True
 
 
-def needed_resources(config: Config, num_engines: int, *, trains: bool = True) -> dict[str, float]:
-    """Sum of what so many engines reserve and, if the job trains, learner workers and stream."""
-    learner = config.learner
-    parts = [(num_engines, config.engine.resources)]
-    if trains:
-        parts += [(learner.num_workers, learner.resources), (1, config.verifier.resources)]
-    needed: dict[str, float] = {}
-    for count, resources in parts:
-        for name, amount in resources.items():
-            needed[name] = needed.get(name, 0.0) + count * amount
-    return needed
-
-
 def local_resources(config: Config) -> dict[str, float]:
     """What a cluster started here would have; role slots are declared as far as needed."""
     import torch
@@ -105,24 +103,19 @@ def _local_slots(config: Config) -> dict[str, float]:
     return {name: needed[name] for name in needed if name.endswith("_slot")}
 
 
-def missing_resources(needed: dict[str, float], available: dict[str, float]) -> dict[str, float]:
-    """How much of each resource is lacking."""
-    short = {name: amount - available.get(name, 0.0) for name, amount in needed.items()}
-    return {name: round(amount, 3) for name, amount in short.items() if amount > 1e-9}
-
-
 @contextmanager
 def connected(config: Config, *, trains: bool = True) -> Iterator[None]:
     """Connect to the cluster that the environment names, or start one here for the while.
 
     Raises:
-        ValueError: nothing answers at `RAY_ADDRESS`, or the run needs more than the cluster has;
-            names what and where to change it.
+        ValueError: nothing answers at `RAY_ADDRESS`, the GPUs here cannot be used, or the run needs
+            more than the cluster has; names what and where to change it.
     """
     if address := os.environ.get("RAY_ADDRESS"):
         await_head(address)
         ray.init(log_to_driver=False, logging_level=logging.WARNING, runtime_env=RUNTIME_ENV)
     else:
+        check_gpus(config)
         # Ray listens on every interface, and who may talk to it may run code. Unless told otherwise
         # it asks for a token: one that only the processes of this run know.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -179,62 +172,65 @@ def await_head(address: str, patience_s: float = HEAD_S) -> None:
 
 
 def _await_cluster(config: Config, *, trains: bool) -> None:
-    """Check the cluster; one that grows by itself may still be starting its first nodes."""
+    """Check the cluster; one that grows by itself may still be starting its first nodes.
+
+    What is to be there from the start is asked of the autoscaler, which may have no node of its
+    kind yet and would wait for a demand, as this would for a node.
+    """
     patience_s = config.engine.start_timeout_s if _may_grow(config) else 0.0
     end = time.monotonic() + patience_s
-    while True:
-        try:
-            return _check_cluster(config, trains=trains)
-        except ValueError as error:
-            if time.monotonic() >= end:
-                raise
-            log.warning("waiting for nodes, for %.0f s more: %s", end - time.monotonic(), error)
+    has_asked = False
+    try:
+        while True:
+            try:
+                return _check_cluster(config, trains=trains)
+            except ValueError as error:
+                if time.monotonic() >= end:
+                    raise
+                left_s = end - time.monotonic()
+                log.warning("waiting for nodes, for %.0f s more: %s", left_s, error)
+            if not has_asked:
+                starting = _starting_stages(config, trains=trains)
+                request_resources(bundles=[s.resources for s in starting for _ in range(s.count)])
+                has_asked = True
             time.sleep(min(LOOK_EVERY_S, patience_s))
+    finally:
+        if has_asked:
+            request_resources(bundles=[])  # from here on the stages ask themselves
 
 
 def _may_grow(config: Config) -> bool:
     return config.engine.max_engines is not None and bool(os.environ.get("RAY_ADDRESS"))
 
 
-def _check_cluster(config: Config, *, trains: bool) -> None:
-    """Check that what the run starts with has a place.
+def _starting_stages(config: Config, *, trains: bool) -> list[Stage]:
+    """What must have a place before the run starts.
 
     Few autoscalers tell Ray what they could add (its own for VMs and Kubernetes do not), so the
     engines of a pool that may grow are taken on trust on a cluster that was there before: they
     wait for nodes, say so, and fail the start after `engine.start_timeout_s`.
     """
-    may_come = _may_grow(config)
-    num_engines = 0 if may_come else config.engine.num_engines
+    num_engines = 0 if _may_grow(config) else config.engine.num_engines
     learner = replace(config.learner, num_workers=config.learner.fewest_workers)
-    needed = needed_resources(replace(config, learner=learner), num_engines, trains=trains)
-    limits, scaled = ray.cluster_resources(), ray_state.get_max_resources_from_cluster_config()
-    limits |= {name: max(limits.get(name, 0), most) for name, most in (scaled or {}).items()}
-    if lacking := missing_resources(needed, limits):
-        raise ValueError(
-            f"the cluster lacks {lacking} for this run: change engine.num_engines, "
-            "engine.resources, learner.num_workers or learner.resources, add nodes, or set "
-            "engine.max_engines where an autoscaler adds them"
-        )
-    if scaled is not None:
-        return
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if trains:
-        resources = [n["Resources"] for n in nodes]
-        check_fit("learner.resources", config.learner.resources, resources, {})
-    if not may_come:
-        labels = config.engine.labels
-        fitting = [n["Resources"] for n in nodes if labels.items() <= n["Labels"].items()]
-        check_fit("engine.resources", config.engine.resources, fitting, labels)
+    return stages(replace(config, learner=learner), num_engines, trains=trains)
 
 
-def check_fit(
-    key: str, resources: dict[str, float], nodes: list[dict[str, float]], labels: dict[str, str]
-) -> None:
-    """Check that one of the nodes has everything that one engine or worker asks for.
+def _check_cluster(config: Config, *, trains: bool) -> None:
+    """Check that what the run starts with has a place.
 
     Raises:
-        ValueError: none has; names the key.
+        ValueError: it has not; names what is lacking and whose it is.
     """
-    if all(missing_resources(resources, node) for node in nodes):
-        where = f" with the labels {labels} (engine.labels)" if labels else ""
-        raise ValueError(f"{key}={resources}: no node{where} has all of that at once")
+    starting = _starting_stages(config, trains=trains)
+    limits, scaled = ray.cluster_resources(), ray_state.get_max_resources_from_cluster_config()
+    limits |= {name: max(limits.get(name, 0), most) for name, most in (scaled or {}).items()}
+    if lacking := missing_resources(total(starting), limits):
+        keys = [s.key for s in starting if s.count and s.resources.keys() & lacking.keys()]
+        raise ValueError(
+            f"the cluster lacks {lacking} for this run, which {', '.join(keys)} ask for: change "
+            "them or engine.num_engines or learner.num_workers, add nodes, or set "
+            "engine.max_engines where an autoscaler adds them"
+        )
+    if scaled is None:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        check_places(starting, [Node(node["Resources"], node["Labels"]) for node in nodes])

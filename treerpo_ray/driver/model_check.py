@@ -21,6 +21,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 
 from treerpo_ray.config.sections import ModelConfig
+from treerpo_ray.driver.memory import ModelSizes
 from treerpo_ray.errors import one_line
 from treerpo_ray.prompts.hub import Unreachable, is_unreachable
 from treerpo_ray.prompts.prompt_set import resolve_model_path
@@ -46,6 +47,7 @@ class ModelFacts:
     num_parameters: int
     num_embeddings: int
     """Rows of the embedding: token ids are below."""
+    sizes: ModelSizes
 
 
 def check_model(model: ModelConfig, longest: int) -> ModelFacts:
@@ -77,6 +79,7 @@ def check_model(model: ModelConfig, longest: int) -> ModelFacts:
     return ModelFacts(
         num_parameters=sum(parameter.numel() for parameter in made.parameters()),
         num_embeddings=len(cast("torch.Tensor", made.get_input_embeddings().weight)),
+        sizes=ModelSizes.of(config),
     )
 
 

@@ -11,13 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import PromptsConfig
-from treerpo_ray.driver.cluster import (
-    check_vllm,
-    local_resources,
-    missing_resources,
-    needed_resources,
-)
+from treerpo_ray.driver.cluster import check_vllm, local_resources
+from treerpo_ray.driver.memory import MemoryPlan, check_gpus, misfit
 from treerpo_ray.driver.model_check import ModelFacts, check_model
+from treerpo_ray.driver.placement import missing_resources, needed_resources
 from treerpo_ray.errors import one_line
 from treerpo_ray.prompts.hub import Unreachable
 from treerpo_ray.prompts.problems import DataReport, load_problems
@@ -26,20 +23,6 @@ from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.verifier.verifier import is_module
 
 T = TypeVar("T")
-
-
-GIB = 2**30
-
-
-LEARNER_BYTES = 16
-"""Bytes a parameter in the learner: weight, gradient and two moments of AdamW, float32 each."""
-
-
-REFERENCE_BYTES = 4
-"""Bytes a parameter of the reference model, which a KL term needs beside it."""
-
-
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)B(?![A-Za-z])")
@@ -70,7 +53,9 @@ class Preflight:
     train: DataSet | None
     held_out: DataSet | None
     delimiters: tuple[int, ...]
-    num_parameters: int | None
+    model: ModelFacts | None
+    misfit: str | None
+    """What does not fit the GPUs that the configuration names."""
     unchecked: tuple[str, ...]
     """A line for each input that could not be looked up for want of a connection."""
 
@@ -78,8 +63,9 @@ class Preflight:
         """The inputs of a run that may start.
 
         Raises:
-            ValueError: something could not be looked up.
+            ValueError: something could not be looked up, or does not fit its GPU.
         """
+        self.check_memory()
         if self.unchecked:
             raise ValueError(self.unchecked[0])
         assert self.train is not None and self.train.prompts is not None  # else it is unchecked
@@ -88,6 +74,15 @@ class Preflight:
             held_out=None if self.held_out is None else self.held_out.prompts,
             delimiters=self.delimiters,
         )
+
+    def check_memory(self) -> None:
+        """Refuse what does not fit.
+
+        Raises:
+            ValueError: a worker or an engine does not fit its GPU.
+        """
+        if self.misfit is not None:
+            raise ValueError(self.misfit)
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -131,9 +126,17 @@ def preflight(config: Config) -> Preflight:
         train=train,
         held_out=held_out,
         delimiters=delimiters,
-        num_parameters=None if facts is None else facts.num_parameters,
+        model=facts,
+        misfit=_misfit(config, facts),
         unchecked=tuple(dict.fromkeys(unchecked)),
     )
+
+
+def _misfit(config: Config, facts: ModelFacts | None) -> str | None:
+    size = _num_parameters(config, facts)
+    if size is None:
+        return None
+    return misfit(config, size, None if facts is None else facts.sizes)
 
 
 def _load_data(
@@ -208,7 +211,7 @@ def plan_lines(config: Config, found: Preflight) -> list[str]:
     at_most = needed_resources(config, config.engine.most)
     return [
         f"run         {config.folder}",
-        f"model       {config.model.path}: {_size_line(config, found)}",
+        f"model       {config.model.path}: {_size_line(config, found.model)}",
         *_data_lines("data", found.train),
         *_data_lines("held out", found.held_out),
         f"tree        {list(shape.num_children)} children of at most {list(shape.step_tokens)} "
@@ -218,7 +221,7 @@ def plan_lines(config: Config, found: Preflight) -> list[str]:
         f"{trees * shape.max_sampled_tokens:,} sampled tokens, {minibatches} optimizer step(s)",
         f"staleness   at most {gate.max_staleness} versions: {in_flight} trees in flight",
         f"run length  {length}, up to {run.num_steps * minibatches:,} optimizer steps",
-        f"memory      {_memory_line(config, found)}",
+        *_memory_lines(config, found.model),
         "resources   "
         + ", ".join(f"{name} {_range(needed[name], at_most[name])}" for name in needed),
         *_missing_lines(config),
@@ -233,38 +236,31 @@ def _data_lines(title: str, data: DataSet | None) -> list[str]:
     return [f"{title:12}{data.report}{left_out}"]
 
 
-def _num_parameters(config: Config, found: Preflight) -> float | None:
+def _num_parameters(config: Config, facts: ModelFacts | None) -> float | None:
     """As counted, else as the model's name says."""
-    if found.num_parameters is not None:
-        return found.num_parameters
+    if facts is not None:
+        return facts.num_parameters
     size = SIZE_IN_NAME.search(config.model.path)
     return float(size[1]) * 1e9 if size else None
 
 
-def _size_line(config: Config, found: Preflight) -> str:
-    size = _num_parameters(config, found)
+def _size_line(config: Config, facts: ModelFacts | None) -> str:
+    size = _num_parameters(config, facts)
     if size is None:
         return "parameters unknown"
-    if found.num_parameters is None:
+    if facts is None:
         return f"about {size / 1e6:,.0f} M parameters, by its name"
     return f"{size / 1e6:,.1f} M parameters"
 
 
-def _memory_line(config: Config, found: Preflight) -> str:
-    """Every worker holds the whole model with its optimizer, every engine a copy."""
-    size = _num_parameters(config, found)
+def _memory_lines(config: Config, facts: ModelFacts | None) -> list[str]:
+    """What a worker and an engine take, as a table of at most 80 columns."""
+    size = _num_parameters(config, facts)
     if size is None:
-        return "unknown, as the model is"
-    has_reference = config.loss.kl_coef > 0
-    learner_gib = (LEARNER_BYTES + has_reference * REFERENCE_BYTES) * size / GIB
-    engine_gib = DTYPE_BYTES[config.model.dtype] * size / GIB
-    kv_gib = config.engine.kv_cache_gib
-    cache = "the rest of its GPU" if kv_gib is None else f"{kv_gib:g} GiB"
-    return (
-        f"{config.learner.num_workers} worker(s) of {learner_gib:.2f} GiB and activations; "
-        f"{_range(config.engine.num_engines, config.engine.most)} engine(s) of "
-        f"{engine_gib:.2f} GiB and {cache} as KV cache"
-    )
+        return ["memory      unknown, as the model is"]
+    plan = MemoryPlan.of(config, size, None if facts is None else facts.sizes)
+    first, *rows = plan.table(config)
+    return [f"memory      {first}", *(f"            {row}" for row in rows)]
 
 
 def _missing_lines(config: Config) -> list[str]:
@@ -274,10 +270,11 @@ def _missing_lines(config: Config) -> list[str]:
     lacking = missing_resources(needed, local_resources(config))
     amounts = ", ".join(f"{name} {amount:g}" for name, amount in lacking.items()) or "nothing"
     lines = [f"missing     {amounts} (on this machine alone)"]
-    try:
-        check_vllm(config)
-    except ValueError as error:
-        lines.append(f"missing     {error}")
+    for check in (check_vllm, check_gpus):
+        try:
+            check(config)
+        except ValueError as error:
+            lines.append(f"missing     {error}")
     return lines
 
 

@@ -60,7 +60,7 @@ def engine_args(setup: EngineSetup) -> "AsyncEngineArgs":
     )
     if _is_gpu(engine):
         args.tensor_parallel_size = engine.tensor_parallel
-        args.gpu_memory_utilization = engine.gpu_memory_utilization
+        args.gpu_memory_utilization = engine.start_share
         args.distributed_executor_backend = "mp" if engine.tensor_parallel > 1 else "uni"
     else:
         args.enforce_eager = True

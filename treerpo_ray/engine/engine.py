@@ -223,14 +223,15 @@ class Engine:
         """Take over the weights of `manifest` and prove it; requests in flight wait and go on.
 
         Raises:
-            RuntimeError: the workers received other bytes or serve another version. Whatever is
-                raised leaves the engine paused and perhaps half loaded: it must be replaced.
+            WeightsLost: its bytes cannot be had any more; the engine goes on with what it has.
+            RuntimeError: the workers received other bytes or serve another version. Whatever else
+                is raised leaves the engine paused and perhaps half loaded: it must be replaced.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         async with self._loading:
             with ChunkFiles() as files:
-                paths = [files.write(await chunk) for chunk in chunks]
+                paths = await files.fetch(manifest, chunks)  # while requests go on
                 await self._llm.pause_generation(mode="keep", clear_cache=False)
                 self._num_loads += 1  # what is asked from here on is computed with these weights
                 await self._llm.start_weight_update()

@@ -22,7 +22,7 @@ from treerpo_ray.engine.background import BackgroundTasks, Signal
 from treerpo_ray.engine.replica import EngineActor, Replica, ReplicaState, WeightVersion
 from treerpo_ray.engine.types import EngineStats
 from treerpo_ray.metrics.run_log import Event, RunLogApi
-from treerpo_ray.weight_sync import Manifest, Probe
+from treerpo_ray.weight_sync import Manifest, Probe, WeightsLost
 
 log = logging.getLogger(__name__)
 
@@ -272,6 +272,11 @@ class EnginePool:
 
         Digests and version are proved each time, log-probabilities if `should_probe`, and by an
         engine that comes up later in any case.
+
+        Raises:
+            WeightsLost: an engine cannot have the bytes any more; it goes on with what it serves,
+                and one that comes up waits for other weights.
+            RuntimeError: engines cannot be replaced any more.
         """
         async with self._serving:  # a worker that died may have left a publication under way
             weights = WeightVersion(manifest=manifest, chunks=chunks, probe=probe)
@@ -280,9 +285,14 @@ class EnginePool:
             tolerance = self._tolerance if should_probe else None
             loads = (replica.load(weights, tolerance) for replica in replicas)
             results = await asyncio.gather(*loads, return_exceptions=True)
+            lost: WeightsLost | None = None
             for replica, result in zip(replicas, results, strict=True):
-                if isinstance(result, BaseException):
+                if isinstance(result, WeightsLost):
+                    lost = result
+                elif isinstance(result, BaseException):
                     self.replace(replica, result)
+            if lost is not None:
+                raise lost
         # One that comes up anew has loaded this version before it serves.
         await self._until(self._is_serving)
 

@@ -23,7 +23,10 @@ from treerpo_ray.config.sections import EngineConfig
 from treerpo_ray.engine._waits import Waits
 from treerpo_ray.engine.background import Signal
 from treerpo_ray.engine.types import EngineStats, Sampling
-from treerpo_ray.weight_sync import Manifest, Probe
+from treerpo_ray.weight_sync import Manifest, Probe, WeightsLost
+
+LOOK_EVERY_S = 0.5
+"""Time between looks for weights in place of lost ones."""
 
 
 class EngineApi(Protocol):
@@ -236,7 +239,15 @@ class Replica:
         while weights is not (latest := newest()):  # one may come while another is loaded
             weights = latest
             assert weights is not None  # versions only ever replace each other
-            await self.load(weights, tolerance)
+            try:
+                await self.load(weights, tolerance)
+            except WeightsLost:  # the learner that lost them, too, will publish others
+                await self._waits.wait(
+                    _another(weights, newest),
+                    f"weights for engine {self._index}, since those of version "
+                    f"{weights.number} are lost",
+                    math.inf,
+                )
         self._become(ReplicaState.SERVING)
         return processes
 
@@ -244,9 +255,10 @@ class Replica:
         """Take a version over and prove it, each within `load_timeout_s`.
 
         It proves digests and version, and log-probabilities unless `tolerance` (nats a token)
-        is None. Whatever is raised, the engine must be replaced.
+        is None. Whatever is raised but `WeightsLost`, the engine must be replaced.
 
         Raises:
+            WeightsLost: the bytes cannot be had any more; it has what it had before.
             TimeoutError: it does not answer.
             RayError, RuntimeError: it failed, or serves something else.
         """
@@ -376,6 +388,12 @@ NEXT_STATES = {
     ReplicaState.GONE: set[ReplicaState](),
 }
 """The states that may follow each."""
+
+
+async def _another(weights: WeightVersion, newest: Callable[[], WeightVersion | None]) -> None:
+    """Wait until there is a newer one than `weights`."""
+    while newest() is weights:
+        await asyncio.sleep(LOOK_EVERY_S)
 
 
 def _now() -> float:

@@ -82,13 +82,19 @@ class Learner:
         if device.type == "cpu":
             torch.set_num_threads(learner.cpu_threads)
         start = resolve_model_path(model.path)
-        self.policy = self._load(start if checkpoint is None else str(checkpoint / MODEL_FOLDER))
-        # The KL is to the model that the run started from, whatever it is resumed from.
-        self.reference = self._load(start) if loss.kl_coef else None
+        self.policy = self._load(
+            start if checkpoint is None else str(checkpoint / MODEL_FOLDER),
+            torch.float32,
+            gradient_checkpointing=learner.gradient_checkpointing,
+        )
+        # The KL is to the model that the run started from, whatever it is resumed from. It is never
+        # updated, so that weights in the type that is computed in are enough.
+        self.reference = self._load(start, DTYPES[model.dtype]) if loss.kl_coef else None
         self.optimizer = torch.optim.AdamW(
             self.policy.model.parameters(),
             lr=learner.learning_rate,
             weight_decay=learner.weight_decay,
+            fused=True,  # what a GPU would take by itself needs one more copy of the gradients
         )
         self.version = self.optimizer_steps = 0
         self._past_values: deque[float] = deque(maxlen=BASELINE_STEPS)
@@ -96,12 +102,14 @@ class Learner:
         if checkpoint is not None:
             self._restore(checkpoint)
 
-    def _load(self, path: str) -> Policy:
+    def _load(
+        self, path: str, dtype: torch.dtype, *, gradient_checkpointing: bool = False
+    ) -> Policy:
         return load_policy(
             path,
-            dtype=torch.float32,
+            dtype=dtype,
             device=self.device,
-            gradient_checkpointing=self.settings.gradient_checkpointing,
+            gradient_checkpointing=gradient_checkpointing,
             trust_remote_code=self.model.trust_remote_code,
         )
 

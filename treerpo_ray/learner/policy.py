@@ -84,6 +84,9 @@ class Policy:
         self.model = model
         self.tokenizer = tokenizer
         self.logit_budget = logit_budget
+        # Tree attention gives masks. With one, cuDNN's kernels (Hopper and newer) return NaN as
+        # gradients of queries whose keys are 64 modulo 128, and plan anew for each shape.
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
     def edge_logprobs(
         self, forest: ForestTensors, temperature: float

@@ -1,0 +1,30 @@
+"""Weights lie on the learner's node, outlive the learner, and move with it: on real Ray nodes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.project import ROOT
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_weights_lie_where_the_learner_is_and_their_loss_is_told() -> None:
+    """See `weights_on_nodes`: the engine's pool is on the driver's node, the engine on its own."""
+    command = [sys.executable, "-m", "tests.support.weights_on_nodes"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "lies on the learner's node": True,  # alone: not on the driver's
+        "learner killed": "whole",
+        "old versions spilled": 0,  # they are let go as the next ones come
+        "stores killed": 1,
+        "store killed": "['lost']",
+        "published after that": "whole",  # by the same learner, as if nothing had been
+        "node lost": "['lost']",
+        "moved with the learner": True,
+        "published from another node": "whole",
+    }

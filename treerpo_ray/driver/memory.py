@@ -1,0 +1,375 @@
+"""Memory: what a worker and an engine take, part by part, and whether that fits their GPUs.
+
+Weights, gradients, moments and the KV cache are counted. Activations are estimated for a
+transformer with a gated MLP: what PyTorch keeps of a layer for the backward pass was measured, and
+`tests/driver/test_memory.py` measures it again.
+"""
+
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from transformers import PreTrainedConfig
+
+from treerpo_ray.config import Config
+from treerpo_ray.learner.policy import LOGIT_BUDGET
+
+GIB = 2**30
+
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+CUDA_GIB = 1.0
+"""Of each process on a GPU: CUDA's context, and the workspaces of its libraries."""
+
+
+GAPS = 0.1
+"""Share of the activations that is lost between the blocks that PyTorch's allocator hands out."""
+
+
+GRAPHS_GIB = 1.0
+"""CUDA graphs of an engine: vLLM captures one for each of some fifty batch sizes."""
+
+
+PREFILL_TOKENS = 4096
+"""Fewest tokens that an engine takes in one step; see `engine_args`."""
+
+
+LIVE_LOGITS = 5
+"""Copies in float32 of a chunk of logits that are alive while its gradient is computed."""
+
+
+SAMPLER_COPIES = 3
+"""Copies in float32 of a batch's logits that are alive while vLLM samples."""
+
+
+WEIGHTS, TRAINING = "weights", "gradients and AdamW"
+REFERENCE, COPIES = "reference model", "copies in bfloat16"
+ACTIVATIONS, CACHE, CUDA = "activations", "KV cache", "CUDA"
+PARTS = (WEIGHTS, TRAINING, REFERENCE, COPIES, ACTIVATIONS, CACHE, CUDA)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSizes:
+    """Sizes of a transformer, as its config.json has them."""
+
+    num_layers: int
+    hidden: int
+    intermediate: int
+    """Of the MLP that one token passes; of all its experts where there are several."""
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> Self:
+        """Those of `config`; what an architecture does not name follows from what it does."""
+        text = config.get_text_config()
+        hidden, heads = text.hidden_size, text.num_attention_heads
+        experts = getattr(text, "num_experts_per_tok", None) or 1
+        intermediate = getattr(text, "moe_intermediate_size", None) if experts > 1 else None
+        intermediate = intermediate or getattr(text, "intermediate_size", None) or 4 * hidden
+        return cls(
+            num_layers=text.num_hidden_layers,
+            hidden=hidden,
+            intermediate=experts * intermediate,
+            num_heads=heads,
+            num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or hidden // heads,
+            vocabulary=text.vocab_size,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """GiB that each part takes, on each GPU that a worker or an engine has.
+
+    Args:
+        worker: By part; without `activations` where only the number of parameters is known.
+        engine: By part; the KV cache is missing where it takes what its GPU has left and nobody
+            says how much that is.
+    """
+
+    worker: dict[str, float]
+    engine: dict[str, float]
+
+    @classmethod
+    def of(cls, config: Config, num_parameters: float, sizes: ModelSizes | None) -> Self:
+        """The plan of a run of a model."""
+        return cls(
+            worker=_worker_parts(config, num_parameters, sizes),
+            engine=_engine_parts(config, num_parameters, sizes),
+        )
+
+    def table(self, config: Config) -> list[str]:
+        """Lines of a table, at most 68 columns wide."""
+        has_all = {ACTIVATIONS} <= self.worker.keys() and {CACHE} <= self.engine.keys()
+        rows: list[tuple[str, float | None, float | None]] = [
+            (part, self.worker.get(part), self.engine.get(part))
+            for part in PARTS
+            if part in self.worker | self.engine
+        ]
+        total = "together" if has_all else "together, at least"
+        rows.append((total, sum(self.worker.values()), sum(self.engine.values())))
+        on_gpu = (config.learner.gpu_memory_gib, config.engine.gpu_memory_gib)
+        if on_gpu != (None, None):
+            rows.append(("of gpu_memory_gib", *on_gpu))
+        head = "GiB a GPU" if _uses_gpus(config) else "GiB"
+        fewest, most = config.engine.num_engines, config.engine.most
+        engines = f"{fewest} engine(s)" if fewest == most else f"{fewest} to {most} engines"
+        return [
+            f"{head:22}{f'{config.learner.num_workers} worker(s)':>16}{engines:>18}",
+            *(f"{name:22}{_cell(worker):>16}{_cell(engine):>18}" for name, worker, engine in rows),
+        ]
+
+
+def _cell(gib: float | None) -> str:
+    return "-" if gib is None else f"{gib:.2f}"
+
+
+def _uses_gpus(config: Config) -> bool:
+    return any(part.resources.get("GPU", 0) > 0 for part in (config.learner, config.engine))
+
+
+def _worker_parts(config: Config, count: float, sizes: ModelSizes | None) -> dict[str, float]:
+    """Every worker holds the whole model, its gradients and two moments in float32."""
+    computes_in = DTYPE_BYTES[config.model.dtype]
+    parts = {WEIGHTS: 4 * count, TRAINING: 12 * count}
+    if config.loss.kl_coef > 0:
+        parts[REFERENCE] = computes_in * count
+    if computes_in < 4:  # autocast keeps them for as long as a forward pass
+        parts[COPIES] = computes_in * count
+    if sizes is not None:
+        parts[ACTIVATIONS] = _activation_bytes(config, sizes)
+    found = {part: size / GIB for part, size in parts.items()}
+    if config.learner.resources.get("GPU", 0) > 0:
+        found[CUDA] = CUDA_GIB + GAPS * found.get(ACTIVATIONS, 0.0)
+    return found
+
+
+def _activation_bytes(config: Config, sizes: ModelSizes) -> float:
+    """Peak of what a forest of `learner.token_budget` tokens keeps in its backward pass.
+
+    Under autocast the residual stream, the MLP's input, and queries and keys are float32.
+    """
+    width = DTYPE_BYTES[config.model.dtype]
+    tokens = min(config.learner.token_budget, _most_tokens(config))
+    keys, pairs = _keys_and_pairs(config)
+    heads, kv_heads = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
+    kept = (
+        24 * sizes.hidden
+        + 4 * width * (sizes.intermediate + heads)
+        + 2 * width * keys * kv_heads  # of each path, gathered
+        + width * pairs * sizes.num_heads / sizes.num_kv_heads  # the mask
+    )
+    passing = 4 * sizes.hidden + 2 * width * sizes.intermediate
+    head_bytes = (
+        4 * LIVE_LOGITS * min(LOGIT_BUDGET, tokens * sizes.vocabulary)
+        + (4 + 2 * width) * sizes.vocabulary * sizes.hidden  # gradients of head and embedding
+    )
+    if config.learner.gradient_checkpointing:
+        entries = 4 * sizes.hidden * sizes.num_layers
+        return tokens * entries + max(tokens * (kept + passing), head_bytes)
+    return tokens * kept * sizes.num_layers + max(tokens * passing, head_bytes)
+
+
+def _most_tokens(config: Config) -> int:
+    """Tokens of a worker's share of a minibatch, if every tree is as large as it may be."""
+    learner, shape = config.learner, config.shape
+    trees = config.gate.trees_per_step // (learner.fewest_workers * learner.minibatches)
+    return trees * (config.prompts.max_prompt_tokens + shape.max_sampled_tokens)
+
+
+def _keys_and_pairs(config: Config) -> tuple[float, float]:
+    """Gathered keys, and pairs of query and key, a token of a tree that is as large as it may be.
+
+    >>> from treerpo_ray.config import load
+    >>> _keys_and_pairs(load(["tree.num_children=[2]", "tree.step_tokens=[100]",
+    ...                       "prompts.max_prompt_tokens=100"]))
+    (1.66..., 166.6...)
+    """
+    path = tokens = queries = config.prompts.max_prompt_tokens
+    keys, pairs = float(path), float(path * path)
+    steps = 1
+    for children, length in zip(config.shape.num_children, config.shape.step_tokens, strict=True):
+        steps, path = steps * children, path + length
+        queries = steps * length
+        tokens, keys, pairs = tokens + queries, keys + steps * path, pairs + queries * path
+    return keys / tokens, pairs / tokens
+
+
+def cache_bytes_a_token(config: Config, sizes: ModelSizes) -> int:
+    """Bytes of the KV cache a token, on each GPU of an engine."""
+    width, ways = DTYPE_BYTES[config.model.dtype], config.engine.tensor_parallel
+    return 2 * width * sizes.num_layers * -(-sizes.num_kv_heads // ways) * sizes.head_dim
+
+
+def _engine_parts(config: Config, count: float, sizes: ModelSizes | None) -> dict[str, float]:
+    """vLLM splits weights and cache over the GPUs of an engine."""
+    engine, width = config.engine, DTYPE_BYTES[config.model.dtype]
+    found = {WEIGHTS: width * count / engine.tensor_parallel / GIB}
+    if sizes is not None:
+        tokens = max(PREFILL_TOKENS, config.max_model_tokens + 1)
+        layer = width * (3 * sizes.intermediate / engine.tensor_parallel + 4 * sizes.hidden)
+        logits = 4 * SAMPLER_COPIES * engine.max_num_seqs * sizes.vocabulary
+        found[ACTIVATIONS] = (tokens * layer + logits) / GIB
+    if engine.resources.get("GPU", 0) > 0:
+        found[CUDA] = CUDA_GIB + GRAPHS_GIB
+    if engine.kv_cache_gib is not None:
+        found[CACHE] = engine.kv_cache_gib
+    elif engine.gpu_memory_gib is not None:
+        left = engine.gpu_memory_utilization * engine.gpu_memory_gib - sum(found.values())
+        found[CACHE] = max(left, 0.0)
+    return found
+
+
+# What does not fit ---------------------------------------------------------------------------
+
+
+def misfit(config: Config, num_parameters: float, sizes: ModelSizes | None) -> str | None:
+    """What does not fit the GPUs that the configuration names, in one line; None if all does."""
+    plan = MemoryPlan.of(config, num_parameters, sizes)
+    return next(_misfits(config, plan, sizes), None)
+
+
+def _misfits(config: Config, plan: MemoryPlan, sizes: ModelSizes | None) -> Iterator[str]:
+    if config.learner.resources.get("GPU", 0) > 0:
+        yield from _worker_misfits(config, plan.worker)
+    if config.engine.resources.get("GPU", 0) > 0:
+        yield from _engine_misfits(config, plan.engine, sizes)
+    yield from _shared_misfits(config, plan)
+
+
+def _worker_misfits(config: Config, parts: dict[str, float]) -> Iterator[str]:
+    has, needs = config.learner.gpu_memory_gib, sum(parts.values())
+    if has is None or needs <= has:
+        return
+    fixed = needs - parts.get(ACTIVATIONS, 0.0)
+    start = f"learner.gpu_memory_gib={has:g}: a worker of {config.model.path} needs {needs:.1f} GiB"
+    if fixed > has:
+        yield (
+            f"{start}, {fixed:.1f} of them for the whole model with its gradients and optimizer: "
+            "it cannot be trained on this GPU until its learner is sharded; take a smaller model "
+            "or a larger GPU"
+        )
+    elif not config.learner.gradient_checkpointing:
+        yield (
+            f"{start}, {parts[ACTIVATIONS]:.1f} of them for activations: set "
+            "learner.gradient_checkpointing=true"
+        )
+    else:
+        yield (
+            f"{start}, {parts[ACTIVATIONS]:.1f} of them for activations: lower "
+            f"learner.token_budget={config.learner.token_budget}"
+        )
+
+
+def _engine_misfits(
+    config: Config, parts: dict[str, float], sizes: ModelSizes | None
+) -> Iterator[str]:
+    engine, path = config.engine, config.max_model_tokens + 1
+    cache = parts.get(CACHE)
+    needed = None if sizes is None else path * cache_bytes_a_token(config, sizes) / GIB
+    has = engine.gpu_memory_gib
+    if has is not None and (needs := sum(parts.values())) > has:
+        yield (
+            f"engine.gpu_memory_gib={has:g}: an engine of {config.model.path} needs {needs:.1f} "
+            f"GiB, {parts[WEIGHTS]:.1f} of them for its weights: raise engine.tensor_parallel or "
+            "lower engine.kv_cache_gib or engine.max_num_seqs"
+        )
+    elif cache is not None and needed is not None and cache < needed:
+        where = (
+            f"engine.gpu_memory_utilization={engine.gpu_memory_utilization:g} of "
+            f"engine.gpu_memory_gib={has:g} leaves"
+            if engine.kv_cache_gib is None
+            else f"engine.kv_cache_gib={engine.kv_cache_gib:g} is"
+        )
+        yield (
+            f"{where} {cache:.2f} GiB of KV cache, and one path of {path} tokens needs "
+            f"{needed:.2f}: raise it"
+        )
+
+
+def _shared_misfits(config: Config, plan: MemoryPlan) -> Iterator[str]:
+    """Processes with a part of a GPU each, as many as Ray may put on the same one."""
+    learner, engine = config.learner, config.engine
+    shares = learner.resources.get("GPU", 0), engine.resources.get("GPU", 0)
+    named = [gib for gib in (learner.gpu_memory_gib, engine.gpu_memory_gib) if gib is not None]
+    if not named or not any(0 < share < 1 for share in shares):
+        return
+    needs = sum(plan.worker.values()), sum(plan.engine.values())
+    for workers in range(learner.num_workers + 1 if 0 < shares[0] < 1 else 1):
+        for engines in range(engine.most + 1 if 0 < shares[1] < 1 else 1):
+            total = workers * needs[0] + engines * needs[1]
+            # Before an engine starts again, vLLM wants so much to be free beside all others.
+            asked = engine.start_share * min(named) - needs[1] if engines else 0.0
+            is_together = workers * shares[0] + engines * shares[1] <= 1 and workers + engines > 1
+            if is_together and total + max(asked, 0.0) > min(named):
+                yield (
+                    f"a GPU of {min(named):g} GiB (learner.gpu_memory_gib, engine.gpu_memory_gib) "
+                    f"cannot hold {workers} worker(s) of {needs[0]:.1f} and {engines} engine(s) of "
+                    f"{needs[1]:.1f} GiB, as learner.resources.GPU={shares[0]:g} and "
+                    f"engine.resources.GPU={shares[1]:g} allow: lower learner.token_budget or "
+                    "engine.kv_cache_gib, or give each a GPU of its own"
+                )
+                return
+
+
+# The GPUs of this machine ---------------------------------------------------------------------
+
+NVIDIA_SMI_S = 30.0
+"""Time for NVIDIA's tool to answer."""
+
+
+DRIVERS = {12: "525.60.13", 13: "580.65.06"}
+"""Oldest NVIDIA driver for each major version of CUDA on Linux; its minor ones run on the same."""
+
+
+def check_gpus(config: Config) -> None:
+    """Check the GPUs of this machine, where the run is to use them: their driver and memory.
+
+    A GPU that is not there is a resource that Ray lacks; those of other machines are not seen from
+    here, and whoever starts there says what is wrong with them.
+
+    Raises:
+        ValueError: the driver is too old for the CUDA that PyTorch was built with, or a GPU has
+            less memory than the configuration names.
+    """
+    parts = {"learner": config.learner, "engine": config.engine}
+    using = {name: part for name, part in parts.items() if part.resources.get("GPU", 0) > 0}
+    found = installed_gpus() if using else []
+    cuda = torch.version.cuda
+    oldest = DRIVERS.get(int(cuda.split(".")[0])) if cuda else None
+    for driver, gib in found:
+        if oldest is not None and _numbers(driver) < _numbers(oldest):
+            raise ValueError(
+                f"the NVIDIA driver {driver} of this machine is too old for CUDA {cuda} of torch "
+                f"{torch.__version__}: install {oldest} or newer"
+            )
+        for name, part in using.items():
+            if part.gpu_memory_gib is not None and part.gpu_memory_gib > gib:
+                raise ValueError(
+                    f"{name}.gpu_memory_gib={part.gpu_memory_gib:g}, but a GPU of this machine has "
+                    f"{gib:.1f} GiB"
+                )
+
+
+def installed_gpus() -> list[tuple[str, float]]:
+    """Driver and GiB of each GPU of this machine, as NVIDIA's tool says; none without it."""
+    asked = ["--query-gpu=driver_version,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(
+            ["nvidia-smi", *asked], capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=True
+        )
+        rows = [line.split(", ") for line in told.stdout.splitlines() if line.strip()]
+        return [(driver, float(mib) / 1024) for driver, mib in rows]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".") if part.isdigit()]
