@@ -14,38 +14,23 @@ import torch
 from transformers import PreTrainedConfig
 
 from treerpo_ray.config import Config
+from treerpo_ray.config.sections import EngineConfig, LearnerConfig
 from treerpo_ray.learner.policy import LOGIT_BUDGET
 
 GIB = 2**30
-
-
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-
-
 CUDA_GIB = 1.0
 """Of each process on a GPU: CUDA's context, and the workspaces of its libraries."""
-
-
 GAPS = 0.1
 """Share of the activations that is lost between the blocks that PyTorch's allocator hands out."""
-
-
 GRAPHS_GIB = 1.0
 """CUDA graphs of an engine: vLLM captures one for each of some fifty batch sizes."""
-
-
 PREFILL_TOKENS = 4096
 """Fewest tokens that an engine takes in one step; see `engine_args`."""
-
-
 LIVE_LOGITS = 5
 """Copies in float32 of a chunk of logits that are alive while its gradient is computed."""
-
-
 SAMPLER_COPIES = 3
 """Copies in float32 of a batch's logits that are alive while vLLM samples."""
-
-
 WEIGHTS, TRAINING = "weights", "gradients and AdamW"
 REFERENCE, COPIES = "reference model", "copies in bfloat16"
 ACTIVATIONS, CACHE, CUDA = "activations", "KV cache", "CUDA"
@@ -323,8 +308,6 @@ def _shared_misfits(config: Config, plan: MemoryPlan) -> Iterator[str]:
 
 NVIDIA_SMI_S = 30.0
 """Time for NVIDIA's tool to answer."""
-
-
 DRIVERS = {12: "525.60.13", 13: "580.65.06"}
 """Oldest NVIDIA driver for each major version of CUDA on Linux; its minor ones run on the same."""
 
@@ -339,7 +322,10 @@ def check_gpus(config: Config) -> None:
         ValueError: the driver is too old for the CUDA that PyTorch was built with, or a GPU has
             less memory than the configuration names.
     """
-    parts = {"learner": config.learner, "engine": config.engine}
+    parts: dict[str, LearnerConfig | EngineConfig] = {
+        "learner": config.learner,
+        "engine": config.engine,
+    }
     using = {name: part for name, part in parts.items() if part.resources.get("GPU", 0) > 0}
     found = installed_gpus() if using else []
     cuda = torch.version.cuda
