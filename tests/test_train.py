@@ -86,6 +86,7 @@ def make_worker(config: Config, fakes: FakeActors, *, step: int) -> TrainWorker:
         task=WorkerTask(config=config, probe_ids=[1, 2], held_out=None, actors=actors),
         rank=0,
         num_workers=1,
+        node="node",
         step=step,
         learner=FakeLearner(step),
         checkpoints=SimpleNamespace(passed_over={}),

@@ -93,6 +93,7 @@ def restore(task: WorkerTask) -> Iterator["TrainWorker"]:
             task=task,
             rank=rank,
             num_workers=context.get_world_size(),
+            node=ray.get_runtime_context().get_node_id(),
             step=step,
             learner=learner,
             checkpoints=checkpoints,
@@ -113,6 +114,7 @@ class TrainWorker:
         task: What every worker is given.
         rank: Its number; 0 is the first.
         num_workers: Workers of the group.
+        node: Ray's id of the node that it is on.
         step: Learner steps done.
         learner: The learner after these steps.
         checkpoints: Of the run.
@@ -125,6 +127,7 @@ class TrainWorker:
         task: WorkerTask,
         rank: int,
         num_workers: int,
+        node: str,
         step: int,
         learner: Learner,
         checkpoints: Checkpoints,
@@ -138,6 +141,7 @@ class TrainWorker:
         self.batches: Prefetcher
         self.publisher = Publisher(
             send=self.actors.weight_sync.publish.remote,
+            node=node,
             probe_ids=task.probe_ids,
             dtype=DTYPES[self.config.model.dtype],
             chunk_bytes=self.config.sync.chunk_mib * 2**20,

@@ -158,6 +158,7 @@ class Publisher:
 
     Args:
         send: Has the engines serve what lies on a node; see `WeightSync.publish`.
+        node: Ray's id of this process's node.
         probe_ids: Tokens of the probe.
         dtype: Floating type of the weights that are sent.
         chunk_bytes: Size of a chunk.
@@ -167,11 +168,12 @@ class Publisher:
         self,
         *,
         send: Callable[[Manifest, list[ray.ObjectRef], Probe, str], ray.ObjectRef[None]],
+        node: str,
         probe_ids: list[int],
         dtype: "torch.dtype",
         chunk_bytes: int,
     ) -> None:
-        self.send, self.probe_ids = send, probe_ids
+        self.send, self.node, self.probe_ids = send, node, probe_ids
         self.dtype, self.chunk_bytes = dtype, chunk_bytes
         self._last: Future[None] = Future()
         self._last.set_result(None)
@@ -190,8 +192,7 @@ class Publisher:
         logprobs = policy.sequence_logprobs(self.probe_ids).tolist()
         probe = Probe(token_ids=self.probe_ids, logprobs=logprobs)
         refs = [ray.put(chunk) for chunk in chunks]
-        here = ray.get_runtime_context().get_node_id()
-        self.then(lambda: ray.get(self.send(manifest, refs, probe, here)))
+        self.then(lambda: ray.get(self.send(manifest, refs, probe, self.node)))
         return manifest.digests[0]
 
     def then(self, work: Callable[[], object]) -> None:

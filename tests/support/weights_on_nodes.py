@@ -44,6 +44,7 @@ class Learner:
     def publish(self, sync: object, version: int) -> None:
         publisher = Publisher(
             send=sync.publish.remote,
+            node=ray.get_runtime_context().get_node_id(),
             probe_ids=[1, 2],
             dtype=torch.float32,
             chunk_bytes=2**20,
