@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from treerpo_ray.config import Config
+from treerpo_ray.config.sections import EngineConfig, LearnerConfig
 from treerpo_ray.learner.policy import LOGIT_BUDGET
 
 GIB = 2**30
@@ -339,6 +340,7 @@ def check_gpus(config: Config) -> None:
         ValueError: the driver is too old for the CUDA that PyTorch was built with, or a GPU has
             less memory than the configuration names.
     """
+    parts: dict[str, LearnerConfig | EngineConfig]
     parts = {"learner": config.learner, "engine": config.engine}
     using = {name: part for name, part in parts.items() if part.resources.get("GPU", 0) > 0}
     found = installed_gpus() if using else []
