@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# The first ten minutes on a GPU: what it is, whether attention, learner, engine and whole runs do on
+# it what they do on a CPU, how fast, and in how much memory. Nothing is downloaded.
+#   bash jobs/first_gpu_run.sh                        # all parts
+#   bash jobs/first_gpu_run.sh machine model attention learner   # these need neither Ray nor vLLM
+#   bash jobs/first_gpu_run.sh --rehearse             # the same code on a CPU, in tiny sizes
+# Each part writes PART.json and PART.log into $OUT (a new folder if it is not set). The last line on
+# stdout is the verdict as JSON. Status: 0 all well, 1 a part failed, 2 no GPU.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+rehearse=()
+if [ "${1:-}" = --rehearse ]; then
+    rehearse=(--rehearse)
+    shift
+elif ! nvidia-smi -L >/dev/null 2>&1; then
+    echo "error: nvidia-smi finds no GPU here; --rehearse runs the same on a CPU" >&2
+    exit 2
+fi
+out=${OUT:-$(mktemp -d)}
+mkdir -p "$out"
+echo "results: $out" >&2
+export HF_HUB_OFFLINE=1 WANDB_MODE=offline VLLM_NO_USAGE_STATS=1
+declare -A limit_s=([machine]=15 [model]=40 [attention]=80 [learner]=120 [engine]=180 [train]=165)
+if [ $# -eq 0 ]; then
+    set -- machine model attention learner engine train
+fi
+for part in "$@"; do
+    if [ -z "${limit_s[$part]:-}" ]; then
+        echo "error: no part is called $part; there are ${!limit_s[*]}" >&2
+        exit 2
+    fi
+    echo "$part, at most ${limit_s[$part]} s ..." >&2
+    rm -f "$out/$part.json"
+    timeout --kill-after=5 "$((${limit_s[$part]} * ${PATIENCE:-1}))" \
+        "${PYTHON:-python}" jobs/first_gpu_run.py "$part" "$out" "${rehearse[@]}" \
+        >"$out/$part.log" 2>&1 </dev/null
+done
+exec "${PYTHON:-python}" jobs/first_gpu_run.py verdict "$out" "$@"

@@ -1,0 +1,100 @@
+"""The first minutes on a GPU, rehearsed on a CPU: every part runs, and what fails is told."""
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.project import ROOT, load_script
+
+SCRIPT = load_script("jobs/first_gpu_run.py")
+
+
+def first_gpu_run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(ROOT / "jobs/first_gpu_run.sh"), *arguments]
+    environment = os.environ | variables
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_without_a_gpu_nothing_is_begun(tmp_path: Path) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    tool.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = first_gpu_run(PATH=path, OUT=str(tmp_path / "out"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr.startswith("error: nvidia-smi finds no GPU here")
+        and done.stderr.count("\n") == 1
+    )
+    assert not (tmp_path / "out").exists()
+    done = first_gpu_run("--rehearse", "maschine", OUT=str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert "error: no part is called maschine" in done.stderr
+
+
+def test_what_becomes_of_each_part_is_one_line(tmp_path: Path, capsys) -> None:
+    with SCRIPT.written(tmp_path / "machine.json") as tell:
+        tell(cpus=3)
+    with SCRIPT.written(tmp_path / "model.json"):
+        raise RuntimeError("no\nspace")
+    (tmp_path / "attention.json").write_text('{"status": "not finished", "kernel": "MATH"}')
+    (tmp_path / "engine.json").write_text('{"status": "left out: vllm not installed"}')
+
+    def found(*parts: str) -> tuple[int, dict]:
+        status = SCRIPT.verdict(tmp_path, list(parts))
+        return status, json.loads(capsys.readouterr().out)
+
+    status, told = found("machine", "engine")
+    assert status == 0 and told["is_well"] and told["machine"]["cpus"] == 3
+    status, told = found("machine", "model", "attention", "learner")
+    assert status == 1 and not told["is_well"]
+    assert told["parts"] == {
+        "machine": "ok",
+        "model": "RuntimeError: no space",
+        "attention": "not finished",
+        "learner": "not started",
+    }
+    assert told["attention"] == {"kernel": "MATH"}, "what it found before counts"
+
+
+def test_the_attention_that_fails_in_cudnn_is_the_one_that_is_tried() -> None:
+    """704 keys, whose last tile of 128 is half padding, and a logsumexp below -88.7."""
+    sizes, tokens = SCRIPT.REHEARSAL, SCRIPT.ALL_KEYS
+    assert tokens % 128 == 64
+    layout = SCRIPT.ForestLayout.from_forest(SCRIPT._forest(tokens - 64, [64]), torch.device("cpu"))
+    assert max(bucket.key_index.shape[1] for bucket in layout.buckets) == tokens
+    scores = SCRIPT.LOW - torch.tensor(float(tokens)).log()
+    width = abs(float(scores) * sizes.head_dim**0.5) ** 0.5
+    logits = torch.full((tokens,), -(width**2) / sizes.head_dim**0.5)
+    assert float(logits.logsumexp(0)) == pytest.approx(-120, abs=0.01)
+    # Scores that are all alike: the output is the mean of the values, whatever the score.
+    query, key, value = SCRIPT._attend(sizes, tokens - 64, 64, float(scores))
+    assert float(key.abs().max()) < 0.5 and float(query.abs().max()) < 0.5
+    assert value[0, 0, 0].sum() > value[0, 0, -1].sum() > 0
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+@pytest.mark.slow
+def test_all_parts_run_on_a_cpu_in_tiny_sizes(tmp_path: Path) -> None:
+    start = time.monotonic()
+    done = first_gpu_run("--rehearse", OUT=str(tmp_path), PATIENCE="10")  # of a busy machine
+    logs = "\n".join(file.read_text()[-3000:] for file in tmp_path.glob("*.log"))
+    assert done.returncode == 0, done.stdout + logs
+    told = json.loads(done.stdout)
+    assert told["is_well"] and list(told["parts"]) == list(SCRIPT.PARTS)
+    for part in SCRIPT.PARTS:
+        assert json.loads((tmp_path / f"{part}.json").read_text())["status"] == "ok"
+    assert told["attention"]["without_cudnn"]["low_scores_have_gradients"]
+    assert told["attention"]["packed_against_rows"]["max"] < 0.05
+    changes = ("as_is", "few_buckets", "large_chunks_of_logits", "foreach_optimizer", "with_cudnn")
+    assert all(told["learner"][name]["s_a_forest"] > 0 for name in changes)
+    assert told["engine"]["cached_share"] > 0.3 and told["engine"]["off_1"] < 0.01
+    assert told["train"]["quickstart"]["sampled_tokens"] > 0
+    assert "of gpu_memory_gib" in logs, "the recipe's plan"
+    assert sum(told[part]["seconds"] for part in SCRIPT.PARTS) < time.monotonic() - start
