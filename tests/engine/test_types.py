@@ -11,6 +11,7 @@ def stats(start: str, asked: int, cached: int, cpu_s: float, version: int = 1) -
         num_requests=0,
         num_prompt_tokens=asked,
         num_cached_tokens=cached,
+        num_sampled_tokens=0,
         cpu_s=cpu_s,
         version=version,
     )

@@ -190,6 +190,7 @@ class FakeEngine:
             num_requests=self.num_sampled,
             num_prompt_tokens=0,
             num_cached_tokens=0,
+            num_sampled_tokens=0,
             cpu_s=0.0,
             version=self.version,
         )

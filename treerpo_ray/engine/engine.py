@@ -90,7 +90,7 @@ class Engine:
         self._loading = asyncio.Lock()
         self._request_ids = itertools.count()
         self._start = uuid.uuid4().hex
-        self._totals = np.zeros(3, np.int64)
+        self._totals = np.zeros(4, np.int64)
         self._log = None if log_folder is None else Path(log_folder) / f"engine-{index}.log"
         if self._log is not None:
             redirect_output(self._log)
@@ -197,7 +197,7 @@ class Engine:
             # One line: the traces of all requests in flight would say the same.
             raise RuntimeError(f"vLLM's core of engine {self.index} is dead, see its log") from None
         done = final.outputs[0]
-        self._totals += (1, len(prefix), final.num_cached_tokens or 0)
+        self._totals += (1, len(prefix), final.num_cached_tokens or 0, len(done.token_ids))
         return self._step(done)
 
     def _step(self, done: "CompletionOutput") -> Step:
@@ -272,6 +272,7 @@ class Engine:
             num_requests=int(self._totals[0]),
             num_prompt_tokens=int(self._totals[1]),
             num_cached_tokens=int(self._totals[2]),
+            num_sampled_tokens=int(self._totals[3]),
             cpu_s=cpu_seconds(),
             version=self._version,
         )

@@ -61,6 +61,7 @@ class EngineStats:
     num_prompt_tokens: int
     num_cached_tokens: int
     """Prompt tokens that the prefix cache held."""
+    num_sampled_tokens: int
     cpu_s: float
     """CPU time of the engine's processes on the actor's machine."""
     version: int
