@@ -116,7 +116,10 @@ def preflight(config: Config) -> Preflight:
             return None
 
     model = config.model
-    facts = reached(lambda: check_model(model, config.max_model_tokens))
+    recompute = config.learner.gradient_checkpointing
+    facts = reached(
+        lambda: check_model(model, config.max_model_tokens, gradient_checkpointing=recompute)
+    )
     tokenizer = reached(lambda: load_tokenizer(model.path, model.trust_remote_code))
     delimiters: tuple[int, ...] = ()
     if config.tree.delimiter is not None and tokenizer is not None:
