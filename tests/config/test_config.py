@@ -226,6 +226,8 @@ def test_a_number_beyond_its_limits_is_told_with_its_key() -> None:
             "run.stall_timeout_s=100 must be more than twice engine.load_timeout_s=50, after",
         ),
         (["tree.temperature=2.5"], r"tree.temperature=2\.5 must not be more than 2 in vLLM"),
+        (["tree.temperature=0.005"], r"tree\.temperature=0\.005 must be at least 0\.01, the low"),
+        (["evaluate.temperature=0.009"], r"evaluate\.temperature=0\.009 must be at least 0\.01"),
         (["run.max_sampled_tokens=0"], "run.max_sampled_tokens=0 must be more than 0"),
         (["gate.revisit=1"], r"gate.revisit=1\.0 must be at least 0 and less than 1"),
         (["gate.revisit=-0.1"], r"gate.revisit=-0\.1 must be at least 0 and less than 1"),

@@ -93,7 +93,7 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
     ("phimoe", {"num_local_experts": 4, "sliding_window": NARROW}, OF_WINDOW),
     (
         "qwen2_moe",
-        EXPERTS | {"use_sliding_window": True, "sliding_window": NARROW, "max_window_layers": 0},
+        EXPERTS | {"use_sliding_window": True, "sliding_window": NARROW, "max_window_layers": 2},
         OF_WINDOW,
     ),
     (

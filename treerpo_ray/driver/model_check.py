@@ -38,6 +38,8 @@ MOST_HEADER_BYTES = 100 * 2**20
 """Longer headers are refused by safetensors itself."""
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 """Names that architectures give to the number of positions."""
+CPU_EXPERT_WIDTH = 32
+"""Experts of other widths are padded by vLLM on a CPU."""
 
 Shape = tuple[int, ...]
 
@@ -52,7 +54,11 @@ class ModelFacts:
 
 
 def check_model(
-    model: ModelConfig, longest: int, *, gradient_checkpointing: bool = False
+    model: ModelConfig,
+    longest: int,
+    *,
+    gradient_checkpointing: bool = False,
+    has_cpu_engines: bool = False,
 ) -> ModelFacts:
     """Look at the files of a model, its configuration, its architecture and the shapes of its
     weights.
@@ -61,6 +67,7 @@ def check_model(
         model: Which one.
         longest: Tokens of the longest prompt with its answer.
         gradient_checkpointing: Whether the learner computes activations again.
+        has_cpu_engines: Whether engines compute on a CPU.
 
     Raises:
         ValueError: it cannot be trained, or not on paths of that length; `Unreachable` if a
@@ -77,6 +84,8 @@ def check_model(
         if shapes is not None:
             _check_shapes(made, shapes)
         _check_generation_config(folder)
+        if has_cpu_engines:
+            _check_cpu_experts(made)
         PackingCheck(
             max_tokens=longest,
             gradient_checkpointing=gradient_checkpointing,
@@ -275,6 +284,16 @@ def _make_empty(config: PreTrainedConfig, model: ModelConfig) -> PreTrainedModel
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
     return made
+
+
+def _check_cpu_experts(model: PreTrainedModel) -> None:
+    """Refuse experts that vLLM on a CPU pads: it cannot load their weights again."""
+    for name, weight in model.named_parameters():
+        if name.endswith("experts.down_proj") and (width := weight.shape[-1]) % CPU_EXPERT_WIDTH:
+            raise ValueError(
+                f"its experts have a width of {width}, and vLLM takes new weights for experts on a "
+                f"CPU only if that is a multiple of {CPU_EXPERT_WIDTH}: use engines on a GPU"
+            )
 
 
 def _check_generation_config(folder: Path) -> None:
