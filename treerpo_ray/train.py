@@ -86,6 +86,7 @@ def restore(task: WorkerTask) -> Iterator["TrainWorker"]:
             loss=config.loss,
             tree=config.tree,
             max_staleness=config.gate.max_staleness,
+            max_tokens=config.max_model_tokens,
             device=ray.train.torch.get_device(),
             checkpoint=checkpoint,
         )

@@ -256,6 +256,8 @@ def test_a_number_beyond_its_limits_is_told_with_its_key() -> None:
         (["run.name=../other"], r"run.name='../other' must be a folder in run.root"),
         (["run.name=''"], r"run.name='' must be a folder in run.root"),
         (["run.name=/tmp/x"], r"run.name='/tmp/x' must be a folder in run.root"),
+        (["tree.temperature=0.005"], r"tree\.temperature=0\.005 must be at least 0\.01, the low"),
+        (["evaluate.temperature=0.009"], r"evaluate\.temperature=0\.009 must be at least 0\.01"),
         (["run.max_sampled_tokens=0"], "run.max_sampled_tokens=0 must be more than 0"),
         (["gate.revisit=1"], r"gate.revisit=1\.0 must be at least 0 and less than 1"),
         (["gate.revisit=-0.1"], r"gate.revisit=-0\.1 must be at least 0 and less than 1"),

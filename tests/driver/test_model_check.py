@@ -1,14 +1,15 @@
 """Model check: each kind of model that cannot be trained is one line before anything starts."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING
 
 from tests.support.project import ROOT
 from tests.support.tiny_models import SIZES, save_tiny_model
@@ -117,7 +118,7 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
     "positions": (edit("config.json", max_position_embeddings=LONGEST), r"80 positions, .* 80 tok"),
     "window": (
         edit("config.json", **WINDOW, layer_types=["sliding_attention"] * 4),
-        r"window of 40 tokens, .* 80",
+        r"path of 80 tokens is longer than the window of 40 ",
     ),
     "unknown type": (edit("config.json", model_type="nothing_known"), r"nothing_known"),
     "not saved again": (
@@ -160,33 +161,74 @@ def test_a_model_that_can_be_trained_is_counted(kind: str, folder: Path) -> None
     assert facts.num_embeddings == len(saved["model.embed_tokens.weight"])
 
 
-ARCHITECTURES = (
-    "qwen2",
-    "qwen3",
-    "llama",
-    "gemma2",
-    "gemma3_text",
-    "mistral",
-    "olmo2",
-    "qwen3_moe",
-)
+ARCHITECTURES: dict[str, dict[str, object]] = {
+    "qwen2": {},
+    "qwen3": {},
+    "llama": {"tie_word_embeddings": False},
+    "gemma2": {"sliding_window": 999, "attn_logit_softcapping": None},
+    "gemma3_text": {"sliding_window": 999},
+    "mistral": {"sliding_window": None},
+    "phi3": {"num_key_value_heads": 4},
+    "gpt2": {},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "olmo2": {},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "deepseek_v3": {
+        **{"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2},
+        **{"num_key_value_heads": 4, "first_k_dense_replace": 1, "head_dim": 64},
+        **{"kv_lora_rank": 32, "q_lora_rank": None, "moe_intermediate_size": 32},
+    },
+}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_an_architecture_saves_is_what_is_looked_for(architecture: str, tmp_path) -> None:
-    sizes = {"num_experts": 4, "moe_intermediate_size": 32} if "moe" in architecture else {}
-    has_window = "sliding_window" in CONFIG_MAPPING[architecture]().to_dict()
-    sizes |= {"sliding_window": None if "gemma" not in architecture else 999} if has_window else {}
-    path = save_tiny_model(tmp_path, architecture, **sizes)
+    path = save_tiny_model(tmp_path, architecture, **ARCHITECTURES[architecture])
     facts = check_model(ModelConfig(path=path), LONGEST)
     assert facts.num_embeddings == SIZES["vocab_size"]
     file = tmp_path / "model.safetensors"
     weights = load_file(file)
-    lost = sorted(name for name in weights if "layers.1" in name)[0]
+    lost = sorted(name for name in weights if re.search(r"\b(layers|h)\.1\.", name))[0]
     del weights[lost]
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="1 weights are missing"):
         check_model(ModelConfig(path=path), LONGEST)
+
+
+def test_experts_that_vllm_pads_on_a_cpu_are_for_gpus(tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+    model = ModelConfig(path=save_tiny_model(tmp_path, "qwen3_moe", **experts))
+    check_model(model, LONGEST)
+    with pytest.raises(ValueError, match=r"width of 40, .* multiple of 32: use engines on a GPU"):
+        check_model(model, LONGEST, has_cpu_engines=True)
+
+
+def test_a_model_in_the_cache_of_the_hub_is_checked_as_a_folder_is(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    stored = tmp_path / "hub/models--org--name"
+    (stored / "refs").mkdir(parents=True)
+    (stored / "refs/main").write_text("c0ffee")
+    shutil.copytree(folder, stored / "snapshots/c0ffee")
+    weights = stored / "snapshots/c0ffee/model.safetensors"
+    cached = ModelConfig(path="org/name")
+    assert check_model(cached, LONGEST) == check_model(ModelConfig(path=str(folder)), LONGEST)
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"^model\.path=org/name: model\.safetensors is cut off"):
+        check_model(cached, LONGEST)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"not all of its weights \(model\.safetensors\)"):
+        check_model(cached, LONGEST)
+    bad = stored / "snapshots/c0ffee/generation_config.json"
+    weights.write_bytes(whole)
+    bad.write_text("{")
+    with pytest.raises(ValueError, match=r"^model\.path=org/name: .*generation_config\.json"):
+        check_model(cached, LONGEST)
 
 
 def look(folder: Path, *overrides: str) -> None:

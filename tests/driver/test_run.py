@@ -1,10 +1,12 @@
 """What the driver does of its own: restarts with a wait between, and an end when it is told to."""
 
 import io
+import json
 import signal
 import threading
 from types import SimpleNamespace
 
+import pyarrow
 import pytest
 import ray
 import ray.train
@@ -23,8 +25,11 @@ def make_console() -> tuple[Console, io.StringIO]:
     return Console(9, rich.console.Console(file=shown, width=120)), shown
 
 
+LOST = {0: OSError("the store is gone")}
+
+
 def fit(
-    reached: list[int | None], max_failures: int
+    reached: list[int | None], max_failures: int, failures: dict[int, Exception] = LOST
 ) -> tuple[int | None, list[float], list[Event]]:
     """Run groups that fail at the steps `reached`, or end well (None), a run of nine steps.
 
@@ -38,7 +43,7 @@ def fit(
     def fit_once() -> Exception | None:
         if next(groups) is None:
             return None
-        return ray.train.WorkerGroupError("a worker failed", {0: OSError("the store is gone")})
+        return ray.train.WorkerGroupError("a worker failed", failures)
 
     actors = SimpleNamespace(
         gate=Handle(SimpleNamespace(done=lambda: next(done))),
@@ -82,6 +87,18 @@ def test_a_group_that_is_given_up_is_not_waited_for() -> None:
     steps, waits, events = fit([3, 3], max_failures=1)
     assert (steps, waits) == (None, [1])
     assert [event.fields["failures"] for event in events] == [1, 2]
+
+
+def test_input_that_a_worker_refuses_is_not_given_to_it_again() -> None:
+    refused = {0: RuntimeError("connection closed by peer"), 1: ValueError("two rows\nof tokens")}
+    with pytest.raises(ValueError, match=r"^two rows of tokens$"):
+        fit([3, None], max_failures=5, failures=refused)
+
+
+def test_a_file_that_a_store_gave_in_half_is_read_again() -> None:
+    for failure in (json.JSONDecodeError("no end", "{", 1), pyarrow.ArrowInvalid("no footer")):
+        assert isinstance(failure, ValueError)
+        assert fit([3, None], max_failures=1, failures={0: failure})[:2] == (9, [1])
 
 
 @pytest.mark.parametrize("first", STOP_SIGNALS)

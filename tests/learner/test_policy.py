@@ -1,6 +1,5 @@
 """The policy: log-probabilities of edges, weights under checkpoint names, loading and saving."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -162,27 +161,15 @@ def test_a_bfloat16_policy_scores_in_float32(qwen2_path: str) -> None:
     assert (logprobs - exact).abs().mean() < 0.05
 
 
-def test_an_architecture_that_mixes_tokens_outside_attention_is_refused(tmp_path: Path) -> None:
-    layers = ["conv", "full_attention"]
-    path = save_tiny_model(tmp_path, "lfm2", layer_types=layers)
-    with pytest.raises(ValueError, match="nats off its own; tree attention cannot train this"):
-        load(path)
-
-
-def test_an_architecture_without_the_attention_interface_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="tree attention cannot train this architecture"):
-        load(save_tiny_model(tmp_path, "bloom"))
-
-
 def test_a_folder_without_a_whole_model_is_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"the folder has no config\.json"):
+    with pytest.raises(ValueError, match=str(tmp_path)):
         load(tmp_path)
     save_tiny_model(tmp_path, "qwen2")
     weights = tmp_path / "model.safetensors"
     stored, whole = load_file(weights), weights.read_bytes()
 
     weights.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match=r"the files do not load: .* not fully covered"):
+    with pytest.raises(ValueError, match=r"^model .* not fully covered"):
         load(tmp_path)
     save_file({n: w for n, w in stored.items() if n != "model.norm.weight"}, weights)
     with pytest.raises(ValueError, match=r"1 weights are missing .* model\.norm\.weight"):
@@ -192,14 +179,5 @@ def test_a_folder_without_a_whole_model_is_refused_in_one_line(tmp_path: Path) -
         load(tmp_path)
     weights.unlink()
     torch.save(stored, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"the folder has no \*\.safetensors"):
-        load(tmp_path)
-
-
-def test_a_generation_config_that_could_not_be_saved_is_refused(tmp_path: Path) -> None:
-    save_tiny_model(tmp_path, "qwen2")
-    (tmp_path / "generation_config.json").write_text(
-        json.dumps({"do_sample": False, "temperature": 0.6})
-    )
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(ValueError, match=rf"^model {tmp_path}: .*safetensors"):
         load(tmp_path)

@@ -5,6 +5,7 @@ import logging
 import os
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from tests.support.project import ROOT
@@ -52,6 +53,20 @@ def test_a_prompt_is_the_template_with_the_turn_of_the_model_open(
     prompts = PromptSet.encode([problem("1+1=?")], tokenizer, config)
     assert prompts.token_ids == (tokenizer(text)["input_ids"],)
     assert tokenizer.decode(prompts.token_ids[0]) == text
+
+
+@pytest.mark.parametrize("first", [None, "<bos>"])
+def test_a_prompt_does_not_end_with_the_end_token_that_a_tokenizer_adds_to_texts(first):
+    tokenizer = tokenizer_with(None)
+    plain = PromptSet.encode([problem("1+1=?")], tokenizer, PromptsConfig()).token_ids[0]
+    end, start = tokenizer.eos_token_id, 7
+    added = {"<bos>": start, tokenizer.eos_token: end}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{first or ''} $A {tokenizer.eos_token}".strip(), special_tokens=list(added.items())
+    )
+    assert tokenizer("1+1=?\n")["input_ids"][-1] == end
+    prompts = PromptSet.encode([problem("1+1=?")], tokenizer, PromptsConfig())
+    assert prompts.token_ids == ([start] * (first is not None) + plain,)
 
 
 def test_prompts_that_are_too_long_are_counted_and_left_out():

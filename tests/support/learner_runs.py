@@ -117,6 +117,7 @@ def make_learner(config: Config, checkpoint: Path | None = None) -> Learner:
         loss=config.loss,
         tree=config.tree,
         max_staleness=config.gate.max_staleness,
+        max_tokens=config.max_model_tokens,
         device=CPU,
         checkpoint=checkpoint,
     )

@@ -53,8 +53,9 @@ def credential_keys(value: object, key: str = "") -> Iterator[str]:
         yield from credential_keys(part, f"{key}.{name}" if key else f"{name}")
 
 
-MAX_TEMPERATURE = 2.0
-"""The highest that vLLM samples at."""
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
+"""The lowest and the highest that vLLM samples at; it takes a lower one for this, but for 0, at
+which it takes the likeliest token."""
 
 
 def numbers(config: "Config") -> Iterator[tuple[str, float, Mapping[str, float]]]:
@@ -122,9 +123,15 @@ class Config:
                     "replaced"
                 )
         for key in ("tree.temperature", "evaluate.temperature"):
-            if (value := attrgetter(key)(self)) > MAX_TEMPERATURE:
+            value = attrgetter(key)(self)
+            if value > MAX_TEMPERATURE:
                 raise ValueError(
                     f"{key}={value:g} must not be more than {MAX_TEMPERATURE:g} in vLLM"
+                )
+            if 0 < value < MIN_TEMPERATURE:
+                raise ValueError(
+                    f"{key}={value:g} must be at least {MIN_TEMPERATURE:g}, the lowest that vLLM "
+                    "samples at"
                 )
         if any(not 1 <= k <= self.evaluate.num_samples for k in self.evaluate.pass_ks):
             raise ValueError(

@@ -19,10 +19,13 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.hub import cached_file, is_offline_mode
 
 from treerpo_ray.config.sections import ModelConfig
 from treerpo_ray.driver.memory import ModelSizes
 from treerpo_ray.errors import one_line
+from treerpo_ray.learner.packing_check import PackingCheck
 from treerpo_ray.prompts.hub import Unreachable, is_unreachable
 from treerpo_ray.prompts.prompt_set import resolve_model_path
 
@@ -36,6 +39,8 @@ MOST_HEADER_BYTES = 100 * 2**20
 """Longer headers are refused by safetensors itself."""
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 """Names that architectures give to the number of positions."""
+CPU_EXPERT_WIDTH = 32
+"""Experts of other widths are padded by vLLM on a CPU."""
 
 Shape = tuple[int, ...]
 
@@ -50,12 +55,21 @@ class ModelFacts:
     sizes: ModelSizes
 
 
-def check_model(model: ModelConfig, longest: int) -> ModelFacts:
-    """Look at the files of a model, its configuration and the shapes of its weights.
+def check_model(
+    model: ModelConfig,
+    longest: int,
+    *,
+    gradient_checkpointing: bool = False,
+    has_cpu_engines: bool = False,
+) -> ModelFacts:
+    """Look at the files of a model, its configuration, its architecture and the shapes of its
+    weights.
 
     Args:
         model: Which one.
         longest: Tokens of the longest prompt with its answer.
+        gradient_checkpointing: Whether the learner computes activations again.
+        has_cpu_engines: Whether engines compute on a CPU.
 
     Raises:
         ValueError: it cannot be trained, or not on paths of that length; `Unreachable` if a
@@ -63,14 +77,22 @@ def check_model(model: ModelConfig, longest: int) -> ModelFacts:
     """
     path = resolve_model_path(model.path)
     try:
-        shapes = dict(_saved_shapes(Path(path))) if Path(path).is_dir() else None
+        folder = _folder(path)
+        shapes = dict(_saved_shapes(folder)) if _holds_weights(folder, path) else None
         _check_own_code(path, model)
         config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
         _check_config(config, longest)
         made = _make_empty(config, model)
         if shapes is not None:
             _check_shapes(made, shapes)
-        _check_generation_config(path)
+        _check_generation_config(folder)
+        if has_cpu_engines:
+            _check_cpu_experts(made)
+        PackingCheck(
+            max_tokens=longest,
+            gradient_checkpointing=gradient_checkpointing,
+            trust_remote_code=model.trust_remote_code,
+        ).run(config)
     except Exception as error:  # transformers has its own for whatever a configuration may hold
         if is_unreachable(error):
             raise Unreachable(f"model.path={model.path}") from error
@@ -92,6 +114,37 @@ def num_positions(model: ModelConfig) -> int | None:
 
 
 # Files -------------------------------------------------------------------------------------
+
+
+def _folder(path: str) -> Path:
+    """Where the files of a model folder or Hugging Face id lie on this machine."""
+    if Path(path).is_dir():
+        return Path(path)
+    found = cached_file(path, "config.json")
+    assert found is not None  # else it raises
+    return Path(found).parent
+
+
+def _holds_weights(folder: Path, path: str) -> bool:
+    """Whether weights are to be looked at: those of an id may be loaded from the Hub later.
+
+    Raises:
+        ValueError: those of an id are not here and cannot be loaded.
+    """
+    if str(folder) == path:
+        return True
+    index = folder / INDEX
+    names = [SINGLE]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if all((folder / name).is_file() for name in names):
+        return True
+    if is_offline_mode():
+        raise ValueError(
+            f"the cache of Hugging Face here has its config.json, but not all of its weights "
+            f"({', '.join(names[:3])}), and HF_HUB_OFFLINE is set"
+        )
+    return False
 
 
 def _saved_shapes(folder: Path) -> Iterator[tuple[str, Shape]]:
@@ -212,12 +265,6 @@ def _check_config(config: PreTrainedConfig, longest: int) -> None:
             f"it has {limit} positions, and the longest prompt with its answer {longest} tokens: "
             "lower max_prompt_tokens, tree.step_tokens or evaluate.max_tokens"
         )
-    window = _window(text)
-    if window is not None and window < longest:
-        raise ValueError(
-            f"its attention has a window of {window} tokens, and the longest prompt with its "
-            f"answer {longest}: tree attention has no windows"
-        )
 
 
 def _num_positions(config: PreTrainedConfig) -> int | None:
@@ -233,18 +280,6 @@ def _num_positions(config: PreTrainedConfig) -> int | None:
     return known[0]
 
 
-def _window(text: PreTrainedConfig) -> int | None:
-    """Tokens that some layer's attention is limited to; None: no layer's is."""
-    windows = [getattr(text, key, None) for key in ("sliding_window", "attention_chunk_size")]
-    known = [window for window in windows if isinstance(window, int) and window > 0]
-    layers = getattr(text, "layer_types", None)
-    if not known or getattr(text, "use_sliding_window", True) is False:
-        return None
-    if layers is not None and not any(kind.startswith(("sliding", "chunked")) for kind in layers):
-        return None
-    return min(known)
-
-
 def _make_empty(config: PreTrainedConfig, model: ModelConfig) -> PreTrainedModel:
     """The model without memory for its weights."""
     import torch
@@ -254,14 +289,21 @@ def _make_empty(config: PreTrainedConfig, model: ModelConfig) -> PreTrainedModel
     return made
 
 
-def _check_generation_config(path: str) -> None:
+def _check_cpu_experts(model: PreTrainedModel) -> None:
+    """Refuse experts that vLLM on a CPU pads: it cannot load their weights again."""
+    for name, weight in model.named_parameters():
+        if name.endswith("experts.down_proj") and (width := weight.shape[-1]) % CPU_EXPERT_WIDTH:
+            raise ValueError(
+                f"its experts have a width of {width}, and vLLM takes new weights for experts on a "
+                f"CPU only if that is a multiple of {CPU_EXPERT_WIDTH}: use engines on a GPU"
+            )
+
+
+def _check_generation_config(folder: Path) -> None:
     """Refuse one that is corrupt, or that could not be saved with the trained model."""
-    try:
-        found = GenerationConfig.from_pretrained(path)
-    except OSError:
-        if (Path(path) / "generation_config.json").exists():
-            raise
+    if not (folder / GENERATION_CONFIG_NAME).exists():
         return  # the file is optional
+    found = GenerationConfig.from_pretrained(folder)
     try:
         found.validate(strict=True)
     except ValueError as error:

@@ -111,7 +111,14 @@ def preflight(config: Config) -> Preflight:
             return None
 
     model = config.model
-    facts = reached(lambda: check_model(model, config.max_model_tokens))
+    facts = reached(
+        lambda: check_model(
+            model,
+            config.max_model_tokens,
+            gradient_checkpointing=config.learner.gradient_checkpointing,
+            has_cpu_engines=not config.engine.resources.get("GPU", 0),
+        )
+    )
     tokenizer = reached(lambda: load_tokenizer(model.path, model.trust_remote_code))
     delimiters: tuple[int, ...] = ()
     if config.tree.delimiter is not None and tokenizer is not None:

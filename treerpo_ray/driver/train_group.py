@@ -14,6 +14,7 @@ from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.driver.plan import Inputs
 from treerpo_ray.driver.supervisor import Supervisor
 from treerpo_ray.driver.worker_entry import run_worker
+from treerpo_ray.errors import one_line
 from treerpo_ray.metrics.run_log import Event
 from treerpo_ray.task import STREAM, RunActors, WorkerTask
 from treerpo_ray.tree_stream import tree_stream
@@ -88,6 +89,7 @@ class TrainGroup:
         """Train to the end of the run or to its stop; returns the learner steps that are done.
 
         Raises:
+            ValueError: a worker refuses its input, as it would again.
             Exception: what the last group failed of, after too many failures without progress.
         """
         failures = reached = 0
@@ -99,18 +101,33 @@ class TrainGroup:
             done = ray.get(self.actors.gate.done.remote())
             if error is None:
                 return done
+            wrong_input = _wrong_input(error)
             failures = 1 if done > reached else failures + 1
             reached = max(done, reached)
-            is_over = failures > self.limits.max_failures
+            is_over = wrong_input is not None or failures > self.limits.max_failures
             wait_s = 0.0 if is_over else restart_wait_s(failures)
             lost: dict[str, str | float] = {"step": done, "failures": failures, "wait_s": wait_s}
             lost["cause"] = root_cause(error)
             ray.get(self.actors.run_log.event.remote(Event(kind="learner_lost", fields=lost)))
             if is_over:
                 self.supervisor.show_last()
-                raise error
+                raise wrong_input or error
             ray.get(self.actors.heartbeats.forget.remote("learner"))
             self.supervisor.run(partial(self.sleep, wait_s))
+
+
+def _wrong_input(error: Exception) -> ValueError | None:
+    """What a worker says of its input, if that is why the group failed.
+
+    The other workers of the group fail with it, of a collective that nobody joins. Kinds of
+    ValueError of their own are left out: a file that a store gave in half is one, and comes whole
+    the next time.
+    """
+    if isinstance(error, ray.train.WorkerGroupError):
+        for failure in error.worker_failures.values():
+            if type(failure) is ValueError:
+                return ValueError(one_line(failure))
+    return None
 
 
 def restart_wait_s(failures: int) -> float:

@@ -111,6 +111,13 @@ class StoreTransfer(WeightTransferEngine):
             and getattr(self.model.config, "tie_word_embeddings", False)
         ):
             head.quant_method.process_weights_after_loading(head)
+        # Nor does vLLM pack experts anew on CPU, where their kernel wants them in a layout of its
+        # own: it does so for the first weights, and copies later ones in as they come.
+        if self.device.type == "cpu":
+            for layer in self.model.modules():
+                kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+                if kernel is not None:
+                    kernel.fused_experts.process_weights_after_loading(layer)
 
     def shutdown(self) -> None:
         """Nothing to close."""

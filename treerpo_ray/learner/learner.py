@@ -62,6 +62,7 @@ class Learner:
         loss: Settings of the loss.
         tree: Shape of the trees and the temperature that they are sampled at.
         max_staleness: Updates that a tree may be behind.
+        max_tokens: Of the longest prompt with its answer, which engines have room for.
         device: Where this worker computes.
         checkpoint: Folder that `write` filled, to go on from; None starts from `model.path`.
     """
@@ -74,11 +75,12 @@ class Learner:
         loss: LossConfig,
         tree: TreeConfig,
         max_staleness: int,
+        max_tokens: int,
         device: torch.device,
         checkpoint: Path | None = None,
     ) -> None:
         self.model, self.settings, self.loss, self.tree = model, learner, loss, tree
-        self.max_staleness, self.device = max_staleness, device
+        self.max_staleness, self.max_tokens, self.device = max_staleness, max_tokens, device
         if device.type == "cpu":
             torch.set_num_threads(learner.cpu_threads)
         start = resolve_model_path(model.path)
@@ -111,6 +113,7 @@ class Learner:
             device=self.device,
             gradient_checkpointing=gradient_checkpointing,
             trust_remote_code=self.model.trust_remote_code,
+            max_tokens=self.max_tokens,
         )
 
     # The update ------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -16,13 +16,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from treerpo_ray.algo.packing import Forest
+from treerpo_ray.errors import one_line
 from treerpo_ray.learner.tree_attention import TREE_ATTENTION, ForestLayout
 
 LOGIT_BUDGET = 2**25
@@ -70,8 +73,13 @@ class Policy:
     """A Hugging Face causal model with tree attention.
 
     Supported heads: a plain projection, `final_logit_softcapping` (Gemma), `logit_scale` (Cohere)
-    and `logits_scaling` (Granite). `load_policy` refuses any model whose packed log-probabilities
+    and `logits_scaling` (Granite). `check_packing` refuses any model whose packed log-probabilities
     are not its plain ones. A reference model is a second Policy, used under `torch.no_grad`.
+
+    Args:
+        model: With tree attention.
+        tokenizer: Is saved with it.
+        logit_budget: Logits that are alive at a time.
     """
 
     def __init__(
@@ -205,35 +213,37 @@ def load_policy(
     device: torch.device,
     gradient_checkpointing: bool,
     trust_remote_code: bool = False,
+    max_tokens: int | None = None,
 ) -> Policy:
     """Load a causal model from a folder or a Hugging Face id; safetensors only.
 
     The model stays in eval mode, so that no dropout comes between the policy and the engines.
+    Whether tree attention computes its architecture is for `check_packing` to say.
+
+    Args:
+        model_path: Folder or id.
+        dtype: Of the weights.
+        device: Where they go.
+        gradient_checkpointing: Whether activations are computed again in the backward pass.
+        trust_remote_code: Whether Python code that comes with the model may run.
+        max_tokens: Of the run's longest prompt with its answer; see `fix_rotary`. None: there are
+            no engines to agree with.
 
     Raises:
-        ValueError: There is no complete model at `model_path`, or tree attention cannot compute it.
+        ValueError: There is no complete model at `model_path`.
     """
     model, tokenizer = _load(model_path, dtype, trust_remote_code)
     cast(nn.Module, model).to(device).eval()
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-        # A layer's own training flag turns recomputation on; its parts stay in eval mode.
-        for module in model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = True
-    policy = Policy(model, tokenizer)
-    check_packing(policy)
-    return policy
+        recompute_layers(model)
+    if max_tokens is not None:
+        fix_rotary(model, max_tokens)
+    return Policy(model, tokenizer)
 
 
 def _load(
     model_path: str, dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    folder = Path(model_path)
-    if folder.is_dir():
-        for pattern in ("config.json", "*.safetensors"):
-            if not any(folder.glob(pattern)):
-                raise ValueError(f"model {model_path}: the folder has no {pattern}")
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             model_path,
@@ -246,59 +256,77 @@ def _load(
         )
         tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
     except (OSError, SafetensorError) as error:
-        what = "the files do not load" if folder.is_dir() else "no such folder or Hugging Face id"
-        raise ValueError(f"model {model_path}: {what}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"model {model_path}: {one_line(error)}") from error
     model, report = cast(tuple[PreTrainedModel, dict[str, set]], loaded)
+    # Transformers would fill them with random numbers. `check_model` has looked at what was here
+    # then, which a download and a checkpoint are not.
     mismatched = [name for name, *_ in report["mismatched_keys"]]
     if lacking := sorted([*report["missing_keys"], *mismatched]):
         raise ValueError(
             f"model {model_path}: {len(lacking)} weights are missing from the checkpoint or have "
             f"another shape than config.json says, e.g. {lacking[0]}"
         )
-    # An invalid generation config would only fail when the trained model is saved.
-    model.generation_config.validate(strict=True)
     return model, tokenizer
 
 
-@torch.no_grad()
-def check_packing(policy: Policy) -> None:
-    """Compare a small forest with the model's own logits on each path.
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Have each layer compute its activations again in the backward pass.
 
-    This finds what no config says: layers that mix tokens past the attention function (state
-    space, convolution), heads that scale their logits in a way of their own.
+    The layers stay in eval mode, where those of transformers would turn dropout on.
 
     Raises:
-        ValueError: The packed log-probabilities are not the plain ones.
+        ValueError: the model does not say what its layers are.
     """
-    device, name = policy.model.device, policy.model.name_or_path
-    tokens = np.arange(7) % policy.model.config.get_text_config().vocab_size
-    forest = Forest(  # a prompt of 3 tokens, two steps of 2 tokens after it
-        token_ids=tokens,
-        position_ids=np.array([0, 1, 2, 3, 4, 3, 4]),
-        segment_start=np.array([0, 3, 5]),
-        segment_length=np.array([3, 2, 2]),
-        segment_parent=np.array([-1, 0, 0]),
-        segment_depth=np.array([0, 1, 1]),
-        source=np.array([2, 3, 2, 5]),
-        target=tokens[3:],
-        advantage=np.zeros(4, dtype=np.float32),
-        behaviour_logprob=np.zeros(4, dtype=np.float32),
-        step=np.array([0, 0, 1, 1], dtype=np.int32),
-    )
-    try:
-        packed, _ = policy.edge_logprobs(ForestTensors.from_forest(forest, device), 1.0)
-    except TypeError as error:
-        raise ValueError(f"model {name}: its forward takes no tree layout ({error})") from error
-    for path, edges in ((tokens[:5], packed[:2]), (tokens[[0, 1, 2, 5, 6]], packed[2:])):
-        ids = torch.from_numpy(path).to(device)[None]
-        logits = policy.model(input_ids=ids, use_cache=False).logits[0].float()
-        plain = logits.log_softmax(-1)[[2, 3], ids[0, 3:]]
-        difference = float((edges - plain).abs().max())
-        if not difference < (1e-3 if policy.model.dtype == torch.float32 else 0.5):
-            raise ValueError(
-                f"model {name}: packed trees give log-probs {difference:.3g} nats off its own; "
-                "tree attention cannot train this architecture"
-            )
+    layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"learner.gradient_checkpointing: {type(model).__name__} does not support it"
+        )
+    for layer in layers:
+        forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = forward  # type: ignore[method-assign]
+
+
+def fix_rotary(model: PreTrainedModel, max_tokens: int) -> None:
+    """Take LongRoPE's factors by the longest path of a run, for good, as its engines do.
+
+    Transformers takes them by the largest position of each input, vLLM by the room that an engine
+    has, which is one token more than the longest path.
+
+    Args:
+        model: Is changed.
+        max_tokens: Of the longest prompt with its answer.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if kinds == "longrope":
+            _fix(module, max_tokens, None)
+            setattr(module, "rope_type", "fixed")  # noqa: B010  # torch: any name is a tensor
+        elif isinstance(kinds, dict):
+            for layer_type in [name for name, kind in kinds.items() if kind == "longrope"]:
+                _fix(module, max_tokens, layer_type)
+                kinds[layer_type] = "fixed"
+
+
+def _fix(module: nn.Module, max_tokens: int, layer_type: str | None) -> None:
+    """Give a rotary embedding, or its part for a type of layers, the frequencies of engines.
+
+    Raises:
+        ValueError: its class would not take them.
+    """
+    config = cast(PreTrainedConfig, module.config)
+    original = (config.rope_parameters or {}).get("original_max_position_embeddings", max_tokens)
+    if config.model_type == "phimoe" and max_tokens >= original:
+        raise ValueError(
+            f"transformers computes phimoe with the factors for short texts at any length, and "
+            f"engines with those for long ones from {original} tokens on: the longest prompt with "
+            f"its answer has {max_tokens}, make it shorter than {original}"
+        )
+    name = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
+    device = cast(Tensor, getattr(module, name)).device
+    compute = ROPE_INIT_FUNCTIONS["longrope"]
+    frequencies, _ = compute(config, device, seq_len=max_tokens + 1, layer_type=layer_type)
+    setattr(module, name, frequencies)
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -10,6 +10,7 @@ under the name `TREE_ATTENTION`; a forest's layout travels to it as the model's 
 Without a layout it is plain causal attention over one row.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -28,6 +29,16 @@ TREE_ATTENTION = "tree"
 
 BUCKET_COST = 2**14
 """Cost of one more bucket in query-key pairs: the calls it adds against the padding it saves."""
+
+
+LEFT_OUT = {
+    "softcap": "softcap (attn_logit_softcapping)",
+    "s_aux": "attention sinks",
+    "position_bias": "biases of positions",
+    "indices": "choice of keys (sparse attention)",
+    "block_indices": "choice of keys (sparse attention)",
+}
+"""Arguments of the attention interface that are not computed here, and what they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,15 +152,13 @@ def tree_attention(
     query: Float[Tensor, "batch heads tokens dim"],
     key: Float[Tensor, "batch kv_heads keys dim"],
     value: Float[Tensor, "batch kv_heads keys value_dim"],
-    attention_mask: None,
+    attention_mask: Int64[Tensor, ""] | None,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
     layout: ForestLayout | None = None,
-    **_: object,
+    **parts: object,
 ) -> tuple[Float[Tensor, "1 tokens heads value_dim"], None]:
     """Attend along each segment's path (the transformers attention interface).
 
@@ -163,9 +172,8 @@ def tree_attention(
     num_tokens = query.shape[2]
     _refuse_unsupported(
         dropout=dropout,
-        window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
+        windows=[sliding_window, _reach(attention_mask)],
+        parts=parts,
         longest_path=layout.longest_path if layout else num_tokens,
     )
     if query.shape[0] != 1 or key.shape[2] != num_tokens:
@@ -217,9 +225,8 @@ def _attend_bucket(
 def _refuse_unsupported(
     *,
     dropout: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    windows: list[int | None],
+    parts: Mapping[str, object],
     longest_path: int,
 ) -> None:
     """Raise ValueError for parts of a model's attention that would silently be left out."""
@@ -227,20 +234,50 @@ def _refuse_unsupported(
         raise ValueError(
             f"tree attention has no dropout, the model asks for {dropout}: put it in eval mode"
         )
-    if softcap is not None:
+    for name, what in LEFT_OUT.items():
+        if parts.get(name) is not None:
+            raise ValueError(f"tree attention has no {what}: use another model")
+    for window in windows:
+        if window is not None and window < longest_path:
+            raise ValueError(
+                f"a path of {longest_path} tokens is longer than the window of {window} that some "
+                "layer's attention has: shorten prompts or steps"
+            )
+
+
+def tree_mask(
+    *, local_size: int | None = None, use_vmap: bool = False, **_: object
+) -> Int64[Tensor, ""] | None:
+    """What stands for a mask (the transformers mask interface).
+
+    The layout of a forest says what a causal mask would. A window or chunk goes on as its size,
+    since only the attention knows how long the longest path is.
+
+    Raises:
+        ValueError: the model adds something of its own to the mask.
+    """
+    if use_vmap:  # transformers' word for a mask with functions of the model's own
+        raise ValueError("tree attention has no masks of a model's own: use another model")
+    return None if local_size is None else torch.tensor(local_size)
+
+
+def _reach(mask: Tensor | None) -> int | None:
+    """The size that `tree_mask` gave, or None.
+
+    Raises:
+        ValueError: the mask is the model's own.
+    """
+    if mask is None:
+        return None
+    if mask.dim():
         raise ValueError(
-            "tree attention has no softcap (attn_logit_softcapping): use another model"
+            f"the model masks its attention in a way of its own (a mask of {list(mask.shape)}), "
+            "which tree attention does not have: use another model"
         )
-    if sinks is not None:
-        raise ValueError("tree attention has no attention sinks: use another model")
-    if window is not None and window < longest_path:
-        raise ValueError(
-            f"a path of {longest_path} tokens is longer than the model's sliding window of "
-            f"{window}: shorten prompts or steps"
-        )
+    return int(mask)
 
 
 AttentionInterface.register(TREE_ATTENTION, tree_attention)
 
 
-AttentionMaskInterface.register(TREE_ATTENTION, lambda *_, **__: None)
+AttentionMaskInterface.register(TREE_ATTENTION, tree_mask)

@@ -110,20 +110,22 @@ def load_tokenizer(model_path: str, trust_remote_code: bool) -> "PreTrainedToken
 
 def end_token_ids(model_path: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     """Ids that end an answer: the tokenizer's end token, then those of `generation_config.json`
-    or, where there is none, of `config.json`.
+    or, where it names none, of `config.json`.
 
     Raises:
         ValueError: the model has no end token, or its `generation_config.json` is corrupt.
     """
     from transformers import GenerationConfig, PreTrainedConfig
 
-    resolved = resolve_model_path(model_path)
+    resolved, found = resolve_model_path(model_path), None
     try:
         found = GenerationConfig.from_pretrained(resolved).eos_token_id
     except OSError as error:
         if (Path(resolved) / "generation_config.json").exists():
             raise ValueError(f"model.path={model_path}: {one_line(error)}") from error
-        found = PreTrainedConfig.get_config_dict(resolved)[0].get("eos_token_id")
+    if found is None:
+        config = PreTrainedConfig.get_config_dict(resolved)[0]
+        found = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
     listed = found if isinstance(found, list) else [found]
     ids = dict.fromkeys(i for i in [tokenizer.eos_token_id, *listed] if i is not None)
     if not ids:
@@ -160,13 +162,22 @@ def _encode(
     quiet = {"verbose": False}  # no warning about what is left out for its length afterwards
     if tokenizer.chat_template is None:
         texts = ["\n".join([*system, text, ""]) for text in questions]
-        return tokenizer(texts, **quiet)["input_ids"]
+        return _without_end(tokenizer(texts, **quiet)["input_ids"], tokenizer)
     head = [{"role": "system", "content": text} for text in system]
     chats = [[*head, {"role": "user", "content": text}] for text in questions]
     encoded = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, return_dict=True, tokenizer_kwargs=quiet
     )
     return cast("BatchEncoding", encoded)["input_ids"]
+
+
+def _without_end(encoded: list[list[int]], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Prompts without the end token, where a tokenizer puts it behind every text: an answer
+    follows, not another text."""
+    end = tokenizer.eos_token_id
+    if end is None or tokenizer("")["input_ids"][-1:] != [end]:
+        return encoded
+    return [ids[:-1] if ids[-1:] == [end] else ids for ids in encoded]
 
 
 def one_token(tokenizer: "PreTrainedTokenizerBase", text: str) -> int:
