@@ -383,6 +383,7 @@ def _learner(config: Config, sizes: Sizes) -> Learner:
         loss=config.loss,
         tree=config.tree,
         max_staleness=1000,
+        max_tokens=config.max_model_tokens,
         device=sizes.device,
     )
 
