@@ -220,8 +220,11 @@ def learner(sizes: Sizes, folder: Path, tell: Tell) -> None:
             tell(status="ok", with_cudnn="not finished")
         bucket_cost, budget = tree_attention.BUCKET_COST, made.policy.logit_budget
         change()
-        made.update(records)
-        tell(**{name: _measured(made, records)})
+        try:
+            made.update(records)
+            tell(**{name: _measured(made, records)})
+        except RuntimeError as error:  # too little memory, or gradients that are not finite
+            tell(**{name: f"{type(error).__name__}: {error}"[:300]})
         tree_attention.BUCKET_COST, made.policy.logit_budget = bucket_cost, budget
 
 

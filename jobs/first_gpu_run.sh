@@ -4,8 +4,9 @@
 #   bash jobs/first_gpu_run.sh                        # all parts
 #   bash jobs/first_gpu_run.sh machine model attention learner   # these need neither Ray nor vLLM
 #   bash jobs/first_gpu_run.sh --rehearse             # the same code on a CPU, in tiny sizes
-# Each part writes PART.json and PART.log into $OUT (a new folder if it is not set). The last line on
-# stdout is the verdict as JSON. Status: 0 all well, 1 a part failed, 2 no GPU.
+# Each part writes PART.json and PART.log into $OUT (a new folder if it is not set); PATIENCE=3 triples
+# its time. The last line on stdout is the verdict as JSON. Status: 0 all well, 1 a part failed, 2 no
+# GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 rehearse=()

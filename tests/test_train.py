@@ -192,7 +192,8 @@ def test_weights_that_are_on_their_way_are_not_those_of_the_next_update(tmp_path
     one_step(worker)
     weight.zero_()
     until_called(fakes, "publish")
-    _, chunks, *_ = fakes.arguments["publish"]
+    _, chunks, _, node = fakes.arguments["publish"]
+    assert node == "node", "where the chunks lie"
     assert chunks[0].view("float32")[:2].tolist() == [1, 1]
     is_served.set()
     worker.publisher.wait()

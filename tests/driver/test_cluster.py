@@ -1,12 +1,17 @@
 """What a run needs of a cluster and of vLLM, worked out without starting Ray."""
 
 import importlib.metadata
+import json
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
 from ray._private import services
 
+from tests.support.project import ROOT
 from treerpo_ray.config import Config, load
 from treerpo_ray.driver import cluster
 from treerpo_ray.driver.cluster import await_head, check_vllm, local_resources
@@ -190,6 +195,20 @@ def test_nodes_that_are_not_there_yet_are_asked_for_and_waited_for(grown_cluster
     first, last = asked
     assert first == [{"CPU": 2, "train_slot": 1}, {"CPU": 4, "score_slot": 1}]
     assert last == [], "nothing is held for a run that ends by itself"
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_rays_own_autoscaler_brings_the_nodes_that_a_run_starts_with() -> None:
+    command = [sys.executable, "-m", "tests.support.nodes_that_come"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["slots"] == 1
+    assert told["refused"].startswith("the cluster lacks {") and "'gone': 1.0" in told["refused"]
 
 
 @pytest.mark.parametrize(

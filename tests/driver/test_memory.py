@@ -24,6 +24,7 @@ from treerpo_ray.driver.memory import (
     ModelSizes,
     cache_bytes_a_token,
     check_gpus,
+    keys_and_pairs,
     misfit,
 )
 
@@ -112,6 +113,16 @@ def test_a_model_whose_optimizer_is_too_large_is_refused_with_the_reason(
 
 
 ONE_GPU = str(ROOT / "conf/hardware/one_gpu.yaml")
+
+
+def test_keys_and_pairs_of_a_tree_are_those_counted_by_hand() -> None:
+    """A prompt of 10 tokens, 2 steps of 5 and 4 of 4: 36 tokens, on paths of 10, 15 and 19."""
+    shape = ["tree.num_children=[2, 2]", "tree.step_tokens=[5, 4]", "prompts.max_prompt_tokens=10"]
+    keys, pairs = keys_and_pairs(load(shape))
+    assert keys == pytest.approx((10 + 2 * 15 + 4 * 19) / 36)
+    assert pairs == pytest.approx((10 * 10 + 10 * 15 + 16 * 19) / 36)
+
+
 NO_GRADIENT_CHECKPOINTING = "learner.gradient_checkpointing=false"
 
 

@@ -10,7 +10,6 @@ from tests.support.project import ROOT
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_weights_lie_where_the_learner_is_and_their_loss_is_told() -> None:
     """See `weights_on_nodes`: the engine's pool is on the driver's node, the engine on its own."""
@@ -25,6 +24,7 @@ def test_weights_lie_where_the_learner_is_and_their_loss_is_told() -> None:
         "store killed": "['lost']",
         "published after that": "whole",  # by the same learner, as if nothing had been
         "node lost": "['lost']",
+        "published for a lost node": "RayTaskError(ActorUnschedulableError)",  # and not waited for
         "moved with the learner": True,
         "published from another node": "whole",
     }

@@ -131,6 +131,13 @@ def main() -> None:
     ray.get(learner.publish.remote(sync, 10))
     cluster.remove_node(learner_node, allow_graceful=False)
     told["node lost"] = ray.get(pool.load.remote())
+    nothing = Manifest(version=0, tensors=(), digests=())
+    probe = Probe(token_ids=[], logprobs=[])
+    late = sync.publish.remote(nothing, [ray.put(b"0")], probe, learner_node.node_id)
+    try:
+        ray.get(late, timeout=60)
+    except ray.exceptions.RayError as error:
+        told["published for a lost node"] = type(error).__name__
     back = add("learner")
     learner = on("learner", Learner).remote()
     ray.get(learner.publish.remote(sync, 9))

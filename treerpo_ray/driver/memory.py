@@ -143,7 +143,7 @@ def _activation_bytes(config: Config, sizes: ModelSizes) -> float:
     """
     width = DTYPE_BYTES[config.model.dtype]
     tokens = min(config.learner.token_budget, _most_tokens(config))
-    keys, pairs = _keys_and_pairs(config)
+    keys, pairs = keys_and_pairs(config)
     heads, kv_heads = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
     kept = (
         24 * sizes.hidden
@@ -169,15 +169,12 @@ def _most_tokens(config: Config) -> int:
     return trees * (config.prompts.max_prompt_tokens + shape.max_sampled_tokens)
 
 
-def _keys_and_pairs(config: Config) -> tuple[float, float]:
+def keys_and_pairs(config: Config) -> tuple[float, float]:
     """Gathered keys, and pairs of query and key, a token of a tree that is as large as it may be.
 
-    >>> from treerpo_ray.config import load
-    >>> _keys_and_pairs(load(["tree.num_children=[2]", "tree.step_tokens=[100]",
-    ...                       "prompts.max_prompt_tokens=100"]))
-    (1.66..., 166.6...)
+    Each segment's keys are those of its whole path, and each of its tokens is paired with all.
     """
-    path = tokens = queries = config.prompts.max_prompt_tokens
+    path = tokens = config.prompts.max_prompt_tokens
     keys, pairs = float(path), float(path * path)
     steps = 1
     for children, length in zip(config.shape.num_children, config.shape.step_tokens, strict=True):
