@@ -76,6 +76,13 @@ def split(folder: Path, *, with_last: bool, lists_more: bool = False) -> None:
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3491552\n"
 WINDOW = {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 40,
+}
+DYNAMIC = {"rope_type": "dynamic"}
 SPOILT: dict[str, tuple[Spoil, str]] = {
     "pointer": (bytes_as(lambda data: LFS), r"pointer of Git LFS: .*git lfs pull"),
     "half": (bytes_as(lambda data: data[: len(data) // 2]), r"cut off at [\d,]+ of [\d,]+ bytes"),
@@ -116,6 +123,14 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
     ),
     "fp8": (edit("config.json", quantization_config={"quant_method": "fp8"}), r"quantised \(fp8\)"),
     "positions": (edit("config.json", max_position_embeddings=LONGEST), r"80 positions, .* 80 tok"),
+    "yarn": (
+        edit("config.json", max_position_embeddings=40, rope_parameters=YARN),
+        r"40 positions, .* with YaRN, config\.json must have 160 as max_position_embeddings",
+    ),
+    "dynamic": (
+        edit("config.json", max_position_embeddings=40, rope_parameters=YARN | DYNAMIC),
+        r"40 positions, .*evaluate\.max_tokens$",
+    ),
     "window": (
         edit("config.json", **WINDOW, layer_types=["sliding_attention"] * 4),
         r"path of 80 tokens is longer than the window of 40 ",
@@ -146,6 +161,11 @@ WHOLE: dict[str, Spoil] = {
     "two files": lambda folder: split(folder, with_last=True),
     "a wide window": edit(
         "config.json", **WINDOW | {"sliding_window": LONGEST}, layer_types=["sliding_attention"] * 4
+    ),
+    "positions that are scaled": edit(
+        "config.json",
+        max_position_embeddings=40,
+        rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
     ),
     "a window that is off": edit("config.json", sliding_window=40, use_sliding_window=False),
     "no generation config": lambda folder: (folder / "generation_config.json").unlink(),

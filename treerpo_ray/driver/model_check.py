@@ -264,20 +264,32 @@ def _check_config(config: PreTrainedConfig, longest: int) -> None:
         raise ValueError(
             f"it has {limit} positions, and the longest prompt with its answer {longest} tokens: "
             "lower max_prompt_tokens, tree.step_tokens or evaluate.max_tokens"
+            f"{_yarn_hint(text)}"
         )
 
 
+def _yarn_hint(text: PreTrainedConfig) -> str:
+    """What to do where YaRN is set, but the number of positions left as it was."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    if rope.get("rope_type") != "yarn" or not original or not factor:
+        return ""
+    return f"; with YaRN, config.json must have {int(original * factor)} as max_position_embeddings"
+
+
 def _num_positions(config: PreTrainedConfig) -> int | None:
-    """Positions that a model knows, with the scaling of its rotary embedding; None: any number."""
+    """Positions that a model knows, as its engines count them; None: any number.
+
+    For vLLM, `max_position_embeddings` is what YaRN has made of it, but not what a linear scaling
+    has. Dynamic scaling has more, with factors that the learner and the engines do not share.
+    """
     text = config.get_text_config()
     known = [value for key in POSITION_KEYS if isinstance(value := getattr(text, key, None), int)]
     if not known:
         return None
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    original = rope.get("original_max_position_embeddings")
-    if rope.get("rope_type", rope.get("type")) == "yarn" and original:
-        return max(known[0], int(original * rope.get("factor", 1.0)))
-    return known[0]
+    is_linear = rope.get("rope_type", rope.get("type")) == "linear"
+    return int(known[0] * rope.get("factor", 1.0)) if is_linear else known[0]
 
 
 def _make_empty(config: PreTrainedConfig, model: ModelConfig) -> PreTrainedModel:
