@@ -152,7 +152,10 @@ def test_the_embedded_task_is_arithmetic_unless_another_is_named():
 @pytest.mark.parametrize(
     ("cell", "answers"),
     [
-        ("She has 3*4=12 eggs.\n#### 1,012 ", ("1,012",)),
+        ("She has 3*4=12 eggs.\n#### 1,012 ", ("1012",)),
+        ("#### -1,234,567.5", ("-1234567.5",)),
+        ("#### 1,2", ("1,2",)),
+        ("60,120", ("60,120",)),
         (r"so \boxed{\frac{1}{2}}", (r"so \boxed{\frac{1}{2}}",)),
         (["2", " 2 ", "", None, 2.0, "two"], ("2", "two")),
         (7, ("7",)),

@@ -7,9 +7,6 @@ it first. The worker ends at once, which the verifier calls an error of that ans
 import os
 import sys
 
-import sympy.physics.units  # which SymPy loads late, and which compiles
-import sympy.sets.setexpr  # noqa: F401 - as well
-
 from treerpo_ray.verifier import math_answer
 from treerpo_ray.verifier.math_answer import SELF_TEST
 
@@ -24,8 +21,6 @@ is_checking = False
 def forbid(event: str, arguments: tuple[object, ...]) -> None:
     if not is_checking or event in HARMLESS:
         return
-    if event == "compile" and str(arguments[0]).startswith(("b'def monomial_", 'b"def monomial_')):
-        return  # SymPy's arithmetic of polynomials in so many unknowns; nothing of a text is in it
     is_write = event == "open" and bool(int(str(arguments[2])) & WRITES)
     if is_write or event.startswith(FORBIDDEN):
         os.write(2, f"audit: {event} {arguments}\n"[:500].encode())

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.project import ROOT
-from treerpo_ray.verifier import _math_equality as math_equality
-from treerpo_ray.verifier._math_equality import is_equal
+from treerpo_ray.verifier._math import equality as math_equality
+from treerpo_ray.verifier._math import value
+from treerpo_ray.verifier._math.equality import is_equal
+from treerpo_ray.verifier._math.expression import read
 from treerpo_ray.verifier.math_answer import SELF_TEST, check_answer, find_answer
 from treerpo_ray.verifier.verdict import Answer, Verdict
 from treerpo_ray.verifier.verifier import Verifier
@@ -97,6 +99,9 @@ x+y=3|y+x=3
 {5}|5
 \frac{x+2}{7}|(x+2)/7
 \log_2 8|3
+x^2=4|4
+\alpha+\beta=3|3
+1e5|100000
 5!|120
 \frac{18+3c}{7}|\frac{3(c+6)}{7}
 \dfrac{2469}{20,\!000}|\frac{2469}{20000}
@@ -155,9 +160,7 @@ DIFFERENT = r"""
 \{1,2\}|\{1,2,2\}
 1,2|1,2,3
 x=3|y=3
-x^2=4|4
 2x=6|6
-\alpha+\beta=3|3
 10_2|10
 10_2|10_3
 10_2|2
@@ -209,7 +212,6 @@ x_1|x_2
 \text{Monday}|\text{Sunday}
 \frac{2}{3}\text{ cup}|\frac{3}{2}\text{ cup}
 3\%|0.3
-1e5|100000
 \sqrt[3]{8}|\sqrt{8}
 90^\circ|9
 1,000|1
@@ -246,8 +248,11 @@ EQUAL_NEIGHBOURS = {
     ("18", r"18^\circ"),
 }
 
-# Every answer of MATH train without a value: \box is no command, and 5:00 is 5/0.
-UNPARSED = {r"\box{four}", r"05\!:\!00"}
+# All that cannot be read as an expression in the answers of MATH train: \box is no command.
+UNREADABLE = {r"\box{four}", r"\text{October 30}"}
+
+# Answers of MATH train that name only the last of several boxes that together are the answer.
+OF_SEVERAL_BOXES = {1648, 1821, 6545, 5790, 4095, 3199, 3706, 7015, 1694, 1332}
 
 FOUND = [
     (r"\boxed{4} and so \boxed{5}", "5"),
@@ -267,8 +272,37 @@ FOUND = [
     ("The answer is 3.5. It was hard.", "3.5"),
     ("the answer is 42, so we stop", "42"),
     ("10-4=6.", "6"),
+    ("The answer is 5.</s>", "5"),
+    (r"\boxed{5}<|eot_id|> 7", "5"),
+    (r"$x = \boxed{4}$, $y = \boxed{-1}$", "x = 4, y = -1"),
+    (r"\boxed{4} or $\boxed{9}$", "4, 9"),
+    (r"\boxed{4}, that is \boxed{9}", "9"),
+    ("<answer>12</answer> I am done with 7", "12"),
+    ("Answer:\n\n12", "12"),
+    ("**Answer**: 12", "12"),
+    (r"Final Answer: The final answer is $\pi$. I hope it is correct.", r"\pi"),
+    ("The correct option is (D).", "(D)"),
+    ("So it must be (D).", "D"),
+    ("The answer is 12 since 3 times 4 is that.", "12"),
+    ("The answers are 7, 8 and 9.", "7, 8 and 9"),
+    (r"the answers are $x=4$ and $x=9$", "x=4, x=9"),
+    (r"the answer is $\$5$", r"\$5"),
+    (r"so that it comes to \frac{7}{9}.", r"\frac{7}{9}"),
+    (r"it comes to $\frac{7}{9}$ of all", r"\frac{7}{9}"),
+    ("that makes 3^{12} ways", "3^{12}"),
+    ("the point is (3, 12)", "(3, 12)"),
+    ("between them lie 7-12", "7-12"),
+    ("hence x=4 or x=12", "4 or x=12"),
+    ("hence 2x+3=12", "2x+3=12"),
+    ("They pay $5 and $12", "$5 and $12"),
+    ("#### The answer is 12", "12"),
     ("first 3, then -3", "-3"),
-    ("about 1,234 or 7/8", "7/8"),
+    ("about 1,234 or 7/8", "1,234 or 7/8"),
+    ("the roots are -3 and 12", "-3 and 12"),
+    ("so $x=4$ or $x=12$.", "x=4, x=12"),
+    ("the answer is approximately 3.5", "3.5"),
+    ("the answer is that there are $12$ of them", "12"),
+    ("the answer is not 12", "not 12"),
     (r"the answer is $\boxed{}$", None),
     ("", None),
     ("no number", None),
@@ -453,7 +487,9 @@ def test_solutions_of_math_train_are_correct(check, without_braces):
     ) as verifier:
         verdicts = grade(verifier, [r["solution"] for r in rows], [r["answer"] for r in rows])
     failed = {r["id"] for r, v in zip(rows, verdicts, strict=True) if v is not Verdict.CORRECT}
-    assert failed == {"math-train-44"} | without_braces  # 44: \box{four}, where it is \mbox{four}
+    several = {f"math-train-{number}" for number in OF_SEVERAL_BOXES}
+    # 44: \box{four}, where it is \mbox{four}
+    assert failed == {"math-train-44"} | (several if check == "math_answer" else without_braces)
 
 
 @needs_data
@@ -490,8 +526,7 @@ def test_a_reference_with_its_last_number_raised_by_one_is_another_answer(verifi
     ]
     verdicts = grade(verifier, [rf"\boxed{{{answer}}}" for answer in raised], gold)
     hits = [pair for *pair, v in zip(gold, raised, verdicts, strict=True) if v is Verdict.CORRECT]
-    # The exact value counts, not its approximation.
-    assert hits == [[r"\$\dfrac23 \approx \$0.67", r"\$\dfrac23 \approx \$0.68"]]
+    assert hits == []
     assert {Verdict.TIMED_OUT, Verdict.ERRORED}.isdisjoint(verdicts)
 
 
@@ -505,26 +540,27 @@ def test_every_reference_answer_equals_itself(verifier, name):
 
 @needs_data
 @pytest.mark.parametrize(
-    ("name", "num_answers", "num_parsed", "unparsed"),
+    ("name", "num_answers", "unreadable"),
     [
-        ("math_train.jsonl.gz", 2904, 715, UNPARSED),
-        ("math500.jsonl", 301, 63, set()),
-        ("gsm8k_test.jsonl", 351, 0, set()),
+        ("math_train.jsonl.gz", 2904, UNREADABLE),
+        ("math500.jsonl", 301, set()),
+        ("gsm8k_test.jsonl", 351, set()),
     ],
 )
-def test_every_reference_answer_that_parses_equals_itself_in_value(
-    monkeypatch, name, num_answers, num_parsed, unparsed
-):
-    """Without the look at the spelling that settles these pairs before anything is parsed.
+def test_every_reference_answer_equals_itself_in_value(monkeypatch, name, num_answers, unreadable):
+    """Without the look at the spelling that settles these pairs before anything is read."""
+    monkeypatch.setattr(math_equality, "_is_same", math_equality._is_same_structure)
+    compared: set[str] = set()
 
-    What is no number, word or bracket goes to math-verify: `num_parsed` expressions.
-    """
-    monkeypatch.setattr(math_equality, "_is_same", math_equality._is_same_value)
-    math_equality._parsed.cache_clear()
+    def is_same_value(a: str, b: str) -> bool:
+        compared.add(a)
+        return value.is_same_value(a, b)
+
+    monkeypatch.setattr(math_equality, "is_same_value", is_same_value)
     gold = {row["answer"] for row in problems(name) if row["answer"]}
     assert len(gold) == num_answers
-    assert {answer for answer in gold if not is_equal(answer, answer)} == unparsed
-    assert math_equality._parsed.cache_info().misses == num_parsed
+    assert all(is_equal(answer, answer) for answer in gold)
+    assert {text for text in compared if read(text) is None} == unreadable
 
 
 def test_equal_answers_are_one_group_in_the_workers(verifier):

@@ -21,6 +21,7 @@ from treerpo_ray.config.files import load, to_yaml
 from treerpo_ray.config.sections import VerifierConfig
 from treerpo_ray.driver.cluster import connected
 from treerpo_ray.driver.model_check import num_positions
+from treerpo_ray.driver.references import References, look_at_references
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
 from treerpo_ray.engine.types import EngineSetup, Sampling
 from treerpo_ray.errors import RunFailed
@@ -126,6 +127,23 @@ def load_benchmarks(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[
     return prompts
 
 
+def look_at_benchmarks(config: Config, prompts: dict[str, PromptSet]) -> list[References]:
+    """What was seen of the references of the benchmarks in which some are no answers.
+
+    Raises:
+        ValueError: none of a benchmark is one.
+    """
+    benchmarks = config.evaluate.benchmarks
+    found = look_at_references(
+        {
+            f"evaluate.benchmarks.{name}": (benchmarks[name], each.problems)
+            for name, each in prompts.items()
+        },
+        config.verifier,
+    )
+    return [references for references in found.values() if references.no_answers]
+
+
 def check_length(config: Config) -> None:
     """Check that the longest prompt and answer fit the model.
 
@@ -157,6 +175,8 @@ def run_benchmarks(config: Config, model: str, console: Console) -> dict[str, Ev
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     check_length(config)
     prompts = load_benchmarks(config, tokenizer)
+    for references in look_at_benchmarks(config, prompts):
+        console.note(str(references))
     source = source_of(model)
     folder = RunFolder(config.folder)
     check_folder(folder, source)

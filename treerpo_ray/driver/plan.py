@@ -15,9 +15,10 @@ from treerpo_ray.driver.cluster import check_vllm, local_resources
 from treerpo_ray.driver.memory import MemoryPlan, check_gpus, misfit
 from treerpo_ray.driver.model_check import ModelFacts, check_model
 from treerpo_ray.driver.placement import missing_resources, needed_resources
+from treerpo_ray.driver.references import References, look_at_references
 from treerpo_ray.errors import one_line
 from treerpo_ray.prompts.hub import Unreachable
-from treerpo_ray.prompts.problems import DataReport, load_problems
+from treerpo_ray.prompts.problems import DataReport, Problem, load_problems
 from treerpo_ray.prompts.prompt_set import PromptSet, end_token_ids, load_tokenizer, one_token
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.verifier.verifier import is_module
@@ -35,6 +36,7 @@ class DataSet:
 
     report: DataReport
     prompts: PromptSet | None
+    problems: tuple[Problem, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,8 @@ class Preflight:
     """What does not fit the GPUs that the configuration names."""
     unchecked: tuple[str, ...]
     """A line for each input that could not be looked up for want of a connection."""
+    references: tuple[References, ...] = ()
+    """What was seen of the references of the data sets, in which some are no answers."""
 
     def inputs(self) -> Inputs:
         """The inputs of a run that may start.
@@ -129,6 +133,12 @@ def preflight(config: Config) -> Preflight:
         held_out = reached(lambda: _load_data(config.evaluate.data, "evaluate.data", tokenizer))
     if tokenizer is not None and facts is not None:
         _check_token_ids(config, facts, tokenizer, train, held_out)
+    looked_at = {}
+    if train is not None:
+        looked_at["prompts"] = (config.prompts, train.problems)
+    if held_out is not None:
+        looked_at["evaluate.data"] = (config.evaluate.data, held_out.problems)
+    references = look_at_references(looked_at, config.verifier)
     return Preflight(
         train=train,
         held_out=held_out,
@@ -136,6 +146,7 @@ def preflight(config: Config) -> Preflight:
         model=facts,
         misfit=_misfit(config, facts),
         unchecked=tuple(dict.fromkeys(unchecked)),
+        references=tuple(each for each in references.values() if each.no_answers),
     )
 
 
@@ -153,7 +164,7 @@ def _load_data(
     prompts = None
     if tokenizer is not None:
         prompts = PromptSet.encode(problems, tokenizer, config, section)
-    return DataSet(report=report, prompts=prompts)
+    return DataSet(report=report, prompts=prompts, problems=tuple(problems))
 
 
 def _check_folder(config: Config) -> None:
@@ -221,6 +232,7 @@ def plan_lines(config: Config, found: Preflight) -> list[str]:
         f"model       {config.model.path}: {_size_line(config, found.model)}",
         *_data_lines("data", found.train),
         *_data_lines("held out", found.held_out),
+        *(f"no answer   {each}" for each in found.references),
         f"tree        {list(shape.num_children)} children of at most {list(shape.step_tokens)} "
         f"tokens: up to {shape.max_steps:,} steps, {shape.max_leaves:,} answers and "
         f"{shape.max_sampled_tokens:,} tokens a question",

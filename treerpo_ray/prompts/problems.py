@@ -8,6 +8,7 @@ import codecs
 import difflib
 import gzip
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable
@@ -33,6 +34,9 @@ DEFAULT_TASK = "chains4"
 
 
 QUICKSTART_SEED = 0
+
+
+THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?")
 
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -269,14 +273,20 @@ def _to_answers(value: object, config: PromptsConfig, where: str) -> tuple[str, 
     return tuple(dict.fromkeys(text for text in texts if text))
 
 
+def _without_commas(answer: str) -> str:
+    """A number without the commas of its thousands; behind a mark stands one answer, no list."""
+    return answer.replace(",", "") if THOUSANDS.fullmatch(answer) else answer
+
+
 def _to_text(value: object, config: PromptsConfig, where: str) -> str:
     """Text of one answer; a number is written as a person would, what is missing as ''."""
     match value:
         case None:
             return ""
         case str():
-            mark = config.answer_mark
-            return (value.rpartition(mark)[2] if mark else value).strip()
+            if not config.answer_mark or config.answer_mark not in value:
+                return value.strip()
+            return _without_commas(value.rpartition(config.answer_mark)[2].strip())
         case bool():
             pass
         case int():

@@ -47,6 +47,11 @@ def check_answer(text: str, references: tuple[str, ...], is_cut_off: bool = Fals
     return any(is_right(expression, reference) for reference in references)
 
 
+def is_answer(reference: str) -> bool:
+    """Whether the reference is numbers and a target."""
+    return REFERENCE.fullmatch(reference) is not None
+
+
 def find_answer(text: str, is_cut_off: bool = False) -> str | None:
     """What the text's last answer makes of which numbers: nothing else decides if it is right.
 

@@ -13,14 +13,8 @@ from types import ModuleType
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
-
-
 REPLIES: dict[bool | None, bytes] = {True: b"1", False: b"0", None: b"-"}
-
-
 FAILED = b"x"
-
-
 RETIRED = b"$"
 """Behind a reply: the worker has grown and ends, so that the next answer has its full memory."""
 
@@ -66,10 +60,13 @@ def serve(check: str, fd: int, timeout_s: float, memory_mib: int, parent: int) -
 
 
 def _reply(module: ModuleType, kind: str, *arguments: Any) -> bytes:
-    """What is sent back for a request: one byte for `check`, a list of numbers for `group`."""
+    """What is sent back for a request: a byte for `check` and `reference`, numbers for `group`."""
     if kind == "check":
         text, references, is_cut_off = arguments
         return REPLIES[module.check_answer(text, tuple(references), is_cut_off)]
+    if kind == "reference":
+        is_answer = getattr(module, "is_answer", None)
+        return REPLIES[None if is_answer is None else any(map(is_answer, arguments[0]))]
     return json.dumps(group(module, arguments[0])).encode()
 
 

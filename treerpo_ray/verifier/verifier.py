@@ -6,8 +6,9 @@ worker that hangs (also in C code), dies or runs out of memory takes only the an
 with it; the rest of its chunk goes to another worker.
 
 Another domain is one module, named by `verifier.check`: `check_answer` grades a text, `SELF_TEST`
-holds texts with the grades that they must get, and `find_answer` and `is_equal`, if it has them,
-tell which answers are the same. `boxed_answer` is a short one.
+holds texts with the grades that they must get, and, if it has them, `find_answer` and `is_equal`
+tell which answers are the same, `is_answer` whether a reference is one that a text can be graded
+against. `boxed_answer` is a short one.
 """
 
 import importlib.util
@@ -32,28 +33,17 @@ from treerpo_ray.verifier.verdict import Answer, Verdict
 
 logger = logging.getLogger(__name__)
 
-
 CHUNK = 16  # answers a message: its round trip is shared, and little waits behind a slow answer
-
-
 START_TIMEOUT_S = 120.0
-
-
 MAX_START_FAILURES = 3  # in a row; a worker may be killed from outside, all of them may not
-
-
 WORKER = "import sys, json; a = json.loads(sys.argv[1]); sys.path[:] = a.pop(0)\n" + (
     "from treerpo_ray.verifier._worker import serve; serve(*a)"
 )
-
-
 ENVIRONMENT = (
     *("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH", "TMPDIR"),
     *("TZ", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"),
 )
 """What a worker gets of the environment; the checks in this package need none of it."""
-
-
 Request = tuple[object, ...]
 """What a worker is asked, as JSON takes it: see `verifier._worker`."""
 
@@ -159,6 +149,18 @@ class Verifier:
             None if isinstance(reply, Verdict) or reply == FAILED else json.loads(reply)
             for reply in self._ask(requests)
         ]
+
+    def has_answers(self, references: Sequence[Sequence[str]]) -> list[bool | None]:
+        """Whether a text can be right by the references of each problem, as the domain's
+        `is_answer(reference) -> bool` tells; None where the domain has none.
+
+        Raises:
+            RuntimeError: the workers do not start, or the verifier is closed.
+            ValueError: `verifier.check` lacks `check_answer` or `SELF_TEST`.
+        """
+        replies = self._ask([("reference", list(each)) for each in references])
+        told = {REPLIES[True]: True, REPLIES[None]: None}
+        return [told.get(reply, False) if isinstance(reply, bytes) else False for reply in replies]
 
     def _ask(self, requests: Sequence[Request]) -> list[bytes | Verdict]:
         """Replies in order; a verdict for a request that a worker was lost at."""
