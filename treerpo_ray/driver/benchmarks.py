@@ -21,7 +21,6 @@ from treerpo_ray.config.files import load, to_yaml
 from treerpo_ray.config.sections import VerifierConfig
 from treerpo_ray.driver.cluster import connected
 from treerpo_ray.driver.model_check import num_positions
-from treerpo_ray.driver.references import References, look_at_references
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
 from treerpo_ray.engine.types import EngineSetup, Sampling
 from treerpo_ray.errors import RunFailed
@@ -32,6 +31,7 @@ from treerpo_ray.metrics.run_log import RunLog, RunLogApi
 from treerpo_ray.metrics.watchdog import Heartbeats, HeartbeatsApi, watch_over
 from treerpo_ray.prompts.problems import load_problems
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
+from treerpo_ray.prompts.references import References, look_at_references
 from treerpo_ray.run_folder.checkpoints import FOLDER as CHECKPOINTS
 from treerpo_ray.run_folder.files import CONFIG_FILE, MODEL_FOLDER, RunFolder
 from treerpo_ray.run_folder.lock import only_writer

@@ -15,11 +15,11 @@ from treerpo_ray.driver.cluster import check_vllm, local_resources
 from treerpo_ray.driver.memory import MemoryPlan, check_gpus, misfit
 from treerpo_ray.driver.model_check import ModelFacts, check_model
 from treerpo_ray.driver.placement import missing_resources, needed_resources
-from treerpo_ray.driver.references import References, look_at_references
 from treerpo_ray.errors import one_line
 from treerpo_ray.prompts.hub import Unreachable
 from treerpo_ray.prompts.problems import DataReport, Problem, load_problems
 from treerpo_ray.prompts.prompt_set import PromptSet, end_token_ids, load_tokenizer, one_token
+from treerpo_ray.prompts.references import References, look_at_references
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.verifier.verifier import is_module
 

@@ -28,17 +28,9 @@ from treerpo_ray.prompts.hub import HUB_ID, Unreachable, is_unreachable
 from treerpo_ray.quickstart import task
 
 QUICKSTART = "quickstart:"
-
-
 DEFAULT_TASK = "chains4"
-
-
 QUICKSTART_SEED = 0
-
-
 THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?")
-
-
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
 

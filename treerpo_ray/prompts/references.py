@@ -12,8 +12,6 @@ from treerpo_ray.verifier.verifier import Verifier
 
 SAMPLE = 500
 """Problems of a data set that are looked at, evenly spread over it."""
-
-
 NUM_NAMED = 10
 
 
