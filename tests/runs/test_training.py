@@ -297,7 +297,13 @@ def test_a_train_worker_that_stands_still_ends_the_run_with_a_report(
         assert f"{stage} (" in report.read_text()
 
 
-SETTINGS = [*STRICT, "run.num_steps=3", "checkpoint.every=1", "evaluate.data.path=''"]
+SETTINGS = [
+    "run.name=killed",
+    *STRICT,
+    "run.num_steps=3",
+    "checkpoint.every=1",
+    "evaluate.data.path=''",
+]
 
 
 def start_run(root: Path) -> subprocess.Popen[str]:
@@ -318,7 +324,7 @@ def test_after_its_head_and_its_driver_were_killed_the_same_command_goes_on_with
     strict, kept, tmp_path
 ) -> None:
     """The last time on engines that are kept: what goes on is in the run folder alone."""
-    folder = tmp_path / "quickstart"
+    folder = tmp_path / "killed"
     headless = start_run(tmp_path)
     wait_for_step(str(folder), 1)
     core = process_of(str(folder), "engine_serving", "core")
