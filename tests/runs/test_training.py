@@ -83,7 +83,7 @@ def test_a_run_leaves_everything_that_its_folder_promises(strict) -> None:
     assert outcome.is_complete and outcome.before and outcome.after
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoints", "config.yaml", "eval", "events.jsonl", "logs", "metrics.jsonl",
-        "model", "trees",
+        "model", "starts", "trees",
     ]  # fmt: skip
     metrics = run.metrics()
     assert metrics.loc[1:, "tokens/sampled"].sum() == outcome.sampled_tokens

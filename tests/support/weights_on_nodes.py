@@ -55,7 +55,8 @@ class Learner:
     def kill_store(self) -> int:
         """End the process that holds the weights on this node; returns how many there were."""
         mine = ray.get_runtime_context().get_node_id()
-        found = [p for p in psutil.process_iter() if "ray::WeightStore" in "".join(p.cmdline())]
+        running = psutil.process_iter(["cmdline"])  # None for one that has just ended
+        found = [p for p in running if "ray::WeightStore" in "".join(p.info["cmdline"] or ())]
         stores = [p for p in found if mine in " ".join(p.parent().cmdline())]
         for process in stores:
             process.kill()
