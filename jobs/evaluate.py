@@ -56,8 +56,7 @@ def evaluate(arguments: list[str]) -> int:
     found = run_benchmarks(config, rest[0], Console(0))
     scores, one = with_mean(config.folder, found), next(iter(found.values()))
     show(table(scores, one.sampling))
-    sampled = {name: getattr(one, name) for name in ("num_samples", "temperature", "top_p")}
-    print(json.dumps({"folder": config.folder, **sampled, "scores": plain(scores)}))
+    print(json.dumps({"folder": config.folder, **one.sampling_fields, "scores": plain(scores)}))
     return 0
 
 

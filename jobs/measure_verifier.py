@@ -28,7 +28,6 @@ Change = Callable[[str], Iterator[str]]
 Form = Callable[[re.Match[str]], str]
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-FRACTION = re.compile(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
 NUMERIC = re.compile(r"-?(?:\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}|\d*\\sqrt\{\d+\}|\d*\\pi)")
 LIST = re.compile(r"[^,()\[\]{}]+(?:,(?!\\[!,])[^,()\[\]{}]+)+")
 PAIR = re.compile(r"([(\[])([^,()\[\]]+),([^,()\[\]]+)([)\]])")

@@ -10,12 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar, cast, get_type_hints
 
+import yaml
 from omegaconf import Container, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from treerpo_ray.config.config import Config
-from treerpo_ray.config.identity import flatten, is_free, name_from
+from treerpo_ray.config.identity import Flat, flatten, is_free, name_from
 from treerpo_ray.errors import one_line
 
 T = TypeVar("T")
@@ -99,6 +100,11 @@ def _defaults() -> Container:
 def to_yaml(config: Config) -> str:
     """The resolved configuration, in a form that `load` reads back to an equal one."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flat_settings(text: str) -> Flat:
+    """Values of a configuration in YAML by their whole key, modules under their present names."""
+    return dict(flatten(with_moved_modules(yaml.safe_load(text))))
 
 
 def _part(argument: str) -> Container:

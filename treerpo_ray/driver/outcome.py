@@ -52,16 +52,6 @@ def collect_outcome(
     )
 
 
-def sampled(result: Evaluation) -> dict[str, float]:
-    """How an evaluation was sampled, as JSON has it."""
-    return {
-        "num_problems": result.num_problems,
-        "num_samples": result.num_samples,
-        "temperature": result.temperature,
-        "top_p": result.top_p,
-    }
-
-
 def summary_json(config: Config, outcome: RunResult) -> str:
     """The result as one line of JSON."""
     before, after = outcome.before, outcome.after
@@ -76,7 +66,11 @@ def summary_json(config: Config, outcome: RunResult) -> str:
             "pass_at_1_after": None if after is None else round(after.pass_at_1, 4),
             "ci95_before": interval(before),
             "ci95_after": interval(after),
-            **({} if after is None else sampled(after)),
+            **(
+                {"num_problems": after.num_problems, **after.sampling_fields}
+                if after is not None
+                else {}
+            ),
             "length_before": None if before is None else round(before.length, 1),
             "length_after": None if after is None else round(after.length, 1),
             "sampled_tokens": outcome.sampled_tokens,

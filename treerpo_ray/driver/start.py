@@ -4,13 +4,9 @@ What a run folder holds, down to the headline, is of one run. A start with other
 mix two, or answer with the result of the other.
 """
 
-from typing import cast
-
-import yaml
-
 from treerpo_ray.config import Config
-from treerpo_ray.config.files import to_yaml, with_moved_modules
-from treerpo_ray.config.identity import Flat, differences, flatten, is_free
+from treerpo_ray.config.files import flat_settings, to_yaml
+from treerpo_ray.config.identity import differences, is_free
 from treerpo_ray.metrics.run_log import METRICS_FILE
 from treerpo_ray.run_folder.checkpoints import Checkpoints
 from treerpo_ray.run_folder.files import CONFIG_FILE, WHOLE_MODEL, RunFolder
@@ -33,9 +29,9 @@ def check_same_run(config: Config) -> list[str]:
     folder = RunFolder(config.folder)
     if not folder.exists(CONFIG_FILE):
         return []
-    before, now = _settings(folder.read_text(CONFIG_FILE)), _settings(to_yaml(config))
+    before, now = flat_settings(folder.read_text(CONFIG_FILE)), flat_settings(to_yaml(config))
     # A setting that the earlier version did not have was what is its default now.
-    before = _settings(to_yaml(Config())) | before
+    before = flat_settings(to_yaml(Config())) | before
     fixed = differences(before, {key: value for key, value in now.items() if not is_free(key)})
     if fixed and _has_results(folder):
         more = f" and {len(fixed) - MOST_SHOWN} more" if len(fixed) > MOST_SHOWN else ""
@@ -64,10 +60,6 @@ def record_start(config: Config) -> None:
     number = len(folder.glob(f"{STARTS}/*.yaml")) + 1
     folder.publish_file(f"{STARTS}/{number:06d}.yaml", content)
     folder.publish_file(CONFIG_FILE, content)
-
-
-def _settings(text: str) -> Flat:
-    return dict(flatten(with_moved_modules(cast(dict[str, object], yaml.safe_load(text)))))
 
 
 def _has_results(folder: RunFolder) -> bool:

@@ -111,6 +111,12 @@ class Evaluation:
         answers = "1 answer" if self.num_samples == 1 else f"{self.num_samples} answers"
         return f"{answers} a problem, temperature {self.temperature:g}, top-p {self.top_p:g}"
 
+    @property
+    def sampling_fields(self) -> dict[str, float]:
+        """The same as numbers by name."""
+        names = ("num_samples", "temperature", "top_p")
+        return {name: getattr(self, name) for name in names}
+
     def row(self) -> Row:
         """Its row in `metrics.jsonl`."""
         return {
@@ -120,9 +126,7 @@ class Evaluation:
             "eval/ci95_high": self.ci95_high,
             "eval/length": self.length,
             "eval/num_problems": self.num_problems,
-            "eval/num_samples": self.num_samples,
-            "eval/temperature": self.temperature,
-            "eval/top_p": self.top_p,
+            **{f"eval/{name}": value for name, value in self.sampling_fields.items()},
         }
 
 

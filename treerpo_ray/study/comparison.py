@@ -16,15 +16,14 @@ from itertools import product
 from pathlib import Path
 from typing import cast
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config import Config
-from treerpo_ray.config.files import load, to_yaml, with_moved_modules
-from treerpo_ray.config.identity import Flat, flatten
+from treerpo_ray.config.files import flat_settings, load, to_yaml
+from treerpo_ray.config.identity import Flat
 from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation
 from treerpo_ray.metrics.run_log import last_step, latest_rows
@@ -212,7 +211,7 @@ def read_results(configs: Mapping[Trial, Config], folder: Path) -> list[Result]:
     other than the tokens of its setting, is passed over with a warning.
     """
     results = []
-    default = _flat(to_yaml(Config()))
+    default = flat_settings(to_yaml(Config()))
     for trial, config in configs.items():
         path = result_path(trial, folder)
         if path.is_file():
@@ -242,7 +241,7 @@ def _unlike(result: Result, config: Config, default: Flat) -> list[str]:
 
     A result may be older than a setting, which then has its `default`.
     """
-    ours, theirs = _flat(to_yaml(config)), default | _flat(result.config)
+    ours, theirs = flat_settings(to_yaml(config)), default | flat_settings(result.config)
     # How many steps its tokens come to is found out by the run; folders may have been moved.
     known = ours.keys() - {"run.root", "run.name", *LENGTH}
     unlike = sorted(name for name in known if ours[name] != theirs.get(name))
@@ -252,11 +251,6 @@ def _unlike(result: Result, config: Config, default: Flat) -> list[str]:
     if limit is not None and abs(sum(tokens) - limit) > max(tokens):
         unlike.append(f"tokens: {sum(tokens):,.0f} instead of {limit:,}")
     return unlike
-
-
-def _flat(config: str) -> Flat:
-    """Values of a configuration in YAML by their whole key."""
-    return dict(flatten(with_moved_modules(yaml.safe_load(config))))
 
 
 def version_of(root: Path) -> str:
