@@ -69,7 +69,11 @@ SMALL_INSTEAD = (
     *("evaluate.data.path=quickstart:test", "evaluate.max_tokens=64"),
     *("evaluate.data.question_column=question", "evaluate.data.answer_column=answer"),
     *("tree.num_children=[2]", "tree.step_tokens=[64]", "prompts.max_prompt_tokens=160"),
-    *("evaluate.data.max_prompt_tokens=160", "prompts.num_problems=512"),
+    *(
+        "evaluate.data.max_prompt_tokens=160",
+        "prompts.num_problems=512",
+        "evaluate.data.num_problems=100",
+    ),
 )
 """For the recipes: their data and model come from Hugging Face, where these tests do not go."""
 DATA = re.compile(r"\b(train|test|math500|gsm8k_test|math_train|answers_misjudged)\.jsonl(\.gz)?")
