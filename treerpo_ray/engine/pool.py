@@ -8,8 +8,7 @@ given up, and the others go on.
 import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from treerpo_ray.config.sections import EngineConfig
 from treerpo_ray.engine._waits import Waits
 from treerpo_ray.engine.background import BackgroundTasks, Signal
 from treerpo_ray.engine.replica import EngineActor, Replica, ReplicaState, WeightVersion
+from treerpo_ray.engine.router import Router
 from treerpo_ray.engine.types import EngineStats
 from treerpo_ray.metrics.run_log import Event, RunLogApi
 from treerpo_ray.weight_sync import Manifest, Probe, WeightsLost
@@ -28,58 +28,6 @@ log = logging.getLogger(__name__)
 
 MAX_STARTS = 5
 """Starts of one engine, without a tree in between, after which it is given up."""
-
-
-class Router:
-    """Hands places on engines to trees, first come, first served.
-
-    Args:
-        replicas: The engines of the pool, which alone changes this list.
-    """
-
-    def __init__(self, replicas: Sequence[Replica]) -> None:
-        self._replicas = replicas
-        self._waiting: deque[asyncio.Future[Replica]] = deque()
-
-    @property
-    def num_waiting(self) -> int:
-        """Trees without a place."""
-        return sum(not place.done() for place in self._waiting)
-
-    async def take(self) -> Replica:
-        """A place at the engine with the fewest trees, as soon as there is one."""
-        place: asyncio.Future[Replica] = asyncio.get_running_loop().create_future()
-        self._waiting.append(place)
-        self.fill()
-        try:
-            return await place
-        except asyncio.CancelledError:
-            if place.done() and not place.cancelled() and place.exception() is None:
-                self.release(place.result())
-            raise
-
-    def release(self, replica: Replica) -> None:
-        """Give a place back."""
-        replica.give_place_back()
-        self.fill()
-
-    def fill(self) -> None:
-        """Let trees in while there are places; to be called whenever there may be more."""
-        while self._waiting:
-            free = [replica for replica in self._replicas if replica.has_room]
-            if not free:
-                return
-            place = self._waiting.popleft()
-            if not place.done():
-                replica = min(free, key=lambda each: each.num_trees)
-                replica.take_place()
-                place.set_result(replica)
-
-    def fail(self, error: Exception) -> None:
-        """Raise `error` in all who wait: no engine will serve any more."""
-        while self._waiting:
-            if not (place := self._waiting.popleft()).done():
-                place.set_exception(error)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
