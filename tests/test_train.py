@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -216,11 +215,13 @@ def test_without_staleness_and_after_the_last_step_the_engines_are_awaited(
     assert worker.is_last == bool(staleness)
 
 
-def test_a_checkpoint_is_put_in_its_place_once_the_gate_knows_of_the_step(tmp_path: Path) -> None:
+def test_a_checkpoint_is_put_in_its_place_with_what_the_gate_says_of_its_own_step(
+    tmp_path: Path,
+) -> None:
+    """The gate is behind when the checkpoint is written, and may be ahead when it is placed."""
     is_served = threading.Event()
-    fakes = FakeActors(
-        {"publish": is_served, "consumed": False, "is_told_to_stop": False, "num_lines": (7, 7)}
-    )
+    fakes = FakeActors({"publish": is_served, "is_told_to_stop": False, "num_lines": (7, 7)})
+    fakes.answers["consumed"] = "after step 1"
     worker = make_worker(config_of(tmp_path, num_steps=9), fakes, step=0)
     saved = []
     worker.saver = SimpleNamespace(
@@ -230,31 +231,24 @@ def test_a_checkpoint_is_put_in_its_place_once_the_gate_knows_of_the_step(tmp_pa
     worker.checkpoint_if_due()  # comes back
     [(step, named)] = saved
     assert (step, named["is_last"]) == (1, False)
-    with beside(named["before_place"]) as placing:
+    with beside(named["before_place"], tmp_path) as placing:
         until_called(fakes, "publish")
         assert not placing.done() and "num_lines" not in fakes.calls
         is_served.set()
         placing.result(LIMIT_S)
     assert fakes.calls.index("consumed") < fakes.calls.index("num_lines")
-
-
-def test_a_checkpoint_with_measurements_waits_until_the_gate_has_them(tmp_path: Path) -> None:
-    is_served = threading.Event()
-    fakes = FakeActors({"publish": is_served, "consumed": False, "is_told_to_stop": False})
-    config = config_of(tmp_path, num_steps=9)
-    config = replace(config, gate=replace(config.gate, revisit=0.5))
-    worker = make_worker(config, fakes, step=0)
-    saved = []
-    worker.saver = SimpleNamespace(
-        is_due=lambda step: True, save=lambda step, *_, **named: saved.append(step)
-    )
+    fakes.answers["consumed"] = "after step 2"
     one_step(worker)
-    with beside(worker.checkpoint_if_due) as saving:
-        until_called(fakes, "publish")
-        assert not saving.done() and not saved
-        is_served.set()
-        saving.result(LIMIT_S)
-    assert saved == [1] and "consumed" in fakes.calls
+    worker.publisher.wait()
+    named["before_place"](tmp_path)
+    assert (tmp_path / "gate.json").read_text() == "after step 1"
+
+
+def test_the_gate_begins_again_from_what_the_checkpoint_holds_of_it(tmp_path: Path) -> None:
+    fakes = FakeActors({"unconsumed": [], "restart": 7, "stats": []})
+    (tmp_path / "gate.json").write_text("after step 2")
+    make_worker(config_of(tmp_path), fakes, step=2).open(tmp_path)
+    assert fakes.arguments["restart"] == (2, "after step 2")
 
 
 def test_a_run_that_is_told_to_stop_ends_after_the_step_under_way(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Task: what crosses between the stages of a run, and what its train workers are told."""
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NewType, Protocol
 
 import ray
 
@@ -35,12 +35,8 @@ class Ticket:
     """Seed of the tree."""
 
 
-class Measurement(NamedTuple):
-    """Root value of a tree of a prompt (row of the training set) that a learner step consumed."""
-
-    step: int
-    prompt: int
-    value: float
+GateState = NewType("GateState", str)
+"""What a gate must know to issue the same tickets from a learner step on; its own business."""
 
 
 class GateApi(Protocol):
@@ -51,13 +47,10 @@ class GateApi(Protocol):
         """See `Gate`, as for all that follow."""
 
     @actor_method
-    def consumed(self, step: int, root_values: Sequence[RootValue]) -> None: ...
+    def consumed(self, step: int, root_values: Sequence[RootValue]) -> GateState: ...
 
     @actor_method
-    def measurements(self) -> list[Measurement]: ...
-
-    @actor_method
-    def restart(self, step: int, measurements: Iterable[Measurement]) -> int: ...
+    def restart(self, step: int, state: GateState | None) -> int: ...
 
     @actor_method
     def status(self, stacks: StackDump) -> StageStatus: ...

@@ -19,6 +19,7 @@ Who waits for whom:
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -43,10 +44,12 @@ from treerpo_ray.run_folder.checkpoints import Checkpoints, CheckpointSaver
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.writer import BackgroundWriter
 from treerpo_ray.scoring import Scorer
-from treerpo_ray.search import curriculum
-from treerpo_ray.task import STREAM, WorkerTask
+from treerpo_ray.task import STREAM, GateState, WorkerTask
 from treerpo_ray.tree_stream import Prefetcher, from_worker_batch
 from treerpo_ray.weight_sync import Publisher
+
+GATE_FILE = "gate.json"
+"""State of the gate, in a checkpoint."""
 
 
 def train(task: WorkerTask) -> None:
@@ -148,6 +151,8 @@ class TrainWorker:
             chunk_bytes=self.config.sync.chunk_mib * 2**20,
         )
         self.engines: EngineTotals
+        self.consumed: Future[GateState]
+        """State of the gate after the newest learner step, once it knows of it."""
         self.sampled_tokens = 0.0
         self.is_last = False
         self.trees_kept: int | None = None
@@ -180,8 +185,7 @@ class TrainWorker:
         self._await_engines()
         totals = ray.get(pool.stats.remote())
         self.engines = EngineTotals(totals)
-        drawn_from = curriculum.read(checkpoint, self.config.prompts)
-        session: int = ray.get(gate.restart.remote(self.step, drawn_from))
+        session: int = ray.get(gate.restart.remote(self.step, _read_gate(checkpoint)))
         left_over = saved_trees.read(checkpoint, self.config.tree)
         saved = saved_trees.usable(
             [*left_over, *grown], step=self.step, version=version, gate=self.config.gate
@@ -252,7 +256,8 @@ class TrainWorker:
             version = self.learner.version
             if not update.has_updated:
                 self._await_engines()  # no publication of this step has waited for the one before
-            self.publisher.then(partial(self._consumed, step, version, update.stats.root_values))
+            roots = update.stats.root_values
+            self.consumed = self.publisher.then(partial(self._consumed, step, version, roots))
             if not self.config.gate.max_staleness:
                 self._await_engines()
             self.is_last = ray.get(self.actors.gate.is_told_to_stop.remote()) or self._is_over()
@@ -260,10 +265,11 @@ class TrainWorker:
                 self._await_engines()
         self.is_last = self._agreed(self.is_last)
 
-    def _consumed(self, step: int, version: int, root_values: tuple[RootValue, ...]) -> None:
+    def _consumed(self, step: int, version: int, root_values: tuple[RootValue, ...]) -> GateState:
         size = self.config.gate.trees_per_step
-        ray.get(self.actors.gate.consumed.remote(step, root_values))
+        state: GateState = ray.get(self.actors.gate.consumed.remote(step, root_values))
         self._note("consumed", step=step, first=step * size, trees=size, version=version)
+        return state
 
     def report(self, update: UpdateResult) -> None:
         """Write the step's row."""
@@ -294,23 +300,20 @@ class TrainWorker:
         """Save a checkpoint; training goes on while it is put in its place, but for the last."""
         if not self.is_first or not (self.is_last or self.saver.is_due(self.step)):
             return
-        if self.config.gate.revisit:
-            self._await_engines()  # what the gate draws from is that of these steps
         self.heartbeat.at(f"writing the checkpoint of step {self.step}")
         first = self.step * self.config.gate.trees_per_step
-        publication, trees_kept = self.publisher.last, self.trees_kept
+        consumed, trees_kept = self.consumed, self.trees_kept
         num_lines = 0
 
         def write(folder: Path) -> None:
             self.learner.write(folder)
             trees = ray.get(self.actors.pool.unconsumed.remote(first))
             saved_trees.write(folder, trees, self.config.tree)
-            drawn_from = ray.get(self.actors.gate.measurements.remote())
-            curriculum.write(folder, drawn_from, self.config.prompts)
 
-        def before_place() -> None:
+        def before_place(folder: Path) -> None:
             nonlocal num_lines
-            publication.result()  # no checkpoint tells of a step that the gate holds for due
+            # No checkpoint tells of a step that the gate holds for due.
+            (folder / GATE_FILE).write_text(consumed.result())
             num_lines = ray.get(self.actors.run_log.num_lines.remote())[0]
 
         self.saver.save(
@@ -412,3 +415,10 @@ class TrainWorker:
         flag = torch.tensor([int(is_last)], device=self.learner.device)
         dist.broadcast(flag, src=0)
         return bool(flag.item())
+
+
+def _read_gate(checkpoint: Path | None) -> GateState | None:
+    """State of the gate in a checkpoint, if there is one."""
+    if checkpoint is None or not (checkpoint / GATE_FILE).exists():
+        return None
+    return GateState((checkpoint / GATE_FILE).read_text())

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import numpy as np
 import ray
@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # manifests go through actors that have no use for it
     import torch
 
 
+T = TypeVar("T")
 ALIGNMENT = 64
 """Offsets are multiples of this, so that every dtype can be viewed in place."""
 
@@ -175,7 +176,7 @@ class Publisher:
     ) -> None:
         self.send, self.node, self.probe_ids = send, node, probe_ids
         self.dtype, self.chunk_bytes = dtype, chunk_bytes
-        self._last: Future[None] = Future()
+        self._last: Future[Any] = Future()
         self._last.set_result(None)
 
     def publish(self, policy: PublishedPolicy, version: int) -> str:
@@ -195,11 +196,17 @@ class Publisher:
         self.then(lambda: ray.get(self.send(manifest, refs, probe, self.node)))
         return manifest.digests[0]
 
-    def then(self, work: Callable[[], object]) -> None:
-        """Have `work` done once all before it is; it is left out if any of that failed."""
-        before, self._last = self._last, Future()
+    def then(self, work: Callable[[], T]) -> Future[T]:
+        """Have `work` done once all before it is; it is left out if any of that failed.
+
+        Returns:
+            What it gives, which is there when all is done until then; raises what failed first.
+        """
+        done: Future[T] = Future()
+        before, self._last = self._last, done
         # A daemon: a publication that hangs must not keep a worker alive that has failed.
-        threading.Thread(target=_work, args=(before, work, self._last), daemon=True).start()
+        threading.Thread(target=_work, args=(before, work, done), daemon=True).start()
+        return done
 
     @property
     def is_under_way(self) -> bool:
@@ -210,17 +217,11 @@ class Publisher:
         """Wait until all is done; raises what failed first."""
         self._last.result()
 
-    @property
-    def last(self) -> Future[None]:
-        """Is done when all is that was begun until now; raises what failed first."""
-        return self._last
 
-
-def _work(before: Future[None], work: Callable[[], object], done: Future[None]) -> None:
+def _work(before: Future[Any], work: Callable[[], T], done: Future[T]) -> None:
     try:
         before.result()
-        work()
-        done.set_result(None)
+        done.set_result(work())
     except BaseException as error:  # raised again in `wait`
         done.set_exception(error)
 

@@ -1,15 +1,10 @@
 """The curriculum: weights by hand, draws against their closed form, and nothing lost on disk."""
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treerpo_ray.config import load
-from treerpo_ray.search import curriculum
-from treerpo_ray.search.curriculum import Curriculum
-from treerpo_ray.task import Measurement
+from treerpo_ray.search.curriculum import Curriculum, Measurement, from_state, to_state
 
 MEASURED = [
     Measurement(0, 3, 0.5),
@@ -87,16 +82,7 @@ def test_what_is_given_up_is_nothing_that_later_tickets_ask_for(
         assert len(drawn.measurements) <= 5 + 4 * staleness, "bounded by prompts and window"
 
 
-def test_measurements_come_back_from_a_checkpoint_as_they_were(tmp_path: Path) -> None:
-    config = load(["prompts.path=a.jsonl", "prompts.num_problems=9"])
+def test_measurements_come_back_from_a_state_as_they_were() -> None:
     thirds = [*MEASURED, Measurement(3, 5, 1 / 3)]
-    curriculum.write(tmp_path, thirds, config.prompts)
-    changed = load(["prompts.path=a.jsonl", "prompts.num_problems=9", "gate.revisit=0.25"])
-    assert curriculum.read(tmp_path, changed.prompts) == thirds
-    assert curriculum.read(tmp_path, load(["prompts.path=b.jsonl"]).prompts) == []
-
-
-def test_a_checkpoint_without_measurements_gives_none(tmp_path: Path) -> None:
-    curriculum.write(tmp_path, [], load([]).prompts)
-    assert list(tmp_path.iterdir()) == []
-    assert curriculum.read(tmp_path, load([]).prompts) == []
+    assert from_state(to_state(thirds)) == thirds
+    assert from_state(to_state([])) == from_state(None) == []

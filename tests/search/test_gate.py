@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treerpo_ray.records import RootValue
+from treerpo_ray.search.curriculum import Measurement, to_state
 from treerpo_ray.search.gate import Gate, redrawn
-from treerpo_ray.task import Measurement, Ticket
+from treerpo_ray.task import GateState, Ticket
 
 SMALL = st.integers(1, 7)
 
@@ -91,7 +92,7 @@ def test_epochs_and_seeds_are_shuffled_differently() -> None:
 @given(number=st.integers(0, 10**6), trees=SMALL, staleness=st.integers(0, 4))
 def test_a_ticket_is_a_pure_function_of_its_number(number: int, trees: int, staleness: int) -> None:
     other = make_gate(trees_per_step=trees, max_staleness=staleness)
-    other.restart(2, ())
+    other.restart(2, None)
     assert other.ticket(number) == make_gate().ticket(number)
 
 
@@ -145,7 +146,7 @@ def test_a_restart_issues_the_tickets_from_its_step_on_once_more(step: int) -> N
         gate.consumed(0, ())
         gate.consumed(1, ())
         await all_now(gate)
-        gate.restart(step, ())
+        gate.restart(step, None)
         assert gate.done() == step
         last = min(step + 2, 4) * 2
         assert await all_now(gate) == list(range(step * 2, last))
@@ -183,7 +184,7 @@ def test_who_waits_from_before_a_restart_gets_no_ticket_of_the_new_session() -> 
             await gate.next(0)
         late = asyncio.create_task(gate.next(0))
         await asyncio.sleep(0)
-        session = gate.restart(1, ())
+        session = gate.restart(1, None)
         tickets = [await gate.next(session) for _ in range(2)]
         return await late, [ticket.number for ticket in tickets if ticket is not None]
 
@@ -222,16 +223,19 @@ def revisiting(staleness: int, revisit: float = 0.5) -> Gate:
     )
 
 
-def run_on(gate: Gate, num_steps: int) -> dict[int, Ticket]:
-    """Consume steps until `num_steps` are done; returns the tickets that were let out."""
+def run_on(gate: Gate, num_steps: int) -> tuple[dict[int, Ticket], GateState | None]:
+    """Consume steps until `num_steps` are done; returns the tickets that were let out, and the
+    state after the last step."""
     issued: dict[int, Ticket] = {}
+    state = None
     while gate.done() < num_steps:
         while gate.issued < gate.limit:
             ticket = asyncio.run(gate.next(gate.session))
             issued[ticket.number] = ticket
         due = [issued[gate.done() * 6 + place] for place in (4, 1, 5, 0, 3, 2)]  # as they finish
-        gate.consumed(gate.done(), [RootValue(t.number, 0, value_of(t)) for t in due])
-    return issued
+        roots = [RootValue(t.number, 0, value_of(t)) for t in due]
+        state = gate.consumed(gate.done(), roots)
+    return issued, state
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
@@ -239,7 +243,7 @@ def test_tickets_come_back_only_to_what_was_measured_before_their_admission(
     staleness: int,
 ) -> None:
     gate, plain = revisiting(staleness), revisiting(staleness, revisit=0.0)
-    issued = run_on(gate, 12)
+    issued, _ = run_on(gate, 12)
     num_back = 0
     for number, ticket in issued.items():
         assert ticket.seed == plain.ticket(number).seed
@@ -259,26 +263,26 @@ def test_tickets_come_back_only_to_what_was_measured_before_their_admission(
 def test_a_run_that_goes_on_from_its_measurements_issues_the_tickets_of_one_without_a_break(
     staleness: int, step: int
 ) -> None:
-    first, ahead = revisiting(staleness), revisiting(staleness)
-    run_on(first, step)
-    whole = run_on(ahead, 12)
+    ahead = revisiting(staleness)
+    _, state = run_on(revisiting(staleness), step)
+    whole, _ = run_on(ahead, 12)
     for gate in (revisiting(staleness), ahead):  # in another process, or the same one put back
-        gate.restart(step, first.measurements())
-        assert run_on(gate, 12) == {number: whole[number] for number in range(step * 6, 72)}
+        gate.restart(step, state)
+        assert run_on(gate, 12)[0] == {number: whole[number] for number in range(step * 6, 72)}
 
 
 def test_without_revisits_values_change_no_ticket_and_are_not_kept() -> None:
     gate = revisiting(0, revisit=0.0)
-    issued = run_on(gate, 12)
+    issued, _ = run_on(gate, 12)
     assert issued == {number: revisiting(0, revisit=0.0).ticket(number) for number in range(72)}
     assert sorted(issued[n].prompt for n in range(40)) == list(range(40))
-    assert gate.measurements() == []
+    assert gate.curriculum.measurements == []
 
 
 def test_a_redrawn_tree_measures_the_prompt_that_it_was_grown_from() -> None:
     gate = revisiting(1)
     gate.consumed(0, [RootValue(4, 2, 0.5), RootValue(1, 0, 0.25)])
-    assert gate.measurements() == [
+    assert gate.curriculum.measurements == [
         Measurement(0, gate.ticket(1).prompt, 0.25),
         Measurement(0, redrawn(4, 2, num_prompts=40, seed=3).prompt, 0.5),
     ]
@@ -286,5 +290,5 @@ def test_a_redrawn_tree_measures_the_prompt_that_it_was_grown_from() -> None:
 
 def test_measurements_of_prompts_that_the_data_set_no_longer_has_are_left_out() -> None:
     gate = revisiting(0)
-    gate.restart(1, [Measurement(0, 39, 0.5), Measurement(0, 40, 0.5)])
-    assert gate.measurements() == [Measurement(0, 39, 0.5)]
+    gate.restart(1, to_state([Measurement(0, 39, 0.5), Measurement(0, 40, 0.5)]))
+    assert gate.curriculum.measurements == [Measurement(0, 39, 0.5)]

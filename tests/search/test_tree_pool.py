@@ -273,7 +273,7 @@ def test_the_evaluation_of_a_learner_that_died_ends_when_the_next_one_begins() -
         [replica] = pool.engines.replicas
         while engine.calls.count("grow") < 2 * TREES + len(PROMPTS):
             await asyncio.sleep(0)
-        await pool.grow_tickets(Handle(gate), gate.restart(0, ()), 0, 1, [])
+        await pool.grow_tickets(Handle(gate), gate.restart(0, None), 0, 1, [])
         with pytest.raises(RuntimeError, match="gave this evaluation up"):
             await orphan
         assert replica.num_trees <= 2 * TREES, "only trees of tickets are left"
@@ -332,7 +332,7 @@ def test_a_pool_goes_on_from_what_another_one_had_not_had_consumed(
         assert saved or turns < 30, "there is something to go on from"
 
         later = make_gate(config)
-        session = later.restart(step, ())
+        session = later.restart(step, None)
         other = await make_pool(config, fleet)
         await serve_from_start(other, version=step)
         await other.grow_tickets(Handle(later), session, step * TREES, 1, saved)
@@ -372,7 +372,7 @@ def test_a_learner_that_is_lost_goes_on_from_what_its_own_pool_holds_of_the_vers
             await asyncio.sleep(0)
         grown = await pool.unconsumed(first * TREES)
         await serve(pool, first)
-        session = gate.restart(first, ())
+        session = gate.restart(first, None)
         saved = saved_trees.usable(grown, step=first, version=first, gate=config.gate)
         assert all(tree.tree.max_version <= first for tree in saved)
         assert back or len(saved) == len(grown), "they are of no version that was rolled back"
@@ -439,11 +439,11 @@ def test_a_saved_tree_of_a_revisited_prompt_is_used_where_its_ticket_comes_back_
         for step in range(2):
             batch = await take(pool, TREES)
             await serve(pool, step + 1)
-            gate.consumed(step, [RootValue(tree.ticket, 0, 0.5) for tree in batch])
+            state = gate.consumed(step, [RootValue(tree.ticket, 0, 0.5) for tree in batch])
         await pool.take("reader", TREES, 1.0)
         saved = await pool.unconsumed(2 * TREES)
         before = {tree.ticket: gate.ticket(tree.ticket) for tree in saved}
-        session = gate.restart(2, gate.measurements() if keeps_values else ())
+        session = gate.restart(2, state if keeps_values else None)
         same = {number for number, ticket in before.items() if gate.ticket(number) == ticket}
         assert (len(same) == len(saved) > 0) == keeps_values
         await pool.grow_tickets(Handle(gate), session, 2 * TREES, 1, saved)
@@ -470,7 +470,7 @@ def test_a_redrawn_tree_is_saved_as_such_and_goes_on_as_such() -> None:
 
         other = await make_pool(config, fleet)
         await serve_from_start(other)
-        await other.grow_tickets(Handle(gate), gate.restart(0, ()), 0, 1, saved)
+        await other.grow_tickets(Handle(gate), gate.restart(0, None), 0, 1, saved)
         (again,) = [tree for tree in await take(other, TREES) if tree.ticket == 2]
         assert contents(again.tree) == contents(other_prompt.tree)
         assert (again.num_redraws, again.redrawn_tokens) == (1, other_prompt.redrawn_tokens)
@@ -486,7 +486,7 @@ def test_the_share_of_a_worker_follows_from_the_workers_that_there_are() -> None
         gate = make_gate(config)
         pool = await opened(config, fleet, gate)
         for num_workers, size in ((1, 4), (2, 2), (4, 1)):
-            await pool.grow_tickets(Handle(gate), gate.restart(0, ()), 0, num_workers, [])
+            await pool.grow_tickets(Handle(gate), gate.restart(0, None), 0, num_workers, [])
             assert await pool.worker_batch_size() == size
         await pool.stop()
 

@@ -199,7 +199,7 @@ class CheckpointSaver:
         is_settled: Callable[[], bool],
         placed: Callable[[], object],
         *,
-        before_place: Callable[[], object] = lambda: None,
+        before_place: Callable[[Path], object] = lambda folder: None,
         is_last: bool,
     ) -> None:
         """Save the checkpoint of `step`; returns once it is written here, if it is not the last.
@@ -207,8 +207,9 @@ class CheckpointSaver:
         Args:
             step: Learner steps done.
             write: Fills its folder.
-            before_place: Returns when it may be put in its place, awaited in the background for
-                however long it takes; the checkpoint is left out if it raises.
+            before_place: Fills the folder with the rest and returns when it may be put in its
+                place, awaited in the background for however long it takes; the checkpoint is left
+                out if it raises.
             is_settled: Whether the run folder holds what comes before the checkpoint; that is
                 awaited for a limited time, in the background.
             placed: Told, in the background, that the checkpoint is in its place.
@@ -232,7 +233,7 @@ class CheckpointSaver:
                 staging = self._checkpoints.stage(write)
                 is_written.set()
                 try:
-                    before_place()
+                    before_place(staging)
                     self._settle(name, is_settled)
                 except BaseException:
                     shutil.rmtree(staging, ignore_errors=True)

@@ -6,17 +6,22 @@ none where nothing can be told apart.
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from treerpo_ray.config.sections import PromptsConfig
-from treerpo_ray.task import Measurement
+from treerpo_ray.task import GateState
 
-FILE = "measurements.json"
-STREAM = 1
+REVISITS = 1
 """Sets the draws of a ticket apart from those of its tree's seed and of its other prompts."""
+
+
+class Measurement(NamedTuple):
+    """Root value of a tree of a prompt (row of the training set) that a learner step consumed."""
+
+    step: int
+    prompt: int
+    value: float
 
 
 class Curriculum:
@@ -43,7 +48,7 @@ class Curriculum:
         """
         if not self.share:
             return None
-        sequence = np.random.SeedSequence((self.seed, number), spawn_key=(STREAM,))
+        sequence = np.random.SeedSequence((self.seed, number), spawn_key=(REVISITS,))
         rng = np.random.default_rng(sequence)
         if rng.random() >= self.share or not (weights := self.weights(last_step)):
             return None
@@ -76,18 +81,11 @@ class Curriculum:
         self._weights.clear()
 
 
-def write(folder: Path, measurements: Sequence[Measurement], prompts: PromptsConfig) -> None:
-    """Write the `measurements` of `prompts`, if there are any, into the folder of a checkpoint."""
-    if measurements:
-        content = {"prompts": asdict(prompts), "measurements": measurements}
-        (folder / FILE).write_text(json.dumps(content))
+def to_state(measurements: Sequence[Measurement]) -> GateState:
+    """Measurements as text."""
+    return GateState(json.dumps(measurements))
 
 
-def read(folder: Path | None, prompts: PromptsConfig) -> list[Measurement]:
-    """Measurements of a checkpoint, if there is one that has any, of these `prompts`."""
-    if folder is None or not (folder / FILE).exists():
-        return []
-    content = json.loads((folder / FILE).read_text())
-    if content["prompts"] != asdict(prompts):
-        return []
-    return [Measurement(*row) for row in content["measurements"]]
+def from_state(state: GateState | None) -> list[Measurement]:
+    """Measurements as they were; none of a gate that has not issued a ticket yet."""
+    return [Measurement(*row) for row in json.loads(state)] if state else []

@@ -13,14 +13,14 @@ batch k. So a run that is resumed issues the same tickets.
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from treerpo_ray.metrics.health import StackDump, StageStatus
 from treerpo_ray.records import RootValue
-from treerpo_ray.search.curriculum import Curriculum
-from treerpo_ray.task import Measurement, Ticket
+from treerpo_ray.search.curriculum import Curriculum, Measurement, from_state, to_state
+from treerpo_ray.task import GateState, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -93,12 +93,15 @@ class Gate:
         self._moved_at = time.monotonic()
         return ticket
 
-    def consumed(self, step: int, root_values: Sequence[RootValue]) -> None:
+    def consumed(self, step: int, root_values: Sequence[RootValue]) -> GateState:
         """Learner step `step` has consumed its tickets and every engine serves what came of it.
 
         Args:
             step: The learner step that is due.
             root_values: Those of its trees, in any order; those that errored have none.
+
+        Returns:
+            What `restart` at the next step needs to issue the same tickets.
 
         Raises:
             RuntimeError: steps were skipped or consumed twice.
@@ -109,20 +112,21 @@ class Gate:
         self.steps_done = step + 1
         self._moved_at = time.monotonic()
         self._moved.set()
+        return to_state(self.curriculum.measurements)
 
-    def restart(self, step: int, measurements: Iterable[Measurement]) -> int:
+    def restart(self, step: int, state: GateState | None) -> int:
         """Begin again at learner step `step`: tickets from there on are issued anew.
 
         Args:
             step: The first learner step that is due.
-            measurements: What `measurements` gave when it was due before.
+            state: What `consumed` gave when it became due before; None for the first one.
 
         Returns:
             The number of the session that begins.
         """
         log.info("gate restarts at step %d (was %d)", step, self.steps_done)
         self.steps_done, self.issued = step, step * self.trees_per_step
-        self._remember(measurements)
+        self._remember(state)
         self.session += 1
         self._moved.set()
         return self.session
@@ -152,12 +156,8 @@ class Gate:
 
     # Revisits: what was measured, and what a resumed run needs of it -----------------------------
 
-    def measurements(self) -> list[Measurement]:
-        """What `restart` at the step that is due needs to issue the same tickets."""
-        return self.curriculum.measurements
-
-    def _remember(self, measurements: Iterable[Measurement]) -> None:
-        own = [m for m in measurements if m.prompt < self.num_prompts]  # data sets may shrink
+    def _remember(self, state: GateState | None) -> None:
+        own = [m for m in from_state(state) if m.prompt < self.num_prompts]  # data sets may shrink
         self.curriculum = Curriculum(share=self.curriculum.share, seed=self.seed, measurements=own)
 
     def _measure(self, step: int, root_values: Sequence[RootValue]) -> None:
