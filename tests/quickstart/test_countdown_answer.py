@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tests.support.project import ROOT
 from treerpo_ray.config import load
 from treerpo_ray.driver.plan import load_inputs
-from treerpo_ray.quickstart import task
+from treerpo_ray.quickstart import exercises
 from treerpo_ray.quickstart.countdown_answer import SELF_TEST, check_answer, evaluate, find_answer
 from treerpo_ray.verifier.verdict import Answer, Verdict
 from treerpo_ray.verifier.verifier import Verifier
@@ -134,7 +134,7 @@ def test_any_text_gets_a_verdict(text, is_cut_off):
 def test_a_run_of_the_domain_has_its_problems_and_its_verifier_by_configuration_alone():
     config = load([str(FILE), "prompts.num_problems=40", "model.path=treerpo_ray/quickstart/model"])
     inputs = load_inputs(config)
-    rows = task.problems("countdown", "train", 40, 0)
+    rows = exercises.problems("countdown", "train", 40, 0)
     assert len(inputs.delimiters) == 1
     assert [problem.question for problem in inputs.prompts.problems] == [r.question for r in rows]
     answers = [

@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from tests.support.project import ROOT
 from treerpo_ray.config import load
+from treerpo_ray.quickstart import exercises
 from treerpo_ray.quickstart import make_model as script
-from treerpo_ray.quickstart import task
 from treerpo_ray.quickstart.tokenizer import make_tokenizer
 
 SMALL = script.Recipe(num_layers=1, hidden_size=32, num_steps=20, batch_size=8)
@@ -82,7 +82,7 @@ def test_a_task_file_fits_the_model_that_it_names(names):
     assert config.verifier.check == recipe.check.__module__
     assert config.prompts.path == f"quickstart:{recipe.task}/train"
     assert config.evaluate.data.path == f"quickstart:{recipe.task}/test"
-    rows = task.problems(recipe.task, "train", 300, 0)
+    rows = exercises.problems(recipe.task, "train", 300, 0)
     most = min(config.shape.max_answer_tokens, recipe.max_response_tokens)
     assert max(len(row.solution) for row in rows) < most
     assert max(len(row.question) for row in rows) < config.prompts.max_prompt_tokens

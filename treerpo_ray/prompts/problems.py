@@ -25,7 +25,7 @@ import pyarrow.parquet
 from treerpo_ray.config.sections import PromptsConfig
 from treerpo_ray.errors import one_line
 from treerpo_ray.prompts.hub import HUB_ID, Unreachable, is_unreachable
-from treerpo_ray.quickstart import task
+from treerpo_ray.quickstart import exercises
 
 QUICKSTART = "quickstart:"
 DEFAULT_TASK = "chains4"
@@ -142,7 +142,7 @@ def _draw_quickstart(config: PromptsConfig) -> list[Problem]:
     if config.num_problems is None:
         raise ValueError("an embedded task has no end; set num_problems")
     name, _, split = config.path.removeprefix(QUICKSTART).rpartition("/")
-    rows = task.problems(name or DEFAULT_TASK, split, config.num_problems, QUICKSTART_SEED)
+    rows = exercises.problems(name or DEFAULT_TASK, split, config.num_problems, QUICKSTART_SEED)
     return [Problem(id=row.id, question=row.question, answers=(row.answer,)) for row in rows]
 
 

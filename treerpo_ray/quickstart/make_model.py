@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from transformers import BatchEncoding, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from treerpo_ray.quickstart import countdown_answer
-from treerpo_ray.quickstart.task import draw_exercises, problems
+from treerpo_ray.quickstart.exercises import draw_exercises, problems
 from treerpo_ray.quickstart.tokenizer import MAX_LENGTH, make_tokenizer
 from treerpo_ray.verifier import math_answer
 

@@ -53,7 +53,7 @@ TASKS: dict[str, Callable[[random.Random], Exercise]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
+class WorkedProblem:
     """One problem: `id` names split and seed, `answer` is the verifier's reference."""
 
     id: str
@@ -78,18 +78,18 @@ def draw_exercises(task: str, split: str, rng: random.Random) -> Iterator[Exerci
             yield exercise
 
 
-def problems(task: str, split: str, num: int, seed: int) -> list[Problem]:
+def problems(task: str, split: str, num: int, seed: int) -> list[WorkedProblem]:
     """Return `num` different problems of a split; the same arguments give the same problems.
 
     Raises ValueError for an unknown task or split.
     """
     rng = random.Random(f"{split}-{seed}")
-    found: dict[str, Problem] = {}
+    found: dict[str, WorkedProblem] = {}
     for exercise in draw_exercises(task, split, rng):
         if len(found) == num:
             break
         if exercise.question not in found:
-            found[exercise.question] = Problem(
+            found[exercise.question] = WorkedProblem(
                 id=f"{split}-{seed}-{len(found)}",
                 question=exercise.question,
                 answer=exercise.answer,
@@ -98,7 +98,7 @@ def problems(task: str, split: str, num: int, seed: int) -> list[Problem]:
     return list(found.values())
 
 
-def write_problems(path: Path, rows: list[Problem]) -> None:
+def write_problems(path: Path, rows: list[WorkedProblem]) -> None:
     """Write problems as JSONL rows {id, question, answer, solution}."""
     path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
 
