@@ -1,7 +1,7 @@
-"""Tree plots: figures of one tree of a run; every function gives a new matplotlib Figure."""
+"""Tree plots: figures of one tree, of a run or made by hand; every function gives a new Figure."""
 
 import textwrap
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -13,10 +13,12 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 
+from treerpo_ray.algo.backup import Values
 from treerpo_ray.algo.tree import ROOT, Tree
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.study.analysis import Run, path_changes, worst_leaf
 from treerpo_ray.study.plots import KEPT, PRUNED, figure_grid
+from treerpo_ray.verifier.verdict import Verdict
 
 LOST = "#c8443c"
 FONT = "DejaVu Sans Mono"
@@ -33,44 +35,49 @@ ROW_INCHES, COLUMN_INCHES = 0.68, 2.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class View:
-    """What is drawn of a tree; ROOT = -1 is the last entry of the arrays and texts."""
+class TreeView:
+    """What is shown of a tree."""
 
-    record: TreeRecord
-    values: Float64[np.ndarray, " steps_and_root"]
-    advantages: Float64[np.ndarray, " steps_and_root"]
-    texts: list[str]
-    rows: dict[int, float]
-    """Vertical place of each step that is shown, from the top."""
-
-    @property
-    def tree(self) -> Tree:
-        """Its tree."""
-        return self.record.tree
+    tree: Tree
+    question: str
+    texts: Sequence[str]
+    """Each step's own."""
+    values: Values
+    advantages: Float64[np.ndarray, " steps"]
+    """NaN where a step is not trained on."""
+    verdicts: Sequence[Verdict]
+    """Of each leaf."""
 
 
 def plot_tree(run: Run, record: TreeRecord) -> Figure:
-    """The tree with each step's text, value and, in kept step groups, advantage.
+    """The tree of a run with each step's text, value and, in kept step groups, advantage.
 
     A tree of more than MAX_LEAVES leaves is drawn open along one path only, the one that loses
     most value; other steps say how many leaves they hide.
     """
-    tree, values = record.tree, run.values(record)
-    opened: Set[int] = tree.children.keys()
-    if len(tree.leaves) > MAX_LEAVES:
-        opened = {ROOT, *tree.path(worst_leaf(run, record))} & opened
-    view = View(
-        record=record,
-        values=np.append(values.steps, values.root),
-        advantages=np.append(run.advantages(record), np.nan),
-        texts=[*run.step_texts(record), record.question],
-        rows=_rows(tree, ROOT, opened, count()),
+    view = TreeView(
+        tree=record.tree,
+        question=record.question,
+        texts=run.step_texts(record),
+        values=run.values(record),
+        advantages=run.advantages(record),
+        verdicts=record.verdicts,
     )
-    num_rows, num_columns = max(view.rows.values()) + 1, max(tree.depths, default=0) + 1
+    if len(record.tree.leaves) <= MAX_LEAVES:
+        return draw_tree(view)
+    return draw_tree(view, opened={ROOT, *record.tree.path(worst_leaf(run, record))})
+
+
+def draw_tree(view: TreeView, opened: Set[int] | None = None) -> Figure:
+    """A tree from left to right; without `opened`, the steps whose children are shown, whole."""
+    tree = view.tree
+    opened = tree.children.keys() if opened is None else opened & tree.children.keys()
+    rows = _rows(tree, ROOT, opened, count())
+    num_rows, num_columns = max(rows.values()) + 1, max(tree.depths, default=0) + 1
     figure, (axes,) = figure_grid(1, num_columns=1, height=ROW_INCHES * num_rows + 0.6)
     figure.set_figwidth(COLUMN_INCHES * num_columns)
-    for step in view.rows:
-        _draw_step(axes, view, step)
+    for step in rows:
+        _draw_step(axes, view, rows, step)
     axes.set(xlim=(-0.03, num_columns), ylim=(num_rows - 0.4, -0.8))
     axes.set_axis_off()
     for depth in range(num_columns):
@@ -121,19 +128,21 @@ def _rows(tree: Tree, step: int, opened: Set[int], free_rows: Iterator[int]) -> 
     return rows | {step: middle}
 
 
-def _draw_step(axes: Axes, view: View, step: int) -> None:
-    tree, row, value = view.tree, view.rows[step], view.values[step]
+def _draw_step(axes: Axes, view: TreeView, rows: dict[int, float], step: int) -> None:
+    """Draw a step, or the prompt (ROOT), in its row."""
+    tree, row, value = view.tree, rows[step], _value(view, step)
     depth = 0 if step == ROOT else tree.depths[step]
-    is_kept = not np.isnan(view.advantages[step])
+    is_kept = step != ROOT and not np.isnan(view.advantages[step])
     color, width = (KEPT, 1.8) if is_kept else (PRUNED, 0.8)
     if step != ROOT:
-        above, elbow = view.rows[tree.steps[step].parent], depth - 0.08
+        above, elbow = rows[tree.steps[step].parent], depth - 0.08
         line = [depth - 0.9, elbow, elbow, depth], [above, above, row, row]
         axes.plot(*line, color=color, linewidth=width, zorder=1)
     axes.text(
         depth,
         row,
-        "\n".join([_clipped(view.texts[step]), _caption(view, step)]),
+        f"{_clipped(view.question if step == ROOT else view.texts[step])}\n"
+        + _caption(view, rows, step),
         va="center",
         size=7.5,
         family=FONT,
@@ -147,16 +156,20 @@ def _draw_step(axes: Axes, view: View, step: int) -> None:
     )
 
 
-def _caption(view: View, step: int) -> str:
+def _value(view: TreeView, step: int) -> float:
+    return view.values.root if step == ROOT else float(view.values.steps[step])
+
+
+def _caption(view: TreeView, rows: dict[int, float], step: int) -> str:
     """What is known of a step, such as `v 0.75  A +1.33` or `v 0.00  A -1.33  wrong`."""
-    tree, advantage = view.tree, view.advantages[step]
-    parts = [f"v {view.values[step]:.2f}"]
-    if not np.isnan(advantage):
-        parts.append(f"A {advantage:+.2f}")
+    tree = view.tree
+    parts = [f"v {_value(view, step):.2f}"]
+    if step != ROOT and not np.isnan(view.advantages[step]):
+        parts.append(f"A {view.advantages[step]:+.2f}")
     if step in tree.leaves:
-        verdict = view.record.verdicts[tree.leaves.index(step)]
+        verdict = view.verdicts[tree.leaves.index(step)]
         parts.append(verdict.value.replace("_", " "))
-    elif not any(child in view.rows for child in tree.children.get(step, ())):
+    elif not any(child in rows for child in tree.children.get(step, ())):
         num_hidden = sum(step in tree.path(leaf) for leaf in tree.leaves)
         parts.append(f"… {num_hidden} leaves")
     return "  ".join(parts)
