@@ -17,7 +17,7 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.notebooks import execute, outputs
+from tests.support.notebooks import READ_A_RUN, complaints, execute
 from tests.support.planted_secrets import holds_secret
 from tests.support.project import ROOT, SMALL
 from tests.support.whole_runs import (
@@ -175,7 +175,7 @@ def test_a_run_on_engines_that_served_another_stops_and_resumes_with_the_same_tr
 
 def test_the_notebook_shows_a_real_run(strict) -> None:
     run, _, _ = strict
-    assert [o for o in outputs(execute(run.folder)) if o.get("name") == "stderr"] == []
+    assert complaints(execute(READ_A_RUN, TREERPO_RUN=run.folder)) == []
 
 
 @pytest.mark.slow

@@ -1,23 +1,36 @@
-"""The notebook that reads a run, as a user runs it."""
+"""The notebooks, as a user runs them."""
 
 import os
+from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 
 from tests.support.project import ROOT
 
-NOTEBOOK = ROOT / "notebooks/read_a_run.ipynb"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+BY_HAND, READ_A_RUN, COMPARE = NOTEBOOKS
 
 
-def execute(folder: str) -> nbformat.NotebookNode:
-    """The notebook after a run over a run folder; a cell that fails is an error."""
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    env = os.environ | {"TREERPO_RUN": folder, "PYTHONPATH": str(ROOT)}
-    NotebookClient(notebook, timeout=600).execute(env=env)
+def execute(path: Path, **environment: str) -> nbformat.NotebookNode:
+    """A notebook after its run; a cell that fails is an error."""
+    notebook = nbformat.read(path, as_version=4)
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    where = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, timeout=600, resources=where).execute(env=env)
     return notebook
 
 
 def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     """What its cells show, one after the other."""
     return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def shown(notebook: nbformat.NotebookNode, kind: str) -> int:
+    """How many of them have a form, such as `image/png` or `text/html`."""
+    return sum(kind in output.get("data", {}) for output in outputs(notebook))
+
+
+def complaints(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """What it wrote to stderr."""
+    return [output for output in outputs(notebook) if output.get("name") == "stderr"]

@@ -32,28 +32,46 @@ AXES = {
 """Horizontal axes and the metric that each adds up."""
 
 
-def write_plot(comparison: Comparison, results: list[Result], folder: Path) -> None:
-    """Training reward of each arm against learner steps, tokens and time: `curves.csv`.
+Point = tuple[str, str, str, str, str, str]
+"""Setting, arm, axis, place on it, reward and half of its interval."""
 
-    `curves.png` draws the arms that have `MIN_PLOTTED` seeds there, or the most. Arms that choose
-    what they train on are left out of both.
+
+def plot_comparison(
+    comparison: Comparison, results: list[Result]
+) -> tuple[Figure, list[Point]] | None:
+    """Training reward of each arm against learner steps, tokens and time, and all its points.
+
+    Drawn are the arms that have `MIN_PLOTTED` seeds, or the most. Arms that choose what they
+    train on are left out; None if there is no other.
     """
     results = [result for result in results if not is_chosen_mix(result)]
     if not results:
-        return
+        return None
     settings = [s for s in comparison.settings if any(r.trial.setting == s for r in results)]
     figure = Figure(figsize=(12, 3.2 * len(settings)), layout="constrained")
     grid = figure.subplots(len(settings), len(AXES), squeeze=False)
-    rows: list[tuple[str, ...]] = []
+    rows: list[Point] = []
     for axes_row, setting in zip(grid, settings, strict=True):
         by_arm = {arm: of_arm(results, setting, arm) for arm in comparison.arms}
         for axes, (title, metric) in zip(axes_row, AXES.items(), strict=True):
             for arm, points in _draw(axes, by_arm, metric).items():
-                rows += [(setting, arm, title, *(f"{x:.5g}" for x in point)) for point in points]
+                rows += [
+                    (setting, arm, title, f"{at:.5g}", f"{reward:.5g}", f"{half:.5g}")
+                    for at, reward, half in points
+                ]
             axes.set_xlabel(title)
         axes_row[0].set_ylabel(f"{setting}: training reward")
         if axes_row[0].lines:
             axes_row[0].legend(fontsize=7)
+    return figure, rows
+
+
+def write_plot(comparison: Comparison, results: list[Result], folder: Path) -> None:
+    """Write what `plot_comparison` gives, if anything, as `curves.png` and `curves.csv`."""
+    drawn = plot_comparison(comparison, results)
+    if drawn is None:
+        return
+    figure, rows = drawn
     figure.savefig(folder / "curves.png", dpi=110)
     with (folder / "curves.csv").open("w", newline="") as file:
         writer = csv.writer(file)

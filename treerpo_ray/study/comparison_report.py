@@ -6,13 +6,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import rich.console
 import rich.table
 from jaxtyping import Float
+from matplotlib.figure import Figure
 from scipy import stats
 
 from treerpo_ray.study.comparison import Comparison, Result
 from treerpo_ray.study.comparison_curves import CPU, is_chosen_mix, of_arm, places, rewards, total
+from treerpo_ray.study.plots import KEPT, figure_grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +70,24 @@ class Report:
         """Write the table as JSON, in which an unknown number is null."""
         table = _without_nan(asdict(self))
         (folder / "table.json").write_text(json.dumps(table, indent=1, allow_nan=False) + "\n")
+
+    def frame(self) -> pd.DataFrame:
+        """The table with a row an arm, numbers and intervals in columns."""
+        columns = [
+            {
+                "setting": line.setting,
+                "arm": line.arm,
+                "seeds": line.num_seeds,
+                "tokens": round(line.sampled_tokens),
+                "steps": round(line.num_steps),
+                "Pass@1": str(line.pass_at_1),
+                **{f"ahead of {name}": str(line.ahead.get(name, "")) for name in self.references},
+                "same steps": str(line.same_steps),
+                "length": str(line.length),
+            }
+            for line in self.lines
+        ]
+        return pd.DataFrame(columns).set_index(["setting", "arm"])
 
 
 def _without_nan(node: object) -> object:
@@ -140,6 +161,26 @@ def difference_interval(
     freedom = sum(squares) ** 2 / max(sum(parts), np.finfo(float).tiny)
     half = float(stats.t.ppf(0.975, max(freedom, 1.0)) * sum(squares) ** 0.5)
     return Interval(mean=mean, low=mean - half, high=mean + half)
+
+
+def plot_intervals(table: Report) -> Figure:
+    """Pass@1 of each arm with its interval, a panel a setting, the best arm above."""
+    settings = list(dict.fromkeys(line.setting for line in table.lines))
+    most = max(sum(line.setting == setting for line in table.lines) for setting in settings)
+    height = 0.28 * most + 0.7
+    figure, panels = figure_grid(len(settings), num_columns=min(len(settings), 2), height=height)
+    for axes, setting in zip(panels, settings, strict=True):
+        lines = [line for line in table.lines if line.setting == setting]
+        lines.sort(key=lambda line: line.pass_at_1.mean)
+        for row, line in enumerate(lines):
+            own = line.pass_at_1
+            if not np.isnan(own.low):
+                axes.plot([own.low, own.high], [row, row], color=KEPT, linewidth=2, alpha=0.5)
+            axes.plot(own.mean, row, "o", color=KEPT)
+        axes.set_yticks(range(len(lines)), [f"{each.arm} ({each.num_seeds})" for each in lines])
+        axes.set_xlabel("Pass@1 in % (seeds in brackets)", fontsize=8)
+        axes.set_title(setting, loc="left", fontsize=10)
+    return figure
 
 
 def print_table(table: Report) -> None:

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
+from jaxtyping import Float64
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -109,6 +111,15 @@ def plot_pool(run: Run) -> Figure:
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.legend(frameon=False, fontsize=8)
     panels[-1].set_xlabel("seconds", fontsize=9)
+    return figure
+
+
+def plot_bars(heights: Float64[np.ndarray, " bars"], title: str) -> Figure:
+    """One bar beside the other, those below zero in another colour."""
+    figure, (axes,) = figure_grid(1, num_columns=1, height=2.0)
+    colors = [LINES[0] if height >= 0 else LINES[1] for height in heights]
+    axes.bar(range(len(heights)), heights, width=0.9, color=colors)
+    axes.set_title(title, loc="left", fontsize=10)
     return figure
 
 
