@@ -352,7 +352,7 @@ def test_the_image_asks_the_nvidia_runtime_for_the_gpus_of_its_host() -> None:
 
 
 def test_what_a_job_uploads_is_the_code_alone() -> None:
-    environment = yaml.safe_load((ROOT / "jobs/runtime_env.yaml").read_text())
+    environment = yaml.safe_load((ROOT / "jobs/cluster/runtime_env.yaml").read_text())
     RuntimeEnv(env_vars=environment["env_vars"], excludes=environment["excludes"])
     sent: list[Path] = []
     excludes = [_get_excludes(ROOT, environment["excludes"])]
