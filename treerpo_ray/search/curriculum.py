@@ -88,6 +88,7 @@ def read(folder: Path | None, prompts: PromptsConfig) -> list[Measurement]:
     if folder is None or not (folder / FILE).exists():
         return []
     content = json.loads((folder / FILE).read_text())
-    if content["prompts"] != asdict(prompts):
+    # A setting that an earlier version did not have was what is its default now.
+    if asdict(PromptsConfig()) | content["prompts"] != asdict(prompts):
         return []
     return [Measurement(*row) for row in content["measurements"]]
