@@ -34,8 +34,8 @@ from treerpo_ray.config import Config, load
 from treerpo_ray.errors import run_command
 from treerpo_ray.prompts import problems, prompt_set
 
-LEFT_OUT = "gate.max_redraws gate.revisit tree.delimiter loss.kl_coef run.max_sampled_tokens "
-LEFT_OUT += "verifier.false_positive_rate verifier.false_negative_rate model.trust_remote_code"
+LEFT_OUT = "verifier.false_positive_rate model.trust_remote_code run.max_sampled_tokens model.stop "
+LEFT_OUT += "gate.max_redraws gate.revisit tree.delimiter loss.kl_coef verifier.false_negative_rate"
 
 
 def train(config: Config) -> int:

@@ -264,7 +264,7 @@ def test_a_column_that_does_not_fit_is_told_with_its_key_and_the_fix(tmp_path, k
         ("no/such/folder", "no such file"),
         ("memory://no/such.parquet", "no such file (memory://no/such.parquet)"),
         ("nowhere://rows.jsonl", "Protocol not known"),
-        ("memory://rows.csv", "the name must end in .jsonl, .json, .parquet"),
+        ("memory://rows.txt", "the name must end in .jsonl, .json, .csv, .parquet"),
     ],
 )
 def test_a_path_that_leads_nowhere_is_one_line(path, told):
@@ -278,7 +278,7 @@ def test_a_path_that_leads_nowhere_is_one_line(path, told):
         ("rows.jsonl.gz", gzip.compress(lines(*ROWS), mtime=0)[:-20], "corrupt gzip file"),
         ("rows.parquet", b"not parquet", "not a Parquet file"),
         ("rows.parquet", b"PAR1" + b"\0" * 40 + b"PAR1", "not a Parquet file"),
-        ("rows.csv", b"question,answer\n", "the name must end in .jsonl"),
+        ("rows.txt", b"question,answer\n", "the name must end in .jsonl"),
     ],
 )
 def test_a_file_that_is_not_what_its_name_says_is_one_line(tmp_path, name, data, told):

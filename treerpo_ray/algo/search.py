@@ -7,6 +7,10 @@ parents come first, are sibling groups; a tree can be taken up again from the gr
 Note on the authors' saving (full continuations, cut into chains afterwards): it is the same in
 distribution, but it would make a branch wait for its chain, so each step is asked for alone and
 the engine's prefix cache spares the repeated prefill.
+
+Whatever ends an answer for the sampler, an end token or a stop string, ends its step as a leaf
+(StopReason.END_OF_TEXT), at whatever depth; a delimiter only ends a step. A token that does both
+ends the answer.
 """
 
 import asyncio

@@ -25,7 +25,7 @@ class StopReason(StrEnum):
     """Why a step ended."""
 
     END_OF_TEXT = "end_of_text"
-    """The model ended its answer: the step is a leaf."""
+    """The model ended its answer, by an end token or a stop string: the step is a leaf."""
     BOUNDARY = "boundary"
     """The step is full or reached a delimiter; at the depth limit this cuts the answer off."""
     ERROR = "error"
@@ -38,7 +38,8 @@ class Step:
 
     Attributes:
         parent: Index of the parent step, or ROOT.
-        token_ids: The step's own tokens; includes the end-of-text token if there is one.
+        token_ids: The step's own tokens; includes the end-of-text token if there is one, or those
+            that complete a stop string.
         logprobs: Behaviour log-probability (nats) of each token when it was sampled, under the
             temperature-processed distribution that it was drawn from.
         versions: Version of the weights that sampled each token.

@@ -7,6 +7,7 @@ numbers are properties, not keys.
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from math import isinf
 from operator import attrgetter
 
 from treerpo_ray.algo.advantages import WITHOUT_SIBLINGS
@@ -15,6 +16,7 @@ from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config.sections import (
     CheckpointConfig,
+    DataConfig,
     EngineConfig,
     EvaluateConfig,
     GateConfig,
@@ -138,6 +140,7 @@ class Config:
                 f"evaluate.pass_ks={list(self.evaluate.pass_ks)} must lie between 1 and "
                 f"evaluate.num_samples={self.evaluate.num_samples}"
             )
+        self._check_data()
         self._check_only_children()
         self._check_engine()
         self._check_workers()
@@ -147,6 +150,38 @@ class Config:
                 "prompts.max_prompt_tokens + the sum of tree.step_tokens = "
                 f"{self.max_path_tokens}"
             )
+
+    def _check_data(self) -> None:
+        """Check what can be told of data and prompts without reading them."""
+        for section, data in self.data_sections.items():
+            for name, value in data.chat_template_args.items():
+                if not isinstance(value, bool | int | float | str):
+                    raise ValueError(
+                        f"{section}.chat_template_args.{name}={value} must be true, false, a "
+                        "number or a text"
+                    )
+        if "" in self.model.stop:
+            raise ValueError("model.stop has an empty text, which would end every answer; drop it")
+        prompts = self.prompts
+        if not prompts.mix:
+            return
+        for key, none in (("path", "''"), ("num_problems", "null")):
+            if getattr(prompts, key):
+                raise ValueError(
+                    f"prompts.{key}={getattr(prompts, key)} and prompts.mix exclude each other, as "
+                    f"each set of the mix has its own: add prompts.{key}={none}"
+                )
+        for name, mixed in prompts.mix.items():
+            if not mixed.weight > 0 or isinf(mixed.weight):
+                raise ValueError(
+                    f"prompts.mix.{name}.weight={mixed.weight} must be a number above 0; a data "
+                    "set that is not wanted is left out of prompts.mix"
+                )
+            if mixed.max_prompt_tokens > prompts.max_prompt_tokens:
+                raise ValueError(
+                    f"prompts.mix.{name}.max_prompt_tokens={mixed.max_prompt_tokens} must not be "
+                    f"more than prompts.max_prompt_tokens={prompts.max_prompt_tokens}"
+                )
 
     def _check_workers(self) -> None:
         """Check that each number of workers that there may be gets equal shares."""
@@ -230,6 +265,17 @@ class Config:
         )
 
     @property
+    def data_sections(self) -> dict[str, DataConfig]:
+        """Everything that may name a data set, by its key."""
+        evaluate = self.evaluate
+        return {
+            "prompts": self.prompts,
+            **{f"prompts.mix.{name}": data for name, data in sorted(self.prompts.mix.items())},
+            "evaluate.data": evaluate.data,
+            **{f"evaluate.benchmarks.{name}": data for name, data in evaluate.benchmarks.items()},
+        }
+
+    @property
     def max_path_tokens(self) -> int:
         """Tokens of the longest prompt with the longest answer."""
         return self.prompts.max_prompt_tokens + self.shape.max_answer_tokens
@@ -239,7 +285,8 @@ class Config:
         """Tokens that an engine must hold: the longest prompt of any data set and an answer."""
         evaluated = (self.evaluate.data, *self.evaluate.benchmarks.values())
         longest = [d.max_prompt_tokens + self.max_evaluated_tokens for d in evaluated if d.path]
-        trained = [self.max_path_tokens] if self.prompts.path or not longest else []
+        is_trained = self.prompts.path or self.prompts.mix or not longest
+        trained = [self.max_path_tokens] if is_trained else []
         return max(trained + longest)
 
     @property

@@ -8,7 +8,7 @@ import json
 from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeVar, cast, get_type_hints
+from typing import TypeVar, cast, get_origin, get_type_hints
 
 import yaml
 from omegaconf import Container, OmegaConf
@@ -17,6 +17,7 @@ from yaml import YAMLError
 
 from treerpo_ray.config.config import Config
 from treerpo_ray.config.identity import Flat, flatten, is_free, name_from
+from treerpo_ray.config.sections import INHERITED
 from treerpo_ray.errors import one_line
 
 T = TypeVar("T")
@@ -26,6 +27,7 @@ MOVED_MODULES = {
     "treerpo_ray.boxed_answer": "treerpo_ray.verifier.boxed_answer",
 }
 """Modules that configurations of earlier versions name, and where they are now."""
+BENCHMARKS = "evaluate.benchmarks"
 SHAPE_KEYS = ("num_children", "step_tokens")
 
 
@@ -54,7 +56,7 @@ def load(arguments: list[str]) -> Config:
 
 
 def _load(arguments: list[str]) -> Config:
-    merged, naming, is_named = _defaults(), [], False
+    merged, naming, given = _defaults(), list[str](), set[str]()
     for argument in arguments:
         try:
             part = _part(argument)
@@ -64,7 +66,7 @@ def _load(arguments: list[str]) -> Config:
             ]
             if "tree.num_children" in keys and "tree.step_tokens" not in keys:
                 merged = _share_out_answer(merged)
-            is_named |= "run.name" in keys
+            given |= set(keys)
             naming += [argument] if not all(map(is_free, keys)) else []
         except OmegaConfBaseException as error:
             raise ValueError(f"{argument}: {_explain(error)}") from error
@@ -73,12 +75,33 @@ def _load(arguments: list[str]) -> Config:
         except (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError) as e:
             # OmegaConf and YAML were not made for just any text.
             raise ValueError(f"{argument}: cannot be read: {type(e).__name__}: {e}") from e
-    if naming and not is_named:
+    merged = _inherit(merged, given)
+    if naming and "run.name" not in given:
         merged = OmegaConf.merge(merged, {"run": {"name": name_from(naming, _known_keys(Config))}})
     try:
         return cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error)) from error
+
+
+def _inherit(merged: Container, given: set[str]) -> Container:
+    """Take what other data sets do not give themselves from `prompts`."""
+    own = {name: OmegaConf.select(merged, f"prompts.{name}") for name in INHERITED}
+
+    def taken(section: str) -> dict[str, object]:
+        return {
+            name: value
+            for name, value in own.items()
+            if not any(f"{key}.".startswith(f"{section}.{name}.") for key in given)
+        }
+
+    mix, benchmarks = (OmegaConf.select(merged, key) for key in ("prompts.mix", BENCHMARKS))
+    evaluate = {
+        "data": taken("evaluate.data"),
+        "benchmarks": {name: taken(f"{BENCHMARKS}.{name}") for name in benchmarks or ()},
+    }
+    prompts = {"mix": {name: taken(f"prompts.mix.{name}") for name in mix or ()}}
+    return OmegaConf.merge(merged, {"prompts": prompts, "evaluate": evaluate})
 
 
 def _share_out_answer(merged: Container) -> Container:
@@ -104,7 +127,7 @@ def to_yaml(config: Config) -> str:
 
 def flat_settings(text: str) -> Flat:
     """Values of a configuration in YAML by their whole key, modules under their present names."""
-    return dict(flatten(with_moved_modules(yaml.safe_load(text))))
+    return dict(flatten(with_moved_modules(yaml.safe_load(text)), whole=_mapping_keys()))
 
 
 def _part(argument: str) -> Container:
@@ -118,6 +141,8 @@ def _part(argument: str) -> Container:
             raise ValueError(f"{argument}: not YAML: {' '.join(str(error).split())}") from error
     if "=" not in argument:
         raise ValueError(f"{argument}: neither a .yaml file nor an override section.key=value")
+    if argument.endswith(".path="):  # a shell takes the quotes of path='' away
+        argument += "''"
     try:
         return _in_present_names(OmegaConf.from_dotlist([argument]))
     except YAMLError as error:
@@ -125,7 +150,22 @@ def _part(argument: str) -> Container:
 
 
 def _in_present_names(part: Container) -> Container:
-    return cast(Container, OmegaConf.create(with_moved_modules(OmegaConf.to_container(part))))
+    content = with_moved_modules(OmegaConf.to_container(part))
+    return cast(Container, OmegaConf.create(_with_joined_paths(content)))
+
+
+def _with_joined_paths(value: T, section: str = "") -> T:
+    """A configuration as YAML gives it, each list of paths of a data set as one text (JSON)."""
+    if not isinstance(value, dict):
+        return value
+    joined: dict[str, object] = {}
+    for key, part in value.items():
+        is_list = isinstance(part, list) and bool(part) and all(isinstance(p, str) for p in part)
+        if key == "path" and is_list and section.startswith(("prompts", "evaluate")):
+            joined[key] = json.dumps(part, ensure_ascii=False)
+        else:
+            joined[key] = _with_joined_paths(part, f"{section}.{key}" if section else f"{key}")
+    return cast(T, joined)
 
 
 def _explain(error: OmegaConfBaseException) -> str:
@@ -148,6 +188,18 @@ def _known_keys(section: type, prefix: str = "") -> list[str]:
     return keys
 
 
+@cache
+def _mapping_keys(section: type = Config, prefix: str = "") -> frozenset[str]:
+    """Keys whose values are mappings with names of the user's own, such as `engine.resources`."""
+    keys: set[str] = set()
+    for name, kind in get_type_hints(section).items():
+        if get_origin(kind) is dict:
+            keys.add(prefix + name)
+        elif isinstance(kind, type) and is_dataclass(kind):
+            keys |= _mapping_keys(kind, f"{prefix}{name}.")
+    return frozenset(keys)
+
+
 def describe() -> str:
     """Every section with its keys, their defaults and what they mean."""
     plain = OmegaConf.to_container(OmegaConf.structured(Config), enum_to_str=True)
@@ -165,10 +217,16 @@ def describe() -> str:
 
 def _field_notes(kind: type) -> dict[str, str]:
     """The sentence under each field of a dataclass."""
-    section = ast.parse(inspect.getsource(kind)).body[0]
-    assert isinstance(section, ast.ClassDef)
+    bases = [base for base in reversed(kind.__mro__) if is_dataclass(base)]
+    body = [
+        statement
+        for base in bases
+        for section in ast.parse(inspect.getsource(base)).body
+        if isinstance(section, ast.ClassDef)
+        for statement in section.body
+    ]
     notes = {}
-    for pair in itertools.pairwise(section.body):
+    for pair in itertools.pairwise(body):
         match pair:
             case (
                 ast.AnnAssign(target=ast.Name(id=name)),

@@ -2,7 +2,7 @@
 
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 FREE = (
@@ -27,11 +27,14 @@ def is_free(key: str) -> bool:
     return any(key == free or key.startswith(free.rstrip(".") + ".") for free in FREE)
 
 
-def flatten(sections: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Key and value of each setting, as in `section.key=value`; an empty mapping is a value."""
+def flatten(
+    sections: Mapping[str, object], prefix: str = "", whole: Collection[str] = ()
+) -> Iterator[tuple[str, object]]:
+    """Key and value of each setting, as in `section.key=value`; a mapping that is empty or whose
+    key is in `whole` is a value."""
     for key, value in sections.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
+        if isinstance(value, Mapping) and value and f"{prefix}{key}" not in whole:
+            yield from flatten(value, f"{prefix}{key}.", whole)
         else:
             yield f"{prefix}{key}", value
 

@@ -4,6 +4,7 @@ Defaults and their meaning live here; `config` puts the sections together and ch
 string below a new key is what `--help` says of it.
 """
 
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,34 +85,79 @@ class ModelConfig:
     """Number format of the engines; the learner keeps float32 weights and computes in this."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the model may run."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer as the end token does, in training and evaluation, wherever in it
+    they are completed. What was sampled of them is trained and graded with the answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptsConfig:
+class DataConfig:
     """A data set and how it becomes prompts."""
 
     path: str = ""
-    """JSONL, JSON or Parquet file (also .gz, local or URI), a Hugging Face data set id, or
+    """JSONL, JSON, CSV or Parquet file (also .gz, local or URI), a pattern such as data/*.parquet,
+    a list of these, a folder (of files, or from `save_to_disk`), a Hugging Face data set id, or
     an embedded task: `quickstart:train`, `quickstart:test`, `quickstart:chains10/train`."""
     split: str = "train"
-    """Split, for Hugging Face data sets."""
+    """Split, for Hugging Face data sets and folders that have several."""
     subset: str | None = None
     """Configuration name, for Hugging Face data sets that have several."""
     question_column: str = "question"
-    """Column with the question."""
-    answer_column: str = "answer"
-    """Column with the reference answer, or a list of accepted ones."""
+    """Column with the question or with a chat, a list of messages of role and content or of from
+    and value. A point reaches into a column: `extra_info.question`, `messages.0.content`."""
+    answer_column: str | None = "answer"
+    """Column with the reference answer, or a list of accepted ones, such as
+    `reward_model.ground_truth`. null: the assistant's message that ends a chat is the answer, as
+    it is where there is no column `answer`."""
     answer_mark: str | None = "####"
     """What stands before the answer proper where a worked solution comes first, as in GSM8K; null:
     an answer is taken whole."""
     id_column: str | None = None
     """Column with a row's name; row numbers if not given."""
     system_prompt: str | None = None
-    """System message of the chat template."""
+    """System message of the chat template, in place of one that a chat of the data begins with."""
+    prompt_template: str | None = None
+    """Text of the user's message, with {question} and other columns in braces; a brace that is
+    text is doubled. null: the question alone."""
+    chat_template_args: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Variables of the model's chat template, such as {enable_thinking: false}."""
     max_prompt_tokens: int = 512
     """Longer prompts are counted and left out."""
     num_problems: int | None = None
     """Use only so many, the first ones; all if not given."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The parts of `path`; a list stands in it as JSON."""
+        if not self.path.startswith('["'):
+            return (self.path,)
+        return tuple(json.loads(self.path))
+
+
+INHERITED = (
+    *("question_column", "answer_column", "answer_mark", "system_prompt", "prompt_template"),
+    *("chat_template_args", "max_prompt_tokens"),
+)
+"""Keys of `prompts` that hold for the sets in `prompts.mix`, for `evaluate.data` and for
+`evaluate.benchmarks` where these do not give them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedConfig(DataConfig):
+    """One of several data sets that are trained on."""
+
+    weight: float = 1.0
+    """Its share of the tickets is this over the sum of all weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptsConfig(DataConfig):
+    """The data that is trained on, and how it becomes prompts."""
+
+    mix: dict[str, MixedConfig] = field(default_factory=dict)
+    """In place of `path`: several data sets by name, such as {a: {path: a.jsonl, weight: 2}}. Each
+    ticket draws a set by weight, and its prompts come in turn: none again before all others of
+    its set, so that small sets begin again while large ones go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,8 +340,9 @@ class SyncConfig:
 class EvaluateConfig:
     """Evaluation before, during and after training."""
 
-    data: PromptsConfig = field(default_factory=PromptsConfig)
-    """Held-out problems; no path, no evaluation."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Held-out problems; no path, no evaluation. Columns, template, system prompt, arguments of the
+    chat template and length of a prompt are those of `prompts` if not given."""
     num_samples: int = field(default=8, metadata=POSITIVE)
     """Answers a problem; Pass@1 is their mean."""
     temperature: float = field(default=0.6, metadata=NOT_NEGATIVE)
@@ -306,8 +353,9 @@ class EvaluateConfig:
     """Most tokens of an answer; as in training if not given."""
     pass_ks: tuple[int, ...] = ()
     """The k of pass@k; powers of two up to `num_samples` if none is named."""
-    benchmarks: dict[str, PromptsConfig] = field(default_factory=dict)
-    """Data sets by name, for `jobs/evaluate.py`; training evaluates `data` alone."""
+    benchmarks: dict[str, DataConfig] = field(default_factory=dict)
+    """Data sets by name, for `jobs/evaluate.py`; training evaluates `data` alone. What is not given
+    is taken from `prompts` as for `data`."""
     every: int = field(default=0, metadata=NOT_NEGATIVE)
     """Learner steps between evaluations during training; 0: only before and after."""
 

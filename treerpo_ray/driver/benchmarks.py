@@ -47,7 +47,8 @@ PRESET = Path(__file__).resolve().parents[2] / "conf/benchmarks.yaml"
 def configure(model: str, names: Sequence[str], arguments: Sequence[str]) -> Config:
     """Configuration of an evaluation of `model`: folder or URI of a model or run, or Hub id.
 
-    A run's own configuration comes first, then PRESET, then `arguments`: files and overrides.
+    A run's own configuration comes first, then PRESET, then `arguments`: files and overrides. What
+    a benchmark does not give of INHERITED is that of the run's prompts.
     What lies at a URI is fetched to this machine, where the engines must then be.
 
     Raises:
@@ -67,6 +68,7 @@ def configure(model: str, names: Sequence[str], arguments: Sequence[str]) -> Con
         f"run.name=eval-{_without_model_folder(folder.root).name}",
         "metrics.wandb_project=null",
         "prompts.path=''",
+        "prompts.num_problems=null",
         "evaluate.data.path=''",
     ]
     config = load([*base, str(PRESET), *own, *arguments])
@@ -74,7 +76,11 @@ def configure(model: str, names: Sequence[str], arguments: Sequence[str]) -> Con
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"--benchmarks: no benchmark {unknown[0]}; there are {', '.join(known)}")
     chosen = {name: known[name] for name in names or known}
-    return replace(config, evaluate=replace(config.evaluate, benchmarks=chosen))
+    return replace(
+        config,
+        prompts=replace(config.prompts, mix={}),  # a run's own
+        evaluate=replace(config.evaluate, benchmarks=chosen),
+    )
 
 
 def _model_of(run: RunFolder) -> str:

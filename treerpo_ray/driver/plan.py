@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -10,14 +10,14 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from treerpo_ray.config import Config
-from treerpo_ray.config.sections import PromptsConfig
+from treerpo_ray.config.sections import DataConfig, MixedConfig
 from treerpo_ray.driver.cluster import check_vllm, local_resources
 from treerpo_ray.driver.memory import MemoryPlan, check_gpus, misfit
 from treerpo_ray.driver.model_check import ModelFacts, check_model
 from treerpo_ray.driver.placement import missing_resources, needed_resources
 from treerpo_ray.errors import one_line
 from treerpo_ray.prompts.hub import Unreachable
-from treerpo_ray.prompts.problems import DataReport, Problem, load_problems
+from treerpo_ray.prompts.problems import DataReport, Problem, load_together
 from treerpo_ray.prompts.prompt_set import PromptSet, end_token_ids, load_tokenizer, one_token
 from treerpo_ray.prompts.references import References, look_at_references
 from treerpo_ray.run_folder.files import RunFolder
@@ -28,15 +28,31 @@ T = TypeVar("T")
 
 SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)B(?![A-Za-z])")
 """Billions of parameters in the name of a model, as in Qwen2.5-Math-1.5B."""
+SHOWN_CHARS = 150
+"""Of the beginning and of the end of a prompt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataPart:
+    """One data set."""
+
+    config: DataConfig
+    report: DataReport
+    problems: tuple[Problem, ...]
+    num_too_long: int | None
+    """Prompts left out for their length; None: not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSet:
-    """A data set of a run, and its prompts if there is a tokenizer to make them."""
+    """What a run trains on or evaluates: a data set, or several that are mixed."""
 
-    report: DataReport
+    parts: dict[str, DataPart]
+    """By their key of the configuration."""
     prompts: PromptSet | None
-    problems: tuple[Problem, ...]
+    """If there is a tokenizer to make them."""
+    example: str | None
+    """The first prompt as the model reads it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,18 +143,17 @@ def preflight(config: Config) -> Preflight:
     delimiters: tuple[int, ...] = ()
     if config.tree.delimiter is not None and tokenizer is not None:
         delimiters = (one_token(tokenizer, config.tree.delimiter),)
-    train = reached(lambda: _load_data(config.prompts, "prompts", tokenizer))
+    train = reached(lambda: _load_data(training_sections(config), tokenizer))
     held_out = None
     if config.evaluate.data.path:
-        held_out = reached(lambda: _load_data(config.evaluate.data, "evaluate.data", tokenizer))
+        evaluated: dict[str, DataConfig] = {"evaluate.data": config.evaluate.data}
+        held_out = reached(lambda: _load_data(evaluated, tokenizer))
     if tokenizer is not None and facts is not None:
         _check_token_ids(config, facts, tokenizer, train, held_out)
-    looked_at = {}
-    if train is not None:
-        looked_at["prompts"] = (config.prompts, train.problems)
-    if held_out is not None:
-        looked_at["evaluate.data"] = (config.evaluate.data, held_out.problems)
-    references = look_at_references(looked_at, config.verifier)
+    parts = {key: part for data in (train, held_out) if data for key, part in data.parts.items()}
+    references = look_at_references(
+        {key: (part.config, part.problems) for key, part in parts.items()}, config.verifier
+    )
     return Preflight(
         train=train,
         held_out=held_out,
@@ -157,14 +172,44 @@ def _misfit(config: Config, facts: ModelFacts | None) -> str | None:
     return misfit(config, size, None if facts is None else facts.sizes)
 
 
+def training_sections(config: Config) -> dict[str, DataConfig]:
+    """The data sets that are trained on, by their keys."""
+    mix = sorted(config.prompts.mix.items())
+    return {f"prompts.mix.{name}": data for name, data in mix} or {"prompts": config.prompts}
+
+
 def _load_data(
-    config: PromptsConfig, section: str, tokenizer: PreTrainedTokenizerBase | None
+    sections: Mapping[str, DataConfig], tokenizer: PreTrainedTokenizerBase | None
 ) -> DataSet:
-    problems, report = load_problems(config, section)
-    prompts = None
+    loaded = load_together(sections)
+    encoded: dict[str, PromptSet] = {}
     if tokenizer is not None:
-        prompts = PromptSet.encode(problems, tokenizer, config, section)
-    return DataSet(report=report, prompts=prompts, problems=tuple(problems))
+        for section, (problems, _) in loaded.items():
+            encoded[section] = PromptSet.encode(problems, tokenizer, sections[section], section)
+    prompts = next(iter(encoded.values()), None)
+    if len(encoded) > 1:
+        weights = {section: _weight(data) for section, data in sections.items()}
+        prompts = PromptSet.mixed(
+            {section.rpartition(".")[2]: each for section, each in encoded.items()},
+            list(weights.values()),
+        )
+    example = None
+    if prompts is not None and tokenizer is not None:
+        [example] = tokenizer.batch_decode([prompts.token_ids[0]])
+    parts = {
+        section: DataPart(
+            config=sections[section],
+            report=report,
+            problems=tuple(problems),
+            num_too_long=encoded[section].num_too_long if encoded else None,
+        )
+        for section, (problems, report) in loaded.items()
+    }
+    return DataSet(parts=parts, prompts=prompts, example=example)
+
+
+def _weight(data: DataConfig) -> float:
+    return data.weight if isinstance(data, MixedConfig) else 1.0
 
 
 def _check_folder(config: Config) -> None:
@@ -222,7 +267,7 @@ def plan_lines(config: Config, found: Preflight) -> list[str]:
     in_flight = trees * (1 + gate.max_staleness)
     length = f"{run.num_steps} learner steps, {run.num_steps * trees:,} trees"
     if found.train is not None and found.train.prompts is not None:
-        length += f", {run.num_steps * trees / len(found.train.prompts):.1f} epochs"
+        length += _epochs(found.train.prompts, run.num_steps * trees)
     if run.max_sampled_tokens is not None:
         length += f", or {run.max_sampled_tokens:,} sampled tokens"
     needed = needed_resources(config, config.engine.num_engines)
@@ -232,6 +277,7 @@ def plan_lines(config: Config, found: Preflight) -> list[str]:
         f"model       {config.model.path}: {_size_line(config, found.model)}",
         *_data_lines("data", found.train),
         *_data_lines("held out", found.held_out),
+        *_prompt_lines(config, found.train),
         *(f"no answer   {each}" for each in found.references),
         f"tree        {list(shape.num_children)} children of at most {list(shape.step_tokens)} "
         f"tokens: up to {shape.max_steps:,} steps, {shape.max_leaves:,} answers and "
@@ -248,11 +294,42 @@ def plan_lines(config: Config, found: Preflight) -> list[str]:
     ]
 
 
+def _epochs(prompts: PromptSet, trees: int) -> str:
+    """How often the run goes through its data sets."""
+    if prompts.mixture is None:
+        return f", {trees / len(prompts):.1f} epochs"
+    mixture = prompts.mixture
+    pairs = zip(mixture.shares, mixture.sizes, strict=True)
+    return f", {', '.join(f'{trees * share / size:.1f}' for share, size in pairs)} epochs"
+
+
 def _data_lines(title: str, data: DataSet | None) -> list[str]:
     if data is None:
         return []
-    left_out = "" if data.prompts is None else f"; {data.prompts.num_too_long} prompts too long"
-    return [f"{title:12}{data.report}{left_out}"]
+    lines = []
+    total = sum(_weight(part.config) for part in data.parts.values())
+    for section, part in data.parts.items():
+        share = ""
+        if len(data.parts) > 1:
+            share = f"{_weight(part.config) / total:.0%} {section.rpartition('.')[2]}, "
+        left_out = "" if part.num_too_long is None else f"; {part.num_too_long} prompts too long"
+        lines.append(f"{title:12}{share}{part.report}{left_out}")
+    return lines
+
+
+def _prompt_lines(config: Config, train: DataSet | None) -> list[str]:
+    """The first prompt as the model reads it, and what ends an answer besides the end token."""
+    lines = []
+    if train is not None and train.example is not None:
+        shown = train.example
+        if len(shown) > 2 * SHOWN_CHARS:
+            shown = f"{shown[:SHOWN_CHARS]}...{shown[-SHOWN_CHARS:]}"
+        problem = next(iter(train.parts.values())).problems[0]
+        lines.append(f"prompt      {shown!r}, answered by {problem.answers[0][-SHOWN_CHARS:]!r}")
+    if config.model.stop:
+        texts = ", ".join(map(repr, config.model.stop))
+        lines.append(f"stop        an answer ends with its end token or behind {texts}")
+    return lines
 
 
 def _num_parameters(config: Config, facts: ModelFacts | None) -> float | None:

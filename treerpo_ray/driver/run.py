@@ -256,6 +256,7 @@ def _make_actors(
         num_steps=config.run.num_steps,
         seed=config.run.seed,
         revisit=config.gate.revisit,
+        mixture=inputs.prompts.mixture,
     )
     return RunActors(
         gate=gate,

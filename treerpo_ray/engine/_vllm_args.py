@@ -41,10 +41,12 @@ def engine_args(setup: EngineSetup) -> "AsyncEngineArgs":
     from treerpo_ray.engine.vllm_worker import BACKEND
 
     model, engine, longest = setup.model, setup.engine, setup.max_tokens
+    path = resolve_model_path(model.path)
     kv_bytes = None if engine.kv_cache_gib is None else int(engine.kv_cache_gib * GIB)
     args = AsyncEngineArgs(
-        model=resolve_model_path(model.path),
-        skip_tokenizer_init=True,
+        model=path,
+        tokenizer=path,
+        skip_tokenizer_init=not model.stop,  # it finds stop strings in texts
         trust_remote_code=model.trust_remote_code,
         dtype=model.dtype,
         seed=setup.seed,

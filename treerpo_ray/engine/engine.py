@@ -26,6 +26,7 @@ from ray.actor import ActorHandle
 from treerpo_ray.actor import root_cause
 from treerpo_ray.algo.search import SiblingGroup, TreeShape, grow
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, error_step
+from treerpo_ray.engine._stop_strings import end_across_steps
 from treerpo_ray.engine._vllm_args import engine_args, environment
 from treerpo_ray.engine.replica import EngineActor, EngineApi
 from treerpo_ray.engine.types import EngineSetup, EngineStats, Sampling
@@ -116,6 +117,7 @@ class Engine:
         model = self.setup.model
         tokenizer = load_tokenizer(model.path, model.trust_remote_code)
         self._end_ids = frozenset(end_token_ids(model.path, tokenizer))
+        self._tokenizer = tokenizer
         start = 0 if self._log is None else self._log.stat().st_size
         try:
             self._llm: AsyncLLM = AsyncLLM.from_engine_args(self.vllm_args())
@@ -151,7 +153,7 @@ class Engine:
         held: list[SiblingGroup],
     ) -> AsyncIterator[SiblingGroup]:
         """Grow a tree from the groups held; yields groups as they finish, parents first."""
-        sampler = _Sampler(self, sampling)
+        sampler = _Sampler(self, sampling, len(prompt_ids))
         async for group in grow(prompt_ids, shape, sampler, seed=seed, held=held):
             yield group
 
@@ -171,16 +173,20 @@ class Engine:
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        stop = self.setup.model.stop
         params = SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=max_tokens,
             seed=seed,
             stop_token_ids=[*self._end_ids, *delimiters],
-            ignore_eos=True,  # the end tokens are ours: vLLM has no tokenizer here
+            ignore_eos=True,  # the end tokens are ours: vLLM has no tokenizer, or another's
+            stop=list(stop),
+            include_stop_str_in_output=True,  # else a delimiter that completes one is not seen
+            skip_special_tokens=False,  # a stop string may be one
             logprobs=0,
             flat_logprobs=True,
-            detokenize=False,
+            detokenize=bool(stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         # The salt keeps blocks of other weights from requests. It is no version's: these come again
@@ -200,6 +206,15 @@ class Engine:
         self._totals += (1, len(prefix), final.num_cached_tokens or 0, len(done.token_ids))
         return self._step(done)
 
+    def end_at_stop(self, step: Step, answer: list[int]) -> Step:
+        """A step after so much of an answer, ended at a stop string that begins in it."""
+
+        def text_of(ids: list[int]) -> str:
+            [text] = self._tokenizer.batch_decode([ids], clean_up_tokenization_spaces=False)
+            return text
+
+        return end_across_steps(step, answer, self.setup.model.stop, text_of)
+
     def _step(self, done: "CompletionOutput") -> Step:
         from vllm.logprobs import FlatLogprobs
 
@@ -210,7 +225,8 @@ class Engine:
         for span in done.weight_versions or []:
             versions[span.start : span.end] = _version(span.version)
         assert isinstance(done.logprobs, FlatLogprobs)  # as requested
-        is_end = int(ids[-1]) in self._end_ids
+        # vLLM names the stop string that it ended at, or else the token.
+        is_end = int(ids[-1]) in self._end_ids or isinstance(done.stop_reason, str)
         return Step(
             parent=ROOT,
             token_ids=ids,
@@ -300,21 +316,23 @@ def make_engine(
 
 @dataclass(frozen=True, slots=True)
 class _Sampler:
-    """An engine with its way to draw, as the search wants it."""
+    """An engine with its way to draw after a prompt, as the search wants it."""
 
     engine: Engine
     sampling: Sampling
+    num_prompt_tokens: int
 
     async def sample(
         self, prefix: list[int], *, max_tokens: int, delimiters: tuple[int, ...], seed: int
     ) -> Step:
-        return await self.engine.sample(
+        step = await self.engine.sample(
             prefix,
             max_tokens=max_tokens,
             delimiters=delimiters,
             seed=seed,
             sampling=self.sampling,
         )
+        return self.engine.end_at_stop(step, prefix[self.num_prompt_tokens :])
 
 
 def _version(label: str) -> int:

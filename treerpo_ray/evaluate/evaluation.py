@@ -91,6 +91,12 @@ class Evaluation:
     """Module that graded the answers."""
     system_prompt: str | None = None
     """What stood before each question, empty if nothing did."""
+    prompt_template: str = ""
+    """What the question stood in, empty if it stood alone."""
+    chat_template_args: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Variables that the chat template was given."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that ended an answer besides the end token."""
     model: str | None = None
     """What was evaluated: `model.path` of a run, of a job `benchmarks.source_of`."""
     seed: int | None = None

@@ -7,7 +7,7 @@ import ray
 
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config import Config
-from treerpo_ray.config.sections import PromptsConfig
+from treerpo_ray.config.sections import DataConfig
 from treerpo_ray.engine.types import Sampling
 from treerpo_ray.evaluate.evaluation import (
     Evaluation,
@@ -115,7 +115,7 @@ def summarise(
     config: Config,
     graded: Sequence[Graded],
     *,
-    data: PromptsConfig,
+    data: DataConfig,
     model: str,
     step: int,
     version: int,
@@ -148,6 +148,9 @@ def summarise(
         max_tokens=config.max_evaluated_tokens,
         verifier=config.verifier.check,
         system_prompt=data.system_prompt or "",
+        prompt_template=data.prompt_template or "",
+        chat_template_args=dict(data.chat_template_args),
+        stop=list(config.model.stop),
         model=model,
         seed=config.run.seed,
         pass_at_1=found["pass@1"].value,

@@ -40,8 +40,13 @@ SETTINGS = {
     "max_tokens": "evaluate.max_tokens",
     "verifier": "verifier.check",
     "system_prompt": "system_prompt",
+    "prompt_template": "prompt_template",
+    "chat_template_args": "chat_template_args",
+    "stop": "model.stop",
 }
 """What two evaluations must share to be compared: fields of theirs, and the settings behind."""
+WITHOUT: dict[str, object] = {"prompt_template": "", "chat_template_args": {}, "stop": []}
+"""Values of what evaluations of earlier versions did not have."""
 Problem = tuple[str, str]
 """Id and question, by which problems of two evaluations are the same."""
 
@@ -213,7 +218,7 @@ def check_alike(ours: str, theirs: str) -> None:
     """
     first, second = _evaluation(ours), _evaluation(theirs)
     for field, key in SETTINGS.items():
-        one, other = first.get(field), second.get(field)
+        one, other = (each.get(field, WITHOUT.get(field)) for each in (first, second))
         if one is None or other is None:
             log.warning("%s is not recorded of both %s and %s", key, ours, theirs)
         elif one != other:

@@ -1,37 +1,34 @@
-"""Problems: questions with their accepted answers, from files, the Hub or an embedded task.
+"""Problems: questions with their accepted answers, from data sets or an embedded task."""
 
-Whether a path is a file is told from its form: a URI, a known suffix or an existing file is one,
-an existing folder is a Hugging Face data set on this disk, `name` or `org/name` is one on the Hub.
-"""
-
-import codecs
-import difflib
-import gzip
-import json
 import re
-import zlib
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from decimal import Decimal
-from io import BytesIO
 from math import isfinite
-from pathlib import Path
 
-import fsspec
-import pyarrow as pa
-import pyarrow.parquet
-
-from treerpo_ray.config.sections import PromptsConfig
+from treerpo_ray.config.sections import DataConfig
 from treerpo_ray.errors import one_line
-from treerpo_ray.prompts.hub import HUB_ID, Unreachable, is_unreachable
+from treerpo_ray.prompts.chats import (
+    Message,
+    has_answer,
+    is_chat,
+    question_of,
+    read_chat,
+    split_answer,
+    with_question,
+)
+from treerpo_ray.prompts.columns import Row, Template, cell_of, has_column, unknown_column
+from treerpo_ray.prompts.hub import Unreachable, is_unreachable
+from treerpo_ray.prompts.rows import Rows, read_rows
 from treerpo_ray.quickstart import exercises
 
 QUICKSTART = "quickstart:"
 DEFAULT_TASK = "chains4"
 QUICKSTART_SEED = 0
 THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?")
-SUFFIXES = (".jsonl", ".json", ".parquet")
+DEFAULT_ANSWER = DataConfig().answer_column
+"""Column that need not be there where a chat holds the answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +38,14 @@ class Problem:
     id: str
     question: str
     answers: tuple[str, ...]
+    messages: tuple[Message, ...] = ()
+    """What the model is asked, where it is more than the question alone: a chat or a filled
+    template, without the system prompt of the configuration."""
+
+    @property
+    def chat(self) -> tuple[Message, ...]:
+        """What the model is asked."""
+        return self.messages or (Message("user", self.question),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,30 +68,34 @@ class DataReport:
         )
 
 
-def load_problems(
-    config: PromptsConfig, section: str = "prompts"
-) -> tuple[list[Problem], DataReport]:
+def load_problems(config: DataConfig, section: str = "prompts") -> tuple[list[Problem], DataReport]:
     """Load a data set; rows without an answer and repeated questions are left out and counted.
 
     Args:
-        config: The data set; see the keys of `PromptsConfig`.
+        config: The data set; see the keys of `DataConfig`.
         section: Where `config` stands in the configuration, for messages.
 
     Raises:
-        ValueError: nothing to read, a corrupt row, an unknown column or an empty data set; one
-            line with the key, the file, the row and what to do. `Unreachable` if a Hugging Face
-            id could not be looked up.
+        ValueError: nothing to read, a corrupt row, an unknown column, a template that does not
+            fit or an empty data set; one line with the key, the file, the row and what to do.
+            `Unreachable` if a Hugging Face id could not be looked up.
     """
     if not config.path:
         raise ValueError(f"{section}.path is empty: give a file, a URI or a Hugging Face id")
     if config.num_problems is not None and config.num_problems < 1:
         raise ValueError(f"{section}.num_problems={config.num_problems} must be at least 1")
+    template = None if config.prompt_template is None else Template(config.prompt_template)
     try:
-        rows = _read(config)
+        if template is not None:
+            template.check(config.question_column)
+    except ValueError as error:
+        raise ValueError(f"{section}.prompt_template={config.prompt_template!r} {error}") from error
+    try:
+        rows = _read(config, template, section)
         answered = [row for row in rows if row.answers]
         different = _drop_duplicates(answered)
         _check_problems(rows, different, config)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         if is_unreachable(error):
             raise Unreachable(f"{section}.path={config.path}") from error
         raise ValueError(f"{section}.path={config.path}: {one_line(error)}") from error
@@ -100,18 +109,52 @@ def load_problems(
     )
 
 
+def load_together(
+    sections: Mapping[str, DataConfig],
+) -> dict[str, tuple[list[Problem], DataReport]]:
+    """Load data sets that are trained on together; a question stays in the first that has it.
+
+    Args:
+        sections: The data sets by their keys of the configuration.
+
+    Raises:
+        ValueError: as `load_problems`, or the sets before have all questions of one.
+    """
+    loaded, seen = {}, set[tuple[Message, ...]]()
+    for section, config in sections.items():
+        problems, report = load_problems(config, section)
+        new = [problem for problem in problems if _asked(problem) not in seen]
+        if not new:
+            raise ValueError(
+                f"{section}.path={config.path}: the other data sets have all of its questions; "
+                "leave it out"
+            )
+        seen.update(map(_asked, new))
+        again = len(problems) - len(new)
+        report = replace(
+            report, num_problems=len(new), num_duplicates=report.num_duplicates + again
+        )
+        loaded[section] = (new, report)
+    return loaded
+
+
 def _drop_duplicates(rows: list[Problem]) -> list[Problem]:
-    first: dict[str, Problem] = {}
+    first: dict[tuple[Message, ...], Problem] = {}
     for row in rows:
-        first.setdefault(row.question.strip(), row)
+        first.setdefault(_asked(row), row)
     return list(first.values())
 
 
-def _check_problems(rows: list[Problem], kept: list[Problem], config: PromptsConfig) -> None:
+def _asked(problem: Problem) -> tuple[Message, ...]:
+    """What makes two problems the same."""
+    return tuple(Message(each.role, each.content.strip()) for each in problem.chat)
+
+
+def _check_problems(rows: list[Problem], kept: list[Problem], config: DataConfig) -> None:
     if not rows:
         raise ValueError("the data set is empty")
     if not kept:
-        raise ValueError(f"no row has an answer in its column '{config.answer_column}'")
+        raise ValueError(f"no row has an answer{_place_of(config.answer_column)}")
     name, times = Counter(row.id for row in kept).most_common(1)[0]
     if times > 1:
         raise ValueError(
@@ -120,175 +163,164 @@ def _check_problems(rows: list[Problem], kept: list[Problem], config: PromptsCon
         )
 
 
-def _read(config: PromptsConfig) -> list[Problem]:
+def _place_of(answer_column: str | None) -> str:
+    return "" if answer_column is None else f" in its column '{answer_column}'"
+
+
+def _read(config: DataConfig, template: Template | None, section: str) -> list[Problem]:
     """All rows in order; their answers may be empty."""
-    path, local = config.path, Path(config.path).expanduser()
-    if path.startswith(QUICKSTART):
-        return _draw_quickstart(config)
-    if local.is_dir():
-        return _from_table(_load_hub(str(local), config), config)
-    suffix = Path(path.lower().removesuffix(".gz")).suffix
-    if "://" in path or suffix in SUFFIXES or local.is_file():
-        if suffix not in SUFFIXES:
-            raise ValueError(f"the name must end in {', '.join(SUFFIXES)} (or these with .gz)")
-        data = _read_bytes(path if "://" in path else str(local.absolute()))
-        return _from_parquet(data, config) if suffix == ".parquet" else _from_json(data, config)
-    if HUB_ID.fullmatch(path):
-        return _from_table(_load_hub(path, config), config)
-    raise ValueError(f"no such file ({local.absolute()})")
+    if any(path.startswith(QUICKSTART) for path in config.paths):
+        return _draw_quickstart(config, template)
+    used = [config.question_column, *(template.columns if template is not None else ())]
+    used += [column for column in (config.answer_column, config.id_column) if column is not None]
+    found: list[Problem] = []
+    for part in read_rows(config, used):
+        columns = _columns(part, config, template, section)
+        for number, row in part.by_number.items():
+            name = None if config.id_column is None else cell_of(row, config.id_column)
+            found.append(columns.problem(row, _name(part, number, name), part.where(number)))
+    return found
 
 
-def _draw_quickstart(config: PromptsConfig) -> list[Problem]:
+def _name(part: Rows, number: int, given: object) -> str:
+    if given is not None:
+        return str(given)
+    return f"{part.name}:{number}" if part.name else str(number)
+
+
+def _draw_quickstart(config: DataConfig, template: Template | None) -> list[Problem]:
+    if len(config.paths) > 1:
+        raise ValueError("an embedded task stands alone; prompts.mix trains on several sets")
     if config.num_problems is None:
         raise ValueError("an embedded task has no end; set num_problems")
     name, _, split = config.path.removeprefix(QUICKSTART).rpartition("/")
     rows = exercises.problems(name or DEFAULT_TASK, split, config.num_problems, QUICKSTART_SEED)
-    return [Problem(id=row.id, question=row.question, answers=(row.answer,)) for row in rows]
+    columns = _Columns(question="question", answer="answer", mark=None, template=template)
+    return [
+        columns.problem({"question": row.question, "answer": row.answer}, row.id, f"row {number}")
+        for number, row in enumerate(rows, start=1)
+    ]
 
 
-def _load_hub(path: str, config: PromptsConfig) -> pa.Table:
-    import datasets  # takes a second, and most runs read a file
+def _columns(part: Rows, config: DataConfig, template: Template | None, section: str) -> "_Columns":
+    """Where the parts of a problem stand in the rows of a file.
 
-    try:
-        loaded = datasets.load_dataset(path, name=config.subset, split=config.split)
-    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(
-            f"not a file, and as a Hugging Face data set (split={config.split}, "
-            f"subset={config.subset}) it cannot be loaded: {one_line(error.__cause__ or error)}"
-        ) from error
-    return loaded.with_format("arrow")[:]
-
-
-def _read_bytes(path: str) -> bytes:
-    try:
-        compression = "gzip" if path.lower().endswith(".gz") else None
-        with fsspec.open(path, "rb", compression=compression) as file:
-            return file.read()
-    except FileNotFoundError as error:
-        raise ValueError(f"no such file ({path})") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"corrupt gzip file ({one_line(error)})") from error
-    except (ImportError, PermissionError) as error:
-        raise ValueError(f"cannot be read: {one_line(error)}") from error
+    Raises:
+        ValueError: a column is not there.
+    """
+    answer, rows = config.answer_column, part.by_number.values()
+    wanted = {config.question_column: "question_column"}
+    if answer is not None:
+        wanted[answer] = "answer_column"
+    if config.id_column is not None:
+        wanted[config.id_column] = "id_column"
+    wanted |= dict.fromkeys(template.columns if template else (), "prompt_template")
+    for column, key in wanted.items():
+        if not rows or has_column(column, part.names, rows):
+            continue
+        chats = (cell_of(row, config.question_column) for row in rows)
+        if column == answer == DEFAULT_ANSWER and any(map(has_answer, chats)):
+            answer = None
+            continue
+        raise ValueError(unknown_column(column, key, section, part.names, part.sample))
+    return _Columns(config.question_column, answer, config.answer_mark, template)
 
 
-def _from_parquet(data: bytes, config: PromptsConfig) -> list[Problem]:
-    try:
-        table = pyarrow.parquet.read_table(BytesIO(data))
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"not a Parquet file ({one_line(error)})") from error
-    return _from_table(table, config)
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """Where the parts of a problem stand in a row."""
 
+    question: str
+    answer: str | None
+    """None: at the end of the chat."""
+    mark: str | None
+    template: Template | None
 
-def _from_table(table: pa.Table, config: PromptsConfig) -> list[Problem]:
-    _check_columns(table.column_names, config)
-    rows = table.select(list(_column_keys(config))).to_pylist()
-    return [_to_problem(row, "row", number, config) for number, row in enumerate(rows, start=1)]
+    def problem(self, row: Row, name: str, where: str) -> Problem:
+        """The problem of a row.
 
+        Args:
+            row: Cells by column.
+            name: Id of the problem.
+            where: Place of the row, for messages.
 
-def _from_json(data: bytes, config: PromptsConfig) -> list[Problem]:
-    """Rows of one JSON list, or of JSON lines: the first character tells, whatever the suffix."""
-    data = data.removeprefix(codecs.BOM_UTF8)
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"line {line} is not UTF-8 ({error.reason}); convert the file") from error
-    whole = _parse_json(text, 1) if text.lstrip().startswith("[") else None
-    if isinstance(whole, list):
-        unit, values = "row", dict(enumerate(whole, start=1))
-    else:
-        lines = enumerate(text.split("\n"), start=1)
-        unit, values = "line", {n: _parse_json(line, n) for n, line in lines if line.strip()}
-    rows = {number: value for number, value in values.items() if isinstance(value, dict)}
-    if len(rows) < len(values):
-        wrong = min(values.keys() - rows.keys())
-        raise ValueError(f"{unit} {wrong} is not a JSON object: write one with named columns")
-    if rows:
-        _check_columns(dict.fromkeys(name for row in rows.values() for name in row), config)
-    return [_to_problem(row, unit, number, config) for number, row in rows.items()]
-
-
-def _parse_json(text: str, line: int) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"line {line + error.lineno - 1} is not JSON ({error.msg} at column {error.colno}); "
-            "write one object a line, or one list of objects"
-        ) from error
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"line {line} cannot be read as JSON ({one_line(error)})") from error
-
-
-def _column_keys(config: PromptsConfig) -> dict[str, str]:
-    """Columns in use, each with its key of the configuration."""
-    keys = {config.question_column: "question_column", config.answer_column: "answer_column"}
-    return keys if config.id_column is None else keys | {config.id_column: "id_column"}
-
-
-def _check_columns(found: Iterable[str], config: PromptsConfig) -> None:
-    names = list(found)
-    for column, key in _column_keys(config).items():
-        if column not in names:
-            near = difflib.get_close_matches(column, names, n=1)
-            hint = f"did you mean '{near[0]}'? " if near else ""
-            raise ValueError(f"no column '{column}' ({key}); {hint}columns: {', '.join(names)}")
-
-
-def _to_problem(row: dict[str, object], unit: str, number: int, config: PromptsConfig) -> Problem:
-    where = f"{unit} {number}"
-    question = row.get(config.question_column)
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError(
-            f"{where} has no text in its question column '{config.question_column}'; "
-            "fill it or take the row out"
+        Raises:
+            ValueError: a cell is not as it must be.
+        """
+        try:
+            chat, solution = self._asked(cell_of(row, self.question))
+            question = question_of(chat)
+            if self.template is not None:
+                chat = with_question(chat, self.template.fill(question, row))
+        except ValueError as error:
+            raise ValueError(f"{where} {error}") from error
+        answer = solution if self.answer is None else cell_of(row, self.answer)
+        problem = Problem(
+            id=name,
+            question=question,
+            answers=self._answers(answer, where),
+            messages=() if chat == (Message("user", question),) else chat,
         )
-    answer = row.get(config.answer_column)
-    name = None if config.id_column is None else row.get(config.id_column)
-    problem = Problem(
-        id=str(number if name is None else name),
-        question=question,
-        answers=_to_answers(answer, config, where),
-    )
-    try:
-        "".join([problem.id, question, *problem.answers]).encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-        raise ValueError(f"{where} holds text that is not Unicode ({error.reason})") from error
-    return problem
+        try:
+            "".join([name, question, *problem.answers, *(m.content for m in chat)]).encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+            raise ValueError(f"{where} holds text that is not Unicode ({error.reason})") from error
+        return problem
+
+    def _asked(self, cell: object) -> tuple[tuple[Message, ...], str | None]:
+        """The chat of a question column, and the answer at its end."""
+        if is_chat(cell):
+            return split_answer(read_chat(cell))
+        if not isinstance(cell, str) or not cell.strip():
+            fix = _fields(cell, self.question) or "fill it or take the row out"
+            raise ValueError(f"has no text in its question column '{self.question}'; {fix}")
+        if self.answer is None:
+            raise ValueError(
+                f"has no chat in its question column '{self.question}' that could hold the "
+                "answer; name the column of the answers (answer_column)"
+            )
+        return (Message("user", cell),), None
+
+    def _answers(self, value: object, where: str) -> tuple[str, ...]:
+        """Accepted answers of one cell, without empty and repeated ones."""
+        if is_chat(value):  # a completion
+            return self._answers(read_chat(value)[-1].content, where)
+        values = value if isinstance(value, list) else [value]
+        texts = [self._text(item, where) for item in values]
+        return tuple(dict.fromkeys(text for text in texts if text))
+
+    def _text(self, value: object, where: str) -> str:
+        """Text of one answer; a number is written as a person would, what is missing as ''."""
+        match value:
+            case None:
+                return ""
+            case str():
+                if not self.mark or self.mark not in value:
+                    return value.strip()
+                return _without_commas(value.rpartition(self.mark)[2].strip())
+            case bool():
+                pass
+            case int():
+                return str(value)
+            case Decimal() | float() if not isfinite(value):
+                return ""
+            case Decimal() | float():
+                digits = f"{Decimal(str(value)):f}"
+                return digits.rstrip("0").rstrip(".") if "." in digits else digits
+        fix = _fields(value, self.answer or "")
+        raise ValueError(
+            f"{where}, answer column '{self.answer}' holds neither text, a number nor a list of "
+            f"these: {value!r:.80}{fix and f'; {fix}'}"
+        )
 
 
-def _to_answers(value: object, config: PromptsConfig, where: str) -> tuple[str, ...]:
-    """Accepted answers of one cell, without empty and repeated ones."""
-    values = value if isinstance(value, list) else [value]
-    texts = [_to_text(item, config, where) for item in values]
-    return tuple(dict.fromkeys(text for text in texts if text))
+def _fields(cell: object, column: str) -> str:
+    """How to reach what is in a cell, if anything is by name."""
+    if not isinstance(cell, dict) or not cell:
+        return ""
+    return f"it has {', '.join(f'{column}.{name}' for name in cell)}"
 
 
 def _without_commas(answer: str) -> str:
     """A number without the commas of its thousands; behind a mark stands one answer, no list."""
     return answer.replace(",", "") if THOUSANDS.fullmatch(answer) else answer
-
-
-def _to_text(value: object, config: PromptsConfig, where: str) -> str:
-    """Text of one answer; a number is written as a person would, what is missing as ''."""
-    match value:
-        case None:
-            return ""
-        case str():
-            if not config.answer_mark or config.answer_mark not in value:
-                return value.strip()
-            return _without_commas(value.rpartition(config.answer_mark)[2].strip())
-        case bool():
-            pass
-        case int():
-            return str(value)
-        case Decimal() | float() if not isfinite(value):
-            return ""
-        case Decimal() | float():
-            digits = f"{Decimal(str(value)):f}"
-            return digits.rstrip("0").rstrip(".") if "." in digits else digits
-    raise ValueError(
-        f"{where}, answer column '{config.answer_column}' holds neither text, a number nor a list "
-        f"of these: {value!r}"
-    )

@@ -3,16 +3,21 @@
 A prompt is tokenised once, here; its ids are what the engines search from and the learner sees.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
+from jinja2.meta import find_undeclared_variables
 
-from treerpo_ray.config.sections import PromptsConfig
+from treerpo_ray.config.sections import DataConfig
 from treerpo_ray.errors import one_line
+from treerpo_ray.prompts.chats import with_system
 from treerpo_ray.prompts.hub import HUB_ID, Unreachable, is_unreachable
+from treerpo_ray.prompts.mixture import Mixture
 from treerpo_ray.prompts.problems import Problem
 
 if TYPE_CHECKING:  # prompts also travel to processes that have no use for a tokenizer
@@ -20,6 +25,12 @@ if TYPE_CHECKING:  # prompts also travel to processes that have no use for a tok
 
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+OWN_VARIABLES = {
+    *("messages", "tools", "documents", "add_generation_prompt", "raise_exception"),
+    *("strftime_now", "bos_token", "eos_token", "pad_token", "unk_token", "sep_token"),
+    *("cls_token", "mask_token", "additional_special_tokens"),
+}
+"""Variables of chat templates that have their value from elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,16 +41,35 @@ class PromptSet:
     token_ids: tuple[list[int], ...]
     num_too_long: int
     """Problems left out because their prompt has more than `max_prompt_tokens`."""
+    mixture: Mixture | None = None
+    """Of several data sets: how many problems each has, one set behind the other."""
 
     def __len__(self) -> int:
         return len(self.problems)
+
+    @classmethod
+    def mixed(cls, parts: Mapping[str, "PromptSet"], weights: Sequence[float]) -> "PromptSet":
+        """Several sets as one, each problem with the name of its set before its id."""
+        named = [
+            replace(problem, id=f"{name}/{problem.id}")
+            for name, part in parts.items()
+            for problem in part.problems
+        ]
+        return cls(
+            problems=tuple(named),
+            token_ids=tuple(ids for part in parts.values() for ids in part.token_ids),
+            num_too_long=sum(part.num_too_long for part in parts.values()),
+            mixture=Mixture(
+                sizes=tuple(map(len, parts.values())), weights=tuple(map(float, weights))
+            ),
+        )
 
     @classmethod
     def encode(
         cls,
         problems: Sequence[Problem],
         tokenizer: "PreTrainedTokenizerBase",
-        config: PromptsConfig,
+        config: DataConfig,
         section: str = "prompts",
     ) -> "PromptSet":
         """Tokenise problems by the chat template; without one, each message ends with a newline.
@@ -47,19 +77,23 @@ class PromptSet:
         Args:
             problems: At least one problem.
             tokenizer: The policy's tokenizer.
-            config: Gives `system_prompt` and `max_prompt_tokens`.
+            config: Gives `system_prompt`, `chat_template_args` and `max_prompt_tokens`.
             section: Where `config` stands in the configuration, for messages.
 
         Raises:
-            ValueError: no prompt is short enough, one has no tokens, or the template or tokenizer
-                fails.
+            ValueError: no prompt is short enough, one has no tokens, the template or tokenizer
+                fails, or the template does not know an argument.
         """
+        check_template_args(tokenizer, config.chat_template_args, section)
         try:
-            encoded = _encode([p.question for p in problems], tokenizer, config.system_prompt)
+            encoded = _encode(problems, tokenizer, config)
         except TemplateError as error:
+            told = f"the model's chat template refuses these messages ({one_line(error)})"
+            if config.system_prompt is None:
+                raise ValueError(f"{section}.path={config.path}: {told}") from error
             raise ValueError(
-                f"{section}.system_prompt={config.system_prompt!r}: the model's chat template "
-                f"refuses these messages ({one_line(error)}); null leaves the system message out"
+                f"{section}.system_prompt={config.system_prompt!r}: {told}; null leaves the "
+                "system message out"
             ) from error
         except Exception as error:  # a template may do anything, a tokenizer much
             raise ValueError(
@@ -155,18 +189,62 @@ def resolve_model_path(path: str) -> str:
     )
 
 
+def check_template_args(
+    tokenizer: "PreTrainedTokenizerBase",
+    arguments: Mapping[str, bool | int | float | str],
+    section: str,
+) -> None:
+    """Check that the model's chat template knows what it is given.
+
+    Raises:
+        ValueError: it has no such variable, which it would pass over, or sets it by itself.
+    """
+    if not arguments:
+        return
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{section}.chat_template_args={dict(arguments)}: the model has no chat template; "
+            "leave them out"
+        )
+    try:
+        known = sorted(_template_variables(tokenizer) - OWN_VARIABLES)
+    except TemplateError:  # of another dialect; who renders it will say what is wrong
+        return
+    for name in arguments:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(
+                f"{section}.chat_template_args.{name}: the model's chat template has no such "
+                f"variable; {hint}it has: {', '.join(known) or 'none'}"
+            )
+
+
+def _template_variables(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
+    """Variables that the chat template takes, in all of its forms."""
+    found = tokenizer.chat_template
+    templates = found.values() if isinstance(found, dict) else [found]
+    # Tags of transformers and of jinja's loop controls are no variables.
+    places = Environment(extensions=["jinja2.ext.loopcontrols"])
+    plain = (re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text) for text in templates)
+    return set().union(*(find_undeclared_variables(places.parse(text)) for text in plain))
+
+
 def _encode(
-    questions: list[str], tokenizer: "PreTrainedTokenizerBase", system_prompt: str | None
+    problems: Sequence[Problem], tokenizer: "PreTrainedTokenizerBase", config: DataConfig
 ) -> list[list[int]]:
-    system = [] if system_prompt is None else [system_prompt]
+    chats = [with_system(problem.chat, config.system_prompt) for problem in problems]
     quiet = {"verbose": False}  # no warning about what is left out for its length afterwards
     if tokenizer.chat_template is None:
-        texts = ["\n".join([*system, text, ""]) for text in questions]
+        texts = ["\n".join([*(message.content for message in chat), ""]) for chat in chats]
         return _without_end(tokenizer(texts, **quiet)["input_ids"], tokenizer)
-    head = [{"role": "system", "content": text} for text in system]
-    chats = [[*head, {"role": "user", "content": text}] for text in questions]
+    given: dict[str, Any] = {**config.chat_template_args}  # by name, as any template has its own
     encoded = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, return_dict=True, tokenizer_kwargs=quiet
+        [[asdict(message) for message in chat] for chat in chats],
+        add_generation_prompt=True,
+        return_dict=True,
+        tokenizer_kwargs=quiet,
+        **given,
     )
     return cast("BatchEncoding", encoded)["input_ids"]
 

@@ -6,7 +6,7 @@ A reference that is none, such as a solution in prose, gives every text the rewa
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from treerpo_ray.config.sections import PromptsConfig, VerifierConfig
+from treerpo_ray.config.sections import DataConfig, VerifierConfig
 from treerpo_ray.prompts.problems import QUICKSTART, Problem
 from treerpo_ray.verifier.verifier import Verifier
 
@@ -36,7 +36,7 @@ class References:
 
 
 def look_at_references(
-    data: Mapping[str, tuple[PromptsConfig, Sequence[Problem]]], verifier: VerifierConfig
+    data: Mapping[str, tuple[DataConfig, Sequence[Problem]]], verifier: VerifierConfig
 ) -> dict[str, References]:
     """Look at a sample of each data set, by its section of the configuration.
 
@@ -77,7 +77,7 @@ def _sample(problems: Sequence[Problem]) -> list[Problem]:
     return list(problems[::step])
 
 
-def _look(verifier: Verifier, config: PromptsConfig, problems: list[Problem]) -> References:
+def _look(verifier: Verifier, config: DataConfig, problems: list[Problem]) -> References:
     told = verifier.has_answers([problem.answers for problem in problems])
     return References(
         path=config.path,

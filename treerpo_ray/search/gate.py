@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from treerpo_ray.metrics.health import StackDump, StageStatus
+from treerpo_ray.prompts.mixture import Mixture, Turns, one_set
 from treerpo_ray.records import RootValue
 from treerpo_ray.search.curriculum import Curriculum, Measurement, from_state, to_state
 from treerpo_ray.task import GateState, Ticket
@@ -31,6 +32,7 @@ class Gate:
     Args:
         num_prompts: Size of the training set; each epoch is a fresh permutation of it, in which
             the turn of a prompt is lost where its ticket comes back to another one.
+        mixture: Of a training set of several sets, whose prompts take turns as `Mixture` says.
         trees_per_step: B, trees that one learner step consumes.
         max_staleness: Learner steps by which a tree may be behind; 0 is strictly on-policy.
         num_steps: Learner steps of the whole run; no ticket is issued for later ones.
@@ -47,9 +49,12 @@ class Gate:
         num_steps: int,
         seed: int,
         revisit: float = 0.0,
+        mixture: Mixture | None = None,
     ) -> None:
         self.num_prompts, self.trees_per_step = num_prompts, trees_per_step
         self.max_staleness, self.num_steps, self.seed = max_staleness, num_steps, seed
+        self.mixture = mixture or one_set(num_prompts)
+        self._turns = Turns(self.mixture, seed)
         self.curriculum = Curriculum(share=revisit, seed=seed)
         self.steps_done = 0
         self.issued = 0
@@ -63,14 +68,9 @@ class Gate:
         last_step = self._last_measured(number // self.trees_per_step)
         prompt = self.curriculum.revisited(number, last_step)
         if prompt is None:
-            prompt = self._in_turn(number)
+            prompt = self._turns.prompt(number)
         seed = int(np.random.SeedSequence((self.seed, number)).generate_state(1, np.uint64)[0])
         return Ticket(number=number, prompt=prompt, seed=seed >> 1)
-
-    def _in_turn(self, number: int) -> int:
-        epoch, place = divmod(number, self.num_prompts)
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.num_prompts)
-        return int(order[place])
 
     @property
     def limit(self) -> int:
@@ -169,7 +169,13 @@ class Gate:
     def _prompt_of(self, root: RootValue) -> int:
         if not root.num_redraws:
             return self.ticket(root.ticket).prompt
-        again = redrawn(root.ticket, root.num_redraws, num_prompts=self.num_prompts, seed=self.seed)
+        again = redrawn(
+            root.ticket,
+            root.num_redraws,
+            num_prompts=self.num_prompts,
+            seed=self.seed,
+            mixture=self.mixture,
+        )
         return again.prompt
 
     def _last_measured(self, step: int) -> int:
@@ -177,11 +183,15 @@ class Gate:
         return step - 1 - self.max_staleness
 
 
-def redrawn(number: int, num_redraws: int, *, num_prompts: int, seed: int) -> Ticket:
-    """Ticket `number` with another prompt, any of the data set, drawn for the n-th time.
+def redrawn(
+    number: int, num_redraws: int, *, num_prompts: int, seed: int, mixture: Mixture | None = None
+) -> Ticket:
+    """Ticket `number` with another prompt, any of the data set, drawn for the n-th time; of several
+    sets one is drawn by weight first.
 
     It stays the same ticket: issued once, consumed once, by the same learner step.
     """
     sequence = np.random.SeedSequence((seed, number, num_redraws))
     prompt, tree_seed = sequence.generate_state(2, np.uint64).tolist()
-    return Ticket(number=number, prompt=prompt % num_prompts, seed=tree_seed >> 1)
+    drawn = (mixture or one_set(num_prompts)).at(prompt)
+    return Ticket(number=number, prompt=drawn, seed=tree_seed >> 1)

@@ -335,4 +335,7 @@ class TreePool:
         return self._redrawn(ticket.number, past.num_redraws) if past.num_redraws else ticket
 
     def _redrawn(self, number: int, num_redraws: int) -> Ticket:
-        return redrawn(number, num_redraws, num_prompts=len(self.prompts), seed=self.seed)
+        prompts = self.prompts
+        return redrawn(
+            number, num_redraws, num_prompts=len(prompts), seed=self.seed, mixture=prompts.mixture
+        )
