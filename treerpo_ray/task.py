@@ -41,6 +41,13 @@ class Measurement(NamedTuple):
     step: int
     prompt: int
     value: float
+    variance: float | None = None
+    """As in `RootValue`."""
+
+    @property
+    def weight(self) -> float:
+        """Variance of the reward of one answer."""
+        return self.value * (1 - self.value) if self.variance is None else self.variance
 
 
 class GateApi(Protocol):

@@ -12,7 +12,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from io import BytesIO
 from math import isfinite
@@ -41,6 +41,12 @@ class Problem:
     id: str
     question: str
     answers: tuple[str, ...]
+    row: str = "{}"
+    """The whole row of the data set as JSON, without what is binary; for checks that ask for it."""
+
+    def without_row(self) -> "Problem":
+        """The problem where nobody asks for its row, which may be large."""
+        return replace(self, row="{}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +149,10 @@ def _draw_quickstart(config: PromptsConfig) -> list[Problem]:
         raise ValueError("an embedded task has no end; set num_problems")
     name, _, split = config.path.removeprefix(QUICKSTART).rpartition("/")
     rows = task.problems(name or DEFAULT_TASK, split, config.num_problems, QUICKSTART_SEED)
-    return [Problem(id=row.id, question=row.question, answers=(row.answer,)) for row in rows]
+    return [
+        Problem(id=r.id, question=r.question, answers=(r.answer,), row=_to_json(asdict(r)))
+        for r in rows
+    ]
 
 
 def _load_hub(path: str, config: PromptsConfig) -> pa.Table:
@@ -182,7 +191,8 @@ def _from_parquet(data: bytes, config: PromptsConfig) -> list[Problem]:
 
 def _from_table(table: pa.Table, config: PromptsConfig) -> list[Problem]:
     _check_columns(table.column_names, config)
-    rows = table.select(list(_column_keys(config))).to_pylist()
+    wanted = [field.name for field in table.schema if not _is_binary(field.type)]
+    rows = table.select(list(dict.fromkeys([*_column_keys(config), *wanted]))).to_pylist()
     return [_to_problem(row, "row", number, config) for number, row in enumerate(rows, start=1)]
 
 
@@ -250,12 +260,25 @@ def _to_problem(row: dict[str, object], unit: str, number: int, config: PromptsC
         id=str(number if name is None else name),
         question=question,
         answers=_to_answers(answer, config, where),
+        row=_to_json(row),
     )
     try:
         "".join([problem.id, question, *problem.answers]).encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
         raise ValueError(f"{where} holds text that is not Unicode ({error.reason})") from error
     return problem
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    """Whether a column holds bytes, such as pictures, at any depth."""
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return True
+    return any(_is_binary(kind.field(place).type) for place in range(kind.num_fields))
+
+
+def _to_json(row: dict[str, object]) -> str:
+    """A row as JSON; what JSON does not have, such as dates, as text."""
+    return json.dumps(row, default=str)
 
 
 def _to_answers(value: object, config: PromptsConfig, where: str) -> tuple[str, ...]:
