@@ -243,7 +243,7 @@ def batch_to_forests(batch: pa.Table, learner: LearnerConfig) -> list[Forest]:
     """What the worker and its learner do with a batch before the first forward pass."""
     from treerpo_ray.learner.stats import count
 
-    form, pruning = learner.advantage, learner.pruning
+    form, pruning = learner.form, learner.pruning
     records = from_table(from_worker_batch(batch))
     values = [mean_backup(record.tree, record.rewards) for record in records]
     groups = [step_groups(r.tree, own) for r, own in zip(records, values, strict=True)]

@@ -10,7 +10,6 @@ Configuration, prompts and mathematics (`treerpo_ray.algo`) are those of jobs/tr
 the update: the same trees give the same weights. Left out is what makes that fast and safe.
 """
 
-import importlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from treerpo_ray.algo.advantages import step_advantages
+from treerpo_ray.algo.advantages import has_baseline, step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.loss import LossInputs, policy_loss
 from treerpo_ray.algo.search import SiblingGroup, assemble, cut_at_surprise
@@ -33,15 +32,18 @@ from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
 from treerpo_ray.config import Config, load
 from treerpo_ray.errors import run_command
 from treerpo_ray.prompts import problems, prompt_set
+from treerpo_ray.user_code import load_module
+from treerpo_ray.verifier import check, verdict
 
-LEFT_OUT = "verifier.false_positive_rate model.trust_remote_code run.max_sampled_tokens model.stop "
-LEFT_OUT += "gate.max_redraws gate.revisit tree.delimiter loss.kl_coef verifier.false_negative_rate"
+LEFT_OUT = "gate.max_redraws gate.revisit tree.delimiter loss.kl_coef run.max_sampled_tokens "
+LEFT_OUT += "verifier.false_positive_rate verifier.false_negative_rate verifier.checks "
+LEFT_OUT += "model.trust_remote_code model.stop"
 
 
 def train(config: Config) -> int:
     """Learner steps, a line each; the reward shown is the mean value of the trees' roots."""
     wrong = [key for key in LEFT_OUT.split() if attrgetter(key)(config)]
-    if wrong or config.model.dtype != "float32" or config.learner.advantage == "past_baseline":
+    if wrong or config.model.dtype != "float32" or has_baseline(config.learner.form):
         raise ValueError(f"not in jobs/minimal.py: {wrong or 'bfloat16, past_baseline'}")
     torch.manual_seed(config.run.seed)
     rng, policy = np.random.default_rng(config.run.seed), TreeRPO(config)
@@ -77,10 +79,9 @@ class TreeRPO:
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         decay = config.learner.weight_decay
         self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=decay)
-        self.num_updates = 0
-        self.check = importlib.import_module(config.verifier.check).check_answer
+        self.check = check.Check(load_module(config.verifier.main_check, config.verifier.sources))
         self.tokenizer = prompt_set.load_tokenizer(path, config.model.trust_remote_code)
-        self.ends = list(prompt_set.end_token_ids(path, self.tokenizer))
+        self.num_updates, self.ends = 0, list(prompt_set.end_token_ids(path, self.tokenizer))
 
     def grow(self, prompts: list[list[int]]) -> list[Tree]:
         """A tree on each prompt, all of them together, one depth after the other."""
@@ -90,8 +91,7 @@ class TreeRPO:
             if not parents:
                 break  # every answer has come to its end
             is_last, most = depth + 1 == len(shape.num_children), shape.step_tokens[depth]
-            prefixes = [prefix for *_, prefix in parents for _ in range(count)]
-            steps = self.sample(prefixes, most)
+            steps = self.sample([prefix for *_, prefix in parents for _ in range(count)], most)
             above, parents = parents, []
             for place, (number, path, prefix) in enumerate(above):
                 children = steps[place * count : (place + 1) * count]
@@ -133,7 +133,8 @@ class TreeRPO:
         for leaf in tree.leaves:
             answer = self.tokenizer.decode(tree.path_token_ids(leaf), skip_special_tokens=True)
             is_cut_off = tree.steps[leaf].stop is StopReason.BOUNDARY
-            rewards[leaf] = self.check(answer, references, is_cut_off) is True
+            asked = verdict.Answer(text=str(answer), references=references, is_cut_off=is_cut_off)
+            rewards[leaf] = self.check(asked) or 0.0
         return rewards
 
     def update(self, trees: list[Tree], rewards: list[np.ndarray], progress: float = 0.0) -> int:
@@ -159,7 +160,7 @@ class TreeRPO:
     def rows(self, tree: Tree, rewards: np.ndarray) -> Iterator[Row]:
         """Rewards become values, values advantages within step groups; a row a trained step."""
         learner, values = self.config.learner, mean_backup(tree, rewards)
-        found = step_advantages(tree, values, form=learner.advantage, pruning=learner.pruning)
+        found = step_advantages(tree, values, form=learner.form, pruning=learner.pruning)
         for index in np.flatnonzero(~np.isnan(found)).tolist():
             ids = [*tree.prompt_ids.tolist(), *tree.path_token_ids(index)]
             behaviour = torch.from_numpy(tree.steps[index].logprobs)
@@ -179,10 +180,9 @@ class TreeRPO:
             advantages=torch.tensor([row.advantage for row in rows]).repeat_interleave(lengths),
             step=torch.arange(len(rows)).repeat_interleave(lengths),
         )
-        counts = {"num_batch_tokens": sum(len(row.behaviour) for row in batch)}
-        counts |= {"num_batch_steps": len(batch)}
-        most, config = self.config.shape.max_answer_tokens, self.config.loss
-        return policy_loss(inputs, **counts, max_answer_tokens=most, config=config).loss
+        most, tokens = self.config.shape.max_answer_tokens, sum(len(row.behaviour) for row in batch)
+        counts = {"num_batch_tokens": tokens, "num_batch_steps": len(batch)}
+        return policy_loss(inputs, **counts, max_answer_tokens=most, config=self.config.loss).loss
 
     def logprobs(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
         """Log-probability of every row's own tokens, and the entropy where each was drawn."""

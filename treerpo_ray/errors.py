@@ -14,6 +14,17 @@ class RunFailed(Exception):
     """A run ended for good; one line with the cause and where to look."""
 
 
+class UserCodeError(ValueError):
+    """The user's own code cannot be used: one line that says why, and the user's traceback."""
+
+    def __init__(self, message: str, trace: str = "") -> None:
+        super().__init__(message, trace)
+        self.message, self.trace = message, trace
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.trace}" if self.trace else self.message
+
+
 STOPPED = 130
 """Exit status of a command that was stopped by a signal, as shells have it."""
 

@@ -8,7 +8,7 @@ both from the run's configuration, `learner.stats.count` for the metrics.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
@@ -19,7 +19,7 @@ import pyarrow as pa
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import step_groups
 from treerpo_ray.algo.tree import StopReason, Tree
-from treerpo_ray.verifier.verdict import Verdict
+from treerpo_ray.verifier.verdict import Grade, Verdict
 
 MemberT = TypeVar("MemberT", bound=StrEnum)
 SCHEMA_VERSION = 4
@@ -81,6 +81,11 @@ class TreeRecord:
     """Decoded answer of each leaf, in the order of `tree.leaves`; for verifier and viewer only."""
     verdicts: tuple[Verdict, ...]
     """Verdict of each leaf, in the order of `tree.leaves`."""
+    leaf_rewards: tuple[float, ...] = ()
+    """Reward of each leaf where one has partial credit, NaN without a reward; empty: all are 0 or
+    1, as the verdicts say. In a table they are the values of the leaves."""
+    row: str = "{}"
+    """The prompt's row of the data set as JSON, for the verifier: not kept in a table."""
     scored_at_s: float = 0.0
     """Unix time of the verdicts; 0 until there are any."""
     num_redraws: int = 0
@@ -94,8 +99,16 @@ class TreeRecord:
         if len(self.verdicts) != len(self.tree.leaves):
             raise ValueError(f"{len(self.verdicts)} verdicts for {len(self.tree.leaves)} leaves")
         rewards = np.full(len(self.tree), np.nan)
-        rewards[list(self.tree.leaves)] = [_REWARDS[verdict] for verdict in self.verdicts]
+        found = self.leaf_rewards or [_REWARDS[verdict] for verdict in self.verdicts]
+        rewards[list(self.tree.leaves)] = found
         return rewards
+
+    def graded(self, grades: Sequence[Grade]) -> "TreeRecord":
+        """The tree with a grade for each leaf, in the order of `tree.leaves`."""
+        verdicts = tuple(grade.verdict for grade in grades)
+        has_partial = Verdict.PARTIAL in verdicts
+        rewards = tuple(grade.reward for grade in grades) if has_partial else ()
+        return replace(self, verdicts=verdicts, leaf_rewards=rewards)
 
 
 def to_table(records: Sequence[TreeRecord]) -> pa.Table:
@@ -207,15 +220,24 @@ def _from_batch(batch: pa.RecordBatch) -> Iterator[TreeRecord]:
         arrays("versions"),
     )
     rows = zip(*map(scalars, _SCALARS), strict=True)
-    for row, answers, tree, leaf_texts, verdicts in zip(
-        rows, texts("answers"), trees, texts("leaf_text"), lists("verdict"), strict=True
+    for row, answers, tree, leaf_texts, own, values in zip(
+        rows,
+        texts("answers"),
+        trees,
+        texts("leaf_text"),
+        lists("verdict"),
+        lists("value"),
+        strict=True,
     ):
+        verdicts = _members(Verdict, own)
+        has_partial = Verdict.PARTIAL in verdicts
         yield TreeRecord(
             **dict(zip(_SCALARS, row, strict=True)),
             answers=answers,
             tree=tree,
             leaf_texts=leaf_texts,
-            verdicts=_members(Verdict, verdicts),
+            verdicts=verdicts,
+            leaf_rewards=tuple(values.to_numpy()[list(tree.leaves)]) if has_partial else (),
         )
 
 
@@ -254,3 +276,5 @@ class RootValue(NamedTuple):
     ticket: int
     num_redraws: int
     value: float
+    variance: float | None = None
+    """Of an answer's reward; None: value (1 - value), as all rewards are 0 or 1."""

@@ -1,8 +1,10 @@
-"""Scoring: leaves get their texts and verdicts; a verifier that fails too often ends the run."""
+"""Scoring: leaves get their texts and grades; a verifier that fails too often ends the run."""
 
+import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,12 +13,13 @@ import numpy as np
 from treerpo_ray.algo.tree import StopReason
 from treerpo_ray.config.sections import VerifierConfig
 from treerpo_ray.records import TreeRecord
-from treerpo_ray.verifier.verdict import Answer, Verdict
+from treerpo_ray.verifier.verdict import Answer, Grade, Verdict, weighted
 from treerpo_ray.verifier.verifier import Verifier
 
 if TYPE_CHECKING:  # Ray's own actors of a data set import this, too
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 
 WINDOW = 1000
 """Answers, the newest ones, over which the share is taken."""
@@ -65,8 +68,41 @@ def _shown(text: str) -> str:
     return ascii(text if len(text) <= SHOWN_CHARS else f"...{text[-SHOWN_CHARS:]}")
 
 
+def make_verifiers(
+    settings: VerifierConfig,
+    *,
+    num_workers: int | None = None,
+    on_start: Callable[[int], None] = lambda pid: None,
+    on_fault: Callable[[str], None] = log.warning,
+) -> Iterator[Verifier]:
+    """A verifier for each check, the main one first; `num_workers` other than the settings say."""
+    for check in settings.weights:
+        yield Verifier(
+            check=check,
+            num_workers=num_workers or settings.num_workers,
+            timeout_s=settings.timeout_s,
+            memory_mib=settings.memory_mib,
+            sources=settings.sources,
+            retries=settings.retries,
+            concurrency=settings.concurrency,
+            env=settings.env,
+            on_start=on_start,
+            on_fault=on_fault,
+        )
+
+
 class Scorer:
-    """Gives every leaf of a tree its text and its verdict."""
+    """Gives every leaf of a tree its text and its grade.
+
+    Args:
+        settings: Its checks and their processes.
+        tokenizer: The policy's.
+        on_start: Told the process id of each process that grades.
+        on_fault: Told, once for each place in a check, why an answer has no verdict.
+
+    Raises:
+        UserCodeError: a check cannot be used, or fails its own test.
+    """
 
     def __init__(
         self,
@@ -74,16 +110,19 @@ class Scorer:
         tokenizer: "PreTrainedTokenizerBase",
         *,
         on_start: Callable[[int], None] = lambda pid: None,
+        on_fault: Callable[[str], None] = log.warning,
     ) -> None:
         self.tokenizer = tokenizer
-        self.verifier = Verifier(
-            check=settings.check,
-            num_workers=settings.num_workers,
-            timeout_s=settings.timeout_s,
-            memory_mib=settings.memory_mib,
-            on_start=on_start,
-        )
-        self.verifier.self_test()
+        self.weights = tuple(settings.weights.values())
+        self._ending = ExitStack()
+        with self._ending:  # what was started ends where another fails
+            self.verifiers = [
+                self._ending.enter_context(each)
+                for each in make_verifiers(settings, on_start=on_start, on_fault=on_fault)
+            ]
+            for verifier in self.verifiers:
+                verifier.self_test()
+            self._ending = self._ending.pop_all()
         self.error_share = ErrorShare(settings.max_error_share)
 
     def score(self, records: list[TreeRecord]) -> list[TreeRecord]:
@@ -98,31 +137,33 @@ class Scorer:
                 text=text,
                 references=record.answers,
                 is_cut_off=record.tree.steps[leaf].stop is StopReason.BOUNDARY,
+                question=record.question,
+                row=record.row,
             )
             for record, leaf_texts in zip(records, texts, strict=True)
             for leaf, text in zip(record.tree.leaves, leaf_texts, strict=True)
         ]
-        graded = self.verifier.grade(answers)
-        questions = [record.question for record in records for _ in record.tree.leaves]
-        for question, answer, verdict in zip(questions, answers, graded, strict=True):
-            self.error_share.add(question, answer, verdict)
-        verdicts = iter(graded)
-        now = time.time()
+        graded = self.grade(answers)
+        for answer, grade in zip(answers, graded, strict=True):
+            self.error_share.add(answer.question, answer, grade.verdict)
+        grades, now = iter(graded), time.time()
         return [
-            replace(
-                record,
-                leaf_texts=leaf_texts,
-                verdicts=tuple(
-                    self._verdict(record, leaf, next(verdicts)) for leaf in record.tree.leaves
-                ),
-                scored_at_s=now,
+            replace(record, leaf_texts=leaf_texts, scored_at_s=now, row="{}").graded(
+                [self._grade(record, leaf, next(grades)) for leaf in record.tree.leaves]
             )
             for record, leaf_texts in zip(records, texts, strict=True)
         ]
 
+    def grade(self, answers: list[Answer]) -> list[Grade]:
+        """Grades by all checks together, by their weights."""
+        found = [verifier.grade(answers) for verifier in self.verifiers]
+        if len(found) == 1:
+            return found[0]
+        return [weighted(grades, self.weights) for grades in zip(*found, strict=True)]
+
     def group(self, records: list[TreeRecord]) -> list[list[int] | None]:
         """Which leaves of each scored tree have equal answers; see `Verifier.group`."""
-        return self.verifier.group(
+        return self.verifiers[0].group(
             [
                 [
                     Answer(
@@ -142,14 +183,14 @@ class Scorer:
         return tuple(self.tokenizer.batch_decode(ids, skip_special_tokens=True))
 
     @staticmethod
-    def _verdict(record: TreeRecord, leaf: int, verdict: Verdict) -> Verdict:
-        """An answer that the engine broke off has no verdict of its own."""
+    def _grade(record: TreeRecord, leaf: int, grade: Grade) -> Grade:
+        """An answer that the engine broke off has no grade of its own."""
         is_error = record.tree.steps[leaf].stop is StopReason.ERROR
-        return Verdict.ERRORED if is_error else verdict
+        return Grade.without_reward(Verdict.ERRORED) if is_error else grade
 
     def close(self) -> None:
-        """End the verifier's processes."""
-        self.verifier.close()
+        """End the verifiers' processes."""
+        self._ending.close()
 
 
 def with_noise(tree: TreeRecord, verifier: VerifierConfig, seed: int) -> TreeRecord:
@@ -170,16 +211,17 @@ def add_noise(
     """The tree with verdicts turned over, each leaf by its own draw.
 
     A reward of 0 becomes correct with probability `false_positive_rate`, one of 1 becomes wrong
-    with `false_negative_rate`; what errored stays. The same seed, ticket and number of redraws
-    draw the same.
+    with `false_negative_rate`; partial credit and what errored stay. The same seed, ticket and
+    number of redraws draw the same.
     """
     rng = np.random.default_rng((seed, record.ticket, record.num_redraws))
     draws = rng.random(len(record.verdicts))
 
-    def noisy(verdict: Verdict, draw: float) -> Verdict:
-        if verdict is Verdict.CORRECT:
-            return Verdict.WRONG if draw < false_negative_rate else verdict
-        return Verdict.CORRECT if verdict.is_reward and draw < false_positive_rate else verdict
+    def noisy(grade: Grade, draw: float) -> Grade:
+        if grade.reward == 1:
+            return Grade(Verdict.WRONG, 0.0) if draw < false_negative_rate else grade
+        is_turned = grade.reward == 0 and draw < false_positive_rate
+        return Grade(Verdict.CORRECT, 1.0) if is_turned else grade
 
-    verdicts = map(noisy, record.verdicts, draws)
-    return replace(record, verdicts=tuple(verdicts))
+    rewards = record.rewards[list(record.tree.leaves)].tolist()
+    return record.graded(list(map(noisy, map(Grade, record.verdicts, rewards), draws)))

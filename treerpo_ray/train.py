@@ -35,7 +35,7 @@ from treerpo_ray.evaluate.evaluation import read_evaluation
 from treerpo_ray.evaluate.grading import evaluate
 from treerpo_ray.learner.learner import Learner, UpdateResult
 from treerpo_ray.learner.policy import DTYPES
-from treerpo_ray.metrics.run_log import Event, Row, latest, write_failed
+from treerpo_ray.metrics.run_log import Event, Row, check_failed, latest, write_failed
 from treerpo_ray.metrics.watchdog import Heartbeat
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import RootValue, TreeRecord, from_table
@@ -374,7 +374,8 @@ class TrainWorker:
 
     def _evaluate_on(self, held_out: PromptSet) -> None:
         tokenizer = self.learner.policy.tokenizer
-        with closing(Scorer(self.config.verifier, tokenizer)) as scorer:
+        scorer = Scorer(self.config.verifier, tokenizer, on_fault=self._check_failed)
+        with closing(scorer):
             evaluate(
                 self.config,
                 held_out,
@@ -397,6 +398,9 @@ class TrainWorker:
 
     def _warn(self, what: str, reason: str) -> None:
         self.actors.run_log.event.remote(write_failed(what, reason))
+
+    def _check_failed(self, reason: str) -> None:
+        self.actors.run_log.event.remote(check_failed(reason))
 
     def _note(self, kind: str, **fields: str | int) -> None:
         ray.get(self.actors.run_log.event.remote(Event(kind=kind, fields=fields)))

@@ -27,7 +27,7 @@ from treerpo_ray.algo.advantages import step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import LearnerConfig
-from treerpo_ray.metrics.run_log import FATAL, Event, RunLogApi
+from treerpo_ray.metrics.run_log import FATAL, Event, RunLogApi, check_failed
 from treerpo_ray.metrics.watchdog import Heartbeat, HeartbeatsApi
 from treerpo_ray.prompts.prompt_set import load_tokenizer
 from treerpo_ray.records import SCHEMA, TreeRecord, to_table
@@ -114,7 +114,7 @@ def has_signal(record: TreeRecord, learner: LearnerConfig) -> bool:
     advantages = step_advantages(
         record.tree,
         mean_backup(record.tree, record.rewards),
-        form=learner.advantage,
+        form=learner.form,
         pruning=learner.pruning,
     )
     return not np.isnan(advantages).all()
@@ -215,6 +215,9 @@ def _worker_batches(
     def on_start(pid: int) -> None:
         run_log.event.remote(Event(kind="verifier_started", fields={"pid": pid}))
 
+    def on_fault(reason: str) -> None:
+        run_log.event.remote(check_failed(reason))
+
     heartbeat = Heartbeat(
         heartbeats=heartbeats,
         stage="scoring",
@@ -224,7 +227,8 @@ def _worker_batches(
     heartbeat.at("starting the verifier")
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     batches: WorkerBatches | None = None
-    with closing(Scorer(config.verifier, tokenizer, on_start=on_start)) as scorer:
+    scorer = Scorer(config.verifier, tokenizer, on_start=on_start, on_fault=on_fault)
+    with closing(scorer):
         while True:
             heartbeat.at("waiting for finished trees", is_busy=False)
             trees = ray.get(pool.take.remote(reader, SCORED_TREES, WAIT_S))

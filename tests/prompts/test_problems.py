@@ -104,6 +104,8 @@ def test_a_folder_is_loaded_as_a_hugging_face_data_set_with_split_and_subset(tmp
     assert [p.question for p in load_problems(config)[0]] == ["q0", "q1"]
     test_set, _ = load_problems(replace(config, split="test"))
     assert test_set == [Problem(id="1", question="q0", answers=("2",))]
+    [whole], _ = load_problems(replace(config, split="test"), keeps_rows=True)
+    assert json.loads(whole.row) == {"question": "q0", "answer": worked}
     assert "dev" in error_of(PromptsConfig(path=str(folder), split="dev"))
     assert "no_subset" in error_of(PromptsConfig(path=str(folder), subset="no_subset"))
     assert "'quest'" in error_of(PromptsConfig(path=str(folder), question_column="quest"))

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.project import ROOT
+from tests.support.verdicts import verdicts_of
 from treerpo_ray.config import load
 from treerpo_ray.driver.plan import load_inputs
 from treerpo_ray.quickstart import exercises
@@ -156,7 +157,7 @@ def test_a_run_of_the_domain_has_its_problems_and_its_verifier_by_configuration_
         memory_mib=settings.memory_mib,
     ) as verifier:
         verifier.self_test()
-        assert set(verifier.grade(answers)) == {Verdict.CORRECT}
-        assert set(verifier.grade(swapped)) == {Verdict.WRONG}
-        assert verifier.grade([half, corrupt]) == [Verdict.CUT_OFF, Verdict.ERRORED]
+        assert set(verdicts_of(verifier, answers)) == {Verdict.CORRECT}
+        assert set(verdicts_of(verifier, swapped)) == {Verdict.WRONG}
+        assert verdicts_of(verifier, [half, corrupt]) == [Verdict.CUT_OFF, Verdict.ERRORED]
         assert verifier.group([[answers[0], half, other, answers[0]]]) == [[0, -1, 1, 0]]

@@ -1,5 +1,6 @@
 import pytest
 
+from tests.support.verdicts import verdicts_of
 from treerpo_ray.verifier.boxed_answer import SELF_TEST, check_answer, find_answer
 from treerpo_ray.verifier.verdict import Answer, Verdict
 from treerpo_ray.verifier.verifier import Verifier
@@ -39,7 +40,7 @@ def test_the_verifier_grades_and_groups_by_boxes() -> None:
         check="treerpo_ray.verifier.boxed_answer", num_workers=1, timeout_s=600.0, memory_mib=512
     ) as verifier:
         verifier.self_test()
-        verdicts = verifier.grade(answers)
+        verdicts = verdicts_of(verifier, answers)
         assert verifier.group([answers]) == [[0, -1, 0, -1]]
     assert verdicts == [Verdict.CORRECT, Verdict.CUT_OFF, Verdict.CORRECT, Verdict.CUT_OFF]
     assert {expected for _, _, expected in SELF_TEST} == {True, False, None}

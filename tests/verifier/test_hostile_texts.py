@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.hostile_texts import CODE, OPENERS, TOKENS, drawn_answers
+from tests.support.verdicts import verdicts_of
 from treerpo_ray.verifier.verdict import Answer, Verdict
 from treerpo_ray.verifier.verifier import Verifier
 
@@ -41,7 +42,7 @@ def no_canary(monkeypatch):
 
 
 def assert_all_graded(verifier: Verifier, answers: list[Answer]) -> None:
-    verdicts = verifier.grade(answers)
+    verdicts = verdicts_of(verifier, answers)
     pairs = zip(verdicts, answers, strict=True)
     faults = [(v, a.text[:200], a.references[0][:200]) for v, a in pairs if not v.is_reward]
     assert not faults
@@ -57,7 +58,7 @@ def grade_drawn(verifier: Verifier, num_thousands: int) -> int:
 def test_the_audit_ends_a_worker_that_runs_code(audited):
     texts = ["run code", r"\boxed{4}"]
     answers = [Answer(text=text, references=("4",), is_cut_off=False) for text in texts]
-    assert audited.grade(answers) == [Verdict.ERRORED, Verdict.CORRECT]
+    assert verdicts_of(audited, answers) == [Verdict.ERRORED, Verdict.CORRECT]
 
 
 def test_drawn_texts_are_graded(audited, no_canary):
@@ -109,11 +110,11 @@ def test_anything_over_and_over_is_graded(audited):
 def test_what_once_broke_is_graded(audited, text, reference, verdict):
     answer = Answer(text=text, references=(reference,), is_cut_off=False)
     assert_all_graded(audited, [answer])
-    assert verdict in (None, *audited.grade([answer]))
+    assert verdict in (None, *verdicts_of(audited, [answer]))
 
 
 def test_megabytes_are_graded(audited):
     texts = [unit * (MEGABYTE // len(unit)) for unit in ("1,", r"\boxed{", "9", " answer is ", "(")]
     answers = [Answer(text=text, references=("1", text), is_cut_off=False) for text in texts]
-    verdicts = Counter(audited.grade(answers))
+    verdicts = Counter(verdicts_of(audited, answers))
     assert set(verdicts) <= {Verdict.WRONG, Verdict.UNANSWERED, Verdict.CORRECT}

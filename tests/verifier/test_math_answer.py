@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.project import ROOT
+from tests.support.verdicts import verdicts_of
 from treerpo_ray.verifier._math import equality as math_equality
 from treerpo_ray.verifier._math import value
 from treerpo_ray.verifier._math.equality import is_equal
@@ -333,11 +334,12 @@ def verifier() -> Iterator[Verifier]:
 
 
 def grade(verifier: Verifier, texts: list[str], references: list[str]) -> list[Verdict]:
-    return verifier.grade(
+    return verdicts_of(
+        verifier,
         [
             Answer(text=text, references=(reference,), is_cut_off=False)
             for text, reference in zip(texts, references, strict=True)
-        ]
+        ],
     )
 
 

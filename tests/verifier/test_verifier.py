@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.planted_secrets import holds_secret
 from tests.support.project import ROOT
+from tests.support.verdicts import verdicts_of
+from treerpo_ray.errors import UserCodeError
 from treerpo_ray.verifier.verdict import Answer, Verdict
 from treerpo_ray.verifier.verifier import Verifier
 
@@ -58,19 +60,19 @@ def wait_for_file(path: Path) -> None:
 
 def worker_pids(verifier: Verifier, folder: Path) -> list[int]:
     file = folder / "pids"
-    verifier.grade(answers(*[f"write pid {file}"] * 64))
+    verdicts_of(verifier, answers(*[f"write pid {file}"] * 64))
     return sorted({int(line) for line in file.read_text().split()})
 
 
 def test_verdicts_come_in_the_order_of_the_answers(unruly):
     texts = [("right", "left", "")[index % 3] for index in range(200)]
     right = [(Verdict.CORRECT, Verdict.WRONG, Verdict.UNANSWERED)[i % 3] for i in range(200)]
-    assert unruly.grade(answers(*texts)) == right
-    assert unruly.grade([]) == []
+    assert verdicts_of(unruly, answers(*texts)) == right
+    assert verdicts_of(unruly, []) == []
 
 
 def test_a_cut_off_text_is_cut_off_only_if_it_holds_no_answer(unruly):
-    verdicts = unruly.grade(answers("right", "left", "", is_cut_off=True))
+    verdicts = verdicts_of(unruly, answers("right", "left", "", is_cut_off=True))
     assert verdicts == [Verdict.CORRECT, Verdict.WRONG, Verdict.CUT_OFF]
 
 
@@ -83,20 +85,22 @@ def test_hanging_answers_are_killed_and_alone(unruly):
     hangs = ("sleep", "hang in C", "backtrack")
     texts = [text for hang in hangs for text in (*["right"] * 20, hang, *["left"] * 20)]
     expected = [*[Verdict.CORRECT] * 20, Verdict.TIMED_OUT, *[Verdict.WRONG] * 20]
-    assert unruly.grade(answers(*texts)) == expected * len(hangs)
+    assert verdicts_of(unruly, answers(*texts)) == expected * len(hangs)
 
 
 def test_a_fault_is_an_error_of_that_answer_alone_and_the_pool_still_serves(unruly):
     for fault in ("raise", "recurse", "hog", "abort", "exit"):
-        verdicts = unruly.grade(answers(*["right"] * 9, fault, *["left"] * 9))
+        verdicts = verdicts_of(unruly, answers(*["right"] * 9, fault, *["left"] * 9))
         expected = [*[Verdict.CORRECT] * 9, Verdict.ERRORED, *[Verdict.WRONG] * 9]
         assert verdicts == expected, fault
-        assert unruly.grade(answers("right", "left")) == [Verdict.CORRECT, Verdict.WRONG], fault
+        assert verdicts_of(unruly, answers("right", "left")) == [Verdict.CORRECT, Verdict.WRONG], (
+            fault
+        )
 
 
 def test_many_faults_in_one_call_each_hit_only_themselves(unruly):
     texts = ["right", "abort", "sleep", "left", "hog", "abort", "raise", "right"]
-    assert unruly.grade(answers(*texts)) == [
+    assert verdicts_of(unruly, answers(*texts)) == [
         Verdict.CORRECT,
         Verdict.ERRORED,
         Verdict.TIMED_OUT,
@@ -113,7 +117,7 @@ def test_a_worker_killed_from_outside_is_replaced(unruly, tmp_path):
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     assert wait_until_dead(pids) == []
-    assert unruly.grade(answers(*["right"] * 50)) == [Verdict.CORRECT] * 50
+    assert verdicts_of(unruly, answers(*["right"] * 50)) == [Verdict.CORRECT] * 50
     (tmp_path / "pids").unlink()
     assert not set(worker_pids(unruly, tmp_path)) & set(pids)
 
@@ -123,7 +127,7 @@ def test_a_worker_killed_while_it_starts_is_replaced():
         for worker in list(verifier._workers):
             worker.process.kill()
             worker.process.wait()  # or it may yet take an answer, if it had just started
-        assert verifier.grade(answers(*["right"] * 20)) == [Verdict.CORRECT] * 20
+        assert verdicts_of(verifier, answers(*["right"] * 20)) == [Verdict.CORRECT] * 20
 
 
 def test_a_worker_killed_amid_a_chunk_costs_the_answer_that_it_was_at(tmp_path):
@@ -139,7 +143,7 @@ def test_a_worker_killed_amid_a_chunk_costs_the_answer_that_it_was_at(tmp_path):
         killer.start()
         # One chunk holds half of them.
         texts = ["right", f"hang in C {tmp_path / 'pids'}", *["left"] * 6]
-        verdicts = verifier.grade(answers(*texts))
+        verdicts = verdicts_of(verifier, answers(*texts))
         killer.join()
         assert verdicts == [Verdict.CORRECT, Verdict.ERRORED, *[Verdict.WRONG] * 6]
 
@@ -147,17 +151,17 @@ def test_a_worker_killed_amid_a_chunk_costs_the_answer_that_it_was_at(tmp_path):
 def test_a_worker_that_has_grown_ends_before_it_fails_an_answer(tmp_path):
     with Verifier(check=UNRULY, num_workers=1, timeout_s=PATIENCE_S, memory_mib=128) as verifier:
         first = worker_pids(verifier, tmp_path)
-        assert verifier.grade(answers(*["grow"] * 50)) == [Verdict.CORRECT] * 50  # 800 MiB
+        assert verdicts_of(verifier, answers(*["grow"] * 50)) == [Verdict.CORRECT] * 50  # 800 MiB
         (tmp_path / "pids").unlink()
         assert worker_pids(verifier, tmp_path) != first
 
 
 def test_workers_leave_no_core_and_read_no_input(unruly):
-    assert unruly.grade(answers("core", "stdin")) == [Verdict.CORRECT, Verdict.CORRECT]
+    assert verdicts_of(unruly, answers("core", "stdin")) == [Verdict.CORRECT, Verdict.CORRECT]
 
 
 def test_workers_get_no_secret_of_the_environment(unruly):
-    unruly.grade(answers("right"))
+    verdicts_of(unruly, answers("right"))
     for worker in unruly._workers:
         environment = Path(f"/proc/{worker.process.pid}/environ").read_bytes()
         assert b"PATH=" in environment and not holds_secret(environment)
@@ -167,7 +171,7 @@ def test_workers_run_in_parallel(tmp_path):
     """Each answer waits for another process to have one too."""
     with Verifier(check=UNRULY, num_workers=2, timeout_s=PATIENCE_S, memory_mib=64) as verifier:
         meeting = answers(*[f"meet {tmp_path / 'pids'}"] * 8)
-        assert verifier.grade(meeting) == [Verdict.CORRECT] * 8
+        assert verdicts_of(verifier, meeting) == [Verdict.CORRECT] * 8
 
 
 def test_a_verifier_of_a_thread_outlives_the_thread():
@@ -175,14 +179,14 @@ def test_a_verifier_of_a_thread_outlives_the_thread():
 
     def make() -> None:
         made.append(Verifier(check=UNRULY, num_workers=1, timeout_s=PATIENCE_S, memory_mib=64))
-        made[0].grade(answers("right"))
+        verdicts_of(made[0], answers("right"))
 
     thread = threading.Thread(target=make)
     thread.start()
     thread.join()
     with made[0] as verifier:
         pid = verifier._workers[0].process.pid
-        assert verifier.grade(answers("right")) == [Verdict.CORRECT]
+        assert verdicts_of(verifier, answers("right")) == [Verdict.CORRECT]
         assert verifier._workers[0].process.pid == pid
 
 
@@ -193,7 +197,7 @@ def test_a_closed_verifier_has_no_processes_and_says_so(tmp_path):
     verifier.close()
     assert pids and not any(map(is_running, pids))
     with pytest.raises(RuntimeError, match="closed"):
-        verifier.grade(answers("right"))
+        verdicts_of(verifier, answers("right"))
 
 
 @pytest.mark.parametrize("in_thread", [False, True])
@@ -234,7 +238,7 @@ def test_the_main_module_is_not_run_again_in_a_worker(tmp_path):
         f'settings = dict(check="{UNRULY}", num_workers=2, timeout_s={PATIENCE_S}, memory_mib=64)\n'
         "with Verifier(**settings) as verifier:\n"
         '    answer = Answer(text="a", references=("a",), is_cut_off=False)\n'
-        "    print(verifier.grade([answer])[0].value)\n"
+        "    print(verifier.grade([answer])[0].verdict.value)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -252,7 +256,7 @@ def test_it_says_when_it_waits_for_workers(caplog):
         caplog.at_level(logging.INFO, logger="treerpo_ray.verifier.verifier"),
         Verifier(check=UNRULY, num_workers=1, timeout_s=PATIENCE_S, memory_mib=64) as verifier,
     ):
-        verifier.grade(answers("right"))
+        verdicts_of(verifier, answers("right"))
     assert "waiting for 1 verifier workers" in caplog.text
 
 
@@ -272,7 +276,7 @@ def test_a_module_without_the_check_is_refused():
         ) as verifier,
         pytest.raises(ValueError, match=r"verifier\.check.*check_answer"),
     ):
-        verifier.grade(answers("right"))
+        verdicts_of(verifier, answers("right"))
 
 
 @pytest.mark.parametrize("wrong", [(0, 1.0, 64), (1, 0.0, 64), (1, 1.0, 0)])
@@ -290,7 +294,7 @@ def test_a_failing_self_test_names_its_pair():
             timeout_s=PATIENCE_S,
             memory_mib=64,
         ) as verifier,
-        pytest.raises(RuntimeError, match=r"'two' against \['2'\] is wrong, should be correct"),
+        pytest.raises(UserCodeError, match=r"'two' against \['2'\] is wrong, should be correct"),
     ):
         verifier.self_test()
 

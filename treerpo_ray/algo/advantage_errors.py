@@ -14,6 +14,8 @@ from jaxtyping import Float64
 
 from treerpo_ray.algo.advantages import (
     AdvantageForm,
+    Form,
+    OwnForm,
     all_advantages,
     leaf_means,
     of_kept,
@@ -32,9 +34,10 @@ def advantage_errors(
     tree: Tree,
     values: Values,
     *,
-    form: AdvantageForm,
+    form: Form,
     pruning: Pruning,
     groups: Sequence[StepGroups] | None = None,
+    baseline: float = 0.0,
 ) -> Float64[np.ndarray, " steps"]:
     """Standard error of each advantage of `step_advantages`; NaN where there is none. It has the
     arguments of that.
@@ -45,13 +48,15 @@ def advantage_errors(
     one they cover 88 % or more.
     """
     groups = step_groups(tree, values) if groups is None else groups
-    return of_kept(_all_errors(form, tree, values, groups), groups, pruning)
+    return of_kept(_all_errors(form, tree, values, groups, baseline), groups, pruning)
 
 
 def _all_errors(
-    form: AdvantageForm, tree: Tree, values: Values, groups: Sequence[StepGroups]
+    form: Form, tree: Tree, values: Values, groups: Sequence[StepGroups], baseline: float
 ) -> Float64[np.ndarray, " steps"]:
     match form:
+        case OwnForm():
+            return form.errors(tree, values, groups, baseline)
         case (
             AdvantageForm.BERNOULLI
             | AdvantageForm.BERNOULLI_STD

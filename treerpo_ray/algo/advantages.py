@@ -2,10 +2,11 @@
 
 A scheme is one small function: of the values of a step group, or of a whole tree. To add one,
 write it here, name it in `AdvantageForm` and in `all_advantages`, and one of a tree with what it
-is made of in `advantage_errors`.
+is made of in `advantage_errors`. `OwnForm` is one that lies elsewhere.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import assert_never
 
@@ -37,8 +38,85 @@ class AdvantageForm(StrEnum):
     PAST_BASELINE = "past_baseline"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnForm:
+    """A form that is not of this package.
+
+    Attributes:
+        name: How messages call it.
+        num_parameters: What it takes: 1, the values of step groups (groups x children); 2, a tree
+            and its values; 3, these and the mean root value of earlier learner steps.
+        function: Advantages, in the shape of the values.
+        error: Their standard errors, from the same parameters; None: they are not known.
+    """
+
+    name: str
+    num_parameters: int
+    function: Callable[..., np.ndarray]
+    error: Callable[..., np.ndarray] | None
+
+    def advantages(
+        self, tree: Tree, values: Values, groups: Sequence[StepGroups], baseline: float
+    ) -> Float64[np.ndarray, " steps"]:
+        """Advantage of each step.
+
+        Raises:
+            ValueError: the function returned another shape, or for a step of a group without
+                errored leaves no finite number.
+        """
+        return self._of_steps(self.function, tree, values, groups, baseline)
+
+    def errors(
+        self, tree: Tree, values: Values, groups: Sequence[StepGroups], baseline: float
+    ) -> Float64[np.ndarray, " steps"]:
+        """Standard error of each advantage, NaN where it is not known; raises as `advantages`."""
+        if self.error is None:
+            return np.full(len(tree), np.nan)
+        return self._of_steps(self.error, tree, values, groups, baseline)
+
+    def _of_steps(
+        self,
+        function: Callable[..., np.ndarray],
+        tree: Tree,
+        values: Values,
+        groups: Sequence[StepGroups],
+        baseline: float,
+    ) -> Float64[np.ndarray, " steps"]:
+        def of_group(
+            own: Float64[np.ndarray, "*groups children"],
+        ) -> Float64[np.ndarray, "*groups children"]:
+            return self._checked(function(own.copy()), own.shape)
+
+        if self.num_parameters == 1:
+            return _by_group(of_group, tree, groups)
+        others = (baseline,) if has_baseline(self) else ()
+        own = replace(values, steps=values.steps.copy())
+        found = self._checked(function(tree, own, *others), values.steps.shape, is_finite=False)
+        for group in groups:
+            self._checked(found[group.children[~group.is_errored]])
+        return found
+
+    def _checked(
+        self, found: np.ndarray, shape: tuple[int, ...] | None = None, *, is_finite: bool = True
+    ) -> np.ndarray:
+        if shape is not None and found.shape != shape:
+            raise ValueError(f"the form {self.name} returned {found.shape}, must be {shape}")
+        if is_finite and not np.isfinite(found).all():
+            raise ValueError(f"the form {self.name} returned what is not finite: {found.tolist()}")
+        return found
+
+
+Form = AdvantageForm | OwnForm
+
 WITHOUT_SIBLINGS = {AdvantageForm.REWARD, AdvantageForm.PAST_BASELINE}
 """Forms in which a step needs no other of its tree to be compared with: an only child has one."""
+
+
+def has_baseline(form: Form) -> bool:
+    """Whether a form takes the mean root value of earlier learner steps."""
+    if isinstance(form, OwnForm):
+        return form.num_parameters == 3
+    return form is AdvantageForm.PAST_BASELINE
 
 
 # Of a step group ---------------------------------------------------------------------------------
@@ -49,7 +127,9 @@ def bernoulli(
 ) -> Float64[np.ndarray, "*groups children"]:
     """(R - mu) / (mu (1 - mu)): the paper's form, a variance (arXiv 2506.05183, eq. 4).
 
-    For N values in [0, 1] no advantage is larger than N.
+    It is the variance of values that are 0 or 1. Of values between, those of inner steps or of
+    rewards with partial credit, it is the largest that there can be with this mean, so that small
+    differences count for little. For N values in [0, 1] no advantage is larger than N.
     """
     return _scaled(values, _bernoulli_variance(values))
 
@@ -182,7 +262,7 @@ def leaf_means(
 
 
 def all_advantages(
-    form: AdvantageForm,
+    form: Form,
     tree: Tree,
     values: Values,
     groups: Sequence[StepGroups],
@@ -190,6 +270,8 @@ def all_advantages(
 ) -> Float64[np.ndarray, " steps"]:
     """Advantage of each step whose step group has no errored leaf below, pruned or not."""
     match form:
+        case OwnForm():
+            return form.advantages(tree, values, groups, baseline)
         case AdvantageForm.BERNOULLI:
             return _by_group(bernoulli, tree, groups)
         case AdvantageForm.BERNOULLI_STD:
@@ -219,7 +301,7 @@ def step_advantages(
     tree: Tree,
     values: Values,
     *,
-    form: AdvantageForm,
+    form: Form,
     pruning: Pruning,
     groups: Sequence[StepGroups] | None = None,
     baseline: float = 0.0,
@@ -234,7 +316,10 @@ def step_advantages(
         form: What an advantage is.
         pruning: Which groups are kept.
         groups: Those of `step_groups`, where the caller has them.
-        baseline: Mean root value of earlier learner steps, for `past_baseline`.
+        baseline: Mean root value of earlier learner steps, for forms that take it.
+
+    Raises:
+        ValueError: a form or rule that is not of this package returns none of its kind.
     """
     groups = step_groups(tree, values) if groups is None else groups
     return of_kept(all_advantages(form, tree, values, groups, baseline), groups, pruning)

@@ -18,6 +18,7 @@ class Values:
         root: Value of the prompt; NaN too if the prompt has no steps.
         step_errors: Standard error of each step's value, given the step. A leaf's is 0: its
             answer is complete, and nothing that could still be sampled would change its reward.
+            (A judge that draws its rewards has noise of its own, which is not in here.)
         root_error: Standard error of the prompt's value.
     """
 
@@ -25,6 +26,16 @@ class Values:
     root: float
     step_errors: Float64[np.ndarray, " steps"]
     root_error: float
+
+
+def reward_variance(tree: Tree, rewards: Float[np.ndarray, " steps"]) -> float:
+    """Variance of the reward of one answer, drawn with the weight that it has in the root's value.
+
+    v (1 - v) with the root's value v where all rewards are 0 or 1. The arguments and errors are
+    those of `mean_backup`.
+    """
+    root = mean_backup(tree, rewards).root
+    return max(0.0, mean_backup(tree, rewards**2).root - root**2)
 
 
 def mean_backup(tree: Tree, rewards: Float[np.ndarray, " steps"]) -> Values:

@@ -1,6 +1,7 @@
 """Step groups: the siblings below one parent, and which of them carry a signal."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import assert_never
@@ -41,10 +42,24 @@ class PruneRule(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OwnRule:
+    """A rule that is not of this package.
+
+    Attributes:
+        name: How messages call it.
+        function: Of groups in which each child has a value, the number of each group that must be
+            above the threshold.
+    """
+
+    name: str
+    function: "Callable[[StepGroups], Float64[np.ndarray, ' groups']]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pruning:
     """Which step groups are kept. A negative threshold keeps all: GRPO without a filter."""
 
-    rule: PruneRule
+    rule: PruneRule | OwnRule
     threshold: float
 
 
@@ -124,8 +139,10 @@ class StepGroups:
         mean_error = standard_error_of_mean(self.values)[:, None]
         return np.sqrt(free * (free * self.standard_errors**2 + mean_error**2))
 
-    def _signal(self, rule: PruneRule) -> Float64[np.ndarray, " groups"]:
+    def _signal(self, rule: PruneRule | OwnRule) -> Float64[np.ndarray, " groups"]:
         match rule:
+            case OwnRule():
+                return self._own_signal(rule)
             case PruneRule.RANGE:
                 return self.ranges
             case PruneRule.TREE_RANGE:
@@ -135,6 +152,33 @@ class StepGroups:
             case PruneRule.SHRINKAGE:
                 return self.reliability
         assert_never(rule)
+
+    def _own_signal(self, rule: OwnRule) -> Float64[np.ndarray, " groups"]:
+        """What a rule that is not of this package says; NaN of errored groups.
+
+        Raises:
+            ValueError: it is not one number a group.
+        """
+        signal, is_whole = np.full(len(self.parents), np.nan), ~self.is_errored
+        if is_whole.any():
+            found = rule.function(self.those(is_whole))
+            if found.shape != (is_whole.sum(),) or np.isnan(found).any():
+                raise ValueError(
+                    f"the rule {rule.name} must return one number for each of {is_whole.sum()} "
+                    f"groups, not {found.tolist()}"
+                )
+            signal[is_whole] = found
+        return signal
+
+    def those(self, chosen: Bool[np.ndarray, " groups"]) -> "StepGroups":
+        """Some of these groups."""
+        return replace(
+            self,
+            parents=self.parents[chosen],
+            children=self.children[chosen],
+            values=self.values[chosen],
+            standard_errors=self.standard_errors[chosen],
+        )
 
 
 def step_groups(tree: Tree, values: Values) -> list[StepGroups]:

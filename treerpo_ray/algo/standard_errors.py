@@ -22,7 +22,8 @@ def standard_error_of_mean(
     Equal values show no spread, which does not mean that there is none. Of 0/1 values
     s^2 / N = m (1 - m) / (N - 1), and for equal values, of whatever size, this is taken with
     Jeffreys' estimate m = (sum + 1/2) / (N + 1) of their mean: the spread of children that are
-    right or wrong altogether, the largest that there is. NaN where a value is NaN.
+    right or wrong altogether, the largest that values in [0, 1] of this mean can have. NaN where a
+    value is NaN.
     """
     count = values.shape[-1]
     free = max(count - 1, 1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from math import isinf
 from operator import attrgetter
 
-from treerpo_ray.algo.advantages import WITHOUT_SIBLINGS
+from treerpo_ray.algo.advantages import WITHOUT_SIBLINGS, AdvantageForm
 from treerpo_ray.algo.groups import PruneRule
 from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.algo.search import TreeShape
@@ -216,15 +216,16 @@ class Config:
         learner = self.learner
         if set(self.tree.num_children) != {1}:
             return
-        if learner.advantage not in WITHOUT_SIBLINGS:
+        form = learner.advantage
+        if isinstance(form, AdvantageForm) and form not in WITHOUT_SIBLINGS:
             raise ValueError(
-                f"learner.advantage={learner.advantage.value} compares siblings, of which "
+                f"learner.advantage={form.value} compares siblings, of which "
                 f"tree.num_children={list(self.tree.num_children)} has none: set it to reward or "
                 "past_baseline (conf/methods/raft.yaml, conf/methods/reinforce.yaml)"
             )
         if learner.prune_threshold >= 0 or learner.prune is PruneRule.SHRINKAGE:
             raise ValueError(
-                f"learner.prune={learner.prune.value} with learner.prune_threshold="
+                f"learner.prune={learner.prune} with learner.prune_threshold="
                 f"{learner.prune_threshold:g} leaves nothing to train where "
                 f"tree.num_children={list(self.tree.num_children)}: set them to range and -1"
             )

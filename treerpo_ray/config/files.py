@@ -5,7 +5,8 @@ import difflib
 import inspect
 import itertools
 import json
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
+from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from typing import TypeVar, cast, get_origin, get_type_hints
@@ -19,6 +20,7 @@ from treerpo_ray.config.config import Config
 from treerpo_ray.config.identity import Flat, flatten, is_free, name_from
 from treerpo_ray.config.sections import INHERITED
 from treerpo_ray.errors import one_line
+from treerpo_ray.user_code import read_source, split_function
 
 T = TypeVar("T")
 
@@ -29,6 +31,13 @@ MOVED_MODULES = {
 """Modules that configurations of earlier versions name, and where they are now."""
 BENCHMARKS = "evaluate.benchmarks"
 SHAPE_KEYS = ("num_children", "step_tokens")
+PACKAGE = "treerpo_ray"
+"""Modules that are the same wherever this version runs."""
+USER_CODE = {
+    "verifier": ("verifier.check",),
+    "learner": ("learner.advantage", "learner.prune"),
+}
+"""Sections with the beginnings of the keys that name code of the user's."""
 
 
 def with_moved_modules(value: T) -> T:
@@ -60,10 +69,10 @@ def _load(arguments: list[str]) -> Config:
     for argument in arguments:
         try:
             part = _part(argument)
-            merged = OmegaConf.merge(merged, part)
             keys = [
                 key for key, _ in flatten(cast(dict[str, object], OmegaConf.to_container(part)))
             ]
+            merged = OmegaConf.merge(_without_old_sources(merged, keys), part)
             if "tree.num_children" in keys and "tree.step_tokens" not in keys:
                 merged = _share_out_answer(merged)
             given |= set(keys)
@@ -79,7 +88,7 @@ def _load(arguments: list[str]) -> Config:
     if naming and "run.name" not in given:
         merged = OmegaConf.merge(merged, {"run": {"name": name_from(naming, _known_keys(Config))}})
     try:
-        return cast(Config, OmegaConf.to_object(merged))
+        return _with_sources(cast(Config, OmegaConf.to_object(merged)))
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error)) from error
 
@@ -102,6 +111,56 @@ def _inherit(merged: Container, given: set[str]) -> Container:
     }
     prompts = {"mix": {name: taken(f"prompts.mix.{name}") for name in mix or ()}}
     return OmegaConf.merge(merged, {"prompts": prompts, "evaluate": evaluate})
+
+
+def _without_old_sources(merged: Container, keys: list[str]) -> Container:
+    """A file that is named anew is read anew, whatever source a configuration before it holds."""
+    for section, named in USER_CODE.items():
+        if any(key.startswith(named) for key in keys) and not _holds(section, keys):
+            merged = OmegaConf.merge(merged, {section: {}})  # a copy
+            OmegaConf.update(merged, f"{section}.sources", {}, merge=False)
+    return merged
+
+
+def _holds(section: str, keys: list[str]) -> bool:
+    """Whether a file brings the sources of a section along, as the one of a run does."""
+    return any(key.startswith(f"{section}.sources") for key in keys)
+
+
+def _with_sources(config: Config) -> Config:
+    """The configuration with the source of each file and module of the user's that it names, as
+    far as it does not hold it: as that of an earlier run does.
+
+    Raises:
+        ValueError: there is no such file; one line with the key.
+    """
+    verifier, learner = config.verifier, config.learner
+    forms = {"advantage": learner.advantage, "prune": learner.prune}
+    own = {
+        f"learner.{key}={name}": split_function(name)[0]
+        for key, name in forms.items()
+        if not isinstance(name, StrEnum)
+    }
+    key = "verifier.checks" if verifier.checks else "verifier.check"
+    checks = {f"{key}={name}": name for name in verifier.weights}
+    return replace(
+        config,
+        verifier=replace(verifier, sources=_sources(checks, verifier.sources)),
+        learner=replace(learner, sources=_sources(own, learner.sources)),
+    )
+
+
+def _sources(named: dict[str, str], known: dict[str, str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for setting, name in named.items():
+        if name.startswith(f"{PACKAGE}."):
+            continue
+        try:
+            source = known.get(name) or read_source(name)
+        except ValueError as error:
+            raise ValueError(f"{setting}: {error}") from error
+        found |= {} if source is None else {name: source}
+    return found
 
 
 def _share_out_answer(merged: Container) -> Container:

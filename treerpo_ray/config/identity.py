@@ -12,9 +12,14 @@ FREE = (
     *("verifier.max_error_share", "evaluate.every", "evaluate.benchmarks"),
     *("learner.num_workers", "learner.min_workers", "learner.resources", "learner.cpu_threads"),
     *("learner.max_failures", "learner.token_budget", "learner.gradient_checkpointing"),
+    *("verifier.retries", "verifier.concurrency", "verifier.env", "verifier.sources"),
+    "learner.sources",
 )
 """Keys, and sections with a point, that may change while a run is interrupted: how long it is,
-where and on what it runs, and what is kept of it. All others say what is learned or measured."""
+where and on what it runs, and what is kept of it. All others say what is learned or measured. Code
+of the user's may be edited, too, which is noted: a mistake in it is mended without a new run."""
+SOURCES = ".sources."
+"""In the keys of the user's own code."""
 MAX_NAME = 100
 """Characters of a name, so that it can be a folder's on any disk."""
 
@@ -46,7 +51,9 @@ def differences(before: Flat, now: Flat) -> list[str]:
     ['run.seed=1 (was 0)']
     """
     return [
-        f"{key}={_shown(value)} (was {_shown(before[key])})"
+        f"{key.partition(SOURCES)[2]} has been edited"
+        if SOURCES in key
+        else f"{key}={_shown(value)} (was {_shown(before[key])})"
         for key, value in now.items()
         if key in before and before[key] != value
     ]

@@ -7,14 +7,19 @@ string below a new key is what `--help` says of it.
 import json
 import os
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
-from treerpo_ray.algo.advantages import AdvantageForm
+from treerpo_ray.algo.advantages import AdvantageForm, Form
 from treerpo_ray.algo.groups import PruneRule, Pruning
+from treerpo_ray.config.credit import own_form, own_rule
+from treerpo_ray.user_code import split_function, with_checksum
 
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Variable that Ray sets for the command of a job."""
+
+KindT = TypeVar("KindT", bound=StrEnum)
 
 # What a number must be, as a field's metadata; null is always allowed where the type has it.
 POSITIVE = {"above": 0}
@@ -41,6 +46,22 @@ def _absolute(root: str) -> str:
             "path or a URI"
         )
     return str(folder.absolute())
+
+
+def _named(key: str, value: str, kind: type[KindT]) -> KindT | str:
+    """A member of `kind` by its name or value, or a function of the user's.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if value.lower() in list(kind):
+        return kind(value.lower())
+    try:
+        split_function(value)
+    except ValueError as error:
+        names = ", ".join(member.name for member in kind)
+        raise ValueError(f"{key}: {value} is none of {names}, nor module:function") from error
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +210,9 @@ class GateConfig:
     max_redraws: int = field(default=0, metadata=NOT_NEGATIVE)
     """Times a ticket whose tree has no kept group draws another prompt (DAPO's refill)."""
     revisit: float = 0.0
-    """Share of tickets that come back to a prompt whose last measured root value v was neither 0
-    nor 1, drawn in proportion to v(1 - v); the others follow the data set."""
+    """Share of tickets that come back to a prompt, drawn in proportion to the variance of an
+    answer's reward when it was last measured: v(1 - v) with the root value v, where rewards are 0
+    or 1. The others follow the data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,11 +273,22 @@ class VerifierConfig:
     """The verifier: grades answers in killable processes."""
 
     check: str = "treerpo_ray.verifier.math_answer"
-    """Module with `check_answer` and `SELF_TEST`."""
+    """Module or file.py with `check_answer` and `SELF_TEST`; see `treerpo_ray/verifier/check.py`.
+    A relative file is taken from the working folder of whoever starts the run."""
+    checks: dict[str, float] = field(default_factory=dict)
+    """Several checks by weight, in place of `check`, such as {my_reward.py: 0.8, my.style: 0.2}:
+    the reward is their weighted mean. The first one tells which answers are the same."""
     num_workers: int = field(default=1, metadata=POSITIVE)
-    """Processes of each scoring actor."""
+    """Processes of each scoring actor, for each check."""
     timeout_s: float = field(default=5.0, metadata=POSITIVE)
-    """Time for one answer."""
+    """Time for one answer, or for one attempt of a check that is `async def`."""
+    retries: int = field(default=2, metadata=NOT_NEGATIVE)
+    """Times that a check that is `async def` is asked again where it fails, after 0.5 s, then 1."""
+    concurrency: int = field(default=32, metadata=POSITIVE)
+    """Answers that a process of a check that is `async def` has at hand at a time."""
+    env: tuple[str, ...] = ()
+    """Names of environment variables that the processes get, such as that of a judge's API key;
+    without, they get none that may hold a secret. They must be set where answers are scored."""
     memory_mib: int = field(default=1024, metadata=POSITIVE)
     """Memory of one process."""
     max_error_share: float = field(default=0.1, metadata=SHARE)
@@ -263,9 +296,38 @@ class VerifierConfig:
     resources: dict[str, float] = field(default_factory=lambda: {"CPU": 0.1})
     """Ray resources of the task that scores and streams trees, such as {CPU: 4, score_slot: 1}."""
     false_positive_rate: float = field(default=0.0, metadata=SHARE)
-    """Share of wrong answers that training is told are right; to study noisy rewards."""
+    """Share of wrong answers that training is told are right; to study noisy rewards. Partial
+    credit stays as it is, here and below."""
     false_negative_rate: float = field(default=0.0, metadata=SHARE)
     """Share of right answers that training is told are wrong; to study noisy rewards."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Packed source of the files and modules named above; filled in when a run is started."""
+
+    def __post_init__(self) -> None:
+        for name, weight in self.checks.items():
+            if not 0 < weight < float("inf"):
+                raise ValueError(
+                    f"verifier.checks: the weight {weight:g} of {name} must be above 0"
+                )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Every check with its weight."""
+        return self.checks or {self.check: 1.0}
+
+    @property
+    def main_check(self) -> str:
+        """The check that tells which answers are the same and which references are any."""
+        return next(iter(self.weights))
+
+    @property
+    def identity(self) -> str:
+        """What gave the rewards, in words; files that differ have other checksums."""
+        names = [with_checksum(name, self.sources) for name in self.weights]
+        if not self.checks:
+            return names[0]
+        weights = self.weights.values()
+        return " + ".join(f"{w:g} {name}" for name, w in zip(names, weights, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,19 +361,26 @@ class LearnerConfig:
     """Largest norm of the gradient."""
     minibatches: int = field(default=1, metadata=POSITIVE)
     """Optimizer steps that one learner step is split into; the paper takes 2."""
-    advantage: AdvantageForm = AdvantageForm.BERNOULLI
-    """How values become advantages."""
-    prune: PruneRule = PruneRule.RANGE
+    advantage: AdvantageForm | str = AdvantageForm.BERNOULLI
+    """How values become advantages: a name, or a function of yours as module:function or
+    file.py:function; see `treerpo_ray/config/credit.py`."""
+    prune: PruneRule | str = PruneRule.RANGE
     """What must be above `prune_threshold` for a step group to be trained: the `range` of its
     values (the paper) or of its whole tree's rewards (`tree_range`), the `significance` (spread of
     its values in standard errors), or `shrinkage`: the share of the spread that is no noise, by
-    which the group's advantages are scaled too."""
+    which the group's advantages are scaled too. Or a function of yours, as for `advantage`."""
     prune_threshold: float = 0.1
     """Threshold of `prune` (the paper's tau); negative: every group is trained."""
     token_budget: int = field(default=16384, metadata=POSITIVE)
     """Most tokens of one forward pass."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Packed source of the files and modules named above; filled in when a run is started."""
+
+    def __post_init__(self) -> None:
+        for key, kind in (("advantage", AdvantageForm), ("prune", PruneRule)):
+            object.__setattr__(self, key, _named(f"learner.{key}", getattr(self, key), kind))
 
     @property
     def fewest_workers(self) -> int:
@@ -319,9 +388,22 @@ class LearnerConfig:
         return self.num_workers if self.min_workers is None else self.min_workers
 
     @property
+    def form(self) -> Form:
+        """What an advantage is.
+
+        Raises:
+            UserCodeError: that of the user cannot be used.
+        """
+        return own_form(self.advantage, self.sources)
+
+    @property
     def pruning(self) -> Pruning:
-        """Rule and threshold."""
-        return Pruning(rule=self.prune, threshold=self.prune_threshold)
+        """Rule and threshold.
+
+        Raises:
+            UserCodeError: the rule of the user cannot be used.
+        """
+        return Pruning(rule=own_rule(self.prune, self.sources), threshold=self.prune_threshold)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from treerpo_ray.config.sections import VerifierConfig
 from treerpo_ray.driver.cluster import connected
 from treerpo_ray.driver.model_check import num_positions
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
+from treerpo_ray.driver.trial import try_checks
 from treerpo_ray.engine.types import EngineSetup, Sampling
 from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, Graded, save_evaluation, save_samples
@@ -123,12 +124,14 @@ def load_benchmarks(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[
     """Prompts of each benchmark by its name.
 
     Raises:
-        ValueError: a data set is not as it must be; one line with its key.
+        ValueError: a data set is not as it must be; one line with its key. `UserCodeError` if a
+            check cannot be used.
     """
+    keeps_rows = try_checks(config.verifier)
     prompts = {}
     for name, data in config.evaluate.benchmarks.items():
         section = f"evaluate.benchmarks.{name}"
-        problems, _ = load_problems(data, section)
+        problems, _ = load_problems(data, section, keeps_rows=keeps_rows)
         prompts[name] = PromptSet.encode(problems, tokenizer, data, section)
     return prompts
 

@@ -56,6 +56,11 @@ def summary_json(config: Config, outcome: RunResult) -> str:
     """The result as one line of JSON."""
     before, after = outcome.before, outcome.after
 
+    def reward(result: Evaluation | None) -> float | None:
+        return None if result is None else round(result.mean_reward, 4)
+
+    has_partial = any(each is not None and each.reward is not None for each in (before, after))
+
     def interval(result: Evaluation | None) -> list[float] | None:
         return None if result is None else [round(result.ci95_low, 4), round(result.ci95_high, 4)]
 
@@ -64,6 +69,11 @@ def summary_json(config: Config, outcome: RunResult) -> str:
             "run": str(Path(config.folder)) if "://" not in config.folder else config.folder,
             "pass_at_1_before": None if before is None else round(before.pass_at_1, 4),
             "pass_at_1_after": None if after is None else round(after.pass_at_1, 4),
+            **(
+                {"reward_before": reward(before), "reward_after": reward(after)}
+                if has_partial
+                else {}
+            ),
             "ci95_before": interval(before),
             "ci95_after": interval(after),
             **(
@@ -87,8 +97,11 @@ def describe_outcome(config: Config, outcome: RunResult) -> str:
     before, after = outcome.before, outcome.after
     if before is None or after is None:
         return f"done after {spent}; the run folder is {config.folder}"
+    rewards = ""
+    if before.reward is not None or after.reward is not None:
+        rewards = f"the mean reward went from {before.mean_reward:.3f} to {after.mean_reward:.3f}, "
     return (
-        f"Pass@1 went from {before.pass_at_1:.1%} to {after.pass_at_1:.1%} "
+        f"{rewards}Pass@1 went from {before.pass_at_1:.1%} to {after.pass_at_1:.1%} "
         f"({100 * (after.pass_at_1 - before.pass_at_1):+.1f} points) on {after.num_problems} "
         f"held-out problems ({after.sampling}), answers from {before.length:.1f} to "
         f"{after.length:.1f} tokens, with {spent}; the run folder is {config.folder}"

@@ -15,13 +15,13 @@ from treerpo_ray.driver.cluster import check_vllm, local_resources
 from treerpo_ray.driver.memory import MemoryPlan, check_gpus, misfit
 from treerpo_ray.driver.model_check import ModelFacts, check_model
 from treerpo_ray.driver.placement import missing_resources, needed_resources
+from treerpo_ray.driver.trial import try_checks, try_credit
 from treerpo_ray.errors import one_line
 from treerpo_ray.prompts.hub import Unreachable
 from treerpo_ray.prompts.problems import DataReport, Problem, load_together
 from treerpo_ray.prompts.prompt_set import PromptSet, end_token_ids, load_tokenizer, one_token
 from treerpo_ray.prompts.references import References, look_at_references
 from treerpo_ray.run_folder.files import RunFolder
-from treerpo_ray.verifier.verifier import is_module
 
 T = TypeVar("T")
 
@@ -118,9 +118,9 @@ def preflight(config: Config) -> Preflight:
         ValueError: a data set, a column, the tokenizer, the delimiter, the model, the verifier or
             the run folder is not as it must be.
     """
-    if not is_module(config.verifier.check):
-        raise ValueError(f"verifier.check={config.verifier.check}: no such module")
     _check_folder(config)
+    try_credit(config.learner)
+    keeps_rows = try_checks(config.verifier)
     unchecked: list[str] = []
 
     def reached(look: Callable[[], T]) -> T | None:
@@ -143,11 +143,11 @@ def preflight(config: Config) -> Preflight:
     delimiters: tuple[int, ...] = ()
     if config.tree.delimiter is not None and tokenizer is not None:
         delimiters = (one_token(tokenizer, config.tree.delimiter),)
-    train = reached(lambda: _load_data(training_sections(config), tokenizer))
+    train = reached(lambda: _load_data(training_sections(config), tokenizer, keeps_rows))
     held_out = None
     if config.evaluate.data.path:
         evaluated: dict[str, DataConfig] = {"evaluate.data": config.evaluate.data}
-        held_out = reached(lambda: _load_data(evaluated, tokenizer))
+        held_out = reached(lambda: _load_data(evaluated, tokenizer, keeps_rows))
     if tokenizer is not None and facts is not None:
         _check_token_ids(config, facts, tokenizer, train, held_out)
     parts = {key: part for data in (train, held_out) if data for key, part in data.parts.items()}
@@ -179,9 +179,11 @@ def training_sections(config: Config) -> dict[str, DataConfig]:
 
 
 def _load_data(
-    sections: Mapping[str, DataConfig], tokenizer: PreTrainedTokenizerBase | None
+    sections: Mapping[str, DataConfig],
+    tokenizer: PreTrainedTokenizerBase | None,
+    keeps_rows: bool,
 ) -> DataSet:
-    loaded = load_together(sections)
+    loaded = load_together(sections, keeps_rows=keeps_rows)
     encoded: dict[str, PromptSet] = {}
     if tokenizer is not None:
         for section, (problems, _) in loaded.items():

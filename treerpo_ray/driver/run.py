@@ -33,7 +33,14 @@ from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation
 from treerpo_ray.evaluate.grading import evaluate
 from treerpo_ray.metrics.console import Console
-from treerpo_ray.metrics.run_log import RunLog, RunLogApi, last_step, latest, write_failed
+from treerpo_ray.metrics.run_log import (
+    RunLog,
+    RunLogApi,
+    check_failed,
+    last_step,
+    latest,
+    write_failed,
+)
 from treerpo_ray.metrics.watchdog import Heartbeats, StageApi, Watchdog, watch_over
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
 from treerpo_ray.run_folder.files import RunFolder
@@ -187,7 +194,7 @@ class RunSession:
             model = self.config.model
             tokenizer = load_tokenizer(model.path, model.trust_remote_code)
             self._scorer = self._ending.enter_context(
-                closing(Scorer(self.config.verifier, tokenizer))
+                closing(Scorer(self.config.verifier, tokenizer, on_fault=self._check_failed))
             )
         grade = partial(self._evaluate, self.inputs.held_out, self._scorer, step)
         return self.supervisor.run(grade)
@@ -217,6 +224,9 @@ class RunSession:
                 advance=advance,
                 writer=writer,
             )
+
+    def _check_failed(self, reason: str) -> None:
+        self.actors.run_log.event.remote(check_failed(reason))
 
     def _warn(self, what: str, reason: str) -> None:
         self.actors.run_log.event.remote(write_failed(what, reason))

@@ -4,17 +4,20 @@ What a run folder holds, down to the headline, is of one run. A start with other
 mix two, or answer with the result of the other.
 """
 
+from pathlib import PurePath
+
 from treerpo_ray.config import Config
 from treerpo_ray.config.files import flat_settings, to_yaml
 from treerpo_ray.config.identity import differences, is_free
 from treerpo_ray.metrics.run_log import METRICS_FILE
 from treerpo_ray.run_folder.checkpoints import Checkpoints
 from treerpo_ray.run_folder.files import CONFIG_FILE, WHOLE_MODEL, RunFolder
+from treerpo_ray.user_code import unpack
 
 MOST_SHOWN = 4
 """Settings that the message about another run names."""
 STARTS = "starts"
-"""Folder with the configuration of each start."""
+"""Folder with the configuration of each start, and the code of the user's that it names."""
 
 
 def check_same_run(config: Config) -> list[str]:
@@ -60,6 +63,9 @@ def record_start(config: Config) -> None:
     number = len(folder.glob(f"{STARTS}/*.yaml")) + 1
     folder.publish_file(f"{STARTS}/{number:06d}.yaml", content)
     folder.publish_file(CONFIG_FILE, content)
+    for name, source in (config.verifier.sources | config.learner.sources).items():
+        code = unpack(source).encode()
+        folder.publish_file(f"{STARTS}/{number:06d}-{PurePath(name).stem}.py", code)
 
 
 def _has_results(folder: RunFolder) -> bool:

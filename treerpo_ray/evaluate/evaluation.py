@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float
 
 from treerpo_ray.algo.tree import StopReason
 from treerpo_ray.config.files import with_moved_modules
@@ -18,6 +19,7 @@ from treerpo_ray.evaluate.scores import Samples, Score
 from treerpo_ray.metrics.run_log import Row
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder.files import RunFolder
+from treerpo_ray.verifier.verdict import Verdict
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +31,19 @@ SAMPLES = pa.schema(
         ("sample", pa.int32()),
         ("text", pa.string()),
         ("verdict", pa.string()),
+        ("reward", pa.float64()),
         ("num_tokens", pa.int32()),
         ("is_cut_off", pa.bool_()),
         ("group", pa.int32()),
     ]
 )
-"""A row a sample; `group` numbers the equal answers of a problem, -1 for none, null: not known."""
+"""A row a sample; `group` numbers the equal answers of a problem, -1 for none, null: not known.
+`reward` is null without a verdict."""
+
+
+def is_correct(verdicts: Sequence[Verdict]) -> Float[np.ndarray, " samples"]:
+    """1 for the whole reward, 0 for less, NaN for none."""
+    return np.array([float(v is Verdict.CORRECT) if v.is_reward else np.nan for v in verdicts])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +58,10 @@ class Graded:
     def samples(self) -> Samples:
         """What the scores are of."""
         steps = [self.record.tree.steps[leaf] for leaf in self.record.tree.leaves]
-        verdicts = self.record.verdicts
+        rewards = self.record.leaf_rewards
         return Samples(
-            is_correct=np.array([v.reward if v.is_reward else np.nan for v in verdicts]),
+            is_correct=is_correct(self.record.verdicts),
+            reward=np.array(rewards) if rewards else None,
             length=np.array([len(step.token_ids) for step in steps]),
             is_cut_off=np.array([step.stop is StopReason.BOUNDARY for step in steps]),
             group=None if self.group is None else np.array(self.group),
@@ -69,8 +79,8 @@ class Evaluation:
     num_samples: int
     temperature: float
     pass_at_1: float
-    """Mean over problems of the share of correct answers; problems without a verdict are left out,
-    here and below."""
+    """Mean over problems of the share of correct answers, those with the whole reward; problems
+    without a verdict are left out, here and below."""
     ci95_low: float
     """Bootstrap 95 % interval of `pass_at_1` over problems."""
     ci95_high: float
@@ -88,7 +98,7 @@ class Evaluation:
     max_tokens: int | None = None
     """Most tokens of an answer; None, here and below: it is not recorded."""
     verifier: str | None = None
-    """Module that graded the answers."""
+    """What graded the answers: `VerifierConfig.identity`."""
     system_prompt: str | None = None
     """What stood before each question, empty if nothing did."""
     prompt_template: str = ""
@@ -101,8 +111,11 @@ class Evaluation:
     """What was evaluated: `model.path` of a run, of a job `benchmarks.source_of`."""
     seed: int | None = None
     """`run.seed`, from which the samples follow."""
+    reward: float | None = None
+    """Mean reward, where answers have partial credit; None: it is `pass_at_1`."""
     scores: dict[str, Score] = field(default_factory=dict)
-    """Every statistic with its interval, by name: pass@k, maj@k, length, median_length, cut_off."""
+    """Every statistic with its interval, by name: reward (as above), pass@k, maj@k, length,
+    median_length, cut_off."""
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> "Evaluation":
@@ -110,6 +123,11 @@ class Evaluation:
         fields = with_moved_modules(fields)
         found = {name: Score(**score) for name, score in fields.get("scores", {}).items()}
         return cls(**fields | {"scores": found})
+
+    @property
+    def mean_reward(self) -> float:
+        """Mean reward, with partial credit or without."""
+        return self.pass_at_1 if self.reward is None else self.reward
 
     @property
     def sampling(self) -> str:
@@ -128,6 +146,7 @@ class Evaluation:
         return {
             "step": self.step,
             "eval/pass_at_1": self.pass_at_1,
+            **({} if self.reward is None else {"eval/reward": self.reward}),
             "eval/ci95_low": self.ci95_low,
             "eval/ci95_high": self.ci95_high,
             "eval/length": self.length,
@@ -152,8 +171,9 @@ def save_samples(graded: Sequence[Graded], folder: RunFolder, name: str) -> None
     rows = []
     for each in graded:
         record, samples = each.record, each.samples
-        for number, (text, verdict) in enumerate(
-            zip(record.leaf_texts, record.verdicts, strict=True)
+        rewards = record.rewards[list(record.tree.leaves)].tolist()
+        for number, (text, verdict, reward) in enumerate(
+            zip(record.leaf_texts, record.verdicts, rewards, strict=True)
         ):
             rows.append(
                 {
@@ -163,6 +183,7 @@ def save_samples(graded: Sequence[Graded], folder: RunFolder, name: str) -> None
                     "sample": number,
                     "text": text,
                     "verdict": verdict.value,
+                    "reward": reward if verdict.is_reward else None,
                     "num_tokens": int(samples.length[number]),
                     "is_cut_off": bool(samples.is_cut_off[number]),
                     "group": None if each.group is None else each.group[number],

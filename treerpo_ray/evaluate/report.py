@@ -14,7 +14,7 @@ import rich.table
 
 from treerpo_ray.config.files import with_moved_modules
 from treerpo_ray.config.sections import RunConfig
-from treerpo_ray.evaluate.evaluation import Evaluation
+from treerpo_ray.evaluate.evaluation import Evaluation, is_correct
 from treerpo_ray.evaluate.scores import (
     Estimate,
     Samples,
@@ -261,8 +261,10 @@ def read_samples(path: str) -> dict[Problem, Samples]:
 def _samples(rows: list[dict]) -> Samples:
     verdicts = [Verdict(row["verdict"]) for row in rows]
     groups = [row["group"] for row in rows]
+    has_partial = Verdict.PARTIAL in verdicts
     return Samples(
-        is_correct=np.array([v.reward if v.is_reward else np.nan for v in verdicts]),
+        is_correct=is_correct(verdicts),
+        reward=np.array([row["reward"] for row in rows], float) if has_partial else None,
         length=np.array([row["num_tokens"] for row in rows]),
         is_cut_off=np.array([row["is_cut_off"] for row in rows]),
         group=None if None in groups else np.array(groups),

@@ -51,18 +51,26 @@ class Samples:
     """The samples of one problem, in the order in which they were asked for."""
 
     is_correct: Float[np.ndarray, " samples"]
-    """1 or 0, NaN without a verdict."""
+    """1 or 0, NaN without a verdict; with partial credit 0: right is what has the whole reward."""
     length: Int[np.ndarray, " samples"]
     """Tokens; 0 of a request that failed, which is left out of what is said of lengths."""
     is_cut_off: Bool[np.ndarray, " samples"]
     """Whether the length limit ended the sample, with or without an answer."""
     group: Int[np.ndarray, " samples"] | None
     """Which samples have equal answers, -1 for one that votes for nothing; None: not known."""
+    reward: Float[np.ndarray, " samples"] | None = None
+    """From 0 to 1, NaN without a verdict; None: it is `is_correct`, none has partial credit."""
 
     @property
     def pass_at_1(self) -> float:
         """Share of correct samples; NaN without a verdict."""
         return _mean(self.is_correct[~np.isnan(self.is_correct)])
+
+    @property
+    def mean_reward(self) -> float:
+        """Mean reward of a sample; NaN without a verdict."""
+        rewards = self.is_correct if self.reward is None else self.reward
+        return _mean(rewards[~np.isnan(rewards)])
 
     @property
     def lengths(self) -> Int[np.ndarray, " sampled"]:
@@ -132,7 +140,7 @@ def estimates(
         num_samples: Samples of a problem, which is the k of maj@k.
         seed: Of the bootstrap.
     """
-    found = _means(_by_problem(problems, pass_ks, num_samples), seed)
+    found = _means(_by_problem(problems, pass_ks, num_samples, _has_partial(problems)), seed)
     if sampled := [problem for problem in problems if len(problem.lengths)]:
         found["median_length"] = median_length(sampled, seed=seed)
     return found
@@ -151,7 +159,10 @@ def paired_differences(
     A problem that a statistic is not defined for on one side is left out of it. The other
     arguments are those of `estimates`.
     """
-    first, second = (_by_problem(side, pass_ks, num_samples) for side in (ours, theirs))
+    has_partial = _has_partial([*ours, *theirs])
+    first, second = (
+        _by_problem(side, pass_ks, num_samples, has_partial) for side in (ours, theirs)
+    )
     found = _means({name: first[name] - second[name] for name in first}, seed)
     pairs = [
         pair for pair in zip(ours, theirs, strict=True) if all(len(each.lengths) for each in pair)
@@ -188,11 +199,17 @@ def powers_of_two(limit: int) -> tuple[int, ...]:
     return tuple(2**power for power in range(limit.bit_length()))
 
 
+def _has_partial(problems: Sequence[Samples]) -> bool:
+    """Whether the mean reward is something else than pass@1."""
+    return any(problem.reward is not None for problem in problems)
+
+
 def _by_problem(
-    problems: Sequence[Samples], pass_ks: Sequence[int], num_samples: int
+    problems: Sequence[Samples], pass_ks: Sequence[int], num_samples: int, has_partial: bool
 ) -> dict[str, Float[np.ndarray, " problems"]]:
     """What each statistic that is a mean over problems is for each of them; NaN: not defined."""
     values = {
+        **({"reward": [problem.mean_reward for problem in problems]} if has_partial else {}),
         "pass@1": [problem.pass_at_1 for problem in problems],
         **{f"pass@{k}": [pass_at(each, k) for each in problems] for k in pass_ks if k > 1},
         f"maj@{num_samples}": [majority(problem) for problem in problems],

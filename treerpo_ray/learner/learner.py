@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
+from treerpo_ray.algo.advantages import has_baseline, step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import step_groups
 from treerpo_ray.algo.loss import LossInputs, LossSums, policy_loss
@@ -84,6 +84,7 @@ class Learner:
         if device.type == "cpu":
             torch.set_num_threads(learner.cpu_threads)
         start = resolve_model_path(model.path)
+        self.form, self.pruning = learner.form, learner.pruning
         self.policy = self._load(
             start if checkpoint is None else str(checkpoint / MODEL_FOLDER),
             torch.float32,
@@ -140,7 +141,7 @@ class Learner:
             RuntimeError: a tree is staler than `gate.max_staleness` allows or newer than the
                 policy, or the gradient is not finite.
         """
-        settings, pruning = self.settings, self.settings.pruning
+        settings, form, pruning = self.settings, self.form, self.pruning
         # Trees come as they finish; their order decides minibatches and how sums are rounded.
         records = sorted(records, key=lambda record: record.ticket)
         trees = [record.tree for record in records]
@@ -152,7 +153,7 @@ class Learner:
             step_advantages(
                 tree,
                 own,
-                form=settings.advantage,
+                form=form,
                 pruning=pruning,
                 groups=siblings,
                 baseline=baseline,
@@ -160,7 +161,7 @@ class Learner:
             for tree, own, siblings in zip(trees, values, groups, strict=True)
         ]
         counted = [
-            count(record, own, siblings, form=settings.advantage, pruning=pruning)
+            count(record, own, siblings, form=form, pruning=pruning, baseline=baseline)
             for record, own, siblings in zip(records, values, groups, strict=True)
         ]
         stats = _summed(counted, BatchStats())
@@ -185,7 +186,7 @@ class Learner:
         sums = _summed([own for own, _ in steps], LossSums.zeros(self.device))
         total = _summed(_gathered(stats), BatchStats())
         metrics = {"learner/learning_rate": rate, **_loss_metrics(sums, norms)}
-        if settings.advantage is AdvantageForm.PAST_BASELINE:
+        if has_baseline(form):
             metrics["learner/baseline"] = baseline
         if total.num_valued:
             self._past_values.append(total.value_sum / total.num_valued)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from treerpo_ray.algo.advantage_errors import advantage_errors
-from treerpo_ray.algo.advantages import AdvantageForm
-from treerpo_ray.algo.backup import Values
+from treerpo_ray.algo.advantages import Form
+from treerpo_ray.algo.backup import Values, reward_variance
 from treerpo_ray.algo.groups import GroupState, Pruning, StepGroups
 from treerpo_ray.algo.standard_errors import standard_error_of_mean
 from treerpo_ray.records import RootValue, TreeRecord
@@ -35,7 +35,7 @@ class BatchStats:
     value_sum: float = 0.0
     """Sum of the root values."""
     num_with_correct: int = 0
-    """Trees with at least one correct leaf."""
+    """Trees with at least one leaf that has the whole reward."""
     groups: Counter[str] = field(default_factory=Counter)
     """Step groups by `state` and by `state_depth_d`, d the depth of their steps."""
     group_sums: Sums = field(default_factory=Sums)
@@ -122,16 +122,21 @@ def count(
     values: Values,
     step_groups: Sequence[StepGroups],
     *,
-    form: AdvantageForm,
+    form: Form,
     pruning: Pruning,
+    baseline: float = 0.0,
 ) -> BatchStats:
     """Statistics of one tree with these values and step groups."""
     tree, is_valued = record.tree, not np.isnan(values.root)
     groups, sums = _count_groups(step_groups, pruning)
-    errors = advantage_errors(tree, values, form=form, pruning=pruning, groups=step_groups)
+    errors = advantage_errors(
+        tree, values, form=form, pruning=pruning, groups=step_groups, baseline=baseline
+    )
     known = errors[~np.isnan(errors)]
     sums += Sums(advantage_se=float(known.sum()), num_advantage_se=len(known))
-    root = RootValue(record.ticket, record.num_redraws, float(values.root))
+    # Where all rewards are 0 or 1 it follows from the value.
+    variance = reward_variance(tree, record.rewards) if record.leaf_rewards else None
+    root = RootValue(record.ticket, record.num_redraws, float(values.root), variance)
     has_tokens = len(tree.token_ids) > 0
     verdicts = Counter[str](record.verdicts)
     oldest = tree.min_version

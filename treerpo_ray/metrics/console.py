@@ -46,9 +46,10 @@ class Console:
     def print_step(self, row: Row) -> None:
         """One line for a learner step, or for the evaluation that the row holds."""
         if "eval/pass_at_1" in row:
+            reward = f"mean reward {row['eval/reward']:.3f}, " if "eval/reward" in row else ""
             self.note(
-                f"step {row['step']:.0f}: Pass@1 {row['eval/pass_at_1']:.1%} (95 % interval "
-                f"{row['eval/ci95_low']:.1%} to {row['eval/ci95_high']:.1%}), "
+                f"step {row['step']:.0f}: {reward}Pass@1 {row['eval/pass_at_1']:.1%} (95 % "
+                f"interval {row['eval/ci95_low']:.1%} to {row['eval/ci95_high']:.1%}), "
                 f"{row['eval/length']:.1f} tokens an answer; {row['eval/num_problems']:.0f} "
                 f"problems, {row['eval/num_samples']:.0f} answers each, temperature "
                 f"{row['eval/temperature']:g}, top-p {row['eval/top_p']:g}"

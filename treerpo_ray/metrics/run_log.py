@@ -35,7 +35,7 @@ FATAL = "fatal"
 NOTICES = {
     *("engine_serving", "engine_lost", "engine_draining", "engine_left", "tree_moved"),
     *(FATAL, "waiting", "learner_started", "learner_lost", "write_failed"),
-    *("checkpoint_passed_over", "engine_work_failed"),
+    *("checkpoint_passed_over", "engine_work_failed", "check_failed"),
 }
 """Events that whoever follows the run should see; what this module warns of comes with them."""
 
@@ -61,6 +61,11 @@ class Event:
 def write_failed(what: str, reason: str) -> Event:
     """Something of the run folder could not be written."""
     return Event(kind="write_failed", fields={"what": what, "reason": reason})
+
+
+def check_failed(reason: str) -> Event:
+    """A check gave an answer no verdict, with the traceback."""
+    return Event(kind="check_failed", fields={"reason": reason})
 
 
 class RunLogApi(Protocol):

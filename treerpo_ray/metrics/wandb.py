@@ -104,7 +104,7 @@ class WandbRun:
             id=id_file.read_text(),
             resume="allow",
             dir=str(self._folder),
-            config=dataclasses.asdict(self._config),
+            config=_without_sources(dataclasses.asdict(self._config)),
             mode=mode,
             # Metadata would hold the command line of a Ray worker, and with it Ray's password.
             settings=wandb.Settings(
@@ -115,3 +115,11 @@ class WandbRun:
                 x_disable_meta=True,
             ),
         )
+
+
+def _without_sources(config: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
+    """A configuration without the user's code, which is nobody's but the run folder's."""
+    return {
+        section: {key: value for key, value in keys.items() if key != "sources"}
+        for section, keys in config.items()
+    }

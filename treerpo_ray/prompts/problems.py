@@ -1,9 +1,10 @@
 """Problems: questions with their accepted answers, from data sets or an embedded task."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from math import isfinite
 
@@ -41,6 +42,9 @@ class Problem:
     messages: tuple[Message, ...] = ()
     """What the model is asked, where it is more than the question alone: a chat or a filled
     template, without the system prompt of the configuration."""
+    row: str = "{}"
+    """The whole row of the data set as JSON, without what is binary; empty if no check asks for
+    it."""
 
     @property
     def chat(self) -> tuple[Message, ...]:
@@ -68,12 +72,15 @@ class DataReport:
         )
 
 
-def load_problems(config: DataConfig, section: str = "prompts") -> tuple[list[Problem], DataReport]:
+def load_problems(
+    config: DataConfig, section: str = "prompts", *, keeps_rows: bool = False
+) -> tuple[list[Problem], DataReport]:
     """Load a data set; rows without an answer and repeated questions are left out and counted.
 
     Args:
         config: The data set; see the keys of `DataConfig`.
         section: Where `config` stands in the configuration, for messages.
+        keeps_rows: Whether problems keep their whole rows, which may be large.
 
     Raises:
         ValueError: nothing to read, a corrupt row, an unknown column, a template that does not
@@ -91,7 +98,7 @@ def load_problems(config: DataConfig, section: str = "prompts") -> tuple[list[Pr
     except ValueError as error:
         raise ValueError(f"{section}.prompt_template={config.prompt_template!r} {error}") from error
     try:
-        rows = _read(config, template, section)
+        rows = _read(config, template, section, keeps_rows)
         answered = [row for row in rows if row.answers]
         different = _drop_duplicates(answered)
         _check_problems(rows, different, config)
@@ -110,19 +117,20 @@ def load_problems(config: DataConfig, section: str = "prompts") -> tuple[list[Pr
 
 
 def load_together(
-    sections: Mapping[str, DataConfig],
+    sections: Mapping[str, DataConfig], *, keeps_rows: bool = False
 ) -> dict[str, tuple[list[Problem], DataReport]]:
     """Load data sets that are trained on together; a question stays in the first that has it.
 
     Args:
         sections: The data sets by their keys of the configuration.
+        keeps_rows: As of `load_problems`.
 
     Raises:
         ValueError: as `load_problems`, or the sets before have all questions of one.
     """
     loaded, seen = {}, set[tuple[Message, ...]]()
     for section, config in sections.items():
-        problems, report = load_problems(config, section)
+        problems, report = load_problems(config, section, keeps_rows=keeps_rows)
         new = [problem for problem in problems if _asked(problem) not in seen]
         if not new:
             raise ValueError(
@@ -167,18 +175,21 @@ def _place_of(answer_column: str | None) -> str:
     return "" if answer_column is None else f" in its column '{answer_column}'"
 
 
-def _read(config: DataConfig, template: Template | None, section: str) -> list[Problem]:
+def _read(
+    config: DataConfig, template: Template | None, section: str, keeps_rows: bool
+) -> list[Problem]:
     """All rows in order; their answers may be empty."""
     if any(path.startswith(QUICKSTART) for path in config.paths):
         return _draw_quickstart(config, template)
     used = [config.question_column, *(template.columns if template is not None else ())]
     used += [column for column in (config.answer_column, config.id_column) if column is not None]
     found: list[Problem] = []
-    for part in read_rows(config, used):
+    for part in read_rows(config, None if keeps_rows else used):
         columns = _columns(part, config, template, section)
         for number, row in part.by_number.items():
             name = None if config.id_column is None else cell_of(row, config.id_column)
-            found.append(columns.problem(row, _name(part, number, name), part.where(number)))
+            problem = columns.problem(row, _name(part, number, name), part.where(number))
+            found.append(replace(problem, row=_to_json(row)) if keeps_rows else problem)
     return found
 
 
@@ -197,7 +208,7 @@ def _draw_quickstart(config: DataConfig, template: Template | None) -> list[Prob
     rows = exercises.problems(name or DEFAULT_TASK, split, config.num_problems, QUICKSTART_SEED)
     columns = _Columns(question="question", answer="answer", mark=None, template=template)
     return [
-        columns.problem({"question": row.question, "answer": row.answer}, row.id, f"row {number}")
+        replace(columns.problem(asdict(row), row.id, f"row {number}"), row=_to_json(asdict(row)))
         for number, row in enumerate(rows, start=1)
     ]
 
@@ -319,6 +330,11 @@ def _fields(cell: object, column: str) -> str:
     if not isinstance(cell, dict) or not cell:
         return ""
     return f"it has {', '.join(f'{column}.{name}' for name in cell)}"
+
+
+def _to_json(row: Row) -> str:
+    """A row as JSON; what JSON does not have, such as dates, as text."""
+    return json.dumps(row, default=str)
 
 
 def _without_commas(answer: str) -> str:

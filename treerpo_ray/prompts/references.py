@@ -43,8 +43,7 @@ def look_at_references(
     The embedded tasks are left out, as are the data of a verifier that cannot tell.
 
     Raises:
-        ValueError: none of the references of a section is an answer, or the verifier has no
-            `check_answer` or `SELF_TEST`.
+        ValueError: none of the references of a section is an answer, or the check cannot be used.
     """
     samples = {
         section: (config, _sample(problems))
@@ -54,10 +53,12 @@ def look_at_references(
     if not samples:
         return {}
     with Verifier(
-        check=verifier.check,
+        check=verifier.main_check,
         num_workers=1,
         timeout_s=verifier.timeout_s,
         memory_mib=verifier.memory_mib,
+        sources=verifier.sources,
+        env=verifier.env,
     ) as asked:
         found = {
             section: _look(asked, config, problems)

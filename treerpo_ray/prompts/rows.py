@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # takes a second, and most runs read a file
     import datasets
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+Columns = Sequence[str] | None
 PATTERN = re.compile(r"[*?\[]")
 MAX_FIELD = 2**31 - 1
 """Characters of one field of a CSV file."""
@@ -63,12 +64,12 @@ class Rows:
         return f"{self.name}: {place}" if self.name else place
 
 
-def read_rows(config: DataConfig, columns: Sequence[str]) -> list[Rows]:
+def read_rows(config: DataConfig, columns: Columns) -> list[Rows]:
     """Read a data set, a part for each of its files.
 
     Args:
         config: The data set.
-        columns: Those that are used; others may be left out.
+        columns: Those that are used, so that others may be left out; None: all but binary ones.
 
     Raises:
         ValueError: there is nothing to read, or a file is not what its name says.
@@ -102,7 +103,7 @@ def _apart(paths: Sequence[str]) -> list[str]:
     return ["/".join(parts[depth:]) for parts in split]
 
 
-def _sources(path: str, config: DataConfig, columns: Sequence[str]) -> list[_Source]:
+def _sources(path: str, config: DataConfig, columns: Columns) -> list[_Source]:
     """What a path stands for."""
 
     def of(files: Sequence[str]) -> list[_Source]:
@@ -179,7 +180,7 @@ def _files_in(uri: str) -> list[str]:
 # Files ------------------------------------------------------------------------------------------
 
 
-def _from_file(path: str, columns: Sequence[str]) -> Rows:
+def _from_file(path: str, columns: Columns) -> Rows:
     suffix = _suffix(path)
     if suffix not in SUFFIXES:
         raise ValueError(f"the name must end in {', '.join(SUFFIXES)} (or these with .gz)")
@@ -271,11 +272,11 @@ def _parse_json(text: str, line: int) -> object:
         raise ValueError(f"line {line} cannot be read as JSON ({one_line(error)})") from error
 
 
-def _from_parquet(data: bytes, columns: Sequence[str]) -> Rows:
+def _from_parquet(data: bytes, columns: Columns) -> Rows:
     try:
         file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
         names = file.schema_arrow.names
-        used = _used(names, columns)
+        used = _used(file.schema_arrow, columns)
         first = next(file.iter_batches(batch_size=NUM_SAMPLED), None)
         # Arrow would take a point in a name for a way into a column.
         chosen = None if any("." in name for name in used) else used
@@ -286,12 +287,23 @@ def _from_parquet(data: bytes, columns: Sequence[str]) -> Rows:
     return _rows("row", dict(enumerate(table.to_pylist(), start=1)), names, sample)
 
 
-def _used(names: Sequence[str], columns: Sequence[str]) -> list[str]:
+def _used(schema: pa.Schema, columns: Columns) -> list[str]:
     """Those of a table's columns that are asked for."""
-    used = sorted({top for column in columns if (top := top_level(column, names)) is not None})
+    names = schema.names
+    if columns is None:
+        used = [field.name for field in schema if not _is_binary(field.type)]
+    else:
+        used = sorted({top for column in columns if (top := top_level(column, names)) is not None})
     if twice := [name for name in used if names.count(name) > 1]:
         raise ValueError(f"it has several columns '{twice[0]}'")
     return used
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    """Whether a column holds bytes, such as pictures, at any depth."""
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return True
+    return any(_is_binary(kind.field(place).type) for place in range(kind.num_fields))
 
 
 # Folders and the Hub ----------------------------------------------------------------------------
@@ -306,7 +318,7 @@ def _is_saved(store: fsspec.AbstractFileSystem, root: str) -> bool:
     return has("dataset_dict.json") or (has("state.json") and has("dataset_info.json"))
 
 
-def _from_folder(path: str, config: DataConfig, columns: Sequence[str]) -> Rows:
+def _from_folder(path: str, config: DataConfig, columns: Columns) -> Rows:
     store, root = _store(path)
     if _is_saved(store, root):
         return _from_saved(path, config, columns)
@@ -332,7 +344,7 @@ def _check_one_format(folder: Path) -> None:
         )
 
 
-def _from_saved(path: str, config: DataConfig, columns: Sequence[str]) -> Rows:
+def _from_saved(path: str, config: DataConfig, columns: Columns) -> Rows:
     """A data set of `save_to_disk`; one without splits is taken whole."""
     import datasets
 
@@ -352,7 +364,7 @@ def _from_saved(path: str, config: DataConfig, columns: Sequence[str]) -> Rows:
     return _from_dataset(loaded, columns)
 
 
-def _from_hub(path: str, config: DataConfig, columns: Sequence[str]) -> Rows:
+def _from_hub(path: str, config: DataConfig, columns: Columns) -> Rows:
     """A data set of the Hub, or of a folder in the form of one."""
     import datasets
 
@@ -366,7 +378,8 @@ def _from_hub(path: str, config: DataConfig, columns: Sequence[str]) -> Rows:
     return _from_dataset(loaded, columns)
 
 
-def _from_dataset(loaded: "datasets.Dataset", columns: Sequence[str]) -> Rows:
+def _from_dataset(loaded: "datasets.Dataset", columns: Columns) -> Rows:
     names, tables = loaded.column_names, loaded.with_format("arrow")
-    rows = tables.select_columns(_used(names, columns))[:].to_pylist()
+    used = _used(loaded.features.arrow_schema, columns)
+    rows = tables.select_columns(used)[:].to_pylist()
     return _rows("row", dict(enumerate(rows, start=1)), names, tables[:NUM_SAMPLED].to_pylist())

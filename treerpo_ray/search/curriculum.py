@@ -1,7 +1,7 @@
 """Curriculum: what was measured of each prompt, and which prompts tickets come back to.
 
-v(1 - v) is the variance of one leaf's reward: most where an answer is as often right as wrong,
-none where nothing can be told apart.
+A prompt's weight is the variance of one leaf's reward: v(1 - v) where it is right or wrong, most
+where it is as often the one as the other; none where nothing can be told apart.
 """
 
 import json
@@ -22,6 +22,13 @@ class Measurement(NamedTuple):
     step: int
     prompt: int
     value: float
+    variance: float | None = None
+    """As in `RootValue`."""
+
+    @property
+    def weight(self) -> float:
+        """Variance of the reward of one answer."""
+        return self.value * (1 - self.value) if self.variance is None else self.variance
 
 
 class Curriculum:
@@ -56,14 +63,13 @@ class Curriculum:
         return int(rng.choice(list(weights), p=chances / chances.sum()))
 
     def weights(self, last_step: int) -> dict[int, float]:
-        """v(1 - v) of every prompt where it is not 0, by ascending prompt.
+        """Weight of every prompt where it is not 0, by ascending prompt.
 
-        v is the prompt's newest value of the learner steps up to `last_step`.
+        It is that of the prompt's newest measurement of the learner steps up to `last_step`.
         """
         if last_step not in self._weights:
-            newest = {m.prompt: m.value for m in self.measurements if m.step <= last_step}
-            products = {prompt: v * (1 - v) for prompt, v in sorted(newest.items())}
-            self._weights[last_step] = {prompt: w for prompt, w in products.items() if w > 0}
+            newest = {m.prompt: m.weight for m in self.measurements if m.step <= last_step}
+            self._weights[last_step] = {prompt: w for prompt, w in sorted(newest.items()) if w > 0}
         return self._weights[last_step]
 
     def add(self, measured: Sequence[Measurement], last_step: int) -> None:
@@ -75,7 +81,7 @@ class Curriculum:
         together = [*self.measurements, *measured]
         settled = {m.prompt: m for m in together if m.step <= last_step}
         self.measurements = [
-            *(m for m in settled.values() if 0 < m.value < 1),
+            *(m for m in settled.values() if m.weight > 0),
             *(m for m in together if m.step > last_step),
         ]
         self._weights.clear()

@@ -163,7 +163,10 @@ class Gate:
     def _measure(self, step: int, root_values: Sequence[RootValue]) -> None:
         if self.curriculum.share:
             values = sorted(root_values)  # so that two trees of a prompt have an order
-            found = [Measurement(step, self._prompt_of(root), root.value) for root in values]
+            found = [
+                Measurement(step, self._prompt_of(root), root.value, root.variance)
+                for root in values
+            ]
             self.curriculum.add(found, self._last_measured(step + 1))
 
     def _prompt_of(self, root: RootValue) -> int:

@@ -78,6 +78,7 @@ class GrowingTree:
             tree=assemble(self.prompt_ids, self.groups),
             leaf_texts=(),
             verdicts=(),
+            row=problem.row,
         )
 
     async def finish(self, engines: EnginePool) -> TreeRecord:

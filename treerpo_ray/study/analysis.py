@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import TypedDict, cast
 
 import numpy as np
 import pandas as pd
@@ -13,13 +13,22 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 
 from treerpo_ray.algo.advantage_errors import advantage_errors
-from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
+from treerpo_ray.algo.advantages import Form, has_baseline, step_advantages
 from treerpo_ray.algo.backup import Values, mean_backup
-from treerpo_ray.algo.groups import PruneRule, Pruning
+from treerpo_ray.algo.groups import Pruning
+from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.metrics.run_log import EVENTS_FILE, METRICS_FILE, latest_rows
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder
+
+
+class _Scheme(TypedDict):
+    """What makes advantages of values."""
+
+    form: Form
+    pruning: Pruning
+    baseline: float
 
 
 class Run:
@@ -95,11 +104,7 @@ class Run:
 
     def advantages(self, record: TreeRecord) -> Float64[np.ndarray, " steps"]:
         """Advantage of each step as this run computes it; NaN where it is not trained on."""
-        form, pruning = self._scheme
-        baseline = self._baseline(record) if form is AdvantageForm.PAST_BASELINE else 0.0
-        return step_advantages(
-            record.tree, self.values(record), form=form, pruning=pruning, baseline=baseline
-        )
+        return step_advantages(record.tree, self.values(record), **self._scheme(record))
 
     def _baseline(self, record: TreeRecord) -> float:
         """What the learner took off from the values of this tree."""
@@ -108,14 +113,17 @@ class Run:
             self._baselines = self.metrics()["learner/baseline"].dropna().to_dict()
         return float(self._baselines[step])
 
-    @property
-    def _scheme(self) -> tuple[AdvantageForm, Pruning]:
+    def _scheme(self, record: TreeRecord) -> "_Scheme":
+        form = self._learner.form
+        baseline = self._baseline(record) if has_baseline(form) else 0.0
+        return {"form": form, "pruning": self._learner.pruning, "baseline": baseline}
+
+    @cached_property
+    def _learner(self) -> LearnerConfig:
+        """What tells the advantages; what else an earlier version had is left out."""
         learner = self.config["learner"]
-        pruning = Pruning(
-            rule=PruneRule(str(learner["prune"]).lower()),
-            threshold=float(str(learner["prune_threshold"])),
-        )
-        return AdvantageForm(str(learner["advantage"]).lower()), pruning
+        names = ("advantage", "prune", "prune_threshold", "sources")
+        return LearnerConfig(**{name: learner[name] for name in names if name in learner})  # type: ignore[arg-type]  # as written
 
     def step_texts(self, record: TreeRecord) -> list[str]:
         """Each step's own text; the number of its tokens if the run's tokenizer is not at hand."""
@@ -130,7 +138,6 @@ class Run:
 
     def _steps(self, record: TreeRecord) -> pd.DataFrame:
         tree, values, advantages = record.tree, self.values(record), self.advantages(record)
-        form, pruning = self._scheme
         leaves = dict(zip(tree.leaves, record.verdicts, strict=True))
         return pd.DataFrame(
             {
@@ -149,7 +156,7 @@ class Run:
                 "value": values.steps,
                 "value_se": values.step_errors,
                 "advantage": advantages,
-                "advantage_se": advantage_errors(tree, values, form=form, pruning=pruning),
+                "advantage_se": advantage_errors(tree, values, **self._scheme(record)),
                 "is_kept": ~np.isnan(advantages),
             }
         )

@@ -1,41 +1,51 @@
 """Verifier: grades answers in killable processes.
 
-The parent never unpickles what a worker sends, and a worker never runs what it reads: texts go out
-as JSON, a byte or a number an answer comes back, and no secret of the environment is handed on. A
-worker that hangs (also in C code), dies or runs out of memory takes only the answer that it was at
-with it; the rest of its chunk goes to another worker.
+The parent never unpickles what a worker sends, and a worker never runs what it reads: both are
+JSON, and no secret of the environment is handed on. A worker that hangs (also in C code), dies or
+runs out of memory takes only the answer that it was at with it; the rest goes to another worker.
+Workers have no network, but those of an asynchronous check, which asks others for their verdict.
+They run as the user who starts them, and may read and write what that user may.
 
-Another domain is one module, named by `verifier.check`: `check_answer` grades a text, `SELF_TEST`
-holds texts with the grades that they must get, and, if it has them, `find_answer` and `is_equal`
-tell which answers are the same, `is_answer` whether a reference is one that a text can be graded
-against. `boxed_answer` is a short one.
+Another domain is one module or file, named by `verifier.check`; see `verifier.check`, of which
+`boxed_answer` is a short one.
 """
 
-import importlib.util
 import json
 import logging
 import math
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
 from types import TracebackType
+from typing import Any
 
-from treerpo_ray.verifier._worker import FAILED, REPLIES, RETIRED
-from treerpo_ray.verifier.verdict import Answer, Verdict
+from treerpo_ray.errors import UserCodeError
+from treerpo_ray.user_code import MAX_TRACE, is_file, is_module
+from treerpo_ray.verifier._worker import OUT_OF_MEMORY, Settings
+from treerpo_ray.verifier.check import SelfTest
+from treerpo_ray.verifier.verdict import Answer, Grade, Verdict
 
 logger = logging.getLogger(__name__)
 
 CHUNK = 16  # answers a message: its round trip is shared, and little waits behind a slow answer
 START_TIMEOUT_S = 120.0
 MAX_START_FAILURES = 3  # in a row; a worker may be killed from outside, all of them may not
+MAX_REPLY_BYTES = 2**24
+MAX_TOLD = 10
+"""Faults that are told with their traceback, each but once."""
+TRACE_WAIT_S = 1.0
+"""Time that a worker gets to write down where it hangs."""
 WORKER = "import sys, json; a = json.loads(sys.argv[1]); sys.path[:] = a.pop(0)\n" + (
     "from treerpo_ray.verifier._worker import serve; serve(*a)"
 )
@@ -44,38 +54,78 @@ ENVIRONMENT = (
     *("TZ", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"),
 )
 """What a worker gets of the environment; the checks in this package need none of it."""
-Request = tuple[object, ...]
+ARENAS = {"MALLOC_ARENA_MAX": "2"}
+"""Each thread would map 64 MiB of its own, which count as memory that a worker takes."""
+Request = tuple[str, dict[str, object]]
 """What a worker is asked, as JSON takes it: see `verifier._worker`."""
+Reply = dict[str, Any]
+"""A worker's: its `value`, or the `verdict` of a fault, its `place` and its `trace`."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Worker:
     process: subprocess.Popen[bytes]
     connection: Connection
+    trace_fd: int
+    """File in memory that it writes to where it hangs or crashes."""
     deadline: float
     """Monotonic time at which the start or the first pending answer is over time."""
     is_ready: bool = False
+    is_async: bool = False
     pending: deque[int] = field(default_factory=deque)
 
     def stop(self) -> None:
         self.connection.close()
-        self.process.kill()
+        with suppress(ProcessLookupError):  # what it started ends with it
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        os.close(self.trace_fd)
+
+    def exit_status(self) -> int | None:
+        """As `subprocess` has it; None while it runs, though its pipe be closed."""
+        try:
+            handle = os.pidfd_open(self.process.pid)
+        except ProcessLookupError:
+            return self.process.poll()
+        try:
+            wait([handle], TRACE_WAIT_S)
+        finally:
+            os.close(handle)
+        # It is not waited for yet: its number stands for the group of what it started.
+        found = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if found is None:
+            return None
+        return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+
+    def told(self) -> str:
+        """What it has written of where it hangs or crashed, the user's frames alone."""
+        text = os.pread(self.trace_fd, MAX_TRACE, 0).decode(errors="replace")
+        frames = [line for line in text.splitlines() if line.startswith("  File")]
+        own = [line for line in frames if "/treerpo_ray/verifier/_worker.py" not in line]
+        theirs = [line for line in own if "<string>" not in line and "/asyncio/" not in line]
+        header = "Traceback (most recent call last):"
+        return "\n".join([header, *reversed(theirs)]) if theirs else ""
 
 
 class Verifier:
     """A pool of processes that grade answers; the processes start at construction, in parallel.
 
     Args:
-        check: module with `check_answer(text, references, is_cut_off) -> bool | None` (None: the
-            text holds no answer) and `SELF_TEST`, a tuple of (text, references, expected).
-        num_workers: processes.
-        timeout_s: seconds for one answer.
-        memory_mib: memory that a process may take on top of what its imports took.
-        on_start: told the process id of each worker, also of one that replaces another.
+        check: Module or file; see `verifier.check`.
+        num_workers: Processes.
+        timeout_s: Seconds for one answer, or for one attempt of an asynchronous check.
+        memory_mib: Memory that a process may take on top of what its imports took.
+        sources: Packed source of a file, by its name; see `user_code`.
+        retries: Times that an asynchronous check is asked again.
+        concurrency: Answers that a process of an asynchronous check has at hand.
+        env: Names of variables that the processes get beside ENVIRONMENT.
+        on_start: Told the process id of each worker, also of one that replaces another.
+        on_fault: Told, once for each place, why an answer has no verdict, with the traceback; it
+            is logged if nobody is.
 
     Raises:
-        ValueError: no module of the name `check`, or a number that isn't positive.
+        ValueError: no module of the name `check`, a number that isn't positive, or a variable that
+            is not set.
     """
 
     def __init__(
@@ -85,21 +135,48 @@ class Verifier:
         num_workers: int,
         timeout_s: float,
         memory_mib: int,
+        sources: Mapping[str, str] | None = None,
+        retries: int = 0,
+        concurrency: int = 32,
+        env: Sequence[str] = (),
         on_start: Callable[[int], None] = lambda pid: None,
+        on_fault: Callable[[str], None] = logger.warning,
     ) -> None:
-        if not is_module(check):
-            raise ValueError(f"verifier.check: no module {check!r}; name one as package.module")
+        if not is_file(check) and not is_module(check):
+            raise ValueError(
+                f"verifier.check: no module {check!r}; name one as package.module, or a file.py"
+            )
         for name, number in (
             ("num_workers", num_workers),
             ("timeout_s", timeout_s),
             ("memory_mib", memory_mib),
+            ("concurrency", concurrency),
         ):
             if not number > 0:
                 raise ValueError(f"verifier.{name} must be positive, not {number}")
-        self._check, self._timeout_s, self._memory_mib = check, timeout_s, memory_mib
-        self._on_start = on_start
+        if missing := [name for name in env if name not in os.environ]:
+            raise ValueError(f"verifier.env names {missing[0]}, which is not set here")
+        names = [name for name in (*ENVIRONMENT, *env) if name in os.environ]
+        self._environment = {name: os.environ[name] for name in names} | ARENAS
+        # The death signal follows the thread that started the worker, not the process.
+        is_bound = threading.current_thread() is threading.main_thread()
+        self._settings = Settings(
+            check=check,
+            sources=dict(sources or {}),
+            timeout_s=timeout_s,
+            memory_mib=memory_mib,
+            retries=retries,
+            parent=os.getpid() if is_bound else 0,
+        )
+        self._concurrency = concurrency
+        self._on_start, self._on_fault = on_start, on_fault
         self._lock = threading.Lock()
-        self._self_test: list[tuple[str, list[str], bool | None]] = []
+        self._self_test: list[SelfTest] = []
+        self._wanted: tuple[str, ...] = ()
+        self._told: set[str] = set()
+        self._alone: set[int] = set()
+        """Requests that a worker was lost with others at: which it was is seen when each is sent
+        alone."""
         self._num_start_failures = 0
         self._workers: list[_Worker] = []
         self._finalizer = weakref.finalize(self, _stop_all, self._workers)
@@ -121,18 +198,26 @@ class Verifier:
         """Kill the workers; the verifier grades nothing afterwards."""
         self._finalizer()
 
-    def grade(self, answers: Sequence[Answer]) -> list[Verdict]:
-        """Verdicts in the order of `answers`.
+    @property
+    def wants_row(self) -> bool:
+        """Whether the check asks for the rows of the data set.
+
+        Raises:
+            RuntimeError, UserCodeError: as `grade` does.
+        """
+        self._await_start()
+        return "row" in self._wanted
+
+    def grade(self, answers: Sequence[Answer]) -> list[Grade]:
+        """Grades in the order of `answers`.
 
         Raises:
             RuntimeError: the workers do not start, or the verifier is closed.
-            ValueError: `verifier.check` lacks `check_answer` or `SELF_TEST`.
+            UserCodeError: `verifier.check` cannot be imported or is no check.
         """
-        requests: list[Request] = [
-            ("check", answer.text, answer.references, answer.is_cut_off) for answer in answers
-        ]
-        replies = self._ask(requests)
-        return [_to_verdict(*pair) for pair in zip(replies, answers, strict=True)]
+        self._await_start()
+        replies = self._ask([("check", self._asked_of(answer)) for answer in answers])
+        return [_grade(*pair) for pair in zip(replies, answers, strict=True)]
 
     def group(self, samples: Sequence[Sequence[Answer]]) -> list[list[int] | None]:
         """Which answers to one problem are equal, by the domain's own notion; problem by problem.
@@ -142,96 +227,155 @@ class Verifier:
         (and `is_equal(answer, other)`, where equal answers may be spelt in several ways).
         """
         requests: list[Request] = [
-            ("group", [(answer.text, answer.is_cut_off) for answer in answers])
+            ("group", {"texts": [(answer.text, answer.is_cut_off) for answer in answers]})
             for answers in samples
         ]
-        return [
-            None if isinstance(reply, Verdict) or reply == FAILED else json.loads(reply)
-            for reply in self._ask(requests)
-        ]
+        found: list[list[int] | None] = []
+        for reply, answers in zip(self._ask(requests, tells=False), samples, strict=True):
+            value = reply.get("value")
+            is_told = isinstance(value, list) and [type(n) for n in value] == [int] * len(answers)
+            found.append(value if is_told else None)
+        return found
 
     def has_answers(self, references: Sequence[Sequence[str]]) -> list[bool | None]:
         """Whether a text can be right by the references of each problem, as the domain's
         `is_answer(reference) -> bool` tells; None where the domain has none.
 
         Raises:
-            RuntimeError: the workers do not start, or the verifier is closed.
-            ValueError: `verifier.check` lacks `check_answer` or `SELF_TEST`.
+            RuntimeError, UserCodeError: as `grade` does.
         """
-        replies = self._ask([("reference", list(each)) for each in references])
-        told = {REPLIES[True]: True, REPLIES[None]: None}
-        return [told.get(reply, False) if isinstance(reply, bytes) else False for reply in replies]
-
-    def _ask(self, requests: Sequence[Request]) -> list[bytes | Verdict]:
-        """Replies in order; a verdict for a request that a worker was lost at."""
-        with self._lock:
-            if not self._finalizer.alive:
-                raise RuntimeError("the verifier is closed")
-            todo = deque(range(len(requests)))
-            replies: dict[int, bytes | Verdict] = {}
-            try:
-                while len(replies) < len(requests):
-                    for worker in list(self._workers):
-                        if worker.is_ready and not worker.pending and todo:
-                            self._send(worker, requests, todo)
-                    self._wait(todo, replies)
-            except BaseException:  # the workers still hold requests of this call
-                self.close()
-                raise
-            return [replies[index] for index in range(len(requests))]
+        replies = self._ask([("reference", {"references": list(each)}) for each in references])
+        return [reply.get("value", False) for reply in replies]
 
     def self_test(self) -> None:
         """Grade the domain's `SELF_TEST` in the workers.
 
         Raises:
-            RuntimeError: a pair of text and references got another verdict than it should.
+            RuntimeError, UserCodeError: as `grade` does; or a text got another reward than it
+                should.
         """
+        self._await_start()
+        tests = self._self_test
+        replies = self._ask([("check", self._asked_of(test.answer)) for test in tests])
+        for test, reply in zip(tests, replies, strict=True):
+            grade = _grade(reply, test.answer)
+            has_answer = grade.verdict not in (Verdict.UNANSWERED, Verdict.CUT_OFF)
+            reward = grade.reward if has_answer else None
+            if grade.verdict.is_reward and test.is_met(reward):
+                continue
+            found = f"{grade.reward:g}" if grade.verdict is Verdict.PARTIAL else grade.verdict.value
+            raise UserCodeError(
+                f"self-test of {self._settings.check}: {test.answer.text!r} against "
+                f"{list(test.answer.references)} is {found}, should be {test.shown}",
+                str(reply.get("trace", "")),
+            )
+
+    def _asked_of(self, answer: Answer) -> dict[str, object]:
+        """What a check is told of an answer: question and row are long, and few want them."""
+        whole = asdict(answer)
+        unwanted = {"question", "row"} - set(self._wanted)
+        return {name: value for name, value in whole.items() if name not in unwanted}
+
+    def _await_start(self) -> None:
         with self._lock:
+            self._check_open()
             while not any(worker.is_ready for worker in self._workers):
                 self._wait(deque(), {})
-        pairs = self._self_test
-        verdicts = self.grade(
-            [Answer(text=text, references=tuple(refs), is_cut_off=False) for text, refs, _ in pairs]
-        )
-        expected = {True: Verdict.CORRECT, False: Verdict.WRONG, None: Verdict.UNANSWERED}
-        for (text, refs, right), verdict in zip(pairs, verdicts, strict=True):
-            if verdict is not expected[right]:
-                raise RuntimeError(
-                    f"self-test of {self._check}: {text!r} against {refs} is {verdict.value}, "
-                    f"should be {expected[right].value}"
-                )
+
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise RuntimeError("the verifier is closed")
+
+    def _ask(self, requests: Sequence[Request], *, tells: bool = True) -> list[Reply]:
+        """Replies in order; a verdict for a request that a worker was lost at."""
+        with self._lock:
+            self._check_open()
+            todo = deque(range(len(requests)))
+            replies: dict[int, Reply] = {}
+            self._alone.clear()
+            try:
+                while len(replies) < len(requests):
+                    for worker in list(self._workers):
+                        if worker.is_ready and todo:
+                            self._send(worker, requests, todo, replies)
+                    self._wait(todo, replies)
+            except BaseException:  # the workers still hold requests of this call
+                self.close()
+                raise
+            if tells:
+                self._tell(replies.values())
+            return [replies[index] for index in range(len(requests))]
+
+    def _tell(self, replies: Iterable[Reply]) -> None:
+        """Say of each place that answers without a verdict come from, once, what is wrong there."""
+        for reply in replies:
+            place = reply.get("place")
+            if place is None or place in self._told or len(self._told) >= MAX_TOLD:
+                continue
+            self._told.add(place)
+            trace = reply.get("trace") or place
+            hint = ""
+            if "Network is unreachable" in trace:
+                hint = " (a check that is not `async def` runs without network)"
+            self._on_fault(f"{self._settings.check}: an answer has no verdict{hint}:\n{trace}")
 
     def _start(self) -> None:
         ours, theirs = Pipe()
-        # The death signal follows the thread that started the worker, not the process.
-        is_bound = threading.current_thread() is threading.main_thread()
-        limits = (self._timeout_s, self._memory_mib, os.getpid() if is_bound else 0)
-        arguments = json.dumps([sys.path, self._check, theirs.fileno(), *limits])
+        trace_fd = os.memfd_create("trace")
+        arguments = json.dumps([sys.path, theirs.fileno(), trace_fd])
         process = subprocess.Popen(
             [sys.executable, "-c", WORKER, arguments],
-            env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+            env=self._environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[theirs.fileno(), trace_fd],
             start_new_session=True,  # Ctrl-C is for the parent
         )
         theirs.close()
+        _limit_sending(ours)
         deadline = time.monotonic() + START_TIMEOUT_S
-        self._workers.append(_Worker(process=process, connection=ours, deadline=deadline))
+        worker = _Worker(process=process, connection=ours, trace_fd=trace_fd, deadline=deadline)
+        self._workers.append(worker)
+        with suppress(OSError):  # it died at once, which is seen when it is waited for
+            ours.send_bytes(json.dumps(asdict(self._settings)).encode())
         self._on_start(process.pid)
 
-    def _send(self, worker: _Worker, requests: Sequence[Request], todo: deque[int]) -> None:
-        share = math.ceil(len(todo) / (2 * len(self._workers)))
-        worker.pending.extend(todo.popleft() for _ in range(min(CHUNK, share)))
-        chunk = [requests[index] for index in worker.pending]
-        try:
-            worker.connection.send_bytes(json.dumps(chunk).encode())
-        except OSError:  # it died while idle: none of these answers is to blame
-            self._replace(worker, todo)
+    def _send(
+        self,
+        worker: _Worker,
+        requests: Sequence[Request],
+        todo: deque[int],
+        replies: dict[int, Reply],
+    ) -> None:
+        if not worker.is_async:
+            room = 0 if worker.pending else CHUNK
+        elif self._alone:
+            room = 0 if worker.pending else 1
         else:
-            worker.deadline = time.monotonic() + self._timeout_s
+            room = self._concurrency - len(worker.pending)
+        share = math.ceil(len(todo) / (2 * len(self._workers)))
+        sent = [todo.popleft() for _ in range(min(room, share, len(todo)))]
+        if not sent:
+            return
+        was_idle = not worker.pending
+        worker.pending.extend(sent)
+        try:
+            chunk = [(index, *requests[index]) for index in sent]
+            worker.connection.send_bytes(json.dumps(chunk).encode())
+        except OSError:
+            if was_idle:  # it died while idle: none of these answers is to blame
+                self._replace(worker, todo)
+            else:
+                self._lose(worker, todo, replies, Verdict.TIMED_OUT)
+        else:
+            worker.deadline = time.monotonic() + self._patience_s(worker)
 
-    def _wait(self, todo: deque[int], replies: dict[int, bytes | Verdict]) -> None:
+    def _patience_s(self, worker: _Worker) -> float:
+        """Time without a reply after which a worker hangs."""
+        settings = self._settings
+        return settings.patience_s + settings.timeout_s if worker.is_async else settings.timeout_s
+
+    def _wait(self, todo: deque[int], replies: dict[int, Reply]) -> None:
         """Take replies until something may be sent again; replace workers that died or hang."""
         if not any(worker.is_ready for worker in self._workers):
             logger.info("waiting for %d verifier workers to start", len(self._workers))
@@ -244,44 +388,66 @@ class Verifier:
                     self._lose(worker, todo, replies, Verdict.TIMED_OUT)
                 continue
             try:
-                reply = worker.connection.recv_bytes()
-            except (EOFError, OSError):
-                has_rung = worker.process.wait() == -signal.SIGALRM
+                reply = _read(worker)
+            except (EOFError, OSError, ValueError):
+                has_rung = worker.exit_status() == -signal.SIGALRM
                 verdict = Verdict.TIMED_OUT if has_rung else Verdict.ERRORED
                 self._lose(worker, todo, replies, verdict)
                 continue
-            if worker.is_ready:
-                replies[worker.pending.popleft()] = reply.removesuffix(RETIRED)
-                worker.deadline = time.monotonic() + self._timeout_s
-                if reply.endswith(RETIRED):
-                    self._replace(worker, todo)
-            else:
+            if not worker.is_ready:
                 self._greet(worker, reply)
+                continue
+            worker.pending.remove(reply["number"])
+            replies[reply["number"]] = reply
+            self._alone.discard(reply["number"])
+            worker.deadline = time.monotonic() + self._patience_s(worker)
+            if reply.get("is_last"):
+                self._replace(worker, todo)
 
-    def _greet(self, worker: _Worker, reply: bytes) -> None:
-        if reply.startswith(b"!"):
-            raise ValueError(f"verifier.check: {self._check} {reply[1:].decode()}")
-        self._self_test = json.loads(reply)
+    def _greet(self, worker: _Worker, greeting: Reply) -> None:
+        if "refused" in greeting:
+            raise UserCodeError(f"verifier.check: {greeting['refused']}", greeting["trace"])
+        if greeting["not_isolated"] and "network" not in self._told:
+            self._told.add("network")
+            reason = greeting["not_isolated"]
+            logger.warning("verifier workers can reach the network: %s", reason)
+        worker.is_async = greeting["is_async"]
+        self._wanted = tuple(greeting["wanted"])
+        self._self_test = [SelfTest.from_json(test) for test in greeting["self_test"]]
         self._num_start_failures = 0
         worker.is_ready = True
 
     def _lose(
-        self,
-        worker: _Worker,
-        todo: deque[int],
-        replies: dict[int, bytes | Verdict],
-        verdict: Verdict,
+        self, worker: _Worker, todo: deque[int], replies: dict[int, Reply], verdict: Verdict
     ) -> None:
         """Blame the answer that the worker was at and put another worker in its place."""
-        if worker.pending:
-            replies[worker.pending.popleft()] = verdict
+        if worker.is_async and len(worker.pending) > 1:
+            self._alone.update(worker.pending)
+        elif worker.pending:
+            index = worker.pending.popleft()
+            replies[index] = {"verdict": verdict, **self._reason(worker, verdict)}
+            self._alone.discard(index)
         elif not worker.is_ready:
             self._num_start_failures += 1
             if self._num_start_failures >= MAX_START_FAILURES:
                 raise RuntimeError(
-                    f"verifier workers do not start ({self._check}); see their standard error"
+                    f"verifier workers do not start ({self._settings.check}); see their standard "
+                    "error"
                 )
         self._replace(worker, todo)
+
+    def _reason(self, worker: _Worker, verdict: Verdict) -> dict[str, str]:
+        """Why a worker was lost, in words, and where it was."""
+        if verdict is Verdict.TIMED_OUT:
+            place = f"no reply in {self._patience_s(worker):g} s (verifier.timeout_s)"
+            if place not in self._told:
+                _write_trace(worker)
+        elif (status := worker.exit_status()) == OUT_OF_MEMORY:
+            place = f"more than verifier.memory_mib={self._settings.memory_mib} were asked for"
+        else:
+            ended = "closed its pipe" if status is None else f"ended with status {status}"
+            place = f"the process {ended}"
+        return {"place": place, "trace": f"{worker.told()}\n{place}".strip()}
 
     def _replace(self, worker: _Worker, todo: deque[int]) -> None:
         todo.extendleft(reversed(worker.pending))
@@ -295,19 +461,51 @@ def _stop_all(workers: list[_Worker]) -> None:
         workers.pop().stop()
 
 
-def is_module(name: str) -> bool:
-    """Whether a module of that name can be imported."""
-    try:
-        return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError, AttributeError):
-        return False
+def _limit_sending(connection: Connection) -> None:
+    """Have a message fail that a worker doesn't read, as one that hangs with its pipe full."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        limit = struct.pack("ll", int(START_TIMEOUT_S), 0)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
 
-def _to_verdict(reply: bytes | Verdict, answer: Answer) -> Verdict:
-    if isinstance(reply, Verdict):
+def _write_trace(worker: _Worker) -> None:
+    """Have a worker that hangs write down where; what is stopped altogether writes nothing."""
+    before = os.fstat(worker.trace_fd).st_size
+    with suppress(ProcessLookupError):
+        os.kill(worker.process.pid, signal.SIGUSR1)
+    end = time.monotonic() + TRACE_WAIT_S
+    while os.fstat(worker.trace_fd).st_size == before and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def _read(worker: _Worker) -> Reply:
+    """A worker's message.
+
+    Raises:
+        EOFError, OSError: there is none, or one too long.
+        ValueError: it is none of a worker, as what it runs may write to its pipe.
+    """
+    reply = json.loads(worker.connection.recv_bytes(MAX_REPLY_BYTES))
+    if not isinstance(reply, dict):
+        raise ValueError("not a reply")
+    if not worker.is_ready:
         return reply
-    if reply == REPLIES[None]:
-        return Verdict.CUT_OFF if answer.is_cut_off else Verdict.UNANSWERED
-    if reply == FAILED:
-        return Verdict.ERRORED
-    return Verdict.CORRECT if reply == REPLIES[True] else Verdict.WRONG
+    number, value = reply.get("number"), reply.get("value")
+    if type(number) is not int or number not in worker.pending:
+        raise ValueError("not a reply to what was asked")
+    clean: Reply = {"number": number, "is_last": reply.get("is_last") is True}
+    if "verdict" in reply:
+        told = {name: str(reply.get(name, "")) for name in ("place", "trace")}
+        return clean | told | {"verdict": Verdict(reply["verdict"])}
+    if "value" not in reply or not isinstance(value, bool | float | int | list | None):
+        raise ValueError("not a value")
+    return clean | {"value": value}
+
+
+def _grade(reply: Reply, answer: Answer) -> Grade:
+    if "verdict" in reply:
+        return Grade.without_reward(reply["verdict"])
+    value = reply["value"]
+    if isinstance(value, list) or (value is not None and not 0 <= value <= 1):
+        return Grade.without_reward(Verdict.ERRORED)
+    return Grade.of(value, is_cut_off=answer.is_cut_off)

@@ -1,0 +1,97 @@
+"""Trial: the user's own code is tried before anything is started.
+
+A check is imported by a process of its own and grades its `SELF_TEST`; an advantage form and a
+pruning rule are tried on a small tree. What fails is one line with the user's own traceback.
+"""
+
+from contextlib import ExitStack
+
+import numpy as np
+
+from treerpo_ray.algo.advantage_errors import advantage_errors
+from treerpo_ray.algo.advantages import step_advantages
+from treerpo_ray.algo.backup import mean_backup
+from treerpo_ray.algo.groups import Pruning
+from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
+from treerpo_ray.config.files import PACKAGE
+from treerpo_ray.config.sections import LearnerConfig, VerifierConfig
+from treerpo_ray.errors import UserCodeError, one_line
+from treerpo_ray.scoring import make_verifiers
+from treerpo_ray.user_code import is_file, is_module
+
+PARENTS = (ROOT, ROOT, ROOT, 0, 0, 1, 1)
+"""Three steps, of which two have two leaves each below them."""
+REWARDS = (
+    (np.nan, np.nan, 0.0, 1.0, 0.0, 1.0, 1.0),
+    (np.nan, np.nan, 0.5, 0.25, 0.75, 0.0, 0.0),
+    (np.nan, np.nan, 1.0, np.nan, 1.0, 0.0, 1.0),
+)
+"""Right and wrong; with partial credit; with a leaf that has no verdict."""
+
+
+def try_checks(settings: VerifierConfig) -> bool:
+    """Have each check that is not of this package grade its `SELF_TEST`.
+
+    Returns:
+        Whether one of them asks for rows of the data set.
+
+    Raises:
+        ValueError: there is no such module; `UserCodeError` if a check cannot be used.
+    """
+    for name in settings.weights:
+        if not is_file(name) and not is_module(name):
+            hint = f"; for a file write {name}.py" if "." not in name else ""
+            raise ValueError(f"verifier.check={name}: no such module{hint}")
+    if all(name.startswith(f"{PACKAGE}.") for name in settings.weights):
+        return False
+    with ExitStack() as ending:
+        told: list[str] = []
+        verifiers = [
+            ending.enter_context(each)
+            for each in make_verifiers(settings, num_workers=1, on_fault=told.append)
+        ]
+        for verifier in verifiers:
+            try:
+                verifier.self_test()
+            except RuntimeError as error:
+                raise UserCodeError(one_line(error)) from error
+        return any(verifier.wants_row for verifier in verifiers)
+
+
+def try_credit(settings: LearnerConfig) -> None:
+    """Try the advantage form and the pruning rule on trees of every kind of reward.
+
+    Raises:
+        UserCodeError: one of them fails or returns what it must not.
+    """
+    tree = _tree()
+    form, pruning = settings.form, settings.pruning
+    for rewards in map(np.array, REWARDS):
+        values = mean_backup(tree, rewards)
+        for each in (pruning, Pruning(rule=pruning.rule, threshold=-1.0)):
+            try:
+                step_advantages(tree, values, form=form, pruning=each)
+                advantage_errors(tree, values, form=form, pruning=each)
+            except UserCodeError:
+                raise
+            except ValueError as error:
+                key = f"learner.advantage={settings.advantage}, learner.prune={settings.prune}"
+                raise UserCodeError(f"{key}: {error}") from error
+
+
+def _tree() -> Tree:
+    def step(parent: int, stop: StopReason) -> Step:
+        one = np.ones(1)
+        return Step(
+            parent=parent,
+            token_ids=one.astype(np.int32),
+            logprobs=-one.astype(np.float32),
+            versions=one.astype(np.int32),
+            stop=stop,
+        )
+
+    kinds = [
+        StopReason.BOUNDARY if place in PARENTS else StopReason.END_OF_TEXT
+        for place in range(len(PARENTS))
+    ]
+    return Tree.from_steps(np.array([1], np.int32), tuple(map(step, PARENTS, kinds)))
