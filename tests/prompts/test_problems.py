@@ -103,7 +103,7 @@ def test_a_folder_is_loaded_as_a_hugging_face_data_set_with_split_and_subset(tmp
     config = PromptsConfig(path=str(folder), subset="main")
     assert [p.question for p in load_problems(config)[0]] == ["q0", "q1"]
     test_set, _ = load_problems(replace(config, split="test"))
-    row = '{"question": "q0", "answer": "2"}'
+    row = json.dumps({"question": "q0", "answer": worked})
     assert test_set == [Problem(id="1", question="q0", answers=("2",), row=row)]
     assert "dev" in error_of(PromptsConfig(path=str(folder), split="dev"))
     assert "no_subset" in error_of(PromptsConfig(path=str(folder), subset="no_subset"))
