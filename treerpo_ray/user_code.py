@@ -118,7 +118,7 @@ def load_module(name: str, sources: Mapping[str, str]) -> ModuleType:
         return _run(name, sources[name]) if is_file(name) else importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
-            raise UserCodeError(f"{name}: no such module{_hint(name)}") from error
+            raise UserCodeError(f"{name}: no such module{file_hint(name)}") from error
         raise _failed_import(name, error) from error
     except BaseException as error:  # an import may do anything, such as exit
         raise _failed_import(name, error) from error
@@ -134,7 +134,8 @@ def _failed_import(name: str, error: BaseException) -> UserCodeError:
     )
 
 
-def _hint(name: str) -> str:
+def file_hint(name: str) -> str:
+    """What to write for a file of the working folder that has the name of a module."""
     file = f"{name.replace('.', '/')}.py"
     return f"; for the file here write {file}" if Path(file).is_file() else ""
 

@@ -155,6 +155,7 @@ def test_the_metrics_of_a_batch_by_hand() -> None:
         ** 0.5,
         "groups/signal_to_noise_depth_2": ((1 / 2) / (2 * 1 / 8 + 2 * 5 / 72)) ** 0.5,
         "verdict/correct": 3,
+        "verdict/partial": 0,
         "verdict/wrong": 4,
         "verdict/unanswered": 0,
         "verdict/cut_off": 1,

@@ -102,7 +102,10 @@ class OwnForm:
         if shape is not None and found.shape != shape:
             raise ValueError(f"the form {self.name} returned {found.shape}, must be {shape}")
         if is_finite and not np.isfinite(found).all():
-            raise ValueError(f"the form {self.name} returned what is not finite: {found.tolist()}")
+            raise ValueError(
+                f"the form {self.name} returned no finite number for every step of a group in "
+                f"which each has a value: {found.tolist()}"
+            )
         return found
 
 

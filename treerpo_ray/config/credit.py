@@ -6,7 +6,9 @@ A form is a function that `learner.advantage` names. Its number of parameters te
     def form(tree, values):            # of a whole tree; `values.steps` has one a step
     def form(tree, values, baseline):  # and with the mean root value of earlier learner steps
 
-It returns the advantages, in the shape of the values. A function beside it that is called
+It returns the advantages, in the shape of the values. Each step of a group in which every step has
+a value must have one; the values of what stands above a leaf without a verdict, the root's too, are
+NaN. A function beside it that is called
 `form_error` and has the same parameters gives their standard errors; without, there are none.
 
 A rule is a function that `learner.prune` names: `def rule(groups)` takes `StepGroups` and returns
@@ -24,8 +26,8 @@ from treerpo_ray.algo.groups import OwnRule, PruneRule
 from treerpo_ray.errors import UserCodeError, one_line
 from treerpo_ray.user_code import load_function, load_module, split_function, trace_of
 
-SCOPES = {1: "groups", 2: "tree", 3: "tree with a baseline"}
-"""What a form is of, by its number of parameters."""
+NUM_PARAMETERS = (1, 2, 3)
+"""Of a form: what it is of, as above."""
 
 
 def own_form(name: AdvantageForm | str, sources: Mapping[str, str]) -> Form:
@@ -36,9 +38,9 @@ def own_form(name: AdvantageForm | str, sources: Mapping[str, str]) -> Form:
     """
     if isinstance(name, AdvantageForm):
         return name
-    function = load_function(name, sources)
+    function = _loaded("learner.advantage", name, sources)
     count = _num_parameters(name, function)
-    if count not in SCOPES:
+    if count not in NUM_PARAMETERS:
         raise UserCodeError(
             f"learner.advantage={name} has {count} parameters; a form is called with (values), "
             "(tree, values) or (tree, values, baseline)"
@@ -63,10 +65,17 @@ def own_rule(name: PruneRule | str, sources: Mapping[str, str]) -> PruneRule | O
     """
     if isinstance(name, PruneRule):
         return name
-    function = load_function(name, sources)
+    function = _loaded("learner.prune", name, sources)
     if (count := _num_parameters(name, function)) != 1:
         raise UserCodeError(f"learner.prune={name} has {count} parameters; a rule has (groups)")
     return OwnRule(name=name, function=partial(_called, f"learner.prune={name}", function))
+
+
+def _loaded(key: str, name: str, sources: Mapping[str, str]) -> Callable[..., object]:
+    try:
+        return load_function(name, sources)
+    except UserCodeError as error:
+        raise UserCodeError(f"{key}={name}: {error.message}", error.trace) from error
 
 
 def _num_parameters(name: str, function: Callable[..., object]) -> int:

@@ -66,13 +66,17 @@ def load(arguments: list[str]) -> Config:
 
 def _load(arguments: list[str]) -> Config:
     merged, naming, given = _defaults(), list[str](), set[str]()
+    renewed: set[str] = set()
     for argument in arguments:
         try:
             part = _part(argument)
+            merged = OmegaConf.merge(merged, part)
             keys = [
                 key for key, _ in flatten(cast(dict[str, object], OmegaConf.to_container(part)))
             ]
-            merged = OmegaConf.merge(_without_old_sources(merged, keys), part)
+            renewed = {each for each in USER_CODE if _without_source(each, keys)} | (
+                renewed - {key.partition(".sources")[0] for key in keys}
+            )
             if "tree.num_children" in keys and "tree.step_tokens" not in keys:
                 merged = _share_out_answer(merged)
             given |= set(keys)
@@ -88,7 +92,7 @@ def _load(arguments: list[str]) -> Config:
     if naming and "run.name" not in given:
         merged = OmegaConf.merge(merged, {"run": {"name": name_from(naming, _known_keys(Config))}})
     try:
-        return _with_sources(cast(Config, OmegaConf.to_object(merged)))
+        return _with_sources(cast(Config, OmegaConf.to_object(merged)), renewed)
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error)) from error
 
@@ -113,28 +117,24 @@ def _inherit(merged: Container, given: set[str]) -> Container:
     return OmegaConf.merge(merged, {"prompts": prompts, "evaluate": evaluate})
 
 
-def _without_old_sources(merged: Container, keys: list[str]) -> Container:
-    """A file that is named anew is read anew, whatever source a configuration before it holds."""
-    for section, named in USER_CODE.items():
-        if any(key.startswith(named) for key in keys) and not _holds(section, keys):
-            merged = OmegaConf.merge(merged, {section: {}})  # a copy
-            OmegaConf.update(merged, f"{section}.sources", {}, merge=False)
-    return merged
+def _without_source(section: str, keys: list[str]) -> bool:
+    """Whether a file or override names code of the user's anew, and does not bring its source."""
+    is_named = any(key.startswith(USER_CODE[section]) for key in keys)
+    return is_named and not any(key.startswith(f"{section}.sources") for key in keys)
 
 
-def _holds(section: str, keys: list[str]) -> bool:
-    """Whether a file brings the sources of a section along, as the one of a run does."""
-    return any(key.startswith(f"{section}.sources") for key in keys)
+def _with_sources(config: Config, renewed: set[str]) -> Config:
+    """The configuration with the source of each file and module of the user's that it names.
 
-
-def _with_sources(config: Config) -> Config:
-    """The configuration with the source of each file and module of the user's that it names, as
-    far as it does not hold it: as that of an earlier run does.
+    It is read, but in sections that hold it already, as in the configuration of a run, and are not
+    `renewed` by what came behind.
 
     Raises:
         ValueError: there is no such file; one line with the key.
     """
     verifier, learner = config.verifier, config.learner
+    known = {"verifier": verifier.sources, "learner": learner.sources}
+    known |= {section: {} for section in renewed}
     forms = {"advantage": learner.advantage, "prune": learner.prune}
     own = {
         f"learner.{key}={name}": split_function(name)[0]
@@ -145,8 +145,8 @@ def _with_sources(config: Config) -> Config:
     checks = {f"{key}={name}": name for name in verifier.weights}
     return replace(
         config,
-        verifier=replace(verifier, sources=_sources(checks, verifier.sources)),
-        learner=replace(learner, sources=_sources(own, learner.sources)),
+        verifier=replace(verifier, sources=_sources(checks, known["verifier"])),
+        learner=replace(learner, sources=_sources(own, known["learner"])),
     )
 
 

@@ -17,7 +17,7 @@ from treerpo_ray.config.files import PACKAGE
 from treerpo_ray.config.sections import LearnerConfig, VerifierConfig
 from treerpo_ray.errors import UserCodeError, one_line
 from treerpo_ray.scoring import make_verifiers
-from treerpo_ray.user_code import is_file, is_module
+from treerpo_ray.user_code import file_hint, is_file, is_module
 
 PARENTS = (ROOT, ROOT, ROOT, 0, 0, 1, 1)
 """Three steps, of which two have two leaves each below them."""
@@ -40,8 +40,7 @@ def try_checks(settings: VerifierConfig) -> bool:
     """
     for name in settings.weights:
         if not is_file(name) and not is_module(name):
-            hint = f"; for a file write {name}.py" if "." not in name else ""
-            raise ValueError(f"verifier.check={name}: no such module{hint}")
+            raise ValueError(f"verifier.check={name}: no such module{file_hint(name)}")
     if all(name.startswith(f"{PACKAGE}.") for name in settings.weights):
         return False
     with ExitStack() as ending:

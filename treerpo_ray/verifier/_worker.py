@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from types import ModuleType
 
 from treerpo_ray.errors import UserCodeError
-from treerpo_ray.user_code import load_module, place_of, trace_of
+from treerpo_ray.user_code import file_hint, load_module, place_of, trace_of
 from treerpo_ray.verifier._isolation import deny_network
 from treerpo_ray.verifier.check import Check, WrongReturn, as_reward
 from treerpo_ray.verifier.verdict import Answer, Verdict
@@ -48,9 +48,10 @@ class Settings:
 
     @property
     def patience_s(self) -> float:
-        """Longest time that an asynchronous check may take for an answer, with all its attempts."""
+        """Time without a reply after which an asynchronous check hangs: that of all attempts for
+        an answer, and of one more."""
         waits = BACKOFF_S * (2**self.retries - 1)
-        return (self.retries + 1) * self.timeout_s + waits
+        return (self.retries + 2) * self.timeout_s + waits
 
 
 def serve(fd: int, trace_fd: int) -> None:
@@ -71,7 +72,8 @@ def serve(fd: int, trace_fd: int) -> None:
         except UserCodeError as error:
             return _send(connection, {"refused": error.message, "trace": error.trace})
         except ValueError as error:
-            return _send(connection, {"refused": f"{settings.check} {error}", "trace": ""})
+            refused = f"{settings.check} {error}{file_hint(settings.check)}"
+            return _send(connection, {"refused": refused, "trace": ""})
         network = None if check.is_async else deny_network()
         memory = _Memory(settings.memory_mib * 2**20)
         greeting = {

@@ -56,6 +56,9 @@ ENVIRONMENT = (
 """What a worker gets of the environment; the checks in this package need none of it."""
 ARENAS = {"MALLOC_ARENA_MAX": "2"}
 """Each thread would map 64 MiB of its own, which count as memory that a worker takes."""
+MACHINERY = ("/treerpo_ray/verifier/_worker.py", "/treerpo_ray/verifier/check.py", "/asyncio/")
+MACHINERY += ('"<string>"', "<frozen ")
+"""In what a worker writes down, the frames that are above the check's own."""
 Request = tuple[str, dict[str, object]]
 """What a worker is asked, as JSON takes it: see `verifier._worker`."""
 Reply = dict[str, Any]
@@ -101,8 +104,7 @@ class _Worker:
         """What it has written of where it hangs or crashed, the user's frames alone."""
         text = os.pread(self.trace_fd, MAX_TRACE, 0).decode(errors="replace")
         frames = [line for line in text.splitlines() if line.startswith("  File")]
-        own = [line for line in frames if "/treerpo_ray/verifier/_worker.py" not in line]
-        theirs = [line for line in own if "<string>" not in line and "/asyncio/" not in line]
+        theirs = [line for line in frames if not any(part in line for part in MACHINERY)]
         header = "Traceback (most recent call last):"
         return "\n".join([header, *reversed(theirs)]) if theirs else ""
 
@@ -264,10 +266,12 @@ class Verifier:
             if grade.verdict.is_reward and test.is_met(reward):
                 continue
             found = f"{grade.reward:g}" if grade.verdict is Verdict.PARTIAL else grade.verdict.value
+            trace = reply.get("trace", "")
             raise UserCodeError(
                 f"self-test of {self._settings.check}: {test.answer.text!r} against "
-                f"{list(test.answer.references)} is {found}, should be {test.shown}",
-                str(reply.get("trace", "")),
+                f"{list(test.answer.references)} is {found}, should be {test.shown}"
+                f"{_network_hint(trace)}",
+                trace,
             )
 
     def _asked_of(self, answer: Answer) -> dict[str, object]:
@@ -314,9 +318,7 @@ class Verifier:
                 continue
             self._told.add(place)
             trace = reply.get("trace") or place
-            hint = ""
-            if "Network is unreachable" in trace:
-                hint = " (a check that is not `async def` runs without network)"
+            hint = _network_hint(trace)
             self._on_fault(f"{self._settings.check}: an answer has no verdict{hint}:\n{trace}")
 
     def _start(self) -> None:
@@ -324,7 +326,8 @@ class Verifier:
         trace_fd = os.memfd_create("trace")
         arguments = json.dumps([sys.path, theirs.fileno(), trace_fd])
         process = subprocess.Popen(
-            [sys.executable, "-c", WORKER, arguments],
+            # -P: a file of the working folder must not stand for a module of Python's.
+            [sys.executable, "-P", "-c", WORKER, arguments],
             env=self._environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -373,7 +376,7 @@ class Verifier:
     def _patience_s(self, worker: _Worker) -> float:
         """Time without a reply after which a worker hangs."""
         settings = self._settings
-        return settings.patience_s + settings.timeout_s if worker.is_async else settings.timeout_s
+        return settings.patience_s if worker.is_async else settings.timeout_s
 
     def _wait(self, todo: deque[int], replies: dict[int, Reply]) -> None:
         """Take replies until something may be sent again; replace workers that died or hang."""
@@ -454,6 +457,12 @@ class Verifier:
         worker.stop()
         self._workers.remove(worker)
         self._start()
+
+
+def _network_hint(trace: str) -> str:
+    if "Network is unreachable" not in trace:
+        return ""
+    return " (a check that is not `async def` runs without network)"
 
 
 def _stop_all(workers: list[_Worker]) -> None:
