@@ -38,6 +38,7 @@ from treerpo_ray.run_folder.lock import only_writer
 from treerpo_ray.run_folder.logs import output_to_log
 from treerpo_ray.scoring import Scorer
 from treerpo_ray.search.tree_pool import TreePool
+from treerpo_ray.stop import Stop
 from treerpo_ray.task import TreePoolApi
 
 PRESET = Path(__file__).resolve().parents[2] / "conf/benchmarks.yaml"
@@ -180,7 +181,8 @@ def run_benchmarks(config: Config, model: str, console: Console) -> dict[str, Ev
     source = source_of(model)
     folder = RunFolder(config.folder)
     check_folder(folder, source)
-    with only_writer(folder), output_to_log(folder):
+    stop = Stop()
+    with stop.at_work(), only_writer(folder), output_to_log(folder):
         folder.publish_file(f"eval/{CONFIG_FILE}", to_yaml(config).encode())
         try:
             with connected(config, trains=False):
@@ -189,6 +191,8 @@ def run_benchmarks(config: Config, model: str, console: Console) -> dict[str, Ev
             if isinstance(error, ValueError) and not isinstance(error, ray.exceptions.RayError):
                 raise
             traceback.print_exc()
+            if stop.is_asked:  # what ends with the job fails of that, too
+                raise KeyboardInterrupt from error
             raise RunFailed(f"{root_cause(error)}; traces are in {config.folder}/logs") from error
 
 

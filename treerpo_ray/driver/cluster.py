@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 from urllib.parse import urlsplit
 
 import ray
@@ -28,6 +29,7 @@ from treerpo_ray.driver.placement import (
     total,
 )
 from treerpo_ray.errors import one_line
+from treerpo_ray.stop import handlers_kept
 
 log = logging.getLogger(__name__)
 
@@ -111,28 +113,68 @@ def connected(config: Config, *, trains: bool = True) -> Iterator[None]:
         ValueError: nothing answers at `RAY_ADDRESS`, the GPUs here cannot be used, or the run needs
             more than the cluster has; names what and where to change it.
     """
-    if address := os.environ.get("RAY_ADDRESS"):
-        await_head(address)
-        ray.init(log_to_driver=False, logging_level=logging.WARNING, runtime_env=RUNTIME_ENV)
-    else:
-        check_gpus(config)
-        # Ray listens on every interface, and who may talk to it may run code. Unless told otherwise
-        # it asks for a token: one that only the processes of this run know.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        ray.init(
-            address="local",
-            resources=_local_slots(config),
-            labels=config.engine.labels,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            runtime_env=RUNTIME_ENV,
-        )
     try:
+        if address := os.environ.get("RAY_ADDRESS"):
+            await_head(address)
+            _init(config)
+        else:
+            check_gpus(config)
+            # Ray listens on every interface, and who may talk to it may run code. Unless told
+            # otherwise it asks for a token: one that only the processes of this run know.
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            with _own_session():
+                _init(
+                    config,
+                    address="local",
+                    resources=_local_slots(config),
+                    labels=config.engine.labels,
+                    include_dashboard=False,
+                )
         _await_cluster(config, trains=trains)
         yield
     finally:
         ray.shutdown()
+
+
+def _init(config: Config, **where: Any) -> None:
+    """Connect to Ray or start it; `where` as of `ray.init`.
+
+    Raises:
+        KeyboardInterrupt: a signal came meanwhile, also to the handler that Ray has of its own.
+    """
+    try:
+        with handlers_kept():
+            ray.init(
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                runtime_env=RUNTIME_ENV,
+                job_config=ray.job_config.JobConfig(metadata={"treerpo_run": config.run.name}),
+                **where,
+            )
+    except SystemExit:
+        raise KeyboardInterrupt from None
+
+
+class _InOwnSession(services.ConsolePopen):
+    """A process of Ray that gets no signal which is for the driver's terminal or process group."""
+
+    def __init__(self, *command: Any, **settings: Any) -> None:
+        super().__init__(*command, **settings, start_new_session=True)
+
+
+@contextmanager
+def _own_session() -> Iterator[None]:
+    """Have the processes of a Ray that is started meanwhile live in sessions of their own.
+
+    Ray only keeps Ctrl-C from them. Of a SIGTERM to the whole group, as cluster managers send it,
+    they would end before the driver has its checkpoint; they end with the driver in any case.
+    """
+    before = services.ConsolePopen
+    services.ConsolePopen = _InOwnSession  # type: ignore[misc]  # a class of Ray's
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before  # type: ignore[misc]
 
 
 def await_head(address: str, patience_s: float = HEAD_S) -> None:
