@@ -11,7 +11,7 @@ import time
 import pytest
 
 from tests.support.project import ROOT
-from treerpo_ray.stop import SIGNALS, STOPPED, Stop, handlers_kept
+from treerpo_ray.stop import SIGNALS, STOPPED, Stop
 
 
 @pytest.fixture(autouse=True)
@@ -55,20 +55,21 @@ def test_a_signal_that_comes_twice_at_once_is_one() -> None:
     assert asked == [True]
 
 
-def test_a_handler_that_a_library_sets_for_itself_is_taken_back() -> None:
-    stop = Stop()
+def test_what_must_not_be_interrupted_is_told_of_it_afterwards() -> None:
+    stop = Stop(same_s=0)
     with stop.at_work():
-        with handlers_kept():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        with pytest.raises(KeyboardInterrupt):
+        stop.raise_if_asked()
+        with stop.gently(lambda: None):
             signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            stop.raise_if_asked()
 
 
 def test_a_thread_has_no_signals_and_its_work_is_done_all_the_same() -> None:
     done: list[bool] = []
 
     def work() -> None:
-        with Stop().at_work(), handlers_kept():
+        with Stop().at_work():
             done.append(True)
 
     thread = threading.Thread(target=work)

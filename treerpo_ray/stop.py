@@ -33,25 +33,19 @@ def _handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[Non
 
     A SIGHUP that is ignored stays so: that is what `nohup` is for.
     """
-    with handlers_kept():
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                    signal.signal(number, handler)
+    if threading.current_thread() is not threading.main_thread():
         yield
-
-
-@contextmanager
-def handlers_kept() -> Iterator[None]:
-    """Have the signals handled afterwards as before, whatever a library makes of them meanwhile."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+        return
+    before = {
+        number: signal.signal(number, handler)
+        for number in SIGNALS
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                if handler is not None:  # one that was not set from Python
-                    signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 @contextmanager
@@ -101,6 +95,11 @@ class Stop:
             yield
         finally:
             self._ask = None
+
+    def raise_if_asked(self) -> None:
+        """Raise the KeyboardInterrupt of a signal that came while nothing was to be interrupted."""
+        if self.is_asked:
+            raise KeyboardInterrupt
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:

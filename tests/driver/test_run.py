@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 
 import pyarrow
@@ -28,7 +28,7 @@ LOST = {0: OSError("the store is gone")}
 
 
 def fit(
-    reached: list[int | None],
+    reached: Iterable[int | None],
     max_failures: int,
     failures: dict[int, Exception] = LOST,
     is_stopping: Callable[[], bool] = lambda: False,
@@ -40,15 +40,17 @@ def fit(
     waits: list[float] = []
     events: list[Event] = []
     groups = iter(reached)
-    done = iter([9 if step is None else step for step in reached])
+    done: list[int] = []
 
     def fit_once() -> Exception | None:
-        if next(groups) is None:
+        step = next(groups)
+        done.append(9 if step is None else step)
+        if step is None:
             return None
         return ray.train.WorkerGroupError("a worker failed", failures)
 
     actors = SimpleNamespace(
-        gate=Handle(SimpleNamespace(done=lambda: next(done))),
+        gate=Handle(SimpleNamespace(done=lambda: done[-1])),
         run_log=Handle(SimpleNamespace(event=events.append)),
         heartbeats=Handle(SimpleNamespace(forget=lambda stage: None)),
     )
@@ -111,6 +113,11 @@ def test_a_disk_that_was_waited_for_in_vain_is_not_trained_for_again() -> None:
     assert events[0].fields["cause"] == f"DiskRefused: {refused[1]}"
 
 
-def test_a_group_that_fails_while_the_run_is_told_to_stop_is_not_started_again() -> None:
-    with pytest.raises(KeyboardInterrupt):
-        fit([3, None], max_failures=5, is_stopping=lambda: True)
+def test_a_run_that_is_told_to_stop_is_not_started_again() -> None:
+    """Neither where the group fails meanwhile nor where it is only waited for."""
+    for asked_at in (0, 1, 2):  # before the first group, while it runs, in the wait for the second
+        looks = iter([*[False] * asked_at, *[True] * 9])
+        groups = iter([3, 3, 3])
+        with pytest.raises(KeyboardInterrupt):
+            fit(groups, max_failures=5, is_stopping=lambda looks=looks: next(looks))
+        assert 3 - len([*groups]) == min(asked_at, 1)

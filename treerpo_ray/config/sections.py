@@ -42,6 +42,26 @@ def _absolute(root: str) -> str:
     return str(folder.absolute())
 
 
+PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+"""Folder that holds this package, and what is embedded in it."""
+
+
+def as_found_here(path: str) -> str:
+    """A file or folder as every process finds it, whatever its working folder and its home: whole,
+    if it is there; what else it may be, such as a URI, a Hugging Face id or something embedded, as
+    it is.
+    """
+    if not path or "://" in path:
+        return path
+    try:
+        place = Path(path).expanduser()
+    except RuntimeError:  # there is no such home
+        return path
+    embedded = PACKAGE_PARENT / path
+    is_embedded = embedded.exists() and place.absolute() == embedded
+    return str(place.absolute()) if place.exists() and not is_embedded else path
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What is run, and where it is written."""
@@ -85,6 +105,9 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Whether Python code that comes with the model may run."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", as_found_here(self.path))
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptsConfig:
@@ -112,6 +135,9 @@ class PromptsConfig:
     """Longer prompts are counted and left out."""
     num_problems: int | None = None
     """Use only so many, the first ones; all if not given."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", as_found_here(self.path))
 
 
 @dataclass(frozen=True, kw_only=True)

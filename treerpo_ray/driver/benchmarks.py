@@ -20,7 +20,8 @@ from treerpo_ray.config import Config
 from treerpo_ray.config.files import load, to_yaml
 from treerpo_ray.config.sections import VerifierConfig
 from treerpo_ray.driver.cluster import connected
-from treerpo_ray.driver.model_check import num_positions
+from treerpo_ray.driver.memory import MemoryPlan, misfit
+from treerpo_ray.driver.model_check import model_size, num_positions
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
 from treerpo_ray.engine.types import EngineSetup, Sampling
 from treerpo_ray.errors import RunFailed
@@ -160,6 +161,19 @@ def check_length(config: Config) -> None:
         )
 
 
+def check_memory(config: Config) -> str:
+    """Check that the engines fit the GPUs that `engine.gpu_memory_gib` names, and those that are
+    here; returns what one of them takes.
+
+    Raises:
+        ValueError: they do not.
+    """
+    number, sizes = model_size(config.model)
+    if (fault := misfit(config, number, sizes, trains=False)) is not None:
+        raise ValueError(fault)
+    return MemoryPlan.of(config, number, sizes).engine_line()
+
+
 def run_benchmarks(config: Config, model: str, console: Console) -> dict[str, Evaluation]:
     """Evaluate `model.path` on every benchmark of `config`, into its folder.
 
@@ -175,6 +189,7 @@ def run_benchmarks(config: Config, model: str, console: Console) -> dict[str, Ev
     """
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     check_length(config)
+    console.note(check_memory(config))
     prompts = load_benchmarks(config, tokenizer)
     for references in look_at_benchmarks(config, prompts):
         console.note(str(references))
@@ -185,7 +200,7 @@ def run_benchmarks(config: Config, model: str, console: Console) -> dict[str, Ev
     with stop.at_work(), only_writer(folder), output_to_log(folder):
         folder.publish_file(f"eval/{CONFIG_FILE}", to_yaml(config).encode())
         try:
-            with connected(config, trains=False):
+            with connected(config, stop, trains=False):
                 return dict(evaluate_all(config, source, prompts, tokenizer, console))
         except Exception as error:
             if isinstance(error, ValueError) and not isinstance(error, ray.exceptions.RayError):

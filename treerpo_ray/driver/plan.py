@@ -75,10 +75,10 @@ class Preflight:
             ValueError: something could not be looked up, or does not fit its GPU or disk.
         """
         self.check_memory()
-        if self.no_room is not None:
-            raise ValueError(self.no_room)
         if self.unchecked:
             raise ValueError(self.unchecked[0])
+        if self.no_room is not None:
+            raise ValueError(self.no_room)
         assert self.train is not None and self.train.prompts is not None  # else it is unchecked
         return Inputs(
             prompts=self.train.prompts,

@@ -75,7 +75,7 @@ def run(
         try:
             if pool is not None:
                 return train(config, inputs, console, pool, stop)
-            with connected(config):
+            with connected(config, stop):
                 return train(config, inputs, console, stop=stop)
         except Exception as error:
             if isinstance(error, ValueError) and not isinstance(error, ray.exceptions.RayError):
@@ -93,7 +93,8 @@ def run(
 def kept_engines(config: Config) -> Iterator[TreePoolApi]:
     """A Ray session and an engine pool for runs one after the other, of whose setups the one of
     `config` `can_serve` each."""
-    with Stop().at_work(), connected(config):
+    stop = Stop()
+    with stop.at_work(), connected(config, stop):
         pool = _make_pool(config)
         try:
             yield pool

@@ -94,13 +94,16 @@ class TrainGroup:
 
         Raises:
             ValueError: a worker refuses its input, as it would again.
-            KeyboardInterrupt: a group failed that was told to stop: the last checkpoint is its end.
+            KeyboardInterrupt: the run was told to stop before a group was started, or one failed
+                that was: the last checkpoint is the end.
             Exception: what the last group failed of, after too many failures without progress.
         """
         failures = reached = 0
         fewest, most = self.limits.fewest_workers, self.limits.num_workers
         number = f"{most}" if fewest == most else f"{fewest} to {most}"
         while True:
+            if self.is_stopping():
+                raise KeyboardInterrupt
             self.supervisor.console.note(f"starting {number} train worker(s)")
             error = self.fit_once()
             done = ray.get(self.actors.gate.done.remote())

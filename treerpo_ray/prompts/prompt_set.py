@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING, cast
 
 from jinja2 import TemplateError
 
-from treerpo_ray.config.sections import PromptsConfig
+from treerpo_ray.config.sections import PACKAGE_PARENT, PromptsConfig
 from treerpo_ray.errors import one_line
 from treerpo_ray.prompts.hub import HUB_ID, Unreachable, is_unreachable
 from treerpo_ray.prompts.problems import Problem
 
 if TYPE_CHECKING:  # prompts also travel to processes that have no use for a tokenizer
     from transformers import BatchEncoding, PreTrainedTokenizerBase
-
-
-PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
