@@ -34,9 +34,10 @@ import rich.table
 from ray.cluster_utils import Cluster
 
 from treerpo_ray.config import Config, load
-from treerpo_ray.errors import STOPPED, run_command
+from treerpo_ray.errors import run_command
 from treerpo_ray.metrics.run_log import EVENTS_FILE, latest_rows
 from treerpo_ray.run_folder.files import RunFolder, Scalar
+from treerpo_ray.stop import STOPPED
 from treerpo_ray.study.audit import Fields, as_float, as_int, faults
 
 ROOT = Path(__file__).resolve().parents[1]

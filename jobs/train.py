@@ -12,13 +12,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job has only a working folder
 
-from treerpo_ray.config.files import describe, load
-from treerpo_ray.errors import STOPPED, run_command
-from treerpo_ray.metrics.console import Console
+from treerpo_ray.errors import run_command
+from treerpo_ray.stop import STOPPED
 
 
 def train(arguments: list[str]) -> int:
     """Check all input, train and print the result; returns the exit status."""
+    from treerpo_ray.config.files import describe, load
+
     if {"-h", "--help"} & set(arguments):
         print(f"{__doc__}\nSections and keys, with their defaults:\n{describe()}")
         return 0
@@ -38,6 +39,7 @@ def train(arguments: list[str]) -> int:
     inputs = found.inputs()
     from treerpo_ray.driver.outcome import describe_outcome, summary_json
     from treerpo_ray.driver.run import run
+    from treerpo_ray.metrics.console import Console
 
     console = Console(config.run.num_steps)
     outcome = run(config, inputs, console)

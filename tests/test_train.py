@@ -51,6 +51,8 @@ class FakeActors:
 class FakeLearner:
     """Its version is the number of its updates."""
 
+    checkpoint_bytes = 0
+
     def __init__(self, version: int) -> None:
         self.version, self.device = version, torch.device("cpu")
         self.policy = SimpleNamespace(

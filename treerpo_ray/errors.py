@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 
+from treerpo_ray.stop import STOPPED, ended_at_once
+
 
 def one_line(error: BaseException) -> str:
     """Text of an error on one line, of bounded length, that any terminal can print."""
@@ -25,14 +27,12 @@ class UserCodeError(ValueError):
         return f"{self.message}\n{self.trace}" if self.trace else self.message
 
 
-STOPPED = 130
-"""Exit status of a command that was stopped by a signal, as shells have it."""
-
-
 def run_command(
     command: Callable[[list[str]], int], arguments: list[str], *, stopped: str | None = None
 ) -> int:
     """Run a command; what it raises becomes a line on stderr and an exit status.
+
+    Until it says otherwise (`Stop`), a signal ends it at once.
 
     Args:
         command: Takes the arguments and returns the exit status.
@@ -44,7 +44,8 @@ def run_command(
         run that failed, STOPPED for an interrupt.
     """
     try:
-        return command(arguments)
+        with ended_at_once():
+            return command(arguments)
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -20,7 +20,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -42,6 +42,7 @@ from treerpo_ray.records import RootValue, TreeRecord, from_table
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.checkpoints import Checkpoints, CheckpointSaver
 from treerpo_ray.run_folder.files import RunFolder
+from treerpo_ray.run_folder.patience import Patience
 from treerpo_ray.run_folder.writer import BackgroundWriter
 from treerpo_ray.scoring import Scorer
 from treerpo_ray.task import STREAM, GateState, WorkerTask
@@ -50,6 +51,8 @@ from treerpo_ray.weight_sync import Publisher
 
 GATE_FILE = "gate.json"
 """State of the gate, in a checkpoint."""
+WRITE_S = 60.0
+"""Time for a disk that takes what is written, before it is said that it does not."""
 
 
 def train(task: WorkerTask) -> None:
@@ -143,12 +146,20 @@ class TrainWorker:
         self.heartbeat = heartbeat
         self.folder = RunFolder(self.config.folder)
         self.batches: Prefetcher
+        self.patience = Patience(
+            self.folder,
+            waits=lambda what, reason: self._tell("write_waits", what=what, reason=reason),
+            written=lambda what, seconds: self._tell("write_done", what=what, seconds=seconds),
+            is_told_to_stop=lambda: ray.get(self.actors.gate.is_told_to_stop.remote()),
+            moves=lambda what: self.heartbeat.at(what, is_busy=False),
+        )
         self.publisher = Publisher(
             send=self.actors.weight_sync.publish.remote,
             node=node,
             probe_ids=task.probe_ids,
             dtype=DTYPES[self.config.model.dtype],
             chunk_bytes=self.config.sync.chunk_mib * 2**20,
+            until_written=self.patience.until_written,
         )
         self.engines: EngineTotals
         self.consumed: Future[GateState]
@@ -156,9 +167,13 @@ class TrainWorker:
         self.sampled_tokens = 0.0
         self.is_last = False
         self.trees_kept: int | None = None
-        self.writer = BackgroundWriter(self._warn)
+        self.writer = BackgroundWriter(self._warn, place=self.patience.place)
         self.saver = CheckpointSaver(
-            checkpoints, every=self.config.checkpoint.every, step=step, warn=self._warn
+            checkpoints,
+            every=self.config.checkpoint.every,
+            step=step,
+            warn=self._warn,
+            patience=self.patience,
         )
 
     # The loop, in order ----------------------------------------------------------------------
@@ -206,7 +221,9 @@ class TrainWorker:
         self.sampled_tokens = sum(
             row.get("tokens/sampled", 0.0) for row in latest(rows) if row["step"] <= self.step
         )
-        self.is_last = self._is_over()
+        # A stop that came while this group was started is for it, too.
+        is_told_to_stop = self.is_first and ray.get(self.actors.gate.is_told_to_stop.remote())
+        self.is_last = self._agreed(self._is_over() or is_told_to_stop)
         if not self.is_last:
             self.evaluate_if_due(unless_done=True)  # the workers before may have died over it
         while not self.is_last:
@@ -233,6 +250,8 @@ class TrainWorker:
         every, done = self.config.metrics.save_trees_every, step + 1
         if every and done % every == 0:
             name, table = saved_trees.name(done, self.rank), self._table
+            with suppress(Exception):  # it was told of; what comes on top is left out
+                self.patience.until_written(name, self.writer.make_room)
             self.writer.put(name, lambda: self.folder.publish_table(name, table))
             self.trees_kept = done
 
@@ -322,6 +341,7 @@ class TrainWorker:
             lambda: self._is_settled(num_lines, trees_kept),
             partial(self._note, "checkpoint", step=self.step, version=self.learner.version),
             before_place=before_place,
+            num_bytes=self.learner.checkpoint_bytes,
             is_last=self.is_last,
         )
 
@@ -340,9 +360,12 @@ class TrainWorker:
     def finish(self) -> None:
         """Write the model, once all else is written."""
         self.heartbeat.at("writing the model")
+        with suppress(Exception):  # it was told of; the end of the writer leaves it out
+            self.patience.until_written("trees", lambda: self.writer.flush(WRITE_S))
         self.writer.close()
         if self.is_first:
-            self.folder.publish_model(self.learner.policy.save_pretrained)
+            save = self.learner.policy.save_pretrained
+            self.patience.until_written("model", lambda: self.folder.publish_model(save))
 
     # What it is made of ----------------------------------------------------------------------
 
@@ -401,6 +424,9 @@ class TrainWorker:
 
     def _check_failed(self, reason: str) -> None:
         self.actors.run_log.event.remote(check_failed(reason))
+
+    def _tell(self, kind: str, **fields: str | float) -> None:
+        self.actors.run_log.event.remote(Event(kind=kind, fields=fields))
 
     def _note(self, kind: str, **fields: str | int) -> None:
         ray.get(self.actors.run_log.event.remote(Event(kind=kind, fields=fields)))

@@ -5,7 +5,9 @@ A manifest carries a digest of each chunk; an engine proves a version by echoing
 with the digests of the bytes that its workers received.
 """
 
+import asyncio
 import hashlib
+import logging
 import os
 import statistics
 import threading
@@ -13,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
@@ -21,11 +24,14 @@ import ray
 from jaxtyping import UInt8
 
 from treerpo_ray.actor import actor_method, make_actor
+from treerpo_ray.errors import one_line
 from treerpo_ray.metrics.health import StackDump, StageStatus
 
 if TYPE_CHECKING:  # manifests go through actors that have no use for it
     import torch
 
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 ALIGNMENT = 64
@@ -163,6 +169,8 @@ class Publisher:
         probe_ids: Tokens of the probe.
         dtype: Floating type of the weights that are sent.
         chunk_bytes: Size of a chunk.
+        until_written: As of `Patience`: puts a chunk in Ray's store, whose memory and disk may be
+            full.
     """
 
     def __init__(
@@ -173,7 +181,11 @@ class Publisher:
         probe_ids: list[int],
         dtype: "torch.dtype",
         chunk_bytes: int,
+        until_written: Callable[
+            [str, Callable[[], ray.ObjectRef]], ray.ObjectRef
+        ] = lambda what, put: put(),
     ) -> None:
+        self._until_written = until_written
         self.send, self.node, self.probe_ids = send, node, probe_ids
         self.dtype, self.chunk_bytes = dtype, chunk_bytes
         self._last: Future[Any] = Future()
@@ -192,7 +204,8 @@ class Publisher:
         )
         logprobs = policy.sequence_logprobs(self.probe_ids).tolist()
         probe = Probe(token_ids=self.probe_ids, logprobs=logprobs)
-        refs = [ray.put(chunk) for chunk in chunks]
+        what = f"weights of version {version}"
+        refs = [self._until_written(what, partial(ray.put, chunk)) for chunk in chunks]
         self.then(lambda: ray.get(self.send(manifest, refs, probe, self.node)))
         return manifest.digests[0]
 
@@ -282,12 +295,30 @@ class EnginesApi(Protocol):
         """Have the engines serve a version; see `EnginePool.serve`."""
 
 
+ROOM_S = 5.0
+"""Time between attempts to put something in Ray's store that has no room."""
+
+
+async def put_when_there_is_room(value: object) -> ray.ObjectRef:
+    """Put something in Ray's object store, whose memory and the disk that it spills to may be full.
+
+    That is waited for: the weights are the learner's newest, and who fails here would have it train
+    its steps again.
+    """
+    while True:
+        try:
+            return ray.put(value)
+        except (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError) as error:
+            log.warning("waiting for room in Ray's object store: %s", one_line(error))
+            await asyncio.sleep(ROOM_S)
+
+
 class WeightStore:
     """Holds weights on the node where they were packed, whatever becomes of who packed them."""
 
-    def keep(self, chunks: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
-        """The same chunks, as this actor's own."""
-        return [ray.put(chunk) for chunk in ray.get(chunks)]
+    async def keep(self, chunks: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
+        """The same chunks, as this actor's own, once Ray's store has room for them."""
+        return [await put_when_there_is_room(await chunk) for chunk in chunks]
 
 
 class WeightStoreApi(Protocol):
@@ -355,7 +386,7 @@ class WeightSync:
     ) -> None:
         # What the learner put dies with its worker; what is put here lives on.
         if node == ray.get_runtime_context().get_node_id():
-            owned = [ray.put(await chunk) for chunk in chunks]
+            owned = [await put_when_there_is_room(await chunk) for chunk in chunks]
         else:
             if node not in self._stores:
                 self._stores = {node: make_actor(WeightStore, node=node)()}

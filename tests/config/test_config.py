@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 from dataclasses import fields, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -456,3 +457,33 @@ def test_a_home_that_is_not_there_is_one_line_unless_another_place_is_named(monk
         assert load(["run.root=/runs"]).folder == "/runs/treerpo"
     finally:
         files._defaults.cache_clear()
+
+
+def test_paths_are_whole_before_processes_with_other_working_folders_see_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load([])  # the defaults, which are kept, are those of the real home
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("mine", "org"):
+        (tmp_path / name / "model").mkdir(parents=True)
+    (tmp_path / "train.jsonl").touch()
+
+    def found(key: str, path: str) -> str:
+        return str(attrgetter(key)(load([f"{key}={path}"])))
+
+    for key in ("model.path", "prompts.path", "evaluate.data.path"):
+        for path in ("mine/model", "./mine/model", "~/mine/model", "org/model", "train.jsonl"):
+            assert found(key, path) == str(tmp_path / path.removeprefix("~/"))
+        # What is not there may be on the Hub, in a store, or embedded; others say what is not.
+        for path in (
+            "Qwen/Qwen2.5",
+            "s3://bucket/model",
+            "quickstart:train",
+            "./gone",
+            "~nobody/x",
+        ):
+            assert found(key, path) == path
+    monkeypatch.chdir(ROOT)
+    assert Config().model.path == found("model.path", "treerpo_ray/quickstart/model")
+    assert Config().model.path == "treerpo_ray/quickstart/model", "as it is found from anywhere"

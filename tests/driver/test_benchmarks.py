@@ -19,6 +19,7 @@ from treerpo_ray.actor import make_actor
 from treerpo_ray.driver.benchmarks import (
     check_folder,
     check_length,
+    check_memory,
     configure,
     evaluate_all,
     load_benchmarks,
@@ -124,6 +125,14 @@ def test_answers_longer_than_the_model_takes_are_one_line() -> None:
     with pytest.raises(ValueError, match=r"^evaluate\.max_tokens=1152 .* 1664 tokens; .* 511$"):
         check_length(configure(MODEL, ["math500"], []))
     check_length(configure(MODEL, ["quickstart"], ["evaluate.max_tokens=46"]))
+
+
+def test_engines_that_do_not_fit_their_gpu_are_one_line_before_anything_is_started() -> None:
+    small = ["engine.resources={GPU: 1}", "engine.gpu_memory_gib=1", "evaluate.max_tokens=46"]
+    with pytest.raises(ValueError, match=r"^engine\.gpu_memory_gib=1: an engine of .* lower"):
+        check_memory(configure(MODEL, ["quickstart"], small))
+    told = check_memory(configure(MODEL, ["quickstart"], ["evaluate.max_tokens=46"]))
+    assert told.startswith("an engine takes ") and "KV cache" in told and "\n" not in told
 
 
 class PoolWithoutNodes:

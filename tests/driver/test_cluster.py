@@ -6,10 +6,21 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 
+import grpc
 import pytest
 import torch
 from ray._private import services
+from ray.core.generated.gcs_service_pb2 import CheckAliveReply
+from ray.core.generated.gcs_service_pb2_grpc import (
+    NodeInfoGcsServiceServicer,
+    add_NodeInfoGcsServiceServicer_to_server,
+)
 
 from tests.support.project import ROOT
 from treerpo_ray.config import Config, load
@@ -249,18 +260,74 @@ def test_what_is_missing_is_the_difference_and_rounding_is_not_missing(
 def test_a_cluster_that_does_not_answer_is_one_line_after_a_while(caplog) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and nobody listens
-        port = taken.getsockname()[1]
-        for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
-            with pytest.raises(ValueError, match=rf"^RAY_ADDRESS={address}: nothing answers there"):
-                await_head(address, patience_s=0.05)
-            assert f"waiting for Ray at {address}, for 0 s more" in caplog.text
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ValueError, match=rf"^RAY_ADDRESS={address}: nothing answers there"):
+            await_head(address, patience_s=0.05)
+        assert f"waiting for Ray at {address}, for 0 s more" in caplog.text
     with pytest.raises(ValueError, match=r"^RAY_ADDRESS=head:port: "):
         await_head("head:port")
+    with pytest.raises(ValueError, match=r"^RAY_ADDRESS=ray://head:10001: .*`ray job submit`"):
+        await_head("ray://head:10001")
 
 
-def test_one_that_answers_is_not_waited_for() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        await_head(f"127.0.0.1:{server.getsockname()[1]}", patience_s=0)
+class ControlStore(NodeInfoGcsServiceServicer):
+    """Answers as the head of a cluster does, or with `code`."""
+
+    def __init__(self, code: grpc.StatusCode | None) -> None:
+        self.code = code
+
+    def CheckAlive(self, request: object, context: grpc.ServicerContext) -> CheckAliveReply:
+        if self.code is not None:
+            context.abort(self.code, "no")
+        return CheckAliveReply()
+
+
+@contextmanager
+def head(kind: str) -> Iterator[str]:
+    """Something that listens; yields its address."""
+    if kind == "silent":
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            yield f"127.0.0.1:{server.getsockname()[1]}"
+        return
+    if kind == "http":
+        with HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as web:
+            threading.Thread(target=web.serve_forever, daemon=True).start()
+            yield f"127.0.0.1:{web.server_port}"
+            web.shutdown()
+        return
+    server = grpc.server(ThreadPoolExecutor(1))
+    if kind != "grpc":
+        code = grpc.StatusCode.UNAUTHENTICATED if kind == "token" else None
+        add_NodeInfoGcsServiceServicer_to_server(ControlStore(code), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None).wait()
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (
+            "silent",
+            r"what listens there does not answer as Ray does \(\w+\); start the ",
+        ),
+        ("http", r"what listens there (does not answer as Ray does|is not Ray)"),
+        ("grpc", r"what listens there is not Ray$"),
+        ("token", r"Ray is there and asks for another token: set RAY_AUTH_MODE and"),
+        ("ray", None),
+    ],
+)
+def test_what_listens_at_the_address_must_be_ray(kind: str, told: str | None) -> None:
+    with head(kind) as address:
+        if told is None:
+            return await_head(address, patience_s=60)
+        with pytest.raises(ValueError, match=rf"^RAY_ADDRESS={address}: {told}") as caught:
+            await_head(address, patience_s=0.5)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_cluster_of_ones_own_is_not_waited_for() -> None:
     await_head("local", patience_s=0)
 
 

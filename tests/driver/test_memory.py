@@ -275,3 +275,17 @@ def test_gpus_that_cannot_be_used_are_one_line(
     with pytest.raises(ValueError, match=told) as caught:
         check_gpus(load(overrides))
     assert "\n" not in str(caught.value)
+
+
+def test_a_job_without_a_learner_is_planned_and_refused_by_its_engines_alone() -> None:
+    sizes = ModelSizes.of(AutoConfig.for_model(**CONFIGS["7b"]))
+    evaluation = ["engine.resources={GPU: 1}", "engine.kv_cache_gib=null", "model.dtype=bfloat16"]
+    evaluation += ["learner.resources={GPU: 1}", "learner.gpu_memory_gib=22"]
+    fits, small = (load([*evaluation, f"engine.gpu_memory_gib={gib}"]) for gib in (40, 12))
+    assert misfit(fits, 7.6e9, sizes, trains=False) is None
+    assert str(misfit(fits, 7.6e9, sizes)).startswith("learner.gpu_memory_gib=22: ")
+    told = misfit(small, 7.6e9, sizes, trains=False)
+    assert told is not None and told.startswith("engine.gpu_memory_gib=12: an engine of ")
+    plan = MemoryPlan.of(fits, 7.6e9, sizes)
+    total = sum(plan.engine.values())
+    assert plan.engine_line().startswith(f"an engine takes {total:.2f} GiB: weights 14.16, ")

@@ -1,9 +1,8 @@
-"""What the driver does of its own: restarts with a wait between, and an end when it is told to."""
+"""What the driver does of its own: restarts of the train group, with a wait between."""
 
 import io
 import json
-import signal
-import threading
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 
 import pyarrow
@@ -14,10 +13,10 @@ import rich.console
 
 from tests.support.thread_actors import Handle, without_ray
 from treerpo_ray.config.sections import LearnerConfig
-from treerpo_ray.driver.run import STOP_SIGNALS, stop_on_signal
 from treerpo_ray.driver.train_group import TrainGroup, restart_wait_s
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.run_log import Event
+from treerpo_ray.run_folder.patience import DiskRefused
 
 
 def make_console() -> tuple[Console, io.StringIO]:
@@ -29,7 +28,10 @@ LOST = {0: OSError("the store is gone")}
 
 
 def fit(
-    reached: list[int | None], max_failures: int, failures: dict[int, Exception] = LOST
+    reached: Iterable[int | None],
+    max_failures: int,
+    failures: dict[int, Exception] = LOST,
+    is_stopping: Callable[[], bool] = lambda: False,
 ) -> tuple[int | None, list[float], list[Event]]:
     """Run groups that fail at the steps `reached`, or end well (None), a run of nine steps.
 
@@ -38,15 +40,17 @@ def fit(
     waits: list[float] = []
     events: list[Event] = []
     groups = iter(reached)
-    done = iter([9 if step is None else step for step in reached])
+    done: list[int] = []
 
     def fit_once() -> Exception | None:
-        if next(groups) is None:
+        step = next(groups)
+        done.append(9 if step is None else step)
+        if step is None:
             return None
         return ray.train.WorkerGroupError("a worker failed", failures)
 
     actors = SimpleNamespace(
-        gate=Handle(SimpleNamespace(done=lambda: next(done))),
+        gate=Handle(SimpleNamespace(done=lambda: done[-1])),
         run_log=Handle(SimpleNamespace(event=events.append)),
         heartbeats=Handle(SimpleNamespace(forget=lambda stage: None)),
     )
@@ -57,6 +61,7 @@ def fit(
         supervisor=SimpleNamespace(
             console=make_console()[0], run=lambda work: work(), show_last=lambda: None
         ),
+        is_stopping=is_stopping,
         sleep=waits.append,
     )
     with without_ray():
@@ -101,27 +106,18 @@ def test_a_file_that_a_store_gave_in_half_is_read_again() -> None:
         assert fit([3, None], max_failures=1, failures={0: failure})[:2] == (9, [1])
 
 
-@pytest.mark.parametrize("first", STOP_SIGNALS)
-@pytest.mark.parametrize("second", STOP_SIGNALS)
-def test_the_first_signal_stops_after_the_step_and_the_second_at_once(
-    first: signal.Signals, second: signal.Signals
-) -> None:
-    def rays_own(number: int, frame: object) -> None:
-        raise SystemExit(number)
+def test_a_disk_that_was_waited_for_in_vain_is_not_trained_for_again() -> None:
+    refused = {1: DiskRefused("the model is not written, after 3600 s of attempts: EIO")}
+    steps, waits, events = fit([3, None], max_failures=5, failures=refused)
+    assert (steps, waits) == (None, [])
+    assert events[0].fields["cause"] == f"DiskRefused: {refused[1]}"
 
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    signal.signal(signal.SIGTERM, rays_own)
-    stopped = threading.Event()
-    gate = Handle(SimpleNamespace(stop=stopped.set))
-    console, shown = make_console()
-    try:
-        with stop_on_signal(gate, console):
-            signal.raise_signal(first)
-            assert stopped.wait(60)
-            assert "stopping after this step, with a checkpoint" in shown.getvalue()
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(second)
-        assert signal.getsignal(signal.SIGTERM) is rays_own
-        assert signal.getsignal(signal.SIGINT) is before[signal.SIGINT]
-    finally:
-        signal.signal(signal.SIGTERM, before[signal.SIGTERM])
+
+def test_a_run_that_is_told_to_stop_is_not_started_again() -> None:
+    """Neither where the group fails meanwhile nor where it is only waited for."""
+    for asked_at in (0, 1, 2):  # before the first group, while it runs, in the wait for the second
+        looks = iter([*[False] * asked_at, *[True] * 9])
+        groups = iter([3, 3, 3])
+        with pytest.raises(KeyboardInterrupt):
+            fit(groups, max_failures=5, is_stopping=lambda looks=looks: next(looks))
+        assert 3 - len([*groups]) == min(asked_at, 1)

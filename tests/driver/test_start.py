@@ -120,3 +120,37 @@ def test_many_settings_are_counted(tmp_path: Path) -> None:
     many = [*("run.seed=1", "tree.temperature=0.5", "gate.max_staleness=0", "loss.kl_coef=1")]
     with pytest.raises(ValueError, match=r"learner\.weight_decay=0\.5 \(was 0\.0\) and 1 more;"):
         check_same_run(again(str(tmp_path), *many, "learner.weight_decay=0.5"))
+
+
+def test_the_same_files_found_from_elsewhere_are_the_same_run(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path, one of a home, and those below the working folders of two Ray jobs."""
+    load([])  # the defaults, which are kept, are those of the real home
+    monkeypatch.setenv("HOME", str(tmp_path))
+    quick = str(Path(QUICK).absolute())
+
+    def start(name: str, path: str) -> Config:
+        config = load([quick, f"run.root={root}", f"run.name={name}", f"model.path={path}"])
+        record_start(config)
+        RunFolder(config.folder).publish_file("metrics.jsonl", b"{}\n")
+        return config
+
+    model = tmp_path / "models/mine"
+    model.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "models")
+    for name, path in (("relative", "mine"), ("home", "~/models/mine")):
+        assert start(name, path).model.path == str(model)
+    monkeypatch.chdir("/")
+    for name in ("relative", "home"):
+        again = load([quick, f"run.root={root}", f"run.name={name}", f"model.path={model}"])
+        assert check_same_run(again) == []
+    for job in ("_ray_pkg_0123", "_ray_pkg_4567"):
+        unpacked = tmp_path / "session_x/runtime_resources/working_dir_files" / job
+        (unpacked / "models/mine").mkdir(parents=True)
+        monkeypatch.chdir(unpacked)
+        config = start("job", "models/mine") if job.endswith("3") else None
+        again = load([quick, f"run.root={root}", "run.name=job", "model.path=models/mine"])
+        assert again.model.path == str(unpacked / "models/mine")
+        assert config is None or config.model.path == again.model.path
+        assert check_same_run(again) == []

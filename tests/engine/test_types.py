@@ -1,8 +1,12 @@
 """What engines are counted to have done, whichever come and go."""
 
-import pytest
+from pathlib import Path
 
-from treerpo_ray.engine.types import EngineStats, EngineTotals
+import pytest
+from transformers import Phi3Config, Qwen2Config
+
+from treerpo_ray.config import Config, load
+from treerpo_ray.engine.types import EngineSetup, EngineStats, EngineTotals
 
 
 def stats(start: str, asked: int, cached: int, cpu_s: float, version: int = 1) -> EngineStats:
@@ -32,3 +36,43 @@ def test_each_engine_counts_from_the_last_row_or_from_its_own_start() -> None:
     row = totals.since_last([stats("a", 310, 215, 20), stats("c", 30, 10, 2)])
     assert row["engine/prefix_hit_rate"] == 75 / 100
     assert row["time/cpu_s"] == pytest.approx(4, abs=1)
+
+
+def setup(answer_tokens: int, model: Path) -> EngineSetup:
+    """Of a run whose prompts and answers have up to 100 tokens and those of the answer."""
+    config: Config = load(
+        [
+            *("prompts.max_prompt_tokens=100", "tree.num_children=[2]"),
+            *(f"tree.step_tokens=[{answer_tokens}]", f"model.path={model}"),
+        ]
+    )
+    return EngineSetup.of(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "served"),
+    [
+        (Qwen2Config(), [27, 28, 300]),
+        # An engine takes its factors by its room, from 128 tokens and the one that is sampled on.
+        (
+            Phi3Config(
+                original_max_position_embeddings=128,
+                rope_parameters={
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "original_max_position_embeddings": 128,
+                    **{f"{kind}_factor": [1.0] * 48 for kind in ("short", "long")},
+                },
+            ),
+            [28, 300],
+        ),
+    ],
+    ids=["any length", "longrope"],
+)
+def test_engines_serve_shorter_runs_unless_these_were_computed_otherwise(
+    config, served, tmp_path
+) -> None:
+    config.save_pretrained(tmp_path)
+    engines = setup(300, tmp_path)
+    assert [n for n in (27, 28, 300, 301) if engines.can_serve(setup(n, tmp_path))] == served
+    assert setup(27, tmp_path).can_serve(setup(20, tmp_path))

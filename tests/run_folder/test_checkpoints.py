@@ -4,21 +4,28 @@ import errno
 import json
 import logging
 import os
+import re
+import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 
 from tests.support.run_folders import LossyStore, contents, files, full_disk
+from tests.support.small_disk import small_disk
 from treerpo_ray.run_folder.checkpoints import (
     LIST_FILE,
     Checkpoints,
     CheckpointSaver,
     SaveTimes,
 )
+from treerpo_ray.run_folder.disk import free_bytes
 from treerpo_ray.run_folder.files import RunFolder, Write
+from treerpo_ray.run_folder.patience import DiskRefused, Patience, PatienceTimes
 
 
 def read_newest(checkpoints: Checkpoints) -> tuple[int, str, bytes] | None:
@@ -284,12 +291,20 @@ class Saving:
 
     def __init__(self, folder: Path, **times: float) -> None:
         self.store, self.told, self.placed = Store(folder), [], []
-        self.is_settled = True
+        self.waited, self.written = [], []
+        self.is_settled, self.is_told_to_stop = True, False
         self.saver = CheckpointSaver(
             self.store,
             every=2,
             step=0,
             warn=lambda *told: self.told.append(told),
+            patience=Patience(
+                RunFolder(str(folder)),
+                waits=lambda *told: self.waited.append(told),
+                written=lambda what, seconds: self.written.append(what),
+                is_told_to_stop=lambda: self.is_told_to_stop,
+                times=PatienceTimes(retry=0.05, away=0.5, look=0.01),
+            ),
             times=SaveTimes(**{"poll": 0.01} | times),
         )
 
@@ -370,9 +385,99 @@ def test_the_last_checkpoint_waits_for_the_one_before_it_and_raises(tmp_path: Pa
     threading.Timer(0.2, saving.store.is_up.set).start()
     saving.save(3, is_last=True)
     assert saving.placed == [2, 3]
-    saving.store.error = ConnectionError("the store is gone")
-    with pytest.raises(ConnectionError, match="gone"):
+    saving.store.error = KeyError("a mistake of ours")
+    with pytest.raises(KeyError, match="ours"):
         saving.save(4, is_last=True)
+
+
+def test_the_last_checkpoint_waits_for_a_store_that_comes_back(saving: Saving) -> None:
+    saving.store.error = ConnectionError("the store is gone")
+
+    def come_back() -> None:
+        while not saving.waited:
+            time.sleep(0.01)
+        saving.store.error = None
+
+    threading.Thread(target=come_back, daemon=True).start()
+    saving.save(5, is_last=True)
+    assert saving.placed == [5] and saving.written == ["checkpoint of step 5"]
+    [(what, why)] = saving.waited
+    assert what == "checkpoint of step 5" and "ConnectionError: the store is gone; tried" in why
+
+
+def moved_to_its_place(told: str) -> int:
+    """Do as the line about a rescued checkpoint says; returns its step."""
+    found = re.search(r"it is in (\S+) on \S+: move it to (\S+) to go on from it$", told)
+    assert found is not None, told
+    shutil.move(found[1], found[2])
+    return int(found[2].rpartition("=")[2])
+
+
+def test_a_checkpoint_that_is_not_waited_for_any_more_is_kept_elsewhere(saving: Saving) -> None:
+    """The store does not come back; its user makes it do, and goes on."""
+    assert saving.save(2)
+    saving.wait()
+    saving.store.error = ConnectionError("the store is gone")
+    with pytest.raises(DiskRefused, match=r"after 0 s of attempts: ConnectionError: ") as caught:
+        saving.save(5, is_last=True)
+    assert "\n" not in str(caught.value)
+    assert moved_to_its_place(str(caught.value)) == 5
+    with saving.store.newest() as found:
+        assert found is not None
+        assert found[0] == 5 and (found[1] / "state").read_text() == "5"
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+def test_a_stop_ends_the_wait_for_a_full_disk(saving: Saving, is_last: bool) -> None:
+    staged = saving.store.stage
+    saving.store.stage = lambda write: staged(full_disk)
+
+    def stop() -> None:
+        while not saving.waited:
+            time.sleep(0.01)
+        saving.is_told_to_stop = True
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(DiskRefused, match=r"since the run was stopped: the disk .* is full") as at:
+        saving.save(2, is_last=is_last)
+    assert moved_to_its_place(str(at.value)) == 2
+    assert saving.store.steps() == [2] and saving.placed == []
+
+
+def test_a_full_disk_is_waited_for_and_nothing_is_saved_twice(tmp_path: Path) -> None:
+    """A real one, with room for two checkpoints of a megabyte and a half."""
+    with small_disk(tmp_path, megabytes=4) as disk:
+        saving = Saving(disk)
+        ballast = disk / "ballast"
+
+        def fill(target: Path) -> None:
+            with (target / "state").open("wb") as file:
+                torch.save(torch.zeros(300_000), file)
+
+        def save(step: int, num_bytes: int, *, is_last: bool) -> None:
+            placed = lambda: saving.placed.append(step)  # noqa: E731
+            saving.saver.save(
+                step, fill, lambda: True, placed, num_bytes=num_bytes, is_last=is_last
+            )
+
+        def make_room() -> None:
+            while len(saving.waited) <= len(saving.written):
+                time.sleep(0.01)
+            ballast.unlink()
+
+        for step, num_bytes, is_last in ((2, 1_200_000, False), (4, 0, False), (5, 0, True)):
+            ballast.write_bytes(b"0" * (free_bytes(disk) - 500_000))
+            thread = threading.Thread(target=make_room)
+            thread.start()
+            save(step, num_bytes, is_last=is_last)
+            thread.join()
+        assert saving.placed == [2, 4, 5] and saving.told == []
+        assert saving.store.steps() == [4, 5]
+        needed = ["1.2 MB needed, ", "", ""]
+        for (what, why), step, needs in zip(saving.waited, (2, 4, 5), needed, strict=True):
+            assert what == f"checkpoint of step {step}"
+            assert why.startswith(f"the disk {disk} of {disk} is full: {needs}")
+            assert re.search(r"(49\d|50\d) kB free; waiting since \d\d:\d\d:\d\d until", why), why
 
 
 def test_what_comes_before_a_checkpoint_is_waited_for_but_not_for_ever(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_a_full_disk_delays_no_step_and_gets_every_line_once_there_is_space(tmp_
         log.row(step)  # waits for the first line until it fails, and for no other
         log.append(EVENTS, {"kind": "consumed"})
     [(kind, reason)] = log.told
-    assert kind == "log_delayed" and "No space left" in reason
+    assert kind == "log_delayed" and " is full: " in reason and " lines (" in reason
     log.is_full = False
     log.wait_for("log_caught_up")
     log.row(50)

@@ -64,6 +64,26 @@ def _named(key: str, value: str, kind: type[KindT]) -> KindT | str:
     return value
 
 
+PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+"""Folder that holds this package, and what is embedded in it."""
+
+
+def as_found_here(path: str) -> str:
+    """A file or folder as every process finds it, whatever its working folder and its home: whole,
+    if it is there; what else it may be, such as a URI, a Hugging Face id or something embedded, as
+    it is.
+    """
+    if not path or "://" in path:
+        return path
+    try:
+        place = Path(path).expanduser()
+    except RuntimeError:  # there is no such home
+        return path
+    embedded = PACKAGE_PARENT / path
+    is_embedded = embedded.exists() and place.absolute() == embedded
+    return str(place.absolute()) if place.exists() and not is_embedded else path
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What is run, and where it is written."""
@@ -110,6 +130,9 @@ class ModelConfig:
     """Texts that end an answer as the end token does, in training and evaluation, wherever in it
     they are completed. What was sampled of them is trained and graded with the answer."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", as_found_here(self.path))
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -146,6 +169,10 @@ class DataConfig:
     """Longer prompts are counted and left out."""
     num_problems: int | None = None
     """Use only so many, the first ones; all if not given."""
+
+    def __post_init__(self) -> None:
+        paths = [as_found_here(path) for path in self.paths]
+        object.__setattr__(self, "path", paths[0] if len(paths) == 1 else json.dumps(paths))
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -20,7 +20,8 @@ from treerpo_ray.config import Config
 from treerpo_ray.config.files import load, to_yaml
 from treerpo_ray.config.sections import VerifierConfig
 from treerpo_ray.driver.cluster import connected
-from treerpo_ray.driver.model_check import num_positions
+from treerpo_ray.driver.memory import MemoryPlan, misfit
+from treerpo_ray.driver.model_check import model_size, num_positions
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
 from treerpo_ray.driver.trial import try_checks
 from treerpo_ray.engine.types import EngineSetup, Sampling
@@ -39,6 +40,7 @@ from treerpo_ray.run_folder.lock import only_writer
 from treerpo_ray.run_folder.logs import output_to_log
 from treerpo_ray.scoring import Scorer
 from treerpo_ray.search.tree_pool import TreePool
+from treerpo_ray.stop import Stop
 from treerpo_ray.task import TreePoolApi
 
 PRESET = Path(__file__).resolve().parents[2] / "conf/benchmarks.yaml"
@@ -168,6 +170,19 @@ def check_length(config: Config) -> None:
         )
 
 
+def check_memory(config: Config) -> str:
+    """Check that the engines fit the GPUs that `engine.gpu_memory_gib` names, and those that are
+    here; returns what one of them takes.
+
+    Raises:
+        ValueError: they do not.
+    """
+    number, sizes = model_size(config.model)
+    if (fault := misfit(config, number, sizes, trains=False)) is not None:
+        raise ValueError(fault)
+    return MemoryPlan.of(config, number, sizes).engine_line()
+
+
 def run_benchmarks(config: Config, model: str, console: Console) -> dict[str, Evaluation]:
     """Evaluate `model.path` on every benchmark of `config`, into its folder.
 
@@ -183,21 +198,25 @@ def run_benchmarks(config: Config, model: str, console: Console) -> dict[str, Ev
     """
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     check_length(config)
+    console.note(check_memory(config))
     prompts = load_benchmarks(config, tokenizer)
     for references in look_at_benchmarks(config, prompts):
         console.note(str(references))
     source = source_of(model)
     folder = RunFolder(config.folder)
     check_folder(folder, source)
-    with only_writer(folder), output_to_log(folder):
+    stop = Stop()
+    with stop.at_work(), only_writer(folder), output_to_log(folder):
         folder.publish_file(f"eval/{CONFIG_FILE}", to_yaml(config).encode())
         try:
-            with connected(config, trains=False):
+            with connected(config, stop, trains=False):
                 return dict(evaluate_all(config, source, prompts, tokenizer, console))
         except Exception as error:
             if isinstance(error, ValueError) and not isinstance(error, ray.exceptions.RayError):
                 raise
             traceback.print_exc()
+            if stop.is_asked:  # what ends with the job fails of that, too
+                raise KeyboardInterrupt from error
             raise RunFailed(f"{root_cause(error)}; traces are in {config.folder}/logs") from error
 
 

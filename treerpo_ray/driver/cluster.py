@@ -7,14 +7,20 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from types import ModuleType
+from typing import Any
 from urllib.parse import urlsplit
 
+import grpc
 import ray
-from ray._private import services
+from ray._private import services, utils
+from ray._private.grpc_utils import init_grpc_channel
 from ray._private.state import state as ray_state
 from ray.autoscaler.sdk import request_resources
+from ray.core.generated import gcs_service_pb2
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
 from treerpo_ray.config import Config
 from treerpo_ray.driver.memory import check_gpus
@@ -28,6 +34,7 @@ from treerpo_ray.driver.placement import (
     total,
 )
 from treerpo_ray.errors import one_line
+from treerpo_ray.stop import Stop
 
 log = logging.getLogger(__name__)
 
@@ -104,50 +111,102 @@ def _local_slots(config: Config) -> dict[str, float]:
 
 
 @contextmanager
-def connected(config: Config, *, trains: bool = True) -> Iterator[None]:
+def connected(config: Config, stop: Stop, *, trains: bool = True) -> Iterator[None]:
     """Connect to the cluster that the environment names, or start one here for the while.
 
     Raises:
+        KeyboardInterrupt: `stop` was asked for meanwhile.
         ValueError: nothing answers at `RAY_ADDRESS`, the GPUs here cannot be used, or the run needs
             more than the cluster has; names what and where to change it.
     """
-    if address := os.environ.get("RAY_ADDRESS"):
-        await_head(address)
-        ray.init(log_to_driver=False, logging_level=logging.WARNING, runtime_env=RUNTIME_ENV)
-    else:
-        check_gpus(config)
-        # Ray listens on every interface, and who may talk to it may run code. Unless told otherwise
-        # it asks for a token: one that only the processes of this run know.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        ray.init(
-            address="local",
-            resources=_local_slots(config),
-            labels=config.engine.labels,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            runtime_env=RUNTIME_ENV,
-        )
     try:
+        if address := os.environ.get("RAY_ADDRESS"):
+            await_head(address)
+            _init(config, stop)
+        else:
+            check_gpus(config)
+            # Ray listens on every interface, and who may talk to it may run code. Unless told
+            # otherwise it asks for a token: one that only the processes of this run know.
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            with _own_session():
+                _init(
+                    config,
+                    stop,
+                    address="local",
+                    resources=_local_slots(config),
+                    labels=config.engine.labels,
+                    include_dashboard=False,
+                )
         _await_cluster(config, trains=trains)
         yield
     finally:
         ray.shutdown()
 
 
-def await_head(address: str, patience_s: float = HEAD_S) -> None:
-    """Wait until something listens at `host:port`; Ray itself would wait for minutes, in silence.
+def _init(config: Config, stop: Stop, **where: Any) -> None:
+    """Connect to Ray or start it; `where` as of `ray.init`.
+
+    A signal is heeded once that is done: half of Ray is hard to end, and an interrupt may be lost
+    in there. Ray's own handler of SIGTERM, which ends the driver at once, is left out.
 
     Raises:
-        ValueError: nothing does.
+        KeyboardInterrupt: a signal came meanwhile, or a second one.
     """
+    with stop.gently(lambda: None), _replaced(utils, "set_sigterm_handler", lambda handler: None):
+        ray.init(
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            runtime_env=RUNTIME_ENV,
+            job_config=ray.job_config.JobConfig(metadata={"treerpo_run": config.run.name}),
+            **where,
+        )
+    stop.raise_if_asked()
+
+
+class _InOwnSession(services.ConsolePopen):
+    """A process of Ray that gets no signal which is for the driver's terminal or process group."""
+
+    def __init__(self, *command: Any, **settings: Any) -> None:
+        super().__init__(*command, **settings, start_new_session=True)
+
+
+def _own_session() -> AbstractContextManager[None]:
+    """Have the processes of a Ray that is started meanwhile live in sessions of their own.
+
+    Ray only keeps Ctrl-C from them. Of a SIGTERM to the whole group, as cluster managers send it,
+    they would end before the driver has its checkpoint; they end with the driver in any case.
+    """
+    return _replaced(services, "ConsolePopen", _InOwnSession)
+
+
+@contextmanager
+def _replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    """Have a module of Ray call something else meanwhile."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def await_head(address: str, patience_s: float = HEAD_S) -> None:
+    """Wait until Ray answers at `host:port`; Ray itself would wait for minutes, in silence.
+
+    Raises:
+        ValueError: nothing listens there or it is not Ray, or it asks for another token.
+    """
+    if address.startswith("ray://"):
+        raise ValueError(
+            f"RAY_ADDRESS={address}: a run cannot be driven from outside its cluster: use `ray job "
+            "submit`, or host:port of the head on one of its machines"
+        )
+    found = address
     if address == "auto":
         try:
             found = services.canonicalize_bootstrap_address_or_die(address)
         except ConnectionError as error:
             raise ValueError(f"RAY_ADDRESS={address}: {one_line(error)}") from error
-    else:
-        found = address
     place = urlsplit(found if "://" in found else f"//{found}")
     try:
         host, port = place.hostname, place.port
@@ -156,19 +215,57 @@ def await_head(address: str, patience_s: float = HEAD_S) -> None:
     if host is None or port is None:  # such as "local"
         return
     end = time.monotonic() + patience_s
-    while True:
+    while (fault := _fault_of_head(host, port, end)) is not None:
+        left_s = end - time.monotonic()
+        if left_s <= 0:
+            raise ValueError(
+                f"RAY_ADDRESS={address}: {fault}; start the cluster, or unset RAY_ADDRESS to run "
+                "on this machine alone"
+            )
+        log.warning("waiting for Ray at %s, for %.0f s more: %s", address, left_s, fault)
+        time.sleep(min(HEAD_POLL_S, left_s))
+
+
+NO_RAY = (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL)
+"""What something else than Ray's control store answers; it will not become one."""
+OTHER_TOKEN = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+
+
+def _fault_of_head(host: str, port: int, end: float) -> str | None:
+    """Why there is no Ray at an address, which may come; None if it answers.
+
+    Args:
+        host: Name or address of its head.
+        port: That its control store listens at.
+        end: Time of the monotonic clock until which an answer is waited for.
+
+    Raises:
+        ValueError: it will not come.
+    """
+    left_s = max(end - time.monotonic(), 0.1)
+    try:
+        socket.create_connection((host, port), timeout=min(LOOK_EVERY_S, left_s)).close()
+    except OSError as error:
+        return f"nothing answers there ({one_line(error)})"
+    with init_grpc_channel(f"{host}:{port}") as channel:
+        store = NodeInfoGcsServiceStub(channel)
         try:
-            socket.create_connection((host, port), timeout=LOOK_EVERY_S).close()
-            return
-        except OSError as error:
-            left_s = end - time.monotonic()
-            if left_s <= 0:
+            # The first seconds of a head go by before it listens; an answer takes milliseconds.
+            request = gcs_service_pb2.CheckAliveRequest()  # type: ignore[attr-defined]
+            store.CheckAlive(request, timeout=min(LOOK_EVERY_S, left_s))
+        except grpc.RpcError as error:
+            code = error.code()
+            if code in OTHER_TOKEN:
                 raise ValueError(
-                    f"RAY_ADDRESS={address}: nothing answers there ({error}); start the cluster, "
-                    "or unset RAY_ADDRESS to run on this machine alone"
+                    f"RAY_ADDRESS={host}:{port}: Ray is there and asks for another token: set "
+                    "RAY_AUTH_MODE and RAY_AUTH_TOKEN as on the cluster"
                 ) from error
-            log.warning("waiting for Ray at %s, for %.0f s more: %s", address, left_s, error)
-            time.sleep(min(HEAD_POLL_S, left_s))
+            if code in NO_RAY:
+                raise ValueError(f"RAY_ADDRESS={host}:{port}: what listens there is not Ray") from (
+                    error
+                )
+            return f"what listens there does not answer as Ray does ({code.name.lower()})"
+    return None
 
 
 def _await_cluster(config: Config, *, trains: bool) -> None:

@@ -7,7 +7,7 @@ transformer with a gated MLP: what PyTorch keeps of a layer for the backward pas
 
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -111,6 +111,14 @@ class MemoryPlan:
             *(f"{name:22}{_cell(worker):>16}{_cell(engine):>18}" for name, worker, engine in rows),
         ]
 
+    def engine_line(self) -> str:
+        """What an engine takes, in one line, for a job that has no learner."""
+        parts = ", ".join(
+            f"{part} {self.engine[part]:.2f}" for part in PARTS if part in self.engine
+        )
+        at_least = "" if {ACTIVATIONS, CACHE} <= self.engine.keys() else "at least "
+        return f"an engine takes {at_least}{sum(self.engine.values()):.2f} GiB: {parts}"
+
 
 def _cell(gib: float | None) -> str:
     return "-" if gib is None else f"{gib:.2f}"
@@ -212,9 +220,14 @@ def _engine_parts(config: Config, count: float, sizes: ModelSizes | None) -> dic
 # What does not fit ---------------------------------------------------------------------------
 
 
-def misfit(config: Config, num_parameters: float, sizes: ModelSizes | None) -> str | None:
+def misfit(
+    config: Config, num_parameters: float, sizes: ModelSizes | None, *, trains: bool = True
+) -> str | None:
     """What does not fit the GPUs that the configuration names, in one line; None if all does."""
     plan = MemoryPlan.of(config, num_parameters, sizes)
+    if not trains:
+        learner = replace(config.learner, resources={}, min_workers=None, gpu_memory_gib=None)
+        config = replace(config, learner=learner)
     return next(_misfits(config, plan, sizes), None)
 
 

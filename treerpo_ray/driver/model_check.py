@@ -113,6 +113,22 @@ def num_positions(model: ModelConfig) -> int | None:
     )
 
 
+def model_size(model: ModelConfig) -> tuple[int, ModelSizes | None]:
+    """Number of parameters of a model that is only to be sampled from, and its sizes, which not
+    every architecture has under the usual names.
+
+    Raises:
+        ValueError: its architecture is not known.
+    """
+    path = resolve_model_path(model.path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    number = sum(parameter.numel() for parameter in _make_empty(config, model).parameters())
+    try:
+        return number, ModelSizes.of(config)
+    except AttributeError:
+        return number, None
+
+
 # Files -------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from treerpo_ray.driver.cluster import check_vllm, local_resources
 from treerpo_ray.driver.memory import MemoryPlan, check_gpus, misfit
 from treerpo_ray.driver.model_check import ModelFacts, check_model
 from treerpo_ray.driver.placement import missing_resources, needed_resources
+from treerpo_ray.driver.storage import StoragePlan
 from treerpo_ray.driver.trial import try_checks, try_credit
 from treerpo_ray.errors import one_line
 from treerpo_ray.prompts.hub import Unreachable
@@ -76,6 +77,10 @@ class Preflight:
     """What does not fit the GPUs that the configuration names."""
     unchecked: tuple[str, ...]
     """A line for each input that could not be looked up for want of a connection."""
+    storage: str
+    """What is written to the disk of the run folder, and what room that has, in one line."""
+    no_room: str | None
+    """Why not even one checkpoint fits that disk."""
     references: tuple[References, ...] = ()
     """What was seen of the references of the data sets, in which some are no answers."""
 
@@ -83,11 +88,13 @@ class Preflight:
         """The inputs of a run that may start.
 
         Raises:
-            ValueError: something could not be looked up, or does not fit its GPU.
+            ValueError: something could not be looked up, or does not fit its GPU or disk.
         """
         self.check_memory()
         if self.unchecked:
             raise ValueError(self.unchecked[0])
+        if self.no_room is not None:
+            raise ValueError(self.no_room)
         assert self.train is not None and self.train.prompts is not None  # else it is unchecked
         return Inputs(
             prompts=self.train.prompts,
@@ -154,12 +161,15 @@ def preflight(config: Config) -> Preflight:
     references = look_at_references(
         {key: (part.config, part.problems) for key, part in parts.items()}, config.verifier
     )
+    storage, no_room = _storage(config, facts)
     return Preflight(
         train=train,
         held_out=held_out,
         delimiters=delimiters,
         model=facts,
         misfit=_misfit(config, facts),
+        storage=storage,
+        no_room=no_room,
         unchecked=tuple(dict.fromkeys(unchecked)),
         references=tuple(each for each in references.values() if each.no_answers),
     )
@@ -176,6 +186,18 @@ def training_sections(config: Config) -> dict[str, DataConfig]:
     """The data sets that are trained on, by their keys."""
     mix = sorted(config.prompts.mix.items())
     return {f"prompts.mix.{name}": data for name, data in mix} or {"prompts": config.prompts}
+
+
+def _storage(config: Config, facts: ModelFacts | None) -> tuple[str, str | None]:
+    """What is written where, and what does not fit there."""
+    num_parameters = _num_parameters(config, facts)
+    if num_parameters is None:
+        return "unknown, as the model is", None
+    plan = StoragePlan.of(config, num_parameters)
+    try:
+        return plan.line(), plan.misfit()
+    except OSError as error:
+        return f"unknown: {one_line(error)}", None
 
 
 def _load_data(
@@ -289,6 +311,7 @@ def plan_lines(config: Config, found: Preflight) -> list[str]:
         f"staleness   at most {gate.max_staleness} versions: {in_flight} trees in flight",
         f"run length  {length}, up to {run.num_steps * minibatches:,} optimizer steps",
         *_memory_lines(config, found.model),
+        f"disk        {found.storage}",
         "resources   "
         + ", ".join(f"{name} {_range(needed[name], at_most[name])}" for name in needed),
         *_missing_lines(config),

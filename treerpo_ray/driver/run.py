@@ -3,8 +3,6 @@
 gate ──► tree pool ──► tree stream (scoring) ──► train workers ──► weight sync ──► engines
 """
 
-import signal
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -50,10 +48,9 @@ from treerpo_ray.run_folder.writer import BackgroundWriter
 from treerpo_ray.scoring import Scorer
 from treerpo_ray.search.gate import Gate
 from treerpo_ray.search.tree_pool import TreePool
-from treerpo_ray.task import GateApi, RunActors, TreePoolApi
+from treerpo_ray.stop import Stop
+from treerpo_ray.task import RunActors, TreePoolApi
 from treerpo_ray.weight_sync import WeightSync
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run(
@@ -67,6 +64,7 @@ def run(
         ValueError: the cluster lacks resources for it, another job writes its folder, or the
             folder holds a run with other settings.
         RunFailed: something failed for good; the same command goes on from the last checkpoint.
+        KeyboardInterrupt: a signal ended it at once; the same command goes on, too.
     """
     try:
         changed = check_same_run(config)
@@ -79,16 +77,19 @@ def run(
         console.note(f"the run {config.run.name} is complete; another run.name starts a new one")
         return outcome
     folder = RunFolder(config.folder)
-    with only_writer(folder), output_to_log(folder):
+    stop = Stop()
+    with stop.at_work(), only_writer(folder), output_to_log(folder):
         try:
             if pool is not None:
-                return train(config, inputs, console, pool)
-            with connected(config):
-                return train(config, inputs, console)
+                return train(config, inputs, console, pool, stop)
+            with connected(config, stop):
+                return train(config, inputs, console, stop=stop)
         except Exception as error:
             if isinstance(error, ValueError) and not isinstance(error, ray.exceptions.RayError):
                 raise
             traceback.print_exc()
+            if stop.is_asked:  # what ends with the run fails of that, too
+                raise KeyboardInterrupt from error
             raise RunFailed(
                 f"{root_cause(error)}; traces are in {config.folder}/logs, the same command goes "
                 "on from the last checkpoint"
@@ -99,7 +100,8 @@ def run(
 def kept_engines(config: Config) -> Iterator[TreePoolApi]:
     """A Ray session and an engine pool for runs one after the other, of whose setups the one of
     `config` `can_serve` each."""
-    with connected(config):
+    stop = Stop()
+    with stop.at_work(), connected(config, stop):
         pool = _make_pool(config)
         try:
             yield pool
@@ -108,7 +110,11 @@ def kept_engines(config: Config) -> Iterator[TreePoolApi]:
 
 
 def train(
-    config: Config, inputs: Inputs, console: Console, pool: TreePoolApi | None = None
+    config: Config,
+    inputs: Inputs,
+    console: Console,
+    pool: TreePoolApi | None = None,
+    stop: Stop | None = None,
 ) -> RunResult:
     """Run or resume a training on the Ray cluster that is connected, with a pool kept or its own.
 
@@ -117,11 +123,12 @@ def train(
             the last checkpoint, and the same command goes on from it.
     """
     record_start(config)
-    with RunSession(config=config, inputs=inputs, console=console, pool=pool) as session:
+    stop = stop or Stop()
+    with RunSession(config=config, inputs=inputs, console=console, pool=pool, stop=stop) as session:
         session.start_engines()
         before = session.evaluate(step=0)
         steps_done = session.train_group.fit()
-        is_complete = steps_done >= session.last_step()
+        is_complete = steps_done >= session.last_step() and not stop.is_asked
         after = session.evaluate(steps_done) if is_complete else None
     return collect_outcome(config, before, after, is_complete=is_complete)
 
@@ -134,12 +141,19 @@ class RunSession:
         inputs: Its checked inputs.
         console: Shows what happens.
         pool: A pool that outlives the session; None: it has its own.
+        stop: What signals ask of it.
     """
 
     def __init__(
-        self, *, config: Config, inputs: Inputs, console: Console, pool: TreePoolApi | None
+        self,
+        *,
+        config: Config,
+        inputs: Inputs,
+        console: Console,
+        pool: TreePoolApi | None,
+        stop: Stop,
     ) -> None:
-        self.config, self.inputs, self.console = config, inputs, console
+        self.config, self.inputs, self.console, self.stop = config, inputs, console, stop
         self._ending = ExitStack()
         with self._ending:  # what was made ends where the rest fails
             run_log: RunLogApi = make_actor(RunLog, concurrency=1)(config)
@@ -173,6 +187,7 @@ class RunSession:
             fit_once=self._fit_once,
             actors=self.actors,
             supervisor=self.supervisor,
+            is_stopping=lambda: self.stop.is_asked,
         )
 
     def start_engines(self) -> None:
@@ -235,7 +250,7 @@ class RunSession:
         """Run a group of train workers to its end; returns what it failed of."""
         with (
             TemporaryDirectory(prefix="treerpo-train-", ignore_cleanup_errors=True) as storage,
-            stop_on_signal(self.actors.gate, self.console),
+            self.stop.gently(self._end_after_step),
         ):
             try:
                 fit = make_trainer(self.config, self.inputs, self.actors, storage).fit
@@ -243,6 +258,12 @@ class RunSession:
             except ray.train.TrainingFailedError as error:
                 return error
         return None
+
+    def _end_after_step(self) -> None:
+        """End the run after its step, with a checkpoint. `ray job stop` waits for that as long as
+        RAY_JOB_STOP_WAIT_TIME_S of the job says."""
+        self.console.note("stopping after this step, with a checkpoint; once more to stop at once")
+        self.actors.gate.stop.remote()
 
 
 def _make_actors(
@@ -289,26 +310,3 @@ def _watchdog(config: Config, actors: RunActors) -> Watchdog:
         "metrics": actors.run_log,
     }
     return watch_over(config, stages, actors.heartbeats)
-
-
-@contextmanager
-def stop_on_signal(gate: GateApi, console: Console) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM ends the run after its step, with a checkpoint; the second at
-    once. `ray job stop` waits for it as long as RAY_JOB_STOP_WAIT_TIME_S of the job says."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        console.note("stopping after this step, with a checkpoint; once more to stop at once")
-        gate.stop.remote()
-        for each in STOP_SIGNALS:
-            signal.signal(each, signal.default_int_handler)
-
-    # Ray's own handler of SIGTERM, which ends the driver at once, stands before and after.
-    previous = {each: signal.signal(each, stop) for each in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)

@@ -4,11 +4,13 @@ What a run folder holds, down to the headline, is of one run. A start with other
 mix two, or answer with the result of the other.
 """
 
+import re
 from pathlib import PurePath
 
 from treerpo_ray.config import Config
 from treerpo_ray.config.files import flat_settings, to_yaml
-from treerpo_ray.config.identity import differences, is_free
+from treerpo_ray.config.identity import Flat, differences, is_free
+from treerpo_ray.config.sections import as_found_here
 from treerpo_ray.metrics.run_log import METRICS_FILE
 from treerpo_ray.run_folder.checkpoints import Checkpoints
 from treerpo_ray.run_folder.files import CONFIG_FILE, WHOLE_MODEL, RunFolder
@@ -35,6 +37,7 @@ def check_same_run(config: Config) -> list[str]:
     before, now = flat_settings(folder.read_text(CONFIG_FILE)), flat_settings(to_yaml(config))
     # A setting that the earlier version did not have was what is its default now.
     before = flat_settings(to_yaml(Config())) | before
+    before, now = _without_place(before), _without_place(now)
     fixed = differences(before, {key: value for key, value in now.items() if not is_free(key)})
     if fixed and _has_results(folder):
         more = f" and {len(fixed) - MOST_SHOWN} more" if len(fixed) > MOST_SHOWN else ""
@@ -51,6 +54,20 @@ def check_same_run(config: Config) -> list[str]:
         )
     free = {key: value for key, value in now.items() if is_free(key) and key != "run.root"}
     return fixed + differences(before, free)
+
+
+JOB_FOLDER = re.compile(r"^/.*/working_dir_files/_ray_pkg_\w+/")
+"""Where Ray unpacks the working folder of a job, which has another name for each job."""
+
+
+def _without_place(settings: Flat) -> Flat:
+    """Settings whose paths do not tell which job, home or working folder they were found from."""
+    return {
+        key: JOB_FOLDER.sub("", as_found_here(value))
+        if key.endswith(".path") and isinstance(value, str)
+        else value
+        for key, value in settings.items()
+    }
 
 
 def record_start(config: Config) -> None:

@@ -16,6 +16,7 @@ from treerpo_ray.driver.supervisor import Supervisor
 from treerpo_ray.driver.worker_entry import run_worker
 from treerpo_ray.errors import one_line
 from treerpo_ray.metrics.run_log import Event
+from treerpo_ray.run_folder.patience import DiskRefused
 from treerpo_ray.task import STREAM, RunActors, WorkerTask
 from treerpo_ray.tree_stream import tree_stream
 
@@ -70,6 +71,7 @@ class TrainGroup:
         fit_once: Runs one group to its end; returns what it failed of, None if it ended well.
         actors: Those of the run.
         supervisor: Follows the wait before a start.
+        is_stopping: Whether the run is told to stop.
         sleep: Waits so many seconds.
     """
 
@@ -80,22 +82,28 @@ class TrainGroup:
         fit_once: Callable[[], Exception | None],
         actors: RunActors,
         supervisor: Supervisor,
+        is_stopping: Callable[[], bool],
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.limits, self.fit_once = limits, fit_once
         self.actors, self.supervisor, self.sleep = actors, supervisor, sleep
+        self.is_stopping = is_stopping
 
     def fit(self) -> int:
         """Train to the end of the run or to its stop; returns the learner steps that are done.
 
         Raises:
             ValueError: a worker refuses its input, as it would again.
+            KeyboardInterrupt: the run was told to stop before a group was started, or one failed
+                that was: the last checkpoint is the end.
             Exception: what the last group failed of, after too many failures without progress.
         """
         failures = reached = 0
         fewest, most = self.limits.fewest_workers, self.limits.num_workers
         number = f"{most}" if fewest == most else f"{fewest} to {most}"
         while True:
+            if self.is_stopping():
+                raise KeyboardInterrupt
             self.supervisor.console.note(f"starting {number} train worker(s)")
             error = self.fit_once()
             done = ray.get(self.actors.gate.done.remote())
@@ -104,13 +112,16 @@ class TrainGroup:
             wrong_input = _wrong_input(error)
             failures = 1 if done > reached else failures + 1
             reached = max(done, reached)
-            is_over = wrong_input is not None or failures > self.limits.max_failures
+            is_over = self.is_stopping() or wrong_input is not None or _is_refused(error)
+            is_over |= failures > self.limits.max_failures
             wait_s = 0.0 if is_over else restart_wait_s(failures)
             lost: dict[str, str | float] = {"step": done, "failures": failures, "wait_s": wait_s}
             lost["cause"] = root_cause(error)
             ray.get(self.actors.run_log.event.remote(Event(kind="learner_lost", fields=lost)))
             if is_over:
                 self.supervisor.show_last()
+                if self.is_stopping():
+                    raise KeyboardInterrupt from error
                 raise wrong_input or error
             ray.get(self.actors.heartbeats.forget.remote("learner"))
             self.supervisor.run(partial(self.sleep, wait_s))
@@ -128,6 +139,14 @@ def _wrong_input(error: Exception) -> ValueError | None:
             if type(failure) is ValueError:
                 return ValueError(one_line(failure))
     return None
+
+
+def _is_refused(error: Exception) -> bool:
+    """Whether the group failed of a disk that was waited for in vain: it would train the same steps
+    again, and fail of it again."""
+    return isinstance(error, ray.train.WorkerGroupError) and any(
+        isinstance(failure, DiskRefused) for failure in error.worker_failures.values()
+    )
 
 
 def restart_wait_s(failures: int) -> float:

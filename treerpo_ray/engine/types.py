@@ -9,6 +9,7 @@ from typing import Self
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import EngineConfig, ModelConfig
 from treerpo_ray.metrics.run_log import Row
+from treerpo_ray.prompts.prompt_set import resolve_model_path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +39,29 @@ class EngineSetup:
     def can_serve(self, other: "EngineSetup") -> bool:
         """Whether engines that were started for this can serve a run that asks for `other`."""
         mine, theirs = ((each.model, each.engine, each.probe_tolerance) for each in (self, other))
-        return mine == theirs and self.max_tokens >= other.max_tokens
+        if mine != theirs or self.max_tokens < other.max_tokens:
+            return False
+        if self.max_tokens == other.max_tokens:
+            return True
+        start = _long_rope_start(self.model)
+        return start is None or (self.max_tokens >= start) == (other.max_tokens >= start)
+
+
+def _long_rope_start(model: ModelConfig) -> int | None:
+    """Tokens from which on engines of a model compute with LongRoPE's factors for long texts, which
+    they are started with; None if it has no such factors."""
+    from transformers import AutoConfig  # for runs that share engines alone
+
+    path = resolve_model_path(model.path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    rope = config.get_text_config().rope_parameters or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    starts = [
+        each["original_max_position_embeddings"]
+        for each in kinds
+        if each.get("rope_type") == "longrope" and "original_max_position_embeddings" in each
+    ]
+    return min(starts, default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,8 @@ T = TypeVar("T")
 SumT = TypeVar("SumT", bound=_Addable)
 STATE_FILE = "learner.json"
 OPTIMIZER_FILE = "optimizer.pt"
+CHECKPOINT_BYTES = 12
+"""Of each parameter in a checkpoint: its weight and both of its moments, in float32."""
 BASELINE_STEPS = 10
 """Learner steps that the baseline of `past_baseline` is the mean of: many enough for a small error,
 few enough to follow a policy that learns."""
@@ -277,6 +279,11 @@ class Learner:
 
     # Checkpoints -----------------------------------------------------------------------------
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes that `write` writes, about: the weights and both moments in float32."""
+        return CHECKPOINT_BYTES * sum(each.numel() for each in self.policy.model.parameters())
+
     def write(self, folder: Path) -> None:
         """Write everything that a resumed run needs."""
         self.policy.save_pretrained(folder / MODEL_FOLDER)
@@ -284,7 +291,8 @@ class Learner:
             "optimizer": self.optimizer.state_dict()["state"],
             "torch_rng": torch.get_rng_state(),
         }
-        torch.save(state, folder / OPTIMIZER_FILE)
+        with (folder / OPTIMIZER_FILE).open("wb") as file:
+            torch.save(state, file)  # which would not say that the disk is full, if it opened it
         counts = {"version": self.version, "optimizer_steps": self.optimizer_steps}
         past = {"past_values": list(self._past_values)}
         (folder / STATE_FILE).write_text(json.dumps(counts | past))

@@ -34,7 +34,8 @@ FATAL = "fatal"
 """Kind of an event that ends the run, with its `reason`."""
 NOTICES = {
     *("engine_serving", "engine_lost", "engine_draining", "engine_left", "tree_moved"),
-    *(FATAL, "waiting", "learner_started", "learner_lost", "write_failed"),
+    *(FATAL, "waiting", "learner_started", "learner_lost"),
+    *("write_failed", "write_waits", "write_done"),
     *("checkpoint_passed_over", "engine_work_failed", "check_failed"),
 }
 """Events that whoever follows the run should see; what this module warns of comes with them."""

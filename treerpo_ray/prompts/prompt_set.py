@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from jinja2 import Environment, TemplateError
 from jinja2.meta import find_undeclared_variables
 
-from treerpo_ray.config.sections import DataConfig
+from treerpo_ray.config.sections import PACKAGE_PARENT, DataConfig
 from treerpo_ray.errors import one_line
 from treerpo_ray.prompts.chats import with_system
 from treerpo_ray.prompts.hub import HUB_ID, Unreachable, is_unreachable
@@ -24,7 +24,6 @@ if TYPE_CHECKING:  # prompts also travel to processes that have no use for a tok
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 
-PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 OWN_VARIABLES = {
     *("messages", "tools", "documents", "add_generation_prompt", "raise_exception"),
     *("strftime_now", "bos_token", "eos_token", "pad_token", "unk_token", "sep_token"),

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -15,12 +16,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from treerpo_ray.errors import one_line
 from treerpo_ray.run_folder.files import RunFolder, Write, names_below, sync, sync_all
+from treerpo_ray.run_folder.patience import DiskRefused, Patience
 from treerpo_ray.run_folder.writer import BackgroundWriter, OnFailure, Warn
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 FOLDER = "checkpoints"
 LIST_FILE = "files.json"
 """Digest of every file of a checkpoint; there last, so that its presence means it is whole."""
@@ -63,11 +68,7 @@ class Checkpoints:
                 checkpoints are untouched.
         """
         try:
-            files = {name: _digest(staging / name) for name in names_below(staging)}
-            (staging / LIST_FILE).write_text(json.dumps(files, indent=1))
-            sync_all(staging)
-            if fault := _fault(staging):
-                raise OSError(f"{staging}: {fault}")
+            files = _list_files(staging)
             if self._folder.is_local:
                 for path in Path(self._folder.root).glob("*.jsonl"):
                     sync(path)  # what tells of the steps before is not to be lost where this stays
@@ -82,6 +83,20 @@ class Checkpoints:
     def save(self, step: int, write: Write) -> None:
         """Stage what `write` writes and place it, both at once."""
         self.place(step, self.stage(write))
+
+    def rescue(self, step: int, write: Write) -> str:
+        """Write the checkpoint of `step` to this machine's folder of temporary files, where its
+        place takes nothing; returns what to do with it, or why there is none.
+        """
+        folder = Path(tempfile.mkdtemp(prefix="treerpo-rescued-"))
+        try:
+            write(folder)
+            _list_files(folder)
+        except Exception as error:  # whatever this disk says
+            shutil.rmtree(folder, ignore_errors=True)
+            return f"nor is there room for it in {folder.parent} ({one_line(error)})"
+        place = f"{self._folder}/{name_of(step)}"
+        return f"it is in {folder} on {socket.gethostname()}: move it to {place} to go on from it"
 
     def _remove_old(self, step: int) -> None:
         steps = self.steps()
@@ -119,6 +134,20 @@ class Checkpoints:
 def name_of(step: int) -> str:
     """Folder of the checkpoint of a learner step, in the run folder."""
     return f"{FOLDER}/step={step:06d}"
+
+
+def _list_files(folder: Path) -> dict[str, str]:
+    """List the files of a new checkpoint, and check that the disk holds them; returns the list.
+
+    Raises:
+        OSError: it does not.
+    """
+    files = {name: _digest(folder / name) for name in names_below(folder) if name != LIST_FILE}
+    (folder / LIST_FILE).write_text(json.dumps(files, indent=1))
+    sync_all(folder)
+    if fault := _fault(folder):
+        raise OSError(f"{folder}: {fault}")
+    return files
 
 
 def _digest(path: Path) -> str:
@@ -162,14 +191,16 @@ class SaveTimes:
 class CheckpointSaver:
     """Saves checkpoints while training goes on: they are placed in the background.
 
-    One that fails is told, and due again at once; so is one that is left out, for the one before
-    it is still on its way.
+    While the disk does not take one, training waits: else there would be ever more steps to do
+    again. One that cannot be placed is told, and due again at once; so is one that is left out, for
+    the one before it is still on its way. The last one is waited for whatever it fails of.
 
     Args:
         checkpoints: Where they go.
         every: Learner steps between two.
         step: Learner step that training begins at; it needs none.
         warn: Told what is not as it should be, and the reason.
+        patience: Waits for the disk.
         times: How long each part is waited for.
     """
 
@@ -180,9 +211,11 @@ class CheckpointSaver:
         every: int,
         step: int,
         warn: Warn,
+        patience: Patience,
         times: SaveTimes | None = None,
     ) -> None:
         self._checkpoints, self._every, self._warn = checkpoints, every, warn
+        self._patience = patience
         self._times = times or SaveTimes()
         self._saved = step
         self._error: Exception | None = None
@@ -200,23 +233,26 @@ class CheckpointSaver:
         placed: Callable[[], object],
         *,
         before_place: Callable[[Path], object] = lambda folder: None,
+        num_bytes: int = 0,
         is_last: bool,
     ) -> None:
         """Save the checkpoint of `step`; returns once it is written here, if it is not the last.
 
         Args:
             step: Learner steps done.
-            write: Fills its folder.
+            write: Fills its folder; is called again where the disk does not take it all.
             before_place: Fills the folder with the rest and returns when it may be put in its
                 place, awaited in the background for however long it takes; the checkpoint is left
                 out if it raises.
             is_settled: Whether the run folder holds what comes before the checkpoint; that is
                 awaited for a limited time, in the background.
             placed: Told, in the background, that the checkpoint is in its place.
+            num_bytes: Its size, about.
             is_last: Whether none comes after it, so that it is waited for.
 
         Raises:
-            Exception: the last one failed; whatever the disk or the store raised.
+            DiskRefused: the disk did not take it; the message says where it is instead.
+            Exception: the last one failed for another reason.
         """
         name, limit_s = f"checkpoint of step {step}", None if is_last else self._times.place
 
@@ -225,24 +261,38 @@ class CheckpointSaver:
 
         if not self._writer.settle(limit_s, left_out):
             return
-        before, self._saved, self._error = self._saved, step, None
+        saved, self._saved, self._error = self._saved, step, None
         is_written = threading.Event()
+
+        def fill(folder: Path) -> None:
+            write(folder)
+            before_place(folder)
+
+        def place(staging: Path) -> None:
+            try:
+                before_place(staging)
+                self._settle(name, is_settled)
+            except BaseException:
+                shutil.rmtree(staging, ignore_errors=True)
+                raise
+            self._checkpoints.place(step, staging)
+
+        def stage() -> Path:
+            return self._checkpoints.stage(write)
 
         def work() -> None:
             try:
-                staging = self._checkpoints.stage(write)
-                is_written.set()
-                try:
-                    before_place(staging)
-                    self._settle(name, is_settled)
-                except BaseException:
-                    shutil.rmtree(staging, ignore_errors=True)
-                    raise
-                self._checkpoints.place(step, staging)
+                if is_last:
+                    self._until_written(step, lambda: place(stage()), num_bytes, fill)
+                else:
+                    staging = self._until_written(step, stage, num_bytes, fill)
+                    is_written.set()
+                    place(staging)
                 placed()
             except Exception as error:  # any store's own
-                self._saved, self._error = before, error
-                raise
+                self._saved, self._error = saved, error
+                if not isinstance(error, DiskRefused):  # the caller raises it
+                    raise
             finally:
                 is_written.set()
 
@@ -252,8 +302,16 @@ class CheckpointSaver:
             is_written.wait()
         if is_last:
             self._writer.settle()
-            if self._error is not None:
-                raise self._error
+        if self._error is not None and (is_last or isinstance(self._error, DiskRefused)):
+            raise self._error
+
+    def _until_written(
+        self, step: int, attempt: Callable[[], T], num_bytes: int, write: Write
+    ) -> T:
+        try:
+            return self._patience.until_written(f"checkpoint of step {step}", attempt, num_bytes)
+        except DiskRefused as refused:
+            raise DiskRefused(f"{refused}; {self._checkpoints.rescue(step, write)}") from None
 
     def settle(self) -> None:
         """Wait until no checkpoint is on its way any more."""

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from treerpo_ray.run_folder.disk import size
 from treerpo_ray.run_folder.files import RunFolder, Scalar
 from treerpo_ray.run_folder.writer import BackgroundWriter, Warn
 
@@ -68,8 +69,9 @@ class AppendLog:
         self._uploaded_sizes: dict[str, int] = {}
         self._is_uploaded = folder.is_local
         self._disk = BackgroundWriter(
-            lambda _, reason: warn("log_delayed", reason),
+            lambda _, reason: warn("log_delayed", f"{reason}; {self._waiting()} wait"),
             name="lines",
+            place=self.path,
             caught_up=lambda: warn("log_caught_up", str(self.path)),
             retry_s=self._times.retry,
             close_s=self._times.disk_close,
@@ -84,6 +86,12 @@ class AppendLog:
                 pause_s=self._times.upload_every,
                 close_s=self._times.store_close,
             )
+
+    def _waiting(self) -> str:
+        """The lines that wait, for people."""
+        with self._counting:
+            texts = [text for _, text in self._lines]
+        return f"{len(texts)} lines ({size(sum(map(len, texts)))})"
 
     def _take_up(self, name: str) -> None:
         """Continue a file that is there, without a line that a crash left unfinished."""

@@ -8,6 +8,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
+
+from treerpo_ray.run_folder.disk import explain
 
 Work = Callable[[], object]
 """Writes something; whatever it raises counts as a failure."""
@@ -47,6 +50,7 @@ class BackgroundWriter:
         retry_s: Time between attempts.
         pause_s: Time between one that is done and the next.
         close_s: Time that is left for what waits at the end.
+        place: Where it writes, if it is on this machine; a failure for want of room tells of it.
     """
 
     def __init__(
@@ -60,10 +64,13 @@ class BackgroundWriter:
         retry_s: float = 5.0,
         pause_s: float = 0.0,
         close_s: float = 60.0,
+        place: Path | None = None,
     ) -> None:
         self._warn, self._caught_up, self._on_failure = warn, caught_up, on_failure
         self._max_waiting, self._close_s = max_waiting, close_s
-        self._retry_s, self._pause_s = retry_s, pause_s
+        self._retry_s, self._pause_s, self._place = retry_s, pause_s, place
+        self._error: Exception | None = None
+        """What the first job failed of."""
         # Held by the one that changes or tells something, never over the work itself.
         self._changed = threading.Condition()
         self._jobs: deque[_Job] = deque()  # the first one may be in work
@@ -111,6 +118,21 @@ class BackgroundWriter:
                 self._changed.notify_all()
             return not self._jobs
 
+    def make_room(self, limit_s: float = 1.0) -> None:
+        """Wait until one more may wait, for so long; raises what the first in line fails of."""
+        with self._changed:
+            has_room = lambda: len(self._jobs) - self._is_working < self._max_waiting  # noqa: E731
+            self._changed.wait_for(lambda: has_room() or self._error is not None, limit_s)
+            if not has_room() and self._error is not None:
+                raise self._error
+
+    def flush(self, limit_s: float) -> None:
+        """Wait until all is done, for so long; raises what the first in line fails of."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._jobs or self._error is not None, limit_s)
+            if self._jobs and self._error is not None:
+                raise self._error
+
     def close(self, last: Work | None = None) -> str | None:
         """Do what waits and then `last`, within a limited time; what fails now is left out.
 
@@ -137,8 +159,9 @@ class BackgroundWriter:
             fault = None
             try:
                 job.work()
+                self._error = None
             except Exception as error:  # any sink's own
-                fault = f"{type(error).__name__}: {error}"
+                self._error, fault = error, explain(error, self._place)
             with self._changed:
                 self._is_working = False
                 wait_s = self._pause_s

@@ -1,0 +1,122 @@
+"""Stop: what Ctrl-C, SIGTERM and SIGHUP do to a command, from its first line to its last.
+
+- Before anything is started the command ends where it is (`ended_at_once`).
+- At work (`Stop.at_work`) it ends by a KeyboardInterrupt in its main thread, so that whatever was
+  started is ended.
+- Where there is a better end, such as that of a learner step (`Stop.gently`), the first signal asks
+  for it, and another one ends the command as before.
+
+A cluster manager, `timeout` and a terminal may send the same signal twice at once, to a process and
+to its group: signals within a second count as one.
+"""
+
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SAME_S = 1.0
+"""Time within which several signals are one."""
+STOPPED = 130
+"""Exit status of a command that was stopped, by whichever signal."""
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Have the signals handled so for a while, where this is the main thread, which has them.
+
+    A SIGHUP that is ignored stays so: that is what `nohup` is for.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        number: signal.signal(number, handler)
+        for number in SIGNALS
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+@contextmanager
+def ended_at_once() -> Iterator[None]:
+    """While there is nothing that would have to be ended, a signal ends the process, with a line,
+    in the middle of whatever it imports or reads: an exception may be lost there, or be printed
+    with the stacks of others."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):  # it is closed, gone, or in the middle of a line
+                stream.flush()
+        with suppress(OSError):
+            os.write(2, b"stopped\n")
+        os._exit(STOPPED)
+
+    with _handled(end):
+        yield
+
+
+class Stop:
+    """What signals ask of a piece of work.
+
+    Args:
+        same_s: Time within which several signals are one.
+    """
+
+    def __init__(self, *, same_s: float = SAME_S) -> None:
+        self._same_s = same_s
+        self._ask: Callable[[], object] | None = None
+        self._last = -math.inf
+        self._terminals = [number for number in (0, 1, 2) if os.isatty(number)]
+        self.is_asked = False
+        """Whether a signal has come."""
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Meanwhile a signal raises KeyboardInterrupt in the main thread."""
+        with _handled(self._on_signal):
+            yield
+
+    @contextmanager
+    def gently(self, ask: Callable[[], object]) -> Iterator[None]:
+        """Meanwhile the first signal calls `ask`, which is to return at once."""
+        self._ask = ask
+        try:
+            yield
+        finally:
+            self._ask = None
+
+    def raise_if_asked(self) -> None:
+        """Raise the KeyboardInterrupt of a signal that came while nothing was to be interrupted."""
+        if self.is_asked:
+            raise KeyboardInterrupt
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            self._leave_terminal()
+        now = time.monotonic()
+        if now - self._last < self._same_s:
+            return
+        self._last = now
+        was_asked, self.is_asked = self.is_asked, True
+        if was_asked or self._ask is None:
+            raise KeyboardInterrupt
+        self._ask()
+
+    def _leave_terminal(self) -> None:
+        """Send what would be printed there nowhere: it is closed, and printing would fail."""
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for terminal in self._terminals:
+            os.dup2(nowhere, terminal)
+        os.close(nowhere)
+        self._terminals = []
