@@ -20,6 +20,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -285,6 +286,7 @@ class TrainWorker:
             "time/update_s": self._updated_at - self._arrived_at,
             "time/sync_s": now - self._updated_at,
             "time/step_s": now - self._started_at,
+            "tokens/total": self.sampled_tokens,
             "tokens/per_s": update.stats.num_sampled_tokens / (now - self._started_at),
             **self.engines.since_last(totals),
         }
@@ -373,7 +375,7 @@ class TrainWorker:
         tokenizer = self.learner.policy.tokenizer
         with closing(Scorer(self.config.verifier, tokenizer)) as scorer:
             evaluate(
-                self.config,
+                replace(self.config, evaluate=self.config.evaluate.interim),
                 held_out,
                 self.actors.pool,
                 self.actors.run_log,

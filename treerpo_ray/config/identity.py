@@ -9,7 +9,8 @@ FREE = (
     *("run.name", "run.root", "run.num_steps", "run.max_sampled_tokens", "run.stall_timeout_s"),
     *("engine.", "sync.", "checkpoint.", "metrics."),
     *("verifier.num_workers", "verifier.timeout_s", "verifier.memory_mib", "verifier.resources"),
-    *("verifier.max_error_share", "evaluate.every", "evaluate.benchmarks"),
+    *("verifier.max_error_share",),
+    *("evaluate.every", "evaluate.interim_samples", "evaluate.benchmarks"),
     *("learner.num_workers", "learner.min_workers", "learner.resources", "learner.cpu_threads"),
     *("learner.max_failures", "learner.token_budget", "learner.gradient_checkpointing"),
 )

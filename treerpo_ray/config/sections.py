@@ -5,7 +5,7 @@ string below a new key is what `--help` says of it.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -310,6 +310,16 @@ class EvaluateConfig:
     """Data sets by name, for `jobs/evaluate.py`; training evaluates `data` alone."""
     every: int = field(default=0, metadata=NOT_NEGATIVE)
     """Learner steps between evaluations during training; 0: only before and after."""
+    interim_samples: int | None = field(default=None, metadata=POSITIVE)
+    """Answers a problem of the evaluations during training, which show a curve and decide nothing;
+    as `num_samples` if not given."""
+
+    @property
+    def interim(self) -> "EvaluateConfig":
+        """Settings of the evaluations during training."""
+        if self.interim_samples is None:
+            return self
+        return replace(self, num_samples=self.interim_samples, pass_ks=())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,7 +96,7 @@ class TrainGroup:
         fewest, most = self.limits.fewest_workers, self.limits.num_workers
         number = f"{most}" if fewest == most else f"{fewest} to {most}"
         while True:
-            self.supervisor.console.note(f"starting {number} train worker(s)")
+            self.supervisor.console.begin_stage(f"starting {number} train worker(s)")
             error = self.fit_once()
             done = ray.get(self.actors.gate.done.remote())
             if error is None:
