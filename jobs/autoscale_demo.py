@@ -63,7 +63,7 @@ def show(overrides: list[str]) -> int:
     config = load([*SETTINGS, *overrides])
     check_vllm(config)
     inputs = load_inputs(config)
-    console = Console(config.run.num_steps)
+    console = Console(config)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is taken down
     with autoscaling_cluster() as address:
         os.environ["RAY_ADDRESS"] = address

@@ -36,10 +36,7 @@ def main(arguments: list[str]) -> int:
 
 def evaluate(arguments: list[str]) -> int:
     """Evaluate, and print the table and one line of JSON."""
-    from treerpo_ray.driver.benchmarks import configure, run_benchmarks
-    from treerpo_ray.driver.cluster import check_vllm
-    from treerpo_ray.evaluate.report import plain, show, table, with_mean
-    from treerpo_ray.metrics.console import Console
+    from treerpo_ray.metrics.console import Console  # light: the first line is there in no time
 
     names: list[str] = []
     rest = list(arguments)
@@ -51,9 +48,15 @@ def evaluate(arguments: list[str]) -> int:
         del rest[at : at + 2]
     if not rest or rest[0].startswith("-") or "=" in rest[0] or rest[0].endswith(".yaml"):
         raise ValueError("the model comes first: a folder, a Hugging Face id or a run folder")
+    console = Console()
+    with console.stage("loading the libraries"):
+        from treerpo_ray.driver.benchmarks import configure, run_benchmarks
+        from treerpo_ray.driver.cluster import check_vllm
+        from treerpo_ray.evaluate.report import plain, show, table, with_mean
+
     config = configure(rest[0], names, rest[1:])
     check_vllm(config)
-    found = run_benchmarks(config, rest[0], Console(0))
+    found = run_benchmarks(config, rest[0], console)
     scores, one = with_mean(config.folder, found), next(iter(found.values()))
     show(table(scores, one.sampling))
     print(json.dumps({"folder": config.folder, **one.sampling_fields, "scores": plain(scores)}))

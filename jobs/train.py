@@ -18,32 +18,42 @@ from treerpo_ray.stop import STOPPED
 
 def train(arguments: list[str]) -> int:
     """Check all input, train and print the result; returns the exit status."""
-    from treerpo_ray.config.files import describe, load
-
     if {"-h", "--help"} & set(arguments):
+        from treerpo_ray.config.files import describe
+
         print(f"{__doc__}\nSections and keys, with their defaults:\n{describe()}")
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    config = load([argument for argument in arguments if argument != "--dry-run"])
-    from treerpo_ray.driver.cluster import check_vllm
-    from treerpo_ray.driver.plan import plan_lines, preflight
-    from treerpo_ray.driver.start import check_same_run
+    from treerpo_ray.metrics.console import Console  # light: the first line is there in no time
+
+    own = [argument for argument in arguments if argument != "--dry-run"]
+    console = Console()
+    with console.stage("loading the libraries"):
+        from treerpo_ray.config.files import load
+
+        console.config = config = load(own)
+        from treerpo_ray.driver.cluster import check_vllm
+        from treerpo_ray.driver.next_steps import next_steps
+        from treerpo_ray.driver.outcome import describe_outcome, summary_json
+        from treerpo_ray.driver.plan import plan_lines, preflight
+        from treerpo_ray.driver.run import run
+        from treerpo_ray.driver.start import check_same_run
 
     check_same_run(config)
-    found = preflight(config)
-    print("\n".join(plan_lines(config, found)), file=sys.stderr)
+    with console.stage("checking model and data"):
+        found = preflight(config)
+        plan = plan_lines(config, found)
+    console.print_plan(plan)
     found.check_memory()
     if "--dry-run" in arguments:
         return 0
     check_vllm(config)
     inputs = found.inputs()
-    from treerpo_ray.driver.outcome import describe_outcome, summary_json
-    from treerpo_ray.driver.run import run
-    from treerpo_ray.metrics.console import Console
-
-    console = Console(config.run.num_steps)
     outcome = run(config, inputs, console)
     console.note(describe_outcome(config, outcome))
+    if outcome.is_complete:
+        for purpose, command in next_steps(config, own):
+            console.print_command(purpose, command)
     print(summary_json(config, outcome))
     return 0 if outcome.is_complete else STOPPED
 

@@ -1,5 +1,6 @@
 """Errors: on one line, of a run that failed, and what a command makes of them."""
 
+import re
 import sys
 from collections.abc import Callable
 
@@ -10,6 +11,23 @@ def one_line(error: BaseException) -> str:
     """Text of an error on one line, of bounded length, that any terminal can print."""
     text = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= 400 else f"{text[:400]}..."
+
+
+RAY_IDS = re.compile(
+    r"(?:,? ?\b(?:pid|(?:node|actor|worker|object|job|task)[ _]?id)\s?[=:]\s?| )?"
+    r"(?<![\w/.@-])[0-9a-f]{16,}(?![\w/.@-])|,? ?\bpid\s?[=:]\s?\d+",
+    re.I,
+)
+"""What Ray's messages name nodes, actors, objects and processes by; no part of a path."""
+
+
+def without_ids(text: str) -> str:
+    """A message for a person; the logs have it with its ids.
+
+    >>> without_ids("the actor died, node_id=0123456789abcdef0123456789abcdef, pid=17: no memory")
+    'the actor died: no memory'
+    """
+    return RAY_IDS.sub("", text)
 
 
 class RunFailed(Exception):
@@ -50,7 +68,7 @@ def run_command(
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RunFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print(without_ids(f"failed: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if stopped:

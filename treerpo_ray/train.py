@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -310,6 +311,7 @@ class TrainWorker:
             "time/update_s": self._updated_at - self._arrived_at,
             "time/sync_s": now - self._updated_at,
             "time/step_s": now - self._started_at,
+            "tokens/total": self.sampled_tokens,
             "tokens/per_s": update.stats.num_sampled_tokens / (now - self._started_at),
             **self.engines.since_last(totals),
         }
@@ -400,7 +402,7 @@ class TrainWorker:
         scorer = Scorer(self.config.verifier, tokenizer, on_fault=self._check_failed)
         with closing(scorer):
             evaluate(
-                self.config,
+                replace(self.config, evaluate=self.config.evaluate.interim),
                 held_out,
                 self.actors.pool,
                 self.actors.run_log,

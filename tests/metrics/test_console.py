@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 import rich.console
 
-from treerpo_ray.metrics.console import Console
+from treerpo_ray.algo.loss_config import LossConfig
+from treerpo_ray.config import Config
+from treerpo_ray.config.sections import GateConfig, LearnerConfig, RunConfig
+from treerpo_ray.metrics.console import Console, duration, short
+from treerpo_ray.metrics.run_log import Event
 
 REPOSITORY = Path(__file__).parents[2]
 ROW = {
@@ -17,25 +21,109 @@ ROW = {
     "groups/kept": 12,
     "groups/kept_share": 0.63,
     "loss/total": -0.0123,
+    "loss/kl": 0.0002,
+    "mismatch/mean": 0.0011,
     "staleness/mean": 0.5,
     "tokens/per_s": 12341.2,
+    "tokens/total": 250_400,
+    "time/step_s": 20.0,
 }
+EVALUATION = {
+    **{"step": 0, "eval/pass_at_1": 0.25, "eval/ci95_low": 0.2, "eval/ci95_high": 0.3},
+    **{"eval/length": 40.25, "eval/num_problems": 400, "eval/num_samples": 4},
+    **{"eval/temperature": 0.6, "eval/top_p": 1.0},
+}
+HEX = "9b6d8b209959ea0d2377f064fa87aa9da5430339f2e71b6f35807d2b"
 
 
-def console(is_terminal=False):
+class Clock:
+    """Seconds that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def run_of(num_steps=10, tokens=None, *, kl=0.1, staleness=1, threshold=0.1) -> Config:
+    return Config(
+        run=RunConfig(num_steps=num_steps, max_sampled_tokens=tokens),
+        gate=GateConfig(max_staleness=staleness),
+        loss=LossConfig(kl_coef=kl),
+        learner=LearnerConfig(prune_threshold=threshold),
+    )
+
+
+def console(is_terminal=False, width=80, config=None, clock=None):
     text = io.StringIO()
-    return Console(10, rich.console.Console(file=text, force_terminal=is_terminal, width=80)), text
+    to = rich.console.Console(file=text, force_terminal=is_terminal, width=width, color_system=None)
+    return Console(config or run_of(), to, clock or Clock()), text
 
 
-def test_a_step_is_one_line_under_its_titles_with_the_time_left():
+def cells(line: str) -> str:
+    return " ".join(line.split())
+
+
+def test_a_step_is_one_line_under_its_titles():
+    for is_terminal, width in ((False, 80), (True, 80), (True, 160)):
+        clock = Clock()
+        printer, text = console(is_terminal, width, clock=clock)
+        clock.now = 65.0
+        printer.print_step(ROW)
+        clock.now = 125.0
+        printer.print_step(ROW | {"step": 4, "time": 1060.0})
+        titles, first, second = text.getvalue().splitlines()
+        assert cells(titles) == "step reward kept loss kl mismatch stale tok/s tokens time left"
+        assert cells(first) == ("2/10 0.412 63% -0.0123 0.0002 0.0011 0.50 12.3k 250k 1m05s 2m40s")
+        assert cells(second) == ("4/10 0.412 63% -0.0123 0.0002 0.0011 0.50 12.3k 250k 2m05s 3m00s")
+        assert len(titles) == len(first) == len(second) <= 80
+
+
+def test_the_widest_table_has_80_columns():
+    printer, text = console(config=run_of(num_steps=1000))
+    widest = {"step": 1000, "loss/total": -1.2345, "groups/kept_share": 1.0}
+    printer.print_step(ROW | widest | {"tokens/total": 99_940_000, "tokens/per_s": 999_400})
+    assert {len(line) for line in text.getvalue().splitlines()} <= set(range(81))
+
+
+def test_columns_that_cannot_move_are_left_out():
+    cases = {
+        "kl": run_of(kl=0.0),
+        "stale": run_of(staleness=0),
+        "kept": run_of(threshold=-1),
+    }
+    for title, config in cases.items():
+        printer, text = console(config=config)
+        printer.print_step(ROW)
+        titles, line = text.getvalue().splitlines()
+        assert title not in titles.split() and len(titles.split()) == len(line.split()) == 10
+
+
+def test_the_time_left_has_evaluations_and_the_budget_of_tokens_in_it():
     printer, text = console()
-    printer.print_step(ROW)
-    printer.print_step(ROW | {"step": 4, "time": 1060.0})
-    titles, first, second = text.getvalue().splitlines()
-    assert " ".join(titles.split()) == "step reward kept loss kl mismatch stale tokens/s left"
-    assert " ".join(first.split()) == "2/10 0.412 63% -0.0123 - - 0.50 12,341 -"
-    assert " ".join(second.split()) == "4/10 0.412 63% -0.0123 - - 0.50 12,341 3m00s"
-    assert len(titles) == len(first) == len(second) <= 80
+    printer.expect_evaluation(30.0)
+    printer.print_step(ROW)  # 8 steps of 20 s
+    printer.print_step(ROW | {"step": 4, "time": 1100.0})  # 6 steps of 50 s, with an evaluation
+    printer.print_step(ROW | {"step": 10, "time": 1200.0})
+    assert [line.split()[-1] for line in text.getvalue().splitlines()] == [
+        "left", "3m10s", "5m30s", "30s"
+    ]  # fmt: skip
+    printer, text = console(config=run_of(tokens=400_000))
+    printer.print_step(ROW | {"tokens/total": 200_000})  # as many tokens again: 2 steps
+    assert text.getvalue().split()[-1] == "40s"
+
+
+def test_numbers_stay_short():
+    assert [duration(s) for s in (0.04, 9.94, 9.96, 59.6, 3599.4, 3600, 359_000)] == [
+        "0.0s", "9.9s", "10s", "1m00s", "59m59s", "1h00m", "99h43m"
+    ]  # fmt: skip
+    for count in (0, 9, 999.4, 999.6, 9994, 9996, 99_949, 99_951, 999_499, 999_501, 5e12):
+        shown = short(count)
+        assert len(shown) <= 5
+        unit = shown[-1] if shown[-1] in "kMBT" else ""
+        value = float(shown.removesuffix(unit)) * 1000.0 ** " kMBT".index(unit or " ")
+        assert value == pytest.approx(count, rel=0.006, abs=0.5)
 
 
 def test_a_step_without_an_update_says_so():
@@ -46,29 +134,85 @@ def test_a_step_without_an_update_says_so():
     )
 
 
-def test_an_evaluation_is_a_sentence():
+def test_an_evaluation_says_how_it_was_sampled_where_that_is_new():
     printer, text = console()
-    printer.print_step(
-        {"step": 0, "eval/pass_at_1": 0.25, "eval/ci95_low": 0.2, "eval/ci95_high": 0.3}
-        | {"eval/length": 40.25, "eval/num_problems": 400, "eval/num_samples": 4}
-        | {"eval/temperature": 0.6, "eval/top_p": 1.0}
-    )
-    assert " ".join(text.getvalue().split()) == (
-        "step 0: Pass@1 25.0% (95 % interval 20.0% to 30.0%), 40.2 tokens an answer; "
-        "400 problems, 4 answers each, temperature 0.6, top-p 1"
-    )
+    printer.print_step(EVALUATION)
+    printer.print_step(EVALUATION | {"step": 6, "eval/num_samples": 1})
+    printer.print_step(EVALUATION | {"step": 12, "eval/num_samples": 1})
+    assert text.getvalue().splitlines() == [
+        "step 0: Pass@1 25.0% (95 % interval 20.0% to 30.0%), 40.2 tokens an answer",
+        "        400 problems, 4 answers each, temperature 0.6, top-p 1",
+        "step 6: Pass@1 25.0% (95 % interval 20.0% to 30.0%), 40.2 tokens an answer",
+        "        400 problems, 1 answer each, temperature 0.6, top-p 1",
+        "step 12: Pass@1 25.0% (95 % interval 20.0% to 30.0%), 40.2 tokens an answer",
+    ]
+
+
+def test_ids_are_for_the_logs():
+    printer, text = console()
+    fields = {"engine": 0, "pid": 25236, "core": 25401, "node": HEX, "trees": 0, "seconds": 26}
+    printer.print_event(Event(kind="engine_serving", fields=fields))
+    reason = f"ActorDiedError: the actor died on node {HEX}, pid=25236: no memory"
+    printer.print_event(Event(kind="engine_lost", fields={"engine": 0, "reason": reason}))
+    where = "/cache/snapshots/0123456789abcdef0123/model is gone"
+    printer.print_event(Event(kind="waiting", fields={"what": where}))
+    assert text.getvalue().splitlines() == [
+        "engine serving: engine 0, trees 0, seconds 26",
+        "engine lost: engine 0, reason ActorDiedError: the actor died on node: no memory",
+        f"waiting: what {where}",
+    ]
+
+
+def test_a_stage_ends_with_what_it_waits_for_and_says_how_long_it_took():
+    clock = Clock()
+    printer, text = console(clock=clock)
+    with printer.stage("starting Ray"):
+        clock.now = 6.7
+    printer.begin_stage("starting 1 train worker(s)")
+    clock.now += 13
+    printer.print_event(Event(kind="learner_started", fields={"step": 0, "pid": 7}))
+    printer.end_stage()  # there is none any more
+    assert text.getvalue().splitlines() == [
+        "starting Ray ...", "starting Ray: done in 6.7s",
+        "starting 1 train worker(s) ...", "starting 1 train worker(s): done in 13s",
+        "learner started: step 0",
+    ]  # fmt: skip
+
+
+def test_a_stage_that_fails_is_not_said_to_be_done():
+    printer, text = console()
+    with pytest.raises(ValueError), printer.stage("starting Ray"):
+        raise ValueError
+    assert "done" not in text.getvalue()
+
+
+def test_prose_is_wrapped_for_a_terminal_and_commands_are_not():
+    words = "word " * 40
+    for is_terminal in (True, False):
+        printer, text = console(is_terminal)
+        printer.note(words)
+        printer.print_plan([f"data        {words}"])
+        printer.print_command("evaluate it", f"python {words}".strip())
+        lines = text.getvalue().splitlines()
+        assert lines[-2:] == ["evaluate it:", f"python {words}".strip()]
+        prose = lines[:-2]
+        if is_terminal:
+            assert all(len(line) <= 80 for line in prose) and len(prose) > 4
+            assert [line[:12].strip() for line in prose[3:]] == ["data", "", "", ""]
+        else:
+            assert len(prose) == 2
 
 
 def test_text_is_printed_as_it_is_and_without_control_characters_outside_a_terminal():
     printer, text = console()
-    printer.note("the prompt [bold]x[/bold] has [0] " + 100 * "a")
+    printer.note("the prompt [bold]x[/bold] has :train: [0] " + 100 * "a")
     with printer.progress("evaluation [x]", 8) as advance:
         for _ in range(8):
             advance(1)
     lines = text.getvalue().splitlines()
-    assert lines[0] == "the prompt [bold]x[/bold] has [0] " + 100 * "a"
+    assert lines[0] == "the prompt [bold]x[/bold] has :train: [0] " + 100 * "a"
     assert lines[1:-1] == ["evaluation [x] ..."] + [f"evaluation [x]: {n}/8" for n in (2, 4, 6)]
-    assert lines[-1] == "evaluation [x]: done in 0s"
+    assert lines[-1] == "evaluation [x]: done in 0.0s"
     assert "\x1b" not in text.getvalue()
 
 
@@ -78,11 +222,11 @@ def test_progress_on_a_terminal_ends_in_one_plain_line(total):
     with printer.progress("model load", total) as advance:
         advance(1)
     assert "model load" in text.getvalue()
-    assert text.getvalue().endswith("model load: done in 0s\n")
+    assert text.getvalue().endswith("model load: done in 0.0s\n")
 
 
 def test_stdout_stays_free(capsys):
-    printer = Console(10)
+    printer = Console(run_of())
     printer.note("hello")
     printer.print_step(ROW)
     assert capsys.readouterr().out == ""
@@ -92,7 +236,7 @@ def test_a_terminal_that_is_gone_does_not_end_the_run(tmp_path):
     """In a process of its own, whose standard error is a pipe that nobody reads."""
     code = (
         "from treerpo_ray.metrics.console import Console\n"
-        "console = Console(9)\n"
+        "console = Console()\n"
         "for step in range(9):\n"
         "    console.note('line ' * 20000)\n"
         "print('still here')\n"

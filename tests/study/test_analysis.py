@@ -239,6 +239,27 @@ def test_kept_groups_by_depth_add_up_over_the_run(run):
     assert [line.get_label() for line in lines.lines] == ["depth 1", "depth 2"]
 
 
+def test_a_depth_of_which_nothing_is_kept_has_a_share_of_zero_and_no_gap(tmp_path):
+    """What is none was not written by earlier versions."""
+    rows = [
+        {"step": 0, "eval/pass_at_1": 0.1},
+        {"step": 1, "groups/kept": 2, "groups/kept_depth_1": 2, "groups/pruned_depth_2": 4},
+        {"step": 2, "groups/kept": 0, "groups/pruned_depth_1": 2, "groups/pruned_depth_2": 4},
+        {"step": 3, "groups/kept": 3, "groups/kept_depth_1": 1, "groups/pruned_depth_1": 1}
+        | {"groups/kept_depth_2": 2, "groups/pruned_depth_2": 6},
+        {"step": 4, "groups/kept": 0},  # every group had an error: there is no share of nothing
+    ]
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bars, lines = plot_kept_by_depth(Run(str(tmp_path))).axes
+    shares = [line.get_ydata().tolist() for line in lines.lines]
+    assert shares == [
+        [1.0, 0.0, 0.5, pytest.approx(float("nan"), nan_ok=True)],
+        [0.0, 0.0, 0.25, pytest.approx(float("nan"), nan_ok=True)],
+    ]
+    assert [bar.get_height() for bar in bars.patches] == [3, 2, 3, 14]
+
+
 def test_the_pool_is_drawn_over_the_time_since_the_run_began(tmp_path):
     folder = write_small_run(tmp_path)
     with pytest.raises(ValueError, match="has no event pool in its events"):

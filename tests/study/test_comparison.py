@@ -13,6 +13,7 @@ from tests.support.project import ROOT
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config.files import to_yaml
 from treerpo_ray.evaluate.evaluation import Evaluation
+from treerpo_ray.metrics.sources import version_of
 from treerpo_ray.study.comparison import (
     CURVE,
     Comparison,
@@ -22,7 +23,6 @@ from treerpo_ray.study.comparison import (
     read_comparison,
     read_results,
     result_path,
-    version_of,
     write_result,
 )
 from treerpo_ray.study.comparison_curves import write_plot

@@ -30,6 +30,7 @@ class FakeWandb(types.ModuleType):
         self.rows, self.settings, self.is_finished = [], {}, False
         self.hold, self.is_logging = threading.Event(), threading.Event()
         self.hold.set()
+        self.axes, self.numbers = {}, []
 
     def login(self, prompt, verify):
         assert not prompt
@@ -49,13 +50,21 @@ class FakeWandb(types.ModuleType):
     def teardown(self):
         assert self.error or self.error_online
 
-    def define_metric(self, name, step_metric):
-        self.axis = (name, step_metric)
+    def define_metric(self, name, step_metric=None):
+        self.axes[name] = step_metric
 
-    def log(self, row):
+    def Table(self, columns, data):
+        return columns, data
+
+    def log(self, row, step):
         self.is_logging.set()
         assert self.hold.wait(60)
         self.rows.append(row)
+        self.numbers.append(step)
+
+    @property
+    def offline(self):
+        return self.settings["mode"] == "offline"
 
     def finish(self):
         self.is_finished = True

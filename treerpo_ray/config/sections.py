@@ -6,7 +6,7 @@ string below a new key is what `--help` says of it.
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -467,6 +467,16 @@ class EvaluateConfig:
     is taken from `prompts` as for `data`."""
     every: int = field(default=0, metadata=NOT_NEGATIVE)
     """Learner steps between evaluations during training; 0: only before and after."""
+    interim_samples: int | None = field(default=None, metadata=POSITIVE)
+    """Answers a problem of the evaluations during training, which show a curve and decide nothing;
+    as `num_samples` if not given."""
+
+    @property
+    def interim(self) -> "EvaluateConfig":
+        """Settings of the evaluations during training."""
+        if self.interim_samples is None:
+            return self
+        return replace(self, num_samples=self.interim_samples, pass_ks=())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -209,7 +209,9 @@ def run_benchmarks(config: Config, model: str, console: Console) -> dict[str, Ev
     with stop.at_work(), only_writer(folder), output_to_log(folder):
         folder.publish_file(f"eval/{CONFIG_FILE}", to_yaml(config).encode())
         try:
-            with connected(config, stop, trains=False):
+            with ExitStack() as session:
+                with console.stage("starting Ray"):
+                    session.enter_context(connected(config, stop, trains=False))
                 return dict(evaluate_all(config, source, prompts, tokenizer, console))
         except Exception as error:
             if isinstance(error, ValueError) and not isinstance(error, ray.exceptions.RayError):
@@ -264,9 +266,11 @@ def evaluate_all(
         ray.get(begun)
         with closing(watch_over(config, {"engines": pool, "metrics": run_log}, heartbeats)) as dog:
             supervisor = Supervisor(run_log=run_log, console=console, watchdog=dog)
-            with console.progress(f"starting {config.engine.num_engines} engine(s)", None):
+            with console.stage(f"starting vLLM: {config.engine.num_engines} engine(s)"):
                 supervisor.run(lambda: ray.get(pool.start.remote()))
-            with closing(make_scorer(config.verifier, tokenizer)) as scorer:
+            with ExitStack() as ending:
+                with console.stage("starting the verifier"):
+                    scorer = ending.enter_context(closing(make_scorer(config.verifier, tokenizer)))
                 for name, problems in prompts.items():
                     grade = partial(
                         _grade, config, name, problems, pool, scorer, console, heartbeats

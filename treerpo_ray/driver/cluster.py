@@ -51,6 +51,10 @@ HEAD_POLL_S = 5.0
 """Time between attempts to reach it."""
 
 
+TOKEN_WARNING = "ray._private.authentication.authentication_token_setup"
+"""Logger of Ray's warning that a cluster asks for a token."""
+
+
 RUNTIME_ENV = {
     "env_vars": {
         # Ray Data notices metadata that it fetches on a thread when the next block comes, or after
@@ -128,6 +132,8 @@ def connected(config: Config, stop: Stop, *, trains: bool = True) -> Iterator[No
             # Ray listens on every interface, and who may talk to it may run code. Unless told
             # otherwise it asks for a token: one that only the processes of this run know.
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            # Ray warns of that, with the words to turn it off, which nobody should.
+            logging.getLogger(TOKEN_WARNING).setLevel(logging.ERROR)
             with _own_session():
                 _init(
                     config,

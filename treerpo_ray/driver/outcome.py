@@ -33,7 +33,9 @@ def finished_outcome(config: Config) -> RunResult | None:
     if last not in Checkpoints(folder, config.checkpoint.keep).steps():
         return None
     before, after = (read_evaluation(folder, step) for step in (0, last))
-    if config.evaluate.data.path and (before is None or after is None):
+    if config.evaluate.data.path and not all(
+        each is not None and each.is_of(config.evaluate) for each in (before, after)
+    ):
         return None
     return collect_outcome(config, before, after, is_complete=True)
 

@@ -28,7 +28,8 @@ from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_
 from treerpo_ray.driver.train_group import TrainGroup, make_trainer
 from treerpo_ray.engine.types import EngineSetup, Sampling
 from treerpo_ray.errors import RunFailed
-from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation
+from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation, step_name
+from treerpo_ray.evaluate.examples import examples
 from treerpo_ray.evaluate.grading import evaluate
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.run_log import (
@@ -82,7 +83,9 @@ def run(
         try:
             if pool is not None:
                 return train(config, inputs, console, pool, stop)
-            with connected(config, stop):
+            with ExitStack() as session:
+                with console.stage("starting Ray"):
+                    session.enter_context(connected(config, stop))
                 return train(config, inputs, console, stop=stop)
         except Exception as error:
             if isinstance(error, ValueError) and not isinstance(error, ray.exceptions.RayError):
@@ -127,9 +130,14 @@ def train(
     with RunSession(config=config, inputs=inputs, console=console, pool=pool, stop=stop) as session:
         session.start_engines()
         before = session.evaluate(step=0)
+        if before is not None:
+            console.expect_evaluation(before.seconds)
+        session.show_examples(0, "before training")
         steps_done = session.train_group.fit()
         is_complete = steps_done >= session.last_step() and not stop.is_asked
         after = session.evaluate(steps_done) if is_complete else None
+        if is_complete:
+            session.show_examples(steps_done, "after training")
     return collect_outcome(config, before, after, is_complete=is_complete)
 
 
@@ -192,7 +200,7 @@ class RunSession:
 
     def start_engines(self) -> None:
         """Start the engines, unless a kept pool has them."""
-        with self.console.progress(f"starting {self.config.engine.num_engines} engine(s)", None):
+        with self.console.stage(f"starting vLLM: {self.config.engine.num_engines} engine(s)"):
             self.supervisor.run(lambda: ray.get(self.actors.pool.start.remote()))
 
     def last_step(self) -> int:
@@ -207,17 +215,27 @@ class RunSession:
             return None
         if self._scorer is None:
             model = self.config.model
-            tokenizer = load_tokenizer(model.path, model.trust_remote_code)
-            self._scorer = self._ending.enter_context(
-                closing(Scorer(self.config.verifier, tokenizer, on_fault=self._check_failed))
-            )
+            with self.console.stage("starting the verifier"):
+                tokenizer = load_tokenizer(model.path, model.trust_remote_code)
+                self._scorer = self._ending.enter_context(
+                    closing(Scorer(self.config.verifier, tokenizer, on_fault=self._check_failed))
+                )
         grade = partial(self._evaluate, self.inputs.held_out, self._scorer, step)
         return self.supervisor.run(grade)
+
+    def show_examples(self, step: int, when: str) -> None:
+        """Show a right and a wrong answer of the evaluation at `step`, where there are such."""
+        found = examples(RunFolder(self.config.folder), step_name(step))
+        if found:
+            self.console.note(f"{when}, for example:")
+        for example in found:
+            for line in example.lines(self.console.width):
+                self.console.note(line)
 
     def _evaluate(self, held_out: PromptSet, scorer: Scorer, step: int) -> Evaluation:
         config, actors = self.config, self.actors
         result = read_evaluation(RunFolder(config.folder), step)
-        if result is not None:
+        if result is not None and result.is_of(config.evaluate):
             return result
         version = ray.get(actors.pool.version.remote())
         if step == 0 and version:

@@ -104,7 +104,7 @@ class TrainGroup:
         while True:
             if self.is_stopping():
                 raise KeyboardInterrupt
-            self.supervisor.console.note(f"starting {number} train worker(s)")
+            self.supervisor.console.begin_stage(f"starting {number} train worker(s)")
             error = self.fit_once()
             done = ray.get(self.actors.gate.done.remote())
             if error is None:

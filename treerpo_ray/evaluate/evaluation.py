@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from treerpo_ray.algo.tree import StopReason
 from treerpo_ray.config.files import with_moved_modules
+from treerpo_ray.config.sections import EvaluateConfig
 from treerpo_ray.evaluate.scores import Samples, Score
 from treerpo_ray.metrics.run_log import Row
 from treerpo_ray.records import TreeRecord
@@ -134,6 +135,10 @@ class Evaluation:
         """How the answers were sampled, in words; no number of theirs means anything without."""
         answers = "1 answer" if self.num_samples == 1 else f"{self.num_samples} answers"
         return f"{answers} a problem, temperature {self.temperature:g}, top-p {self.top_p:g}"
+
+    def is_of(self, settings: EvaluateConfig) -> bool:
+        """Whether it has as many answers a problem as settings ask for: interim ones have fewer."""
+        return self.num_samples == settings.num_samples
 
     @property
     def sampling_fields(self) -> dict[str, float]:

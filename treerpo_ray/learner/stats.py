@@ -85,7 +85,7 @@ class BatchStats:
             "groups/pruned": pruned,
             "groups/kept_share": kept / max(total, 1),
             "groups/errored": self.groups[GroupState.ERRORED],
-            **{f"groups/{name}": n for name, n in sorted(self.groups.items()) if "depth" in name},
+            **self._groups_by_depth(),
             "groups/value_se": self.group_sums["value_se"] / max(kept + pruned, 1),
             **self._advantage_error(),
             **self._signal_to_noise(),
@@ -99,6 +99,12 @@ class BatchStats:
             "engine/moved_trees": self.num_moved,
             "gate/redraws": self.num_redraws,
         }
+
+    def _groups_by_depth(self) -> dict[str, float]:
+        """Of each depth that has groups those of every state, none too: a curve has no gaps."""
+        depths = {name.rpartition("_depth_")[2] for name in self.groups if "_depth_" in name}
+        names = [f"{state}_depth_{depth}" for depth in sorted(depths) for state in GroupState]
+        return {f"groups/{name}": self.groups[name] for name in names}
 
     def _advantage_error(self) -> dict[str, float]:
         """Mean standard error of the advantages that have one."""

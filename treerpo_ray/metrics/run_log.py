@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from treerpo_ray.actor import actor_method
 from treerpo_ray.metrics.health import StackDump, StageStatus
-from treerpo_ray.metrics.wandb import ID_FILE, WandbRun
+from treerpo_ray.metrics.wandb import ID_FILE, SENT_FILE, WandbRun
 from treerpo_ray.run_folder.files import RunFolder, Scalar, parse_lines
 from treerpo_ray.run_folder.lines import AppendLog, LogTimes
 
@@ -122,16 +122,15 @@ class RunLog:
         self._moved_at = time.monotonic()
         self._log = AppendLog(
             folder=RunFolder(config.folder),
-            names=(METRICS_FILE, EVENTS_FILE, ID_FILE),
+            names=(METRICS_FILE, EVENTS_FILE, ID_FILE, SENT_FILE),
             warn=self._warn,
             times=times,
         )
         self._rows = _parse_rows(parse_lines(self._log.read(METRICS_FILE)))
         self._wandb: WandbRun | None = None
         if config.metrics.wandb_project is not None:
-            last_step = max((row["step"] for row in self._rows), default=-1)
             self._wandb = make_wandb(
-                config, folder=self._log.path, last_step=last_step, warn=self._warn
+                config, folder=self._log.path, rows=list(self._rows), warn=self._warn
             )
 
     def step(self, row: Row) -> None:

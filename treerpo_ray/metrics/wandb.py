@@ -1,12 +1,23 @@
-"""A run on Weights & Biases: a copy of the metrics that can neither stop nor delay the run."""
+"""A run on Weights & Biases: a copy of the metrics that can neither stop nor delay the run.
+
+A row has the number of its line in `metrics.jsonl` as W&B's own step, so that the parts of a run
+that was resumed, each a folder of its own where they are offline, are one history once they are
+synced: no row is there twice, and none is missing that was on its way when the run was killed.
+"""
 
 import dataclasses
 import os
+import re
 import uuid
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from treerpo_ray.metrics.offline_wandb import offline_rows
+from treerpo_ray.metrics.sources import version_of
+from treerpo_ray.metrics.tables import Tables
+from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.writer import BackgroundWriter, OnFailure, Warn
 
 if TYPE_CHECKING:
@@ -15,8 +26,28 @@ if TYPE_CHECKING:
     from treerpo_ray.config import Config
 
 
+ROOT = Path(__file__).resolve().parents[2]
+Row = dict[str, float]
+"""See `run_log`."""
 ID_FILE = "wandb_id"
 """File in the run folder with the id under which a resumed run goes on."""
+SENT_FILE = "wandb_rows"
+"""File in the run folder with the number of each row that W&B was handed, and whether it was then
+`online`, or `offline` and may have lost it."""
+TOKENS = "tokens/total"
+"""Sampled tokens of the run until a row."""
+BY_TOKENS = ("eval", "reward")
+"""Areas of metrics that are drawn over TOKENS; the others are over learner steps."""
+
+
+def group_of(name: str, seed: int) -> str:
+    """What runs share that differ by their seed: the name without it.
+
+    >>> [group_of(name, 1) for name in ("quickstart-seed=1", "mine-1-b", "mine-1", "v1", "1")]
+    ['quickstart', 'mine-1-b', 'mine', 'v1', '1']
+    """
+    shorter = re.sub(rf"[-_](run\.)?seed[=_-]?{seed}(?=[-_]|$)|[-_]{seed}$", "", name)
+    return shorter or name
 
 
 class WandbRun:
@@ -24,10 +55,10 @@ class WandbRun:
     never asking for a key.
 
     Args:
-        config: The run's; it is shown on W&B.
-        folder: Local folder for the offline files and the id of the run.
-        last_step: Step that W&B has already; rows of earlier ones, which a resume repeats, are
-            left out, so that its step axis never runs backwards.
+        config: The run's; it is shown on W&B, with the version of the sources as `commit`.
+        folder: Local folder for the offline files, the id of the run and what W&B has of it.
+        rows: Those of the sessions before. What W&B does not have of them is sent; a row that
+            repeats one of them after a resume is left out, so that no axis runs backwards.
         warn: Told, with a kind and a reason, once when W&B does not answer and the run goes on
             offline, and once when W&B gets no more rows.
         max_waiting: Rows that may wait.
@@ -39,14 +70,22 @@ class WandbRun:
         config: "Config",
         *,
         folder: Path,
-        last_step: float,
+        rows: Sequence[Row],
         warn: Warn,
         max_waiting: int = 1000,
         close_s: float = 60.0,
     ) -> None:
-        self._config, self._folder, self._last_step = config, folder, last_step
+        self._config, self._folder = config, folder
         self._warn = warn
         self._run: wandb.Run | None = None
+        self._areas: set[str] = set()
+        self._num_rows = 0
+        self._last: tuple[float, set[bool]] = (-1.0, set())
+        """Highest step of a row, and whether those that have it are evaluations."""
+        self._tokens = 0.0
+        self._number = 0
+        """Of the row that was sent last."""
+        self._tables = Tables(RunFolder(config.folder), config)
         self._writer = BackgroundWriter(
             lambda _, reason: warn("wandb_stopped", f"{reason}; metrics.jsonl has all rows"),
             name="wandb",
@@ -54,27 +93,69 @@ class WandbRun:
             max_waiting=max_waiting,
             close_s=close_s,
         )
-        self._writer.put("start", self._start)
+        past = [self._numbered(row) for row in rows]
+        self._writer.put("start", partial(self._start, past))
 
-    def put(self, row: dict[str, float]) -> None:
-        """Hand over a row, which has a `step`; never blocks."""
-        if row["step"] >= self._last_step:
-            self._writer.put("row", partial(self._log, row))
+    def put(self, row: Row) -> None:
+        """Hand over the next row, which has a `step`; never blocks. Without TOKENS it gets those of
+        the row before."""
+        if (numbered := self._numbered(row)) is not None:
+            self._writer.put("row", partial(self._log, *numbered))
+
+    def _numbered(self, row: Row) -> tuple[int, Row] | None:
+        """The next row, complete, with its number; None if it repeats an earlier one."""
+        number, step, is_evaluation = self._num_rows, row["step"], "eval/pass_at_1" in row
+        self._num_rows += 1
+        last, kinds = self._last
+        if step < last or (step == last and is_evaluation in kinds):
+            return None
+        self._last = step, ({is_evaluation} | kinds if step == last else {is_evaluation})
+        self._tokens = row.get(TOKENS, self._tokens + row.get("tokens/sampled", 0.0))
+        return number, row | {TOKENS: self._tokens}
+
+    def _sent(self, num_rows: int) -> set[int]:
+        """Numbers of the rows that W&B has; of an earlier version's run all that are written."""
+        file, id_file = self._folder / SENT_FILE, self._folder / ID_FILE
+        if not id_file.exists():
+            return set()
+        if not file.exists():
+            return set(range(num_rows))
+        lines = file.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        file.write_text("".join(whole))  # without a line that a crash left unfinished
+        handed = [line.split() for line in whole]
+        sent = {int(number) for number, mode in handed if mode == "online"}
+        if any(mode == "offline" for _, mode in handed):
+            found = offline_rows(RunFolder(self._config.folder), id_file.read_text())
+            sent |= {int(row["_step"]) for row in found}
+        return sent
 
     def close(self) -> None:
         """Finish the run, within a limited time."""
         self._writer.close(self._finish)
 
-    def _log(self, row: dict[str, float]) -> None:
+    def _log(self, number: int, row: Row) -> None:
         assert self._run is not None
-        self._run.log(row)
+        for area in {name.partition("/")[0] for name in row if "/" in name} - self._areas:
+            axis = TOKENS if area in BY_TOKENS else "step"
+            self._run.define_metric(f"{area}/*", step_metric=axis)
+            self._areas.add(area)
+        self._number = number
+        self._run.log(row | self._tables.due(row["step"]), step=number)
+        with (self._folder / SENT_FILE).open("a") as file:
+            file.write(f"{number} {'offline' if self._run.offline else 'online'}\n")
 
     def _finish(self) -> None:
         assert self._run is not None
+        if late := self._tables.due(None):
+            self._run.log(late, step=self._number)
         self._run.finish()
 
-    def _start(self) -> None:
+    def _start(self, past: list[tuple[int, Row] | None]) -> None:
+        """Begin or go on with the run, and send what it does not have of the sessions before."""
         import wandb
+
+        sent = self._sent(len(past))
 
         should_send = os.environ.get("WANDB_MODE", "online") == "online"
         can_send = should_send and wandb.login(prompt=False, verify=False)
@@ -90,7 +171,13 @@ class WandbRun:
                 "wandb_offline",
                 f"{reason}; `wandb sync {self._folder}/wandb/offline-run-*` sends it later",
             )
-        self._run.define_metric("*", step_metric="step")
+        self._run.define_metric("step")
+        self._run.define_metric(TOKENS)
+        for number, row in filter(None, past):
+            if number in sent:
+                self._tables.pass_over(row["step"])
+            else:
+                self._log(number, row)
 
     def _init(self, mode: Literal["offline"] | None) -> "wandb.Run":
         import wandb
@@ -101,12 +188,14 @@ class WandbRun:
         return wandb.init(
             project=self._config.metrics.wandb_project,
             name=self._config.run.name,
+            group=group_of(self._config.run.name, self._config.run.seed),
             id=id_file.read_text(),
             resume="allow",
             dir=str(self._folder),
-            config=_without_sources(dataclasses.asdict(self._config)),
+            config=_settings(self._config) | {"commit": version_of(ROOT)},
             mode=mode,
-            # Metadata would hold the command line of a Ray worker, and with it Ray's password.
+            # Metadata would hold the command line of a Ray worker, and with it Ray's password, and
+            # its own look at git that of the folder which Ray runs it in.
             settings=wandb.Settings(
                 silent=True,
                 console="off",
@@ -117,9 +206,9 @@ class WandbRun:
         )
 
 
-def _without_sources(config: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
+def _settings(config: Config) -> dict[str, object]:
     """A configuration without the user's code, which is nobody's but the run folder's."""
     return {
         section: {key: value for key, value in keys.items() if key != "sources"}
-        for section, keys in config.items()
+        for section, keys in dataclasses.asdict(config).items()
     }

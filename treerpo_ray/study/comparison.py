@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import math
-import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
@@ -27,6 +26,7 @@ from treerpo_ray.config.identity import Flat
 from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation
 from treerpo_ray.metrics.run_log import last_step, latest_rows
+from treerpo_ray.metrics.sources import version_of
 from treerpo_ray.run_folder.files import RunFolder
 
 log = logging.getLogger(__name__)
@@ -251,21 +251,3 @@ def _unlike(result: Result, config: Config, default: Flat) -> list[str]:
     if limit is not None and abs(sum(tokens) - limit) > max(tokens):
         unlike.append(f"tokens: {sum(tokens):,.0f} instead of {limit:,}")
     return unlike
-
-
-def version_of(root: Path) -> str:
-    """Commit of the clone at `root`; if there is none, as in a Ray job, a checksum of sources."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", *arguments]
-        return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
-
-    # A folder that is no clone may lie in another one, whose commit says nothing of it.
-    if (root / ".git").exists() and (commit := git("describe", "--always")):
-        is_dirty = git("status", "--porcelain", "--", "treerpo_ray", "conf", "pyproject.toml")
-        return commit + "-dirty" * bool(is_dirty)
-    listed = hashlib.sha256()
-    for path in sorted([*root.glob("treerpo_ray/**/*.py"), *root.glob("conf/**/*.yaml")]):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        listed.update(f"{path.relative_to(root)} {digest}\n".encode())
-    return f"sources-{listed.hexdigest()[:12]}"

