@@ -5,7 +5,8 @@ from dataclasses import asdict
 import pytest
 
 from treerpo_ray.config import Config, load
-from treerpo_ray.config.identity import FREE, MAX_NAME, flatten, is_free
+from treerpo_ray.config.files import flat_settings, to_yaml
+from treerpo_ray.config.identity import FREE, MAX_NAME, differences, flatten, is_free
 
 QUICK = "conf/quickstart.yaml"
 
@@ -59,3 +60,30 @@ def test_every_free_key_exists() -> None:
     keys = [key for key, _ in flatten(asdict(Config()))]
     for free in FREE:
         assert any(key == free or key.startswith(free) for key in keys), free
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        (
+            [],
+            ["prompts.chat_template_args.enable_thinking=false"],
+            ["prompts.chat_template_args", "evaluate.data.chat_template_args"],
+        ),
+        (["prompts.chat_template_args.a=1"], ["prompts.chat_template_args.a=2",
+         "evaluate.data.chat_template_args.a=1"], ["prompts.chat_template_args"]),
+        (["prompts.mix.a.path=x"], ["prompts.mix.a.path=x", "prompts.mix.b.path=y"],
+         ["prompts.mix"]),
+        (["prompts.mix.a.path=x"], ["prompts.mix.a.path=x", "prompts.mix.a.weight=2"],
+         ["prompts.mix"]),
+        (["prompts.path=a.csv"], ["prompts.path=[a.csv, b.csv]"], ["prompts.path"]),
+        ([], ["model.stop=[x]"], ["model.stop"]),
+        ([], ["prompts.prompt_template='{question}!'"],
+         ["prompts.prompt_template", "evaluate.data.prompt_template"]),
+    ],
+)  # fmt: skip
+def test_a_setting_with_names_of_the_users_own_makes_another_run(before, now, told) -> None:
+    flat = [flat_settings(to_yaml(load(arguments))) for arguments in (before, now)]
+    for settings in (flat, flat[::-1]):
+        found = [each.partition("=")[0] for each in differences(*settings)]
+        assert sorted(key for key in found if not is_free(key)) == sorted(told)

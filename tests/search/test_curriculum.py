@@ -1,5 +1,6 @@
 """The curriculum: weights by hand, draws against their closed form, and nothing lost on disk."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,21 @@ def test_measurements_come_back_from_a_checkpoint_as_they_were(tmp_path: Path) -
     changed = load(["prompts.path=a.jsonl", "prompts.num_problems=9", "gate.revisit=0.25"])
     assert curriculum.read(tmp_path, changed.prompts) == thirds
     assert curriculum.read(tmp_path, load(["prompts.path=b.jsonl"]).prompts) == []
+
+
+def test_measurements_of_an_earlier_version_hold_for_the_same_prompts(tmp_path: Path) -> None:
+    config = load(["prompts.path=a.jsonl"])
+    curriculum.write(tmp_path, MEASURED, config.prompts)
+    content = json.loads((tmp_path / curriculum.FILE).read_text())
+    for key in ("mix", "prompt_template", "chat_template_args"):
+        del content["prompts"][key]
+    (tmp_path / curriculum.FILE).write_text(json.dumps(content))
+    assert curriculum.read(tmp_path, config.prompts) == MEASURED
+    other = load(["prompts.path=a.jsonl", "prompts.prompt_template='{question}!'"])
+    assert curriculum.read(tmp_path, other.prompts) == []
+    mixed = load(["prompts.mix.a={path: a.jsonl, chat_template_args: {b: 1}}"])
+    curriculum.write(tmp_path, MEASURED, mixed.prompts)
+    assert curriculum.read(tmp_path, mixed.prompts) == MEASURED
 
 
 def test_a_checkpoint_without_measurements_gives_none(tmp_path: Path) -> None:
