@@ -65,25 +65,31 @@ def test_every_free_key_exists() -> None:
 @pytest.mark.parametrize(
     ("before", "now", "told"),
     [
-        (
-            [],
-            ["prompts.chat_template_args.enable_thinking=false"],
-            ["prompts.chat_template_args", "evaluate.data.chat_template_args"],
-        ),
-        (["prompts.chat_template_args.a=1"], ["prompts.chat_template_args.a=2",
-         "evaluate.data.chat_template_args.a=1"], ["prompts.chat_template_args"]),
-        (["prompts.mix.a.path=x"], ["prompts.mix.a.path=x", "prompts.mix.b.path=y"],
-         ["prompts.mix"]),
+        ([], ["prompts.chat_template_args.a=high"],
+         ["prompts.chat_template_args.a=high (was not set)",
+          "evaluate.data.chat_template_args.a=high (was not set)"]),
+        (["prompts.chat_template_args.a=1"],
+         ["prompts.chat_template_args.a=2", "evaluate.data.chat_template_args.a=1"],
+         ["prompts.chat_template_args.a=2 (was 1)"]),
+        (["prompts.chat_template_args.a=1"], ["evaluate.data.chat_template_args.a=1"],
+         ["prompts.chat_template_args.a is not set (was 1)"]),
         (["prompts.mix.a.path=x"], ["prompts.mix.a.path=x", "prompts.mix.a.weight=2"],
-         ["prompts.mix"]),
-        (["prompts.path=a.csv"], ["prompts.path=[a.csv, b.csv]"], ["prompts.path"]),
-        ([], ["model.stop=[x]"], ["model.stop"]),
+         ["prompts.mix.a.weight=2.0 (was 1.0)"]),
+        (["prompts.mix.a.path=x", "prompts.mix.b.path=y"], ["prompts.mix.a.path=x"],
+         ["prompts.mix.b.path is not set (was y)"]),
+        (["prompts.path=a.csv"], ["prompts.path=[a.csv, b.csv]"],
+         ['prompts.path=["a.csv", "b.csv"] (was a.csv)']),
+        ([], ["model.stop=[x]"], ["model.stop=['x'] (was [])"]),
         ([], ["prompts.prompt_template='{question}!'"],
-         ["prompts.prompt_template", "evaluate.data.prompt_template"]),
+         ["prompts.prompt_template={question}! (was null)",
+          "evaluate.data.prompt_template={question}! (was null)"]),
     ],
 )  # fmt: skip
 def test_a_setting_with_names_of_the_users_own_makes_another_run(before, now, told) -> None:
-    flat = [flat_settings(to_yaml(load(arguments))) for arguments in (before, now)]
-    for settings in (flat, flat[::-1]):
-        found = [each.partition("=")[0] for each in differences(*settings)]
-        assert sorted(key for key in found if not is_free(key)) == sorted(told)
+    first, second = (
+        flat_settings(to_yaml(load([*arguments, "run.name=x"]))) for arguments in (before, now)
+    )
+    found = differences(first, second)
+    assert [each for each in found if each in told or "mix.b." not in each] == told
+    assert len(differences(second, first)) == len(found)
+    assert not any(map(is_free, ("prompts.mix", "prompts.chat_template_args", "model.stop")))
