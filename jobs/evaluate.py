@@ -9,9 +9,11 @@ ray job submit --working-dir . -- python jobs/evaluate.py MODEL --benchmarks mat
 MODEL is a model folder, a Hugging Face id or a run folder; a folder may be a URI (s3://...) whose
 model is fetched to this machine. Benchmarks and sampling settings (the paper's) stand in
 conf/benchmarks.yaml; all benchmarks are taken if none is named. Files (.yaml) and overrides
-(section.key=value) come after it. The scores go to stdout as a table and one line of JSON, and with
-every sample into run.root/run.name/eval: NAME.json and NAME.parquet. Their mean is over the paper's
-four benchmarks if those are among them, otherwise over all.
+(section.key=value) come after it. Prompt template, arguments of the chat template and stop strings
+are the run's; of a model they are prompts.chat_template_args.enable_thinking=false and the like.
+The scores go to stdout as a table and one line of JSON, and with every sample into
+run.root/run.name/eval: NAME.json and NAME.parquet. Their mean is over the paper's four benchmarks
+if those are among them, otherwise over all.
 """
 
 import json

@@ -5,7 +5,7 @@ import itertools
 import json
 import pickle
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from treerpo_ray.algo.loss_config import Normalisation
 from treerpo_ray.config import files
 from treerpo_ray.config.config import Config, credential_keys, numbers
 from treerpo_ray.config.files import MOVED_MODULES, describe, load, to_yaml, with_moved_modules
-from treerpo_ray.config.sections import RAY_JOB
+from treerpo_ray.config.sections import INHERITED, RAY_JOB, DataConfig
 from treerpo_ray.evaluate.evaluation import Evaluation
 
 CONF = ROOT / "conf"
@@ -82,6 +82,55 @@ def test_a_resolved_configuration_reads_back_to_an_equal_one(tmp_path: Path) -> 
     assert again.shape == config.shape
 
 
+def test_evaluation_and_mixed_sets_have_the_settings_of_prompts_that_they_do_not_give() -> None:
+    config = load(
+        [
+            *("prompts.question_column=q", "prompts.system_prompt=Think.", "prompts.split=dev"),
+            *("prompts.chat_template_args={enable_thinking: false, depth: 2}", "prompts.path=''"),
+            *("prompts.prompt_template='{question}!'", "prompts.max_prompt_tokens=99"),
+            *("prompts.id_column=id", "evaluate.data={path: b.jsonl, system_prompt: null}"),
+            "evaluate.benchmarks.mine={path: c.jsonl, chat_template_args: {depth: 3}}",
+            "prompts.mix.some={path: a.jsonl, answer_column: null, weight: 3}",
+        ]
+    )
+    data, mine = config.evaluate.data, config.evaluate.benchmarks["mine"]
+    some = config.prompts.mix["some"]
+    for each in (data, mine, some):
+        assert (each.question_column, each.prompt_template) == ("q", "{question}!")
+        assert each.max_prompt_tokens == 99
+        assert (each.split, each.id_column, each.num_problems) == ("train", None, None)
+    assert (data.system_prompt, mine.system_prompt, some.system_prompt) == (None, *2 * ["Think."])
+    assert data.chat_template_args == {"enable_thinking": False, "depth": 2}
+    assert mine.chat_template_args == {"depth": 3}
+    assert (data.answer_column, some.answer_column, some.weight) == ("answer", None, 3.0)
+    assert set(INHERITED) < {item.name for item in fields(DataConfig)}
+
+
+def test_what_evaluation_has_of_prompts_is_what_they_are_in_the_end(tmp_path: Path) -> None:
+    first = write(
+        tmp_path, "first.yaml", "prompts: {system_prompt: a}\nevaluate: {data: {path: x}}"
+    )
+    config = load(["evaluate.data.answer_mark='A:'", first, "prompts.system_prompt=b"])
+    assert (config.evaluate.data.system_prompt, config.evaluate.data.answer_mark) == ("b", "A:")
+    assert load([write(tmp_path, "whole.yaml", to_yaml(config)), "prompts.system_prompt=c"]) == (
+        replace(config, prompts=replace(config.prompts, system_prompt="c"))
+    )
+
+
+@pytest.mark.parametrize("key", ["prompts.path", "evaluate.data.path", "prompts.mix.a.path"])
+def test_a_list_of_files_comes_back_as_it_was_given(key: str, tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text(
+        OmegaConf.to_yaml(OmegaConf.from_dotlist([f"{key}=[a b.csv, 'c,d']"]))
+    )
+    for given in (f"{key}=[a b.csv, 'c,d']", str(tmp_path / "list.yaml")):
+        config = load([given])
+        [paths] = [data.paths for data in config.data_sections.values() if data.path]
+        assert paths == ("a b.csv", "c,d")
+        assert load([write(tmp_path, "whole.yaml", to_yaml(config))]) == config
+    assert load(["prompts.path=one.csv"]).prompts.paths == ("one.csv",)
+    assert load(["prompts.path="]).prompts.path == ""
+
+
 def test_later_arguments_win_and_keep_what_they_do_not_name(tmp_path: Path) -> None:
     first = write(tmp_path, "first.yaml", "run: {seed: 1, name: first}\ngate: {max_staleness: 3}\n")
     second = write(tmp_path, "second.yml", "run: {seed: 2}\n")
@@ -134,6 +183,10 @@ def test_an_unknown_key_like_no_other_points_to_the_list() -> None:
         ("engine.resources=[1]", r"a list stands where keys belong"),
         ("run.seed=${nowhere}", r"run\.seed: .*nowhere"),
         ("run.name=[", r"not a YAML value; quote it"),
+        ("model.stop=abc", r"model\.stop: .*list"),
+        ("prompts.path=[1]", r"prompts\.path: "),
+        ("prompts.mix.a=3", r"prompts\.mix\.a: .*MixedConfig"),
+        ("prompts.chat_template_args={a: null}", r"prompts\.chat_template_args\.a: "),
         ("model.trust_remote_code=perhaps", r"model\.trust_remote_code: .*bool"),
     ],
 )
@@ -251,6 +304,26 @@ def test_a_number_beyond_its_limits_is_told_with_its_key() -> None:
             ["run.stall_timeout_s=100", "engine.request_timeout_s=9", "engine.load_timeout_s=50"],
             "run.stall_timeout_s=100 must be more than twice engine.load_timeout_s=50, after",
         ),
+        (["prompts.mix.a.weight=0"], r"prompts\.mix\.a\.weight=0\.0 must be a number above 0"),
+        (["prompts.mix.a.weight=.nan"], r"prompts\.mix\.a\.weight=nan must be a number above 0"),
+        (["prompts.mix.a.weight=.inf"], r"prompts\.mix\.a\.weight=inf must be a number above 0"),
+        (
+            ["prompts.mix.a.path=x", "prompts.path=y"],
+            r"prompts\.path=y and .* add prompts\.path=''",
+        ),
+        (
+            ["prompts.mix.a.path=x", "prompts.num_problems=9"],
+            r"prompts\.num_problems=9 and prompts\.mix .* add prompts\.num_problems=null",
+        ),
+        (
+            ["prompts.mix.a.max_prompt_tokens=999"],
+            r"prompts\.mix\.a\.max_prompt_tokens=999 must not be more than prompts\.max_prompt_t",
+        ),
+        (
+            ["evaluate.data.chat_template_args={tools: [1]}"],
+            r"evaluate\.data\.chat_template_args\.tools=\[1\] must be true, false, a num",
+        ),
+        (["model.stop=['a', '']"], r"model\.stop has an empty text"),
         (["tree.temperature=2.5"], r"tree.temperature=2\.5 must not be more than 2 in vLLM"),
         (["run.name='run[1]'"], r"run.name=run\[1\] must not have \* \? \[ or \]"),
         (["run.root=/runs/*"], r"run.root=/runs/\* must not have"),
@@ -352,6 +425,8 @@ def test_the_defaults_as_described_can_be_given_as_they_stand() -> None:
         "engine.labels.place=https://user:password@host/x",
         "evaluate.benchmarks.mine.path=https://user:password@host/test.jsonl",
         "evaluate.benchmarks.mine.path=https://example.com/test.jsonl?X-Amz-Signature=abc",
+        "prompts.path=[a.jsonl, s3://AKIA:wJalr@bucket/b.jsonl]",
+        "prompts.mix.a.path=https://user:password@host/a.jsonl",
     ],
 )
 def test_a_credential_in_a_setting_is_refused_and_not_repeated(value) -> None:

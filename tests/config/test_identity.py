@@ -5,7 +5,8 @@ from dataclasses import asdict
 import pytest
 
 from treerpo_ray.config import Config, load
-from treerpo_ray.config.identity import FREE, MAX_NAME, flatten, is_free
+from treerpo_ray.config.files import flat_settings, to_yaml
+from treerpo_ray.config.identity import FREE, MAX_NAME, differences, flatten, is_free
 
 QUICK = "conf/quickstart.yaml"
 
@@ -59,3 +60,36 @@ def test_every_free_key_exists() -> None:
     keys = [key for key, _ in flatten(asdict(Config()))]
     for free in FREE:
         assert any(key == free or key.startswith(free) for key in keys), free
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        ([], ["prompts.chat_template_args.a=high"],
+         ["prompts.chat_template_args.a=high (was not set)",
+          "evaluate.data.chat_template_args.a=high (was not set)"]),
+        (["prompts.chat_template_args.a=1"],
+         ["prompts.chat_template_args.a=2", "evaluate.data.chat_template_args.a=1"],
+         ["prompts.chat_template_args.a=2 (was 1)"]),
+        (["prompts.chat_template_args.a=1"], ["evaluate.data.chat_template_args.a=1"],
+         ["prompts.chat_template_args.a is not set (was 1)"]),
+        (["prompts.mix.a.path=x"], ["prompts.mix.a.path=x", "prompts.mix.a.weight=2"],
+         ["prompts.mix.a.weight=2.0 (was 1.0)"]),
+        (["prompts.mix.a.path=x", "prompts.mix.b.path=y"], ["prompts.mix.a.path=x"],
+         ["prompts.mix.b.path is not set (was y)"]),
+        (["prompts.path=a.csv"], ["prompts.path=[a.csv, b.csv]"],
+         ['prompts.path=["a.csv", "b.csv"] (was a.csv)']),
+        ([], ["model.stop=[x]"], ["model.stop=['x'] (was [])"]),
+        ([], ["prompts.prompt_template='{question}!'"],
+         ["prompts.prompt_template={question}! (was null)",
+          "evaluate.data.prompt_template={question}! (was null)"]),
+    ],
+)  # fmt: skip
+def test_a_setting_with_names_of_the_users_own_makes_another_run(before, now, told) -> None:
+    first, second = (
+        flat_settings(to_yaml(load([*arguments, "run.name=x"]))) for arguments in (before, now)
+    )
+    found = differences(first, second)
+    assert [each for each in found if each in told or "mix.b." not in each] == told
+    assert len(differences(second, first)) == len(found)
+    assert not any(map(is_free, ("prompts.mix", "prompts.chat_template_args", "model.stop")))

@@ -13,6 +13,7 @@ from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.groups import PruneRule
 from treerpo_ray.algo.loss_config import Normalisation, Ratio
 from treerpo_ray.config import Config, load
+from treerpo_ray.driver.memory import ModelSizes, misfit
 from treerpo_ray.driver.plan import plan_lines, preflight
 
 DATA = ROOT.parent / "shared" / "data"
@@ -132,6 +133,57 @@ def planned(config: Config) -> list[str]:
     lines = plan_lines(config, preflight(config))
     assert not any("\n" in line for line in lines)
     return lines
+
+
+PUBLIC = [str(ROOT / "conf/gsm8k_qwen2.5_0.5b.yaml"), str(ROOT / "conf/hardware/one_gpu.yaml")]
+
+
+def test_the_public_recipe_needs_one_gpu_and_evaluates_as_it_trains(without_hub: None) -> None:
+    config = load(PUBLIC)
+    plan = "\n".join(planned(config))
+    assert "GPU 1" in plan and plan.count("unchecked ") == 3
+    asked = ("question_column", "answer_column", "answer_mark", "system_prompt", "prompt_template")
+    for key in (*asked, "chat_template_args", "max_prompt_tokens", "path", "subset"):
+        assert getattr(config.evaluate.data, key) == getattr(config.prompts, key)
+    assert (config.prompts.split, config.evaluate.data.split) == ("train", "test")
+    head = Path(PUBLIC[0]).read_text().split("run:")[0]
+    assert "python jobs/train.py conf/gsm8k_qwen2.5_0.5b.yaml conf/hardware/one_gpu.yaml" in head
+    # What the head says of a smaller GPU, with the sizes of the model as it is published.
+    small = head.split("is enough: ")[1].split("\n")[0].split()
+    sizes = ModelSizes(
+        num_layers=24, hidden=896, intermediate=4864, num_heads=14, num_kv_heads=2, head_dim=64,
+        vocabulary=151_936,
+    )  # fmt: skip
+    assert small[0] == "engine.gpu_memory_gib=22"
+    for overrides in ([], small):
+        assert misfit(load([*PUBLIC, *overrides]), 494e6, sizes) is None
+
+
+def test_the_public_recipe_fits_its_models_context_and_no_shorter_one(
+    monkeypatch, tmp_path: Path
+) -> None:
+    if not DATA.is_dir():
+        pytest.skip("the shared data folder is not beside this checkout")
+    lines = (DATA / "gsm8k_test.jsonl").read_text().splitlines()
+    questions = [json.loads(line) for line in lines]
+    assert max(len(row["question"].split()) for row in questions) == 164  # as the recipe says
+    path = tmp_path / "test.jsonl"
+    path.write_text(
+        "\n".join(map(json.dumps, [row | {"answer": "#### 1"} for row in questions[:9]]))
+    )
+    shutil.copytree(MODEL, tmp_path / "model")
+    file = tmp_path / "model/config.json"
+    given = [f"model.path={tmp_path}/model", f"prompts.path={path}", f"evaluate.data.path={path}"]
+    for positions in (32_768, 1_024):
+        sized = json.loads(file.read_text()) | {"max_position_embeddings": positions}
+        file.write_text(json.dumps(sized))
+        config = load([*PUBLIC, *given])
+        assert config.max_model_tokens == 1_024
+        if positions == 32_768:
+            assert preflight(config).unchecked == ()
+        else:
+            with pytest.raises(ValueError, match=r"1,?024"):
+                preflight(config)
 
 
 WORST = {

@@ -16,6 +16,7 @@ import rich.console
 from tests.support.project import ROOT
 from tests.support.thread_actors import Handle, without_ray
 from treerpo_ray.actor import make_actor
+from treerpo_ray.config.files import load, to_yaml
 from treerpo_ray.driver.benchmarks import (
     check_folder,
     check_length,
@@ -73,6 +74,34 @@ def test_a_run_folder_stands_for_its_model_and_settings(tmp_path: Path) -> None:
         config = configure(str(tmp_path), [], [])
         assert config.model.path == str(tmp_path / name)
         assert config.verifier.num_workers == 3
+
+
+def test_a_benchmark_has_the_prompts_of_the_run_where_it_does_not_say_otherwise(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model.safetensors").write_text("")
+    run = load(
+        ["prompts.prompt_template='{question}!'", "prompts.question_column=q",
+         "prompts.chat_template_args.enable_thinking=false", "prompts.answer_mark=null",
+         "prompts.system_prompt=Think.",
+         "prompts.mix.a.path=x", "prompts.max_prompt_tokens=33", "model.stop=[x]"]
+    )  # fmt: skip
+    (tmp_path / "config.yaml").write_text(to_yaml(run))
+    own = "evaluate.benchmarks.own={path: own.csv, answer_column: a}"
+    config = configure(str(tmp_path), ["math500", "gsm8k", "own"], [own])
+    paper, mine = config.evaluate.benchmarks["gsm8k"], config.evaluate.benchmarks["own"]
+    for each in (paper, mine):
+        assert each.prompt_template == "{question}!"
+        assert each.chat_template_args == {"enable_thinking": False}
+    assert (paper.question_column, paper.answer_mark, paper.max_prompt_tokens) == (
+        "question", "####", 512
+    )  # fmt: skip
+    assert paper.system_prompt.startswith("Please reason")
+    assert (mine.question_column, mine.answer_column, mine.answer_mark) == ("q", "a", None)
+    assert (mine.system_prompt, mine.max_prompt_tokens) == ("Think.", 33)
+    assert config.model.stop == ("x",) and not config.prompts.mix
+    assert config.max_model_tokens == 512 + 1152
 
 
 def test_a_run_or_model_at_a_uri_is_fetched(tmp_path: Path) -> None:

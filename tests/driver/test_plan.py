@@ -17,6 +17,7 @@ from treerpo_ray.driver.plan import (
     plan_lines,
     preflight,
 )
+from treerpo_ray.prompts.mixture import Mixture
 
 QUICKSTART = [
     str(ROOT / "conf/quickstart.yaml"),
@@ -105,6 +106,38 @@ def test_the_plan_says_what_this_machine_lacks(monkeypatch) -> None:
 
 def test_a_run_without_held_out_data_has_no_line_for_it() -> None:
     assert "held out" not in plan("evaluate.data.path=''")
+
+
+def test_the_plan_has_the_first_prompt_and_what_ends_an_answer(quickstart) -> None:
+    problem = load_inputs(load(QUICKSTART)).prompts.problems[0]
+    asked = f"{problem.question}\n"
+    assert quickstart["prompt"] == f"{asked!r}, answered by {problem.answers[0]!r}"
+    assert "stop" not in quickstart
+    shown = plan("prompts.prompt_template='Go: {question}'", 'model.stop=["</a>", "\\n\\n"]',
+                 "evaluate.data.prompt_template=null")  # fmt: skip
+    assert shown["prompt"].startswith("'Go: ")
+    assert shown["stop"] == "an answer ends with its end token or behind '</a>', '\\n\\n'"
+
+
+def test_the_plan_of_a_mixture_has_a_line_and_the_epochs_of_each_set(tmp_path) -> None:
+    for name, count in (("b", 20), ("a", 5)):
+        rows = (json.dumps({"question": f"{i}+{len(name)}", "answer": i}) for i in range(count))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    mix = [f"prompts.mix.{name}={{path: {tmp_path}/{name}.jsonl}}" for name in ("b", "a")]
+    mix += ["prompts.mix.b.weight=3", "prompts.path=''", "prompts.num_problems=null"]
+    config = load([*QUICKSTART, *mix])
+    found = preflight(config)
+    lines = plan_lines(config, found)
+    data = [line for line in lines if line.startswith("data")]
+    assert data[0].startswith(f"data        25% a, {tmp_path}/a.jsonl: 5 rows, 5 problems in use;")
+    assert data[1].startswith(f"data        75% b, {tmp_path}/b.jsonl: 20 rows, 15 problems in u")
+    assert "; left out: 0 without an answer, 5 duplicates; 0 prompts too long" in data[1]
+    [length] = [line for line in lines if line.startswith("run length")]
+    assert "720 trees, 36.0 epochs of a, 36.0 epochs of b, up to" in length
+    prompts = found.inputs().prompts
+    assert prompts.mixture == Mixture(sizes=(5, 15), weights=(1.0, 3.0))
+    assert [p.id for p in prompts.problems[:6]] == ["a/1", "a/2", "a/3", "a/4", "a/5", "b/6"]
+    assert len(prompts) == len(prompts.token_ids) == 20
 
 
 def inputs(*overrides: str) -> Inputs:

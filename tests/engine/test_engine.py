@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -173,6 +173,63 @@ def test_above_the_last_depth_a_delimiter_ends_a_step(served, prompts) -> None:
     assert all(step.token_ids.tolist().index(newline) + 1 == len(step.token_ids) for step in inner)
     last = [step for step, depth in zip(tree.steps, tree.depths, strict=True) if depth == 2]
     assert any(newline in step.token_ids[:-1] for step in last), "it ends none of the last depth"
+
+
+STOP = ("=2", "1\n", "2\n")
+
+
+@pytest.fixture(scope="module")
+def stopping(small_config, ray_cluster) -> Iterator[ServedEngine]:
+    engine = ServedEngine(small_config('model.stop=[\'=2\', "1\\n", "2\\n"]'), 1)
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture(scope="module")
+def first_end(small_config) -> Callable[[list[int]], int | None]:
+    """Tells how many tokens of an answer there are up to its end by token or stop string."""
+    tokenizer = load_tokenizer(small_config().model.path, False)
+
+    def find(ids: list[int]) -> int | None:
+        begins = (ids[:n] for n in range(1, len(ids) + 1))
+        ends = (b for b in begins if b[-1] == 256 or any(s in tokenizer.decode(b) for s in STOP))
+        return next(map(len, ends), None)
+
+    return find
+
+
+def test_an_answer_is_the_one_without_stop_strings_up_to_the_token_that_completes_one(
+    served, stopping, prompts, first_end
+) -> None:
+    shape = TreeShape(num_children=(8,), step_tokens=(40,))
+    num_stopped = 0
+    for seed, ids in enumerate(prompts[:3]):
+        whole, cut = (engine.tree(ids, seed, shape=shape) for engine in (served, stopping))
+        for full, found in zip(whole.steps, cut.steps, strict=True):
+            end = first_end(full.token_ids.tolist())
+            assert found.token_ids.tolist() == full.token_ids[:end].tolist()
+            assert found.logprobs == pytest.approx(full.logprobs[:end], abs=1e-4)
+            assert (found.stop is StopReason.END_OF_TEXT) == (end is not None)
+            num_stopped += end is not None and full.token_ids[end - 1] != 256
+    assert num_stopped > 5
+
+
+def test_no_answer_goes_on_behind_a_stop_string_wherever_steps_end(
+    stopping, prompts, first_end
+) -> None:
+    newline = prompts[0][-1]
+    num_across = num_delimited = 0
+    for most in ((6, 2, 3, 20), (4, 6, 1, 20)):  # the first line is like 52-22=31
+        shape = TreeShape(num_children=(8, 2, 1, 1), step_tokens=most, delimiters=(newline,))
+        tree = stopping.tree(prompts[0], seed=1, shape=shape)
+        for leaf in tree.leaves:
+            found, last = tree.path_token_ids(leaf), tree.steps[leaf]
+            end = first_end(found)
+            assert end in (None, len(found))
+            assert (last.stop is StopReason.END_OF_TEXT) == (end is not None)
+            num_across += end is not None and first_end(last.token_ids.tolist()) is None
+            num_delimited += found[-1] == newline and last.stop is StopReason.END_OF_TEXT
+    assert num_across and num_delimited
 
 
 def test_entropy_branching_ends_a_step_before_its_least_likely_token(served, prompts) -> None:

@@ -38,3 +38,5 @@ def test_an_engine_on_a_cpu_gets_what_its_kernels_need() -> None:
     assert args.enable_chunked_prefill is False
     assert args.kv_cache_memory_bytes == GIB // 2
     assert args.max_model_len == load([]).max_model_tokens + 1
+    assert args.skip_tokenizer_init, "it is for stop strings alone"
+    assert not args_of("model.stop=[x]").skip_tokenizer_init

@@ -14,7 +14,7 @@ import rich.console
 
 from tests.support.evaluations import C, W, graded
 from treerpo_ray.config import load
-from treerpo_ray.config.sections import PromptsConfig
+from treerpo_ray.config.sections import DataConfig
 from treerpo_ray.evaluate.evaluation import Evaluation, Graded, save_evaluation, save_samples
 from treerpo_ray.evaluate.grading import summarise
 from treerpo_ray.evaluate.report import PAPER, averaged, differences, plain, table, with_mean
@@ -29,13 +29,15 @@ def evaluated(
     *answers: tuple,
     length: int = 2,
     check: str = "treerpo_ray.verifier.math_answer",
-    system_prompt: str | None = None,
+    asked: dict[str, Any] | None = None,
+    stop: tuple[str, ...] = (),
     **settings,
 ) -> Evaluation:
-    """Writes an evaluation of problems with these verdicts; `settings` are of its section."""
+    """Writes an evaluation of problems with these verdicts; `settings` are of its section, `asked`
+    of its data."""
     given = {"num_samples": len(answers[0]), "temperature": 0.6, "max_tokens": 99} | settings
     overrides = [f"evaluate.{key}={value}" for key, value in given.items()]
-    config = load([f"verifier.check={check}", *overrides])
+    config = load([f"verifier.check={check}", f"model.stop={list(stop)}", *overrides])
     found = [
         Graded(
             record=replace(graded(*verdicts, length=length), prompt_id=str(number), ticket=number),
@@ -43,7 +45,7 @@ def evaluated(
         )
         for number, verdicts in enumerate(answers)
     ]
-    data = PromptsConfig(path=name, system_prompt=system_prompt)
+    data = DataConfig(path=name, **(asked or {}))
     result = summarise(
         config, found, data=data, model="quickstart/model", step=0, version=0, seconds=0.0
     )
@@ -112,7 +114,16 @@ def test_differences_by_hand_with_those_of_the_mean(tmp_path: Path) -> None:
     ("settings", "told"),
     [
         ({"temperature": 1.0}, "evaluate.temperature is 0.6 in .* and 1.0 in "),
-        ({"system_prompt": "Think."}, "system_prompt is '' in .* and 'Think.' in "),
+        (
+            {"asked": {"prompt_template": "{question}!"}},
+            "prompt_template is '' in .* and '{question}!' in ",
+        ),
+        (
+            {"asked": {"chat_template_args": {"a": 1}}},
+            "chat_template_args is {} in .* and {'a': 1} in ",
+        ),
+        ({"stop": ("x",)}, r"model.stop is \[\] in .* and \['x'\] in "),
+        ({"asked": {"system_prompt": "Think."}}, "system_prompt is '' in .* and 'Think.' in "),
         ({"top_p": 0.95}, "evaluate.top_p is 1.0 in .* and 0.95 in "),
         ({"max_tokens": 100}, "evaluate.max_tokens is 99 in .* and 100 in "),
         (
@@ -166,6 +177,23 @@ def test_what_an_older_evaluation_did_not_record_is_told(
         differences(f"{tmp_path}/ours", f"{tmp_path}/theirs")
     [record] = caplog.records
     assert record.getMessage().startswith(f"{key} is not recorded of both ")
+
+
+def test_an_older_evaluation_had_neither_template_nor_stop_strings(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, stop in (("ours", ()), ("theirs", ()), ("others", ("x",))):
+        evaluated(f"{tmp_path}/{name}", "one", RIGHT, HALF, stop=stop)
+    path = tmp_path / "ours/eval/one.json"
+    fields = json.loads(path.read_text())
+    for field in ("prompt_template", "chat_template_args", "stop"):
+        del fields[field]
+    path.write_text(json.dumps(fields))
+    with caplog.at_level(logging.WARNING):
+        differences(f"{tmp_path}/ours", f"{tmp_path}/theirs")
+    assert not caplog.records
+    with pytest.raises(ValueError, match=r"model\.stop is \[\] in "):
+        differences(f"{tmp_path}/ours", f"{tmp_path}/others")
 
 
 def test_a_place_may_be_in_the_home_folder_or_on_an_object_store(

@@ -3,13 +3,15 @@
 import json
 import logging
 import os
+import re
 
 import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from tests.support.project import ROOT
-from treerpo_ray.config.sections import PromptsConfig
+from treerpo_ray.config.sections import DataConfig, PromptsConfig
+from treerpo_ray.prompts.chats import Message
 from treerpo_ray.prompts.hub import Unreachable
 from treerpo_ray.prompts.problems import Problem
 from treerpo_ray.prompts.prompt_set import (
@@ -24,6 +26,12 @@ from treerpo_ray.quickstart.tokenizer import make_tokenizer
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 GENERATION = "{% if add_generation_prompt %}<assistant>{% endif %}"
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+
+THINKING = (  # with a tag of transformers' own and one of jinja's loop controls
+    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% if not m.content %}{% break %}{% endif %}{% endfor %}"
+    "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}{{ mark }}"
+)
 
 
 def problem(question: str) -> Problem:
@@ -99,6 +107,68 @@ def test_a_template_that_refuses_the_system_prompt_is_one_line_with_the_key():
     tokenizer = tokenizer_with(NO_SYSTEM + TURNS)
     with pytest.raises(ValueError, match=r"^prompts\.system_prompt='Think\.': .*no system"):
         PromptSet.encode([problem("q")], tokenizer, PromptsConfig(system_prompt="Think."))
+
+
+def test_a_chat_is_asked_whole_with_the_system_prompt_in_place_of_its_own() -> None:
+    turns = [("system", "a"), ("user", "b"), ("assistant", "c"), ("user", "d")]
+    chat = tuple(Message(*turn) for turn in turns)
+    asked = Problem(id="1", question="d", answers=("1",), messages=chat)
+    for template, system_prompt, text in (
+        (TURNS + GENERATION, None, "<system>a<user>b<assistant>c<user>d<assistant>"),
+        (TURNS + GENERATION, "x", "<system>x<user>b<assistant>c<user>d<assistant>"),
+        (None, None, "a\nb\nc\nd\n"),
+    ):
+        tokenizer = tokenizer_with(template)
+        config = DataConfig(system_prompt=system_prompt)
+        [ids] = PromptSet.encode([asked], tokenizer, config).token_ids
+        assert tokenizer.decode(ids) == text
+
+
+def test_arguments_reach_the_chat_template() -> None:
+    tokenizer = tokenizer_with(THINKING)
+    for given, text in (
+        ({}, "1<think>"),
+        ({"enable_thinking": False}, "1"),
+        ({"mark": 3}, "1<think>3"),
+    ):
+        [ids] = PromptSet.encode(
+            [problem("1")], tokenizer, DataConfig(chat_template_args=given)
+        ).token_ids
+        assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    ("template", "given", "told"),
+    [
+        (THINKING, "enable_thinkin", "has no such variable; did you mean enable_thinking? it has: "
+                                     "enable_thinking, mark"),
+        (THINKING, "messages", "has no such variable; it has: enable_thinking, mark"),
+        (THINKING, "tools", "has no such variable; it has: enable_thinking, mark"),
+        (TURNS, "enable_thinking", "has no such variable; it has: none"),
+        (None, "enable_thinking", "the model has no chat template; leave them out"),
+    ],
+)  # fmt: skip
+def test_an_argument_that_the_chat_template_would_pass_over_is_one_line(
+    template, given, told
+) -> None:
+    config = DataConfig(chat_template_args={given: True})
+    with pytest.raises(
+        ValueError, match=rf"^evaluate\.data\.chat_template_args\W.*{re.escape(told)}"
+    ):
+        PromptSet.encode([problem("1")], tokenizer_with(template), config, "evaluate.data")
+
+
+def test_a_chat_that_the_template_refuses_is_one_line_with_the_file() -> None:
+    told = Problem(
+        id="1",
+        question="q",
+        answers=("1",),
+        messages=(Message("system", "x"), Message("user", "q")),
+    )
+    with pytest.raises(
+        ValueError, match=r"^prompts\.path=a\.jsonl: .*refuses these messages \(no system"
+    ):
+        PromptSet.encode([told], tokenizer_with(NO_SYSTEM + TURNS), DataConfig(path="a.jsonl"))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from treerpo_ray.prompts.mixture import Mixture, Turns
 from treerpo_ray.records import RootValue
 from treerpo_ray.search.curriculum import Measurement, to_state
 from treerpo_ray.search.gate import Gate, redrawn
@@ -189,6 +190,26 @@ def test_who_waits_from_before_a_restart_gets_no_ticket_of_the_new_session() -> 
         return await late, [ticket.number for ticket in tickets if ticket is not None]
 
     assert asyncio.run(scenario()) == (None, [2, 3])
+
+
+def test_tickets_of_several_sets_follow_their_mixture_and_come_again_as_they_were() -> None:
+    mixture = Mixture(sizes=(3, 7), weights=(1.0, 1.0))
+
+    def make() -> Gate:
+        return Gate(
+            num_prompts=10, trees_per_step=4, max_staleness=1, num_steps=50, seed=2, mixture=mixture
+        )
+
+    turns = Turns(mixture, seed=2)
+    prompts = [make().ticket(number).prompt for number in range(60)]
+    assert prompts == [turns.prompt(number) for number in range(60)]
+    assert sum(prompt < 3 for prompt in prompts) > 20, "not by their sizes"
+    again = [redrawn(n, 1, num_prompts=10, seed=2, mixture=mixture).prompt for n in range(60)]
+    assert 20 < sum(prompt < 3 for prompt in again) < 40
+    gate = make()
+    gate.consumed(0, ())
+    gate.restart(1, ())
+    assert [gate.ticket(n).prompt for n in range(4, 60)] == prompts[4:]
 
 
 def test_a_redrawn_ticket_keeps_its_number_and_draws_another_prompt_each_time() -> None:

@@ -50,14 +50,26 @@ def differences(before: Flat, now: Flat) -> list[str]:
 
     >>> differences({"run.seed": 0}, {"run.seed": 1})
     ['run.seed=1 (was 0)']
+    >>> differences({"engine.labels": {"role": "a"}}, {"engine.labels": {}})
+    ['engine.labels.role is not set (was a)']
     """
-    return [
-        f"{key.partition(SOURCES)[2]} has been edited"
-        if SOURCES in key
-        else f"{key}={_shown(value)} (was {_shown(before[key])})"
-        for key, value in now.items()
-        if key in before and before[key] != value
-    ]
+    found = []
+    for key, value in now.items():
+        past = before.get(key, value)
+        if not isinstance(value, Mapping) or not isinstance(past, Mapping):
+            found += [f"{key}={_shown(value)} (was {_shown(past)})"] if past != value else []
+            continue
+        new, old = (dict(flatten(each, f"{key}.")) for each in (value, past))
+        for name in dict.fromkeys([*new, *old]):
+            if SOURCES in name:
+                if name in new and name in old and new[name] != old[name]:
+                    found.append(f"{name.partition(SOURCES)[2]} has been edited")
+            elif name not in new:
+                found.append(f"{name} is not set (was {_shown(old[name])})")
+            elif name not in old or old[name] != new[name]:
+                was = _shown(old[name]) if name in old else "not set"
+                found.append(f"{name}={_shown(new[name])} (was {was})")
+    return found
 
 
 def _shown(value: object) -> str:

@@ -214,7 +214,7 @@ def _load_data(
     if len(encoded) > 1:
         weights = {section: _weight(data) for section, data in sections.items()}
         prompts = PromptSet.mixed(
-            {section.rpartition(".")[2]: each for section, each in encoded.items()},
+            {_name(section): each for section, each in encoded.items()},
             list(weights.values()),
         )
     example = None
@@ -230,6 +230,11 @@ def _load_data(
         for section, (problems, report) in loaded.items()
     }
     return DataSet(parts=parts, prompts=prompts, example=example)
+
+
+def _name(section: str) -> str:
+    """Name of a data set of the mix."""
+    return section.removeprefix("prompts.mix.")
 
 
 def _weight(data: DataConfig) -> float:
@@ -291,7 +296,7 @@ def plan_lines(config: Config, found: Preflight) -> list[str]:
     in_flight = trees * (1 + gate.max_staleness)
     length = f"{run.num_steps} learner steps, {run.num_steps * trees:,} trees"
     if found.train is not None and found.train.prompts is not None:
-        length += _epochs(found.train.prompts, run.num_steps * trees)
+        length += _epochs(found.train, run.num_steps * trees)
     if run.max_sampled_tokens is not None:
         length += f", or {run.max_sampled_tokens:,} sampled tokens"
     needed = needed_resources(config, config.engine.num_engines)
@@ -319,13 +324,13 @@ def plan_lines(config: Config, found: Preflight) -> list[str]:
     ]
 
 
-def _epochs(prompts: PromptSet, trees: int) -> str:
-    """How often the run goes through its data sets."""
-    if prompts.mixture is None:
-        return f", {trees / len(prompts):.1f} epochs"
-    mixture = prompts.mixture
-    pairs = zip(mixture.shares, mixture.sizes, strict=True)
-    return f", {', '.join(f'{trees * share / size:.1f}' for share, size in pairs)} epochs"
+def _epochs(data: DataSet, trees: int) -> str:
+    """How often a run of so many trees goes through its data sets."""
+    assert data.prompts is not None
+    if (mixture := data.prompts.mixture) is None:
+        return f", {trees / len(data.prompts):.1f} epochs"
+    sets = zip(map(_name, data.parts), mixture.shares, mixture.sizes, strict=True)
+    return ", " + ", ".join(f"{trees * share / n:.1f} epochs of {name}" for name, share, n in sets)
 
 
 def _data_lines(title: str, data: DataSet | None) -> list[str]:
@@ -336,7 +341,7 @@ def _data_lines(title: str, data: DataSet | None) -> list[str]:
     for section, part in data.parts.items():
         share = ""
         if len(data.parts) > 1:
-            share = f"{_weight(part.config) / total:.0%} {section.rpartition('.')[2]}, "
+            share = f"{_weight(part.config) / total:.0%} {_name(section)}, "
         left_out = "" if part.num_too_long is None else f"; {part.num_too_long} prompts too long"
         lines.append(f"{title:12}{share}{part.report}{left_out}")
     return lines

@@ -36,15 +36,15 @@ def reach(cell: object, column: str) -> object:
         LookupError: there is no such place.
     """
     if isinstance(cell, list):
-        first, _, rest = column.partition(".")
+        first, point, rest = column.partition(".")
         if not re.fullmatch(r"-?\d{1,9}", first):
             raise LookupError(column)
         found = cell[int(first)]
     elif isinstance(cell, Mapping) and (name := top_level(column, cell)) is not None:
-        found, rest = cell[name], column[len(name) + 1 :]
+        found, point, rest = cell[name], column[len(name) : len(name) + 1], column[len(name) + 1 :]
     else:
         raise LookupError(column)
-    return reach(found, rest) if rest else found
+    return reach(found, rest) if point else found
 
 
 def cell_of(row: Row, column: str) -> object:

@@ -32,6 +32,9 @@ DEFAULT_ANSWER = DataConfig().answer_column
 """Column that need not be there where a chat holds the answer."""
 
 
+Asked = str | tuple[Message, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """A question and the answers that count as correct, as the data set writes them."""
@@ -64,11 +67,14 @@ class DataReport:
     """Rows left out because an earlier row asks the same."""
     num_problems: int
     """Problems in use, at most `num_problems` of the configuration."""
+    num_files: int = 1
 
     def __str__(self) -> str:
+        files = f" ({self.num_files} files)" if self.num_files > 1 else ""
         return (
-            f"{self.path}: {self.num_rows} rows, {self.num_problems} problems in use; left out: "
-            f"{self.num_empty_answers} without an answer, {self.num_duplicates} duplicates"
+            f"{self.path}{files}: {self.num_rows} rows, {self.num_problems} problems in use; "
+            f"left out: {self.num_empty_answers} without an answer, "
+            f"{self.num_duplicates} duplicates"
         )
 
 
@@ -98,7 +104,7 @@ def load_problems(
     except ValueError as error:
         raise ValueError(f"{section}.prompt_template={config.prompt_template!r} {error}") from error
     try:
-        rows = _read(config, template, section, keeps_rows)
+        rows, num_files = _read(config, template, section, keeps_rows)
         answered = [row for row in rows if row.answers]
         different = _drop_duplicates(answered)
         _check_problems(rows, different, config)
@@ -113,6 +119,7 @@ def load_problems(
         num_empty_answers=len(rows) - len(answered),
         num_duplicates=len(answered) - len(different),
         num_problems=len(used),
+        num_files=num_files,
     )
 
 
@@ -128,7 +135,7 @@ def load_together(
     Raises:
         ValueError: as `load_problems`, or the sets before have all questions of one.
     """
-    loaded, seen = {}, set[tuple[Message, ...]]()
+    loaded, seen = {}, set[Asked]()
     for section, config in sections.items():
         problems, report = load_problems(config, section, keeps_rows=keeps_rows)
         new = [problem for problem in problems if _asked(problem) not in seen]
@@ -147,14 +154,16 @@ def load_together(
 
 
 def _drop_duplicates(rows: list[Problem]) -> list[Problem]:
-    first: dict[tuple[Message, ...], Problem] = {}
+    first: dict[Asked, Problem] = {}
     for row in rows:
         first.setdefault(_asked(row), row)
     return list(first.values())
 
 
-def _asked(problem: Problem) -> tuple[Message, ...]:
+def _asked(problem: Problem) -> Asked:
     """What makes two problems the same."""
+    if not problem.messages:
+        return problem.question.strip()
     return tuple(Message(each.role, each.content.strip()) for each in problem.chat)
 
 
@@ -177,20 +186,21 @@ def _place_of(answer_column: str | None) -> str:
 
 def _read(
     config: DataConfig, template: Template | None, section: str, keeps_rows: bool
-) -> list[Problem]:
-    """All rows in order; their answers may be empty."""
+) -> tuple[list[Problem], int]:
+    """All rows in order, whose answers may be empty, and the number of their files."""
     if any(path.startswith(QUICKSTART) for path in config.paths):
-        return _draw_quickstart(config, template)
+        return _draw_quickstart(config, template), 1
     used = [config.question_column, *(template.columns if template is not None else ())]
     used += [column for column in (config.answer_column, config.id_column) if column is not None]
     found: list[Problem] = []
-    for part in read_rows(config, None if keeps_rows else used):
+    parts = read_rows(config, None if keeps_rows else used)
+    for part in parts:
         columns = _columns(part, config, template, section)
         for number, row in part.by_number.items():
             name = None if config.id_column is None else cell_of(row, config.id_column)
             problem = columns.problem(row, _name(part, number, name), part.where(number))
             found.append(replace(problem, row=_to_json(row)) if keeps_rows else problem)
-    return found
+    return found, len(parts)
 
 
 def _name(part: Rows, number: int, given: object) -> str:
