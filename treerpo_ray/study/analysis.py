@@ -19,7 +19,9 @@ from treerpo_ray.algo.groups import PruneRule, Pruning
 from treerpo_ray.metrics.run_log import EVENTS_FILE, METRICS_FILE, latest_rows
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees
-from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder
+from treerpo_ray.run_folder.files import CONFIG_FILE, MODEL_FOLDER, RunFolder
+
+TOKENIZER_FILE = "tokenizer.json"
 
 
 class Run:
@@ -37,6 +39,7 @@ class Run:
         self.folder = folder
         self._files = RunFolder(folder)
         self._baselines: dict[int, float] = {}
+        self._tokenizer: Tokenizer | None = None
         if not self._files.exists(CONFIG_FILE):
             raise ValueError(f"{folder} is not the folder of a run: it has no {CONFIG_FILE}")
 
@@ -89,13 +92,19 @@ class Run:
         newest = {r.ticket: r for r in sorted(records, key=lambda record: record.finished_at_s)}
         return [newest[ticket] for ticket in sorted(newest)]
 
+    def tree(self, step: int, ticket: int) -> TreeRecord:
+        """The tree of one ticket that a learner step was trained on; the others are not read."""
+        if (record := saved_trees.saved_tree(self._files, step, ticket)) is None:
+            raise ValueError(f"{self.folder} has no tree of ticket {ticket} at step {step}")
+        return record
+
     def values(self, record: TreeRecord) -> Values:
         """Backed-up value of each step and of the prompt."""
         return mean_backup(record.tree, record.rewards)
 
     def advantages(self, record: TreeRecord) -> Float64[np.ndarray, " steps"]:
         """Advantage of each step as this run computes it; NaN where it is not trained on."""
-        form, pruning = self._scheme
+        form, pruning = self.scheme
         baseline = self._baseline(record) if form is AdvantageForm.PAST_BASELINE else 0.0
         return step_advantages(
             record.tree, self.values(record), form=form, pruning=pruning, baseline=baseline
@@ -108,8 +117,14 @@ class Run:
             self._baselines = self.metrics()["learner/baseline"].dropna().to_dict()
         return float(self._baselines[step])
 
+    def advantage_errors(self, record: TreeRecord) -> Float64[np.ndarray, " steps"]:
+        """Standard error of each advantage; NaN where there is none."""
+        form, pruning = self.scheme
+        return advantage_errors(record.tree, self.values(record), form=form, pruning=pruning)
+
     @property
-    def _scheme(self) -> tuple[AdvantageForm, Pruning]:
+    def scheme(self) -> tuple[AdvantageForm, Pruning]:
+        """What an advantage is in this run, and which step groups are kept."""
         learner = self.config["learner"]
         pruning = Pruning(
             rule=PruneRule(str(learner["prune"]).lower()),
@@ -130,7 +145,6 @@ class Run:
 
     def _steps(self, record: TreeRecord) -> pd.DataFrame:
         tree, values, advantages = record.tree, self.values(record), self.advantages(record)
-        form, pruning = self._scheme
         leaves = dict(zip(tree.leaves, record.verdicts, strict=True))
         return pd.DataFrame(
             {
@@ -149,24 +163,34 @@ class Run:
                 "value": values.steps,
                 "value_se": values.step_errors,
                 "advantage": advantages,
-                "advantage_se": advantage_errors(tree, values, form=form, pruning=pruning),
+                "advantage_se": self.advantage_errors(record),
                 "is_kept": ~np.isnan(advantages),
             }
         )
 
     def _decoded(self, token_ids: Int32[np.ndarray, " tokens"]) -> str:
-        if self._tokenizer is None:
+        if self.tokenizer is None:
             return f"({len(token_ids)} tokens)"
-        return self._tokenizer.decode(token_ids.tolist())
+        return self.tokenizer.decode(token_ids.tolist())
 
-    @cached_property
-    def _tokenizer(self) -> Tokenizer | None:
-        """That of the exported model, or of the model the run started from if that is a folder."""
-        if self._files.exists("model/tokenizer.json"):
-            return Tokenizer.from_str(self._files.read_text("model/tokenizer.json"))
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """That of the exported model or of the newest checkpoint, or of the model that the run
+        started from if that is a folder; a run that goes on may have none yet."""
+        if self._tokenizer is None:
+            self._tokenizer = self._find_tokenizer()
+        return self._tokenizer
+
+    def _find_tokenizer(self) -> Tokenizer | None:
         # Paths in a config are relative to the project, a notebook's working folder is not.
-        start = Path(__file__).parents[2] / str(self.config["model"]["path"]) / "tokenizer.json"
-        return Tokenizer.from_file(str(start)) if start.exists() else None
+        start = Path(__file__).parents[2] / str(self.config["model"]["path"]) / TOKENIZER_FILE
+        if start.exists():
+            return Tokenizer.from_file(str(start))
+        checkpoints = self._files.glob(f"checkpoints/*/{MODEL_FOLDER}/{TOKENIZER_FILE}")
+        for file in (f"{MODEL_FOLDER}/{TOKENIZER_FILE}", *reversed(checkpoints)):
+            if self._files.exists(file):
+                return Tokenizer.from_str(self._files.read_text(file))
+        return None
 
 
 def newest_run(root: str) -> str:
