@@ -1,4 +1,4 @@
-"""A run of the paper's shape: trees of 8 x 8 x 8 with long texts, some of them hostile to a page."""
+"""A run of the paper's shape: trees of 8 x 8 x 8 with long texts, some hostile to a page."""
 
 import random
 from functools import cache
@@ -29,7 +29,7 @@ SENTENCES = (
     "We have $\\frac{a}{b} = \\sqrt{2}$, so \\[ x^2 - 5x + 6 = (x-2)(x-3). \\] ",
     "Therefore \\(\\sum_{k=1}^{n} k = \\frac{n(n+1)}{2}\\).\n\n",
     "לכן התשובה היא 12, כי 3 + 9 = 12. ",
-    "إذن الجواب هو 5 لأن ٣ + ٢ = ٥. ",
+    "إذن الجواب هو 5 لأن \u0663 + \u0662 = \u0665. ",
     "Turned \u202eby an override\u202c and \u2066isolated\u2069. ",
     "Bytes \x00\x07\x1b[31m and \u200bzero\u200dwidth\ufeff. ",
     f"{SCRIPT} ",
@@ -39,7 +39,9 @@ SENTENCES = (
 )
 
 
-def write_paper_run(root: Path, name: str = "paper", tickets: dict[int, range] | None = None) -> str:
+def write_paper_run(
+    root: Path, name: str = "paper", tickets: dict[int, range] | None = None
+) -> str:
     """Write a run folder below `root`, by learner step the trees of `tickets`; returns its path."""
     config = Config(
         run=RunConfig(name=name, root=str(root), num_steps=40),

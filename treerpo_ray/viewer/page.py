@@ -6,15 +6,19 @@ scripts by their hashes, so that nothing else in it can run, and lets nothing be
 
 import base64
 import hashlib
+import math
 import re
 from pathlib import Path
 
 from treerpo_ray.viewer.reader import RunReader
 from treerpo_ray.viewer.server import ASSETS
+from treerpo_ray.viewer.tree_list import TreeSummary
 from treerpo_ray.viewer.wire import to_json
 
-IMPORT = re.compile(r'^import \{[^}]*\} from "\./([a-z_]+)\.js";\n', re.MULTILINE)
-"""How the viewer's modules take names from each other."""
+IMPORT = re.compile(r'^import \{([^}]*)\} from "\./([a-z_]+)\.js";\n', re.MULTILINE)
+EXPORT = re.compile(r"^export ((?:async )?(?:function|const) )(\w+)", re.MULTILINE)
+"""How the viewer's modules take names from each other, and give them."""
+SCOPE = "module_"
 STYLE = re.compile(r'<link rel="stylesheet" href="assets/([^"]+)">')
 SCRIPT = re.compile(r'<script (?:defer|type="module") src="assets/([^"]+)"></script>')
 DATA_MARK = "<!-- data -->"
@@ -24,18 +28,27 @@ MAX_TREES = 8
 
 
 def write_page(reader: RunReader, refs: list[str], file: Path) -> list[str]:
-    """Write a page with the trees `refs`, or if there are none the first of the newest saved step;
-    returns what it holds.
+    """Write a page with the trees `refs`, or if there are none those of the newest saved step that
+    have most to show; returns what it holds.
 
     Raises:
-        ValueError: a tree is not there.
+        ValueError: a tree is not there, or the file cannot be written.
     """
     status = reader.status()
     if not refs and status.tree_steps:
         newest = status.tree_steps[-1]
-        refs = [f"{newest}:{tree.ticket}" for tree in reader.trees(newest)[:MAX_TREES]]
-    file.write_text(page(embedded(reader, refs)), encoding="utf-8")
+        mixed = sorted(reader.trees(newest), key=_distance_to_half)
+        refs = [f"{newest}:{tree.ticket}" for tree in mixed[:MAX_TREES]]
+    content = page(embedded(reader, refs))
+    try:
+        file.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--html {file}: {error.strerror}") from error
     return refs
+
+
+def _distance_to_half(tree: TreeSummary) -> float:
+    return 1.0 if math.isnan(tree.value) else abs(tree.value - 0.5)
 
 
 def embedded(reader: RunReader, refs: list[str]) -> dict[str, object]:
@@ -94,21 +107,29 @@ def page(data: dict[str, object]) -> str:
 
 
 def joined(module: str) -> str:
-    """A module of the viewer after those that it imports, as one; each module once.
-
-    No two may have a name in common at their top.
-    """
+    """A module of the viewer behind those that it imports as one script, each in a scope of its
+    own that gives what the module exports."""
     order: list[str] = []
 
     def visit(name: str) -> None:
-        if name not in order:
-            for imported in IMPORT.findall(_source(name)):
+        for _, imported in IMPORT.findall(_source(name)):
+            if imported not in order:
                 visit(imported)
-            order.append(name)
+        order.append(name)
 
     visit(module)
-    parts = [IMPORT.sub("", _source(name)) for name in order]
-    return "".join(re.sub(r"^export ", "", part, flags=re.MULTILINE) for part in parts)
+    *imported, last = (_in_scope(name) for name in order)
+    scopes = zip(order, imported, strict=False)
+    return "".join(f"const {SCOPE}{name} = (() => {{{body}}})();\n" for name, body in scopes) + last
+
+
+def _in_scope(module: str) -> str:
+    """A module's source with its imports taken from the scopes of others, and behind it what it
+    gives to them."""
+    source = _source(module)
+    names = [name for _, name in EXPORT.findall(source)]
+    body = EXPORT.sub(r"\1\2", IMPORT.sub(rf"const {{\1}} = {SCOPE}\2;\n", source))
+    return f"{body}return {{ {', '.join(names)} }};\n" if names else body
 
 
 def _source(module: str) -> str:

@@ -39,7 +39,9 @@ function problemList(root, context, problems, missing) {
       ? `${passing.length} of ${problems.length} problems that were met at several learner steps, the largest gain first` +
         (passing.length > SHOWN ? `; the first ${SHOWN} are shown` : "")
       : "No problem was met at two learner steps yet: the evaluation before and after training has the same problems.";
-    list.replaceChildren(...passing.slice(0, SHOWN).map(problemRow));
+    const names = ["gain", "value before", "value after", "met in", "problem"];
+    const heading = element("div", { class: "tree-row problem-row list-head", "aria-hidden": true }, names.map((name) => element("span", {}, name)));
+    list.replaceChildren(heading, ...passing.slice(0, SHOWN).map(problemRow));
   }
 
   form.append(

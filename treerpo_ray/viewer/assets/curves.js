@@ -32,24 +32,27 @@ function drawPanel(figure, panel, curves, chosen) {
   const kept = curves.steps.map((_, i) => i).filter((i) => columns.some((name) => isThere(curves.series[name][i])));
   const data = [kept.map((i) => curves.steps[i]), ...columns.map((name) => kept.map((i) => curves.series[name][i]))];
   const shown = (value) => (value === null ? "–" : panel.is_share ? `${(100 * value).toFixed(1)} %` : sensible(value));
-  const labels = Object.fromEntries(Object.entries(panel.lines).map(([label, name]) => [name, label || panel.title]));
   const lines = names.map((name, n) => ({
-    label: labels[name],
+    label: name,
     stroke: color(COLORS[n]),
     width: 1.6,
     spanGaps: true,
     points: { show: kept.length <= MARKED_STEPS, size: 4 },
-    value: (_, value) => shown(value),
   }));
-  const ends = interval.map((_, n) => ({
-    label: n ? "95 % to" : "95 % from",
+  const ends = interval.map((name) => ({
+    label: name,
     stroke: color("--faint-line"),
     width: 0.8,
     spanGaps: true,
     points: { show: false },
-    value: (_, value) => shown(value),
   }));
-  const last = names.map((name) => `${labels[name]} ${shown(curves.series[name].findLast(isThere))}`).join(", ");
+  const valuesAt = (find) => {
+    const lines = Object.entries(panel.lines).filter(([, name]) => names.includes(name));
+    const parts = lines.map(([label, name]) => `${label ? `${label} ` : ""}${shown(find(name) ?? null)}`);
+    const ends = interval.map((name) => shown(find(name) ?? null));
+    return parts.join(", ") + (ends.length ? ` [${ends.join(", ")}]` : "");
+  };
+  const last = valuesAt((name) => curves.series[name].findLast(isThere));
   figure.setAttribute("role", "img");
   figure.setAttribute("aria-label", `${panel.title} by learner step; last: ${last}`);
   figure.append(element("figcaption", {}, panel.title, element("output", {}, last)));
@@ -62,7 +65,7 @@ function drawPanel(figure, panel, curves, chosen) {
         axis({ size: 24 }),
         axis({ size: 48, values: (_, ticks) => ticks.map((tick) => (panel.is_share ? `${Math.round(100 * tick)} %` : sensible(tick))) }),
       ],
-      series: [{ label: "step", value: (_, value) => (value === null ? "–" : value) }, ...lines, ...ends],
+      series: [{ label: "step" }, ...lines, ...ends],
       bands: interval.length ? [{ series: [names.length + 2, names.length + 1], fill: color("--band") }] : [],
       legend: { show: false },
       cursor: { y: false, points: { size: 6 } },
@@ -74,7 +77,7 @@ function drawPanel(figure, panel, curves, chosen) {
             output.textContent =
               at === null || at === undefined
                 ? last
-                : `step ${data[0][at]}: ${columns.map((_, n) => shown(data[n + 1][at])).join(" · ")}`;
+                : `step ${data[0][at]}: ${valuesAt((name) => data[columns.indexOf(name) + 1][at])}`;
           },
         ],
       },

@@ -29,8 +29,6 @@ function filled(node, properties, children) {
 /** How a character that cannot be seen is written. */
 export function written(character) {
   const code = character.codePointAt(0);
-  if (code < 0x20) return String.fromCodePoint(0x2400 + code);
-  if (code === 0x7f) return "\u2421";
   return `⟨U+${code.toString(16).toUpperCase().padStart(4, "0")}⟩`;
 }
 

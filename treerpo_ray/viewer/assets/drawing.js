@@ -6,7 +6,7 @@ import { VERDICTS, largestAdvantage, stepFill } from "./scales.js";
 
 const ROOT_WIDTH = 64;
 const GUTTER = 9; // between a step and its children: the bracket of their group
-const END_WIDTH = 20; // behind the leaves: their verdicts
+const END_WIDTH = 22; // behind the leaves: their verdicts
 const AXIS_HEIGHT = 18;
 const LEAST_ROW = 7;
 const MOST_ROW = 46;
@@ -151,7 +151,7 @@ function topItem({ tree, name }, node) {
   rectangle.style.fill = stepFill({ ...tree, value: [value] }, "value")(0);
   item.append(rectangle);
   if (height >= 3 * LABEL_HEIGHT) {
-    const middle = Math.min(height / 2, 260);
+    const middle = Math.min(height / 2, 4 * LABEL_HEIGHT);
     item.append(
       label(8, middle - 4, index === ROOT ? "prompt" : `step ${index}`),
       label(8, middle + 10, number(value)),
@@ -208,9 +208,14 @@ function labels(tree, index, x, y, width, height) {
     text += (text ? " " : "") + part;
   }
   const hasText = height >= 2.3 * LABEL_HEIGHT && tree.text[index];
-  const middle = y + height / 2;
+  const middle = y + Math.min(height / 2, 4 * LABEL_HEIGHT); // a high step is told at its top
   const shown = text ? [label(x, hasText ? middle - 3 : middle + 4, text)] : [];
-  if (hasText && room > 4) shown.push(label(x, middle + 11, oneLine(tree.text[index], room), "beginning"));
+  if (hasText && room > 4) {
+    // Characters of other scripts have other widths: what goes beyond the step is cut off.
+    const clip = drawn("svg", { x, y: middle, width: Math.max(0, width - 3), height: 16 });
+    clip.append(label(0, 11, oneLine(tree.text[index], room), "label beginning"));
+    shown.push(clip);
+  }
   return shown;
 }
 

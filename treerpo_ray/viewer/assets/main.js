@@ -13,6 +13,12 @@ const main = document.getElementById("main");
 const source = openSource();
 const pages = { overview, trees: treeList, tree: treePage, compare: comparePage };
 const MOST_MIXED = 12;
+const PRUNED_BY = {
+  range: "the range of its values",
+  tree_range: "the range of its tree's rewards",
+  significance: "the significance of its differences",
+  shrinkage: "the share of its spread that is no noise",
+};
 const KEYS = [
   ["1 2 3", "overview, trees, before and after"],
   ["← → ↑ ↓", "to the parent, a child, the siblings; in a list up and down"],
@@ -130,10 +136,13 @@ async function overview(root) {
     const found = await source.curves();
     close();
     curves.replaceChildren();
-    const rule = `${status.advantage} advantages; a group is kept if its ${status.prune.replaceAll("_", " ")} is above ${status.prune_threshold}`;
     state.textContent = found.panels.length
-      ? `${rule}. A click on a curve leads to the trees of that step.`
+      ? `Advantage: ${status.advantage.replaceAll("_", " ")}. A step group is kept where ${PRUNED_BY[status.prune]} is above ${status.prune_threshold}. A click on a curve leads to the trees of that step.`
       : "No learner step is done yet: curves and trees appear here by themselves.";
+    if (status.evaluations.length > 1) {
+      const link = element("a", { href: "#compare?kind=evaluation" }, "Before and after");
+      state.append(" ", link, ": what it now answers otherwise.");
+    }
     close = drawCurves(curves, found, (step) => {
       const saved = status.tree_steps.filter((own) => own <= step).at(-1) ?? status.tree_steps[0];
       if (saved !== undefined) context.go("trees", { step: saved });

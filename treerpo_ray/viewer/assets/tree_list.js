@@ -1,6 +1,6 @@
 // Tree list: the saved trees of a learner step or of all, filtered and in order.
 
-import { choice, element, number, oneLine, short, withError } from "./dom.js";
+import { choice, element, oneLine, short, withError } from "./dom.js";
 import { VERDICTS, diverging } from "./scales.js";
 
 const SHOWN = 100; // rows at a time
@@ -84,7 +84,7 @@ export function treeList(root, context) {
         (steps.length > 1 ? ` of ${steps.length - missing} learner steps` : ` of learner step ${steps[0]}`) +
         (missing ? `; reading ${missing} more …` : "");
     const focused = document.activeElement?.getAttribute("href");
-    list.replaceChildren(...passing.slice(0, shown).map(treeRow));
+    list.replaceChildren(listHead(), ...passing.slice(0, shown).map(treeRow));
     if (focused) list.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus();
     more.hidden = passing.length <= shown;
   }
@@ -149,13 +149,19 @@ export function treeList(root, context) {
         return true;
       }
       if (event.key !== "ArrowDown" && event.key !== "ArrowUp") return false;
-      const rows = [...list.children];
+      const rows = [...list.querySelectorAll("a")];
       const at = rows.indexOf(document.activeElement);
       const next = rows[at + (event.key === "ArrowDown" ? 1 : -1)];
       next?.focus();
       return Boolean(next);
     },
   };
+}
+
+/** What stands in each column. */
+export function listHead() {
+  const names = ["step:ticket", "value ± standard error", "verdicts", "step groups and size", "problem", "reference"];
+  return element("div", { class: "tree-row list-head", "aria-hidden": true }, names.map((name) => element("span", {}, name)));
 }
 
 /** One tree as a line that leads to it. */
@@ -204,10 +210,5 @@ function verdictText(verdicts) {
 
 /** A number of rows of the most mixed trees, for the overview. */
 export function mostMixed(trees, count) {
-  return filtered(trees, {}).slice(0, count).map(treeRow);
-}
-
-/** A share of right answers, before and after. */
-export function shareText(value) {
-  return value === null ? "no value" : number(value);
+  return [listHead(), ...filtered(trees, {}).slice(0, count).map(treeRow)];
 }
