@@ -116,9 +116,20 @@ def to_table(records: Sequence[TreeRecord]) -> pa.Table:
     return pa.Table.from_pylist([_to_row(record) for record in records], schema=SCHEMA)
 
 
-def is_readable(table: pa.Table) -> bool:
-    """Whether the table was written with this schema's version."""
-    return _schema_version(table) == str(SCHEMA_VERSION)
+def is_readable(schema: pa.Schema) -> bool:
+    """Whether a table of this schema was written with the present version."""
+    return _schema_version(schema) == str(SCHEMA_VERSION)
+
+
+def check_readable(schema: pa.Schema) -> None:
+    """Check that a table of this schema can be read.
+
+    Raises:
+        ValueError: it was written with another schema version.
+    """
+    if not is_readable(schema):
+        found = _schema_version(schema)
+        raise ValueError(f"trees were written with schema {found}, this reads {SCHEMA_VERSION}")
 
 
 def from_table(table: pa.Table) -> list[TreeRecord]:
@@ -127,14 +138,12 @@ def from_table(table: pa.Table) -> list[TreeRecord]:
     Raises:
         ValueError: the table was written with another schema version.
     """
-    if not is_readable(table):
-        found = _schema_version(table)
-        raise ValueError(f"trees were written with schema {found}, this reads {SCHEMA_VERSION}")
+    check_readable(table.schema)
     return [record for batch in table.to_batches() for record in _from_batch(batch)]
 
 
-def _schema_version(table: pa.Table) -> str:
-    return (table.schema.metadata or {}).get(b"treerpo_schema", b"?").decode()
+def _schema_version(schema: pa.Schema) -> str:
+    return (schema.metadata or {}).get(b"treerpo_schema", b"?").decode()
 
 
 def _to_row(record: TreeRecord) -> dict[str, object]:

@@ -31,6 +31,10 @@ MODEL_FOLDER = "model"
 WHOLE_MODEL = f"{MODEL_FOLDER}/config.json"
 """The model's file that comes last and goes first, so that its presence means it is whole."""
 
+ROW_GROUP_BYTES = 2**20
+"""Of a Parquet file, before compression: what is read for one row. A row that is larger has a
+group of its own."""
+
 
 class RunFolder:
     """A run folder, or any folder with files of runs.
@@ -93,6 +97,19 @@ class RunFolder:
             return pq.read_table(file)
 
     @contextmanager
+    def parquet(self, name: str) -> Iterator[pq.ParquetFile]:
+        """A Parquet file of which only the columns and row groups asked for are read."""
+        with self.fs.open(self._path(name)) as file, pq.ParquetFile(file) as opened:
+            yield opened
+
+    def state(self, name: str) -> str:
+        """A text that changes when the file does; empty if there is no such file."""
+        try:
+            return self.fs.ukey(self._path(name))
+        except FileNotFoundError:
+            return ""
+
+    @contextmanager
     def local(self, name: str) -> Iterator[Path]:
         """A file or folder on this machine: itself, or a copy for a while."""
         with tempfile.TemporaryDirectory(prefix="treerpo-copy-") as target:
@@ -131,9 +148,11 @@ class RunFolder:
         sync(place.parent)
 
     def publish_table(self, name: str, table: pa.Table) -> None:
-        """Put a Parquet file in its place, as `publish_file` does."""
+        """Put a Parquet file in its place, as `publish_file` does; one row can be read of it
+        without the others, as far as rows are large."""
         content = io.BytesIO()
-        pq.write_table(table, content)
+        rows = max(1, ROW_GROUP_BYTES * len(table) // max(1, table.nbytes))
+        pq.write_table(table, content, row_group_size=rows)
         self.publish_file(name, content.getvalue())
 
     def publish_model(self, write: Write) -> str:

@@ -10,10 +10,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from treerpo_ray.config.sections import GateConfig, TreeConfig
-from treerpo_ray.records import TreeRecord, from_table, is_readable, to_table
+from treerpo_ray.records import (
+    TreeRecord,
+    check_readable,
+    from_table,
+    is_readable,
+    to_table,
+)
 from treerpo_ray.run_folder.files import RunFolder
 
 FILE = "trees.parquet"
@@ -36,7 +43,7 @@ def read(folder: Path | None, settings: TreeConfig) -> list[TreeRecord]:
     table = pq.read_table(folder / FILE)
     if (table.schema.metadata or {}).get(CONFIG_KEY) != _tree_section(settings):
         return []
-    return from_table(table) if is_readable(table) else []
+    return from_table(table) if is_readable(table.schema) else []
 
 
 def _tree_section(settings: TreeConfig) -> bytes:
@@ -80,8 +87,43 @@ def saved_steps(folder: RunFolder) -> list[int]:
 
 def saved(folder: RunFolder, step: int) -> list[TreeRecord]:
     """The trees that are saved of a learner step, doubled ones too."""
-    files = folder.glob(f"trees/step={step:06d}/*.parquet")
+    files = saved_files(folder, step)
     return [tree for file in files for tree in from_table(folder.read_table(file))]
+
+
+def saved_files(folder: RunFolder, step: int) -> list[str]:
+    """Files with the trees that are saved of a learner step."""
+    return folder.glob(f"trees/step={step:06d}/*.parquet")
+
+
+def read_columns(folder: RunFolder, file: str, columns: Sequence[str]) -> pa.Table:
+    """Some columns of a file of trees; the others are not read.
+
+    Raises:
+        ValueError: the trees were written with another schema version.
+    """
+    with folder.parquet(file) as trees:
+        check_readable(trees.schema_arrow)
+        return trees.read(list(columns))
+
+
+def saved_tree(folder: RunFolder, step: int, ticket: int) -> TreeRecord | None:
+    """The tree of a ticket that is saved of a learner step, of several the last one; of the others
+    no more is read than lies in the same row group.
+
+    Raises:
+        ValueError: the trees were written with another schema version.
+    """
+    found: list[TreeRecord] = []
+    for file in saved_files(folder, step):
+        with folder.parquet(file) as trees:
+            check_readable(trees.schema_arrow)
+            for group in range(trees.num_row_groups):
+                tickets = trees.read_row_group(group, ["ticket"])["ticket"].to_pylist()
+                places = [place for place, own in enumerate(tickets) if own == ticket]
+                if places:
+                    found += from_table(trees.read_row_group(group).take(places))
+    return max(found, key=lambda tree: tree.finished_at_s, default=None)
 
 
 def take_back(folder: RunFolder, step: int) -> None:

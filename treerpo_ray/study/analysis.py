@@ -20,7 +20,9 @@ from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.metrics.run_log import EVENTS_FILE, METRICS_FILE, latest_rows
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees
-from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder
+from treerpo_ray.run_folder.files import CONFIG_FILE, MODEL_FOLDER, RunFolder
+
+TOKENIZER_FILE = "tokenizer.json"
 
 
 class _Scheme(TypedDict):
@@ -46,6 +48,7 @@ class Run:
         self.folder = folder
         self._files = RunFolder(folder)
         self._baselines: dict[int, float] = {}
+        self._tokenizer: Tokenizer | None = None
         if not self._files.exists(CONFIG_FILE):
             raise ValueError(f"{folder} is not the folder of a run: it has no {CONFIG_FILE}")
 
@@ -98,6 +101,12 @@ class Run:
         newest = {r.ticket: r for r in sorted(records, key=lambda record: record.finished_at_s)}
         return [newest[ticket] for ticket in sorted(newest)]
 
+    def tree(self, step: int, ticket: int) -> TreeRecord:
+        """The tree of one ticket that a learner step was trained on; the others are not read."""
+        if (record := saved_trees.saved_tree(self._files, step, ticket)) is None:
+            raise ValueError(f"{self.folder} has no tree of ticket {ticket} at step {step}")
+        return record
+
     def values(self, record: TreeRecord) -> Values:
         """Backed-up value of each step and of the prompt."""
         return mean_backup(record.tree, record.rewards)
@@ -117,6 +126,15 @@ class Run:
         form = self._learner.form
         baseline = self._baseline(record) if has_baseline(form) else 0.0
         return {"form": form, "pruning": self._learner.pruning, "baseline": baseline}
+
+    def advantage_errors(self, record: TreeRecord) -> Float64[np.ndarray, " steps"]:
+        """Standard error of each advantage; NaN where there is none."""
+        return advantage_errors(record.tree, self.values(record), **self._scheme(record))
+
+    @property
+    def scheme(self) -> tuple[Form, Pruning]:
+        """What an advantage is in this run, and which step groups are kept."""
+        return self._learner.form, self._learner.pruning
 
     @cached_property
     def _learner(self) -> LearnerConfig:
@@ -156,24 +174,34 @@ class Run:
                 "value": values.steps,
                 "value_se": values.step_errors,
                 "advantage": advantages,
-                "advantage_se": advantage_errors(tree, values, **self._scheme(record)),
+                "advantage_se": self.advantage_errors(record),
                 "is_kept": ~np.isnan(advantages),
             }
         )
 
     def _decoded(self, token_ids: Int32[np.ndarray, " tokens"]) -> str:
-        if self._tokenizer is None:
+        if self.tokenizer is None:
             return f"({len(token_ids)} tokens)"
-        return self._tokenizer.decode(token_ids.tolist())
+        return self.tokenizer.decode(token_ids.tolist())
 
-    @cached_property
-    def _tokenizer(self) -> Tokenizer | None:
-        """That of the exported model, or of the model the run started from if that is a folder."""
-        if self._files.exists("model/tokenizer.json"):
-            return Tokenizer.from_str(self._files.read_text("model/tokenizer.json"))
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """That of the exported model or of the newest checkpoint, or of the model that the run
+        started from if that is a folder; a run that goes on may have none yet."""
+        if self._tokenizer is None:
+            self._tokenizer = self._find_tokenizer()
+        return self._tokenizer
+
+    def _find_tokenizer(self) -> Tokenizer | None:
         # Paths in a config are relative to the project, a notebook's working folder is not.
-        start = Path(__file__).parents[2] / str(self.config["model"]["path"]) / "tokenizer.json"
-        return Tokenizer.from_file(str(start)) if start.exists() else None
+        start = Path(__file__).parents[2] / str(self.config["model"]["path"]) / TOKENIZER_FILE
+        if start.exists():
+            return Tokenizer.from_file(str(start))
+        checkpoints = self._files.glob(f"checkpoints/*/{MODEL_FOLDER}/{TOKENIZER_FILE}")
+        for file in (f"{MODEL_FOLDER}/{TOKENIZER_FILE}", *reversed(checkpoints)):
+            if self._files.exists(file):
+                return Tokenizer.from_str(self._files.read_text(file))
+        return None
 
 
 def newest_run(root: str) -> str:

@@ -1,7 +1,5 @@
 """Plots: figures of a whole run; every function gives a new matplotlib Figure."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import pandas as pd
 from jaxtyping import Float64
@@ -11,33 +9,12 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from treerpo_ray.metrics.run_log import EVENTS_FILE
 from treerpo_ray.study.analysis import Run
+from treerpo_ray.study.panels import PANELS, Panel
 
 KEPT, PRUNED, GRID = "#2a6f97", "#b8c0c8", "#eceff1"
 LINES = (KEPT, "#e08e2b", "#5b8c5a", "#8e5ea2")
 MARKED_STEPS = 15
 """A line of at most so many points shows each of them."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Panel:
-    """One small chart of `plot_curves`: metrics by the label of their line."""
-
-    title: str
-    lines: dict[str, str]
-    is_share: bool = False
-
-
-PANELS = (
-    Panel(title="reward of the leaves", lines={"mean": "reward/mean", "any": "reward/any"}),
-    Panel(title="Pass@1 on held-out problems", lines={"": "eval/pass_at_1"}, is_share=True),
-    Panel(title="step groups kept", lines={"": "groups/kept_share"}, is_share=True),
-    Panel(title="loss", lines={"total": "loss/total", "policy": "loss/policy"}),
-    Panel(title="engine against learner (nats a token)", lines={"": "mismatch/mean"}),
-    Panel(title="KL to the reference (nats a token)", lines={"": "loss/kl"}),
-    Panel(title="answer length (tokens)", lines={"training": "length/mean", "test": "eval/length"}),
-    Panel(title="staleness (steps)", lines={"mean": "staleness/mean", "max": "staleness/max"}),
-    Panel(title="sampled tokens a second", lines={"": "tokens/per_s"}),
-)
 
 
 def plot_curves(run: Run) -> Figure:

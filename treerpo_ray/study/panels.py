@@ -1,0 +1,37 @@
+"""Panels: which metrics of a run are drawn together, for plots and viewer."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """One small chart of a run's curves: metrics by the label of their line."""
+
+    title: str
+    lines: dict[str, str]
+    is_share: bool = False
+    interval: tuple[str, str] | None = None
+    """Metrics with the lower and the upper end of the 95 % interval of the only line."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """All metrics that are drawn."""
+        return (*self.lines.values(), *(self.interval or ()))
+
+
+PANELS = (
+    Panel(title="reward of the leaves", lines={"mean": "reward/mean", "any": "reward/any"}),
+    Panel(
+        title="Pass@1 on held-out problems",
+        lines={"": "eval/pass_at_1"},
+        is_share=True,
+        interval=("eval/ci95_low", "eval/ci95_high"),
+    ),
+    Panel(title="step groups kept", lines={"": "groups/kept_share"}, is_share=True),
+    Panel(title="loss", lines={"total": "loss/total", "policy": "loss/policy"}),
+    Panel(title="engine against learner (nats a token)", lines={"": "mismatch/mean"}),
+    Panel(title="KL to the reference (nats a token)", lines={"": "loss/kl"}),
+    Panel(title="answer length (tokens)", lines={"training": "length/mean", "test": "eval/length"}),
+    Panel(title="staleness (steps)", lines={"mean": "staleness/mean", "max": "staleness/max"}),
+    Panel(title="sampled tokens a second", lines={"": "tokens/per_s"}),
+)

@@ -1,0 +1,190 @@
+"""Answers: the samples of an evaluation, as trees of one depth, and which problems came twice.
+
+Training rarely meets a problem a second time; an evaluation asks the same held-out problems before
+and after. So what a run has changed is seen in both.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from treerpo_ray.algo.backup import mean_backup
+from treerpo_ray.algo.tree import ROOT, StopReason
+from treerpo_ray.run_folder import trees as saved_trees
+from treerpo_ray.run_folder.files import RunFolder
+from treerpo_ray.verifier.verdict import Verdict
+from treerpo_ray.viewer.tree_list import MAX_QUESTION, shape
+from treerpo_ray.viewer.tree_view import TreeView
+
+SIGHTING_COLUMNS = ("ticket", "finished_at_s", "prompt_id", "question", "root_value")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sighting:
+    """A problem as one learner step or evaluation met it."""
+
+    ref: str
+    """As `TreeView.ref`."""
+    step: int
+    is_evaluation: bool
+    problem: str
+    question: str
+    value: float
+    """Of the root: the share of right answers in an evaluation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """A problem that was met at several learner steps."""
+
+    problem: str
+    question: str
+    is_evaluation: bool
+    refs: tuple[str, ...]
+    """The trees, by learner step."""
+    values: tuple[float, ...]
+    gain: float
+    """Value of the last less that of the first; NaN where one has none."""
+
+
+def evaluation_file(step: int) -> str:
+    """File with the answers of the evaluation at a learner step."""
+    return f"eval/step={step:06d}.parquet"
+
+
+def evaluation_sightings(folder: RunFolder, step: int) -> list[Sighting]:
+    """The problems of an evaluation; the texts of its answers are not read."""
+    with folder.parquet(evaluation_file(step)) as samples:
+        table = samples.read(["problem", "question", "verdict"])
+    rewards: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for row in table.to_pylist():
+        verdict = Verdict(row["verdict"])
+        reward = verdict.reward if verdict.is_reward else float("nan")
+        rewards[row["problem"], row["question"]].append(reward)
+    return [
+        Sighting(
+            ref=f"e{step}:{problem}",
+            step=step,
+            is_evaluation=True,
+            problem=problem,
+            question=question,
+            value=float(np.mean(own)),
+        )
+        for (problem, question), own in rewards.items()
+    ]
+
+
+def tree_sightings(folder: RunFolder, file: str, step: int) -> list[Sighting]:
+    """The problems of a file of trees; of their steps nothing is read."""
+    table = saved_trees.read_columns(folder, file, SIGHTING_COLUMNS)
+    rows = {}
+    for row in sorted(table.to_pylist(), key=lambda row: row["finished_at_s"]):
+        rows[row["ticket"]] = row
+    return [
+        Sighting(
+            ref=f"{step}:{ticket}",
+            step=step,
+            is_evaluation=False,
+            problem=row["prompt_id"],
+            question=row["question"],
+            value=float("nan") if row["root_value"] is None else row["root_value"],
+        )
+        for ticket, row in rows.items()
+    ]
+
+
+def met_again(sightings: Iterable[Sighting]) -> list[Problem]:
+    """Problems that were met at several learner steps, those that gained most first."""
+    found: dict[tuple[bool, str, str], dict[int, Sighting]] = defaultdict(dict)
+    for sighting in sightings:
+        key = sighting.is_evaluation, sighting.problem, sighting.question
+        found[key][sighting.step] = sighting
+    problems = [
+        _problem([by_step[step] for step in sorted(by_step)])
+        for by_step in found.values()
+        if len(by_step) > 1
+    ]
+    return sorted(problems, key=lambda problem: np.nan_to_num(-problem.gain, nan=np.inf))
+
+
+def _problem(met: list[Sighting]) -> Problem:
+    return Problem(
+        problem=met[0].problem,
+        question=met[0].question[:MAX_QUESTION],
+        is_evaluation=met[0].is_evaluation,
+        refs=tuple(sighting.ref for sighting in met),
+        values=tuple(sighting.value for sighting in met),
+        gain=met[-1].value - met[0].value,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """The answers to one problem in one evaluation."""
+
+    view: TreeView
+    texts: tuple[str, ...]
+    """Whole, by answer."""
+
+
+def read_answers(folder: RunFolder, step: int, problem: str) -> Answers:
+    """The answers to one problem.
+
+    Raises:
+        ValueError: there is no such evaluation or problem.
+    """
+    if not folder.exists(evaluation_file(step)):
+        raise ValueError(f"{folder} has no evaluation with answers at step {step}")
+    rows: list[dict] = []
+    with folder.parquet(evaluation_file(step)) as samples:
+        for group in range(samples.num_row_groups):
+            problems = samples.read_row_group(group, ["problem"])["problem"].to_pylist()
+            places = [place for place, own in enumerate(problems) if own == problem]
+            if places:
+                rows += samples.read_row_group(group).take(places).to_pylist()
+    if not rows:
+        raise ValueError(f"{folder} has no problem {problem} in its evaluation at step {step}")
+    return _answers(rows, step)
+
+
+def _answers(rows: list[dict], step: int) -> Answers:
+    verdicts = [Verdict(row["verdict"]) for row in rows]
+    rewards = np.array([v.reward if v.is_reward else np.nan for v in verdicts])
+    none = np.full(len(rows), np.nan)
+    lengths = np.array([row["num_tokens"] for row in rows], np.int32)
+    tree = shape(np.full(len(rows), ROOT, np.int32), lengths)
+    values = mean_backup(tree, rewards)
+    stops = [StopReason.BOUNDARY if r["is_cut_off"] else StopReason.END_OF_TEXT for r in rows]
+    view = TreeView(
+        ref=f"e{step}:{rows[0]['problem']}",
+        step=step,
+        ticket=None,
+        prompt_id=rows[0]["problem"],
+        question=rows[0]["question"],
+        answers=tuple(rows[0]["references"]),
+        num_redraws=0,
+        seed=None,
+        engine=None,
+        grow_s=None,
+        root_value=values.root,
+        root_se=values.root_error,
+        groups={},
+        parent=tree.parents,
+        depth=tree.depth_array,
+        length=lengths,
+        stop=tuple(stop.value for stop in stops),
+        value=values.steps,
+        value_se=values.step_errors,
+        advantage=none,
+        advantage_se=none,
+        state=(None,) * len(rows),
+        verdict=tuple(verdict.value for verdict in verdicts),
+        oldest_version=(None,) * len(rows),
+        newest_version=(None,) * len(rows),
+        mean_logprob=none,
+        text=tuple(row["text"][:200] for row in rows),
+        has_texts=False,
+    )
+    return Answers(view=view, texts=tuple(row["text"] for row in rows))

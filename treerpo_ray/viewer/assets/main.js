@@ -1,0 +1,251 @@
+// Main: which page is shown, by the address, and what is new in the run.
+//
+// The address says all that is on the screen: #view?key=value&..., so a link opens exactly that.
+
+import { comparePage } from "./compare.js";
+import { drawCurves } from "./curves.js";
+import { element, oneLine } from "./dom.js";
+import { openSource } from "./source.js";
+import { mostMixed, treeList } from "./tree_list.js";
+import { legend, treePage } from "./tree_page.js";
+
+const main = document.getElementById("main");
+const source = openSource();
+const pages = { overview, trees: treeList, tree: treePage, compare: comparePage };
+const MOST_MIXED = 12;
+const PRUNED_BY = {
+  range: "the range of its values",
+  tree_range: "the range of its tree's rewards",
+  significance: "the significance of its differences",
+  shrinkage: "the share of its spread that is no noise",
+};
+const KEYS = [
+  ["1 2 3", "overview, trees, before and after"],
+  ["← → ↑ ↓", "to the parent, a child, the siblings; in a list up and down"],
+  ["Home", "to the prompt"],
+  ["Enter", "to the panel of the step; in a list open the tree"],
+  ["f", "whole tree on one screen, and back"],
+  ["z", "only what is below the step, and back"],
+  ["[ ]", "tree before, next tree"],
+  ["/", "search"],
+  ["?", "this"],
+];
+
+let status = null;
+let page = null; // the one that is shown, and what it is of
+let shownFor = "";
+
+const WRITE_MS = 100; // browsers take so many changes of the address in a time, not more
+
+let writing = 0;
+let current = address();
+
+function address() {
+  const [view, query = ""] = location.hash.slice(1).split("?");
+  return {
+    view: Object.hasOwn(pages, view) ? view : "overview",
+    query: Object.fromEntries(new URLSearchParams(query)),
+  };
+}
+
+function hash({ view, query }) {
+  const text = String(new URLSearchParams(query));
+  return `#${view}${text ? `?${text}` : ""}`;
+}
+
+function cleaned(query) {
+  const kept = Object.entries(query).filter(([, value]) => value !== undefined && value !== "");
+  return Object.fromEntries(kept.map(([key, value]) => [key, String(value)]));
+}
+
+function write() {
+  clearTimeout(writing);
+  history.replaceState(null, "", hash(current));
+}
+
+const context = {
+  source,
+  status: () => status,
+  query: () => current.query,
+  /** To another page. */
+  go(view, query) {
+    write();
+    location.hash = hash({ view, query: cleaned(query) });
+  },
+  /** To another page instead of this one. */
+  redirect(view, query) {
+    clearTimeout(writing);
+    location.replace(hash({ view, query: cleaned(query) }));
+  },
+  /** The same page with another query; it is one entry of the history. */
+  set(query) {
+    current = { view: current.view, query: cleaned(query) };
+    clearTimeout(writing);
+    writing = setTimeout(write, WRITE_MS);
+    show();
+  },
+};
+
+/** What a page is made anew for; all else it applies itself. */
+function subject({ view, query }) {
+  if (view === "tree") return `tree ${query.ref}`;
+  if (view === "compare") return `compare ${query.a} ${query.b} ${query.a ? "" : query.problem}`;
+  return view;
+}
+
+async function show() {
+  for (const link of document.querySelectorAll("[data-view]")) {
+    if (link.dataset.view === current.view) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  const own = subject(current);
+  try {
+    if (shownFor === own) {
+      await page?.apply(); // if it is still being made, it takes the query as it is then
+    } else {
+      page?.close();
+      page = null;
+      shownFor = own;
+      const place = element("div", { class: `page ${current.view}-view` });
+      main.replaceChildren(place);
+      const made = await pages[current.view](place, context);
+      if (shownFor !== own) return made?.close();
+      page = made;
+      await page?.ready;
+    }
+    main.dataset.shown = hash(current);
+  } catch (error) {
+    if (shownFor === own) fail(error);
+  }
+}
+
+function fail(error) {
+  shownFor = "";
+  page = null;
+  main.replaceChildren(element("p", { class: "warning", role: "alert" }, oneLine(error.message, 500)));
+}
+
+async function overview(root) {
+  const state = element("p", { class: "note" });
+  const curves = element("section", { "aria-label": "curves" });
+  const trees = element("section", { class: "newest" });
+  root.append(element("h1", { class: "unseen-heading" }, "Overview"), state, curves, trees);
+  let close = () => {};
+
+  async function draw() {
+    const found = await source.curves();
+    close();
+    curves.replaceChildren();
+    state.textContent = found.panels.length
+      ? `Advantage: ${status.advantage.replaceAll("_", " ")}. A step group is kept where ${PRUNED_BY[status.prune]} is above ${status.prune_threshold}. A click on a curve leads to the trees of that step.`
+      : "No learner step is done yet: curves and trees appear here by themselves.";
+    if (status.evaluations.length > 1) {
+      const link = element("a", { href: "#compare?kind=evaluation" }, "Before and after");
+      state.append(" ", link, ": what it now answers otherwise.");
+    }
+    close = drawCurves(curves, found, (step) => {
+      const saved = status.tree_steps.filter((own) => own <= step).at(-1) ?? status.tree_steps[0];
+      if (saved !== undefined) context.go("trees", { step: saved });
+    });
+    const newest = status.tree_steps.at(-1);
+    trees.replaceChildren();
+    if (newest === undefined) return;
+    const rows = mostMixed(await source.trees(newest), MOST_MIXED);
+    trees.replaceChildren(
+      element("h2", {}, `The most mixed trees of step ${newest} `, element("a", { href: "#trees" }, "all trees")),
+      element("div", { class: "tree-list", role: "list" }, rows),
+    );
+  }
+
+  await draw();
+  const theme = matchMedia("(prefers-color-scheme: dark)");
+  theme.addEventListener("change", draw); // charts are pixels in the colours of the style sheet
+  return {
+    apply: () => {},
+    refresh: draw,
+    close: () => {
+      theme.removeEventListener("change", draw);
+      close();
+    },
+    key: () => false,
+  };
+}
+
+function fillHead() {
+  document.title = `${status.name} · treerpo_ray`;
+  document.getElementById("run-name").textContent = oneLine(status.name, 80);
+  document.getElementById("run-name").title = oneLine(status.folder, 300);
+  const parts = [`step ${status.step} of ${status.num_steps}`];
+  if (status.is_finished) parts.push("finished");
+  else if (source.isLive && status.written_at_s) parts.push(`last written ${ago(Date.now() / 1000 - status.written_at_s)} ago`);
+  if (!source.isLive) parts.push("a saved page");
+  document.getElementById("run-state").textContent = parts.join(" · ");
+}
+
+function ago(seconds) {
+  if (seconds < 120) return `${Math.max(0, Math.round(seconds))} s`;
+  if (seconds < 7200) return `${Math.round(seconds / 60)} min`;
+  return seconds < 172800 ? `${Math.round(seconds / 3600)} h` : `${Math.round(seconds / 86400)} days`;
+}
+
+/** Look whether there is something new, as long as the page is seen. */
+async function follow() {
+  if (!document.hidden) {
+    try {
+      const found = await source.status();
+      const isNew = found.state !== status.state;
+      status = found;
+      fillHead();
+      if (isNew) {
+        source.forget();
+        await page?.refresh();
+      }
+      document.body.classList.remove("lost");
+    } catch {
+      document.body.classList.add("lost");
+      document.getElementById("run-state").textContent = "the viewer has ended: start it again to go on";
+    }
+  }
+  setTimeout(follow, 1000 * status.poll_s);
+}
+
+function help() {
+  const dialog = document.getElementById("help");
+  const keys = KEYS.flatMap(([key, text]) => [element("dt", {}, element("kbd", {}, key)), element("dd", {}, text)]);
+  dialog.replaceChildren(
+    element("h2", {}, "Reading a tree"),
+    element("p", {}, "To the right run the tokens of an answer: a step is as wide as it is long. Siblings stand below each other; the line before them is solid where their group was kept, dashed where it was pruned."),
+    legend(),
+    element("h2", {}, "Keys"),
+    element("dl", { class: "facts" }, keys),
+    element("button", { type: "button", onclick: () => dialog.close() }, "close"),
+  );
+  dialog.showModal();
+}
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key === "Escape") document.activeElement?.blur();
+  if (event.target.closest("input, select, textarea, dialog")) return;
+  const view = { 1: "overview", 2: "trees", 3: "compare" }[event.key];
+  const isButton = event.target.closest("button, summary, a") && event.key === "Enter";
+  if (event.key === "?") help();
+  else if (view) context.go(view, {});
+  else if (isButton || !page?.key(event)) return;
+  event.preventDefault();
+});
+document.getElementById("help-button").addEventListener("click", help);
+window.addEventListener("hashchange", () => {
+  clearTimeout(writing);
+  current = address();
+  show();
+});
+
+try {
+  status = await source.status();
+  fillHead();
+  await show();
+  if (source.isLive) setTimeout(follow, 1000 * status.poll_s);
+} catch (error) {
+  fail(error);
+}

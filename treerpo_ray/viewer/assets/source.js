@@ -1,0 +1,62 @@
+// Source: where the page gets the run from, its server or, in a page that was saved, itself.
+
+/** The run's source; both kinds have the same functions, each of which gives a promise. */
+export function openSource() {
+  const data = document.getElementById("data");
+  return data ? embedded(JSON.parse(data.textContent)) : served();
+}
+
+function served() {
+  const texts = new Map();
+  return {
+    isLive: true,
+    status: () => ask("status"),
+    curves: () => ask("curves"),
+    trees: (step) => ask("trees", { step }),
+    tree: (ref) => ask("tree", { ref }),
+    holding: (ref, text) => ask("holding", { ref, text }),
+    problems: () => ask("problems"),
+    forget: () => texts.clear(),
+    async texts(ref, nodes) {
+      const missing = nodes.filter((node) => !texts.has(`${ref} ${node}`));
+      if (missing.length) {
+        for (const text of await ask("texts", { ref, nodes: missing.join(",") }))
+          texts.set(`${ref} ${text.index}`, text);
+      }
+      return nodes.map((node) => texts.get(`${ref} ${node}`));
+    },
+  };
+}
+
+async function ask(name, query = {}) {
+  const response = await fetch(`api/${name}?${new URLSearchParams(query)}`);
+  const answer = await response.json();
+  if (!response.ok) throw new Error(answer.error);
+  return answer;
+}
+
+function embedded(data) {
+  const found = (part, ref) => {
+    if (!Object.hasOwn(part, ref)) throw new Error(`this page does not hold tree ${ref}`);
+    return part[ref];
+  };
+  return {
+    isLive: false,
+    status: async () => ({
+      ...data.status,
+      tree_steps: [...new Set(data.summaries.map((tree) => tree.step))],
+    }),
+    curves: async () => data.curves,
+    trees: async (step) => data.summaries.filter((tree) => tree.step === step),
+    tree: async (ref) => found(data.trees, ref),
+    problems: async () => data.problems,
+    forget: () => {},
+    texts: async (ref, nodes) => nodes.map((node) => found(data.texts, ref)[node]),
+    async holding(ref, text) {
+      const wanted = text.toLowerCase();
+      return found(data.texts, ref)
+        .filter((own) => (own.answer ?? own.text.join("")).toLowerCase().includes(wanted))
+        .map((own) => own.index);
+    },
+  };
+}

@@ -1,0 +1,94 @@
+"""Status: how far a run is, and its curves."""
+
+from dataclasses import dataclass
+
+from treerpo_ray.metrics.run_log import METRICS_FILE, Row, latest_rows
+from treerpo_ray.run_folder import trees as saved_trees
+from treerpo_ray.run_folder.files import WHOLE_MODEL, RunFolder
+from treerpo_ray.study.analysis import Run
+from treerpo_ray.study.panels import PANELS, Panel
+
+LOCAL_POLL_S, STORE_POLL_S = 2, 20
+"""Time between two looks at a run, which in an object store cost money."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """What the page's head says of a run, and what tells that there is something new."""
+
+    name: str
+    folder: str
+    step: int
+    """Learner steps that are done."""
+    num_steps: int
+    is_finished: bool
+    """Whether the run has exported its model, which it does at its end."""
+    written_at_s: float | None
+    """Unix time of the newest row of metrics; none before the first."""
+    tree_steps: tuple[int, ...]
+    """Learner steps whose trees are saved."""
+    evaluations: tuple[int, ...]
+    """Learner steps at which held-out problems were evaluated and the answers saved."""
+    advantage: str
+    prune: str
+    prune_threshold: float
+    state: str
+    """Changes when there is anything new."""
+    poll_s: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curves:
+    """Metrics by learner step, for the panels that this run has something for."""
+
+    panels: tuple[Panel, ...]
+    steps: list[int]
+    series: dict[str, list[float | None]]
+    """Metrics by name, one entry a step; none where a step has no such metric."""
+
+
+def read_status(run: Run, folder: RunFolder) -> Status:
+    """How far the run is."""
+    learner = run.config["learner"]
+    rows = latest_rows(folder)
+    steps = tuple(saved_trees.saved_steps(folder))
+    newest = [folder.state(file) for file in (METRICS_FILE, WHOLE_MODEL)]
+    evaluations = tuple(evaluated_steps(folder))
+    return Status(
+        name=str(run.config["run"]["name"]),
+        folder=folder.place,
+        step=int(rows[-1]["step"]) if rows else 0,
+        num_steps=int(str(run.config["run"]["num_steps"])),
+        is_finished=bool(newest[-1]),
+        written_at_s=rows[-1].get("time") if rows else None,
+        tree_steps=steps,
+        evaluations=evaluations,
+        advantage=str(learner["advantage"]).lower(),
+        prune=str(learner["prune"]).lower(),
+        prune_threshold=float(str(learner["prune_threshold"])),
+        state=str(hash((*newest, steps, evaluations))),
+        poll_s=LOCAL_POLL_S if folder.is_local else STORE_POLL_S,
+    )
+
+
+def read_curves(folder: RunFolder) -> Curves:
+    """The curves, as far as they are."""
+    rows = latest_rows(folder)
+    names = {name for row in rows for name in row}
+    panels = tuple(panel for panel in PANELS if names & set(panel.lines.values()))
+    drawn = [name for panel in panels for name in panel.metrics]
+    return Curves(
+        panels=panels,
+        steps=[int(row["step"]) for row in rows],
+        series={name: _series(rows, name) for name in drawn},
+    )
+
+
+def _series(rows: list[Row], name: str) -> list[float | None]:
+    return [row.get(name) for row in rows]
+
+
+def evaluated_steps(folder: RunFolder) -> list[int]:
+    """Learner steps whose evaluation has its answers saved, ascending."""
+    files = folder.glob("eval/step=*.parquet")
+    return sorted(int(file.rpartition("=")[2].removesuffix(".parquet")) for file in files)

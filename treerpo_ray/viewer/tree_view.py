@@ -1,0 +1,131 @@
+"""Tree view: what the drawing shows of one tree, a column a quantity."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int32, Int64
+from tokenizers import Tokenizer
+
+from treerpo_ray.algo.groups import GroupState, step_groups
+from treerpo_ray.algo.tree import Tree
+from treerpo_ray.records import TreeRecord
+from treerpo_ray.study.analysis import Run
+from treerpo_ray.viewer.step_text import beginnings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeView:
+    """A tree with what is known of it; arrays and tuples have an entry a step."""
+
+    ref: str
+    """What tells the tree: STEP:TICKET, or eSTEP:PROBLEM for the answers of an evaluation."""
+    step: int
+    """Learner step that it was trained on, or that was evaluated."""
+    ticket: int | None
+    prompt_id: str
+    question: str
+    answers: tuple[str, ...]
+    num_redraws: int
+    seed: int | None
+    engine: int | None
+    grow_s: float | None
+    root_value: float
+    root_se: float
+    groups: dict[str, int]
+    """Number of step groups by `GroupState`; none where nothing is trained on."""
+    parent: Int32[np.ndarray, " steps"]
+    depth: Int64[np.ndarray, " steps"]
+    length: Int32[np.ndarray, " steps"]
+    """Tokens."""
+    stop: tuple[str, ...]
+    value: Float64[np.ndarray, " steps"]
+    value_se: Float64[np.ndarray, " steps"]
+    advantage: Float64[np.ndarray, " steps"]
+    """NaN where the step is not trained on."""
+    advantage_se: Float64[np.ndarray, " steps"]
+    state: tuple[str | None, ...]
+    """`GroupState` of the group that the step is in."""
+    verdict: tuple[str | None, ...]
+    """Of leaves."""
+    oldest_version: tuple[int | None, ...]
+    newest_version: tuple[int | None, ...]
+    mean_logprob: Float64[np.ndarray, " steps"]
+    """Nats a token."""
+    text: tuple[str, ...]
+    """How the step's text begins."""
+    has_texts: bool
+    """Whether there are tokens and a tokenizer to show them with."""
+
+
+def trained_tree(run: Run, tokenizer: Tokenizer | None, record: TreeRecord, step: int) -> TreeView:
+    """A tree that a learner step was trained on."""
+    tree, values = record.tree, run.values(record)
+    _, pruning = run.scheme
+    states: list[str | None] = [None] * len(tree)
+    for group in step_groups(tree, values):
+        for children, state in zip(group.children, group.states(pruning), strict=True):
+            for child in children.tolist():
+                states[child] = str(state)
+    parents = dict(zip(tree.parents.tolist(), states, strict=True))
+    kinds = list(parents.values())
+    has_tokens = tree.lengths > 0
+    return TreeView(
+        ref=f"{step}:{record.ticket}",
+        step=step,
+        ticket=record.ticket,
+        prompt_id=record.prompt_id,
+        question=record.question,
+        answers=record.answers,
+        num_redraws=record.num_redraws,
+        seed=record.seed,
+        engine=record.engine,
+        grow_s=record.grow_s,
+        root_value=values.root,
+        root_se=values.root_error,
+        groups={state.value: kinds.count(state) for state in GroupState},
+        parent=tree.parents,
+        depth=tree.depth_array,
+        length=tree.lengths,
+        stop=tuple(stop.value for stop in tree.stops),
+        value=values.steps,
+        value_se=values.step_errors,
+        advantage=run.advantages(record),
+        advantage_se=run.advantage_errors(record),
+        state=tuple(states),
+        verdict=leaf_verdicts(record),
+        oldest_version=_versions(tree, np.minimum, has_tokens),
+        newest_version=_versions(tree, np.maximum, has_tokens),
+        mean_logprob=_mean_logprobs(tree, has_tokens),
+        text=tuple(beginnings(tokenizer, record)),
+        has_texts=tokenizer is not None,
+    )
+
+
+def leaf_verdicts(record: TreeRecord) -> tuple[str | None, ...]:
+    """Verdict of each leaf, at its step's place."""
+    verdicts: list[str | None] = [None] * len(record.tree)
+    for leaf, verdict in zip(record.tree.leaves, record.verdicts, strict=True):
+        verdicts[leaf] = verdict.value
+    return tuple(verdicts)
+
+
+def _versions(
+    tree: Tree, least_or_most: np.ufunc, has_tokens: Bool[np.ndarray, " steps"]
+) -> tuple[int | None, ...]:
+    """Oldest or newest version of each step's tokens."""
+    found: list[int | None] = [None] * len(tree)
+    if has_tokens.any():
+        of_steps = least_or_most.reduceat(tree.versions, tree.starts[has_tokens])
+        for index, version in zip(np.flatnonzero(has_tokens), of_steps.tolist(), strict=True):
+            found[index] = version
+    return tuple(found)
+
+
+def _mean_logprobs(
+    tree: Tree, has_tokens: Bool[np.ndarray, " steps"]
+) -> Float64[np.ndarray, " steps"]:
+    means = np.full(len(tree), np.nan)
+    if has_tokens.any():
+        sums = np.add.reduceat(tree.logprobs.astype(np.float64), tree.starts[has_tokens])
+        means[has_tokens] = sums / tree.lengths[has_tokens]
+    return means
