@@ -200,7 +200,7 @@ def run_benchmarks(config: Config, model: str, console: Console) -> dict[str, Ev
     with stop.at_work(), only_writer(folder), output_to_log(folder):
         folder.publish_file(f"eval/{CONFIG_FILE}", to_yaml(config).encode())
         try:
-            with connected(config, stop, trains=False):
+            with connected(config, trains=False):
                 return dict(evaluate_all(config, source, prompts, tokenizer, console))
         except Exception as error:
             if isinstance(error, ValueError) and not isinstance(error, ray.exceptions.RayError):
@@ -237,11 +237,12 @@ def evaluate_all(
     make_scorer: Callable[[VerifierConfig, PreTrainedTokenizerBase], Scorer] = Scorer,
 ) -> Iterator[tuple[str, Evaluation]]:
     """Evaluate each benchmark on the Ray cluster that is connected, on the same engines."""
-    run_log: RunLogApi = make_actor(RunLog, concurrency=1)(config)
-    pool: TreePoolApi = make_actor(TreePool)(
+    run = config.run.name
+    run_log: RunLogApi = make_actor(RunLog, name=f"run log of {run}", concurrency=1)(config)
+    pool: TreePoolApi = make_actor(TreePool, name=f"tree pool of {run}")(
         setup=EngineSetup.of(config), log_folder=config.log_folder
     )
-    heartbeats: HeartbeatsApi = make_actor(Heartbeats, concurrency=1)()
+    heartbeats: HeartbeatsApi = make_actor(Heartbeats, name=f"heartbeats of {run}", concurrency=1)()
     first = next(iter(prompts.values()))
     try:
         begun = pool.begin.remote(
