@@ -13,7 +13,9 @@ checked:
 That the actor's class has these methods is for a test to check (`tests/test_actor.py`).
 """
 
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast
 
 if TYPE_CHECKING:  # who only reads what a run wrote needs no Ray
@@ -55,10 +57,14 @@ def actor_stream(signature: Callable[Concatenate[Any, P], object]) -> ActorStrea
 
 
 def make_actor(
-    kind: Callable[P, object], *, concurrency: int = 10_000, node: str | None = None
+    kind: Callable[P, object],
+    *,
+    name: str | None = None,
+    concurrency: int = 10_000,
+    node: str | None = None,
 ) -> Callable[P, Any]:
     """What makes an actor on `node` (Ray's id) or that of the caller, called with the arguments of
-    its class. On a node that is gone, calls of the actor fail."""
+    its class. On a node that is gone, calls of the actor fail. Ray's dashboard shows its name."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -66,9 +72,25 @@ def make_actor(
         node or ray.get_runtime_context().get_node_id(), soft=False
     )
     made = ray.remote(kind).options(
-        num_cpus=0, scheduling_strategy=here, max_concurrency=concurrency
+        num_cpus=0, scheduling_strategy=here, max_concurrency=concurrency, **shown_as(name)
     )
     return cast(Callable[P, Any], made.remote)
+
+
+def shown_as(name: str | None) -> dict[str, str]:
+    """Options of an actor that Ray shows under a name; others may have the same one, since nobody
+    looks for actors by their names."""
+    return {} if name is None else {"name": name, "namespace": uuid.uuid4().hex}
+
+
+def end_actors(actors: Sequence[object], limit_s: float) -> None:
+    """Have actors end by themselves, once they have told Ray of what they did; one that has not
+    within `limit_s` is ended with the last handle to it."""
+    import ray
+
+    with suppress(ray.exceptions.RayError):
+        ended = [cast(Any, actor).__ray_terminate__.remote() for actor in actors]
+        ray.wait(ended, num_returns=len(ended), timeout=limit_s)
 
 
 def first_line(error: BaseException) -> str:

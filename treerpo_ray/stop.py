@@ -49,6 +49,22 @@ def _handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[Non
 
 
 @contextmanager
+def held_back() -> Iterator[None]:
+    """Meanwhile signals wait; then they are handled as before, whatever handlers a library has set,
+    in Python or below it."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                if handler is not None:  # one that was not set from Python
+                    signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextmanager
 def ended_at_once() -> Iterator[None]:
     """While there is nothing that would have to be ended, a signal ends the process, with a line,
     in the middle of whatever it imports or reads: an exception may be lost there, or be printed
@@ -95,11 +111,6 @@ class Stop:
             yield
         finally:
             self._ask = None
-
-    def raise_if_asked(self) -> None:
-        """Raise the KeyboardInterrupt of a signal that came while nothing was to be interrupted."""
-        if self.is_asked:
-            raise KeyboardInterrupt
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:

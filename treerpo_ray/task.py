@@ -64,6 +64,9 @@ class GateApi(Protocol):
     @actor_method
     def stop(self) -> None: ...
 
+    @actor_method
+    def close(self) -> None: ...
+
 
 class TreePoolApi(Protocol):
     """Actor of `TreePool`."""
@@ -102,6 +105,9 @@ class TreePoolApi(Protocol):
     def grow_tickets(
         self, gate: GateApi, session: int, first: int, num_workers: int, saved: list[TreeRecord]
     ) -> None: ...
+
+    @actor_method
+    def end_stream(self) -> None: ...
 
     @actor_method
     def worker_batch_size(self) -> int: ...

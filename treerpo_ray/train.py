@@ -52,6 +52,8 @@ from treerpo_ray.weight_sync import Publisher
 
 GATE_FILE = "gate.json"
 """State of the gate, in a checkpoint."""
+END_S = 10.0
+"""Time for the stream of trees to end by itself; it is ended with the workers in any case."""
 WRITE_S = 60.0
 """Time for a disk that takes what is written, before it is said that it does not."""
 
@@ -360,7 +362,9 @@ class TrainWorker:
         self.barrier()
 
     def finish(self) -> None:
-        """Write the model, once all else is written."""
+        """End the stream of trees, and write the model, once all else is written."""
+        if self.is_first:
+            ray.get([self.actors.gate.close.remote(), self.actors.pool.end_stream.remote()])
         self.heartbeat.at("writing the model")
         with suppress(Exception):  # it was told of; the end of the writer leaves it out
             self.patience.until_written("trees", lambda: self.writer.flush(WRITE_S))
@@ -368,6 +372,8 @@ class TrainWorker:
         if self.is_first:
             save = self.learner.policy.save_pretrained
             self.patience.until_written("model", lambda: self.folder.publish_model(save))
+        # What is ended in the middle of its work is shown as a failure by Ray's dashboard.
+        self.batches.await_end(END_S)
 
     # What it is made of ----------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, suppress
 
 import numpy as np
 import pyarrow as pa
@@ -62,6 +62,11 @@ class Prefetcher:
         batch = self._asked.result()
         self._ask()
         return batch
+
+    def await_end(self, limit_s: float) -> None:
+        """Wait until the stream that was told to end has done so, for so long at most."""
+        with suppress(Exception):  # it is not told any more
+            self._asked.result(limit_s)
 
     def _ask(self) -> None:
         self._asked: Future[pa.Table | None] = Future()
@@ -157,6 +162,7 @@ def tree_stream(
             # although they would be other trees: better the workers start anew and say so.
             ray_remote_args={"max_retries": 0, "scheduling_strategy": here},
         )
+        stream.set_name(f"scored trees of {config.run.name}")
         # Ray Train calls this in its own process, where settings made elsewhere are not known.
         stream.context.target_max_block_size = 1
         stream.context.execution_options.verbose_progress = False

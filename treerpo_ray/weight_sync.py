@@ -316,6 +316,9 @@ async def put_when_there_is_room(value: object) -> ray.ObjectRef:
 class WeightStore:
     """Holds weights on the node where they were packed, whatever becomes of who packed them."""
 
+    def __repr__(self) -> str:
+        return "weight store"
+
     async def keep(self, chunks: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
         """The same chunks, as this actor's own, once Ray's store has room for them."""
         return [await put_when_there_is_room(await chunk) for chunk in chunks]
@@ -348,6 +351,9 @@ class WeightSync:
         """By their nodes; only the one of the node that published last."""
         self._doing = ""
         self._moved_at = time.monotonic()
+
+    def __repr__(self) -> str:
+        return "weight sync"
 
     async def publish(
         self, manifest: Manifest, chunks: list[ray.ObjectRef], probe: Probe, node: str
@@ -389,7 +395,7 @@ class WeightSync:
             owned = [await put_when_there_is_room(await chunk) for chunk in chunks]
         else:
             if node not in self._stores:
-                self._stores = {node: make_actor(WeightStore, node=node)()}
+                self._stores = {node: make_actor(WeightStore, name="weight store", node=node)()}
             owned = await self._stores[node].keep.remote(chunks)
         await self.pool.serve.remote(manifest, owned, probe, should_probe)
 

@@ -191,7 +191,7 @@ class PoolWithoutNodes:
 
 
 def test_a_job_whose_engines_are_gone_says_so_and_ends(tmp_path: Path) -> None:
-    def make(kind, *, concurrency=1) -> Callable[..., Handle]:
+    def make(kind, *, name, concurrency=1) -> Callable[..., Handle]:
         made = PoolWithoutNodes if kind is TreePool else kind
         return lambda *args, **kwargs: Handle(made() if kind is TreePool else made(*args, **kwargs))
 
@@ -240,9 +240,9 @@ def evaluated(ray_cluster, tmp_path_factory) -> tuple[Path, dict[str, Evaluation
     found = {}
     pools: list[TreePoolApi] = []
 
-    def make(kind: type, *, concurrency: int = 10_000) -> Callable[..., object]:
+    def make(kind: type, *, name: str, concurrency: int = 10_000) -> Callable[..., object]:
         if kind is not TreePool:
-            return make_actor(kind, concurrency=concurrency)
+            return make_actor(kind, name=name, concurrency=concurrency)
 
         def keep(**given: object) -> KeptPool:
             if not pools:

@@ -230,8 +230,7 @@ OUTSIDER = """
 import os, subprocess, sys, ray
 from treerpo_ray.driver.cluster import connected
 from treerpo_ray.config import Config
-from treerpo_ray.stop import Stop
-with connected(Config(), Stop()):
+with connected(Config()):
     address = ray.get_runtime_context().gcs_address
     join = f"import ray; ray.init(address='{address}', log_to_driver=False)"
     for token in ("wrong", os.environ["RAY_AUTH_TOKEN"]):

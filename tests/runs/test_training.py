@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -20,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.support.notebooks import READ_A_RUN, complaints, execute
 from tests.support.planted_secrets import holds_secret
 from tests.support.project import ROOT, SMALL
+from tests.support.ray_tables import actors, failed_tasks
+from tests.support.small_disk import small_disk
 from tests.support.whole_runs import (
     STRICT,
     assert_gone,
@@ -90,6 +93,17 @@ def test_a_run_leaves_everything_that_its_folder_promises(strict) -> None:
     assert metrics.loc[1:, "version"].tolist() == [1, 2, 3]
     assert len(run.evaluations()) == 2
     assert "3/3" in shown and "Pass@1" in shown
+
+
+def test_a_whole_run_is_shown_by_its_names_and_without_a_failure(strict) -> None:
+    """As Ray's dashboard has it; the engines are those of another run, and still there."""
+    shown = {actor["name"]: actor for actor in actors()}
+    for stage in ("gate", "weight sync", "heartbeats"):
+        actor = shown[f"{stage} of strict"]
+        assert actor["repr"] == stage
+        assert actor["state"] == "DEAD" and "INTENDED_USER_EXIT" in actor["told"]
+    assert shown["engine 0"]["repr"] == "engine 0" and shown["engine 0"]["state"] == "ALIVE"
+    assert failed_tasks() == []
 
 
 def test_no_secret_of_the_environment_is_in_the_run_folder(strict) -> None:
@@ -221,6 +235,41 @@ def kill_train_workers_after_steps(folder: str, *steps: int) -> None:
             time.sleep(0.05)
         started = [event["pid"] for event in events if event["kind"] == "learner_started"]
         os.kill(started[-1], SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_full_disk_waits_for_room_and_loses_nothing(
+    small_config, kept, strict, tmp_path
+) -> None:
+    """There is room for one checkpoint; somebody makes more once the second one waits."""
+    with small_disk(tmp_path, megabytes=36) as disk:
+        config = small_config(
+            "run.name=full", f"run.root={disk}", "run.num_steps=3", "checkpoint.every=1",
+            "checkpoint.keep=1", "evaluate.data.path=''", *STRICT,
+        )  # fmt: skip
+        ballast = disk / "ballast"
+        ballast.write_bytes(b"0" * 20 * 2**20)
+
+        def make_room() -> None:
+            events = RunFolder(config.folder)
+            while not any(e["kind"] == "write_waits" for e in events.read_lines("events.jsonl")):
+                time.sleep(0.05)
+            ballast.unlink()
+
+        helper = threading.Thread(target=make_room, daemon=True)
+        helper.start()
+        outcome, shown = run_training(config, kept)
+        helper.join()
+        assert outcome.is_complete
+        told = r"the disk \S+/disk of \S+/full is full: 10\.5 MB needed, \S+ MB free; waiting since"
+        assert re.search(rf"write waits: what checkpoint of step 2, reason {told}", shown)
+        assert "write done: what checkpoint of step 2, seconds" in shown
+        run = Run(config.folder)
+        assert (run.events().kind == "learner_started").sum() == 1
+        assert "learner_lost" not in set(run.events().kind)
+        assert run.metrics().index.tolist() == [1, 2, 3]
+        assert_promises_kept(run.folder)
+        assert_same_trees(run, strict[0])
 
 
 def test_a_run_in_which_nothing_can_be_learned_says_so_and_ends_well(

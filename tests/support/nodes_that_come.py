@@ -9,7 +9,6 @@ import ray
 from tests.support.project import load_script
 from treerpo_ray.config import load
 from treerpo_ray.driver.cluster import connected
-from treerpo_ray.stop import Stop
 
 NEEDED = [
     # The nodes of the demonstration: what is there has the one slot, what may come the other.
@@ -22,11 +21,11 @@ def main() -> None:
     told: dict[str, object] = {}
     with load_script("jobs/autoscale_demo.py").autoscaling_cluster() as address:
         os.environ["RAY_ADDRESS"] = address
-        with connected(load([*NEEDED, "engine.start_timeout_s=300"]), Stop()):
+        with connected(load([*NEEDED, "engine.start_timeout_s=300"])):
             told["slots"] = ray.cluster_resources().get("rollout_slot")
         try:
             with connected(
-                load([*NEEDED, "verifier.resources.gone=1", "engine.start_timeout_s=1"]), Stop()
+                load([*NEEDED, "verifier.resources.gone=1", "engine.start_timeout_s=1"])
             ):
                 told["refused"] = None
         except ValueError as error:

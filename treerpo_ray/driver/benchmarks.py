@@ -211,7 +211,7 @@ def run_benchmarks(config: Config, model: str, console: Console) -> dict[str, Ev
         try:
             with ExitStack() as session:
                 with console.stage("starting Ray"):
-                    session.enter_context(connected(config, stop, trains=False))
+                    session.enter_context(connected(config, trains=False))
                 return dict(evaluate_all(config, source, prompts, tokenizer, console))
         except Exception as error:
             if isinstance(error, ValueError) and not isinstance(error, ray.exceptions.RayError):
@@ -248,11 +248,12 @@ def evaluate_all(
     make_scorer: Callable[[VerifierConfig, PreTrainedTokenizerBase], Scorer] = Scorer,
 ) -> Iterator[tuple[str, Evaluation]]:
     """Evaluate each benchmark on the Ray cluster that is connected, on the same engines."""
-    run_log: RunLogApi = make_actor(RunLog, concurrency=1)(config)
-    pool: TreePoolApi = make_actor(TreePool)(
+    run = config.run.name
+    run_log: RunLogApi = make_actor(RunLog, name=f"run log of {run}", concurrency=1)(config)
+    pool: TreePoolApi = make_actor(TreePool, name=f"tree pool of {run}")(
         setup=EngineSetup.of(config), log_folder=config.log_folder
     )
-    heartbeats: HeartbeatsApi = make_actor(Heartbeats, concurrency=1)()
+    heartbeats: HeartbeatsApi = make_actor(Heartbeats, name=f"heartbeats of {run}", concurrency=1)()
     first = next(iter(prompts.values()))
     try:
         begun = pool.begin.remote(

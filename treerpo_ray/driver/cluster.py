@@ -4,18 +4,18 @@ import importlib.metadata
 import logging
 import os
 import secrets
+import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
 import grpc
 import ray
-from ray._private import services, utils
+from ray._private import services
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.state import state as ray_state
 from ray.autoscaler.sdk import request_resources
@@ -34,7 +34,7 @@ from treerpo_ray.driver.placement import (
     total,
 )
 from treerpo_ray.errors import one_line
-from treerpo_ray.stop import Stop
+from treerpo_ray.stop import SIGNALS, held_back
 
 log = logging.getLogger(__name__)
 
@@ -115,18 +115,17 @@ def _local_slots(config: Config) -> dict[str, float]:
 
 
 @contextmanager
-def connected(config: Config, stop: Stop, *, trains: bool = True) -> Iterator[None]:
+def connected(config: Config, *, trains: bool = True) -> Iterator[None]:
     """Connect to the cluster that the environment names, or start one here for the while.
 
     Raises:
-        KeyboardInterrupt: `stop` was asked for meanwhile.
         ValueError: nothing answers at `RAY_ADDRESS`, the GPUs here cannot be used, or the run needs
             more than the cluster has; names what and where to change it.
     """
     try:
         if address := os.environ.get("RAY_ADDRESS"):
             await_head(address)
-            _init(config, stop)
+            _init(config)
         else:
             check_gpus(config)
             # Ray listens on every interface, and who may talk to it may run code. Unless told
@@ -134,10 +133,9 @@ def connected(config: Config, stop: Stop, *, trains: bool = True) -> Iterator[No
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             # Ray warns of that, with the words to turn it off, which nobody should.
             logging.getLogger(TOKEN_WARNING).setLevel(logging.ERROR)
-            with _own_session():
+            with _own_sessions():
                 _init(
                     config,
-                    stop,
                     address="local",
                     resources=_local_slots(config),
                     labels=config.engine.labels,
@@ -149,16 +147,13 @@ def connected(config: Config, stop: Stop, *, trains: bool = True) -> Iterator[No
         ray.shutdown()
 
 
-def _init(config: Config, stop: Stop, **where: Any) -> None:
+def _init(config: Config, **where: Any) -> None:
     """Connect to Ray or start it; `where` as of `ray.init`.
 
-    A signal is heeded once that is done: half of Ray is hard to end, and an interrupt may be lost
-    in there. Ray's own handler of SIGTERM, which ends the driver at once, is left out.
-
-    Raises:
-        KeyboardInterrupt: a signal came meanwhile, or a second one.
+    A signal is heeded once that is done: half of Ray is hard to end, and Ray's own handlers would
+    end the driver, in C++ with a page of its stack.
     """
-    with stop.gently(lambda: None), _replaced(utils, "set_sigterm_handler", lambda handler: None):
+    with held_back():
         ray.init(
             log_to_driver=False,
             logging_level=logging.WARNING,
@@ -166,34 +161,35 @@ def _init(config: Config, stop: Stop, **where: Any) -> None:
             job_config=ray.job_config.JobConfig(metadata={"treerpo_run": config.run.name}),
             **where,
         )
-    stop.raise_if_asked()
 
 
-class _InOwnSession(services.ConsolePopen):
+class _Apart(services.ConsolePopen):
     """A process of Ray that gets no signal which is for the driver's terminal or process group."""
 
     def __init__(self, *command: Any, **settings: Any) -> None:
-        super().__init__(*command, **settings, start_new_session=True)
+        rays_own = settings.pop("preexec_fn")
+
+        def prepare() -> None:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # which the driver holds back
+            rays_own()
+
+        settings |= {"preexec_fn": prepare, "start_new_session": True}
+        super().__init__(*command, **settings)
 
 
-def _own_session() -> AbstractContextManager[None]:
+@contextmanager
+def _own_sessions() -> Iterator[None]:
     """Have the processes of a Ray that is started meanwhile live in sessions of their own.
 
     Ray only keeps Ctrl-C from them. Of a SIGTERM to the whole group, as cluster managers send it,
     they would end before the driver has its checkpoint; they end with the driver in any case.
     """
-    return _replaced(services, "ConsolePopen", _InOwnSession)
-
-
-@contextmanager
-def _replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
-    """Have a module of Ray call something else meanwhile."""
-    before = getattr(module, name)
-    setattr(module, name, value)
+    before = services.ConsolePopen
+    services.ConsolePopen = _Apart  # type: ignore[misc, assignment]  # where Ray looks it up
     try:
         yield
     finally:
-        setattr(module, name, before)
+        services.ConsolePopen = before  # type: ignore[misc]
 
 
 def await_head(address: str, patience_s: float = HEAD_S) -> None:

@@ -14,7 +14,7 @@ from typing import Self
 import ray
 import ray.train
 
-from treerpo_ray.actor import make_actor, root_cause
+from treerpo_ray.actor import end_actors, make_actor, root_cause
 from treerpo_ray.config import Config
 from treerpo_ray.driver.cluster import connected
 from treerpo_ray.driver.outcome import (
@@ -53,6 +53,9 @@ from treerpo_ray.stop import Stop
 from treerpo_ray.task import RunActors, TreePoolApi
 from treerpo_ray.weight_sync import WeightSync
 
+END_ACTORS_S = 10.0
+"""Time for the actors of a run to end by themselves, once their work is done."""
+
 
 def run(
     config: Config, inputs: Inputs, console: Console, pool: TreePoolApi | None = None
@@ -85,7 +88,7 @@ def run(
                 return train(config, inputs, console, pool, stop)
             with ExitStack() as session:
                 with console.stage("starting Ray"):
-                    session.enter_context(connected(config, stop))
+                    session.enter_context(connected(config))
                 return train(config, inputs, console, stop=stop)
         except Exception as error:
             if isinstance(error, ValueError) and not isinstance(error, ray.exceptions.RayError):
@@ -103,8 +106,7 @@ def run(
 def kept_engines(config: Config) -> Iterator[TreePoolApi]:
     """A Ray session and an engine pool for runs one after the other, of whose setups the one of
     `config` `can_serve` each."""
-    stop = Stop()
-    with stop.at_work(), connected(config, stop):
+    with Stop().at_work(), connected(config):
         pool = _make_pool(config)
         try:
             yield pool
@@ -163,13 +165,19 @@ class RunSession:
     ) -> None:
         self.config, self.inputs, self.console, self.stop = config, inputs, console, stop
         self._ending = ExitStack()
+        own: list[object] = []
         with self._ending:  # what was made ends where the rest fails
-            run_log: RunLogApi = make_actor(RunLog, concurrency=1)(config)
+            self._ending.callback(end_actors, own, END_ACTORS_S)
+            run_log: RunLogApi = make_actor(
+                RunLog, name=f"run log of {config.run.name}", concurrency=1
+            )(config)
             self._at_end(run_log.close.remote, "the run log")
             if pool is None:
                 pool = _make_pool(config)
+                own += [run_log, pool]  # a pool that is kept still tells the log of its engines
                 self._at_end(pool.stop.remote, "the engines")
             self.actors = _make_actors(config, inputs, pool, run_log)
+            own += [self.actors.gate, self.actors.weight_sync, self.actors.heartbeats]
             watchdog = self._ending.enter_context(closing(_watchdog(config, self.actors)))
             self.supervisor = Supervisor(
                 run_log=self.actors.run_log, console=console, watchdog=watchdog
@@ -298,7 +306,8 @@ def _make_actors(
         run_log=run_log,
     )
     ray.get(begun)
-    gate = make_actor(Gate)(
+    run = config.run.name
+    gate = make_actor(Gate, name=f"gate of {run}")(
         num_prompts=len(inputs.prompts),
         trees_per_step=config.gate.trees_per_step,
         max_staleness=config.gate.max_staleness,
@@ -310,14 +319,18 @@ def _make_actors(
     return RunActors(
         gate=gate,
         pool=pool,
-        weight_sync=make_actor(WeightSync)(pool=pool, probe_every=config.sync.probe_every),
+        weight_sync=make_actor(WeightSync, name=f"weight sync of {run}")(
+            pool=pool, probe_every=config.sync.probe_every
+        ),
         run_log=run_log,
-        heartbeats=make_actor(Heartbeats, concurrency=1)(),
+        heartbeats=make_actor(Heartbeats, name=f"heartbeats of {run}", concurrency=1)(),
     )
 
 
 def _make_pool(config: Config) -> TreePoolApi:
-    return make_actor(TreePool)(setup=EngineSetup.of(config), log_folder=config.log_folder)
+    return make_actor(TreePool, name=f"tree pool of {config.run.name}")(
+        setup=EngineSetup.of(config), log_folder=config.log_folder
+    )
 
 
 def _watchdog(config: Config, actors: RunActors) -> Watchdog:

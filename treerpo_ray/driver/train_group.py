@@ -52,7 +52,7 @@ def make_trainer(config: Config, inputs: Inputs, actors: RunActors, storage: str
         torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
         # Ray Train's own records are not ours: checkpoints and metrics lie in the run folder.
         run_config=ray.train.RunConfig(
-            name=f"treerpo-{time.time_ns()}",
+            name=f"{config.run.name.replace('/', '-')}-{time.time_ns()}",
             storage_path=storage,
             # Whoever runs the trainer starts it again, and says so.
             failure_config=ray.train.FailureConfig(max_failures=0),

@@ -23,7 +23,7 @@ import psutil
 import ray
 from ray.actor import ActorHandle
 
-from treerpo_ray.actor import root_cause
+from treerpo_ray.actor import root_cause, shown_as
 from treerpo_ray.algo.search import SiblingGroup, TreeShape, grow
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, error_step
 from treerpo_ray.engine._stop_strings import end_across_steps
@@ -95,6 +95,9 @@ class Engine:
         self._log = None if log_folder is None else Path(log_folder) / f"engine-{index}.log"
         if self._log is not None:
             redirect_output(self._log)
+
+    def __repr__(self) -> str:
+        return f"engine {self.index}"
 
     async def node(self) -> str:
         """Ray's id of this actor's node."""
@@ -309,6 +312,7 @@ def make_engine(
         resources=resources,  # what the two above left
         label_selector=setup.engine.labels or None,
         max_concurrency=10_000,
+        **shown_as(f"engine {index}"),
     )
     actor = cast(ActorHandle, made.remote(setup=setup, index=index, log_folder=log_folder))
     return EngineActor(api=cast(EngineApi, actor), kill=partial(ray.kill, actor))

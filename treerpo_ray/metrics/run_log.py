@@ -133,6 +133,9 @@ class RunLog:
                 config, folder=self._log.path, rows=list(self._rows), warn=self._warn
             )
 
+    def __repr__(self) -> str:
+        return "run log"
+
     def step(self, row: Row) -> None:
         """Append a row; it needs `step`, and gets the Unix `time` unless it has one."""
         row = {"step": row["step"], "time": time.time()} | row

@@ -64,6 +64,9 @@ class Heartbeats:
         self._clock = clock
         self._moved: dict[str, tuple[float, StageStatus]] = {}
 
+    def __repr__(self) -> str:
+        return "heartbeats"
+
     def moved(self, status: StageStatus) -> None:
         """The stage has moved just now."""
         self._moved[status.stage] = self._clock(), status

@@ -63,6 +63,9 @@ class Gate:
         self._moved = asyncio.Event()
         self._moved_at = time.monotonic()
 
+    def __repr__(self) -> str:
+        return "gate"
+
     def ticket(self, number: int) -> Ticket:
         """The ticket with that number, of a step that is not done; see the module text."""
         last_step = self._last_measured(number // self.trees_per_step)
@@ -145,6 +148,11 @@ class Gate:
     def done(self) -> int:
         """Learner steps that are done."""
         return self.steps_done
+
+    def close(self) -> None:
+        """No further ticket is wanted: whoever waits for one gets none."""
+        self.session += 1
+        self._moved.set()
 
     def is_told_to_stop(self) -> bool:
         """Whether the run is to end after the learner step that is under way."""

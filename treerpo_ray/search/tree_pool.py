@@ -138,6 +138,9 @@ class TreePool:
         """Have the engines serve a version; see `EnginePool.serve`."""
         await self.engines.serve(manifest, chunks, probe, should_probe)
 
+    def __repr__(self) -> str:
+        return "tree pool"
+
     async def version(self) -> int:
         """Version that the engines serve."""
         return self.engines.version
@@ -175,6 +178,11 @@ class TreePool:
             trees.clear()
         self._reader = ""  # the one of the stream that ended may still be waiting
         self._failure = None
+
+    async def end_stream(self) -> None:
+        """No learner step is due any more: the reader of the stream gets no further trees."""
+        self._drop_work()
+        self._changed.notify()
 
     async def worker_batch_size(self) -> int:
         """Trees that each learner worker consumes in a step."""
