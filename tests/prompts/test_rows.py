@@ -144,7 +144,7 @@ TEXT = 'question,answer\n"1,000+1=\nsay ""it""",1001\n2+2=, 4\n\n'
     ("name", "data"),
     [
         ("a.csv", TEXT.encode()),
-        ("B.CSV.GZ", gzip.compress(TEXT.encode())),
+        ("B.CSV.GZ", gzip.compress(TEXT.encode(), mtime=0)),
         ("bom.csv", codecs.BOM_UTF8 + TEXT.replace("\n2", "\r\n2").encode()),
         ("my data.csv", TEXT.replace("question,", "question, ").encode()),
     ],

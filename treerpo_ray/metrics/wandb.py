@@ -206,7 +206,7 @@ class WandbRun:
         )
 
 
-def _settings(config: Config) -> dict[str, object]:
+def _settings(config: "Config") -> dict[str, object]:
     """A configuration without the user's code, which is nobody's but the run folder's."""
     return {
         section: {key: value for key, value in keys.items() if key != "sources"}
