@@ -238,6 +238,9 @@ def test_a_row_is_told_with_its_file_among_several(many) -> None:
     write(many / "c.jsonl", {"question": "q", "answer": 1}, {"question": None, "answer": 1})
     told = error_of(f'["{many}/a.csv", "{many}/c.jsonl"]')
     assert "]: c.jsonl: line 2 has no text in its question column" in told
+    write(many / "d.csv", "question,gold", "1+1=,2")
+    told = error_of(f"{many}/[ad].csv")
+    assert "[ad].csv: d.csv: no column 'answer' (answer_column); columns: question, gold" in told
 
 
 def saved(folder: Path) -> tuple[str, str]:

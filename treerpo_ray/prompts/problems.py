@@ -182,14 +182,14 @@ def _read(config: DataConfig, template: Template | None, section: str) -> tuple[
         return _draw_quickstart(config, template), 1
     used = [config.question_column, *(template.columns if template is not None else ())]
     used += [column for column in (config.answer_column, config.id_column) if column is not None]
-    found: list[Problem] = []
-    parts = read_rows(config, used)
-    for part in parts:
+    found, num_files = list[Problem](), 0
+    for part in read_rows(config, used):
+        num_files += 1
         columns = _columns(part, config, template, section)
         for number, row in part.by_number.items():
             name = None if config.id_column is None else cell_of(row, config.id_column)
             found.append(columns.problem(row, _name(part, number, name), part.where(number)))
-    return found, len(parts)
+    return found, num_files
 
 
 def _name(part: Rows, number: int, given: object) -> str:
@@ -232,7 +232,8 @@ def _columns(part: Rows, config: DataConfig, template: Template | None, section:
         if column == answer == DEFAULT_ANSWER and any(map(has_answer, chats)):
             answer = None
             continue
-        raise ValueError(unknown_column(column, key, section, part.names, part.sample))
+        told = unknown_column(column, key, section, part.names, part.sample)
+        raise ValueError(f"{part.name}: {told}" if part.name else told)
     return _Columns(config.question_column, answer, config.answer_mark, template)
 
 
