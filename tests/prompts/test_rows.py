@@ -92,7 +92,7 @@ def test_the_spellings_of_other_projects_are_read(row, keys, messages, suffix, t
          "{'ground_truth': 2}; it has reward_model.ground_truth"),
         ({"messages": CHAT}, {"question_column": "messages"}, "no column 'answer' (answer_column)"),
         ({"messages": CHAT}, {"question_column": "messages", "answer_column": None},
-         "no row has an answer"),
+         "no chat ends with an answer; name the column of the answers (answer_column)"),
         ({"messages": [CHAT[0], ANSWER]}, {"question_column": "messages"},
          "line 1 has a chat without a message of a user before the answer"),
         ({"messages": [{"role": "bot", "content": "x"}], "answer": 2},

@@ -162,18 +162,18 @@ def _asked(problem: Problem) -> Asked:
 def _check_problems(rows: list[Problem], kept: list[Problem], config: DataConfig) -> None:
     if not rows:
         raise ValueError("the data set is empty")
+    if not kept and config.answer_column is None:
+        raise ValueError(
+            "no chat ends with an answer; name the column of the answers (answer_column)"
+        )
     if not kept:
-        raise ValueError(f"no row has an answer{_place_of(config.answer_column)}")
+        raise ValueError(f"no row has an answer in its column '{config.answer_column}'")
     name, times = Counter(row.id for row in kept).most_common(1)[0]
     if times > 1:
         raise ValueError(
             f"'{name}' names {times} rows in column '{config.id_column}' (id_column); "
             "null names rows by their number"
         )
-
-
-def _place_of(answer_column: str | None) -> str:
-    return "" if answer_column is None else f" in its column '{answer_column}'"
 
 
 def _read(config: DataConfig, template: Template | None, section: str) -> tuple[list[Problem], int]:
