@@ -1,6 +1,7 @@
 """Files of every kind become the same problems; what cannot be read is one line."""
 
 import codecs
+import csv
 import gzip
 import json
 import shutil
@@ -157,6 +158,18 @@ def test_csv_is_read_with_its_quotes_and_new_lines(name, data, tmp_path) -> None
             ("1", '1,000+1=\nsay "it"', ("1001",)),
             ("2", "2+2=", ("4",)),
         ]
+
+
+def test_a_chat_and_fields_in_csv_are_json(tmp_path) -> None:
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["messages", "reward", "note"])
+        rows.writerow([json.dumps([*CHAT, ANSWER]), json.dumps({"gt": "2"}), '{"broken'])
+    for answer_column in ("reward.gt", None):
+        keys = {"question_column": "messages", "answer_column": answer_column}
+        [found] = problems_of(str(tmp_path / "a.csv"), **keys, prompt_template="{question}{note}")
+        assert found.messages == (TOLD, Message("user", '1+1={"broken'))
+        assert found.answers == ("2",)
 
 
 @pytest.mark.parametrize(

@@ -233,8 +233,18 @@ def _from_csv(text: str) -> Rows:
                 f"row {number} has {len(record)} fields, the first line {len(names)}; a field with "
                 "a comma or a new line stands in double quotes"
             )
-        rows[number] = dict(zip(names, record, strict=True))
+        rows[number] = dict(zip(names, map(_csv_cell, record), strict=True))
     return _rows("row", rows, names)
+
+
+def _csv_cell(text: str) -> object:
+    """A cell; chats and what has fields are written into one as JSON."""
+    if not text.startswith(('{"', '[{"')):
+        return text
+    try:
+        return json.loads(text)
+    except (RecursionError, ValueError):
+        return text
 
 
 def _from_json(text: str) -> Rows:
