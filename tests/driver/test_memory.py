@@ -30,6 +30,9 @@ from treerpo_ray.driver.memory import (
 
 QWEN = {"model_type": "qwen2", "vocab_size": 151_936, "max_position_embeddings": 4096}
 CONFIGS = {
+    "0.5b": QWEN
+    | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+    | {"num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True},
     "1.5b": QWEN
     | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
     | {"num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True},
@@ -38,8 +41,8 @@ CONFIGS = {
     | {"num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False}
     | {"vocab_size": 152_064},
 }
-"""The config.json of Qwen2.5 in both sizes, as far as memory depends on it."""
-COUNTS = {"1.5b": 1_543_714_304, "7b": 7_615_616_512}
+"""The config.json of Qwen2.5 in three sizes, as far as memory depends on it."""
+COUNTS = {"0.5b": 494_032_768, "1.5b": 1_543_714_304, "7b": 7_615_616_512}
 RECIPES = sorted(path.stem for path in (ROOT / "conf").glob("*qwen*.yaml"))
 
 
@@ -62,7 +65,7 @@ def hardware(name: str) -> list[str]:
     return sorted(set(re.findall(r"conf/hardware/\w+\.yaml", text)))
 
 
-@pytest.mark.parametrize("size", CONFIGS)
+@pytest.mark.parametrize("size", ["1.5b", "7b"])
 def test_the_parts_of_a_recipe_are_those_counted_by_hand(size: str, tmp_path: Path) -> None:
     count, sizes = model(size, tmp_path)
     assert count == COUNTS[size]
@@ -84,19 +87,29 @@ def test_the_parts_of_a_recipe_are_those_counted_by_hand(size: str, tmp_path: Pa
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_fits_the_hardware_that_it_names(name: str, tmp_path: Path) -> None:
-    size = "7b" if "7b" in name else "1.5b"
+    size = next(each for each in CONFIGS if name.endswith(each))
     named, found = hardware(name), model(size, tmp_path)
+    assert found[0] == COUNTS[size]
     assert misfit(recipe(name), *found) is None, "as it stands"
     if size == "7b":
         assert named == []
         return
-    assert named == [
-        f"conf/hardware/{file}.yaml" for file in ("autoscaled", "eight_gpus", "one_gpu")
-    ]
+    kinds = ["one_gpu"] if size == "0.5b" else ["autoscaled", "eight_gpus", "one_gpu"]
+    assert named == [f"conf/hardware/{file}.yaml" for file in kinds]
     for file in named:
         config = recipe(name, str(ROOT / file))
         assert config.learner.gpu_memory_gib and config.engine.gpu_memory_gib
         assert misfit(config, *found) is None, file
+
+
+def test_the_small_recipe_fits_the_smaller_gpu_that_its_head_speaks_of(tmp_path: Path) -> None:
+    name = "gsm8k_qwen2.5_0.5b"
+    head = (ROOT / f"conf/{name}.yaml").read_text()
+    [said] = re.findall(r"24 GB is enough: (.*)", head)
+    config = recipe(name, ONE_GPU, *said.split())
+    assert config.learner.gpu_memory_gib == config.engine.gpu_memory_gib == 22
+    assert misfit(config, *model("0.5b", tmp_path)) is None
+    assert misfit(recipe(name, ONE_GPU, *said.split()[:2]), *model("0.5b", tmp_path)) is not None
 
 
 @pytest.mark.parametrize("file", ["autoscaled", "eight_gpus", "one_gpu"])

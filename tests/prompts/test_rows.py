@@ -1,6 +1,7 @@
 """Files of every kind become the same problems; what cannot be read is one line."""
 
 import codecs
+import csv
 import gzip
 import json
 import shutil
@@ -92,7 +93,7 @@ def test_the_spellings_of_other_projects_are_read(row, keys, messages, suffix, t
          "{'ground_truth': 2}; it has reward_model.ground_truth"),
         ({"messages": CHAT}, {"question_column": "messages"}, "no column 'answer' (answer_column)"),
         ({"messages": CHAT}, {"question_column": "messages", "answer_column": None},
-         "no row has an answer"),
+         "no chat ends with an answer; name the column of the answers (answer_column)"),
         ({"messages": [CHAT[0], ANSWER]}, {"question_column": "messages"},
          "line 1 has a chat without a message of a user before the answer"),
         ({"messages": [{"role": "bot", "content": "x"}], "answer": 2},
@@ -157,6 +158,18 @@ def test_csv_is_read_with_its_quotes_and_new_lines(name, data, tmp_path) -> None
             ("1", '1,000+1=\nsay "it"', ("1001",)),
             ("2", "2+2=", ("4",)),
         ]
+
+
+def test_a_chat_and_fields_in_csv_are_json(tmp_path) -> None:
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["messages", "reward", "note"])
+        rows.writerow([json.dumps([*CHAT, ANSWER]), json.dumps({"gt": "2"}), '{"broken'])
+    for answer_column in ("reward.gt", None):
+        keys = {"question_column": "messages", "answer_column": answer_column}
+        [found] = problems_of(str(tmp_path / "a.csv"), **keys, prompt_template="{question}{note}")
+        assert found.messages == (TOLD, Message("user", '1+1={"broken'))
+        assert found.answers == ("2",)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +251,9 @@ def test_a_row_is_told_with_its_file_among_several(many) -> None:
     write(many / "c.jsonl", {"question": "q", "answer": 1}, {"question": None, "answer": 1})
     told = error_of(f'["{many}/a.csv", "{many}/c.jsonl"]')
     assert "]: c.jsonl: line 2 has no text in its question column" in told
+    write(many / "d.csv", "question,gold", "1+1=,2")
+    told = error_of(f"{many}/[ad].csv")
+    assert "[ad].csv: d.csv: no column 'answer' (answer_column); columns: question, gold" in told
 
 
 def saved(folder: Path) -> tuple[str, str]:

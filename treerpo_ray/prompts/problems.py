@@ -170,18 +170,18 @@ def _asked(problem: Problem) -> Asked:
 def _check_problems(rows: list[Problem], kept: list[Problem], config: DataConfig) -> None:
     if not rows:
         raise ValueError("the data set is empty")
+    if not kept and config.answer_column is None:
+        raise ValueError(
+            "no chat ends with an answer; name the column of the answers (answer_column)"
+        )
     if not kept:
-        raise ValueError(f"no row has an answer{_place_of(config.answer_column)}")
+        raise ValueError(f"no row has an answer in its column '{config.answer_column}'")
     name, times = Counter(row.id for row in kept).most_common(1)[0]
     if times > 1:
         raise ValueError(
             f"'{name}' names {times} rows in column '{config.id_column}' (id_column); "
             "null names rows by their number"
         )
-
-
-def _place_of(answer_column: str | None) -> str:
-    return "" if answer_column is None else f" in its column '{answer_column}'"
 
 
 def _read(
@@ -192,15 +192,15 @@ def _read(
         return _draw_quickstart(config, template), 1
     used = [config.question_column, *(template.columns if template is not None else ())]
     used += [column for column in (config.answer_column, config.id_column) if column is not None]
-    found: list[Problem] = []
-    parts = read_rows(config, None if keeps_rows else used)
-    for part in parts:
+    found, num_files = list[Problem](), 0
+    for part in read_rows(config, None if keeps_rows else used):
+        num_files += 1
         columns = _columns(part, config, template, section)
         for number, row in part.by_number.items():
             name = None if config.id_column is None else cell_of(row, config.id_column)
             problem = columns.problem(row, _name(part, number, name), part.where(number))
             found.append(replace(problem, row=_to_json(row)) if keeps_rows else problem)
-    return found, len(parts)
+    return found, num_files
 
 
 def _name(part: Rows, number: int, given: object) -> str:
@@ -243,7 +243,8 @@ def _columns(part: Rows, config: DataConfig, template: Template | None, section:
         if column == answer == DEFAULT_ANSWER and any(map(has_answer, chats)):
             answer = None
             continue
-        raise ValueError(unknown_column(column, key, section, part.names, part.sample))
+        told = unknown_column(column, key, section, part.names, part.sample)
+        raise ValueError(f"{part.name}: {told}" if part.name else told)
     return _Columns(config.question_column, answer, config.answer_mark, template)
 
 

@@ -15,7 +15,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -64,8 +64,8 @@ class Rows:
         return f"{self.name}: {place}" if self.name else place
 
 
-def read_rows(config: DataConfig, columns: Columns) -> list[Rows]:
-    """Read a data set, a part for each of its files.
+def read_rows(config: DataConfig, columns: Columns) -> Iterator[Rows]:
+    """Read a data set, a part for each of its files, one after the other.
 
     Args:
         config: The data set.
@@ -76,14 +76,14 @@ def read_rows(config: DataConfig, columns: Columns) -> list[Rows]:
     """
     sources = [source for path in config.paths for source in _sources(path, config, columns)]
     if len(sources) == 1:
-        return [sources[0].read()]
-    parts = []
+        yield sources[0].read()
+        return
     for name, source in zip(_apart([source.path for source in sources]), sources, strict=True):
         try:
-            parts.append(replace(source.read(), name=name))
+            rows = source.read()
         except ValueError as error:
             raise ValueError(f"{name}: {one_line(error)}") from error
-    return parts
+        yield replace(rows, name=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,8 +234,18 @@ def _from_csv(text: str) -> Rows:
                 f"row {number} has {len(record)} fields, the first line {len(names)}; a field with "
                 "a comma or a new line stands in double quotes"
             )
-        rows[number] = dict(zip(names, record, strict=True))
+        rows[number] = dict(zip(names, map(_csv_cell, record), strict=True))
     return _rows("row", rows, names)
+
+
+def _csv_cell(text: str) -> object:
+    """A cell; chats and what has fields are written into one as JSON."""
+    if not text.startswith(('{"', '[{"')):
+        return text
+    try:
+        return json.loads(text)
+    except (RecursionError, ValueError):
+        return text
 
 
 def _from_json(text: str) -> Rows:
