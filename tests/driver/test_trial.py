@@ -111,7 +111,7 @@ def test_what_is_no_file_and_no_module_is_told_with_what_to_write(own_folder: Pa
     ):
         assert words in told(f"verifier.check={name}")[0]
     assert "verifier.checks=gone.py: no such file" in told("verifier.checks={gone.py: 1}")[0]
-    assert "must be above 0" in told("verifier.checks={own.py: 0}")[0]
+    assert "must be at least 0" in told("verifier.checks={own.py: -1}")[0]
     assert (
         "verifier.env names NO_SUCH_KEY"
         in told("verifier.check=own.py", "verifier.env=[NO_SUCH_KEY]")[0]

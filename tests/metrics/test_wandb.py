@@ -31,7 +31,9 @@ def test_wandb_gets_the_configuration_and_the_rows_on_the_step_axis(tmp_path, fa
     assert fake_wandb.rows[0]["reward/mean"] == 0.5
     assert fake_wandb.is_finished
     assert fake_wandb.settings["mode"] is None
-    assert fake_wandb.settings["config"]["run"]["name"] == "small"
+    shown = fake_wandb.settings["config"]
+    assert shown["run"]["name"] == "small"
+    assert "check" in shown["verifier"] and "sources" not in shown["verifier"] | shown["learner"]
 
 
 def test_wandb_is_offline_without_a_key_and_resumes_under_its_id(tmp_path, fake_wandb):

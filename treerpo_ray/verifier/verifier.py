@@ -56,8 +56,10 @@ ENVIRONMENT = (
 """What a worker gets of the environment; the checks in this package need none of it."""
 ARENAS = {"MALLOC_ARENA_MAX": "2"}
 """Each thread would map 64 MiB of its own, which count as memory that a worker takes."""
-MACHINERY = ("/treerpo_ray/verifier/_worker.py", "/treerpo_ray/verifier/check.py", "/asyncio/")
-MACHINERY += ('"<string>"', "<frozen ")
+MACHINERY = (
+    *("/treerpo_ray/verifier/_worker.py", "/treerpo_ray/verifier/check.py", "/asyncio/"),
+    *('"<string>"', "<frozen "),
+)
 """In what a worker writes down, the frames that are above the check's own."""
 Request = tuple[str, dict[str, object]]
 """What a worker is asked, as JSON takes it: see `verifier._worker`."""
