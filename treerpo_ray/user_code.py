@@ -119,9 +119,12 @@ def load_module(name: str, sources: Mapping[str, str]) -> ModuleType:
     try:
         return _run(name, sources[name]) if is_file(name) else importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
+        missing = error.name or name
+        if not is_file(name) and (name == missing or name.startswith(f"{missing}.")):
             raise UserCodeError(f"{name}: no such module{file_hint(name)}") from error
         raise _failed_import(name, error) from error
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:  # an import may do anything, such as exit
         raise _failed_import(name, error) from error
 
