@@ -101,6 +101,20 @@ def test_rewards_stand_at_the_leaves_and_an_errored_or_timed_out_leaf_has_none()
     np.testing.assert_array_equal(rewards, [nan, 1, 0, 0, 0, nan, nan])
 
 
+def test_partial_credit_comes_back_to_the_last_digit_and_is_backed_up() -> None:
+    """Below step 0 are 1/4 and 0, so its value is 1/8; the prompt has the mean of it and 1."""
+    tree = make_tree([ROOT, ROOT, 0, 0])
+    record = make_record(tree, (Verdict.CORRECT, Verdict.PARTIAL, Verdict.WRONG))
+    assert record.leaf_rewards == (1.0, 0.25, 0.0)
+    [row] = to_table([record]).to_pylist()
+    assert row["verdict"] == ["correct", "partial", "wrong"]
+    assert row["value"] == [0.125, 1.0, 0.25, 0.0] and row["root_value"] == 0.5625
+    lost = make_record(tree, (Verdict.ERRORED, Verdict.PARTIAL, Verdict.PARTIAL))
+    [back] = from_table(to_table([lost]))
+    np.testing.assert_array_equal(back.leaf_rewards, [np.nan, 0.25, 0.1])
+    assert replace(record, row='{"a": 1}').graded([]).row == '{"a": 1}'
+
+
 def test_a_tree_that_is_not_scored_has_no_rewards_to_give() -> None:
     with pytest.raises(ValueError, match="0 verdicts for 1 leaves"):
         make_record(make_tree([ROOT]), ()).rewards  # noqa: B018 - a property

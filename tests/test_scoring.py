@@ -71,6 +71,14 @@ def noisy(verdict, false_positive_rate, false_negative_rate, seed=0, count=4000,
     ).verdicts
 
 
+def test_partial_credit_is_neither_right_nor_wrong_to_noise() -> None:
+    tree = make_tree([ROOT] * 4)
+    record = make_record(tree, (Verdict.PARTIAL, RIGHT, WRONG, ERRORED))
+    turned = add_noise(record, false_positive_rate=1.0, false_negative_rate=1.0, seed=0)
+    assert turned.verdicts == (Verdict.PARTIAL, WRONG, RIGHT, ERRORED)
+    np.testing.assert_array_equal(turned.rewards, [0.25, 0.0, 1.0, np.nan])
+
+
 @pytest.mark.parametrize("verdict", [WRONG, CUT_OFF])
 def test_wrong_answers_become_right_at_the_rate_of_false_positives(verdict: Verdict) -> None:
     # 4 standard deviations of a share of 4000 at 0.2

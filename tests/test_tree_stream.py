@@ -85,7 +85,9 @@ def test_trees_come_out_scored_in_shares_of_their_step_until_the_pool_ends(strea
     assert shares[0][0].leaf_texts == ("right", "left")
     assert shares[0][0].verdicts == (Verdict.CORRECT, Verdict.WRONG)
     assert shares[0][1].verdicts == (Verdict.ERRORED, Verdict.WRONG)
-    assert [event.kind for event in found.events] == ["verifier_started"]
+    started, failed = found.events
+    assert (started.kind, failed.kind) == ("verifier_started", "check_failed")
+    assert "in check_answer\n    raise ValueError" in failed.fields["reason"]
     assert found.moved[-1].doing == "ended"
 
 

@@ -246,8 +246,13 @@ def _from_batch(batch: pa.RecordBatch) -> Iterator[TreeRecord]:
             tree=tree,
             leaf_texts=leaf_texts,
             verdicts=verdicts,
-            leaf_rewards=tuple(values.to_numpy()[list(tree.leaves)]) if has_partial else (),
+            leaf_rewards=_leaf_rewards(tree, values) if has_partial else (),
         )
+
+
+def _leaf_rewards(tree: Tree, values: pa.Array) -> tuple[float, ...]:
+    """The value of a leaf is its reward."""
+    return tuple(values.to_numpy()[list(tree.leaves)].tolist())
 
 
 def _tree(

@@ -26,6 +26,8 @@ PACKAGE = Path(__file__).parent
 MACHINERY = ("/asyncio/", "/importlib/", "<frozen importlib")
 """What the files have in their names, beside those of this package, whose frames are above the
 user's own."""
+RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Variable that Ray sets for the command of a job."""
 MAX_CHARS = 1_000_000
 """Of a file: its source is written into every `config.yaml` and sent to every worker."""
 MAX_TRACE = 4000
@@ -66,7 +68,7 @@ def _read(path: Path, name: str) -> str:
     if path.suffix != ".py":
         raise ValueError(f"{name} must end in .py, or be a module as package.module")
     if not path.is_file():
-        job = "; a Ray job sees what its --working-dir holds" if "RAY_JOB_ID" in os.environ else ""
+        job = "; a Ray job sees what its --working-dir holds" if RAY_JOB in os.environ else ""
         raise ValueError(f"no such file ({path.absolute()}){job}")
     try:
         with tokenize.open(path) as file:  # as the file says that it is encoded
@@ -117,9 +119,12 @@ def load_module(name: str, sources: Mapping[str, str]) -> ModuleType:
     try:
         return _run(name, sources[name]) if is_file(name) else importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
+        missing = error.name or name
+        if not is_file(name) and (name == missing or name.startswith(f"{missing}.")):
             raise UserCodeError(f"{name}: no such module{file_hint(name)}") from error
         raise _failed_import(name, error) from error
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:  # an import may do anything, such as exit
         raise _failed_import(name, error) from error
 

@@ -43,6 +43,21 @@ def test_bernoulli_has_the_values_worked_out_from_the_paper(
 
 
 @pytest.mark.parametrize(
+    ("form", "advantages"),
+    [
+        (bernoulli, [-7 / 6, -0.5, 5 / 3]),
+        (bernoulli_std, [-7 / 6 * 0.24**0.5, -0.5 * 0.24**0.5, 5 / 3 * 0.24**0.5]),
+        (difference, [-0.28, -0.12, 0.4]),
+        (standard, [-0.28 / 0.355528, -0.12 / 0.355528, 0.4 / 0.355528]),
+        (leave_one_out, [-0.42, -0.18, 0.6]),
+    ],
+)
+def test_partial_credit_by_hand(form: Form, advantages: list[float]) -> None:
+    """Rewards .12, .28 and .8: the mean is .4, m (1 - m) = .24, the sum of squares .2528."""
+    np.testing.assert_allclose(form(np.array([0.12, 0.28, 0.8])), advantages, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
     ("form", "right", "wrong"),
     [
         (bernoulli, 8.0, -8 / 7),

@@ -18,8 +18,9 @@ from treerpo_ray.algo.loss_config import Normalisation
 from treerpo_ray.config import files
 from treerpo_ray.config.config import Config, credential_keys, numbers
 from treerpo_ray.config.files import MOVED_MODULES, describe, load, to_yaml, with_moved_modules
-from treerpo_ray.config.sections import INHERITED, RAY_JOB, DataConfig
+from treerpo_ray.config.sections import INHERITED, DataConfig
 from treerpo_ray.evaluate.evaluation import Evaluation
+from treerpo_ray.user_code import RAY_JOB, load_module, unpack
 
 CONF = ROOT / "conf"
 ALONE = ["tree.num_children=[1]", "tree.step_tokens=[9]"]
@@ -562,3 +563,43 @@ def test_paths_are_whole_before_processes_with_other_working_folders_see_them(
     monkeypatch.chdir(ROOT)
     assert Config().model.path == found("model.path", "treerpo_ray/quickstart/model")
     assert Config().model.path == "treerpo_ray/quickstart/model", "as it is found from anywhere"
+
+
+def test_the_source_of_the_users_files_travels_with_the_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read in the working folder of whoever starts; used without the file, wherever that is."""
+    (tmp_path / "my dir").mkdir()
+    (tmp_path / "my dir" / "a.py").write_text("X = '${run.seed} \\\\${not}'\n")
+    (tmp_path / "b.py").write_text("# -*- coding: latin-1 -*-\nX = '\xe9'\n", encoding="latin-1")
+    monkeypatch.chdir(tmp_path)
+    config = load(
+        [
+            "verifier.checks={my dir/a.py: 2, b.py: 1.5, some.module: 1}",
+            *("learner.advantage=b.py:form", "learner.prune=tree_range"),
+        ]
+    )
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    for file in ("my dir/a.py", "b.py"):
+        (tmp_path / file).unlink()
+    monkeypatch.chdir("/")
+    again = load([str(tmp_path / "config.yaml"), "run.seed=5", "run.name=treerpo"])
+    assert again.verifier == config.verifier and again.learner == config.learner
+    found = {name: unpack(source) for name, source in again.verifier.sources.items()}
+    assert found["my dir/a.py"] == "X = '${run.seed} \\\\${not}'\n" and set(found) == {
+        "my dir/a.py",
+        "b.py",
+    }
+    assert load_module("b.py", again.learner.sources).X == "\xe9"
+    assert again.verifier.weights == {"my dir/a.py": 2, "b.py": 1.5, "some.module": 1}
+    assert re.fullmatch(
+        r"2 my dir/a\.py \([0-9a-f]{8}\) \+ 1\.5 b\.py \(\w{8}\) \+ 1 some\.module",
+        again.verifier.identity,
+    )
+    # What is named anew is read anew.
+    only_b = "verifier.checks={my dir/a.py: 0, some.module: 0}"
+    with pytest.raises(ValueError, match=r"^verifier\.checks=b\.py: no such file \(/b\.py\)$"):
+        load([str(tmp_path / "config.yaml"), only_b])
+    with pytest.raises(ValueError, match=r"sees what its --working-dir holds"):
+        monkeypatch.setenv(RAY_JOB, "{}")
+        load(["verifier.check=gone.py"])

@@ -51,6 +51,36 @@ def test_a_start_with_other_settings_is_refused_with_both_values_and_a_free_name
     assert "run.name=one-2" in told
 
 
+def test_code_of_the_users_may_be_edited_which_is_noted_and_each_start_keeps_its_own(
+    root: str, tmp_path: Path
+) -> None:
+    check, form = tmp_path / "my reward.py", tmp_path / "form.py"
+    check.write_text("ONE = '${run.seed}'\n")
+    form.write_text("def form(values): return values\n")
+    named = [f"verifier.check={check}", f"learner.advantage={form}:form"]
+    config = started(root, *named)
+    assert check_same_run(again(root, *named)) == []
+    check.write_text("TWO = 2\n")
+    assert check_same_run(again(root, *named)) == [f"{check} has been edited"]
+    form.write_text("def form(values): return 2 * values\n")
+    edited = again(root, *named)
+    told = check_same_run(edited)
+    assert sorted(told) == sorted(f"{each} has been edited" for each in (check, form))
+    record_start(edited)
+    folder = RunFolder(config.folder)
+    assert folder.read_text("starts/000001-my reward.py") == "ONE = '${run.seed}'\n"
+    assert folder.read_text("starts/000002-form.py") == "def form(values): return 2 * values\n"
+    check.unlink()
+    form.unlink()
+    # What was run is in the run's own configuration, whatever has become of the files.
+    (tmp_path / "config.yaml").write_text(folder.read_text("config.yaml"))
+    assert load([str(tmp_path / "config.yaml")]).verifier.sources == edited.verifier.sources
+    with pytest.raises(ValueError, match="no such file"):
+        load([str(tmp_path / "config.yaml"), named[0]])
+    with pytest.raises(ValueError, match=r"holds a run with other settings: .*learner\.adv"):
+        check_same_run(again(root))
+
+
 def test_what_may_change_is_told_and_the_same_settings_are_not(root: str) -> None:
     config = started(root)
     assert check_same_run(config) == check_same_run(again(root)) == []

@@ -60,6 +60,7 @@ def test_a_check_that_is_right_passes_and_says_whether_it_asks_for_rows(own_fold
         ("def check_answer(*all): ...\n" + TEST, "*all is none of what it may ask for: text", ""),
         ("def check_answer(text)\n", "SyntaxError: expected ':'", '  File "own.py", line 1\n'),
         ("import own_sibling\n", "(a file stands alone: what it imports", "No module named 'own_s"),
+        ("import own\n", "No module named 'own' (a file stands alone", '"own.py", line 1, in <m'),
         ("def f():\n    return 1 / 0\nf()\n", "ZeroDivisionError", '"own.py", line 2, in f\n'),
         ("raise SystemExit(3)\n", "cannot be imported: SystemExit: 3", '"own.py", line 1, in <m'),
         (
@@ -111,7 +112,7 @@ def test_what_is_no_file_and_no_module_is_told_with_what_to_write(own_folder: Pa
     ):
         assert words in told(f"verifier.check={name}")[0]
     assert "verifier.checks=gone.py: no such file" in told("verifier.checks={gone.py: 1}")[0]
-    assert "must be above 0" in told("verifier.checks={own.py: 0}")[0]
+    assert "must be at least 0" in told("verifier.checks={own.py: -1}")[0]
     assert (
         "verifier.env names NO_SUCH_KEY"
         in told("verifier.check=own.py", "verifier.env=[NO_SUCH_KEY]")[0]

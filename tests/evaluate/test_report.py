@@ -17,8 +17,17 @@ from treerpo_ray.config import load
 from treerpo_ray.config.sections import DataConfig
 from treerpo_ray.evaluate.evaluation import Evaluation, Graded, save_evaluation, save_samples
 from treerpo_ray.evaluate.grading import summarise
-from treerpo_ray.evaluate.report import PAPER, averaged, differences, plain, table, with_mean
+from treerpo_ray.evaluate.report import (
+    PAPER,
+    averaged,
+    differences,
+    plain,
+    read_samples,
+    table,
+    with_mean,
+)
 from treerpo_ray.run_folder.files import RunFolder
+from treerpo_ray.verifier.verdict import Grade, Verdict
 
 RIGHT, WRONG, HALF = (C, C), (W, W), (C, W)
 
@@ -221,3 +230,33 @@ def test_runs_are_compared_by_their_names_and_the_steps_are_said_in_80_columns(
     assert any(re.search(r"pass@1 .* 0\.0 \[0\.0, 0\.0\]", line) for line in lines)
     with pytest.raises(ValueError, match="treerpo_runs/other: there are no samples"):
         differences("other", "quickstart")
+
+
+def test_partial_credit_is_kept_with_the_samples_and_in_their_mean(tmp_path: Path) -> None:
+    """Rewards 1 and 1/2, then 0 and none: the mean of 3/4 and 0, of which 1/2 and 0 are whole."""
+    half, lost = Grade(Verdict.PARTIAL, 0.5), Grade.without_reward(Verdict.ERRORED)
+    right, wrong = Grade(C, 1.0), Grade(W, 0.0)
+    found = [
+        Graded(record=replace(graded(C, C).graded(grades), prompt_id=str(n)), group=[0, 1])
+        for n, grades in enumerate([[right, half], [wrong, lost]])
+    ]
+    result = summarise(
+        load(["evaluate.num_samples=2", "verifier.check=my.judge"]),
+        found,
+        data=PromptsConfig(path="own"),
+        model="m",
+        step=3,
+        version=0,
+        seconds=0.0,
+    )
+    assert (result.reward, result.mean_reward, result.pass_at_1) == (0.375, 0.375, 0.25)
+    assert (result.row()["eval/reward"], result.verifier) == (0.375, "my.judge")
+    folder = RunFolder(str(tmp_path))
+    save_evaluation(result, folder, "own")
+    save_samples(found, folder, "own")
+    first, second = read_samples(f"{tmp_path}/eval/own.parquet").values()
+    assert first.reward is not None and first.reward.tolist() == [1.0, 0.5]
+    assert first.is_correct.tolist() == [1.0, 0.0] and second.reward is None
+    scores, shown = differences(f"{tmp_path}/eval/own.json", f"{tmp_path}/eval/own.parquet")
+    assert scores["own"]["reward"].value == 0 and "reward" in drawn(shown)
+    assert "37.5" in drawn(table({"own": result.scores}, result.sampling))

@@ -1,5 +1,6 @@
 """Scores: closed forms, counts by brute force, and intervals that cover as often as they say."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -89,6 +90,19 @@ def test_the_scores_of_two_problems_by_hand() -> None:
     assert found["median_length"].value == pytest.approx(4.5)
     assert found["cut_off"].value == 0
     assert (found["length"].low, found["length"].high) == (2.5, 6.5)
+
+
+def test_with_partial_credit_the_mean_reward_stands_beside_the_share_of_whole_rewards() -> None:
+    """Rewards 1, 1/2, 1/4 and none; then 0 and 1: one of three and one of two are right."""
+    part = replace(samples([1, 0, 0, NAN]), reward=np.array([1, 0.5, 0.25, NAN]))
+    plain = samples([0, 1, 1, 0])
+    found = scores([part, plain], pass_ks=(1, 2), num_samples=4, seed=0)
+    assert found["reward"].value == pytest.approx((1.75 / 3 + 1 / 2) / 2)
+    assert found["pass@1"].value == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert found["pass@2"].value == pytest.approx((2 / 3 + 5 / 6) / 2)
+    less = paired_differences([part], [plain], pass_ks=(1,), num_samples=4, seed=0)
+    assert less["reward"].value == pytest.approx(1.75 / 3 - 1 / 2)
+    assert "reward" not in scores([plain], pass_ks=(1,), num_samples=4, seed=0)
 
 
 def test_requests_that_failed_are_no_short_samples() -> None:

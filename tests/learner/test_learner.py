@@ -24,8 +24,11 @@ from tests.support.learner_runs import (
 )
 from tests.support.step_rows import bernoulli_by_hand, gradients, plain_model, row, row_gradients
 from tests.support.tiny_models import save_tiny_model
+from tests.support.user_files import CREDIT
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.loss_config import LossConfig, Normalisation
+from treerpo_ray.config import load
+from treerpo_ray.verifier.verdict import Grade, Verdict
 
 
 @pytest.fixture(scope="module")
@@ -348,3 +351,56 @@ def test_a_gradient_that_is_not_finite_is_an_error_before_anything_moves(path: s
     with pytest.raises(RuntimeError, match="non-finite"):
         learner.update([*sound, with_logprobs(last, unknown)])
     assert_nothing_moved(before, State.of(learner))
+
+
+def test_a_form_and_a_rule_of_the_users_make_the_same_update_as_those_of_the_package(
+    path: str, tmp_path: Path
+) -> None:
+    """From a file whose source travels: it is not there any more when the learner is made."""
+    file = tmp_path / "own.py"
+    file.write_text(CREDIT)
+    for own, builtin in (
+        (("scaled", "spread"), replace(FREE, prune_threshold=0.1)),
+        (
+            ("over_baseline", "spread"),
+            replace(FREE, advantage=AdvantageForm.PAST_BASELINE, prune_threshold=-1.0),
+        ),
+    ):
+        file.write_text(CREDIT)
+        named = [
+            f"learner.{k}={file}:{v}" for k, v in zip(("advantage", "prune"), own, strict=True)
+        ]
+        loaded = load(named).learner
+        file.unlink()
+        ours = replace(
+            builtin, advantage=loaded.advantage, prune=loaded.prune, sources=loaded.sources
+        )
+        batches = [[mixed()], [mixed(first=4, version=1)]]
+        found, expected = (
+            run_updates(make_config(path, each), batches, None) for each in (ours, builtin)
+        )
+        for (result, state), (other, right) in zip(found, expected, strict=True):
+            torch.testing.assert_close(state.gradients, right.gradients, atol=0, rtol=0)
+            ignored = "groups/advantage_se"  # of a form that gives no errors there are none
+            assert result.metrics == other.metrics
+            metrics = other.stats.metrics(1)
+            assert ignored in metrics
+            metrics.pop(ignored)
+            assert result.stats.metrics(1) == metrics
+
+
+def test_partial_credit_is_trained_with_the_advantages_by_hand(path: str) -> None:
+    """One step group with the rewards .12, .28 and .8: A = -7/6, -1/2 and 5/3 (mean .4)."""
+    grades = [Grade(Verdict.PARTIAL, reward) for reward in (0.12, 0.28, 0.8)]
+    record = make_record(0, "www", parents=(-1,) * 3).graded(grades)
+    others = [make_record(n, "www", parents=(-1,) * 3) for n in (1, 2, 3)]
+    config = make_config(path, FREE, LossConfig(importance_cap=None))
+    [(_, state)] = run_updates(config, [[[record, *others]]], None)
+    model = plain_model(path)
+    loss = torch.zeros(())
+    num_tokens = record.tree.num_sampled_tokens
+    for index, advantage in enumerate((-7 / 6, -1 / 2, 5 / 3)):
+        logprobs, _ = row(model, record, index, 0.7)
+        loss = loss - ((logprobs - logprobs.detach()).exp() * advantage).sum() / num_tokens
+    loss.backward()
+    assert_same_gradients(state.gradients, gradients(model))

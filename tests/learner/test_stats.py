@@ -15,7 +15,7 @@ from treerpo_ray.algo.groups import step_groups
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree
 from treerpo_ray.learner.stats import BatchStats, Sums, count
 from treerpo_ray.records import RootValue, TreeRecord
-from treerpo_ray.verifier.verdict import Verdict
+from treerpo_ray.verifier.verdict import Grade, Verdict
 
 C, W, E = Verdict.CORRECT, Verdict.WRONG, Verdict.ERRORED
 PARENTS = [ROOT, ROOT, 0, 0, 1, 1]
@@ -60,6 +60,28 @@ def stats_of(records: list[TreeRecord]) -> tuple[list[np.ndarray], BatchStats]:
         advantages.append(step_advantages(each.tree, values, **rules))
         total += count(each, values, step_groups(each.tree, values), **rules)
     return advantages, total
+
+
+def test_partial_credit_is_counted_by_hand() -> None:
+    """Rewards 1/2 and 0 below the one step, 1 and 1/4 below the other: 1/4 and 5/8, mean 7/16.
+
+    The squares have the means 1/8 and 17/32, so 21/64 altogether, less 49/256: 35/256.
+    """
+    grades = [
+        Grade(Verdict.PARTIAL, 0.5),
+        Grade(W, 0.0),
+        Grade(C, 1.0),
+        Grade(Verdict.PARTIAL, 0.25),
+    ]
+    _, stats = stats_of([record(make_tree(PARENTS), C, C, C, C).graded(grades)])
+    assert stats.root_values == (RootValue(0, 0, 7 / 16, 35 / 256),)
+    assert (stats.value_sum, stats.num_with_correct) == (7 / 16, 1)
+    metrics = stats.metrics(0)
+    assert (metrics["verdict/partial"], metrics["verdict/correct"]) == (2, 1)
+    # Of leaves that differ it is sqrt(N) whatever their rewards.
+    assert metrics["groups/signal_to_noise_depth_2"] == pytest.approx(2**0.5)
+    _, plain = stats_of([record(make_tree(PARENTS), C, W, W, W)])
+    assert plain.root_values == (RootValue(0, 0, 1 / 4),)
 
 
 def turned_down() -> TreeRecord:
@@ -198,7 +220,8 @@ def test_a_batch_with_a_tree_newer_than_the_learner_shows_it() -> None:
 def scored(draw: st.DrawFn) -> TreeRecord:
     tree = draw(trees(max_groups=3))
     size = len(tree.leaves)
-    verdicts = draw(st.lists(st.sampled_from(list(Verdict)), min_size=size, max_size=size))
+    zero_one = [verdict for verdict in Verdict if verdict is not Verdict.PARTIAL]
+    verdicts = draw(st.lists(st.sampled_from(zero_one), min_size=size, max_size=size))
     return record(
         tree,
         *verdicts,

@@ -44,8 +44,9 @@ def test_wandb_gets_the_configuration_the_sources_and_the_rows(tmp_path, fake_wa
     assert fake_wandb.rows[1]["reward/mean"] == 0.5
     assert fake_wandb.is_finished
     assert fake_wandb.settings["mode"] is None
-    assert fake_wandb.settings["config"]["run"]["name"] == "small"
-    assert fake_wandb.settings["config"]["commit"] == version_of(REPOSITORY)
+    shown = fake_wandb.settings["config"]
+    assert shown["run"]["name"] == "small" and shown["commit"] == version_of(REPOSITORY)
+    assert "check" in shown["verifier"] and "sources" not in shown["verifier"] | shown["learner"]
 
 
 def test_scores_are_drawn_over_all_sampled_tokens_and_the_rest_over_steps(tmp_path, fake_wandb):

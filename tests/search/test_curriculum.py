@@ -28,6 +28,15 @@ def test_a_prompt_weighs_what_its_newest_value_up_to_a_step_says() -> None:
     assert drawn.weights(2) == drawn.weights(9) == {0: 1 / 4, 1: 7 / 64, 3: 1 / 4}
 
 
+def test_a_prompt_with_partial_credit_weighs_what_its_rewards_vary() -> None:
+    """Half right everywhere tells nothing apart; right or wrong as often tells most."""
+    measured = [Measurement(0, 1, 0.5, 0.0), Measurement(0, 2, 0.5, 0.0625), Measurement(0, 3, 0.5)]
+    drawn = Curriculum(share=0.5, seed=0, measurements=measured)
+    assert drawn.weights(0) == {2: 1 / 16, 3: 1 / 4}
+    drawn.add([], 0)
+    assert drawn.measurements == measured[1:]
+
+
 def test_tickets_come_back_as_often_as_set_and_to_each_prompt_in_proportion_to_its_weight() -> None:
     share, num_tickets = 0.3, 6000
     drawn = Curriculum(share=share, seed=5, measurements=MEASURED)

@@ -20,12 +20,16 @@ from tests.support.small_run import (
     write_small_run,
 )
 from treerpo_ray.algo.tree import ROOT, StopReason
+from treerpo_ray.config.files import load, to_yaml
 from treerpo_ray.records import to_table
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.study.analysis import Run, most_mixed_tree, newest_run, path_changes, worst_leaf
 from treerpo_ray.study.plots import plot_curves, plot_kept_by_depth, plot_pool
 from treerpo_ray.study.tree_plots import MAX_LEAVES, plot_tree, plot_value_along_path
+from treerpo_ray.user_code import pack
+
+HALF_FORM = "def half(values):\n    return values / 2\n"
 
 
 @pytest.fixture(scope="module")
@@ -327,3 +331,15 @@ def test_analysis_runs_without_ray_torch_and_vllm(folder):
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == len(Run(folder).tree_table())
+
+
+def test_a_form_of_the_users_is_run_from_the_source_in_the_folder(tmp_path):
+    config = load(["learner.advantage=bernoulli", "learner.prune_threshold=0.6"])
+    learner = replace(
+        config.learner, advantage="gone.py:half", sources={"gone.py": pack(HALF_FORM)}
+    )
+    folder = write_small_run(tmp_path)
+    Path(folder, "config.yaml").write_text(to_yaml(replace(config, learner=learner)))
+    run = Run(folder)
+    expected = [np.nan, 0.5, 0.0, np.nan, np.nan, np.nan]
+    np.testing.assert_allclose(run.advantages(worked_record()), expected)

@@ -1,5 +1,7 @@
 """Tree records for tests, and what they are compared by."""
 
+import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -8,15 +10,24 @@ from hypothesis import strategies as st
 from tests.support.trees import make_step, make_tree, trees
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
 from treerpo_ray.records import TreeRecord
-from treerpo_ray.verifier.verdict import Verdict
+from treerpo_ray.verifier.verdict import Grade, Verdict
 
 FINITE = st.floats(0, 1e6)
 TEXT = st.text(max_size=5)
 
 
+PARTS = (0.25, 0.1, 1 / 3, 1e-9)
+"""Rewards of the answers with partial credit, in turn."""
+
+
 def make_record(tree: Tree, verdicts: tuple[Verdict, ...]) -> TreeRecord:
-    """A record of ticket 5 with this tree."""
-    return TreeRecord(
+    """A record of ticket 5 with this tree; partial credit is that of PARTS."""
+    parts = itertools.cycle(PARTS)
+    rewards = [
+        next(parts) if v is Verdict.PARTIAL else v.reward if v.is_reward else math.nan
+        for v in verdicts
+    ]
+    record = TreeRecord(
         ticket=5,
         attempt=1,
         prompt_id="train-5",
@@ -28,8 +39,9 @@ def make_record(tree: Tree, verdicts: tuple[Verdict, ...]) -> TreeRecord:
         finished_at_s=1.7e9 + 0.125,
         tree=tree,
         leaf_texts=tuple(f"leaf {leaf}" for leaf in tree.leaves),
-        verdicts=verdicts,
+        verdicts=(),
     )
+    return record.graded(list(map(Grade, verdicts, rewards)))
 
 
 @st.composite
@@ -74,7 +86,9 @@ def empty_step(parent: int) -> Step:
 
 def plain(record: TreeRecord) -> tuple[object, ...]:
     """Everything of a record, dtypes included, in a form that can be compared."""
-    scalars = [getattr(record, name) for name in TreeRecord.__slots__ if name != "tree"]
+    apart = ("tree", "leaf_rewards")
+    scalars = [getattr(record, name) for name in TreeRecord.__slots__ if name not in apart]
+    scalars.append(np.array(record.leaf_rewards).tobytes())  # NaN is not equal to itself
     arrays = [record.tree.prompt_ids]
     for step in record.tree.steps:
         arrays += [step.token_ids, step.logprobs, step.versions]

@@ -63,7 +63,7 @@ def check_answer(text, references):
 
 SELF_TEST = [("right", [], True)]
 """
-JUDGE = """
+JUDGE = r"""
 import asyncio, json, os, time
 
 async def check_answer(text, question):
@@ -73,9 +73,11 @@ async def check_answer(text, question):
         os._exit(5)
     reader, writer = await asyncio.open_connection("127.0.0.1", int(question))
     try:
-        writer.write(f"{text}\\n".encode())
-        await writer.drain()
-        return float(await reader.readline())
+        writer.write(f"POST / HTTP/1.0\r\nContent-Length: {len(text)}\r\n\r\n{text}".encode())
+        head, _, body = (await reader.read()).decode().partition("\r\n\r\n")
+        if " 200 " not in head.splitlines()[0]:
+            raise ConnectionError(head.splitlines()[0])
+        return json.loads(body)["score"]
     finally:
         writer.close()
 

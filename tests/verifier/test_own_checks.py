@@ -1,10 +1,11 @@
 """Checks of the user's: partial credit, every way to end without a verdict, judges over HTTP."""
 
+import json
 import os
-import socketserver
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -128,11 +129,11 @@ SELF_TEST = [("a", [], True)]
     assert not told
 
 
-class Judge(socketserver.ThreadingTCPServer):
-    """Answers a line with a reward: the number that it is, at its second asking for `again`, never
-    for `never`; for `meet` when two ask at the same time."""
+class Judge(ThreadingHTTPServer):
+    """Gives a text the score that it says. `again` gets one when it is asked again, `down` never;
+    `bad` gets none of a score, `never` no reply, `meet` one when two ask at the same time."""
 
-    daemon_threads = allow_reuse_address = True
+    daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -141,25 +142,29 @@ class Judge(socketserver.ThreadingTCPServer):
         self.lock = threading.Lock()
 
 
-class Handler(socketserver.StreamRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     server: Judge
 
-    def handle(self) -> None:
-        text = self.rfile.readline().decode().strip()
+    def do_POST(self) -> None:
+        text = self.rfile.read(int(self.headers["Content-Length"])).decode()
         with self.server.lock:
             self.server.asked[text] += 1
             count = self.server.asked[text]
         if text == "never":
             self.rfile.read()  # until the other side gives up
-        elif text == "meet":
+            return
+        if text == "meet":
             self.server.meeting.wait(PATIENCE_S)
-            self.wfile.write(b"0.75\n")
-        elif text == "again":
-            self.wfile.write(b"0.25\n" if count > 1 else b"busy\n")
-        elif text == "bad":
-            self.wfile.write(b"7\n")
-        elif text != "down":
-            self.wfile.write(f"{text}\n".encode())
+        is_up = text != "down" and (text != "again" or count > 1)
+        score = {"meet": 0.75, "again": 0.25, "bad": 7}.get(text)
+        self.send_response(200 if is_up else 503)
+        self.end_headers()
+        self.wfile.write(
+            json.dumps({"score": score if score or not is_up else float(text)}).encode()
+        )
+
+    def log_message(self, *arguments: object) -> None:
+        """Nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +194,8 @@ def test_a_judge_is_asked_by_many_at_a_time_and_again_where_it_fails(judge: Judg
         # Asked twice: what failed; not what came back and is no reward.
         assert [judge.asked[each] for each in ("again", "down", "bad")] == [2, 2, 1]
     assert len(told) == 2
-    assert any("could not convert string to float: b''" in each for each in told)
-    assert any("check_answer returned 7.0" in each for each in told)
+    assert any("ConnectionError: HTTP/1.0 503 Service Unavailable" in each for each in told)
+    assert any("check_answer returned 7 (int)" in each for each in told)
 
 
 def test_a_judge_that_is_silent_blocks_or_ends_its_process_costs_its_own_answer(
@@ -205,7 +210,7 @@ def test_a_judge_that_is_silent_blocks_or_ends_its_process_costs_its_own_answer(
         *(Verdict.PARTIAL, Verdict.TIMED_OUT, Verdict.CORRECT, Verdict.TIMED_OUT),
         *(Verdict.WRONG, Verdict.ERRORED, Verdict.PARTIAL),
     ]
-    assert any("line 13, in check_answer\n    return float" in each for each in told), told
+    assert any("line 12, in check_answer\n    head, _, body" in each for each in told), told
     assert any('"own.py", line 6 in check_answer' in each for each in told)
     assert any("ended with status 5" in each for each in told)
 

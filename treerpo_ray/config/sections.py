@@ -14,10 +14,7 @@ from typing import Literal, TypeVar
 from treerpo_ray.algo.advantages import AdvantageForm, Form
 from treerpo_ray.algo.groups import PruneRule, Pruning
 from treerpo_ray.config.credit import own_form, own_rule
-from treerpo_ray.user_code import split_function, with_checksum
-
-RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Variable that Ray sets for the command of a job."""
+from treerpo_ray.user_code import RAY_JOB, split_function, with_checksum
 
 KindT = TypeVar("KindT", bound=StrEnum)
 
@@ -305,7 +302,8 @@ class VerifierConfig:
     A relative file is taken from the working folder of whoever starts the run."""
     checks: dict[str, float] = field(default_factory=dict)
     """Several checks by weight, in place of `check`, such as {my_reward.py: 0.8, my.style: 0.2}:
-    the reward is their weighted mean. The first one tells which answers are the same."""
+    the reward is their weighted mean. The first one tells which answers are the same; 0 leaves one
+    out that a file before names."""
     num_workers: int = field(default=1, metadata=POSITIVE)
     """Processes of each scoring actor, for each check."""
     timeout_s: float = field(default=5.0, metadata=POSITIVE)
@@ -333,15 +331,16 @@ class VerifierConfig:
 
     def __post_init__(self) -> None:
         for name, weight in self.checks.items():
-            if not 0 < weight < float("inf"):
+            if not 0 <= weight < float("inf"):
                 raise ValueError(
-                    f"verifier.checks: the weight {weight:g} of {name} must be above 0"
+                    f"verifier.checks: the weight {weight:g} of {name} must be at least 0"
                 )
 
     @property
     def weights(self) -> dict[str, float]:
         """Every check with its weight."""
-        return self.checks or {self.check: 1.0}
+        used = {name: weight for name, weight in self.checks.items() if weight}
+        return used or {self.check: 1.0}
 
     @property
     def main_check(self) -> str:
@@ -352,7 +351,7 @@ class VerifierConfig:
     def identity(self) -> str:
         """What gave the rewards, in words; files that differ have other checksums."""
         names = [with_checksum(name, self.sources) for name in self.weights]
-        if not self.checks:
+        if self.weights == {self.check: 1.0}:
             return names[0]
         weights = self.weights.values()
         return " + ".join(f"{w:g} {name}" for name, w in zip(names, weights, strict=True))

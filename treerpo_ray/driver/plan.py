@@ -308,6 +308,7 @@ def plan_lines(config: Config, found: Preflight) -> list[str]:
         *_data_lines("held out", found.held_out),
         *_prompt_lines(config, found.train),
         *(f"no answer   {each}" for each in found.references),
+        f"reward      {config.verifier.identity}",
         f"tree        {list(shape.num_children)} children of at most {list(shape.step_tokens)} "
         f"tokens: up to {shape.max_steps:,} steps, {shape.max_leaves:,} answers and "
         f"{shape.max_sampled_tokens:,} tokens a question",

@@ -10,28 +10,22 @@ Another domain is one module or file, named by `verifier.check`; see `verifier.c
 `boxed_answer` is a short one.
 """
 
-import json
 import logging
 import math
 import os
 import signal
-import socket
-import struct
-import subprocess
-import sys
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import Connection, Pipe, wait
+from dataclasses import asdict
+from multiprocessing.connection import wait
 from types import TracebackType
-from typing import Any
 
 from treerpo_ray.errors import UserCodeError
-from treerpo_ray.user_code import MAX_TRACE, is_file, is_module
+from treerpo_ray.user_code import is_file, is_module
+from treerpo_ray.verifier._process import Reply, WorkerProcess
 from treerpo_ray.verifier._worker import OUT_OF_MEMORY, Settings
 from treerpo_ray.verifier.check import SelfTest
 from treerpo_ray.verifier.verdict import Answer, Grade, Verdict
@@ -39,76 +33,11 @@ from treerpo_ray.verifier.verdict import Answer, Grade, Verdict
 logger = logging.getLogger(__name__)
 
 CHUNK = 16  # answers a message: its round trip is shared, and little waits behind a slow answer
-START_TIMEOUT_S = 120.0
 MAX_START_FAILURES = 3  # in a row; a worker may be killed from outside, all of them may not
-MAX_REPLY_BYTES = 2**24
 MAX_TOLD = 10
 """Faults that are told with their traceback, each but once."""
-TRACE_WAIT_S = 1.0
-"""Time that a worker gets to write down where it hangs."""
-WORKER = "import sys, json; a = json.loads(sys.argv[1]); sys.path[:] = a.pop(0)\n" + (
-    "from treerpo_ray.verifier._worker import serve; serve(*a)"
-)
-ENVIRONMENT = (
-    *("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH", "TMPDIR"),
-    *("TZ", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"),
-)
-"""What a worker gets of the environment; the checks in this package need none of it."""
-ARENAS = {"MALLOC_ARENA_MAX": "2"}
-"""Each thread would map 64 MiB of its own, which count as memory that a worker takes."""
-MACHINERY = (
-    *("/treerpo_ray/verifier/_worker.py", "/treerpo_ray/verifier/check.py", "/asyncio/"),
-    *('"<string>"', "<frozen "),
-)
-"""In what a worker writes down, the frames that are above the check's own."""
 Request = tuple[str, dict[str, object]]
 """What a worker is asked, as JSON takes it: see `verifier._worker`."""
-Reply = dict[str, Any]
-"""A worker's: its `value`, or the `verdict` of a fault, its `place` and its `trace`."""
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Worker:
-    process: subprocess.Popen[bytes]
-    connection: Connection
-    trace_fd: int
-    """File in memory that it writes to where it hangs or crashes."""
-    deadline: float
-    """Monotonic time at which the start or the first pending answer is over time."""
-    is_ready: bool = False
-    is_async: bool = False
-    pending: deque[int] = field(default_factory=deque)
-
-    def stop(self) -> None:
-        self.connection.close()
-        with suppress(ProcessLookupError):  # what it started ends with it
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        os.close(self.trace_fd)
-
-    def exit_status(self) -> int | None:
-        """As `subprocess` has it; None while it runs, though its pipe be closed."""
-        try:
-            handle = os.pidfd_open(self.process.pid)
-        except ProcessLookupError:
-            return self.process.poll()
-        try:
-            wait([handle], TRACE_WAIT_S)
-        finally:
-            os.close(handle)
-        # It is not waited for yet: its number stands for the group of what it started.
-        found = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if found is None:
-            return None
-        return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
-
-    def told(self) -> str:
-        """What it has written of where it hangs or crashed, the user's frames alone."""
-        text = os.pread(self.trace_fd, MAX_TRACE, 0).decode(errors="replace")
-        frames = [line for line in text.splitlines() if line.startswith("  File")]
-        theirs = [line for line in frames if not any(part in line for part in MACHINERY)]
-        header = "Traceback (most recent call last):"
-        return "\n".join([header, *reversed(theirs)]) if theirs else ""
 
 
 class Verifier:
@@ -160,8 +89,7 @@ class Verifier:
                 raise ValueError(f"verifier.{name} must be positive, not {number}")
         if missing := [name for name in env if name not in os.environ]:
             raise ValueError(f"verifier.env names {missing[0]}, which is not set here")
-        names = [name for name in (*ENVIRONMENT, *env) if name in os.environ]
-        self._environment = {name: os.environ[name] for name in names} | ARENAS
+        self._env = tuple(env)
         # The death signal follows the thread that started the worker, not the process.
         is_bound = threading.current_thread() is threading.main_thread()
         self._settings = Settings(
@@ -182,7 +110,7 @@ class Verifier:
         """Requests that a worker was lost with others at: which it was is seen when each is sent
         alone."""
         self._num_start_failures = 0
-        self._workers: list[_Worker] = []
+        self._workers: list[WorkerProcess] = []
         self._finalizer = weakref.finalize(self, _stop_all, self._workers)
         for _ in range(num_workers):
             self._start()
@@ -324,30 +252,13 @@ class Verifier:
             self._on_fault(f"{self._settings.check}: an answer has no verdict{hint}:\n{trace}")
 
     def _start(self) -> None:
-        ours, theirs = Pipe()
-        trace_fd = os.memfd_create("trace")
-        arguments = json.dumps([sys.path, theirs.fileno(), trace_fd])
-        process = subprocess.Popen(
-            # -P: a file of the working folder must not stand for a module of Python's.
-            [sys.executable, "-P", "-c", WORKER, arguments],
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno(), trace_fd],
-            start_new_session=True,  # Ctrl-C is for the parent
-        )
-        theirs.close()
-        _limit_sending(ours)
-        deadline = time.monotonic() + START_TIMEOUT_S
-        worker = _Worker(process=process, connection=ours, trace_fd=trace_fd, deadline=deadline)
+        worker = WorkerProcess(self._settings, self._env)
         self._workers.append(worker)
-        with suppress(OSError):  # it died at once, which is seen when it is waited for
-            ours.send_bytes(json.dumps(asdict(self._settings)).encode())
-        self._on_start(process.pid)
+        self._on_start(worker.process.pid)
 
     def _send(
         self,
-        worker: _Worker,
+        worker: WorkerProcess,
         requests: Sequence[Request],
         todo: deque[int],
         replies: dict[int, Reply],
@@ -365,8 +276,7 @@ class Verifier:
         was_idle = not worker.pending
         worker.pending.extend(sent)
         try:
-            chunk = [(index, *requests[index]) for index in sent]
-            worker.connection.send_bytes(json.dumps(chunk).encode())
+            worker.send([(index, *requests[index]) for index in sent])
         except OSError:
             if was_idle:  # it died while idle: none of these answers is to blame
                 self._replace(worker, todo)
@@ -375,7 +285,7 @@ class Verifier:
         else:
             worker.deadline = time.monotonic() + self._patience_s(worker)
 
-    def _patience_s(self, worker: _Worker) -> float:
+    def _patience_s(self, worker: WorkerProcess) -> float:
         """Time without a reply after which a worker hangs."""
         settings = self._settings
         return settings.patience_s if worker.is_async else settings.timeout_s
@@ -393,7 +303,7 @@ class Verifier:
                     self._lose(worker, todo, replies, Verdict.TIMED_OUT)
                 continue
             try:
-                reply = _read(worker)
+                reply = worker.read()
             except (EOFError, OSError, ValueError):
                 has_rung = worker.exit_status() == -signal.SIGALRM
                 verdict = Verdict.TIMED_OUT if has_rung else Verdict.ERRORED
@@ -409,7 +319,7 @@ class Verifier:
             if reply.get("is_last"):
                 self._replace(worker, todo)
 
-    def _greet(self, worker: _Worker, greeting: Reply) -> None:
+    def _greet(self, worker: WorkerProcess, greeting: Reply) -> None:
         if "refused" in greeting:
             raise UserCodeError(f"verifier.check: {greeting['refused']}", greeting["trace"])
         if greeting["not_isolated"] and "network" not in self._told:
@@ -423,7 +333,7 @@ class Verifier:
         worker.is_ready = True
 
     def _lose(
-        self, worker: _Worker, todo: deque[int], replies: dict[int, Reply], verdict: Verdict
+        self, worker: WorkerProcess, todo: deque[int], replies: dict[int, Reply], verdict: Verdict
     ) -> None:
         """Blame the answer that the worker was at and put another worker in its place."""
         if worker.is_async and len(worker.pending) > 1:
@@ -441,20 +351,20 @@ class Verifier:
                 )
         self._replace(worker, todo)
 
-    def _reason(self, worker: _Worker, verdict: Verdict) -> dict[str, str]:
+    def _reason(self, worker: WorkerProcess, verdict: Verdict) -> dict[str, str]:
         """Why a worker was lost, in words, and where it was."""
         if verdict is Verdict.TIMED_OUT:
             place = f"no reply in {self._patience_s(worker):g} s (verifier.timeout_s)"
             if place not in self._told:
-                _write_trace(worker)
+                worker.write_trace()
         elif (status := worker.exit_status()) == OUT_OF_MEMORY:
             place = f"more than verifier.memory_mib={self._settings.memory_mib} were asked for"
         else:
             ended = "closed its pipe" if status is None else f"ended with status {status}"
             place = f"the process {ended}"
-        return {"place": place, "trace": f"{worker.told()}\n{place}".strip()}
+        return {"place": place, "trace": f"{worker.trace()}\n{place}".strip()}
 
-    def _replace(self, worker: _Worker, todo: deque[int]) -> None:
+    def _replace(self, worker: WorkerProcess, todo: deque[int]) -> None:
         todo.extendleft(reversed(worker.pending))
         worker.stop()
         self._workers.remove(worker)
@@ -467,50 +377,9 @@ def _network_hint(trace: str) -> str:
     return " (a check that is not `async def` runs without network)"
 
 
-def _stop_all(workers: list[_Worker]) -> None:
+def _stop_all(workers: list[WorkerProcess]) -> None:
     while workers:
         workers.pop().stop()
-
-
-def _limit_sending(connection: Connection) -> None:
-    """Have a message fail that a worker doesn't read, as one that hangs with its pipe full."""
-    with socket.socket(fileno=os.dup(connection.fileno())) as end:
-        limit = struct.pack("ll", int(START_TIMEOUT_S), 0)
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-
-
-def _write_trace(worker: _Worker) -> None:
-    """Have a worker that hangs write down where; what is stopped altogether writes nothing."""
-    before = os.fstat(worker.trace_fd).st_size
-    with suppress(ProcessLookupError):
-        os.kill(worker.process.pid, signal.SIGUSR1)
-    end = time.monotonic() + TRACE_WAIT_S
-    while os.fstat(worker.trace_fd).st_size == before and time.monotonic() < end:
-        time.sleep(0.01)
-
-
-def _read(worker: _Worker) -> Reply:
-    """A worker's message.
-
-    Raises:
-        EOFError, OSError: there is none, or one too long.
-        ValueError: it is none of a worker, as what it runs may write to its pipe.
-    """
-    reply = json.loads(worker.connection.recv_bytes(MAX_REPLY_BYTES))
-    if not isinstance(reply, dict):
-        raise ValueError("not a reply")
-    if not worker.is_ready:
-        return reply
-    number, value = reply.get("number"), reply.get("value")
-    if type(number) is not int or number not in worker.pending:
-        raise ValueError("not a reply to what was asked")
-    clean: Reply = {"number": number, "is_last": reply.get("is_last") is True}
-    if "verdict" in reply:
-        told = {name: str(reply.get(name, "")) for name in ("place", "trace")}
-        return clean | told | {"verdict": Verdict(reply["verdict"])}
-    if "value" not in reply or not isinstance(value, bool | float | int | list | None):
-        raise ValueError("not a value")
-    return clean | {"value": value}
 
 
 def _grade(reply: Reply, answer: Answer) -> Grade:
