@@ -17,7 +17,7 @@ class RunFailed(Exception):
 
 
 def run_command(
-    command: Callable[[list[str]], int], arguments: list[str], *, stopped: str | None = None
+    command: Callable[[list[str]], int], arguments: list[str], *, stopped: str = "stopped"
 ) -> int:
     """Run a command; what it raises becomes a line on stderr and an exit status.
 
@@ -42,6 +42,5 @@ def run_command(
         print(f"failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        if stopped:
-            print(stopped, file=sys.stderr)
+        print(stopped, file=sys.stderr)
         return STOPPED
