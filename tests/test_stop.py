@@ -55,17 +55,29 @@ def test_a_signal_that_comes_twice_at_once_is_one() -> None:
     assert asked == [True]
 
 
-def test_what_must_not_be_interrupted_is_told_of_it_afterwards() -> None:
-    """And libraries that set handlers of their own meanwhile do not get it."""
+def test_what_must_not_be_interrupted_is_told_of_it_afterwards(monkeypatch) -> None:
     stop, done = Stop(), []
     with stop.at_work(), pytest.raises(KeyboardInterrupt):
         with held_back():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             for _ in range(2):
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
             done.append(True)
         done.append(True)
     assert done == [True] and stop.is_asked
+    monkeypatch.setattr("treerpo_ray.stop.SAME_S", 0.0)
+    with stop.at_work(), pytest.raises(KeyboardInterrupt), held_back():
+        signal.raise_signal(signal.SIGINT)
+        done.append(True)
+    assert done == [True], "a second one is not held back"
+
+
+def test_a_handler_that_a_library_sets_for_itself_is_taken_back() -> None:
+    stop = Stop()
+    with stop.at_work():
+        with held_back():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_thread_has_no_signals_and_its_work_is_done_all_the_same() -> None:

@@ -138,6 +138,21 @@ def test_the_model_of_a_run_that_was_stopped_does_not_pass_for_that_of_a_whole_o
     assert finished_outcome(config) is None
 
 
+def test_a_stop_that_came_while_the_group_was_started_ends_it_before_its_first_step(
+    tmp_path: Path,
+) -> None:
+    """And what still waits for a ticket or for trees is told that none will come."""
+    fakes = FakeActors({"is_told_to_stop": True, "rows_since": []})
+    worker = make_worker(config_of(tmp_path), fakes, step=1)
+    assert [*worker.steps()] == []
+    waited: list[float] = []
+    worker.batches = SimpleNamespace(await_end=waited.append)
+    worker.learner.policy.save_pretrained = lambda path: (path / "config.json").write_text("{}")
+    worker.finish()
+    assert {"close", "end_stream"} <= {*fakes.calls} and len(waited) == 1
+    assert RunFolder(worker.config.folder).exists("model/config.json")
+
+
 def one_step(worker: TrainWorker) -> None:
     """What the loop does after a learner step's trees have come."""
     update = worker.learner.update()

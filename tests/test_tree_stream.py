@@ -204,6 +204,14 @@ def test_shares_come_in_order_and_none_follows_the_last() -> None:
     assert shares.take() is None
 
 
+def test_the_end_of_a_stream_is_waited_for_whatever_it_ends_of_and_not_for_ever() -> None:
+    for shard in (Shard(), Shard(RuntimeError("the stream broke"))):
+        shares = Prefetcher(shard)
+        shares.await_end(600)
+        assert shares._asked.done()
+    Prefetcher(Shard(1, 2)).await_end(0)
+
+
 def test_the_next_share_is_asked_for_before_it_is_taken_and_no_further_one() -> None:
     shard = Shard(1, 2, 3)
     shares = Prefetcher(shard)

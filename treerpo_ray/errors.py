@@ -46,7 +46,7 @@ class UserCodeError(ValueError):
 
 
 def run_command(
-    command: Callable[[list[str]], int], arguments: list[str], *, stopped: str | None = None
+    command: Callable[[list[str]], int], arguments: list[str], *, stopped: str = "stopped"
 ) -> int:
     """Run a command; what it raises becomes a line on stderr and an exit status.
 
@@ -71,6 +71,5 @@ def run_command(
         print(without_ids(f"failed: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        if stopped:
-            print(stopped, file=sys.stderr)
+        print(stopped, file=sys.stderr)
         return STOPPED

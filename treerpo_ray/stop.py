@@ -50,18 +50,21 @@ def _handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[Non
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Meanwhile signals wait; then they are handled as before, whatever handlers a library has set,
-    in Python or below it."""
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    """Meanwhile a signal waits, and another one raises KeyboardInterrupt; afterwards they are
+    handled as before, whatever a library has put in their place below Python."""
+    came: list[tuple[int, float]] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        came.append((number, time.monotonic()))
+        if came[-1][1] - came[0][1] >= SAME_S:
+            raise KeyboardInterrupt
+
     try:
-        yield
+        with _handled(hold):
+            yield
     finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():
-                if handler is not None:  # one that was not set from Python
-                    signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if came:
+            signal.raise_signal(came[0][0])
 
 
 @contextmanager

@@ -243,7 +243,7 @@ def test_partial_credit_is_kept_with_the_samples_and_in_their_mean(tmp_path: Pat
     result = summarise(
         load(["evaluate.num_samples=2", "verifier.check=my.judge"]),
         found,
-        data=PromptsConfig(path="own"),
+        data=DataConfig(path="own"),
         model="m",
         step=3,
         version=0,

@@ -178,6 +178,19 @@ def test_a_stop_ends_the_run_with_the_step_that_is_under_way() -> None:
     assert gate.done() == 2
 
 
+def test_who_waits_for_a_ticket_at_the_end_gets_none() -> None:
+    async def scenario() -> Ticket | None:
+        gate = Gate(num_prompts=8, trees_per_step=2, max_staleness=0, num_steps=1, seed=0)
+        for _ in range(2):
+            await gate.next(0)
+        late = asyncio.create_task(gate.next(0))
+        await asyncio.sleep(0)
+        gate.close()
+        return await late
+
+    assert asyncio.run(scenario()) is None
+
+
 def test_who_waits_from_before_a_restart_gets_no_ticket_of_the_new_session() -> None:
     async def scenario() -> tuple[Ticket | None, list[int]]:
         gate = Gate(num_prompts=8, trees_per_step=2, max_staleness=0, num_steps=4, seed=0)

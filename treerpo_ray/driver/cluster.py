@@ -4,18 +4,18 @@ import importlib.metadata
 import logging
 import os
 import secrets
-import signal
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
 import grpc
 import ray
-from ray._private import services
+from ray._private import services, utils
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.state import state as ray_state
 from ray.autoscaler.sdk import request_resources
@@ -34,7 +34,7 @@ from treerpo_ray.driver.placement import (
     total,
 )
 from treerpo_ray.errors import one_line
-from treerpo_ray.stop import SIGNALS, held_back
+from treerpo_ray.stop import held_back
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def connected(config: Config, *, trains: bool = True) -> Iterator[None]:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             # Ray warns of that, with the words to turn it off, which nobody should.
             logging.getLogger(TOKEN_WARNING).setLevel(logging.ERROR)
-            with _own_sessions():
+            with _replaced(services, "ConsolePopen", _Apart):
                 _init(
                     config,
                     address="local",
@@ -150,10 +150,10 @@ def connected(config: Config, *, trains: bool = True) -> Iterator[None]:
 def _init(config: Config, **where: Any) -> None:
     """Connect to Ray or start it; `where` as of `ray.init`.
 
-    A signal is heeded once that is done: half of Ray is hard to end, and Ray's own handlers would
-    end the driver, in C++ with a page of its stack.
+    A signal is heeded once that is done, as half of Ray is hard to end. Ray's own handler of
+    SIGTERM would end the driver at once: it is left out.
     """
-    with held_back():
+    with held_back(), _replaced(utils, "set_sigterm_handler", lambda handler: None):
         ray.init(
             log_to_driver=False,
             logging_level=logging.WARNING,
@@ -164,32 +164,26 @@ def _init(config: Config, **where: Any) -> None:
 
 
 class _Apart(services.ConsolePopen):
-    """A process of Ray that gets no signal which is for the driver's terminal or process group."""
+    """A process of Ray in a session of its own.
+
+    Ray only keeps Ctrl-C from its processes. Of a SIGTERM to the driver's whole group, as cluster
+    managers send it, they would end before the driver has its checkpoint; they end with the driver
+    in any case.
+    """
 
     def __init__(self, *command: Any, **settings: Any) -> None:
-        rays_own = settings.pop("preexec_fn")
-
-        def prepare() -> None:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # which the driver holds back
-            rays_own()
-
-        settings |= {"preexec_fn": prepare, "start_new_session": True}
-        super().__init__(*command, **settings)
+        super().__init__(*command, **settings | {"start_new_session": True})
 
 
 @contextmanager
-def _own_sessions() -> Iterator[None]:
-    """Have the processes of a Ray that is started meanwhile live in sessions of their own.
-
-    Ray only keeps Ctrl-C from them. Of a SIGTERM to the whole group, as cluster managers send it,
-    they would end before the driver has its checkpoint; they end with the driver in any case.
-    """
-    before = services.ConsolePopen
-    services.ConsolePopen = _Apart  # type: ignore[misc, assignment]  # where Ray looks it up
+def _replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    """Have a module of Ray call something else meanwhile."""
+    before = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        services.ConsolePopen = before  # type: ignore[misc]
+        setattr(module, name, before)
 
 
 def await_head(address: str, patience_s: float = HEAD_S) -> None:
