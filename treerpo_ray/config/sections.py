@@ -11,6 +11,7 @@ from typing import Literal
 
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.groups import PruneRule, Pruning
+from treerpo_ray.config.identity import check_file_name
 
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Variable that Ray sets for the command of a job."""
@@ -65,8 +66,10 @@ class RunConfig:
     which a hung engine is replaced."""
 
     def __post_init__(self) -> None:
-        if not self.name or set(self.name.split("/")) & {"", ".", ".."}:
+        if set(self.name.split("/")) & {"", ".", ".."}:
             raise ValueError(f"run.name={self.name!r} must be a folder in run.root")
+        for part in self.name.split("/"):
+            check_file_name("run.name", part)
         for key, value in (("name", self.name), ("root", self.root)):
             if set(value) & set("*?[]"):  # file systems would look for what it matches
                 raise ValueError(f"run.{key}={value} must not have * ? [ or ]")
@@ -313,6 +316,10 @@ class EvaluateConfig:
     interim_samples: int | None = field(default=None, metadata=POSITIVE)
     """Answers a problem of the evaluations during training, which show a curve and decide nothing;
     as `num_samples` if not given."""
+
+    def __post_init__(self) -> None:
+        for name in self.benchmarks:
+            check_file_name("evaluate.benchmarks", name)  # its results are files of that name
 
     @property
     def interim(self) -> "EvaluateConfig":

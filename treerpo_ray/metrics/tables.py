@@ -97,7 +97,7 @@ class Tables:
         spread = [float(np.nan_to_num(mean_backup(r.tree, r.rewards).steps).std()) for r in records]
         most = sorted(range(len(records)), key=lambda i: -spread[i])[:MOST_TREES]
         data = [row for index in most for row in self._tree_rows(records[index])]
-        columns = ["learner step", *TREE_COLUMNS]
+        columns: list[str | int] = ["learner step", *TREE_COLUMNS]
         return wandb.Table(columns=columns, data=[[saved[-1], *row] for row in data])
 
     def _tree_rows(self, record: TreeRecord) -> list[list[Any]]:

@@ -22,7 +22,7 @@ from yaml import YAMLError
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config import Config
 from treerpo_ray.config.files import flat_settings, load, to_yaml
-from treerpo_ray.config.identity import Flat
+from treerpo_ray.config.identity import Flat, check_file_name
 from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation
 from treerpo_ray.metrics.run_log import last_step, latest_rows
@@ -85,6 +85,9 @@ class Comparison:
     def __post_init__(self) -> None:
         if unknown := set(self.references) - set(self.arms):
             raise ValueError(f"references: {unknown} are none of the arms {list(self.arms)}")
+        for key, names in (("settings", self.settings), ("arms", self.arms)):
+            for name in names:
+                check_file_name(key, name)  # of results
         for name, arm in self.arms.items():
             if arm.num_seeds < 1:
                 raise ValueError(f"arms.{name}.num_seeds={arm.num_seeds} must be more than 0")
