@@ -221,7 +221,7 @@ class Store(fsspec.implementations.memory.MemoryFileSystem):
         assert self.answers.wait(60)
         if self.fault:
             raise self.fault
-        return path.strip("/").split("/")[0] in self.buckets
+        return path.removeprefix("s3://").strip("/").split("/")[0] in self.buckets
 
 
 def test_a_store_that_cannot_be_written_to_is_told_before_anything_starts(monkeypatch) -> None:

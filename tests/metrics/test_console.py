@@ -169,11 +169,14 @@ def test_a_stage_ends_with_what_it_waits_for_and_says_how_long_it_took():
     with printer.stage("starting Ray"):
         clock.now = 6.7
     printer.begin_stage("starting 1 train worker(s)")
+    clock.now += 60
+    printer.begin_stage("starting 1 train worker(s)")  # the first one was lost
     clock.now += 13
     printer.print_event(Event(kind="learner_started", fields={"step": 0, "pid": 7}))
     printer.end_stage()  # there is none any more
     assert text.getvalue().splitlines() == [
         "starting Ray ...", "starting Ray: done in 6.7s",
+        "starting 1 train worker(s) ...",
         "starting 1 train worker(s) ...", "starting 1 train worker(s): done in 13s",
         "learner started: step 0",
     ]  # fmt: skip

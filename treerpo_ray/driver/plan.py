@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerBase
 
@@ -216,7 +217,8 @@ def _check_store(config: Config, folder: RunFolder) -> None:
     Raises:
         ValueError: it is such.
     """
-    store, bucket = config.run.root.split("://")[0], folder.root.strip("/").split("/")[0]
+    place = urlsplit(config.run.root)
+    store, bucket = place.scheme, place.netloc
     faults: list[str] = []
 
     def look() -> None:

@@ -177,8 +177,8 @@ class Console:
         self._print(command)
 
     def begin_stage(self, description: str) -> None:
-        """Name what is waited for now, until `end_stage`, `learner_started` or the next one."""
-        self.end_stage()
+        """Name what is waited for now, until `end_stage` or `learner_started`; one that was begun
+        before has come to nothing."""
         self._print(f"{description} ...")
         self._stage = description, self._clock()
 

@@ -38,6 +38,8 @@ CURVE = (
 """Metrics of a learner step that a result keeps."""
 LENGTH = ("run.num_steps", "run.max_sampled_tokens")
 """Settings that say how long a run is."""
+NO_CURVE = ("evaluate.every=0", "evaluate.interim_samples=null")
+"""The curve of a comparison is that of the training reward: evaluations on the way cost time."""
 CHECKPOINTS = "checkpoint.every=20"
 """Of all runs, unless their file says otherwise: what checkpoints cost is part of a result's time,
 and the same for all."""
@@ -107,7 +109,7 @@ class Comparison:
     def _config(self, trial: "Trial", common: list[str]) -> Config:
         setting, arm = self.settings[trial.setting], self.arms[trial.arm]
         name = f"run.name={trial.setting}-{trial.arm}-{trial.seed}"
-        own = [f"run.seed={trial.seed}", name, *common]
+        own = [f"run.seed={trial.seed}", name, *NO_CURVE, *common]
         config = load([CHECKPOINTS, *self.base, *setting.overrides, *arm.overrides, *own])
         step = config.gate.trees_per_step * expected_tokens(config.shape, setting.answer_tokens)
         # Answers that come out shorter than expected take some more steps; tokens end the run.
