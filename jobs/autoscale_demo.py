@@ -47,7 +47,7 @@ SETTINGS = [
     *("engine.shrink_after_s=10", "engine.kv_cache_gib=0.125"),
     *("engine.resources={CPU: 0.2, rollout_slot: 1}", "engine.labels={role: rollout}"),
     *("learner.resources={CPU: 0.2, train_slot: 1}", "metrics.wandb_project=null"),
-    *("evaluate.data.num_problems=300", "evaluate.num_samples=16"),
+    *("evaluate.data.num_problems=300", "evaluate.num_samples=16", "evaluate.every=0"),
 ]
 
 

@@ -9,9 +9,12 @@ run=${TREERPO_RUN:-$(python -c '
 from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.study.analysis import newest_run
 print(newest_run(RunConfig().root))')}
-[ -f "$run/config.yaml" ] || give_up "TREERPO_RUN=$run is not the folder of a run: it has no config.yaml"
-run=$(cd "$run" && pwd)
+run=$(cd "$TREERPO_STARTED_IN" && cd "$run" 2>/dev/null && pwd || echo "$run")
+[ -f "$run/config.yaml" ] || give_up "TREERPO_RUN=$run is not the folder of a run: no config.yaml"
 echo "reading $run ..." >&2
-TREERPO_RUN=$run python -m nbconvert --log-level ERROR --execute --to html --output-dir "$run" \
-    --output read_a_run.html notebooks/read_a_run.ipynb
+# The kernel listens on this machine alone and asks for a key; it warns of that all the same.
+TREERPO_RUN=$run python -m nbconvert --log-level ERROR --execute \
+    --ExecutePreprocessor.startup_timeout=600 \
+    --ExecutePreprocessor.extra_arguments=--IPKernelApp.log_level=ERROR \
+    --to html --output-dir "$run" --output read_a_run.html notebooks/read_a_run.ipynb
 echo "$run/read_a_run.html"

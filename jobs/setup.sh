@@ -88,7 +88,7 @@ TREERPO_VENV to another folder, such as .venv-${extras%%,*}, or remove $venv"
 if [ -n "$elsewhere" ]; then
     [ -z "$missing" ] || give_up "$venv has treerpo_ray of $elsewhere and lacks $(paste -sd ' ' \
         <<<"$missing"): install that there, or set TREERPO_VENV to a folder of its own"
-    echo "$venv stays that of $elsewhere, whose treerpo_ray is installed there; this folder goes before it" >&2
+    echo "$venv stays that of $elsewhere; this folder is used by PYTHONPATH" >&2
     export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 elif [ -n "$missing" ] || grep -q '^absent' <<<"$state"; then
     echo "installing $extras into $venv (a few minutes the first time) ..." >&2

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +15,11 @@ import pytest
 import ray
 import torch
 
+from tests.support.evaluations import EVALUATION
 from tests.support.records import tree_of
 from treerpo_ray.config import Config, load
 from treerpo_ray.driver.outcome import finished_outcome
+from treerpo_ray.evaluate.evaluation import save_evaluation
 from treerpo_ray.learner.stats import BatchStats
 from treerpo_ray.records import RootValue, TreeRecord, to_table
 from treerpo_ray.run_folder import trees as saved_trees
@@ -151,6 +154,21 @@ def test_a_stop_that_came_while_the_group_was_started_ends_it_before_its_first_s
     worker.finish()
     assert {"close", "end_stream"} <= {*fakes.calls} and len(waited) == 1
     assert RunFolder(worker.config.folder).exists("model/config.json")
+
+
+def test_an_evaluation_on_the_way_does_not_pass_for_that_of_the_end(tmp_path: Path) -> None:
+    """A run that is made shorter may end at a step that was evaluated on the way."""
+    settings = ["evaluate.data.path=quickstart:test", "evaluate.data.num_problems=1"]
+    config = load([f"run.root={tmp_path}", "run.num_steps=2", "evaluate.num_samples=4", *settings])
+    folder = RunFolder(config.folder)
+    folder.publish_model(lambda path: (path / "config.json").write_text("{}"))
+    done = Path(config.folder) / "checkpoints/step=000002"
+    done.mkdir(parents=True)
+    (done / "files.json").write_text("{}")
+    save_evaluation(replace(EVALUATION, step=0, num_samples=4), folder)
+    for num_samples, is_finished in ((1, False), (4, True)):
+        save_evaluation(replace(EVALUATION, step=2, num_samples=num_samples), folder)
+        assert (finished_outcome(config) is not None) == is_finished
 
 
 def one_step(worker: TrainWorker) -> None:

@@ -1,12 +1,16 @@
 """What a run is called where nobody says, and which settings make it another one."""
 
+import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
 from treerpo_ray.config import Config, load
 from treerpo_ray.config.files import flat_settings, to_yaml
 from treerpo_ray.config.identity import FREE, MAX_NAME, differences, flatten, is_free
+from treerpo_ray.config.sections import DataConfig, EvaluateConfig, RunConfig
+from treerpo_ray.study.comparison import read_comparison
 
 QUICK = "conf/quickstart.yaml"
 
@@ -93,3 +97,23 @@ def test_a_setting_with_names_of_the_users_own_makes_another_run(before, now, to
     assert [each for each in found if each in told or "mix.b." not in each] == told
     assert len(differences(second, first)) == len(found)
     assert not any(map(is_free, ("prompts.mix", "prompts.chat_template_args", "model.stop")))
+
+
+def test_names_that_leave_their_folder_are_refused_wherever_they_are_given(tmp_path: Path) -> None:
+    outside = ("../x", "a/../../x", "/etc/x", "..", "a\\b", "a\nb", "x" * 256)
+    for name in outside:
+        with pytest.raises(ValueError, match=r"run\.name"):
+            RunConfig(name=name)
+        with pytest.raises(ValueError, match=r"^evaluate\.benchmarks: "):
+            EvaluateConfig(benchmarks={name: DataConfig()})
+        for key in ("settings", "arms"):
+            parts = {
+                "settings": {"s": {"answer_tokens": 1, "sampled_tokens": 1}},
+                "arms": {"a": {}},
+            }
+            parts[key] = {name: next(iter(parts[key].values()))}
+            text = {"base": [], "references": [], **parts}
+            (tmp_path / "comparison.yaml").write_text(json.dumps(text))
+            with pytest.raises(ValueError, match=key):
+                read_comparison(str(tmp_path / "comparison.yaml"))
+    assert RunConfig(name="group/mine é 1").name == "group/mine é 1"

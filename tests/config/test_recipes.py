@@ -255,5 +255,5 @@ def test_the_plan_of_local_stand_ins_has_nothing_unchecked(
     assert found.inputs().held_out is not None
     lines = plan_lines(config, found)
     assert lines[1].endswith("0.9 M parameters")
-    assert any(line.startswith("data ") and "100 problems in use" in line for line in lines)
-    assert any(line.startswith("held out ") and "100 problems in use" in line for line in lines)
+    assert any(line.startswith("data ") and " of 100 rows" in line for line in lines)
+    assert any(line.startswith("held out ") and " of 100 rows" in line for line in lines)

@@ -4,20 +4,27 @@ import json
 import os
 import shutil
 import sys
+import threading
 
+import fsspec
+import fsspec.implementations.memory
 import pytest
 from safetensors import safe_open
 from transformers import AutoConfig
 
 from tests.support.project import ROOT
 from treerpo_ray.config import Config, load
+from treerpo_ray.driver import cluster
 from treerpo_ray.driver.plan import (
     Inputs,
     load_inputs,
     plan_lines,
     preflight,
 )
+from treerpo_ray.driver.unusual import unusual
 from treerpo_ray.prompts.mixture import Mixture
+from treerpo_ray.quickstart.exercises import MODELS, MODELS_FOLDER
+from treerpo_ray.quickstart.make_model import RECIPES
 
 QUICKSTART = [
     str(ROOT / "conf/quickstart.yaml"),
@@ -29,6 +36,11 @@ QUICKSTART = [
     "learner.resources={CPU: 0.25, train_slot: 1}",
 ]
 """The quickstart with every number of the plan set, so that they can be worked out by hand."""
+
+
+def plan_of(*overrides: str) -> list[str]:
+    config = load([*QUICKSTART, *overrides])
+    return plan_lines(config, preflight(config))
 
 
 def plan(*overrides: str) -> dict[str, str]:
@@ -63,10 +75,20 @@ def test_the_plan_says_where_the_run_is_written_and_what_is_trained(quickstart) 
 
 def test_the_plan_reports_both_data_sets(quickstart) -> None:
     assert quickstart["data"].startswith("quickstart:train: ")
-    assert "90 problems in use" in quickstart["data"]
-    assert quickstart["data"].endswith("; 0 prompts too long")
-    assert quickstart["held out"].startswith("quickstart:test: ")
-    assert "40 problems in use" in quickstart["held out"]
+    assert quickstart["data"] == "quickstart:train: 90 problems in use of 90 rows"
+    assert quickstart["held out"] == "quickstart:test: 40 problems in use of 40 rows"
+
+
+def test_the_rows_in_use_are_those_after_all_filters(tmp_path) -> None:
+    questions = ["1+1=?", "1+1=?", "2+2=?", "9" * 60 + "=?", "3+3=?", "4+4=?"]
+    answers = ["2", "2", "", "9", "6", "8"]
+    rows = [{"question": q, "answer": a} for q, a in zip(questions, answers, strict=True)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = plan(f"prompts.path={tmp_path}/rows.jsonl", "prompts.num_problems=3")["data"]
+    assert shown == (
+        f"{tmp_path}/rows.jsonl: 2 problems in use of 6 rows; left out: 1 without an answer, "
+        "1 duplicates, 1 beyond num_problems, 1 prompts too long"
+    )
 
 
 def test_the_plan_counts_steps_tokens_trees_and_epochs(quickstart) -> None:
@@ -100,8 +122,134 @@ def test_the_plan_of_a_pool_that_may_grow_says_from_where_to_where() -> None:
 
 def test_the_plan_says_what_this_machine_lacks(monkeypatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
-    assert plan()["missing"] == "nothing (on this machine alone)"
-    assert plan("engine.resources.special=2")["missing"] == "special 6 (on this machine alone)"
+    monkeypatch.setattr(cluster, "machine_gib", lambda: 40.0)
+    shown = plan()
+    assert shown["missing"] == "nothing"
+    assert shown["there is"] == "CPU 64, train_slot 2, 40.0 GiB of memory (this machine)"
+    assert plan("engine.resources.special=2")["missing"] == "special 6"
+
+
+def test_the_plan_of_a_run_on_a_cluster_looks_at_that(monkeypatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    there = cluster.Available(where="the cluster", resources={"CPU": 1.0}, memory_gib=0.5)
+    monkeypatch.setattr("treerpo_ray.driver.plan.look_at_resources", lambda config: there)
+    lines = plan_of()
+    assert "there is    CPU 1, train_slot 0, 0.5 GiB of memory (the cluster)" in lines
+    assert "missing     CPU 1.1, train_slot 2" in lines
+    [memory] = [line for line in lines if "the largest node has 0.5" in line]
+    assert memory.startswith("missing     1 engine(s) take 0.3 GiB and 1 worker(s) ")
+
+    def refuse(config: Config) -> cluster.Available:
+        raise ValueError("RAY_ADDRESS=10.0.0.1:6379: nothing answers there")
+
+    monkeypatch.setattr("treerpo_ray.driver.plan.look_at_resources", refuse)
+    assert "missing     RAY_ADDRESS=10.0.0.1:6379: nothing answers there" in plan_of()
+
+
+def test_an_address_at_which_nothing_answers_is_told_at_once(monkeypatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    [line] = [line for line in plan_of() if "nothing answers there" in line]
+    assert line.startswith("missing     RAY_ADDRESS=127.0.0.1:9: ")
+
+
+def test_what_one_machine_cannot_hold_in_memory_is_refused_with_the_key(monkeypatch) -> None:
+    monkeypatch.setattr("treerpo_ray.driver.plan.machine_gib", lambda: 4.0)
+    for overrides, key in (
+        (["engine.kv_cache_gib=3", "engine.num_engines=2"], "lower engine.kv_cache_gib=3"),
+        (["learner.token_budget=90000", "gate.trees_per_step=480"], "lower learner.token_budget="),
+    ):
+        with pytest.raises(ValueError, match=r"this machine has 4\.0") as caught:
+            inputs(*overrides)
+        assert key in str(caught.value) and "\n" not in str(caught.value)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # nodes have their own
+    inputs("engine.kv_cache_gib=3", "engine.num_engines=2")
+
+
+def test_what_is_hardly_ever_meant_is_a_line_with_what_is_usual() -> None:
+    assert list(unusual(load(QUICKSTART))) == []
+    cases = {
+        "learner.learning_rate=0.5": "learner.learning_rate=0.5: usual are 1e-07 to 0.002",
+        "learner.learning_rate=1e-9": "usual are 1e-07 to 0.002",
+        "loss.clip_low=0": "loss.clip_low=0: usual are 0.05 to 0.5",
+        "loss.kl_coef=5": "loss.kl_coef=5: usual are 0 to 0.2",
+        "tree.temperature=0.05": "tree.temperature=0.05: usual are 0.3 to 1.5",
+        "learner.prune_threshold=1": "nothing would be trained",
+        "learner.warmup_steps=60": "the run has 60 optimizer steps",
+    }
+    for override, told in cases.items():
+        [line] = unusual(load([*QUICKSTART, override]))
+        assert line.startswith(override.partition("=")[0]) and told in line
+
+
+def test_a_budget_of_tokens_that_no_step_fills_says_so() -> None:
+    """A worker has 6 trees of 32 + 332 tokens in each of its two optimizer steps."""
+    assert "pass" not in plan("learner.token_budget=2184")
+    assert plan("learner.token_budget=2185")["pass"] == (
+        "one forward pass takes a worker's whole optimizer step, at most 2,184 tokens: "
+        "learner.token_budget=2,185 is not reached"
+    )
+
+
+def test_no_file_of_the_project_has_what_is_hardly_ever_meant() -> None:
+    files = [*ROOT.glob("conf/*.yaml"), *ROOT.glob("conf/methods/*.yaml")]
+    for file in files:
+        if file.stem != "benchmarks":
+            base = [] if file.parent.name == "conf" else [str(ROOT / "conf/quickstart.yaml")]
+            found = list(unusual(load([*base, str(file), "run.root=/runs"])))
+            assert found == [], file
+
+
+def test_a_run_inside_the_folder_of_another_one_is_refused(tmp_path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.yaml").touch()
+    for name in ("other/mine", "other/checkpoints/mine"):
+        with pytest.raises(ValueError, match=r"in the folder of another run: .*/other$"):
+            inputs(f"run.root={tmp_path}", f"run.name={name}")
+    inputs(f"run.root={tmp_path}", "run.name=other")
+    inputs(f"run.root={tmp_path}", "run.name=group/mine")
+
+
+class Store(fsspec.implementations.memory.MemoryFileSystem):
+    """A store of buckets, which may refuse or never answer."""
+
+    protocol = "s3"
+    cachable = False
+    buckets: tuple[str, ...] = ()
+    fault: Exception | None = None
+    answers = threading.Event()
+
+    def exists(self, path: str, **more: object) -> bool:
+        assert self.answers.wait(60)
+        if self.fault:
+            raise self.fault
+        return path.removeprefix("s3://").strip("/").split("/")[0] in self.buckets
+
+
+def test_a_store_that_cannot_be_written_to_is_told_before_anything_starts(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "s3", Store)
+    monkeypatch.setattr(Store, "buckets", ("mine",))
+    Store.answers.set()
+    inputs("run.root=s3://mine/runs")
+    with pytest.raises(ValueError, match=r"^run\.root=s3://yours/runs: there is no bucket yours"):
+        inputs("run.root=s3://yours/runs")
+    monkeypatch.setattr(Store, "fault", PermissionError("no key"))
+    with pytest.raises(ValueError, match=r"the store refuses: PermissionError: no key$"):
+        inputs("run.root=s3://mine/runs")
+    Store.answers.clear()
+    monkeypatch.setattr("treerpo_ray.driver.plan.STORE_S", 0.1)
+    with pytest.raises(ValueError, match=r"the store has not answered for 0\.1 s$"):
+        inputs("run.root=s3://mine/runs")
+    Store.answers.set()
+
+
+def test_a_small_model_that_is_not_made_yet_is_named_with_its_command(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # where nothing is made
+    for name in MODELS:
+        with pytest.raises(ValueError, match=rf"quickstart\.make_model {name}$"):
+            inputs(f"model.path={MODELS_FOLDER}/{name}")
+    assert set(MODELS) == set(RECIPES)
 
 
 def test_a_run_without_held_out_data_has_no_line_for_it() -> None:

@@ -12,7 +12,8 @@ import ray.train
 import rich.console
 
 from tests.support.thread_actors import Handle, without_ray
-from treerpo_ray.config.sections import LearnerConfig
+from treerpo_ray.config import Config
+from treerpo_ray.config.sections import LearnerConfig, RunConfig
 from treerpo_ray.driver.train_group import TrainGroup, restart_wait_s
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.run_log import Event
@@ -21,7 +22,9 @@ from treerpo_ray.run_folder.patience import DiskRefused
 
 def make_console() -> tuple[Console, io.StringIO]:
     shown = io.StringIO()
-    return Console(9, rich.console.Console(file=shown, width=120)), shown
+    return Console(
+        Config(run=RunConfig(num_steps=9)), rich.console.Console(file=shown, width=120)
+    ), shown
 
 
 LOST = {0: OSError("the store is gone")}

@@ -10,6 +10,8 @@ import ray
 import rich.console
 
 from treerpo_ray.actor import make_actor
+from treerpo_ray.config import Config
+from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.driver.supervisor import Supervisor
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.run_log import FATAL, Event, RunLog, RunLogApi
@@ -29,7 +31,9 @@ def supervisor(
     run_log: RunLogApi, failure: str | None = None, **settings: float
 ) -> tuple[Supervisor, io.StringIO]:
     shown = io.StringIO()
-    console = Console(3, rich.console.Console(file=shown, width=120))
+    console = Console(
+        Config(run=RunConfig(num_steps=3)), rich.console.Console(file=shown, width=120)
+    )
     return Supervisor(
         run_log=run_log, console=console, watchdog=SimpleNamespace(failure=failure), **settings
     ), shown

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.evaluations import EVALUATION
+from treerpo_ray.config.sections import EvaluateConfig
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation, save_evaluation
 from treerpo_ray.evaluate.scores import Score
 from treerpo_ray.run_folder.files import RunFolder
@@ -40,6 +41,14 @@ def test_the_evaluations_of_committed_results_are_read_whatever_their_version() 
         for found in (result["before"], result["after"]):
             assert Evaluation.from_fields(found).pass_at_1 == found["pass_at_1"]
     assert len(paths) > 100
+
+
+def test_an_evaluation_on_the_way_has_fewer_answers_and_is_no_result() -> None:
+    settings = EvaluateConfig(num_samples=4, interim_samples=1, pass_ks=(1, 4))
+    assert (settings.interim.num_samples, settings.interim.pass_ks) == (1, ())
+    on_the_way = replace(EVALUATION, num_samples=1)
+    assert on_the_way.is_of(settings.interim) and not on_the_way.is_of(settings)
+    assert EvaluateConfig(num_samples=4).interim.num_samples == 4
 
 
 @pytest.mark.parametrize("content", ["", '{"step": 3', "[]", "{}", '{"step": 3, "unknown": 0}'])

@@ -252,3 +252,19 @@ def test_nobody_without_its_token_joins_the_ray_that_a_job_starts(tmp_path: Path
     )
     assert done.stdout.splitlines() == ["1 True", "0 False"], done.stderr
     assert not (tmp_path / ".ray").exists()  # the token is in no file
+
+
+@pytest.mark.parametrize(
+    "command", [["jobs/train.py", "--dry-run", "gone.yaml"], ["jobs/evaluate.py", "gone"]]
+)
+def test_the_first_line_comes_before_anything_that_takes_time(command: list[str]) -> None:
+    """Python notes every module that it imports, and what that takes, on the same stream."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *command], cwd=ROOT, capture_output=True, text=True
+    )
+    before, _, after = done.stderr.partition("loading the libraries ...")
+    assert " treerpo_ray.config.config\n" in after and done.returncode == 2
+    names = {line.rpartition("|")[2].strip() for line in before.splitlines()}
+    assert "rich.console" in names
+    heavy = {"numpy", "pyarrow", "omegaconf", "torch", "ray", "transformers", "vllm", "fsspec"}
+    assert not heavy & names

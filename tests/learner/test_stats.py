@@ -169,6 +169,7 @@ def test_the_metrics_of_a_batch_by_hand() -> None:
         "groups/pruned_depth_1": 1,
         "groups/pruned_depth_2": 1,
         "groups/errored_depth_1": 2,
+        "groups/errored_depth_2": 0,
         "groups/value_se": (1 / 2 + 5**0.5 / 6 + 1 / 4 + 5**0.5 / 6) / 4,
         "groups/advantage_se": ((3 / 32) ** 0.5 + (19 / 288) ** 0.5 + 2 * (1 / 8) ** 0.5) / 4,
         "groups/signal_to_noise_depth_1": (

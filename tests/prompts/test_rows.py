@@ -223,7 +223,7 @@ def test_patterns_and_lists_are_read_in_order_and_rows_named_after_their_files(
     found, report = load_problems(config)
     assert [p.id for p in found] == ["b.jsonl:1", "b.jsonl:2", f"shards/{shards[0]}"]
     assert (report.num_files, report.num_rows, report.num_duplicates) == (3, 4, 1)
-    assert "(3 files): 4 rows, 3 problems in use" in str(report)
+    assert "(3 files): 3 problems in use of 4 rows" in report.told(None)
     assert [p.id for p in problems_of("[ab].*")] == ["a.csv:1", "b.jsonl:1"]
     shutil.copy("b.jsonl", "b[1].jsonl")  # a file of that name is no pattern
     assert len(problems_of("b[1].jsonl")) == len(problems_of(f"file://{many}/b[[]1].jsonl")) == 2

@@ -24,8 +24,23 @@ SOURCES = ".sources."
 MAX_NAME = 100
 """Characters of a name, so that it can be a folder's on any disk."""
 
+MAX_NAME_BYTES = 255
+"""Of a file or folder, on any disk."""
+
 Flat = dict[str, object]
 """Values by their whole key."""
+
+
+def check_file_name(key: str, name: str) -> None:
+    """Check that a name in a configuration can be that of a file or folder.
+
+    Raises:
+        ValueError: it would be somewhere else, or a disk does not take it; names the key.
+    """
+    if name in ("", ".", "..") or set(name) & set("/\\") or not name.isprintable():
+        raise ValueError(f"{key}: {name!r} cannot be the name of a file (no / and no \\ in it)")
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise ValueError(f"{key}: {name[:20]}... has more than {MAX_NAME_BYTES} bytes")
 
 
 def is_free(key: str) -> bool:

@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 from treerpo_ray.algo.advantages import AdvantageForm, Form
 from treerpo_ray.algo.groups import PruneRule, Pruning
 from treerpo_ray.config.credit import own_form, own_rule
+from treerpo_ray.config.identity import check_file_name
 from treerpo_ray.user_code import RAY_JOB, split_function, with_checksum
 
 KindT = TypeVar("KindT", bound=StrEnum)
@@ -104,8 +105,10 @@ class RunConfig:
     which a hung engine is replaced."""
 
     def __post_init__(self) -> None:
-        if not self.name or set(self.name.split("/")) & {"", ".", ".."}:
+        if set(self.name.split("/")) & {"", ".", ".."}:
             raise ValueError(f"run.name={self.name!r} must be a folder in run.root")
+        for part in self.name.split("/"):
+            check_file_name("run.name", part)
         for key, value in (("name", self.name), ("root", self.root)):
             if set(value) & set("*?[]"):  # file systems would look for what it matches
                 raise ValueError(f"run.{key}={value} must not have * ? [ or ]")
@@ -470,6 +473,10 @@ class EvaluateConfig:
     interim_samples: int | None = field(default=None, metadata=POSITIVE)
     """Answers a problem of the evaluations during training, which show a curve and decide nothing;
     as `num_samples` if not given."""
+
+    def __post_init__(self) -> None:
+        for name in self.benchmarks:
+            check_file_name("evaluate.benchmarks", name)  # its results are files of that name
 
     @property
     def interim(self) -> "EvaluateConfig":

@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,7 +23,7 @@ from ray.core.generated import gcs_service_pb2
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
 from treerpo_ray.config import Config
-from treerpo_ray.driver.memory import check_gpus
+from treerpo_ray.driver.memory import GIB, check_gpus, machine_gib
 from treerpo_ray.driver.placement import (
     Node,
     Stage,
@@ -112,6 +112,44 @@ def local_resources(config: Config) -> dict[str, float]:
 def _local_slots(config: Config) -> dict[str, float]:
     needed = needed_resources(config, config.engine.most)
     return {name: needed[name] for name in needed if name.endswith("_slot")}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Available:
+    """What there is of what a run needs."""
+
+    where: str
+    resources: dict[str, float]
+    memory_gib: float
+    """Of this machine, or of the node that has most."""
+
+
+def look_at_resources(config: Config) -> Available:
+    """What the cluster has that `RAY_ADDRESS` names, or this machine, where a run starts its own.
+
+    Raises:
+        ValueError: nothing answers at `RAY_ADDRESS`, or it does not let us in.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        found = local_resources(config)
+        return Available(where="this machine", resources=found, memory_gib=machine_gib())
+    await_head(address, patience_s=0.0)
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError) as error:  # such as a token that is not right
+        raise ValueError(f"RAY_ADDRESS={address}: {one_line(error)}") from error
+    try:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        # Ray keeps what it shares objects in apart from what it gives to processes.
+        memory = [node.get("memory", 0) + node.get("object_store_memory", 0) for node in nodes]
+        return Available(
+            where=f"the cluster at {address}, {len(nodes)} node(s)",
+            resources=ray.cluster_resources(),
+            memory_gib=max(memory, default=0) / GIB,
+        )
+    finally:
+        ray.shutdown()
 
 
 @contextmanager

@@ -7,9 +7,12 @@ transformer with a gated MLP: what PyTorch keeps of a layer for the backward pas
 
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Self
 
+import psutil
 import torch
 from transformers import PreTrainedConfig
 
@@ -150,7 +153,7 @@ def _activation_bytes(config: Config, sizes: ModelSizes) -> float:
     Under autocast the residual stream, the MLP's input, and queries and keys are float32.
     """
     width = DTYPE_BYTES[config.model.dtype]
-    tokens = min(config.learner.token_budget, _most_tokens(config))
+    tokens = min(config.learner.token_budget, most_tokens(config))
     keys, pairs = keys_and_pairs(config)
     heads, kv_heads = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
     kept = (
@@ -170,7 +173,7 @@ def _activation_bytes(config: Config, sizes: ModelSizes) -> float:
     return tokens * kept * sizes.num_layers + max(tokens * passing, head_bytes)
 
 
-def _most_tokens(config: Config) -> int:
+def most_tokens(config: Config) -> int:
     """Tokens of a worker's share of a minibatch, if every tree is as large as it may be."""
     learner, shape = config.learner, config.shape
     trees = config.gate.trees_per_step // (learner.fewest_workers * learner.minibatches)
@@ -314,6 +317,48 @@ def _shared_misfits(config: Config, plan: MemoryPlan) -> Iterator[str]:
                 return
 
 
+# This machine -----------------------------------------------------------------------------------
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""File with the most memory that the processes of a container may take."""
+
+
+def machine_gib() -> float:
+    """Memory of this machine, or of the container that this is."""
+    total = psutil.virtual_memory().total
+    with suppress(OSError, ValueError):  # there is none, or no limit
+        total = min(total, int(CGROUP_LIMIT.read_text()))
+    return total / GIB
+
+
+def needs_more_memory(config: Config, plan: MemoryPlan, has_gib: float, where: str) -> str | None:
+    """What processes on CPUs take that one machine or node does not have, in one line.
+
+    Args:
+        config: The run's.
+        plan: Of it.
+        has_gib: Memory that there is for all of them together.
+        where: What has it.
+    """
+    needs = dict.fromkeys(("engine", "learner"), 0.0)
+    if not config.engine.resources.get("GPU", 0):
+        needs["engine"] = config.engine.num_engines * sum(plan.engine.values())
+    if not config.learner.resources.get("GPU", 0):
+        needs["learner"] = config.learner.fewest_workers * sum(plan.worker.values())
+    if sum(needs.values()) <= has_gib:
+        return None
+    cache = config.engine.kv_cache_gib or 0.0
+    keys = {
+        f"engine.kv_cache_gib={cache:g}": config.engine.num_engines * cache,
+        f"learner.token_budget={config.learner.token_budget}": needs["learner"],
+    }
+    return (
+        f"{config.engine.num_engines} engine(s) take {needs['engine']:.1f} GiB and "
+        f"{config.learner.fewest_workers} worker(s) {needs['learner']:.1f}, and {where} has "
+        f"{has_gib:.1f}: lower {max(keys, key=lambda key: keys[key])}"
+    )
+
+
 # The GPUs of this machine ---------------------------------------------------------------------
 
 NVIDIA_SMI_S = 30.0
@@ -352,6 +397,11 @@ def check_gpus(config: Config) -> None:
                     f"{name}.gpu_memory_gib={part.gpu_memory_gib:g}, but a GPU of this machine has "
                     f"{gib:.1f} GiB"
                 )
+        if "engine" in using and (config.engine.kv_cache_gib or 0.0) > gib:
+            raise ValueError(
+                f"engine.kv_cache_gib={config.engine.kv_cache_gib:g} is more than the {gib:.1f} "
+                "GiB of a GPU of this machine"
+            )
 
 
 def installed_gpus() -> list[tuple[str, float]]:

@@ -2,31 +2,45 @@
 
 import os
 import re
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerBase
 
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import DataConfig, MixedConfig
-from treerpo_ray.driver.cluster import check_vllm, local_resources
-from treerpo_ray.driver.memory import MemoryPlan, check_gpus, misfit
+from treerpo_ray.driver.cluster import Available, check_vllm, look_at_resources
+from treerpo_ray.driver.memory import (
+    MemoryPlan,
+    check_gpus,
+    machine_gib,
+    misfit,
+    most_tokens,
+    needs_more_memory,
+)
 from treerpo_ray.driver.model_check import ModelFacts, check_model
 from treerpo_ray.driver.placement import missing_resources, needed_resources
 from treerpo_ray.driver.storage import StoragePlan
 from treerpo_ray.driver.trial import try_checks, try_credit
+from treerpo_ray.driver.unusual import unusual
 from treerpo_ray.errors import one_line
 from treerpo_ray.prompts.hub import Unreachable
 from treerpo_ray.prompts.problems import DataReport, Problem, load_together
 from treerpo_ray.prompts.prompt_set import PromptSet, end_token_ids, load_tokenizer, one_token
 from treerpo_ray.prompts.references import References, look_at_references
-from treerpo_ray.run_folder.files import RunFolder
+from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder
 
 T = TypeVar("T")
 
 
+BUCKETS = ("s3", "s3a", "gs", "gcs")
+"""Stores that have what is written in buckets, which must be there before."""
+STORE_S = 30.0
+"""Time for a store to answer."""
 SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)B(?![A-Za-z])")
 """Billions of parameters in the name of a model, as in Qwen2.5-Math-1.5B."""
 SHOWN_CHARS = 150
@@ -74,7 +88,7 @@ class Preflight:
     delimiters: tuple[int, ...]
     model: ModelFacts | None
     misfit: str | None
-    """What does not fit the GPUs that the configuration names."""
+    """What does not fit the GPUs that the configuration names, or this machine."""
     unchecked: tuple[str, ...]
     """A line for each input that could not be looked up for want of a connection."""
     storage: str
@@ -106,7 +120,7 @@ class Preflight:
         """Refuse what does not fit.
 
         Raises:
-            ValueError: a worker or an engine does not fit its GPU.
+            ValueError: a worker or an engine does not fit its GPU, or all of them this machine.
         """
         if self.misfit is not None:
             raise ValueError(self.misfit)
@@ -179,7 +193,12 @@ def _misfit(config: Config, facts: ModelFacts | None) -> str | None:
     size = _num_parameters(config, facts)
     if size is None:
         return None
-    return misfit(config, size, None if facts is None else facts.sizes)
+    sizes = None if facts is None else facts.sizes
+    found = misfit(config, size, sizes)
+    if found is None and not os.environ.get("RAY_ADDRESS"):
+        plan = MemoryPlan.of(config, size, sizes)
+        return needs_more_memory(config, plan, machine_gib(), "this machine")
+    return found
 
 
 def training_sections(config: Config) -> dict[str, DataConfig]:
@@ -252,13 +271,45 @@ def _check_folder(config: Config) -> None:
     except (ImportError, ValueError) as error:  # of the store that the URI names
         raise ValueError(f"run.root={config.run.root}: {one_line(error)}") from error
     if not folder.is_local:
+        _check_store(config, folder)
         return
     place = Path(folder.root)
+    root = Path(RunFolder(config.run.root).root)
+    for above in place.parents[: len(place.relative_to(root).parts) - 1]:
+        if (above / CONFIG_FILE).exists():
+            raise ValueError(f"run.name={config.run.name} is in the folder of another run: {above}")
     nearest = next(each for each in (place, *place.parents) if each.exists())
     if not nearest.is_dir():
         raise ValueError(f"run.root={config.run.root}: {nearest} is a file, not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(f"run.root={config.run.root}: {nearest} cannot be written")
+
+
+def _check_store(config: Config, folder: RunFolder) -> None:
+    """Refuse a store that does not answer, or a bucket that is not there or not ours.
+
+    Raises:
+        ValueError: it is such.
+    """
+    place = urlsplit(config.run.root)
+    store, bucket = place.scheme, place.netloc
+    faults: list[str] = []
+
+    def look() -> None:
+        try:
+            if store in BUCKETS and not folder.fs.exists(bucket):
+                faults.append(f"there is no bucket {bucket}; make it, or name another")
+            folder.exists()
+        except Exception as error:  # every store has its own
+            faults.append(f"the store refuses: {type(error).__name__}: {one_line(error)}")
+
+    thread = threading.Thread(target=look, name="store", daemon=True)  # some try again for minutes
+    thread.start()
+    thread.join(STORE_S)
+    if thread.is_alive():
+        faults.append(f"the store has not answered for {STORE_S:g} s")
+    if faults:
+        raise ValueError(f"run.root={config.run.root}: {faults[0]}")
 
 
 def _check_token_ids(
@@ -314,13 +365,15 @@ def plan_lines(config: Config, found: Preflight) -> list[str]:
         f"{shape.max_sampled_tokens:,} tokens a question",
         f"step        {trees} trees: up to {trees * shape.max_steps:,} requests and "
         f"{trees * shape.max_sampled_tokens:,} sampled tokens, {minibatches} optimizer step(s)",
+        *_budget_lines(config),
         f"staleness   at most {gate.max_staleness} versions: {in_flight} trees in flight",
         f"run length  {length}, up to {run.num_steps * minibatches:,} optimizer steps",
         *_memory_lines(config, found.model),
         f"disk        {found.storage}",
         "resources   "
         + ", ".join(f"{name} {_range(needed[name], at_most[name])}" for name in needed),
-        *_missing_lines(config),
+        *_missing_lines(config, found.model),
+        *(f"unusual     {line}" for line in unusual(config)),
         *(f"unchecked   {line}" for line in found.unchecked),
     ]
 
@@ -334,6 +387,17 @@ def _epochs(data: DataSet, trees: int) -> str:
     return ", " + ", ".join(f"{trees * share / n:.1f} epochs of {name}" for name, share, n in sets)
 
 
+def _budget_lines(config: Config) -> list[str]:
+    """Where a forward pass is never as large as it may be, as large as it will be."""
+    budget, most = config.learner.token_budget, most_tokens(config)
+    if budget <= most:
+        return []
+    return [
+        f"pass        one forward pass takes a worker's whole optimizer step, at most {most:,} "
+        f"tokens: learner.token_budget={budget:,} is not reached"
+    ]
+
+
 def _data_lines(title: str, data: DataSet | None) -> list[str]:
     if data is None:
         return []
@@ -343,8 +407,7 @@ def _data_lines(title: str, data: DataSet | None) -> list[str]:
         share = ""
         if len(data.parts) > 1:
             share = f"{_weight(part.config) / total:.0%} {_name(section)}, "
-        left_out = "" if part.num_too_long is None else f"; {part.num_too_long} prompts too long"
-        lines.append(f"{title:12}{share}{part.report}{left_out}")
+        lines.append(f"{title:12}{share}{part.report.told(part.num_too_long)}")
     return lines
 
 
@@ -390,19 +453,44 @@ def _memory_lines(config: Config, facts: ModelFacts | None) -> list[str]:
     return [f"memory      {first}", *(f"            {row}" for row in rows)]
 
 
-def _missing_lines(config: Config) -> list[str]:
-    """What the fewest workers and engines lack."""
+def _missing_lines(config: Config, facts: ModelFacts | None) -> list[str]:
+    """What there is, and what the fewest workers and engines lack of it."""
     learner = replace(config.learner, num_workers=config.learner.fewest_workers)
     needed = needed_resources(replace(config, learner=learner), config.engine.num_engines)
-    lacking = missing_resources(needed, local_resources(config))
-    amounts = ", ".join(f"{name} {amount:g}" for name, amount in lacking.items()) or "nothing"
-    lines = [f"missing     {amounts} (on this machine alone)"]
+    lines = []
+    try:
+        there = look_at_resources(config)
+    except ValueError as error:
+        lines.append(f"missing     {error}")
+    else:
+        has = [f"{name} {there.resources.get(name, 0.0):g}" for name in needed]
+        has.append(f"{there.memory_gib:.1f} GiB of memory")
+        lines.append(f"there is    {', '.join(has)} ({there.where})")
+        lacking = missing_resources(needed, there.resources)
+        amounts = ", ".join(f"{name} {amount:g}" for name, amount in lacking.items())
+        lines.append(f"missing     {amounts or 'nothing'}")
+        lines += _missing_memory(config, facts, there)
     for check in (check_vllm, check_gpus):
         try:
             check(config)
         except ValueError as error:
             lines.append(f"missing     {error}")
     return lines
+
+
+def _missing_memory(config: Config, facts: ModelFacts | None, there: Available) -> list[str]:
+    """Of a cluster, whose nodes have their own memory, what one engine or worker would lack."""
+    size = _num_parameters(config, facts)
+    if size is None or not os.environ.get("RAY_ADDRESS"):
+        return []
+    one = replace(
+        config,
+        engine=replace(config.engine, num_engines=1, max_engines=None),
+        learner=replace(config.learner, num_workers=1, min_workers=None),
+    )
+    plan = MemoryPlan.of(one, size, None if facts is None else facts.sizes)
+    found = needs_more_memory(one, plan, there.memory_gib, "the largest node")
+    return [f"missing     {found}"] if found else []
 
 
 def _range(fewest: float, most: float) -> str:

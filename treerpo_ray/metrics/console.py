@@ -178,8 +178,8 @@ class Console:
         self._print(command)
 
     def begin_stage(self, description: str) -> None:
-        """Name what is waited for now, until `end_stage`, `learner_started` or the next one."""
-        self.end_stage()
+        """Name what is waited for now, until `end_stage` or `learner_started`; one that was begun
+        before has come to nothing."""
         self._print(f"{description} ...")
         self._stage = description, self._clock()
 
@@ -224,15 +224,12 @@ class Console:
 
     def _time_left(self, row: "Row") -> str:
         """Steps at the pace since the first row that was printed, evaluations in between too, and
-        the evaluation at the end."""
+        the evaluation at the end; unknown at that row, whose step took its time to begin."""
         assert self.config is not None
         if self._first is None or row["step"] <= self._first["step"]:
             self._first = row
-            pace = row.get("time/step_s")
-        else:
-            pace = (row["time"] - self._first["time"]) / (row["step"] - self._first["step"])
-        if pace is None:
             return MISSING
+        pace = (row["time"] - self._first["time"]) / (row["step"] - self._first["step"])
         run = self.config.run
         steps = max(0.0, run.num_steps - row["step"])
         if run.max_sampled_tokens and row.get("tokens/total"):

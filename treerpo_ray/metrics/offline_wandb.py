@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from treerpo_ray.run_folder.files import RunFolder
 
 if TYPE_CHECKING:
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made as it is imported
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
 
 HEADER, BLOCK, PART = 7, 32 * 1024, 7
@@ -24,7 +24,7 @@ FULL, FIRST, LAST = 1, 2, 4
 def offline_records(data: bytes) -> Iterator["Record"]:
     """The records of a file in order; one that is not whole is the end."""
     from google.protobuf.message import DecodeError
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made as it is imported
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     at, record = HEADER, b""
     while at + PART <= len(data):

@@ -69,12 +69,21 @@ class DataReport:
     """Problems in use, at most `num_problems` of the configuration."""
     num_files: int = 1
 
-    def __str__(self) -> str:
+    def told(self, num_too_long: int | None) -> str:
+        """In one line, with the prompts that are too long, if they were counted."""
         files = f" ({self.num_files} files)" if self.num_files > 1 else ""
+        answered = self.num_rows - self.num_empty_answers
+        left_out = {
+            "without an answer": self.num_empty_answers,
+            "duplicates": self.num_duplicates,
+            "beyond num_problems": answered - self.num_duplicates - self.num_problems,
+            "prompts too long": num_too_long or 0,
+        }
+        why = ", ".join(f"{number:,} {what}" for what, number in left_out.items() if number)
+        used = self.num_problems - (num_too_long or 0)
         return (
-            f"{self.path}{files}: {self.num_rows} rows, {self.num_problems} problems in use; "
-            f"left out: {self.num_empty_answers} without an answer, "
-            f"{self.num_duplicates} duplicates"
+            f"{self.path}{files}: {used:,} problems in use of {self.num_rows:,} rows"
+            f"{f'; left out: {why}' if why else ''}"
         )
 
 

@@ -19,6 +19,7 @@ from treerpo_ray.prompts.chats import with_system
 from treerpo_ray.prompts.hub import HUB_ID, Unreachable, is_unreachable
 from treerpo_ray.prompts.mixture import Mixture
 from treerpo_ray.prompts.problems import Problem
+from treerpo_ray.quickstart.exercises import MODELS, MODELS_FOLDER
 
 if TYPE_CHECKING:  # prompts also travel to processes that have no use for a tokenizer
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -182,6 +183,11 @@ def resolve_model_path(path: str) -> str:
                 return str(folder)
     if HUB_ID.fullmatch(path) and not given.exists():
         return path
+    if given.parent == Path(MODELS_FOLDER).expanduser() and given.name in MODELS:
+        raise ValueError(
+            f"model.path={path}: this small model is not made yet, which takes a few minutes: "
+            f"python -m treerpo_ray.quickstart.make_model {given.name}"
+        )
     raise ValueError(
         f"model.path={path!r}: no such folder in {Path.cwd()} or {PACKAGE_PARENT}; "
         "give a model folder or a Hugging Face id such as org/name"

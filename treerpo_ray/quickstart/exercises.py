@@ -20,6 +20,10 @@ from typing import Protocol
 from treerpo_ray.quickstart.chains import WordyChain, draw_chain
 from treerpo_ray.quickstart.countdown import draw_countdown
 
+MODELS_FOLDER = "~/treerpo_models"
+"""Folder in which `make_model` writes, by name."""
+MODELS = ("chains4", "chains10", "chains10_hard", "wordy4", "countdown")
+"""Models that it makes."""
 SPLITS = ("train", "test")
 TEST_SHARE = 8  # one question in this many belongs to the test split
 

@@ -25,12 +25,11 @@ from torch.optim.lr_scheduler import OneCycleLR
 from transformers import BatchEncoding, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from treerpo_ray.quickstart import countdown_answer
-from treerpo_ray.quickstart.exercises import draw_exercises, problems
+from treerpo_ray.quickstart.exercises import MODELS_FOLDER, draw_exercises, problems
 from treerpo_ray.quickstart.tokenizer import MAX_LENGTH, make_tokenizer
 from treerpo_ray.verifier import math_answer
 
 MODEL_FOLDER = Path(__file__).parent / "model"
-OUT = "~/treerpo_models"
 HEAD_SIZE = 32  # the smallest that vLLM has on a CPU
 NO_LABEL = -100
 REPORT_EVERY = 100
@@ -195,11 +194,12 @@ def main(arguments: list[str]) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description="Make a small model from scratch.")
     parser.add_argument("model", choices=RECIPES)
-    parser.add_argument("--out", type=Path, help=f"folder to write; {OUT}/MODEL if not given")
+    out_help = f"folder to write; {MODELS_FOLDER}/MODEL if not given"
+    parser.add_argument("--out", type=Path, help=out_help)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     recipe = replace(RECIPES[args.model], seed=args.seed)
-    out = args.out or Path(OUT, args.model).expanduser()
+    out = args.out or Path(MODELS_FOLDER, args.model).expanduser()
     torch.manual_seed(recipe.seed)
     torch.set_num_threads(1)  # the order of its sums is then fixed
     tokenizer = make_tokenizer()

@@ -22,7 +22,7 @@ from yaml import YAMLError
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config import Config
 from treerpo_ray.config.files import flat_settings, load, to_yaml
-from treerpo_ray.config.identity import Flat
+from treerpo_ray.config.identity import Flat, check_file_name
 from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation
 from treerpo_ray.metrics.run_log import last_step, latest_rows
@@ -38,6 +38,8 @@ CURVE = (
 """Metrics of a learner step that a result keeps."""
 LENGTH = ("run.num_steps", "run.max_sampled_tokens")
 """Settings that say how long a run is."""
+NO_CURVE = ("evaluate.every=0", "evaluate.interim_samples=null")
+"""The curve of a comparison is that of the training reward: evaluations on the way cost time."""
 CHECKPOINTS = "checkpoint.every=20"
 """Of all runs, unless their file says otherwise: what checkpoints cost is part of a result's time,
 and the same for all."""
@@ -85,6 +87,9 @@ class Comparison:
     def __post_init__(self) -> None:
         if unknown := set(self.references) - set(self.arms):
             raise ValueError(f"references: {unknown} are none of the arms {list(self.arms)}")
+        for key, names in (("settings", self.settings), ("arms", self.arms)):
+            for name in names:
+                check_file_name(key, name)  # of results
         for name, arm in self.arms.items():
             if arm.num_seeds < 1:
                 raise ValueError(f"arms.{name}.num_seeds={arm.num_seeds} must be more than 0")
@@ -104,7 +109,7 @@ class Comparison:
     def _config(self, trial: "Trial", common: list[str]) -> Config:
         setting, arm = self.settings[trial.setting], self.arms[trial.arm]
         name = f"run.name={trial.setting}-{trial.arm}-{trial.seed}"
-        own = [f"run.seed={trial.seed}", name, *common]
+        own = [f"run.seed={trial.seed}", name, *NO_CURVE, *common]
         config = load([CHECKPOINTS, *self.base, *setting.overrides, *arm.overrides, *own])
         step = config.gate.trees_per_step * expected_tokens(config.shape, setting.answer_tokens)
         # Answers that come out shorter than expected take some more steps; tokens end the run.

@@ -1,0 +1,44 @@
+"""Unusual: settings that no rule forbids and that are hardly ever meant, a line each."""
+
+from collections.abc import Iterator
+from operator import attrgetter
+
+from treerpo_ray.algo.groups import PruneRule
+from treerpo_ray.algo.loss_config import Ratio
+from treerpo_ray.config import Config
+
+USUAL = {
+    "learner.learning_rate": (1e-7, 2e-3),
+    "learner.weight_decay": (0.0, 0.3),
+    "learner.clip_grad_norm": (0.01, 100.0),
+    "loss.kl_coef": (0.0, 0.2),
+    "loss.entropy_coef": (0.0, 0.05),
+    "tree.temperature": (0.3, 1.5),
+    "evaluate.temperature": (0.0, 1.5),
+}
+"""Lowest and highest value that methods and models are trained with, by key."""
+USUAL_CLIP = {Ratio.TOKEN: (0.05, 0.5), Ratio.SEQUENCE: (1e-5, 0.05)}
+"""Of `loss.clip_low` and `loss.clip_high`, by what the ratio is taken of."""
+
+
+def unusual(config: Config) -> Iterator[str]:
+    """A line for each setting that is out of its usual range, or lets nothing be learned."""
+    clip = USUAL_CLIP[config.loss.ratio]
+    usual = USUAL | {"loss.clip_low": clip, "loss.clip_high": clip}
+    for key, (low, high) in usual.items():
+        value = attrgetter(key)(config)
+        if not low <= value <= high:
+            yield f"{key}={value:g}: usual are {low:g} to {high:g}"
+    learner, run = config.learner, config.run
+    is_share = isinstance(learner.prune, PruneRule) and learner.prune is not PruneRule.SIGNIFICANCE
+    if is_share and learner.prune_threshold >= 1:
+        yield (
+            f"learner.prune_threshold={learner.prune_threshold:g}: with learner.prune="
+            f"{learner.prune} nothing is above 1, so nothing would be trained"
+        )
+    num_updates = run.num_steps * learner.minibatches
+    if learner.warmup_steps >= num_updates:
+        yield (
+            f"learner.warmup_steps={learner.warmup_steps}: the run has {num_updates} optimizer "
+            "steps, and would never reach its learning rate"
+        )
