@@ -64,7 +64,7 @@ def serve(reader: "RunReader", port: int) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at that port; any free one for 0.
+    """A socket that listens at that port; at any free one for 0.
 
     Raises:
         ValueError: another process has the port.
@@ -73,6 +73,7 @@ def bind(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen()
     except OSError as error:
         listening.close()
         raise ValueError(f"--port {port}: {error.strerror}; --port 0 takes a free one") from error
