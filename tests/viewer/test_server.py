@@ -32,7 +32,6 @@ from tests.support.small_run import (
 )
 from treerpo_ray.algo.tree import Tree
 from treerpo_ray.config import Config
-from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.records import to_table
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
@@ -256,8 +255,6 @@ def test_a_run_at_a_uri_reads_like_a_local_one(folder):
 
 
 def test_a_run_is_found_by_its_name_and_a_wrong_one_is_one_line(folder, monkeypatch, capsys):
-    monkeypatch.setenv("HOME", str(Path(folder).parent))
-    monkeypatch.setattr(RunConfig, "root", str(Path(folder).parent))
     config = type("Root", (), {"root": str(Path(folder).parent)})
     monkeypatch.setattr("treerpo_ray.viewer.reader.RunConfig", config)
     assert find_run("small") == folder and find_run(folder) == folder
@@ -383,6 +380,20 @@ def test_every_answer_has_the_safe_headers_and_errors_are_one_line(folder):
     for ref in ("1", "a:1", "1:b", "e:1", "-1:2", "1:²", f"{'9' * 20}:1"):
         with pytest.raises(ValueError, match="is no tree"):
             parse_ref(ref)
+
+
+def test_a_tree_that_lacks_something_of_its_run_is_one_clear_line(tmp_path):
+    folder = write_small_run(tmp_path)
+    config = Path(folder, "config.yaml")
+    known = config.read_text()
+    config.write_text(known.replace("advantage: BERNOULLI", "advantage: PAST_BASELINE"))
+    answer = client_of(folder).get("/api/tree?ref=11:0").json()
+    assert answer["error"].endswith("has no learner/baseline of step 1 yet")
+    config.write_text(known.replace("  advantage: BERNOULLI\n", ""))
+    with pytest.raises(
+        ValueError, match="config.yaml has no 'advantage': it is of another version"
+    ):
+        RunReader(folder)
 
 
 def test_trees_of_another_schema_are_one_clear_line(tmp_path):

@@ -20,7 +20,6 @@ export async function treePage(root, context) {
   const tree = await source.tree(ref);
   const place = element("div", { class: "drawing" });
   const panel = element("aside", { class: "panel", "aria-label": "the chosen step" });
-  const tools = element("div", { class: "tools" });
   const found = element("output", { class: "fact" });
   let drawing = null;
   let drawnFor = "";
@@ -78,25 +77,28 @@ export async function treePage(root, context) {
     await Promise.all([fill(), search()]);
   }
 
+  const colors = choice("colour", "color", stepColors(tree), "value", (color) => set({ color }));
+  const whole = toggle("whole tree on one screen", "f", () => {
+    set({ fit: context.query().fit === "1" ? undefined : "1" });
+  });
+  const below = toggle("only below this step", "z", () => {
+    set({ top: context.query().top === undefined && chosen() !== ROOT ? chosen() : undefined });
+  });
+  const input = element("input", {
+    type: "search",
+    name: "find",
+    placeholder: "find in steps  /",
+    "aria-label": "find in the steps' texts",
+    onchange: (event) => set({ find: event.target.value || undefined }),
+  });
+  const tools = element("div", { class: "tools" }, colors, whole, below, input, found, legend());
+
   function fillTools() {
     const { color, top, fit, find } = context.query();
-    const colors = tree.has_texts ? STEP_COLORS : STEP_COLORS.slice(0, tree.ticket === null ? 1 : 4);
-    const parts = [
-      choice("colour", "color", colors, color ?? "value", (value) => set({ color: value })),
-      toggle("whole tree on one screen", fit === "1", () => set({ fit: fit === "1" ? undefined : "1" }), "f"),
-      top !== undefined
-        ? toggle("whole tree", false, () => set({ top: undefined }), "z")
-        : toggle("only below this step", false, () => set({ top: chosen() === ROOT ? undefined : chosen() }), "z"),
-    ];
-    if (tools.contains(document.activeElement) && tools.childElementCount) {
-      tools.querySelector("[name=find]").value = find ?? "";
-      return; // whoever types or chooses keeps the focus
-    }
-    const input = element("input", {
-      type: "search", name: "find", placeholder: "find in steps  /", value: find ?? "", "aria-label": "find in the steps' texts",
-      onchange: (event) => set({ find: event.target.value || undefined }),
-    });
-    tools.replaceChildren(...parts, input, found, legend());
+    colors.querySelector("select").value = color ?? "value";
+    whole.setAttribute("aria-pressed", String(fit === "1"));
+    below.setAttribute("aria-pressed", String(top !== undefined));
+    if (document.activeElement !== input) input.value = find ?? "";
   }
 
   place.addEventListener("click", (event) => {
@@ -141,19 +143,18 @@ export async function treePage(root, context) {
         }
         return true;
       }
-      const { fit, top } = context.query();
       switch (event.key) {
         case "Home":
           choose(ROOT);
           return true;
         case "f":
-          set({ fit: fit === "1" ? undefined : "1" });
+          whole.click();
           return true;
         case "z":
-          set({ top: top === undefined && chosen() !== ROOT ? chosen() : undefined });
+          below.click();
           return true;
         case "/":
-          tools.querySelector("[name=find]").focus();
+          input.focus();
           return true;
         case "Enter":
           if (window.innerWidth < WIDE) panel.scrollIntoView();
@@ -183,8 +184,8 @@ function head(tree, context) {
   const links = element(
     "span",
     { class: "links" },
-    isTrained ? toggle("‹ tree before", false, () => turn(tree, context, -1), "[") : null,
-    isTrained ? toggle("next tree ›", false, () => turn(tree, context, 1), "]") : null,
+    isTrained ? keyed("‹ tree before", "[", () => turn(tree, context, -1)) : null,
+    isTrained ? keyed("next tree ›", "]", () => turn(tree, context, 1)) : null,
     element("a", { href: `#compare?${new URLSearchParams({ problem: tree.prompt_id, kind: isTrained ? "tree" : "evaluation" })}` }, "same problem, other steps"),
   );
   return element(
@@ -208,12 +209,20 @@ async function turn(tree, context, by) {
   }
 }
 
-function toggle(text, isOn, clicked, key) {
-  return element(
-    "button",
-    { type: "button", "aria-pressed": String(isOn), onclick: clicked, title: `key ${key}` },
-    text,
-  );
+/** A button that a key presses too. */
+function keyed(text, key, clicked) {
+  return element("button", { type: "button", onclick: clicked, title: `key ${key}` }, text);
+}
+
+function toggle(text, key, clicked) {
+  const button = keyed(text, key, clicked);
+  button.setAttribute("aria-pressed", "false");
+  return button;
+}
+
+/** What steps can be coloured by; the answers of an evaluation have values alone. */
+function stepColors(tree) {
+  return tree.ticket === null ? STEP_COLORS.slice(0, 1) : STEP_COLORS;
 }
 
 /** What colours and marks mean, in one line. */
