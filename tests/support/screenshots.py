@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.support.viewer import chromium, served
 
-SIZE = {"width": 960, "height": 540}
+SIZE = {"width": 1100, "height": 560}
 NUM_COLORS = 48
 MOST_BYTES = 60_000
 

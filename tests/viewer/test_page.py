@@ -4,6 +4,7 @@ import json
 import re
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,11 +47,14 @@ def small(tmp_path_factory):
 def addresses(small, tmp_path_factory):
     """Addresses of the page by run, each served once."""
     root = tmp_path_factory.mktemp("served")
-    (root / "empty").mkdir()
-    empty = OmegaConf.structured(Config(run=RunConfig(name="empty", root=str(root))))
-    OmegaConf.save(empty, root / "empty/config.yaml")
+    many = write_small_run(root, "many")
+    save_trees(many, 30, [replace(worked_record(5), ticket=ticket) for ticket in range(250)])
     with ExitStack() as stack:
-        places = {"small": small, "empty": str(root / "empty"), "paper": write_paper_run(root)}
+        places = {
+            "small": small,
+            "many": many,
+            "paper": write_paper_run(root),
+        }
         yield {name: stack.enter_context(served(place)) for name, place in places.items()}
 
 
@@ -177,6 +181,17 @@ def test_the_list_is_filtered_by_all_that_is_asked(browser, addresses):
         screen.wait("location.hash === '#tree?ref=20:6'")
         screen.page.go_back()
         screen.wait("document.querySelectorAll('a.tree-row').length === 1")
+
+
+def test_of_a_long_list_as_much_is_drawn_as_is_asked_for(browser, addresses):
+    with Screen(browser, WIDE) as screen:
+        screen.open(addresses["many"] + "#trees")
+        assert screen.texts(".note") == ["250 of 250 trees of learner step 30"]
+        for shown in (100, 200, 250):
+            assert screen.page.locator("a.tree-row").count() == shown
+            if shown < 250:
+                screen.page.click("text=show more")
+        assert not screen.page.locator("text=show more").is_visible()
 
 
 def test_a_tree_tells_all_at_a_glance_and_a_click_shows_the_step(browser, addresses):

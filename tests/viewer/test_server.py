@@ -390,9 +390,7 @@ def test_a_tree_that_lacks_something_of_its_run_is_one_clear_line(tmp_path):
     answer = client_of(folder).get("/api/tree?ref=11:0").json()
     assert answer["error"].endswith("has no learner/baseline of step 1 yet")
     config.write_text(known.replace("  advantage: BERNOULLI\n", ""))
-    with pytest.raises(
-        ValueError, match="config.yaml has no 'advantage': it is of another version"
-    ):
+    with pytest.raises(ValueError, match=r"config\.yaml has no 'advantage': it is of another vers"):
         RunReader(folder)
 
 

@@ -5,7 +5,7 @@ import { ROOT, drawTree, neighbour, pathTo } from "./drawing.js";
 import { STEP_COLORS, VERDICTS, diverging } from "./scales.js";
 import { fillPanel } from "./step_panel.js";
 
-const BELOW_HEAD = 190; // height of what stands above the drawing
+const LEAST_HEIGHT = 260; // of a drawing that is to fit the screen
 const WIDE = 1000; // from here on the panel is beside the drawing
 
 /**
@@ -28,11 +28,14 @@ export async function treePage(root, context) {
   const set = (more) => context.set({ ...context.query(), ...more });
   const choose = (index) => set({ node: index === ROOT ? undefined : index });
 
+  /** What stands above the drawing; a tree is as high as what is left of the screen, if it can. */
+  const above = () => Math.round(place.getBoundingClientRect().top + window.scrollY);
+
   function draw() {
     const { color = "value", top, fit } = context.query();
     const options = {
       width: Math.max(280, place.clientWidth),
-      height: Math.max(260, window.innerHeight - BELOW_HEAD),
+      height: Math.max(LEAST_HEIGHT, window.innerHeight - above() - 8),
       color,
       top: boundedStep(tree, top),
       isFit: fit === "1",
