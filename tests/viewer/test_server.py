@@ -3,9 +3,11 @@
 import hashlib
 import json
 import re
+import signal
 import subprocess
 import sys
 import tomllib
+import urllib.request
 import uuid
 from fnmatch import fnmatch
 from pathlib import Path
@@ -32,6 +34,7 @@ from tests.support.small_run import (
 )
 from treerpo_ray.algo.tree import Tree
 from treerpo_ray.config import Config
+from treerpo_ray.errors import STOPPED
 from treerpo_ray.records import to_table
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
@@ -448,6 +451,18 @@ def test_the_bundled_libraries_are_what_their_table_says_and_all_assets_are_pack
         assert file.is_dir() or any(
             fnmatch(own, pattern) and own.count("/") == pattern.count("/") for pattern in patterns
         )
+
+
+def test_the_command_serves_until_it_is_interrupted_and_then_ends_quietly(folder):
+    command = [sys.executable, "-m", "treerpo_ray.viewer", folder, "--port", "0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=PROJECT, **pipes) as process:
+        address = process.stdout.readline().split()[0]
+        with urllib.request.urlopen(f"{address}/api/status") as answer:
+            assert json.load(answer)["name"] == "small"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == ("", "")
+        assert process.returncode == STOPPED
 
 
 def test_the_viewer_runs_without_ray_torch_and_vllm(folder, tmp_path):

@@ -39,7 +39,7 @@ def view(arguments: list[str]) -> int:
         from treerpo_ray.viewer.page import write_page
 
         trees = write_page(reader, options.tree, Path(options.html))
-        print(f"{options.html}: {len(trees)} trees of {options.run}: {', '.join(trees)}")
+        print(f"{options.html}: {len(trees)} trees of {options.run} {' '.join(trees)}".rstrip())
         return 0
     if options.tree:
         raise ValueError("--tree goes with --html; the served page has all trees")
@@ -59,7 +59,9 @@ def serve(reader: "RunReader", port: int) -> None:
 
     listening = bind(HOST, port)
     print(f"http://{HOST}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
-    settings = uvicorn.Config(make_app(reader), log_level="warning", server_header=False)
+    settings = uvicorn.Config(
+        make_app(reader), log_level="warning", server_header=False, lifespan="off"
+    )
     uvicorn.Server(settings).run(sockets=[listening])
 
 
