@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.run_folders import LossyStore, contents, files, full_disk
 from treerpo_ray.run_folder.checkpoints import Checkpoints
-from treerpo_ray.run_folder.files import RunFolder
+from treerpo_ray.run_folder.files import ROW_GROUP_BYTES, RunFolder
 
 
 def test_a_published_folder_is_where_it_is_said_to_be_and_takes_the_old_ones_place(
@@ -114,6 +114,7 @@ def test_what_lies_in_a_run_folder_is_found_and_read(folder: str, tmp_path: Path
     assert run.glob("trees/step=*") == ["trees/step=000002", "trees/step=000010"]
     assert run.names("trees") == ["step=000002", "step=000010"]
     assert run.read_table("trees/step=000002/rank-0.parquet") == table
+    assert run.state("a.jsonl") == run.state("a.jsonl") != run.state("none") == ""
     assert run.read_lines("a.jsonl") == [{"n": 1}, {"n": 2}]
     assert RunFolder(run.uri("trees")).names("") == ["step=000002", "step=000010"]
     with run.local("trees/step=000002") as copy:
@@ -123,3 +124,17 @@ def test_what_lies_in_a_run_folder_is_found_and_read(folder: str, tmp_path: Path
     run.remove("trees")
     run.remove("trees")
     assert sorted(files(folder)) == ["/a.jsonl"]
+
+
+def test_a_row_of_a_table_of_large_rows_can_be_read_alone(folder: str) -> None:
+    run = RunFolder(folder)
+    for size, num_groups in ((ROW_GROUP_BYTES // 4, 6), (3 * ROW_GROUP_BYTES, 16), (10, 1)):
+        table = pa.table({"n": range(16), "text": [chr(97 + n) * size for n in range(16)]})
+        run.publish_table("table.parquet", table)
+        with run.parquet("table.parquet") as opened:
+            groups = [opened.read_row_group(n, ["n"]) for n in range(num_groups)]
+            assert opened.num_row_groups == num_groups
+            assert opened.read(["text"])["text"] == table["text"]
+        assert pa.concat_tables(groups)["n"].to_pylist() == list(range(16))
+    run.publish_table("table.parquet", table.slice(0, 0))
+    assert len(run.read_table("table.parquet")) == 0

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from tests.support.records import plain, tree_of
 from treerpo_ray.config import Config, load
-from treerpo_ray.records import TreeRecord
+from treerpo_ray.records import TreeRecord, to_table
 from treerpo_ray.run_folder import trees as saved_trees
+from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.search.gate import Gate
 
 
@@ -92,3 +93,21 @@ def test_a_checkpoint_without_trees_or_with_those_of_another_schema_gives_none(
     metadata = table.schema.metadata | {b"treerpo_schema": b"0"}
     pq.write_table(table.replace_schema_metadata(metadata), tmp_path / saved_trees.FILE)
     assert saved_trees.read(tmp_path, config.tree) == []
+
+
+def test_a_saved_tree_is_found_among_the_files_of_a_step_the_last_of_its_ticket(
+    tmp_path: Path,
+) -> None:
+    folder = RunFolder(str(tmp_path))
+    trees = [replace(tree_of(n % 3, n), finished_at_s=float(n)) for n in range(6)]
+    folder.publish_table(saved_trees.name(7, 0), to_table(trees[3:]))
+    folder.publish_table(saved_trees.name(7, 1), to_table(trees[:3]))
+    for ticket in range(3):
+        found = saved_trees.saved_tree(folder, 7, ticket)
+        assert found is not None and plain(found) == plain(trees[3 + ticket])
+    assert saved_trees.saved_tree(folder, 7, 3) is None
+    assert saved_trees.saved_tree(folder, 8, 0) is None
+    table = to_table(trees).replace_schema_metadata({"treerpo_schema": "0"})
+    folder.publish_table(saved_trees.name(7, 2), table)
+    with pytest.raises(ValueError, match="written with schema 0, this reads"):
+        saved_trees.saved_tree(folder, 7, 0)

@@ -17,6 +17,7 @@ from tests.support.small_run import (
     make_record,
     save_trees,
     text_step,
+    worked_record,
     write_small_run,
 )
 from treerpo_ray.algo.tree import ROOT, StopReason
@@ -40,16 +41,6 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def run(folder):
     return Run(folder)
-
-
-def worked_record(ticket=0, finished_at_s=0.0):
-    """Values by hand: 0.5 and 0 at depth 1, so 0.25 for the prompt."""
-    end, boundary = StopReason.END_OF_TEXT, StopReason.BOUNDARY
-    shape = [(ROOT, "1+1=", boundary), (0, "2\n#### 2", end), (0, "3\n#### 3", end)]
-    shape += [(ROOT, "1-1=", boundary), (3, "0\n#### 0", end), (3, "0\n#### 0", end)]
-    answers = ["", "#### 2", "#### 3", "", "#### 0", "#### 0"]
-    steps = [text_step(*step) for step in shape]
-    return make_record(ticket, "1+1=?", "2", steps, answers, finished_at_s)
 
 
 def wide_record(num_children):

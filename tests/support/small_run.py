@@ -13,6 +13,7 @@ from tests.support.project import ROOT as PROJECT
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import MetricsConfig, RunConfig, TreeConfig
+from treerpo_ray.evaluate.evaluation import SAMPLES
 from treerpo_ray.metrics.run_log import Event, RunLog
 from treerpo_ray.quickstart.exercises import draw_exercises
 from treerpo_ray.records import TreeRecord, to_table
@@ -116,6 +117,16 @@ def answered(chain, rng, start):
     return "".join(lines) + f"#### {value}"
 
 
+def worked_record(ticket=0, finished_at_s=0.0):
+    """Values by hand: 0.5 and 0 at depth 1, so 0.25 for the prompt."""
+    end, boundary = StopReason.END_OF_TEXT, StopReason.BOUNDARY
+    shape = [(ROOT, "1+1=", boundary), (0, "2\n#### 2", end), (0, "3\n#### 3", end)]
+    shape += [(ROOT, "1-1=", boundary), (3, "0\n#### 0", end), (3, "0\n#### 0", end)]
+    answers = ["", "#### 2", "#### 3", "", "#### 0", "#### 0"]
+    steps = [text_step(*step) for step in shape]
+    return make_record(ticket, "1+1=?", "2", steps, answers, finished_at_s)
+
+
 def make_record(ticket, question, right, steps, answers, finished_at_s=0.0):
     """A scored record; `answers` has the text from the prompt to each step."""
     tree = Tree.from_steps(np.array([1], np.int32), tuple(steps))
@@ -147,3 +158,26 @@ def text_step(parent, text, stop):
         versions=np.zeros(len(token_ids), np.int32),
         stop=stop,
     )
+
+
+def answers_to(problems, step, texts):
+    """Saved answers of an evaluation: by problem (an id, a question and the right result) the
+    answers' texts."""
+    rows = []
+    for (problem, question, right), own in zip(problems, texts, strict=True):
+        for number, text in enumerate(own):
+            verdict = Verdict.CORRECT if text.endswith(f"#### {right}") else Verdict.WRONG
+            rows.append(
+                {
+                    "problem": problem,
+                    "question": question,
+                    "references": [right],
+                    "sample": number,
+                    "text": text,
+                    "verdict": verdict.value,
+                    "num_tokens": len(text),
+                    "is_cut_off": False,
+                    "group": None,
+                }
+            )
+    return f"eval/step={step:06d}.parquet", pyarrow.Table.from_pylist(rows, schema=SAMPLES)

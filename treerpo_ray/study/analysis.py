@@ -119,7 +119,10 @@ class Run:
         """What the learner took off from the values of this tree."""
         step = record.ticket // int(str(self.config["gate"]["trees_per_step"])) + 1
         if step not in self._baselines:
-            self._baselines = self.metrics()["learner/baseline"].dropna().to_dict()
+            baselines = self.metrics().get("learner/baseline", pd.Series(dtype=float))
+            self._baselines = baselines.dropna().to_dict()
+        if step not in self._baselines:
+            raise ValueError(f"{self.folder} has no learner/baseline of step {step} yet")
         return float(self._baselines[step])
 
     def _scheme(self, record: TreeRecord) -> "_Scheme":

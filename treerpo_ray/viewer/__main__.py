@@ -39,7 +39,7 @@ def view(arguments: list[str]) -> int:
         from treerpo_ray.viewer.page import write_page
 
         trees = write_page(reader, options.tree, Path(options.html))
-        print(f"{options.html}: {len(trees)} trees of {options.run}: {', '.join(trees)}")
+        print(f"{options.html}: {len(trees)} trees of {options.run} {' '.join(trees)}".rstrip())
         return 0
     if options.tree:
         raise ValueError("--tree goes with --html; the served page has all trees")
@@ -59,12 +59,14 @@ def serve(reader: "RunReader", port: int) -> None:
 
     listening = bind(HOST, port)
     print(f"http://{HOST}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
-    settings = uvicorn.Config(make_app(reader), log_level="warning", server_header=False)
+    settings = uvicorn.Config(
+        make_app(reader), log_level="warning", server_header=False, lifespan="off"
+    )
     uvicorn.Server(settings).run(sockets=[listening])
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at that port; any free one for 0.
+    """A socket that listens at that port; at any free one for 0.
 
     Raises:
         ValueError: another process has the port.
@@ -73,6 +75,7 @@ def bind(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen()
     except OSError as error:
         listening.close()
         raise ValueError(f"--port {port}: {error.strerror}; --port 0 takes a free one") from error

@@ -10,6 +10,7 @@ from threading import RLock
 from typing import TypeVar
 
 from treerpo_ray.config.sections import RunConfig
+from treerpo_ray.metrics.run_log import METRICS_FILE, Row, latest_rows
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder
@@ -24,7 +25,7 @@ from treerpo_ray.viewer.answers import (
     read_answers,
     tree_sightings,
 )
-from treerpo_ray.viewer.status import Curves, Status, evaluated_steps, read_curves, read_status
+from treerpo_ray.viewer.status import Curves, Status, curves_of, evaluated_steps, read_status
 from treerpo_ray.viewer.step_text import StepText, holding, step_text
 from treerpo_ray.viewer.tree_list import TreeSummary, summaries
 from treerpo_ray.viewer.tree_view import TreeView, trained_tree
@@ -50,7 +51,14 @@ class RunReader:
     def __init__(self, place: str) -> None:
         folder = find_run(place)
         self._run, self._folder = Run(folder), RunFolder(folder)
+        try:
+            _ = self._run.scheme
+        except KeyError as error:
+            raise ValueError(
+                f"{folder}/{CONFIG_FILE} has no {error}: it is of another version"
+            ) from error
         self._lock = RLock()
+        self._rows = lru_cache(1)(self._read_rows)
         self._tree = lru_cache(KEPT_TREES)(self._read_tree)
         self._answers = lru_cache(KEPT_TREES)(self._read_answers)
         self._summaries = lru_cache(KEPT_FILES)(self._read_summaries)
@@ -58,11 +66,11 @@ class RunReader:
 
     def status(self) -> Status:
         """How far the run is."""
-        return read_status(self._run, self._folder)
+        return read_status(self._run, self._folder, self._all_rows())
 
     def curves(self) -> Curves:
         """Its metrics."""
-        return read_curves(self._folder)
+        return curves_of(self._all_rows())
 
     def trees(self, step: int) -> list[TreeSummary]:
         """The trees that are saved of a learner step, by ticket; none if there are none."""
@@ -110,6 +118,13 @@ class RunReader:
         return met_again(sightings)
 
     # What is kept ----------------------------------------------------------------------------
+
+    def _all_rows(self) -> list[Row]:
+        with self._lock:
+            return self._rows(self._folder.state(METRICS_FILE))
+
+    def _read_rows(self, state: str) -> list[Row]:
+        return latest_rows(self._folder)
 
     def _kept(self, read: Callable[[str, int, str], T], file: str, step: int) -> T:
         """What `read` makes of a file of a learner step, once as long as the file is the same."""

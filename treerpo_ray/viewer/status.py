@@ -1,8 +1,9 @@
 """Status: how far a run is, and its curves."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from treerpo_ray.metrics.run_log import METRICS_FILE, Row, latest_rows
+from treerpo_ray.metrics.run_log import METRICS_FILE, Row
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import WHOLE_MODEL, RunFolder
 from treerpo_ray.study.analysis import Run
@@ -47,10 +48,9 @@ class Curves:
     """Metrics by name, one entry a step; none where a step has no such metric."""
 
 
-def read_status(run: Run, folder: RunFolder) -> Status:
-    """How far the run is."""
+def read_status(run: Run, folder: RunFolder, rows: Sequence[Row]) -> Status:
+    """How far the run is, by the rows of its metrics and what else lies in its folder."""
     learner = run.config["learner"]
-    rows = latest_rows(folder)
     steps = tuple(saved_trees.saved_steps(folder))
     newest = [folder.state(file) for file in (METRICS_FILE, WHOLE_MODEL)]
     evaluations = tuple(evaluated_steps(folder))
@@ -71,9 +71,8 @@ def read_status(run: Run, folder: RunFolder) -> Status:
     )
 
 
-def read_curves(folder: RunFolder) -> Curves:
-    """The curves, as far as they are."""
-    rows = latest_rows(folder)
+def curves_of(rows: Sequence[Row]) -> Curves:
+    """The curves of a run's metrics."""
     names = {name for row in rows for name in row}
     panels = tuple(panel for panel in PANELS if names & set(panel.lines.values()))
     drawn = [name for panel in panels for name in panel.metrics]
@@ -84,7 +83,7 @@ def read_curves(folder: RunFolder) -> Curves:
     )
 
 
-def _series(rows: list[Row], name: str) -> list[float | None]:
+def _series(rows: Sequence[Row], name: str) -> list[float | None]:
     return [row.get(name) for row in rows]
 
 

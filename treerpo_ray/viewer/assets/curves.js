@@ -2,7 +2,7 @@
 
 import { element, number } from "./dom.js";
 
-const HEIGHT = 150;
+const CHART_HEIGHT = 150;
 const COLORS = ["--line-1", "--line-2"];
 const MARKED_STEPS = 40;
 
@@ -16,7 +16,7 @@ export function drawCurves(root, curves, chosen) {
     return drawPanel(figure, panel, curves, chosen);
   });
   const resized = new ResizeObserver(() => {
-    for (const [figure, chart] of charts) chart.setSize({ width: figure.clientWidth, height: HEIGHT });
+    for (const [figure, chart] of charts) chart.setSize({ width: figure.clientWidth, height: CHART_HEIGHT });
   });
   resized.observe(grid);
   return () => {
@@ -26,69 +26,64 @@ export function drawCurves(root, curves, chosen) {
 }
 
 function drawPanel(figure, panel, curves, chosen) {
-  const names = Object.values(panel.lines).filter((name) => curves.series[name]?.some(isThere));
-  const interval = panel.interval?.every((name) => curves.series[name]?.some(isThere)) ? panel.interval : [];
-  const columns = [...names, ...interval];
-  const kept = curves.steps.map((_, i) => i).filter((i) => columns.some((name) => isThere(curves.series[name][i])));
-  const data = [kept.map((i) => curves.steps[i]), ...columns.map((name) => kept.map((i) => curves.series[name][i]))];
-  const shown = (value) => (value === null ? "–" : panel.is_share ? `${(100 * value).toFixed(1)} %` : sensible(value));
-  const lines = names.map((name, n) => ({
-    label: name,
-    stroke: color(COLORS[n]),
-    width: 1.6,
-    spanGaps: true,
-    points: { show: kept.length <= MARKED_STEPS, size: 4 },
-  }));
-  const ends = interval.map((name) => ({
-    label: name,
-    stroke: color("--faint-line"),
-    width: 0.8,
-    spanGaps: true,
-    points: { show: false },
-  }));
-  const valuesAt = (find) => {
-    const lines = Object.entries(panel.lines).filter(([, name]) => names.includes(name));
-    const parts = lines.map(([label, name]) => `${label ? `${label} ` : ""}${shown(find(name) ?? null)}`);
-    const ends = interval.map((name) => shown(find(name) ?? null));
-    return parts.join(", ") + (ends.length ? ` [${ends.join(", ")}]` : "");
+  const { lines, ends, data, at } = columnsOf(panel, curves);
+  const shown = (value) => (isThere(value) ? (panel.is_share ? percent(value, 1) : sensible(value)) : "–");
+  const told = (find) => {
+    const parts = lines.map(([label, name]) => `${label ? `${label} ` : ""}${shown(find(name))}`);
+    return parts.join(", ") + (ends.length ? ` [${ends.map((name) => shown(find(name))).join(", ")}]` : "");
   };
-  const last = valuesAt((name) => curves.series[name].findLast(isThere));
+  const last = told((name) => curves.series[name].findLast(isThere));
+  const output = element("output", {}, last);
   figure.setAttribute("role", "img");
   figure.setAttribute("aria-label", `${panel.title} by learner step; last: ${last}`);
-  figure.append(element("figcaption", {}, panel.title, element("output", {}, last)));
-  const chart = new uPlot(
-    {
-      width: figure.clientWidth || 280,
-      height: HEIGHT,
-      scales: { x: { time: false }, y: { range: (_, low, high) => padded(low, high, panel.is_share) } },
-      axes: [
-        axis({ size: 24 }),
-        axis({ size: 48, values: (_, ticks) => ticks.map((tick) => (panel.is_share ? `${Math.round(100 * tick)} %` : sensible(tick))) }),
-      ],
-      series: [{ label: "step" }, ...lines, ...ends],
-      bands: interval.length ? [{ series: [names.length + 2, names.length + 1], fill: color("--band") }] : [],
-      legend: { show: false },
-      cursor: { y: false, points: { size: 6 } },
-      hooks: {
-        setCursor: [
-          (self) => {
-            const at = self.cursor.idx;
-            const output = figure.querySelector("output");
-            output.textContent =
-              at === null || at === undefined
-                ? last
-                : `step ${data[0][at]}: ${valuesAt((name) => data[columns.indexOf(name) + 1][at])}`;
-          },
-        ],
-      },
-    },
-    data,
-    figure,
-  );
+  figure.append(element("figcaption", {}, panel.title, output));
+  const tell = ({ cursor: { idx } }) => {
+    output.textContent = isThere(idx) ? `step ${data[0][idx]}: ${told((name) => at(name, idx))}` : last;
+  };
+  const chart = new uPlot(chartOptions(figure, panel, lines, ends, data[0].length, tell), data, figure);
   chart.over.addEventListener("click", () => {
-    if (Number.isInteger(chart.cursor.idx)) chosen(data[0][chart.cursor.idx]);
+    if (isThere(chart.cursor.idx)) chosen(data[0][chart.cursor.idx]);
   });
   return [figure, chart];
+}
+
+/** Of a panel the lines and the ends of its interval that there are, and the steps that have any:
+ * as uPlot's data, and by name and place. */
+function columnsOf(panel, curves) {
+  const isKnown = (name) => curves.series[name]?.some(isThere);
+  const lines = Object.entries(panel.lines).filter(([, name]) => isKnown(name));
+  const ends = panel.interval?.every(isKnown) ? panel.interval : [];
+  const names = [...lines.map(([, name]) => name), ...ends];
+  const kept = [...curves.steps.keys()].filter((i) => names.some((name) => isThere(curves.series[name][i])));
+  const columns = names.map((name) => kept.map((i) => curves.series[name][i]));
+  return {
+    lines,
+    ends,
+    data: [kept.map((i) => curves.steps[i]), ...columns],
+    at: (name, place) => columns[names.indexOf(name)][place],
+  };
+}
+
+function chartOptions(figure, panel, lines, ends, numSteps, tell) {
+  const y = (_, ticks) => ticks.map((tick) => (panel.is_share ? percent(tick, 0) : sensible(tick)));
+  const points = { show: numSteps <= MARKED_STEPS, size: 4 };
+  const of = (name, stroke, more) => ({ label: name, stroke: color(stroke), spanGaps: true, ...more });
+  const [first, second] = [lines.length + 1, lines.length + 2]; // behind the steps and the lines
+  return {
+    width: figure.clientWidth || 280,
+    height: CHART_HEIGHT,
+    scales: { x: { time: false }, y: { range: (_, low, high) => padded(low, high, panel.is_share) } },
+    axes: [axis({ size: 24 }), axis({ size: 48, values: y })],
+    series: [
+      { label: "step" },
+      ...lines.map(([, name], n) => of(name, COLORS[n], { width: 1.6, points })),
+      ...ends.map((name) => of(name, "--faint-line", { width: 0.8, points: { show: false } })),
+    ],
+    bands: ends.length ? [{ series: [second, first], fill: color("--band") }] : [],
+    legend: { show: false },
+    cursor: { y: false, points: { size: 6 } },
+    hooks: { setCursor: [tell] },
+  };
 }
 
 const isThere = (value) => value !== null && value !== undefined;
@@ -112,6 +107,10 @@ function padded(low, high, isShare) {
   if (low === null || high === null) return [0, 1];
   const more = (high - low || Math.abs(high) || 1) * 0.08;
   return isShare ? [Math.max(0, low - more), Math.min(1.02, high + more)] : [low - more, high + more];
+}
+
+function percent(share, digits) {
+  return `${(100 * share).toFixed(digits)} %`;
 }
 
 function sensible(value) {

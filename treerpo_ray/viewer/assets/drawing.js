@@ -131,11 +131,12 @@ function selection(svg, body, items, tree) {
       svg.setAttribute("aria-activedescendant", chosen.id);
       body.append(chosen); // above its neighbours' outlines
     },
+    /** Let these stand out; null: none in particular. */
     mark(indices) {
       const marked = new Set(indices);
+      svg.classList.toggle("searched", indices !== null);
       for (const [own, item] of items) item.classList.toggle("found", marked.has(own));
     },
-    place: (index) => items.get(index)?.getBoundingClientRect(),
   };
 }
 

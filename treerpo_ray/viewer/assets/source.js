@@ -30,7 +30,7 @@ function served() {
 
 async function ask(name, query = {}) {
   const response = await fetch(`api/${name}?${new URLSearchParams(query)}`);
-  const answer = await response.json();
+  const answer = await response.json().catch(() => ({ error: `status ${response.status}` }));
   if (!response.ok) throw new Error(answer.error);
   return answer;
 }

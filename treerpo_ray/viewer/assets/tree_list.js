@@ -15,6 +15,14 @@ const ORDERS = {
   long: ["longest first", (a, b) => b.num_tokens - a.num_tokens],
 };
 
+const GROUPS = [
+  ["", "any"],
+  ["kept", "some kept"],
+  ["pruned", "some pruned"],
+  ["none", "none kept"],
+  ["errored", "some errored"],
+];
+
 /** How much there is to see: kept groups, and a value that is neither 0 nor 1. */
 function mixed(tree) {
   return (tree.value ?? 0) * (1 - (tree.value ?? 0)) + tree.groups.kept / 1000;
@@ -44,118 +52,156 @@ function numberOr(text, otherwise) {
   return Number.isNaN(value) ? otherwise : value;
 }
 
-/** The page of the list; arguments as `treePage`. */
+/** The page of the list; arguments and result as those of `treePage`. */
 export function treeList(root, context) {
-  const { source } = context;
-  const form = element("form", { class: "filters", onsubmit: (event) => event.preventDefault() });
-  const count = element("p", { class: "note", role: "status" });
-  const list = element("div", { class: "tree-list", role: "list" });
-  const more = element("button", { type: "button", hidden: true }, "show more");
-  const read = new Map(); // trees by learner step
-  let shown = SHOWN;
-  let reading = 0; // of the newest request; an older one stops
-  let drawnAt = 0;
+  const page = new TreeList(context);
+  root.replaceChildren(...page.parts);
+  page.ready = page.apply();
+  return page;
+}
 
-  const set = (change) => {
-    shown = SHOWN;
-    context.set({ ...context.query(), ...change });
-  };
-  more.addEventListener("click", () => {
-    shown += SHOWN;
-    draw();
-  });
+class TreeList {
+  constructor(context) {
+    this.context = context;
+    this.filters = new Filters(context, (change) => this.set(change));
+    this.count = element("p", { class: "note", role: "status" });
+    this.list = element("div", { class: "tree-list", role: "list" });
+    this.more = element("button", { type: "button", hidden: true, onclick: () => this.showMore() }, "show more");
+    this.read = new Map(); // trees by learner step
+    this.shown = SHOWN;
+    this.reading = 0; // number of the newest request; older ones stop
+    this.drawnAt = 0;
+    const heading = element("h1", { class: "unseen-heading" }, "Trees");
+    this.parts = [heading, this.filters.root, this.count, this.list, this.more];
+  }
 
-  function wanted() {
-    const steps = context.status().tree_steps;
-    const { step } = context.query();
+  set(change) {
+    this.shown = SHOWN;
+    this.context.set({ ...this.context.query(), ...change });
+  }
+
+  showMore() {
+    this.shown += SHOWN;
+    this.draw();
+  }
+
+  /** Learner steps whose trees the query asks for, those to read first in front. */
+  wanted() {
+    const steps = this.context.status().tree_steps;
+    const { step } = this.context.query();
     if (step === "all") return [...steps].reverse();
     return step === undefined ? steps.slice(-1) : [Number(step)];
   }
 
-  function draw() {
-    drawnAt = performance.now();
-    const steps = wanted();
-    const trees = steps.flatMap((step) => read.get(step) ?? []);
-    const passing = filtered(trees, context.query());
-    const missing = steps.filter((step) => !read.has(step)).length;
-    count.textContent = !context.status().tree_steps.length
-      ? "No trees are saved yet: the first come with the first learner step (metrics.save_trees_every)."
-      : `${passing.length} of ${trees.length} trees` +
-        (steps.length > 1 ? ` of ${steps.length - missing} learner steps` : ` of learner step ${steps[0]}`) +
-        (missing ? `; reading ${missing} more …` : "");
+  draw() {
+    this.drawnAt = performance.now();
+    const trees = this.wanted().flatMap((step) => this.read.get(step) ?? []);
+    const passing = filtered(trees, this.context.query());
+    this.count.textContent = this.counted(passing.length, trees.length);
     const focused = document.activeElement?.getAttribute("href");
-    list.replaceChildren(listHead(), ...passing.slice(0, shown).map(treeRow));
-    if (focused) list.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus();
-    more.hidden = passing.length <= shown;
+    this.list.replaceChildren(listHead(), ...passing.slice(0, this.shown).map(treeRow));
+    if (focused) this.list.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus();
+    this.more.hidden = passing.length <= this.shown;
   }
 
-  async function apply() {
-    fillForm();
-    const own = ++reading;
-    draw();
-    for (const step of wanted()) {
-      if (read.has(step)) continue;
-      const trees = await source.trees(step);
-      read.set(step, trees);
-      if (own !== reading) return;
-      if (performance.now() - drawnAt > REDRAW_MS) draw();
+  counted(passing, all) {
+    if (!this.context.status().tree_steps.length) {
+      return "No trees are saved yet: the first come with the first learner step (metrics.save_trees_every).";
     }
-    draw();
+    const steps = this.wanted();
+    const missing = steps.filter((step) => !this.read.has(step)).length;
+    const of = steps.length > 1 ? `${steps.length - missing} learner steps` : `learner step ${steps[0]}`;
+    return `${passing} of ${all} trees of ${of}${missing ? `; reading ${missing} more …` : ""}`;
   }
 
-  function fillForm() {
-    if (form.contains(document.activeElement)) return;
-    const query = context.query();
-    const steps = [...context.status().tree_steps].reverse();
-    const input = (label, name, attributes) =>
-      element(
-        "label",
-        { class: "field" },
-        element("span", {}, label),
-        element("input", {
-          name, value: query[name] ?? "", ...attributes,
-          oninput: (event) => set({ [name]: event.target.value || undefined }),
-        }),
-      );
-    const pick = (label, name, options) =>
-      choice(label, name, options, query[name] ?? "", (value) => set({ [name]: value || undefined }));
-    form.replaceChildren(
-      pick("learner step", "step", [["", `newest (${steps[0] ?? "none"})`], ["all", `all (${steps.length})`], ...steps.map((step) => [step, step])]),
-      input("problem", "q", { type: "search", placeholder: "question, answer or id  /" }),
-      input("value from", "min", { type: "number", min: 0, max: 1, step: 0.05, placeholder: "0" }),
-      input("to", "max", { type: "number", min: 0, max: 1, step: 0.05, placeholder: "1" }),
-      input("error from", "se", { type: "number", min: 0, max: 1, step: 0.01, placeholder: "0" }),
-      pick("depth", "depth", [["", "any"], ...[1, 2, 3, 4, 5, 6].map((depth) => [depth, depth])]),
-      pick("step groups", "groups", [["", "any"], ["kept", "some kept"], ["pruned", "some pruned"], ["none", "none kept"], ["errored", "some errored"]]),
-      pick("verdict", "verdict", [["", "any"], ...Object.entries(VERDICTS).map(([name, [, text]]) => [name, `a leaf: ${text}`])]),
-      pick("order", "order", Object.entries(ORDERS).map(([name, [text]]) => [name === "mixed" ? "" : name, text])),
+  async apply() {
+    this.filters.fill();
+    const own = ++this.reading;
+    this.draw();
+    for (const step of this.wanted()) {
+      if (this.read.has(step)) continue;
+      const trees = await this.context.source.trees(step);
+      this.read.set(step, trees);
+      if (own !== this.reading) return;
+      if (performance.now() - this.drawnAt > REDRAW_MS) this.draw();
+    }
+    this.draw();
+  }
+
+  refresh() {
+    const steps = this.context.status().tree_steps;
+    const newest = steps.at(-1);
+    for (const step of [...this.read.keys()]) {
+      // A resume takes steps back, and does the newest once more.
+      if (step === newest || !steps.includes(step)) this.read.delete(step);
+    }
+    return this.apply();
+  }
+
+  close() {
+    this.reading += 1;
+  }
+
+  key(event) {
+    if (event.key === "/") {
+      this.filters.root.querySelector("[name=q]").focus();
+      return true;
+    }
+    if (event.key !== "ArrowDown" && event.key !== "ArrowUp") return false;
+    const rows = [...this.list.querySelectorAll("a")];
+    const next = rows[rows.indexOf(document.activeElement) + (event.key === "ArrowDown" ? 1 : -1)];
+    next?.focus();
+    return Boolean(next);
+  }
+}
+
+/** The fields that say which trees are listed; `changed` gets what was changed of the query. */
+class Filters {
+  constructor(context, changed) {
+    this.context = context;
+    this.changed = changed;
+    this.root = element("form", { class: "filters", onsubmit: (event) => event.preventDefault() });
+  }
+
+  /** Show the query; who types or chooses is not disturbed. */
+  fill() {
+    if (this.root.contains(document.activeElement)) return;
+    const steps = [...this.context.status().tree_steps].reverse();
+    const share = { type: "number", min: 0, max: 1, step: 0.01 };
+    this.root.replaceChildren(
+      this.pick("learner step", "step", [
+        ["", `newest (${steps[0] ?? "none"})`],
+        ["all", `all (${steps.length})`],
+        ...steps.map((step) => [step, step]),
+      ]),
+      this.input("problem", "q", { type: "search", placeholder: "question, answer or id  /" }),
+      this.input("value from", "min", { ...share, placeholder: "0" }),
+      this.input("to", "max", { ...share, placeholder: "1" }),
+      this.input("error from", "se", { ...share, placeholder: "0" }),
+      this.pick("depth", "depth", [["", "any"], ...[1, 2, 3, 4, 5, 6].map((depth) => [depth, depth])]),
+      this.pick("step groups", "groups", GROUPS),
+      this.pick("verdict", "verdict", [
+        ["", "any"],
+        ...Object.entries(VERDICTS).map(([name, [, text]]) => [name, `a leaf: ${text}`]),
+      ]),
+      this.pick("order", "order", Object.entries(ORDERS).map(([name, [text]]) => [name === "mixed" ? "" : name, text])),
     );
   }
 
-  root.replaceChildren(element("h1", { class: "unseen-heading" }, "Trees"), form, count, list, more);
-  const ready = apply();
-  return {
-    ready,
-    apply,
-    refresh: () => {
-      const steps = new Set(context.status().tree_steps);
-      for (const step of [...read.keys()]) if (!steps.has(step)) read.delete(step); // rolled back
-      return apply();
-    },
-    close: () => (reading += 1),
-    key(event) {
-      if (event.key === "/") {
-        form.querySelector("[name=q]").focus();
-        return true;
-      }
-      if (event.key !== "ArrowDown" && event.key !== "ArrowUp") return false;
-      const rows = [...list.querySelectorAll("a")];
-      const at = rows.indexOf(document.activeElement);
-      const next = rows[at + (event.key === "ArrowDown" ? 1 : -1)];
-      next?.focus();
-      return Boolean(next);
-    },
-  };
+  input(label, name, attributes) {
+    const field = element("input", {
+      name,
+      value: this.context.query()[name] ?? "",
+      ...attributes,
+      oninput: (event) => this.changed({ [name]: event.target.value || undefined }),
+    });
+    return element("label", { class: "field" }, element("span", {}, label), field);
+  }
+
+  pick(label, name, options) {
+    const value = this.context.query()[name] ?? "";
+    return choice(label, name, options, value, (chosen) => this.changed({ [name]: chosen || undefined }));
+  }
 }
 
 /** What stands in each column. */

@@ -2,172 +2,210 @@
 
 import { choice, element, oneLine, textBlock, withError } from "./dom.js";
 import { ROOT, drawTree, neighbour, pathTo } from "./drawing.js";
-import { STEP_COLORS, VERDICTS, diverging } from "./scales.js";
+import { STEP_COLORS, VERDICTS, diverging, largestAdvantage, strength } from "./scales.js";
 import { fillPanel } from "./step_panel.js";
 
-const BELOW_HEAD = 190; // height of what stands above the drawing
+const LEAST_HEIGHT = 260; // of a drawing that is to fit the screen
+const LEAST_WIDTH = 280;
 const WIDE = 1000; // from here on the panel is beside the drawing
 
 /**
  * The page of a tree.
  *
  * @param root Where it goes.
- * @param context source, status, query(), go(view, query), set(query).
+ * @param context source, status(), query(), go(view, query), redirect(view, query), set(query).
+ * @returns what is shown: apply() takes another query, refresh() what is new in the run, key(event)
+ *   tells whether it had a use for a key, close() is its end.
  */
 export async function treePage(root, context) {
-  const { source } = context;
-  const { ref } = context.query();
-  const tree = await source.tree(ref);
-  const place = element("div", { class: "drawing" });
-  const panel = element("aside", { class: "panel", "aria-label": "the chosen step" });
-  const tools = element("div", { class: "tools" });
-  const found = element("output", { class: "fact" });
-  let drawing = null;
-  let drawnFor = "";
+  const page = new TreePage(context, await context.source.tree(context.query().ref));
+  root.replaceChildren(...page.parts);
+  await page.apply();
+  page.watch();
+  return page;
+}
 
-  const chosen = () => boundedStep(tree, context.query().node);
-  const set = (more) => context.set({ ...context.query(), ...more });
-  const choose = (index) => set({ node: index === ROOT ? undefined : index });
+class TreePage {
+  constructor(context, tree) {
+    this.context = context;
+    this.tree = tree;
+    this.place = element("div", { class: "drawing" });
+    this.panel = element("aside", { class: "panel", "aria-label": "the chosen step" });
+    this.tip = element("div", { class: "tip", role: "tooltip", hidden: true });
+    this.tools = new Tools(this);
+    this.drawing = null;
+    this.drawnFor = "";
+    this.found = null; // steps that hold what is searched
+    this.foundFor = undefined;
+    this.resized = new ResizeObserver(() => this.draw());
+    const left = element("div", { class: "left" }, this.tools.root, this.place);
+    const body = element("div", { class: "tree-page" }, left, this.panel);
+    this.parts = [head(tree, context), body, this.tip];
+    this.listen();
+  }
 
-  function draw() {
-    const { color = "value", top, fit } = context.query();
-    const options = {
-      width: Math.max(280, place.clientWidth),
-      height: Math.max(260, window.innerHeight - BELOW_HEAD),
-      color,
-      top: boundedStep(tree, top),
-      isFit: fit === "1",
-    };
-    if (drawnFor === JSON.stringify(options)) return;
-    drawnFor = JSON.stringify(options);
-    const hadFocus = document.activeElement === drawing?.svg;
+  get chosen() {
+    return boundedStep(this.tree, this.context.query().node);
+  }
+
+  set(more) {
+    this.context.set({ ...this.context.query(), ...more });
+  }
+
+  choose(index) {
+    this.set({ node: index === ROOT ? undefined : index });
+  }
+
+  /** What the query says, on the screen. */
+  async apply() {
+    this.tools.fill();
+    this.draw();
+    this.drawing.select(this.chosen);
+    await Promise.all([this.fill(), this.search()]);
+  }
+
+  refresh() {}
+
+  close() {
+    this.resized.disconnect();
+  }
+
+  /** Draw again when the place has another width. */
+  watch() {
+    this.resized.observe(this.place);
+    this.drawing.svg.focus({ preventScroll: true });
+  }
+
+  draw() {
+    const { color = "value", top, fit } = this.context.query();
+    const width = Math.max(LEAST_WIDTH, this.place.clientWidth);
+    const wanted = JSON.stringify([width, window.innerHeight, color, top, fit]);
+    if (this.drawnFor === wanted) return;
+    this.drawnFor = wanted;
+    const above = Math.round(this.place.getBoundingClientRect().top + window.scrollY);
+    const hadFocus = document.activeElement === this.drawing?.svg;
     performance.mark("draw-start");
-    drawing = drawTree(tree, options);
-    place.replaceChildren(drawing.svg);
+    this.drawing = drawTree(this.tree, {
+      width,
+      height: Math.max(LEAST_HEIGHT, window.innerHeight - above - 8),
+      color,
+      top: boundedStep(this.tree, top),
+      isFit: fit === "1",
+    });
+    this.place.replaceChildren(this.drawing.svg);
     performance.measure("draw", "draw-start");
-    if (hadFocus) drawing.svg.focus({ preventScroll: true });
+    this.drawing.select(this.chosen);
+    this.drawing.mark(this.found);
+    if (hadFocus) this.drawing.svg.focus({ preventScroll: true });
   }
 
-  async function search() {
-    const { find } = context.query();
-    if (!find) {
-      drawing.mark([]);
-      found.textContent = "";
-      return;
-    }
-    const steps = await source.holding(ref, find);
-    drawing.mark(steps);
-    found.textContent = `${steps.length} of ${tree.parent.length} steps`;
-  }
-
-  async function fill() {
-    const index = chosen();
-    drawing.select(index);
-    const path = index === ROOT ? [] : pathTo(tree, index);
-    const texts = path.length ? await source.texts(ref, path) : [];
-    if (index !== chosen()) return; // another one was chosen meanwhile
-    fillPanel(panel, tree, index, texts, context.query().tokens ?? "logprob", {
-      choose,
-      color: (tokens) => set({ tokens }),
+  async fill() {
+    const index = this.chosen;
+    const path = index === ROOT ? [] : pathTo(this.tree, index);
+    const texts = path.length ? await this.context.source.texts(this.tree.ref, path) : [];
+    if (index !== this.chosen) return; // another one was chosen meanwhile
+    fillPanel(this.panel, this.tree, index, texts, this.context.query().tokens ?? "logprob", {
+      choose: (own) => this.choose(own),
+      color: (tokens) => this.set({ tokens }),
     });
   }
 
-  async function apply() {
-    draw();
-    fillTools();
-    await Promise.all([fill(), search()]);
+  async search() {
+    const { find } = this.context.query();
+    if (find === this.foundFor) return;
+    this.foundFor = find;
+    const steps = find ? await this.context.source.holding(this.tree.ref, find) : null;
+    if (find !== this.foundFor) return;
+    this.found = steps;
+    this.tools.tellFound(steps);
+    this.drawing.mark(steps);
   }
 
-  function fillTools() {
-    const { color, top, fit, find } = context.query();
-    const colors = tree.has_texts ? STEP_COLORS : STEP_COLORS.slice(0, tree.ticket === null ? 1 : 4);
-    const parts = [
-      choice("colour", "color", colors, color ?? "value", (value) => set({ color: value })),
-      toggle("whole tree on one screen", fit === "1", () => set({ fit: fit === "1" ? undefined : "1" }), "f"),
-      top !== undefined
-        ? toggle("whole tree", false, () => set({ top: undefined }), "z")
-        : toggle("only below this step", false, () => set({ top: chosen() === ROOT ? undefined : chosen() }), "z"),
-    ];
-    if (tools.contains(document.activeElement) && tools.childElementCount) {
-      tools.querySelector("[name=find]").value = find ?? "";
-      return; // whoever types or chooses keeps the focus
-    }
-    const input = element("input", {
-      type: "search", name: "find", placeholder: "find in steps  /", value: find ?? "", "aria-label": "find in the steps' texts",
-      onchange: (event) => set({ find: event.target.value || undefined }),
+  listen() {
+    const { place, tip } = this;
+    place.addEventListener("click", (event) => {
+      const item = event.target.closest("[data-step]");
+      if (item) this.choose(Number(item.dataset.step));
+      this.drawing.svg.focus({ preventScroll: true });
     });
-    tools.replaceChildren(...parts, input, found, legend());
+    place.addEventListener("pointermove", (event) => {
+      const item = event.target.closest?.("[data-step]");
+      tip.hidden = !item || event.pointerType === "touch";
+      if (tip.hidden) return;
+      tip.textContent = item.getAttribute("aria-label");
+      tip.style.left = `${Math.min(event.clientX + 14, window.innerWidth - 320)}px`;
+      tip.style.top = `${event.clientY + 16}px`;
+    });
+    place.addEventListener("pointerleave", () => (tip.hidden = true));
   }
 
-  place.addEventListener("click", (event) => {
-    const item = event.target.closest("[data-step]");
-    if (item) choose(Number(item.dataset.step));
-    drawing.svg.focus({ preventScroll: true });
-  });
-  const tip = element("div", { class: "tip", role: "tooltip", hidden: true });
-  place.addEventListener("pointermove", (event) => {
-    const item = event.target.closest?.("[data-step]");
-    tip.hidden = !item || event.pointerType === "touch";
-    if (tip.hidden) return;
-    tip.textContent = item.getAttribute("aria-label");
-    tip.style.left = `${Math.min(event.clientX + 14, window.innerWidth - 320)}px`;
-    tip.style.top = `${event.clientY + 16}px`;
-  });
-  place.addEventListener("pointerleave", () => (tip.hidden = true));
-
-  root.replaceChildren(
-    head(tree, context),
-    element("div", { class: "tree-page" }, element("div", { class: "left" }, tools, place), panel),
-    tip,
-  );
-  const resized = new ResizeObserver(() => {
-    draw();
-    drawing.select(chosen());
-  });
-  await apply();
-  resized.observe(place);
-  drawing.svg.focus({ preventScroll: true });
-
-  return {
-    apply,
-    refresh: () => {},
-    close: () => resized.disconnect(),
-    key(event) {
-      const next = neighbour(tree, drawing.children, chosen(), event.key);
-      if (event.key.startsWith("Arrow")) {
-        if (next !== null) {
-          choose(next);
-          drawing.items.get(next)?.scrollIntoView({ block: "nearest", inline: "nearest" });
-        }
-        return true;
+  key(event) {
+    if (event.key.startsWith("Arrow")) {
+      const next = neighbour(this.tree, this.drawing.children, this.chosen, event.key);
+      if (next !== null) {
+        this.choose(next);
+        this.drawing.items.get(next)?.scrollIntoView({ block: "nearest", inline: "nearest" });
       }
-      const { fit, top } = context.query();
-      switch (event.key) {
-        case "Home":
-          choose(ROOT);
-          return true;
-        case "f":
-          set({ fit: fit === "1" ? undefined : "1" });
-          return true;
-        case "z":
-          set({ top: top === undefined && chosen() !== ROOT ? chosen() : undefined });
-          return true;
-        case "/":
-          tools.querySelector("[name=find]").focus();
-          return true;
-        case "Enter":
-          if (window.innerWidth < WIDE) panel.scrollIntoView();
-          panel.querySelector("button, select")?.focus();
-          return true;
-        case "[":
-        case "]":
-          turn(tree, context, event.key === "[" ? -1 : 1);
-          return true;
-        default:
-          return false;
-      }
-    },
-  };
+      return true;
+    }
+    const uses = {
+      Home: () => this.choose(ROOT),
+      Enter: () => this.toPanel(),
+      f: () => this.tools.whole.click(),
+      z: () => this.tools.below.click(),
+      "/": () => this.tools.input.focus(),
+      "[": () => turn(this.tree, this.context, -1),
+      "]": () => turn(this.tree, this.context, 1),
+    };
+    if (!Object.hasOwn(uses, event.key)) return false;
+    uses[event.key]();
+    return true;
+  }
+
+  toPanel() {
+    if (window.innerWidth < WIDE) this.panel.scrollIntoView();
+    this.panel.querySelector("button, select")?.focus();
+  }
+}
+
+/** What stands above the drawing. */
+class Tools {
+  constructor(page) {
+    const { context, tree } = page;
+    this.page = page;
+    this.colors = choice("colour", "color", stepColors(tree), "value", (color) => page.set({ color }));
+    this.whole = toggle("whole tree on one screen", "f", () => {
+      page.set({ fit: context.query().fit === "1" ? undefined : "1" });
+    });
+    this.below = toggle("only below this step", "z", () => {
+      const isAll = context.query().top === undefined && page.chosen !== ROOT;
+      page.set({ top: isAll ? page.chosen : undefined });
+    });
+    this.input = element("input", {
+      type: "search",
+      name: "find",
+      placeholder: "find in steps  /",
+      "aria-label": "find in the steps' texts",
+      onchange: (event) => page.set({ find: event.target.value || undefined }),
+    });
+    this.count = element("output", { class: "fact found-count" });
+    this.meaning = element("div", { class: "meaning" });
+    const { colors, whole, below, input, count, meaning } = this;
+    this.root = element("div", { class: "tools" }, colors, whole, below, input, count, meaning);
+  }
+
+  fill() {
+    const { color, top, fit, find } = this.page.context.query();
+    this.colors.querySelector("select").value = color ?? "value";
+    this.whole.setAttribute("aria-pressed", String(fit === "1"));
+    this.below.setAttribute("aria-pressed", String(top !== undefined));
+    if (document.activeElement !== this.input) this.input.value = find ?? "";
+    this.meaning.replaceChildren(legend(color, this.page.tree));
+  }
+
+  tellFound(steps) {
+    this.count.textContent = steps ? `${steps.length} of ${this.page.tree.parent.length} steps` : "";
+  }
 }
 
 /** A step of the tree as a query names it; ROOT for anything else. */
@@ -183,15 +221,15 @@ function head(tree, context) {
   const links = element(
     "span",
     { class: "links" },
-    isTrained ? toggle("‹ tree before", false, () => turn(tree, context, -1), "[") : null,
-    isTrained ? toggle("next tree ›", false, () => turn(tree, context, 1), "]") : null,
+    isTrained ? keyed("‹ tree before", "[", () => turn(tree, context, -1)) : null,
+    isTrained ? keyed("next tree ›", "]", () => turn(tree, context, 1)) : null,
     element("a", { href: `#compare?${new URLSearchParams({ problem: tree.prompt_id, kind: isTrained ? "tree" : "evaluation" })}` }, "same problem, other steps"),
   );
   return element(
     "header",
     { class: "tree-head" },
     element("h1", {}, name),
-    element("span", { class: "fact" }, `value ${withError(tree.root_value, tree.root_se)}`),
+    element("span", { class: "fact" }, tree.root_value === null ? "no value: a leaf has no verdict" : `value ${withError(tree.root_value, tree.root_se)}`),
     element("span", { class: "fact" }, "reference ", element("b", { dir: "auto" }, oneLine(tree.answers.join(" · "), 60))),
     links,
     question,
@@ -208,28 +246,45 @@ async function turn(tree, context, by) {
   }
 }
 
-function toggle(text, isOn, clicked, key) {
-  return element(
-    "button",
-    { type: "button", "aria-pressed": String(isOn), onclick: clicked, title: `key ${key}` },
-    text,
-  );
+/** A button that a key presses too. */
+function keyed(text, key, clicked) {
+  return element("button", { type: "button", onclick: clicked, title: `key ${key}` }, text);
 }
 
-/** What colours and marks mean, in one line. */
-export function legend() {
-  const bar = [0, 0.25, 0.5, 0.75, 1].map((value) => {
+function toggle(text, key, clicked) {
+  const button = keyed(text, key, clicked);
+  button.setAttribute("aria-pressed", "false");
+  return button;
+}
+
+/** What steps can be coloured by; the answers of an evaluation have values alone. */
+function stepColors(tree) {
+  return tree.ticket === null ? STEP_COLORS.slice(0, 1) : STEP_COLORS;
+}
+
+/** What colours and marks mean, in one line; the colours are those of `value` if none is named. */
+export function legend(color = "value", tree = null) {
+  const bar = [0, 0.25, 0.5, 0.75, 1].map((share) => {
     const part = element("i", { class: "swatch" });
-    part.style.background = diverging(value);
+    part.style.background = {
+      logprob: strength(share),
+      version: strength(0.15 + 0.85 * share, "--new"),
+    }[color] ?? diverging(share);
     return part;
   });
+  const most = tree && largestAdvantage(tree).toFixed(2);
+  const [low, high] = {
+    advantage: [`advantage \u2212${most}`, `+${most}`],
+    logprob: ["likely", "unlikely (1 nat a token)"],
+    version: ["oldest", "newest weights"],
+  }[color] ?? ["value 0", "1"];
   const verdicts = Object.entries(VERDICTS).slice(0, 4).map(([name, [glyph, text]]) =>
     element("span", {}, element("b", { class: `glyph ${name}` }, glyph), ` ${text}`),
   );
   return element(
     "div",
     { class: "legend" },
-    element("span", {}, "value 0 ", bar, " 1"),
+    element("span", {}, `${low} `, bar, ` ${high}`),
     element("span", {}, element("i", { class: "swatch up" }), " advantage up ", element("i", { class: "swatch down" }), " down"),
     element("span", {}, element("i", { class: "swatch line" }), " standard error"),
     element("span", {}, element("i", { class: "swatch hatched" }), " pruned"),

@@ -1,0 +1,444 @@
+"""The viewer's page in a browser: what is on the screen, safely, by keyboard and at any width."""
+
+import json
+import re
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from tests.support.paper_run import NUM_STEPS, QUESTION, SCRIPT, write_paper_run
+from tests.support.small_run import answers_to, save_trees, worked_record, write_small_run
+from tests.support.viewer import CHROMIUM, chromium, served
+from treerpo_ray.config import Config
+from treerpo_ray.config.sections import RunConfig
+from treerpo_ray.run_folder.files import RunFolder
+from treerpo_ray.viewer.page import write_page
+from treerpo_ray.viewer.reader import RunReader
+
+WIDE, PHONE = {"width": 1300, "height": 850}, {"width": 390, "height": 800}
+MOST_NODES_A_STEP = 9
+PROBLEMS = (("test-0", "1+1=?", "2"), ("test-1", "2+2=?", "4"))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    pytest.importorskip("playwright", reason="playwright is not installed: pip install -e '.[dev]'")
+    if not CHROMIUM.exists():
+        pytest.skip(f"{CHROMIUM} is not there: apt-get install chromium (Debian's package)")
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = write_small_run(tmp_path_factory.mktemp("runs"))
+    save_trees(folder, 20, [worked_record(5), worked_record(6)])
+    run = RunFolder(folder)
+    run.publish_table(*answers_to(PROBLEMS, 0, [["#### 3", "#### 2"], ["#### 4"]]))
+    run.publish_table(*answers_to(PROBLEMS, 12, [["#### 2", "#### 2"], ["#### 5"]]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def addresses(small, tmp_path_factory):
+    """Addresses of the page by run, each served once."""
+    root = tmp_path_factory.mktemp("served")
+    many = write_small_run(root, "many")
+    save_trees(many, 30, [replace(worked_record(5), ticket=ticket) for ticket in range(250)])
+    with ExitStack() as stack:
+        places = {
+            "small": small,
+            "many": many,
+            "paper": write_paper_run(root),
+        }
+        yield {name: stack.enter_context(served(place)) for name, place in places.items()}
+
+
+class Screen:
+    """A tab of the browser, which fails at its end if the page complained of anything."""
+
+    def __init__(self, browser, size, scheme="light"):
+        self.context = browser.new_context(
+            viewport=size, color_scheme=scheme, reduced_motion="reduce"
+        )
+        self.page = self.context.new_page()
+        self.complaints = []
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("requestfailed", self.note_failure)
+
+    def open(self, address):
+        self.page.goto("about:blank")  # so that another fragment is another page, too
+        self.page.goto(address)
+        self.page.wait_for_selector("#main[data-shown]")
+
+    def go(self, fragment):
+        """To another fragment of the page that is open."""
+        self.page.evaluate(
+            "go => { delete document.querySelector('main').dataset.shown; location.hash = go; }",
+            fragment,
+        )
+        self.page.wait_for_selector("#main[data-shown]")
+
+    def note_failure(self, request):
+        if request.failure != "net::ERR_ABORTED":  # of a page that was left
+            self.complaints.append(f"{request.url}: {request.failure}")
+
+    def wait(self, expression):
+        deadline = time.monotonic() + 60
+        while not self.page.evaluate(expression):  # not in the page, whose policy allows no eval
+            assert time.monotonic() < deadline, f"{expression}: {self.page.content()[-3000:]}"
+            time.sleep(0.02)
+
+    def texts(self, selector):
+        return self.page.locator(selector).all_inner_texts()
+
+    def chosen(self):
+        return self.page.locator(".tree .selected").get_attribute("aria-label")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        try:
+            if error is None:
+                assert self.complaints == []
+                assert self.page.evaluate(
+                    "document.documentElement.scrollWidth <= window.innerWidth"
+                ), "the page is wider than the screen"
+        finally:
+            self.context.close()
+
+
+def test_an_empty_run_says_what_will_come_and_then_shows_it(browser, tmp_path):
+    config = Config(run=RunConfig(name="live", root=str(tmp_path)))
+    folder = tmp_path / "live"
+    folder.mkdir()
+    OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+    with served(str(folder)) as address, Screen(browser, WIDE) as screen:
+        screen.open(address)
+        assert screen.texts(".note") == [
+            "No learner step is done yet: curves and trees appear here by themselves."
+        ]
+        screen.page.click("nav >> text=Before and after")
+        screen.wait("document.querySelector('.note')?.textContent.startsWith('No problem')")
+        screen.page.click("nav >> text=Trees")
+        screen.wait("document.querySelector('.note')?.textContent.startsWith('No trees')")
+        save_trees(folder, 1, [worked_record(3)])
+        (folder / "metrics.jsonl").write_text('{"step": 1, "time": 1.0, "reward/mean": 0.25}\n')
+        screen.wait("document.querySelectorAll('a.tree-row').length === 1")  # by itself
+        assert "step 1 of 100" in screen.texts("#run-state")[0]
+        screen.page.keyboard.press("1")
+        screen.wait("document.querySelectorAll('.curve canvas').length === 1")
+        save_trees(folder, 2, [worked_record(4), worked_record(5)])
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 2, "time": 2.0, "reward/mean": 0.5, "loss/total": 0.1}\n')
+        screen.wait("document.querySelectorAll('.curve canvas').length === 2")
+        screen.wait("document.querySelectorAll('a.tree-row').length === 2")
+
+
+def test_curves_have_the_evaluations_intervals(browser, addresses):
+    with Screen(browser, WIDE) as screen:
+        screen.open(addresses["small"])
+        captions = screen.texts(".curve figcaption")
+        assert "Pass@1 on held-out problems" in captions[1]
+        assert re.search(r"\d+\.\d % \[\d+\.\d %, \d+\.\d %\]$", captions[1].replace("\n", " "))
+        assert len(screen.texts("a.tree-row")) == 2
+        screen.page.locator(".curve .u-over").first.click(position={"x": 200, "y": 40})
+        screen.wait("location.hash.startsWith('#trees?step=')")
+
+
+def test_the_list_is_filtered_by_all_that_is_asked(browser, addresses):
+    def count(screen):
+        return int(screen.texts(".note")[0].split()[0])
+
+    with Screen(browser, WIDE) as screen:
+        screen.open(addresses["small"] + "#trees?step=all")
+        everything = count(screen)
+        assert everything == 10
+        found = {}
+        for query in (
+            *("q=train-6", "q=no-such", "min=0.3", "max=0.2", "se=0.24", "depth=3", "depth=2"),
+            *("groups=kept", "groups=none", "verdict=correct", "verdict=cut_off", "step=20"),
+        ):
+            base = "#trees?" + ("" if query.startswith("step") else "step=all&")
+            screen.go(base + query)
+            found[query] = count(screen)
+        assert found["q=train-6"] == found["step=20"] == 2 and found["depth=2"] == everything
+        assert found["q=no-such"] == found["depth=3"] == found["verdict=cut_off"] == 0
+        assert found["min=0.3"] + found["max=0.2"] <= everything - 2 and found["se=0.24"] >= 2
+        assert found["groups=kept"] + found["groups=none"] == everything
+        screen.page.fill("[name=q]", "train-6")
+        screen.wait("document.querySelectorAll('a.tree-row').length === 1")
+        screen.wait("location.hash.includes('q=train-6')")
+        screen.page.keyboard.press("Escape")
+        screen.page.keyboard.press("ArrowDown")
+        screen.page.keyboard.press("Enter")
+        screen.wait("location.hash === '#tree?ref=20:6'")
+        screen.page.go_back()
+        screen.wait("document.querySelectorAll('a.tree-row').length === 1")
+
+
+def test_of_a_long_list_as_much_is_drawn_as_is_asked_for(browser, addresses):
+    with Screen(browser, WIDE) as screen:
+        screen.open(addresses["many"] + "#trees")
+        assert screen.texts(".note") == ["250 of 250 trees of learner step 30"]
+        for shown in (100, 200, 250):
+            assert screen.page.locator("a.tree-row").count() == shown
+            if shown < 250:
+                screen.page.click("text=show more")
+        assert not screen.page.locator("text=show more").is_visible()
+
+
+def test_a_tree_tells_all_at_a_glance_and_a_click_shows_the_step(browser, addresses):
+    with Screen(browser, WIDE) as screen:
+        screen.open(addresses["small"] + "#tree?ref=20:5")
+        labels = screen.page.locator("[data-step]").evaluate_all(
+            "items => Object.fromEntries(items.map(i => [i.dataset.step, i.ariaLabel]))"
+        )
+        assert labels["-1"] == "prompt, value 0.25 ± 0.25"
+        assert labels["0"].startswith(
+            "step 0, depth 1, value 0.50 ± 0.50, advantage 1.33 ± 1.63, 4"
+        )
+        assert labels["1"].endswith("version 0, right, 2⏎#### 2") and "pruned group" in labels["4"]
+        box = {
+            step: screen.page.locator(f"[data-step='{step}'] .step").bounding_box()
+            for step in range(6)
+        }
+        tokens = lengths_of(addresses["small"], screen)
+        for step in range(1, 6):  # width by tokens, siblings below each other, children behind
+            assert box[step]["width"] / box[0]["width"] == pytest.approx(
+                tokens[step] / tokens[0], 0.02
+            )
+        assert box[1]["x"] > box[0]["x"] + box[0]["width"] and box[2]["y"] > box[1]["y"]
+        assert box[0]["height"] > 1.8 * box[1]["height"]
+        drawn = screen.page.locator("[data-step='0']").evaluate(
+            "item => [...item.querySelectorAll('rect')].map(part => part.getAttribute('class'))"
+        )
+        assert drawn == ["step", "up", "error"]
+        fills = screen.page.locator(".tree .step").evaluate_all(
+            "items => new Set(items.map(item => getComputedStyle(item).fill)).size"
+        )
+        assert fills == 4  # of the values 1/4, 1/2, 1 and 0
+        assert len(screen.texts(".bracket.kept")) == 2 and len(screen.texts(".hatched")) == 2 + 1
+        screen.page.locator("[data-step='2']").click()
+        screen.wait("location.hash.includes('node=2')")
+        assert screen.texts(".panel h2") == ["leaf 2, depth 2"]
+        assert [text.splitlines()[0] for text in screen.texts(".block h3")] == [
+            *("prompt", "step 0, depth 1", "leaf 2, depth 2: wrong"),
+        ]
+        assert screen.texts(".side h4") == ["pushed up (1)", "pushed down (1)"]
+        assert screen.page.locator(".token").first.get_attribute("title") == (
+            "token · 1 · log-probability -0.100 nats (90.5 %) · version 0"
+        )
+        screen.page.select_option("[name=token-color]", "ratio")
+        screen.wait("document.querySelector('.panel .note').textContent.includes('is not stored')")
+        screen.page.click("button.card >> nth=0")
+        screen.wait("document.querySelector('.panel h2').textContent === 'leaf 1, depth 2'")
+
+
+def lengths_of(address, screen):
+    answer = screen.page.evaluate("fetch('api/tree?ref=20:5').then(answer => answer.json())")
+    return answer["length"]
+
+
+def test_a_tree_is_walked_searched_and_turned_by_keyboard(browser, addresses):
+    with Screen(browser, WIDE) as screen:
+        screen.open(addresses["small"] + "#tree?ref=20:5")
+        for key, step in (
+            *(("ArrowRight", 0), ("ArrowRight", 1), ("ArrowDown", 2), ("ArrowDown", 4)),
+            *(("ArrowUp", 2), ("ArrowLeft", 0), ("ArrowDown", 3), ("Home", -1)),
+        ):
+            screen.page.keyboard.press(key)
+            screen.wait(f"document.querySelector('.tree .selected').dataset.step === '{step}'")
+            active = screen.page.locator(".tree").get_attribute("aria-activedescendant")
+            assert screen.page.locator(f"#{active}").get_attribute("data-step") == str(step)
+        screen.page.keyboard.press("ArrowRight")
+        screen.page.keyboard.press("z")
+        screen.wait("document.querySelectorAll('[data-step]').length === 3")
+        screen.page.keyboard.press("z")
+        screen.wait("document.querySelectorAll('[data-step]').length === 7")
+        screen.page.keyboard.press("/")
+        screen.page.keyboard.type("#### 0")
+        screen.page.keyboard.press("Enter")
+        screen.wait("document.querySelectorAll('.tree .found').length === 2")
+        screen.page.keyboard.press("Escape")
+        screen.page.keyboard.press("]")
+        screen.wait("location.hash.startsWith('#tree?ref=20%3A6')")
+        screen.wait("document.querySelector('h1')?.textContent === 'step 20, ticket 6'")
+        screen.page.keyboard.press("?")
+        assert screen.page.locator("#help").is_visible()
+        screen.page.keyboard.press("Escape")
+        screen.page.keyboard.press("2")
+        screen.wait("location.hash === '#trees'")
+
+
+def test_an_address_opens_exactly_what_was_on_the_screen(browser, addresses):
+    with Screen(browser, WIDE) as screen:
+        screen.open(addresses["small"] + "#tree?ref=20:5")
+        screen.page.locator("[data-step='4']").click()
+        screen.page.select_option("[name=color]", "advantage")
+        screen.page.select_option("[name=token-color]", "version")
+        screen.page.fill("[name=find]", "1")
+        screen.page.keyboard.press("Enter")
+        screen.page.click("text=whole tree on one screen")
+        screen.wait("location.hash.includes('fit=1') && location.hash.includes('find=1')")
+        screen.wait("document.querySelectorAll('.tree .found').length > 0")
+        address = screen.page.evaluate("location.href")
+        shown = """[
+            document.querySelector('.drawing').innerHTML,
+            document.querySelector('.panel').innerHTML,
+            document.querySelector('main').innerText,
+            ...[...document.querySelectorAll('select, input')].map(field => field.value),
+            ...[...document.querySelectorAll('[aria-pressed]')].map(button => button.ariaPressed),
+        ].map(part => part.replace(/tree\\d+-/g, ''))"""
+        before = screen.page.evaluate(shown)
+        screen.open(address)
+        screen.wait("document.querySelectorAll('.tree .found').length > 0")
+        after = screen.page.evaluate(shown)
+        assert after == before and len(before) > 8 and "true" in before
+        assert "advantage 1.33" not in screen.chosen() and screen.chosen().startswith("leaf 4")
+
+
+def test_before_and_after_of_one_problem_stand_side_by_side(browser, addresses):
+    with Screen(browser, WIDE) as screen:
+        screen.open(addresses["small"] + "#compare")
+        assert [row.split("\n")[0] for row in screen.texts("a.tree-row")] == ["+0.50", "\u22121.00"]
+        screen.page.locator("a.tree-row").first.click()
+        screen.wait("document.querySelectorAll('.compare svg.tree').length === 2")
+        assert screen.texts(".tree-head .fact")[0] == "value 0.50 → 1.00"
+        left, right = (screen.page.locator(".compare-side").nth(n).bounding_box() for n in (0, 1))
+        assert left["y"] == right["y"] and right["x"] >= left["x"] + left["width"]
+        screen.page.locator(".compare-side").first.locator("[data-step='0']").click()
+        screen.wait("location.hash.includes('an=0')")
+        assert "#### 3" in screen.texts(".compare-side >> nth=0")[0]
+        screen.open(addresses["small"] + "#compare?problem=test-1")
+        screen.wait("document.querySelectorAll('.compare svg.tree').length === 2")
+        screen.go("#compare?problem=train-5")
+        assert "was met at one learner step only" in screen.texts(".warning")[0]
+
+
+def test_a_paper_sized_tree_is_drawn_whole_and_its_texts_are_only_text(browser, addresses):
+    with Screen(browser, WIDE) as screen:
+        asked = []
+        screen.page.on("request", lambda request: asked.append(request.url.split("/api/")[-1]))
+        screen.open(addresses["paper"] + "#tree?ref=12:0&node=100")
+        texts = [request for request in asked if request.startswith("texts")]
+        assert len(texts) == 1 and "nodes=0%2C11%2C100" in texts[0]  # of the path alone
+        assert not [request for request in asked if request.startswith(("trees", "problems"))]
+        assert screen.page.locator("[data-step]").count() == NUM_STEPS + 1
+        assert screen.page.locator("svg.tree *").count() < MOST_NODES_A_STEP * NUM_STEPS
+        assert screen.page.evaluate("performance.getEntriesByName('draw').length") == 1
+        for node in range(0, NUM_STEPS, 97):
+            screen.go(f"#tree?ref=12:0&node={node}")
+        assert screen.page.title() == "paper · treerpo_ray"  # no script of a text has run
+        assert (
+            screen.page.locator("main script, main img, main b:not(.glyph):not([dir])").count() == 0
+        )
+        text = screen.page.locator("main").inner_text() + "".join(
+            screen.page.locator("[data-step]").evaluate_all(
+                "i => i.map(s => s.getAttribute('aria-label'))"
+            )
+        )
+        for unseen in "\x00\x1b\u202e\u202c\u2066\u2069\u200b\ufeff":
+            assert unseen not in text
+        assert "⟨U+202E⟩" in text and "⟨U+0000⟩" in text and "<b>g</b>" in text
+        assert QUESTION.split("\n")[0] in screen.page.locator(".question .text").text_content()
+        screen.page.keyboard.press("f")
+        screen.wait("location.hash.includes('fit=1')")
+        assert screen.page.locator("svg.tree").bounding_box()["height"] < WIDE["height"]
+
+
+def test_a_phone_and_the_dark_show_the_same_page(browser, addresses):
+    pages = ("#overview", "#trees?step=all", "#tree?ref=20:5&node=2", "#compare?problem=test-0")
+    grounds = []
+    for scheme in ("light", "dark"):
+        with Screen(browser, PHONE, scheme) as screen:
+            screen.open(addresses["small"])
+            for page in pages:
+                screen.go(page)
+                assert screen.page.evaluate(NARROW) == []
+            screen.open(addresses["paper"] + "#tree?ref=12:0&node=100")
+            assert screen.page.evaluate(NARROW) == []
+            grounds.append(screen.page.evaluate(CONTRAST))
+    assert min(contrast for part in grounds for contrast in part) >= 4.5
+
+
+NARROW = """() => [...document.querySelectorAll('main *')].filter(item => {
+  const box = item.getBoundingClientRect();
+  return box.right > innerWidth + 1 && box.width > 0 && !item.closest('svg, .unseen-heading, .tip');
+}).map(item => item.className || item.tagName)"""
+"""What goes beyond the right edge."""
+CONTRAST = """() => {
+  const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+  const light = color => {
+    canvas.fillStyle = color;
+    canvas.fillRect(0, 0, 1, 1);
+    const parts = [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map(part => {
+      const share = part / 255;
+      return share <= 0.04045 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2];
+  };
+  const contrast = (one, other) => {
+    const [low, high] = [light(one), light(other)].sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+  };
+  const style = getComputedStyle(document.documentElement);
+  const color = name => style.getPropertyValue(name).trim();
+  const grounds = {
+    '--ink': ['--ground', '--surface', '--low', '--middle', '--high', '--none'],
+    '--faint': ['--ground', '--surface'],
+    '--link': ['--ground'],
+  };
+  return Object.entries(grounds).flatMap(([text, below]) =>
+    below.map(ground => contrast(color(text), color(ground))));
+}"""
+"""Contrast of text to each ground that it stands on (WCAG: 4.5 at least)."""
+
+
+def test_a_saved_page_opens_from_disk_without_a_network(browser, small, tmp_path):
+    file = tmp_path / "page.html"
+    refs = ["20:5", "e0:test-0", "e12:test-0"]
+    assert write_page(RunReader(small), refs, file) == refs
+    html = file.read_text()
+    assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", html)
+    with Screen(browser, WIDE) as screen:
+        screen.context.set_offline(True)
+        asked = []
+        screen.page.on("request", lambda request: asked.append(request.url.split("#")[0]))
+        screen.open(f"{file.as_uri()}#tree?ref=20:5&node=2")
+        assert screen.texts(".panel h2") == ["leaf 2, depth 2"] and screen.texts(".token")[0] == "1"
+        screen.page.fill("[name=find]", "#### 0")
+        screen.page.keyboard.press("Enter")
+        screen.wait("document.querySelectorAll('.tree .found').length === 2")
+        for page, selector, count in (
+            *(("#overview", "a.tree-row", 1), ("#trees", "a.tree-row", 1)),
+            *(("#compare", "a.tree-row", 1), ("#compare?problem=test-0", "svg.tree", 2)),
+        ):
+            screen.go(page)
+            screen.wait(f"document.querySelectorAll('{selector}').length === {count}")
+        assert {url for url in asked if not url.startswith("data:")} == {file.as_uri()}
+    with Screen(browser, WIDE) as screen:  # what is changed in the file does not run
+        Path(file).write_text(html.replace("<main", f"{SCRIPT}<main"))
+        screen.open(file.as_uri())
+        assert screen.page.title() == "small · treerpo_ray"
+        assert sum("Content Security Policy" in text for text in screen.complaints) >= 2
+        screen.complaints.clear()
+
+
+def test_what_is_not_there_is_said_on_the_page(browser, addresses):
+    with Screen(browser, WIDE) as screen:
+        screen.open(addresses["small"])
+        screen.page.evaluate("location.hash = '#tree?ref=20:99'")
+        screen.page.wait_for_selector(".warning")
+        assert "has no tree of ticket 99 at step 20" in screen.texts(".warning")[0]
+        assert all("404" in complaint for complaint in screen.complaints)
+        screen.complaints.clear()
+        screen.page.keyboard.press("2")
+        screen.wait("document.querySelectorAll('a.tree-row').length > 0")
+        assert json.dumps(screen.complaints) == "[]"
