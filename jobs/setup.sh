@@ -42,14 +42,15 @@ ppa:deadsnakes/ppa && sudo apt install python3.11-venv) and call this again, or 
 
 # pip install with these arguments; every few seconds a line says what it is at.
 install() {
-    local log=$venv/setup.log ticker status=0
+    local log=$venv/setup.log ticker status=0 start=$SECONDS
     (
         while sleep "${TREERPO_TICK_S:-5}" && kill -0 $$ 2>/dev/null; do
-            printf '%5d s: %.68s\n' "$SECONDS" "$(tail -n 1 "$log" | sed 's/^ *//')" >&2
+            printf '%5d s: %.68s\n' $((SECONDS - start)) "$(tail -n 1 "$log" | sed 's/^ *//')" >&2
         done
     ) &
     ticker=$!
-    "$venv/bin/python" -m pip --disable-pip-version-check install --progress-bar off "$@" \
+    # Python compiles what is imported, a small part of what is installed, by itself.
+    "$venv/bin/python" -m pip --disable-pip-version-check install --progress-bar off --no-compile "$@" \
         >"$log" 2>&1 || status=$?
     kill "$ticker" 2>/dev/null
     wait "$ticker" 2>/dev/null || true
@@ -57,6 +58,7 @@ install() {
         tail -n 5 "$log" >&2
         give_up "pip could not install $extras into $venv; all that it said is in $log"
     fi
+    echo "installed in $((SECONDS - start)) s" >&2
 }
 
 venv=${TREERPO_VENV:-}
@@ -101,6 +103,5 @@ elif [ -n "$missing" ] || grep -q '^absent' <<<"$state"; then
     # vLLM's CPU build brings them for CUDA, where they do not fit; text models need none of them.
     [[ $extras != *cpu* ]] || "$venv/bin/python" -m pip --quiet --disable-pip-version-check \
         uninstall --yes torchvision torchaudio torchcodec >&2
-    echo "installed in $SECONDS s" >&2
 fi
 export PATH="$(cd "$venv" && pwd)/bin:$PATH"

@@ -34,6 +34,8 @@ COVERED = {
     r"ray job submit|RAYJOB": "tests/jobs/test_jobs.py",
     r"jobs/chaos\.py": "tests/jobs/test_chaos.py",
     r"jobs/autoscale_demo\.py": "tests/jobs/test_autoscale_demo.py",
+    r"jobs/notebook\.sh": "tests/jobs/test_notebook_script.py",
+    r"jobs/requirements\.py": "tests/jobs/test_setup.py",
     r"^kubectl |^helm |^docker |^ray (exec|get-auth-token)": "tests/jobs/test_cluster_files.py",
     r"drain\.py": "tests/jobs/test_drain.py",
     r"jobs/compare\.py jobs": "tests/jobs/test_jobs.py",  # days, and its results are there

@@ -232,7 +232,7 @@ def test_patterns_and_lists_are_read_in_order_and_rows_named_after_their_files(
 @pytest.mark.parametrize(
     ("path", "told"),
     [
-        ("none/*.jsonl", "no file in "),
+        ("none/*.jsonl", "/none/*.jsonl: no file matches this pattern"),
         ("memory://none/*.jsonl", "no file matches this pattern"),
         ("*.*", "notes.txt: the name must end in .jsonl, .json, .csv, .parquet"),
         ('["a.csv", "gone.csv"]', "gone.csv: no such file"),

@@ -67,19 +67,20 @@ PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
 
 def as_found_here(path: str) -> str:
-    """A file or folder as every process finds it, whatever its working folder and its home: whole,
-    if it is there; what else it may be, such as a URI, a Hugging Face id or something embedded, as
-    it is.
+    """A file, folder or pattern of files as every process finds it, whatever its working folder and
+    its home: whole, if it is there; what else it may be, such as a URI, a Hugging Face id or
+    something embedded, as it is.
     """
     if not path or "://" in path:
         return path
     try:
         place = Path(path).expanduser()
-    except RuntimeError:  # there is no such home
+        embedded = PACKAGE_PARENT / path
+        is_embedded = embedded.exists() and place.absolute() == embedded
+        is_here = place.exists() or bool(set(path) & set("*?["))
+    except (OSError, RuntimeError, ValueError):  # no home, no name for a file
         return path
-    embedded = PACKAGE_PARENT / path
-    is_embedded = embedded.exists() and place.absolute() == embedded
-    return str(place.absolute()) if place.exists() and not is_embedded else path
+    return str(place.absolute()) if is_here and not is_embedded else path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +172,10 @@ class DataConfig:
     """Use only so many, the first ones; all if not given."""
 
     def __post_init__(self) -> None:
-        paths = [as_found_here(path) for path in self.paths]
+        try:
+            paths = [as_found_here(path) for path in self.paths]
+        except ValueError:  # no list after all, which is told when it is read
+            return
         object.__setattr__(self, "path", paths[0] if len(paths) == 1 else json.dumps(paths))
 
     @property

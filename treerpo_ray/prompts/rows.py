@@ -144,8 +144,7 @@ def _matches(pattern: str) -> list[str]:
         store, root = _store(pattern)
         found = [store.unstrip_protocol(path) for path in store.glob(root) if store.isfile(path)]
     if not found:
-        here = "" if "://" in pattern or pattern.startswith(("/", "~")) else f" in {Path.cwd()}"
-        raise ValueError(f"no file{here} matches this pattern")
+        raise ValueError("no file matches this pattern")
     return sorted(found)
 
 

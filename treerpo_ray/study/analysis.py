@@ -144,6 +144,10 @@ class Run:
         """What tells the advantages; what else an earlier version had is left out."""
         learner = self.config["learner"]
         names = ("advantage", "prune", "prune_threshold", "sources")
+        if missing := [name for name in names[:-1] if name not in learner]:
+            raise ValueError(
+                f"{self.folder}/{CONFIG_FILE} has no '{missing[0]}': it is of another version"
+            )
         return LearnerConfig(**{name: learner[name] for name in names if name in learner})  # type: ignore[arg-type]  # as written
 
     def step_texts(self, record: TreeRecord) -> list[str]:
