@@ -1,5 +1,6 @@
 """A run folder holds one run: other settings are refused, and each start leaves its own."""
 
+import shutil
 import uuid
 from pathlib import Path
 
@@ -7,7 +8,14 @@ import pytest
 
 from treerpo_ray.config import Config, load
 from treerpo_ray.config.files import to_yaml
-from treerpo_ray.driver.start import check_same_run, record_start
+from treerpo_ray.driver.start import (
+    check_same_contents,
+    check_same_run,
+    contents_of,
+    record_start,
+)
+from treerpo_ray.prompts.problems import Problem
+from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.run_folder.files import RunFolder
 
 QUICK = "conf/quickstart.yaml"
@@ -21,7 +29,7 @@ def root(request, tmp_path) -> str:
 def started(root: str, *overrides: str) -> Config:
     """A run that has been started and has written a row."""
     config = load([QUICK, f"run.root={root}", "run.name=one", *overrides])
-    record_start(config)
+    record_start(config, {})
     RunFolder(config.folder).publish_file("metrics.jsonl", b'{"step": 0}\n')
     return config
 
@@ -51,7 +59,7 @@ def test_a_start_with_other_settings_is_refused_with_both_values_and_a_free_name
     assert "run.name=one-2" in told
 
 
-def test_code_of_the_users_may_be_edited_which_is_noted_and_each_start_keeps_its_own(
+def test_a_start_with_code_of_the_users_that_was_edited_is_refused_and_each_keeps_its_own(
     root: str, tmp_path: Path
 ) -> None:
     check, form = tmp_path / "my reward.py", tmp_path / "form.py"
@@ -61,12 +69,13 @@ def test_code_of_the_users_may_be_edited_which_is_noted_and_each_start_keeps_its
     config = started(root, *named)
     assert check_same_run(again(root, *named)) == []
     check.write_text("TWO = 2\n")
-    assert check_same_run(again(root, *named)) == [f"{check} has been edited"]
     form.write_text("def form(values): return 2 * values\n")
     edited = again(root, *named)
-    told = check_same_run(edited)
-    assert sorted(told) == sorted(f"{each} has been edited" for each in (check, form))
-    record_start(edited)
+    with pytest.raises(
+        ValueError, match=r"other settings: .* has been edited, .* has been edited; g"
+    ):
+        check_same_run(edited)
+    record_start(edited, {})
     folder = RunFolder(config.folder)
     assert folder.read_text("starts/000001-my reward.py") == "ONE = '${run.seed}'\n"
     assert folder.read_text("starts/000002-form.py") == "def form(values): return 2 * values\n"
@@ -81,6 +90,35 @@ def test_code_of_the_users_may_be_edited_which_is_noted_and_each_start_keeps_its
         check_same_run(again(root))
 
 
+def test_a_start_on_data_or_weights_that_were_made_anew_under_the_same_name_is_refused(
+    root: str, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree("treerpo_ray/quickstart/model", model)
+    config = again(root, f"model.path={model}")
+
+    def contents(answers: tuple[str, ...] = ("4",), *, is_held_out: bool = True) -> dict[str, str]:
+        problem = Problem(id="1", question="2+2", answers=answers)
+        prompts = PromptSet(problems=(problem,), token_ids=([1, 2],), num_too_long=0)
+        return contents_of(config, prompts, prompts if is_held_out else None)
+
+    record_start(config, contents())
+    check_same_contents(config, contents(("5",)))  # it has come to nothing yet
+    RunFolder(config.folder).publish_file("metrics.jsonl", b'{"step": 0}\n')
+    check_same_contents(config, contents())
+    check_same_contents(config, contents(is_held_out=False))
+    told = (
+        r"on other input: prompts is 1 problems \w+ \(was 1 problems \w+\), evaluate\.data.*one-2"
+    )
+    with pytest.raises(ValueError, match=told):
+        check_same_contents(config, contents(("5",)))
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match=r"on other input: model\.path is weights \w+ \(was wei"):
+        check_same_contents(config, contents())
+
+
 def test_what_may_change_is_told_and_the_same_settings_are_not(root: str) -> None:
     config = started(root)
     assert check_same_run(config) == check_same_run(again(root)) == []
@@ -93,22 +131,22 @@ def test_what_may_change_is_told_and_the_same_settings_are_not(root: str) -> Non
 
 def test_each_start_keeps_its_configuration(root: str) -> None:
     started(root)
-    record_start(again(root, "run.num_steps=40"))
+    record_start(again(root, "run.num_steps=40"), {})
     folder = RunFolder(f"{root}/one")
-    assert folder.glob("starts/*") == ["starts/000001.yaml", "starts/000002.yaml"]
-    first, second = map(folder.read_text, folder.glob("starts/*"))
+    assert folder.glob("starts/*.yaml") == ["starts/000001.yaml", "starts/000002.yaml"]
+    first, second = map(folder.read_text, folder.glob("starts/*.yaml"))
     assert "num_steps: 36" in first and "num_steps: 40" in second
     assert folder.read_text("config.yaml") == second
 
 
 def test_a_start_that_came_to_nothing_binds_nobody(root: str) -> None:
-    record_start(again(root))
+    record_start(again(root), {})
     assert check_same_run(again(root, "run.seed=1")) == ["run.seed=1 (was 0)"]
 
 
 @pytest.mark.parametrize("what", ["checkpoints/step=000003/files.json", "eval/step=000000.json"])
 def test_any_result_makes_it_a_run(root: str, what: str) -> None:
-    record_start(again(root))
+    record_start(again(root), {})
     RunFolder(f"{root}/one").publish_file(what, b"{}")
     with pytest.raises(ValueError, match=r"run\.seed=1 \(was 0\)"):
         check_same_run(again(root, "run.seed=1"))
@@ -162,7 +200,7 @@ def test_the_same_files_found_from_elsewhere_are_the_same_run(
 
     def start(name: str, path: str) -> Config:
         config = load([quick, f"run.root={root}", f"run.name={name}", f"model.path={path}"])
-        record_start(config)
+        record_start(config, {})
         RunFolder(config.folder).publish_file("metrics.jsonl", b"{}\n")
         return config
 

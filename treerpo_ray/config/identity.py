@@ -13,8 +13,7 @@ FREE = (
     *("evaluate.every", "evaluate.interim_samples", "evaluate.benchmarks"),
     *("learner.num_workers", "learner.min_workers", "learner.resources", "learner.cpu_threads"),
     *("learner.max_failures", "learner.token_budget", "learner.gradient_checkpointing"),
-    *("verifier.retries", "verifier.concurrency", "verifier.env", "verifier.sources"),
-    "learner.sources",
+    *("verifier.retries", "verifier.concurrency", "verifier.env"),
 )
 """Keys, and sections with a point, that may change while a run is interrupted: how long it is,
 where and on what it runs, and what is kept of it. All others say what is learned or measured. Code

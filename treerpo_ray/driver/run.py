@@ -23,7 +23,12 @@ from treerpo_ray.driver.outcome import (
     finished_outcome,
 )
 from treerpo_ray.driver.plan import Inputs
-from treerpo_ray.driver.start import check_same_run, record_start
+from treerpo_ray.driver.start import (
+    check_same_contents,
+    check_same_run,
+    contents_of,
+    record_start,
+)
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
 from treerpo_ray.driver.train_group import TrainGroup, make_trainer
 from treerpo_ray.engine.types import EngineSetup, Sampling
@@ -66,12 +71,13 @@ def run(
 
     Raises:
         ValueError: the cluster lacks resources for it, another job writes its folder, or the
-            folder holds a run with other settings.
+            folder holds a run with other settings or other input.
         RunFailed: something failed for good; the same command goes on from the last checkpoint.
         KeyboardInterrupt: a signal ended it at once; the same command goes on, too.
     """
     try:
         changed = check_same_run(config)
+        check_same_contents(config, contents_of(config, inputs.prompts, inputs.held_out))
         outcome = finished_outcome(config)
     except OSError as error:
         raise RunFailed(f"{config.folder} cannot be read: {error}") from error
@@ -127,7 +133,7 @@ def train(
         ray.exceptions.RayError, RuntimeError: something failed for good; the run folder holds
             the last checkpoint, and the same command goes on from it.
     """
-    record_start(config)
+    record_start(config, contents_of(config, inputs.prompts, inputs.held_out))
     stop = stop or Stop()
     with RunSession(config=config, inputs=inputs, console=console, pool=pool, stop=stop) as session:
         session.start_engines()

@@ -4,14 +4,18 @@ What a run folder holds, down to the headline, is of one run. A start with other
 mix two, or answer with the result of the other.
 """
 
+import hashlib
+import json
 import re
-from pathlib import PurePath
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
 
 from treerpo_ray.config import Config
 from treerpo_ray.config.files import flat_settings, to_yaml
 from treerpo_ray.config.identity import Flat, differences, is_free
 from treerpo_ray.config.sections import as_found_here
 from treerpo_ray.metrics.run_log import METRICS_FILE
+from treerpo_ray.prompts.prompt_set import PromptSet, resolve_model_path
 from treerpo_ray.run_folder.checkpoints import Checkpoints
 from treerpo_ray.run_folder.files import CONFIG_FILE, WHOLE_MODEL, RunFolder
 from treerpo_ray.user_code import unpack
@@ -19,7 +23,11 @@ from treerpo_ray.user_code import unpack
 MOST_SHOWN = 4
 """Settings that the message about another run names."""
 STARTS = "starts"
-"""Folder with the configuration of each start, and the code of the user's that it names."""
+"""Folder with the configuration of each start, the code of the user's that it names, and checksums
+of what it reads."""
+EDGE = 2**20
+"""Bytes at either end of a file of weights that its checksum is made of, with the size: training
+changes them all, and to read them all takes minutes."""
 
 
 def check_same_run(config: Config) -> list[str]:
@@ -70,8 +78,67 @@ def _without_place(settings: Flat) -> Flat:
     }
 
 
-def record_start(config: Config) -> None:
-    """Keep the configuration, as that of the run and as that of this start.
+def contents_of(config: Config, prompts: PromptSet, held_out: PromptSet | None) -> dict[str, str]:
+    """What the settings that name data and model stand for at this start, by their keys."""
+    found = {"prompts": _problems(prompts)}
+    if held_out is not None:
+        found["evaluate.data"] = _problems(held_out)
+    folder = Path(resolve_model_path(config.model.path))
+    if folder.is_dir():  # an id of Hugging Face stands for one revision
+        found["model.path"] = f"weights {_checksum(_edges(folder))}"
+    return found
+
+
+def _problems(prompts: PromptSet) -> str:
+    rows = zip(prompts.token_ids, prompts.problems, strict=True)
+    texts = (json.dumps([ids, problem.answers]).encode() for ids, problem in rows)
+    return f"{len(prompts):,} problems {_checksum(texts)}"
+
+
+def _edges(folder: Path) -> Iterator[bytes]:
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        yield f"{path.name} {size}".encode()
+        with path.open("rb") as file:
+            yield file.read(EDGE)
+            file.seek(max(0, size - EDGE))
+            yield file.read(EDGE)
+
+
+def _checksum(parts: Iterator[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=4)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def check_same_contents(config: Config, contents: Mapping[str, str]) -> None:
+    """Check that data and model still are what the run in the folder was started with.
+
+    Raises:
+        ValueError: a file has been edited, or a model made anew, under the same name.
+    """
+    folder = RunFolder(config.folder)
+    records = folder.glob(f"{STARTS}/*-contents.json")
+    if not records or not _has_results(folder):
+        return
+    before: dict[str, str] = json.loads(folder.read_text(max(records)))
+    changed = [
+        f"{key} is {now} (was {before[key]})"
+        for key, now in contents.items()
+        if before.get(key, now) != now
+    ]
+    if changed:
+        raise ValueError(
+            f"{config.folder} holds a run of the same settings on other input: "
+            f"{', '.join(changed)}; give this one a name of its own, such as run.name="
+            f"{_free_name(config)}{_weights(folder)}"
+        )
+
+
+def record_start(config: Config, contents: Mapping[str, str]) -> None:
+    """Keep the configuration, as that of the run and as that of this start, and what
+    `contents_of` gave.
 
     Raises:
         OSError: the disk or the store refuses.
@@ -79,6 +146,7 @@ def record_start(config: Config) -> None:
     folder, content = RunFolder(config.folder), to_yaml(config).encode()
     number = len(folder.glob(f"{STARTS}/*.yaml")) + 1
     folder.publish_file(f"{STARTS}/{number:06d}.yaml", content)
+    folder.publish_file(f"{STARTS}/{number:06d}-contents.json", json.dumps(contents).encode())
     folder.publish_file(CONFIG_FILE, content)
     for name, source in (config.verifier.sources | config.learner.sources).items():
         code = unpack(source).encode()
