@@ -2,7 +2,7 @@
 # Run the notebook that reads a run, and write what it shows as a page for a browser:
 #   bash jobs/notebook.sh                                      # the newest run
 #   TREERPO_RUN=~/treerpo_runs/quickstart bash jobs/notebook.sh
-# The page lies in the run folder. To change the notebook open notebooks/read_a_run.ipynb instead.
+# The page lies in the run folder. To change the notebook open notebooks/02_read_a_run.ipynb instead.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" notebook
 run=${TREERPO_RUN:-$(python -c '
@@ -16,5 +16,5 @@ echo "reading $run ..." >&2
 TREERPO_RUN=$run python -m nbconvert --log-level ERROR --execute \
     --ExecutePreprocessor.startup_timeout=600 \
     --ExecutePreprocessor.extra_arguments=--IPKernelApp.log_level=ERROR \
-    --to html --output-dir "$run" --output read_a_run.html notebooks/read_a_run.ipynb
+    --to html --output-dir "$run" --output read_a_run.html notebooks/02_read_a_run.ipynb
 echo "$run/read_a_run.html"

@@ -603,3 +603,42 @@ def test_the_source_of_the_users_files_travels_with_the_configuration(
     with pytest.raises(ValueError, match=r"sees what its --working-dir holds"):
         monkeypatch.setenv(RAY_JOB, "{}")
         load(["verifier.check=gone.py"])
+
+
+def test_one_check_that_is_named_behind_several_takes_their_place() -> None:
+    several = "verifier.checks={a.b: 1, c.d: 2}"
+    assert load([several, "verifier.check=e.f"]).verifier.weights == {"e.f": 1.0}
+    assert load(["verifier.check=e.f", several]).verifier.weights == {"a.b": 1, "c.d": 2}
+    again = load([several, "verifier.check=e.f", several])
+    assert again.verifier.weights == {"a.b": 1, "c.d": 2}
+    with pytest.raises(ValueError, match="one of them must have a weight above 0"):
+        load(["verifier.checks={a.b: 0}"])
+
+
+def test_an_entropy_window_that_comes_with_branches_gets_its_room_behind_the_tasks_lengths() -> (
+    None
+):
+    task = ["tree.num_children=[2,2]", "tree.step_tokens=[100,50]"]
+    shape = load([*task, "conf/methods/treerl.yaml"]).tree
+    assert shape.step_tokens == (100, 58), "8 tokens may be taken of the first step"
+    deeper = load(["tree.num_children=[8]", "tree.step_tokens=[90]", "conf/methods/treerl.yaml"])
+    assert deeper.tree.step_tokens == (45, 53)
+
+
+def test_a_run_is_the_same_in_every_home_and_in_every_job_of_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def settings(folder: Path, *more: str) -> dict[str, object]:
+        (folder / "model").mkdir(parents=True)
+        for name in ("a.jsonl", "b.jsonl"):
+            (folder / name).touch()
+        monkeypatch.chdir(folder)
+        config = load(["model.path=model", "prompts.mix.x.path=[a.jsonl, b.jsonl]", *more])
+        return files.placeless(files.flat_settings(to_yaml(config)))
+
+    first, second = (
+        settings(tmp_path / f"session_{n}/runtime_resources/working_dir_files/_ray_pkg_{n * 'a'}")
+        for n in (1, 2)
+    )
+    assert first == second
+    assert first["model.path"] == "model"

@@ -60,3 +60,9 @@ def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path) -> None:
     assert done.stderr == (
         f"error: TREERPO_RUN={tmp_path} is not the folder of a run: no config.yaml\n"
     )
+
+
+def test_the_notebook_that_the_script_runs_is_there() -> None:
+    script = (ROOT / "jobs/notebook.sh").read_text()
+    [named] = {word for word in script.split() if word.endswith(".ipynb") and "/" in word}
+    assert (ROOT / named).is_file()

@@ -5,6 +5,8 @@ import difflib
 import inspect
 import itertools
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import is_dataclass, replace
 from enum import StrEnum
 from functools import cache
@@ -18,7 +20,7 @@ from yaml import YAMLError
 
 from treerpo_ray.config.config import Config
 from treerpo_ray.config.identity import Flat, flatten, is_free, name_from
-from treerpo_ray.config.sections import INHERITED
+from treerpo_ray.config.sections import INHERITED, DataConfig
 from treerpo_ray.errors import one_line
 from treerpo_ray.user_code import read_source, split_function
 
@@ -66,7 +68,7 @@ def load(arguments: list[str]) -> Config:
 
 def _load(arguments: list[str]) -> Config:
     merged, naming, given = _defaults(), list[str](), set[str]()
-    renewed: set[str] = set()
+    renewed, is_one_check = set[str](), False
     for argument in arguments:
         try:
             part = _part(argument)
@@ -78,8 +80,10 @@ def _load(arguments: list[str]) -> Config:
                 renewed - {key.partition(".sources")[0] for key in keys}
             )
             if "tree.num_children" in keys and "tree.step_tokens" not in keys:
-                merged = _share_out_answer(merged)
+                merged = _share_out_answer(merged, "tree.entropy_window" in keys)
             given |= set(keys)
+            has_checks = any(key.startswith("verifier.checks") for key in keys)
+            is_one_check = not has_checks and ("verifier.check" in keys or is_one_check)
             naming += [argument] if not all(map(is_free, keys)) else []
         except OmegaConfBaseException as error:
             raise ValueError(f"{argument}: {_explain(error)}") from error
@@ -92,7 +96,10 @@ def _load(arguments: list[str]) -> Config:
     if naming and "run.name" not in given:
         merged = OmegaConf.merge(merged, {"run": {"name": name_from(naming, _known_keys(Config))}})
     try:
-        return _with_sources(cast(Config, OmegaConf.to_object(merged)), renewed)
+        config = cast(Config, OmegaConf.to_object(merged))
+        if is_one_check:  # it was named behind several, in whose place it is
+            config = replace(config, verifier=replace(config.verifier, checks={}))
+        return _with_sources(config, renewed)
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error)) from error
 
@@ -163,14 +170,18 @@ def _sources(named: dict[str, str], known: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def _share_out_answer(merged: Container) -> Container:
-    """Keep the length of an answer where the number of depths has changed: equal steps."""
+def _share_out_answer(merged: Container, has_window: bool) -> Container:
+    """Keep the length of an answer where the number of depths has changed: equal steps. Where an
+    entropy window comes with the branches, the last step makes good what it may take of others."""
     counts, lengths = (OmegaConf.select(merged, f"tree.{key}") for key in SHAPE_KEYS)
-    if not counts or len(counts) == len(lengths):
+    if not counts:
         return merged
-    total, number = sum(lengths), len(counts)
-    equal = [total // number + (depth < total % number) for depth in range(number)]
-    return OmegaConf.merge(merged, {"tree": {"step_tokens": equal}})
+    total, number, steps = sum(lengths), len(counts), list(lengths)
+    if number != len(lengths):
+        steps = [total // number + (depth < total % number) for depth in range(number)]
+    if has_window:
+        steps[-1] += OmegaConf.select(merged, "tree.entropy_window") * (number - 1)
+    return OmegaConf.merge(merged, {"tree": {"step_tokens": steps}})
 
 
 @cache
@@ -187,6 +198,26 @@ def to_yaml(config: Config) -> str:
 def flat_settings(text: str) -> Flat:
     """Values of a configuration in YAML by their whole key, modules under their present names."""
     return dict(flatten(with_moved_modules(yaml.safe_load(text)), whole=_mapping_keys()))
+
+
+JOB_FOLDER = re.compile(r"(?:^|(?<=\"))/[^\"]*?/working_dir_files/_ray_pkg_\w+/")
+"""Where Ray unpacks the working folder of a job, which has another name for each job."""
+
+
+def placeless(settings: Flat) -> Flat:
+    """Settings whose paths do not tell which job, home or working folder they were found from."""
+    return {str(_placeless(key)): _placeless(value, key) for key, value in settings.items()}
+
+
+def _placeless(value: object, key: str = "") -> object:
+    if isinstance(value, Mapping):
+        return {str(_placeless(name)): _placeless(each, name) for name, each in value.items()}
+    if not isinstance(value, str):
+        return value
+    if key.rpartition(".")[2] == "path":
+        paths = DataConfig(path=value).paths  # whole, each of them
+        value = paths[0] if len(paths) == 1 else json.dumps(paths)
+    return JOB_FOLDER.sub("", value)
 
 
 def _part(argument: str) -> Container:
@@ -260,7 +291,8 @@ def _mapping_keys(section: type = Config, prefix: str = "") -> frozenset[str]:
 
 
 def describe() -> str:
-    """Every section with its keys, their defaults and what they mean."""
+    """Every section with its keys, their defaults, what they mean, and which of them may change
+    when a run is started again."""
     plain = OmegaConf.to_container(OmegaConf.structured(Config), enum_to_str=True)
     defaults = cast(dict[str, dict[str, object]], plain)
     lines = []
@@ -269,6 +301,7 @@ def describe() -> str:
         notes = _field_notes(kind)
         lines += [
             f"  {section}.{name} = {json.dumps(default)}\n      {notes[name]}"
+            f"{' (May change.)' * is_free(f'{section}.{name}')}"
             for name, default in defaults[section].items()
         ]
     return "\n".join(lines)

@@ -5,6 +5,8 @@ import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from treerpo_ray.user_code import unpack
+
 FREE = (
     *("run.name", "run.root", "run.num_steps", "run.max_sampled_tokens", "run.stall_timeout_s"),
     *("engine.", "sync.", "checkpoint.", "metrics."),
@@ -13,11 +15,12 @@ FREE = (
     *("evaluate.every", "evaluate.interim_samples", "evaluate.benchmarks"),
     *("learner.num_workers", "learner.min_workers", "learner.resources", "learner.cpu_threads"),
     *("learner.max_failures", "learner.token_budget", "learner.gradient_checkpointing"),
+    "learner.gpu_memory_gib",
     *("verifier.retries", "verifier.concurrency", "verifier.env"),
 )
 """Keys, and sections with a point, that may change while a run is interrupted: how long it is,
-where and on what it runs, and what is kept of it. All others say what is learned or measured. Code
-of the user's may be edited, too, which is noted: a mistake in it is mended without a new run."""
+where and on what it runs, and what is kept of it. All others say what is learned or measured, and
+so does the code of the user's that they name."""
 SOURCES = ".sources."
 """In the keys of the user's own code."""
 MAX_NAME = 100
@@ -76,7 +79,7 @@ def differences(before: Flat, now: Flat) -> list[str]:
         new, old = (dict(flatten(each, f"{key}.")) for each in (value, past))
         for name in dict.fromkeys([*new, *old]):
             if SOURCES in name:
-                if name in new and name in old and new[name] != old[name]:
+                if name in new and name in old and _code(new[name]) != _code(old[name]):
                     found.append(f"{name.partition(SOURCES)[2]} has been edited")
             elif name not in new:
                 found.append(f"{name} is not set (was {_shown(old[name])})")
@@ -84,6 +87,11 @@ def differences(before: Flat, now: Flat) -> list[str]:
                 was = _shown(old[name]) if name in old else "not set"
                 found.append(f"{name}={_shown(new[name])} (was {was})")
     return found
+
+
+def _code(source: object) -> str:
+    """The code itself: it may have been packed by another machine."""
+    return unpack(str(source))
 
 
 def _shown(value: object) -> str:

@@ -342,12 +342,14 @@ class VerifierConfig:
                 raise ValueError(
                     f"verifier.checks: the weight {weight:g} of {name} must be at least 0"
                 )
+        if self.checks and not any(self.checks.values()):
+            raise ValueError("verifier.checks: one of them must have a weight above 0")
 
     @property
     def weights(self) -> dict[str, float]:
         """Every check with its weight."""
         used = {name: weight for name, weight in self.checks.items() if weight}
-        return used or {self.check: 1.0}
+        return used or {self.check: 1.0}  # none is named
 
     @property
     def main_check(self) -> str:

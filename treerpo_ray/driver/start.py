@@ -6,14 +6,12 @@ mix two, or answer with the result of the other.
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 
 from treerpo_ray.config import Config
-from treerpo_ray.config.files import flat_settings, to_yaml
-from treerpo_ray.config.identity import Flat, differences, is_free
-from treerpo_ray.config.sections import as_found_here
+from treerpo_ray.config.files import flat_settings, placeless, to_yaml
+from treerpo_ray.config.identity import differences, is_free
 from treerpo_ray.metrics.run_log import METRICS_FILE
 from treerpo_ray.prompts.prompt_set import PromptSet, resolve_model_path
 from treerpo_ray.run_folder.checkpoints import Checkpoints
@@ -45,7 +43,7 @@ def check_same_run(config: Config) -> list[str]:
     before, now = flat_settings(folder.read_text(CONFIG_FILE)), flat_settings(to_yaml(config))
     # A setting that the earlier version did not have was what is its default now.
     before = flat_settings(to_yaml(Config())) | before
-    before, now = _without_place(before), _without_place(now)
+    before, now = placeless(before), placeless(now)
     fixed = differences(before, {key: value for key, value in now.items() if not is_free(key)})
     if fixed and _has_results(folder):
         more = f" and {len(fixed) - MOST_SHOWN} more" if len(fixed) > MOST_SHOWN else ""
@@ -62,20 +60,6 @@ def check_same_run(config: Config) -> list[str]:
         )
     free = {key: value for key, value in now.items() if is_free(key) and key != "run.root"}
     return fixed + differences(before, free)
-
-
-JOB_FOLDER = re.compile(r"^/.*/working_dir_files/_ray_pkg_\w+/")
-"""Where Ray unpacks the working folder of a job, which has another name for each job."""
-
-
-def _without_place(settings: Flat) -> Flat:
-    """Settings whose paths do not tell which job, home or working folder they were found from."""
-    return {
-        key: JOB_FOLDER.sub("", as_found_here(value))
-        if key.endswith(".path") and isinstance(value, str)
-        else value
-        for key, value in settings.items()
-    }
 
 
 def contents_of(config: Config, prompts: PromptSet, held_out: PromptSet | None) -> dict[str, str]:
@@ -148,9 +132,10 @@ def record_start(config: Config, contents: Mapping[str, str]) -> None:
     folder.publish_file(f"{STARTS}/{number:06d}.yaml", content)
     folder.publish_file(f"{STARTS}/{number:06d}-contents.json", json.dumps(contents).encode())
     folder.publish_file(CONFIG_FILE, content)
-    for name, source in (config.verifier.sources | config.learner.sources).items():
-        code = unpack(source).encode()
-        folder.publish_file(f"{STARTS}/{number:06d}-{PurePath(name).stem}.py", code)
+    sources = config.verifier.sources | config.learner.sources
+    for place, (name, source) in enumerate(sorted(sources.items()), start=1):
+        file = f"{STARTS}/{number:06d}-{place}-{PurePath(name).stem}.py"
+        folder.publish_file(file, unpack(source).encode())
 
 
 def _has_results(folder: RunFolder) -> bool:

@@ -14,7 +14,7 @@ from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.driver.plan import Inputs
 from treerpo_ray.driver.supervisor import Supervisor
 from treerpo_ray.driver.worker_entry import run_worker
-from treerpo_ray.errors import one_line
+from treerpo_ray.errors import UserCodeError, one_line
 from treerpo_ray.metrics.run_log import Event
 from treerpo_ray.run_folder.patience import DiskRefused
 from treerpo_ray.task import STREAM, RunActors, WorkerTask
@@ -130,12 +130,14 @@ class TrainGroup:
 def _wrong_input(error: Exception) -> ValueError | None:
     """What a worker says of its input, if that is why the group failed.
 
-    The other workers of the group fail with it, of a collective that nobody joins. Kinds of
-    ValueError of their own are left out: a file that a store gave in half is one, and comes whole
+    The other workers of the group fail with it, of a collective that nobody joins. Other kinds of
+    ValueError are left out: a file that a store gave in half is one, and comes whole
     the next time.
     """
     if isinstance(error, ray.train.WorkerGroupError):
         for failure in error.worker_failures.values():
+            if isinstance(failure, UserCodeError):
+                return failure  # with the user's own traceback
             if type(failure) is ValueError:
                 return ValueError(one_line(failure))
     return None

@@ -68,20 +68,31 @@ class Turns:
         self.mixture, self.seed = mixture, seed
         self._before = [np.zeros(len(mixture.sizes), np.int64)]
         """Tickets of each set before each block."""
+        self._orders: dict[int, dict[int, np.ndarray]] = {}
 
     def prompt(self, number: int) -> int:
         """The prompt of the ticket with that number."""
         sizes = self.mixture.sizes
         if len(sizes) == 1:
             epoch, place = divmod(number, sizes[0])
-            return _shuffled(sizes[0], np.random.SeedSequence((self.seed, epoch)))[place]
+            return int(self._order(0, epoch, ())[place])
         block, place = divmod(number, BLOCK)
         drawn = self._sets(block)
         chosen = int(drawn[place])
         turn = int(self._counts(block)[chosen] + (drawn[:place] == chosen).sum())
         epoch, place = divmod(turn, sizes[chosen])
-        order = np.random.SeedSequence((self.seed, epoch), spawn_key=(ORDERS, chosen))
-        return self.mixture.start(chosen) + _shuffled(sizes[chosen], order)[place]
+        return self.mixture.start(chosen) + int(self._order(chosen, epoch, (ORDERS, chosen))[place])
+
+    def _order(self, number: int, epoch: int, key: tuple[int, ...]) -> np.ndarray:
+        """The prompts of a set in the order of an epoch; the last two of each set are kept."""
+        known = self._orders.setdefault(number, {})
+        if epoch not in known:
+            for old in sorted(known)[:-1]:
+                del known[old]
+            sequence = np.random.SeedSequence((self.seed, epoch), spawn_key=key)
+            size = self.mixture.sizes[number]
+            known[epoch] = np.random.default_rng(sequence).permutation(size)
+        return known[epoch]
 
     def _sets(self, block: int) -> np.ndarray:
         """Set of each ticket of a block."""
@@ -95,7 +106,3 @@ class Turns:
             drawn = np.bincount(self._sets(number), minlength=len(self.mixture.sizes))
             self._before.append(self._before[-1] + drawn)
         return self._before[block]
-
-
-def _shuffled(size: int, sequence: np.random.SeedSequence) -> list[int]:
-    return np.random.default_rng(sequence).permutation(size).tolist()

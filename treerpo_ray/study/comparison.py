@@ -21,7 +21,7 @@ from yaml import YAMLError
 
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config import Config
-from treerpo_ray.config.files import flat_settings, load, to_yaml
+from treerpo_ray.config.files import flat_settings, load, placeless, to_yaml
 from treerpo_ray.config.identity import Flat, check_file_name
 from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation
@@ -184,11 +184,16 @@ def result_of(trial: Trial, config: Config) -> Result:
         trial=trial,
         version=version_of(Path(__file__).parents[2]),
         start=start_of(config),
-        config=to_yaml(replace(config, run=replace(config.run, root=RunConfig.root))),
+        config=_without_home(replace(config, run=replace(config.run, root=RunConfig.root))),
         before=before,
         after=after,
         curve={name: [round(row[name], 4) for row in rows] for name in CURVE},
     )
+
+
+def _without_home(config: Config) -> str:
+    """The configuration as it is on any machine; a loaded one names whole paths."""
+    return to_yaml(config).replace(f"{Path.home()}/", "~/")
 
 
 def start_of(config: Config) -> str:
@@ -246,7 +251,8 @@ def _unlike(result: Result, config: Config, default: Flat) -> list[str]:
 
     A result may be older than a setting, which then has its `default`.
     """
-    ours, theirs = flat_settings(to_yaml(config)), default | flat_settings(result.config)
+    ours = placeless(flat_settings(to_yaml(config)))
+    theirs = placeless(default | flat_settings(result.config))
     # How many steps its tokens come to is found out by the run; folders may have been moved.
     known = ours.keys() - {"run.root", "run.name", *LENGTH}
     unlike = sorted(name for name in known if ours[name] != theirs.get(name))
