@@ -480,6 +480,17 @@ def test_a_full_disk_is_waited_for_and_nothing_is_saved_twice(tmp_path: Path) ->
             assert re.search(r"(49\d|50\d) kB free; waiting since \d\d:\d\d:\d\d until", why), why
 
 
+def test_a_checkpoint_is_had_once_it_is_in_its_place_and_not_if_that_failed(
+    saving: Saving,
+) -> None:
+    assert saving.saver.has(0) and not saving.saver.has(2), "what training began with"
+    saving.save(2)
+    assert saving.saver.has(2) and saving.placed == [2]
+    saving.store.error = RuntimeError("refused")
+    saving.save(4)
+    assert saving.saver.has(2) and not saving.saver.has(4)
+
+
 def test_what_comes_before_a_checkpoint_is_waited_for_but_not_for_ever(tmp_path: Path) -> None:
     saving = Saving(tmp_path, settle=900.0)
     saving.is_settled = False

@@ -225,6 +225,12 @@ class CheckpointSaver:
         """Whether it is time for the checkpoint of `step`."""
         return step - self._saved >= self._every
 
+    def has(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is in its place, where training began with it or once
+        one that is on its way is there."""
+        self.settle()
+        return self._saved == step
+
     def save(
         self,
         step: int,
