@@ -325,7 +325,11 @@ def _make_actors(
         gate=gate,
         pool=pool,
         weight_sync=make_actor(WeightSync, name=f"weight sync of {run}")(
-            pool=pool, probe_every=config.sync.probe_every
+            pool=pool,
+            gate=gate,
+            run_log=run_log,
+            folder=config.folder,
+            probe_every=config.sync.probe_every,
         ),
         run_log=run_log,
         heartbeats=make_actor(Heartbeats, name=f"heartbeats of {run}", concurrency=1)(),
