@@ -182,9 +182,7 @@ class Publisher:
         probe_ids: list[int],
         dtype: "torch.dtype",
         chunk_bytes: int,
-        until_written: Callable[
-            [str, Callable[[], ray.ObjectRef]], ray.ObjectRef
-        ] = lambda what, put: put(),
+        until_written: Callable[[str, Callable[[], ray.ObjectRef]], ray.ObjectRef],
     ) -> None:
         self._until_written = until_written
         self.send, self.node, self.probe_ids = send, node, probe_ids

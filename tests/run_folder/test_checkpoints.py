@@ -303,6 +303,7 @@ class Saving:
                 waits=lambda *told: self.waited.append(told),
                 written=lambda what, seconds: self.written.append(what),
                 is_told_to_stop=lambda: self.is_told_to_stop,
+                moves=lambda what: None,
                 times=PatienceTimes(retry=0.05, away=0.5, look=0.01),
             ),
             times=SaveTimes(**{"poll": 0.01} | times),
@@ -317,7 +318,15 @@ class Saving:
             (target / "state").write_text(f"{step}")
 
         placed = lambda: self.placed.append(step)  # noqa: E731
-        self.saver.save(step, write, lambda: self.is_settled, placed, is_last=is_last)
+        self.saver.save(
+            step,
+            write,
+            lambda: self.is_settled,
+            placed,
+            before_place=lambda folder: None,
+            num_bytes=0,
+            is_last=is_last,
+        )
         return True
 
     def wait(self) -> None:
@@ -457,7 +466,13 @@ def test_a_full_disk_is_waited_for_and_nothing_is_saved_twice(tmp_path: Path) ->
         def save(step: int, num_bytes: int, *, is_last: bool) -> None:
             placed = lambda: saving.placed.append(step)  # noqa: E731
             saving.saver.save(
-                step, fill, lambda: True, placed, num_bytes=num_bytes, is_last=is_last
+                step,
+                fill,
+                lambda: True,
+                placed,
+                before_place=lambda folder: None,
+                num_bytes=num_bytes,
+                is_last=is_last,
             )
 
         def make_room() -> None:

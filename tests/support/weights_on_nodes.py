@@ -49,6 +49,7 @@ class Learner:
             probe_ids=[1, 2],
             dtype=torch.float32,
             chunk_bytes=2**20,
+            until_written=lambda what, put: put(),
         )
         publisher.publish(Policy(version), version)
         publisher.wait()

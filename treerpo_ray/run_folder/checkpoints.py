@@ -238,8 +238,8 @@ class CheckpointSaver:
         is_settled: Callable[[], bool],
         placed: Callable[[], object],
         *,
-        before_place: Callable[[Path], object] = lambda folder: None,
-        num_bytes: int = 0,
+        before_place: Callable[[Path], object],
+        num_bytes: int,
         is_last: bool,
     ) -> None:
         """Save the checkpoint of `step`; returns once it is written here, if it is not the last.
