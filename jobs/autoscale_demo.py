@@ -52,20 +52,20 @@ SETTINGS = [
 
 
 def show(overrides: list[str]) -> int:
-    """Run the demonstration; returns the exit status."""
+    """Run the demonstration; returns the exit status. A signal takes the cluster down."""
     _ask_for_token()
     from treerpo_ray.config import load
     from treerpo_ray.driver.cluster import check_vllm
     from treerpo_ray.driver.plan import load_inputs
     from treerpo_ray.driver.run import run
     from treerpo_ray.metrics.console import Console
+    from treerpo_ray.stop import STOPPED, Stop
 
     config = load([*SETTINGS, *overrides])
     check_vllm(config)
     inputs = load_inputs(config)
     console = Console(config)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is taken down
-    with autoscaling_cluster() as address:
+    with Stop().at_work(), autoscaling_cluster() as address:
         os.environ["RAY_ADDRESS"] = address
         outcome = run(config, inputs, console)
         start = time.monotonic()
@@ -73,7 +73,7 @@ def show(overrides: list[str]) -> int:
         console.note(f"no rollout node is left {time.monotonic() - start:.0f} s after the run")
     draw(config.folder)
     console.note(f"nodes, engines and trees over time: {config.folder}/pool.png")
-    return 0 if outcome.is_complete else 1
+    return 0 if outcome.is_complete else STOPPED
 
 
 def _ask_for_token() -> None:
@@ -180,9 +180,10 @@ def wait_until_idle(address: str) -> None:
     """
     import ray
 
+    from treerpo_ray.driver.cluster import init_ray
     from treerpo_ray.engine.autoscaler import see_nodes
 
-    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    init_ray(address=address, logging_level=logging.WARNING)
     try:
         deadline = time.monotonic() + IDLE_WAIT_S
         while see_nodes().num_alive > 1:

@@ -37,7 +37,7 @@ from treerpo_ray.config import Config, load
 from treerpo_ray.errors import run_command
 from treerpo_ray.metrics.run_log import EVENTS_FILE, latest_rows
 from treerpo_ray.run_folder.files import RunFolder, Scalar
-from treerpo_ray.stop import STOPPED
+from treerpo_ray.stop import STOPPED, Stop, held_back
 from treerpo_ray.study.audit import Fields, as_float, as_int, faults
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -270,18 +270,17 @@ def add_node(cluster: Cluster) -> None:
 @contextmanager
 def small_cluster() -> Iterator[Cluster]:
     """A head with the learners and one engine, and a node with the other."""
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 2,
-            "resources": {"rollout_slot": 1, "train_slot": 1},
-            "include_dashboard": False,
-            "_system_config": HEALTH,
-        },
-    )
-    add_node(cluster)
-    os.environ["RAY_ADDRESS"] = cluster.address
+    cluster = Cluster()
     try:
+        with held_back():  # half of Ray is hard to end
+            cluster.add_node(
+                num_cpus=2,
+                resources={"rollout_slot": 1, "train_slot": 1},
+                include_dashboard=False,
+                _system_config=HEALTH,
+            )
+            add_node(cluster)
+        os.environ["RAY_ADDRESS"] = cluster.address
         yield cluster
     finally:
         cluster.shutdown()
@@ -360,7 +359,7 @@ def drill(arguments: list[str]) -> int:
     config = load(arguments)
     start, limit_s = time.monotonic(), 60 * options.minutes
     schedule = draw_schedule(options.kills, options.steps, config.run.seed)
-    with small_cluster() as cluster:
+    with Stop().at_work(), small_cluster() as cluster:
         command = [sys.executable, str(ROOT / "jobs/train.py"), *arguments]
         training = subprocess.Popen(command, stdout=sys.stderr)
         run = Drill(config=config, cluster=cluster, schedule=schedule, num_steps=options.steps)

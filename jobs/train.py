@@ -35,12 +35,13 @@ def train(arguments: list[str]) -> int:
         from treerpo_ray.driver.cluster import check_vllm
         from treerpo_ray.driver.next_steps import next_steps
         from treerpo_ray.driver.outcome import describe_outcome, summary_json
-        from treerpo_ray.driver.plan import plan_lines, preflight
+        from treerpo_ray.driver.plan import check_folder, plan_lines, preflight
         from treerpo_ray.driver.run import run
         from treerpo_ray.driver.start import check_same_run
 
-    check_same_run(config)
     with console.stage("checking model and data"):
+        check_folder(config)
+        check_same_run(config)  # before all that takes longer
         found = preflight(config)
         plan = plan_lines(config, found)
     console.print_plan(plan)

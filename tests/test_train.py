@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 import torch
+import torch.distributed as dist
 
 from tests.support.evaluations import EVALUATION
 from tests.support.records import tree_of
@@ -292,6 +293,43 @@ def test_a_run_that_is_told_to_stop_ends_after_the_step_under_way(tmp_path: Path
     one_step(worker)
     assert worker.is_last
     assert fakes.calls.count("consumed") == worker.step == 1
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_stop_that_comes_during_an_evaluation_ends_the_run_with_the_step_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_first: bool, is_saved: bool
+) -> None:
+    """On every worker, and with the checkpoint of that step."""
+    config = load([f"run.root={tmp_path}", "run.num_steps=9", "evaluate.every=1"])
+    fakes = FakeActors({"is_told_to_stop": False, "rows_since": []})
+    worker = make_worker(config, fakes, step=0)
+    worker.step, worker.held_out, worker.num_workers = 1, object(), 2
+    worker.is_first = is_first
+    saved: list[tuple[int, bool]] = []
+    worker.saver = SimpleNamespace(
+        has=lambda step: is_saved,
+        is_due=lambda step: False,
+        save=lambda step, *_, is_last, **__: saved.append((step, is_last)),
+    )
+    worker.consumed = Future()
+    told = 0
+
+    def of_the_first(flag: torch.Tensor, src: int) -> None:
+        if not is_first:
+            flag.fill_(told)
+
+    def evaluate(held_out: object) -> None:
+        fakes.answers["is_told_to_stop"] = bool(told)
+
+    monkeypatch.setattr(dist, "broadcast", of_the_first)
+    monkeypatch.setattr(worker, "_evaluate_on", evaluate)
+    worker.evaluate_if_due()
+    assert not worker.is_last
+    told = 1
+    worker.evaluate_if_due()
+    assert worker.is_last
+    assert saved == ([(1, True)] if is_first and not is_saved else [])
 
 
 def test_a_publication_that_failed_is_found_by_a_step_that_publishes_nothing(

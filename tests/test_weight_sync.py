@@ -3,22 +3,29 @@
 import asyncio
 import hashlib
 from collections.abc import Awaitable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ray.exceptions import OwnerDiedError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OwnerDiedError, RayTaskError
 
+from treerpo_ray import weight_sync
+from treerpo_ray.metrics.run_log import Event
+from treerpo_ray.run_folder.patience import DiskRefused, PatienceTimes
 from treerpo_ray.weight_sync import (
     ALIGNMENT,
     ChunkFiles,
     LoadProof,
     Manifest,
+    Probe,
     WeightsLost,
+    WeightSync,
     pack_weights,
 )
 
@@ -189,3 +196,107 @@ def test_chunks_that_are_lost_on_their_way_are_told_as_such() -> None:
     assert len(asyncio.run(fetch(chunk(), chunk()))) == 2
     with pytest.raises(WeightsLost, match=r"^version 4 is lost: OwnerDiedError$"):
         asyncio.run(fetch(chunk(), lost()))
+
+
+class Crowded:
+    """A weight sync, and the other actors of a run; no store of Ray has room `num_full` times."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, error: Exception, *, node: str, num_full: float
+    ) -> None:
+        self.error, self.num_full, self.is_told_to_stop = error, num_full, False
+        self.events: list[Event] = []
+        self.doing: list[str] = []
+        self.served: list[list[object]] = []
+        here = SimpleNamespace(get_node_id=lambda: "here")
+        monkeypatch.setattr(weight_sync.ray, "get_runtime_context", lambda: here)
+        monkeypatch.setattr(weight_sync.ray, "put", self.put)
+        store = SimpleNamespace(keep=SimpleNamespace(remote=self.keep))
+        monkeypatch.setattr(weight_sync, "make_actor", lambda *_, **__: lambda: store)
+        stop = SimpleNamespace(remote=lambda: self.answer(lambda: self.is_told_to_stop))
+        self.sync = WeightSync(
+            pool=SimpleNamespace(serve=SimpleNamespace(remote=self.serve)),
+            gate=SimpleNamespace(is_told_to_stop=stop),
+            run_log=SimpleNamespace(event=SimpleNamespace(remote=self.events.append)),
+            folder="/run",
+            probe_every=1,
+            times=PatienceTimes(retry=0.01, look=0.005),
+        )
+        self.node = node
+
+    def put(self, value: object) -> object:
+        status = asyncio.run(self.sync.status(SimpleNamespace(arm=lambda: None)))
+        self.doing.append(status.doing)
+        if self.num_full > 0:
+            self.num_full -= 1
+            raise self.error
+        return value
+
+    def keep(self, chunk: list[object]) -> SimpleNamespace:
+        """What an actor gives on another node; its errors come with their stack."""
+
+        def work() -> object:
+            try:
+                return self.put(chunk)
+            except Exception as error:
+                place = {"proctitle": "store", "pid": 1, "ip": "there"}
+                raise RayTaskError(
+                    "keep", "a\nstack", error, **place
+                ).as_instanceof_cause() from None
+
+        return self.answer(work)
+
+    def answer(self, work: object) -> SimpleNamespace:
+        def future() -> Future[object]:
+            done: Future[object] = Future()
+            try:
+                done.set_result(work())
+            except Exception as error:
+                done.set_exception(error)
+            return done
+
+        return SimpleNamespace(future=future)
+
+    async def serve(self, manifest: Manifest, chunks: list[object], *_: object) -> None:
+        self.served.append(chunks)
+
+    def publish(self) -> None:
+        async def chunk() -> np.ndarray:
+            return np.zeros(3, np.uint8)
+
+        async def work() -> None:
+            chunks = [chunk(), chunk()]
+            probe = Probe(token_ids=[], logprobs=[])
+            try:
+                await self.sync.publish(MANIFEST, chunks, probe, self.node)
+            finally:
+                for each in chunks:
+                    each.close()
+
+        asyncio.run(work())
+
+
+@pytest.mark.parametrize("node", ["here", "there"])
+@pytest.mark.parametrize("error", [OutOfDiskError("full"), ObjectStoreFullError("full")])
+def test_room_for_weights_is_waited_for_with_an_event_and_a_status_that_moves(
+    monkeypatch, error, node
+) -> None:
+    run = Crowded(monkeypatch, error, node=node, num_full=3)
+    run.publish()
+    assert len(run.served[0]) == 2
+    assert [event.kind for event in run.events] == ["write_waits", "write_done"]
+    told = run.events[0].fields
+    assert told["what"] == "weights of version 4"
+    assert str(told["reason"]).startswith("Ray's object store and the disk that it spills to are")
+    assert "stack" not in str(told["reason"])
+    waits = [doing.startswith("waiting since ") for doing in run.doing]
+    assert waits[:4] == [False, True, True, True], "as the watchdog sees it at each attempt"
+
+
+@pytest.mark.parametrize("node", ["here", "there"])
+def test_a_stop_ends_the_wait_for_room_for_weights(monkeypatch, node) -> None:
+    run = Crowded(monkeypatch, OutOfDiskError("full"), node=node, num_full=float("inf"))
+    run.is_told_to_stop = True
+    with pytest.raises(DiskRefused, match=r"^the weights of version 4 is not written, since"):
+        run.publish()
+    assert run.served == [] and [event.kind for event in run.events] == ["write_waits"]

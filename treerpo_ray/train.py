@@ -70,7 +70,7 @@ def train(task: WorkerTask) -> None:
             worker.consume(step, update)  # then the gate lets the next tickets out
             worker.report(update)
             worker.checkpoint_if_due()
-            worker.evaluate_if_due()
+            worker.evaluate_if_due()  # a stop that comes meanwhile is for this step
         worker.finish()
 
 
@@ -153,7 +153,7 @@ class TrainWorker:
             self.folder,
             waits=lambda what, reason: self._tell("write_waits", what=what, reason=reason),
             written=lambda what, seconds: self._tell("write_done", what=what, seconds=seconds),
-            is_told_to_stop=lambda: ray.get(self.actors.gate.is_told_to_stop.remote()),
+            is_told_to_stop=self._is_told_to_stop,
             moves=lambda what: self.heartbeat.at(what, is_busy=False),
         )
         self.publisher = Publisher(
@@ -225,7 +225,7 @@ class TrainWorker:
             row.get("tokens/sampled", 0.0) for row in latest(rows) if row["step"] <= self.step
         )
         # A stop that came while this group was started is for it, too.
-        is_told_to_stop = self.is_first and ray.get(self.actors.gate.is_told_to_stop.remote())
+        is_told_to_stop = self.is_first and self._is_told_to_stop()
         self.is_last = self._agreed(self._is_over() or is_told_to_stop)
         if not self.is_last:
             self.evaluate_if_due(unless_done=True)  # the workers before may have died over it
@@ -282,7 +282,7 @@ class TrainWorker:
             self.consumed = self.publisher.then(partial(self._consumed, step, version, roots))
             if not self.config.gate.max_staleness:
                 self._await_engines()
-            self.is_last = ray.get(self.actors.gate.is_told_to_stop.remote()) or self._is_over()
+            self.is_last = self._is_told_to_stop() or self._is_over()
             if self.is_last:
                 self._await_engines()
         self.is_last = self._agreed(self.is_last)
@@ -350,7 +350,10 @@ class TrainWorker:
         )
 
     def evaluate_if_due(self, *, unless_done: bool = False) -> None:
-        """Evaluate if it is due; the learner waits, so that all answers are of one version."""
+        """Evaluate if it is due; the learner waits, so that all answers are of one version.
+
+        The evaluation takes long: a stop that came meanwhile makes the step that is done the last.
+        """
         every = self.config.evaluate.every
         if self.is_last or not every or self.step % every or self.held_out is None:
             return
@@ -359,7 +362,9 @@ class TrainWorker:
         elif not (unless_done and read_evaluation(self.folder, self.step)):
             self._await_engines()
             self._evaluate_on(self.held_out)
-        self.barrier()
+        self.is_last = self._agreed(self.is_first and self._is_told_to_stop())
+        if self.is_last and self.is_first and not self.saver.has(self.step):
+            self.checkpoint_if_due()
 
     def finish(self) -> None:
         """End the stream of trees, and write the model, once all else is written."""
@@ -383,6 +388,9 @@ class TrainWorker:
         run = self.config.run
         spent = self.sampled_tokens / run.max_sampled_tokens if run.max_sampled_tokens else 0.0
         return max(self.step / run.num_steps, spent)
+
+    def _is_told_to_stop(self) -> bool:
+        return ray.get(self.actors.gate.is_told_to_stop.remote())
 
     def _is_over(self) -> bool:
         """Whether the steps that are done are all of the run."""

@@ -7,7 +7,6 @@ with the digests of the bytes that its workers received.
 
 import asyncio
 import hashlib
-import logging
 import os
 import statistics
 import threading
@@ -24,14 +23,16 @@ import ray
 from jaxtyping import UInt8
 
 from treerpo_ray.actor import actor_method, make_actor
-from treerpo_ray.errors import one_line
 from treerpo_ray.metrics.health import StackDump, StageStatus
+from treerpo_ray.metrics.run_log import Event, RunLogApi
+from treerpo_ray.run_folder.files import RunFolder
+from treerpo_ray.run_folder.patience import Patience, PatienceTimes
 
 if TYPE_CHECKING:  # manifests go through actors that have no use for it
     import torch
 
+    from treerpo_ray.task import GateApi
 
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 ALIGNMENT = 64
@@ -181,9 +182,7 @@ class Publisher:
         probe_ids: list[int],
         dtype: "torch.dtype",
         chunk_bytes: int,
-        until_written: Callable[
-            [str, Callable[[], ray.ObjectRef]], ray.ObjectRef
-        ] = lambda what, put: put(),
+        until_written: Callable[[str, Callable[[], ray.ObjectRef]], ray.ObjectRef],
     ) -> None:
         self._until_written = until_written
         self.send, self.node, self.probe_ids = send, node, probe_ids
@@ -295,22 +294,8 @@ class EnginesApi(Protocol):
         """Have the engines serve a version; see `EnginePool.serve`."""
 
 
-ROOM_S = 5.0
-"""Time between attempts to put something in Ray's store that has no room."""
-
-
-async def put_when_there_is_room(value: object) -> ray.ObjectRef:
-    """Put something in Ray's object store, whose memory and the disk that it spills to may be full.
-
-    That is waited for: the weights are the learner's newest, and who fails here would have it train
-    its steps again.
-    """
-    while True:
-        try:
-            return ray.put(value)
-        except (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError) as error:
-            log.warning("waiting for room in Ray's object store: %s", one_line(error))
-            await asyncio.sleep(ROOM_S)
+NO_ROOM = (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError)
+"""What Ray raises where neither its memory nor the disk that it spills to has room."""
 
 
 class WeightStore:
@@ -319,17 +304,24 @@ class WeightStore:
     def __repr__(self) -> str:
         return "weight store"
 
-    async def keep(self, chunks: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
-        """The same chunks, as this actor's own, once Ray's store has room for them."""
-        return [await put_when_there_is_room(await chunk) for chunk in chunks]
+    async def keep(self, chunk: list[ray.ObjectRef]) -> ray.ObjectRef:
+        """The same chunk, the only one of the list, as this actor's own; raises one of NO_ROOM."""
+        return ray.put(await chunk[0])
 
 
 class WeightStoreApi(Protocol):
     """Actor of `WeightStore`."""
 
     @actor_method
-    def keep(self, chunks: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
+    def keep(self, chunk: list[ray.ObjectRef]) -> ray.ObjectRef:
         """See `WeightStore`."""
+
+
+def _keep(store: WeightStoreApi, chunk: ray.ObjectRef) -> ray.ObjectRef:
+    try:
+        return store.keep.remote([chunk]).future().result()
+    except NO_ROOM as error:  # without the stack of the other process
+        raise (error.cause if isinstance(error, ray.exceptions.RayTaskError) else error) from None
 
 
 class WeightSync:
@@ -339,13 +331,41 @@ class WeightSync:
     they are, too: engines go on with the version that they have, and one that starts waits for the
     version that the learner publishes from its last checkpoint.
 
+    Room in Ray's store is waited for, as `Patience` does: the weights are the learner's newest, and
+    who fails here would have it train its steps again.
+
     Args:
         pool: Actor of `TreePool`; keeps what is handed on for engines that come up later.
+        gate: Actor of `Gate`; knows whether the run is told to stop.
+        run_log: Actor of `RunLog`; told of what waits.
+        folder: Run folder.
         probe_every: Syncs between comparisons of log-probabilities; the first is compared.
+        times: How long each part of a wait lasts.
     """
 
-    def __init__(self, *, pool: EnginesApi, probe_every: int) -> None:
+    def __init__(
+        self,
+        *,
+        pool: EnginesApi,
+        gate: "GateApi",
+        run_log: RunLogApi,
+        folder: str,
+        probe_every: int,
+        times: PatienceTimes | None = None,
+    ) -> None:
         self.pool, self.probe_every = pool, probe_every
+
+        def tell(kind: str, **fields: str | float) -> None:
+            run_log.event.remote(Event(kind=kind, fields=fields))
+
+        self._patience = Patience(
+            RunFolder(folder),
+            waits=lambda what, reason: tell("write_waits", what=what, reason=reason),
+            written=lambda what, seconds: tell("write_done", what=what, seconds=seconds),
+            is_told_to_stop=lambda: gate.is_told_to_stop.remote().future().result(),
+            moves=self._move,
+            times=times,
+        )
         self._num_syncs = 0
         self._stores: dict[str, WeightStoreApi] = {}
         """By their nodes; only the one of the node that published last."""
@@ -368,6 +388,7 @@ class WeightSync:
 
         Raises:
             RayError, RuntimeError: no engine could take it over, or the chunks are lost.
+            DiskRefused: the run was told to stop while there was no room for them.
         """
         self._move(f"having the engines serve version {manifest.version}")
         should_probe = self._num_syncs % self.probe_every == 0
@@ -391,13 +412,21 @@ class WeightSync:
         should_probe: bool,
     ) -> None:
         # What the learner put dies with its worker; what is put here lives on.
+        what = f"weights of version {manifest.version}"
+        owned = [await self._own(chunk, node, what) for chunk in chunks]
+        self._move(f"having the engines serve version {manifest.version}")
+        await self.pool.serve.remote(manifest, owned, probe, should_probe)
+
+    async def _own(self, chunk: ray.ObjectRef, node: str, what: str) -> ray.ObjectRef:
+        """The same chunk, as one of this actor or of the weight store on its node."""
         if node == ray.get_runtime_context().get_node_id():
-            owned = [await put_when_there_is_room(await chunk) for chunk in chunks]
+            put = partial(ray.put, await chunk)
         else:
             if node not in self._stores:
                 self._stores = {node: make_actor(WeightStore, name="weight store", node=node)()}
-            owned = await self._stores[node].keep.remote(chunks)
-        await self.pool.serve.remote(manifest, owned, probe, should_probe)
+            put = partial(_keep, self._stores[node], chunk)
+        # In a thread, where `ray.get` would warn: meanwhile this actor is asked for its status.
+        return await asyncio.to_thread(self._patience.until_written, what, put)
 
     def _move(self, doing: str) -> None:
         self._doing, self._moved_at = doing, time.monotonic()

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from ray.core.generated.gcs_service_pb2_grpc import (
 from tests.support.project import ROOT
 from treerpo_ray.config import Config, load
 from treerpo_ray.driver import cluster
-from treerpo_ray.driver.cluster import await_head, check_vllm, local_resources
+from treerpo_ray.driver.cluster import await_head, check_vllm, local_resources, look_at_resources
 from treerpo_ray.driver.placement import (
     Node,
     check_places,
@@ -33,6 +34,7 @@ from treerpo_ray.driver.placement import (
     needed_resources,
     stages,
 )
+from treerpo_ray.stop import Stop
 
 CPU = "engine.resources={CPU: 0.5}"
 GPU = "engine.resources={CPU: 0.5, GPU: 1}"
@@ -338,3 +340,30 @@ def test_no_cluster_on_this_machine_is_one_line(monkeypatch) -> None:
     monkeypatch.setattr(services, "find_gcs_addresses", lambda: set())
     with pytest.raises(ValueError, match=r"^RAY_ADDRESS=auto: Could not find any running Ray"):
         await_head("auto", patience_s=0)
+
+
+def use(config: Config) -> None:
+    with cluster.connected(config):
+        pass
+
+
+@pytest.mark.parametrize("begin", [look_at_resources, use])
+def test_a_signal_while_a_session_of_ray_begins_is_heeded_once_it_can_be_ended(
+    begin, monkeypatch
+) -> None:
+    """Ray would put a handler of its own in the place of ours."""
+    done: list[str] = []
+
+    def init(**_: object) -> None:
+        cluster.utils.set_sigterm_handler(signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
+        done.append("begun")
+
+    monkeypatch.setenv("RAY_ADDRESS", "host:6379")
+    monkeypatch.setattr(cluster, "await_head", lambda *_, **__: None)
+    monkeypatch.setattr(cluster, "_await_cluster", lambda *_, **__: None)
+    monkeypatch.setattr(cluster.ray, "init", init)
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: done.append("ended"))
+    with Stop().at_work(), pytest.raises(KeyboardInterrupt):
+        begin(load([]))
+    assert done == ["begun", "ended"]

@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from tests.support.project import ROOT
+from tests.support.project import ROOT, load_script
 from treerpo_ray.config import Config, load
 from treerpo_ray.driver import cluster
 from treerpo_ray.driver.plan import (
@@ -233,8 +233,9 @@ def test_a_store_that_cannot_be_written_to_is_told_before_anything_starts(monkey
     with pytest.raises(ValueError, match=r"^run\.root=s3://yours/runs: there is no bucket yours"):
         inputs("run.root=s3://yours/runs")
     monkeypatch.setattr(Store, "fault", PermissionError("no key"))
-    with pytest.raises(ValueError, match=r"the store refuses: PermissionError: no key$"):
-        inputs("run.root=s3://mine/runs")
+    for command in (inputs, lambda root: load_script("jobs/train.py").train([*QUICKSTART, root])):
+        with pytest.raises(ValueError, match=r"the store refuses: PermissionError: no key$"):
+            command("run.root=s3://mine/runs")
     Store.answers.clear()
     monkeypatch.setattr("treerpo_ray.driver.plan.STORE_S", 0.1)
     with pytest.raises(ValueError, match=r"the store has not answered for 0\.1 s$"):

@@ -14,6 +14,7 @@ from treerpo_ray.driver.start import (
     contents_of,
     record_start,
 )
+from treerpo_ray.errors import RunFailed
 from treerpo_ray.prompts.problems import Problem
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.run_folder.files import RunFolder
@@ -218,3 +219,31 @@ def test_the_same_files_found_from_elsewhere_are_the_same_run(
         assert again.model.path == str(unpacked / "models/mine")
         assert config is None or config.model.path == again.model.path
         assert check_same_run(again) == []
+
+
+class OfAStore(Exception):
+    """What a store raises that has errors of its own."""
+
+
+@pytest.mark.parametrize("error", [PermissionError("no\nkey"), TimeoutError(), OfAStore("no key")])
+def test_a_store_that_refuses_to_be_read_is_one_line(monkeypatch, error) -> None:
+    root = f"memory://{uuid.uuid4().hex}"
+    started(root)
+
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(RunFolder, "read_bytes", refuse)
+    with pytest.raises(RunFailed) as caught:
+        check_same_run(again(root))
+    told = str(caught.value)
+    assert told.startswith(f"{root}/one cannot be read: {type(error).__name__}: ")
+    assert "\n" not in told
+
+
+def test_a_mistake_of_ours_is_not_taken_for_the_stores(monkeypatch) -> None:
+    root = f"memory://{uuid.uuid4().hex}"
+    started(root)
+    monkeypatch.setattr(RunFolder, "read_bytes", lambda: None)
+    with pytest.raises(TypeError):
+        check_same_run(again(root))

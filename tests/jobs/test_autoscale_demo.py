@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -17,6 +17,7 @@ from tests.support.whole_runs import (
     assert_versions_count_updates,
 )
 from treerpo_ray.run_folder.files import Scalar
+from treerpo_ray.stop import STOPPED, Stop
 from treerpo_ray.study.analysis import Run
 
 
@@ -51,6 +52,34 @@ def test_the_demonstrations_nodes_ask_for_a_token_of_their_own(demo, monkeypatch
     assert all(len(env["RAY_AUTH_TOKEN"]) == 64 for env in started)
 
 
+@pytest.mark.parametrize("at", ["the start", "the run", "the wait for idle nodes"])
+def test_a_signal_at_any_time_takes_the_demonstrations_cluster_down(demo, monkeypatch, at) -> None:
+    done: list[str] = []
+
+    def do(what: str) -> object:
+        done.append(what)
+        if what == at:
+            signal.raise_signal(signal.SIGTERM)
+        return SimpleNamespace(is_complete=True)
+
+    def run(*_: object) -> object:
+        with Stop().at_work():  # as a run has its own
+            pass
+        return do("the run")
+
+    monkeypatch.setenv("RAY_ADDRESS", "set by the demonstration")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "else the demonstration sets one for all tests")
+    monkeypatch.setattr("treerpo_ray.driver.cluster.check_vllm", lambda config: None)
+    monkeypatch.setattr("treerpo_ray.driver.plan.load_inputs", lambda config: None)
+    monkeypatch.setattr("treerpo_ray.driver.run.run", run)
+    monkeypatch.setattr(demo, "_start_head", lambda *_: do("the start") and "host:6379")
+    monkeypatch.setattr(demo, "wait_until_idle", lambda address: do("the wait for idle nodes"))
+    monkeypatch.setattr(demo, "_end_processes", lambda mark: done.append("taken down"))
+    with pytest.raises(KeyboardInterrupt):
+        demo.show([])
+    assert done[-2:] == [at, "taken down"]
+
+
 @pytest.mark.ray
 @pytest.mark.engine
 @pytest.mark.slow
@@ -70,7 +99,7 @@ def test_ray_starts_and_takes_away_nodes_as_trees_come_and_go(tmp_path) -> None:
     try:
         job.wait("second node that comes and goes, and two steps", has_shrunk_and_trained)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=1800) == 1, shown.read_text()
+        assert process.wait(timeout=1800) == STOPPED, shown.read_text()
     finally:
         process.terminate()  # it takes its cluster down
         process.wait(timeout=1800)

@@ -1,9 +1,11 @@
 """The failure drill, short: every kind of process is killed once, or hangs, in a real training."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,6 +31,34 @@ def test_a_drill_ends_a_run_that_takes_too_long(monkeypatch, tmp_path) -> None:
     training = subprocess.Popen(["sleep", "60"])
     drill.run(training, time.monotonic() + 0.5)
     assert training.returncode == -9 and drill.kills == []
+
+
+@pytest.mark.parametrize("at", ["a node", "the job"])
+def test_a_signal_at_any_time_ends_a_drills_job_and_takes_its_cluster_down(monkeypatch, at) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "else the drill sets one for all tests")
+    monkeypatch.setenv("RAY_ADDRESS", "set by the drill")
+    chaos = load_script("jobs/chaos.py")
+    done: list[str] = []
+
+    def do(what: str) -> None:
+        done.append(what)
+        if what == at and done.count(what) == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    cluster = SimpleNamespace(
+        address="host:6379",
+        add_node=lambda **_: do("a node"),
+        shutdown=lambda: done.append("taken down"),
+    )
+    job = SimpleNamespace(kill=lambda: done.append("killed"), wait=lambda: None)
+    monkeypatch.setattr(chaos, "Cluster", lambda: cluster)
+    monkeypatch.setattr(chaos.Drill, "run", lambda *_: do("the job"))
+    monkeypatch.setattr(chaos, "subprocess", SimpleNamespace(Popen=lambda *_, **__: job))
+    with pytest.raises(KeyboardInterrupt):
+        chaos.drill([])
+    nodes = ["a node", "a node"]  # both are there before any is ended
+    more = [] if at == "a node" else ["the job", "killed"]
+    assert done == [*nodes, *more, "taken down"]
 
 
 @pytest.mark.slow

@@ -303,6 +303,7 @@ class Saving:
                 waits=lambda *told: self.waited.append(told),
                 written=lambda what, seconds: self.written.append(what),
                 is_told_to_stop=lambda: self.is_told_to_stop,
+                moves=lambda what: None,
                 times=PatienceTimes(retry=0.05, away=0.5, look=0.01),
             ),
             times=SaveTimes(**{"poll": 0.01} | times),
@@ -317,7 +318,15 @@ class Saving:
             (target / "state").write_text(f"{step}")
 
         placed = lambda: self.placed.append(step)  # noqa: E731
-        self.saver.save(step, write, lambda: self.is_settled, placed, is_last=is_last)
+        self.saver.save(
+            step,
+            write,
+            lambda: self.is_settled,
+            placed,
+            before_place=lambda folder: None,
+            num_bytes=0,
+            is_last=is_last,
+        )
         return True
 
     def wait(self) -> None:
@@ -457,7 +466,13 @@ def test_a_full_disk_is_waited_for_and_nothing_is_saved_twice(tmp_path: Path) ->
         def save(step: int, num_bytes: int, *, is_last: bool) -> None:
             placed = lambda: saving.placed.append(step)  # noqa: E731
             saving.saver.save(
-                step, fill, lambda: True, placed, num_bytes=num_bytes, is_last=is_last
+                step,
+                fill,
+                lambda: True,
+                placed,
+                before_place=lambda folder: None,
+                num_bytes=num_bytes,
+                is_last=is_last,
             )
 
         def make_room() -> None:
@@ -478,6 +493,17 @@ def test_a_full_disk_is_waited_for_and_nothing_is_saved_twice(tmp_path: Path) ->
             assert what == f"checkpoint of step {step}"
             assert why.startswith(f"the disk {disk} of {disk} is full: {needs}")
             assert re.search(r"(49\d|50\d) kB free; waiting since \d\d:\d\d:\d\d until", why), why
+
+
+def test_a_checkpoint_is_had_once_it_is_in_its_place_and_not_if_that_failed(
+    saving: Saving,
+) -> None:
+    assert saving.saver.has(0) and not saving.saver.has(2), "what training began with"
+    saving.save(2)
+    assert saving.saver.has(2) and saving.placed == [2]
+    saving.store.error = RuntimeError("refused")
+    saving.save(4)
+    assert saving.saver.has(2) and not saving.saver.has(4)
 
 
 def test_what_comes_before_a_checkpoint_is_waited_for_but_not_for_ever(tmp_path: Path) -> None:

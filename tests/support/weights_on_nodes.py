@@ -3,6 +3,7 @@ prints as JSON what became of each version. A process of its own, since it bring
 
 import hashlib
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 
@@ -48,6 +49,7 @@ class Learner:
             probe_ids=[1, 2],
             dtype=torch.float32,
             chunk_bytes=2**20,
+            until_written=lambda what, put: put(),
         )
         publisher.publish(Policy(version), version)
         publisher.wait()
@@ -109,7 +111,10 @@ def main() -> None:
     learner_node, _ = add("learner"), add("engine")
     ray.init(address=cluster.address, log_to_driver=False)
     pool = make_actor(Pool)(on("engine", Engine).remote())
-    sync = make_actor(WeightSync)(pool=pool, probe_every=10)
+    # While there is room nobody is told of a wait, or asked whether it is to end.
+    sync = make_actor(WeightSync)(
+        pool=pool, gate=pool, run_log=pool, folder=tempfile.gettempdir(), probe_every=10
+    )
     told: dict[str, object] = {}
 
     learner = on("learner", Learner).remote()

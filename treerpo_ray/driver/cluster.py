@@ -136,10 +136,10 @@ def look_at_resources(config: Config) -> Available:
         return Available(where="this machine", resources=found, memory_gib=machine_gib())
     await_head(address, patience_s=0.0)
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError) as error:  # such as a token that is not right
-        raise ValueError(f"RAY_ADDRESS={address}: {one_line(error)}") from error
-    try:
+        try:
+            init_ray(logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError) as error:  # such as a token that is not right
+            raise ValueError(f"RAY_ADDRESS={address}: {one_line(error)}") from error
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         # Ray keeps what it shares objects in apart from what it gives to processes.
         memory = [node.get("memory", 0) + node.get("object_store_memory", 0) for node in nodes]
@@ -186,19 +186,23 @@ def connected(config: Config, *, trains: bool = True) -> Iterator[None]:
 
 
 def _init(config: Config, **where: Any) -> None:
-    """Connect to Ray or start it; `where` as of `ray.init`.
+    """Connect to Ray or start it for a run; `where` as of `ray.init`."""
+    init_ray(
+        logging_level=logging.WARNING,
+        runtime_env=RUNTIME_ENV,
+        job_config=ray.job_config.JobConfig(metadata={"treerpo_run": config.run.name}),
+        **where,
+    )
+
+
+def init_ray(**settings: Any) -> None:
+    """`ray.init`, for every process that begins a session of Ray.
 
     A signal is heeded once that is done, as half of Ray is hard to end. Ray's own handler of
     SIGTERM would end the driver at once: it is left out.
     """
     with held_back(), _replaced(utils, "set_sigterm_handler", lambda handler: None):
-        ray.init(
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            runtime_env=RUNTIME_ENV,
-            job_config=ray.job_config.JobConfig(metadata={"treerpo_run": config.run.name}),
-            **where,
-        )
+        ray.init(log_to_driver=False, **settings)
 
 
 class _Apart(services.ConsolePopen):

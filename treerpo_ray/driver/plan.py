@@ -139,7 +139,7 @@ def preflight(config: Config) -> Preflight:
         ValueError: a data set, a column, the tokenizer, the delimiter, the model, the verifier or
             the run folder is not as it must be.
     """
-    _check_folder(config)
+    check_folder(config)
     try_credit(config.learner)
     keeps_rows = try_checks(config.verifier)
     unchecked: list[str] = []
@@ -260,8 +260,11 @@ def _weight(data: DataConfig) -> float:
     return data.weight if isinstance(data, MixedConfig) else 1.0
 
 
-def _check_folder(config: Config) -> None:
+def check_folder(config: Config) -> None:
     """Refuse a run folder that cannot be written, as far as that can be told without writing.
+
+    Whatever else reads or writes it comes after this: a store that does not answer would have it
+    wait for minutes.
 
     Raises:
         ValueError: it cannot.

@@ -27,6 +27,7 @@ from treerpo_ray.driver.start import (
     check_same_contents,
     check_same_run,
     contents_of,
+    reading,
     record_start,
 )
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
@@ -75,18 +76,16 @@ def run(
         RunFailed: something failed for good; the same command goes on from the last checkpoint.
         KeyboardInterrupt: a signal ended it at once; the same command goes on, too.
     """
-    try:
+    folder = RunFolder(config.folder)
+    with reading(folder):
         changed = check_same_run(config)
         check_same_contents(config, contents_of(config, inputs.prompts, inputs.held_out))
         outcome = finished_outcome(config)
-    except OSError as error:
-        raise RunFailed(f"{config.folder} cannot be read: {error}") from error
     if changed:
         console.note(f"since the last start: {', '.join(changed)}")
     if outcome is not None:
         console.note(f"the run {config.run.name} is complete; another run.name starts a new one")
         return outcome
-    folder = RunFolder(config.folder)
     stop = Stop()
     with stop.at_work(), only_writer(folder), output_to_log(folder):
         try:
@@ -326,7 +325,11 @@ def _make_actors(
         gate=gate,
         pool=pool,
         weight_sync=make_actor(WeightSync, name=f"weight sync of {run}")(
-            pool=pool, probe_every=config.sync.probe_every
+            pool=pool,
+            gate=gate,
+            run_log=run_log,
+            folder=config.folder,
+            probe_every=config.sync.probe_every,
         ),
         run_log=run_log,
         heartbeats=make_actor(Heartbeats, name=f"heartbeats of {run}", concurrency=1)(),

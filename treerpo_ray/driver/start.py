@@ -7,14 +7,17 @@ mix two, or answer with the result of the other.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 
 from treerpo_ray.config import Config
 from treerpo_ray.config.files import flat_settings, placeless, to_yaml
 from treerpo_ray.config.identity import differences, is_free
+from treerpo_ray.errors import RunFailed, one_line
 from treerpo_ray.metrics.run_log import METRICS_FILE
 from treerpo_ray.prompts.prompt_set import PromptSet, resolve_model_path
 from treerpo_ray.run_folder.checkpoints import Checkpoints
+from treerpo_ray.run_folder.disk import refusal_of
 from treerpo_ray.run_folder.files import CONFIG_FILE, WHOLE_MODEL, RunFolder
 from treerpo_ray.user_code import unpack
 
@@ -28,6 +31,24 @@ EDGE = 2**20
 changes them all, and to read them all takes minutes."""
 
 
+@contextmanager
+def reading(folder: RunFolder) -> Iterator[None]:
+    """Meanwhile a run folder is read, which its disk or its store may refuse.
+
+    Raises:
+        RunFailed: it does; one line.
+    """
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:  # every store has its own
+        if isinstance(error, OSError) or refusal_of(error, is_local=folder.is_local) is not None:
+            fault = f"{type(error).__name__}: {one_line(error)}"
+            raise RunFailed(f"{folder} cannot be read: {fault}") from error
+        raise
+
+
 def check_same_run(config: Config) -> list[str]:
     """Compare a start with what its folder holds.
 
@@ -36,8 +57,14 @@ def check_same_run(config: Config) -> list[str]:
 
     Raises:
         ValueError: the folder holds results of a run with other settings, or a longer one.
+        RunFailed: it cannot be read.
     """
     folder = RunFolder(config.folder)
+    with reading(folder):
+        return _changes(config, folder)
+
+
+def _changes(config: Config, folder: RunFolder) -> list[str]:
     if not folder.exists(CONFIG_FILE):
         return []
     before, now = flat_settings(folder.read_text(CONFIG_FILE)), flat_settings(to_yaml(config))

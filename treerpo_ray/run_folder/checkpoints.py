@@ -225,6 +225,12 @@ class CheckpointSaver:
         """Whether it is time for the checkpoint of `step`."""
         return step - self._saved >= self._every
 
+    def has(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is in its place, where training began with it or once
+        one that is on its way is there."""
+        self.settle()
+        return self._saved == step
+
     def save(
         self,
         step: int,
@@ -232,8 +238,8 @@ class CheckpointSaver:
         is_settled: Callable[[], bool],
         placed: Callable[[], object],
         *,
-        before_place: Callable[[Path], object] = lambda folder: None,
-        num_bytes: int = 0,
+        before_place: Callable[[Path], object],
+        num_bytes: int,
         is_last: bool,
     ) -> None:
         """Save the checkpoint of `step`; returns once it is written here, if it is not the last.

@@ -58,9 +58,9 @@ class Patience:
         folder: RunFolder,
         *,
         waits: Warn,
-        written: Callable[[str, float], object] = lambda what, seconds: None,
-        is_told_to_stop: Callable[[], bool] = lambda: False,
-        moves: Callable[[str], object] = lambda what: None,
+        written: Callable[[str, float], object],
+        is_told_to_stop: Callable[[], bool],
+        moves: Callable[[str], object],
         times: PatienceTimes | None = None,
     ) -> None:
         self._is_local = folder.is_local
