@@ -71,9 +71,7 @@ def test_a_start_with_code_of_the_users_that_was_edited_is_refused_and_each_keep
     check.write_text("TWO = 2\n")
     form.write_text("def form(values): return 2 * values\n")
     edited = again(root, *named)
-    with pytest.raises(
-        ValueError, match=r"other settings: .* edited, .* has been edited; g"
-    ):
+    with pytest.raises(ValueError, match=r"other settings: .* edited, .* has been edited; g"):
         check_same_run(edited)
     record_start(edited, {})
     folder = RunFolder(config.folder)
@@ -107,9 +105,7 @@ def test_a_start_on_data_or_weights_that_were_made_anew_under_the_same_name_is_r
     RunFolder(config.folder).publish_file("metrics.jsonl", b'{"step": 0}\n')
     check_same_contents(config, contents())
     check_same_contents(config, contents(is_held_out=False))
-    told = (
-        r"on other input: prompts is 1 problems \w+ \(was 1 problems \w+\), eval.*one-2"
-    )
+    told = r"on other input: prompts is 1 problems \w+ \(was 1 problems \w+\), eval.*one-2"
     with pytest.raises(ValueError, match=told):
         check_same_contents(config, contents(("5",)))
     weights = bytearray((model / "model.safetensors").read_bytes())
