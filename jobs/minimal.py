@@ -37,7 +37,7 @@ from treerpo_ray.verifier import check, verdict
 
 LEFT_OUT = "gate.max_redraws gate.revisit tree.delimiter loss.kl_coef run.max_sampled_tokens "
 LEFT_OUT += "verifier.false_positive_rate verifier.false_negative_rate verifier.checks "
-LEFT_OUT += "model.trust_remote_code model.stop"
+LEFT_OUT += "model.trust_remote_code model.stop prompts.mix"
 
 
 def train(config: Config) -> int:
@@ -52,8 +52,7 @@ def train(config: Config) -> int:
     for step in range(config.run.num_steps):
         drawn = rng.choice(len(questions), config.gate.trees_per_step, replace=False)
         trees = policy.grow([questions.token_ids[i] for i in drawn])
-        answers = [questions.problems[i].answers for i in drawn]
-        rewards = list(map(policy.score, trees, answers))
+        rewards = list(map(policy.score, trees, [questions.problems[i].answers for i in drawn]))
         value = np.mean([mean_backup(*pair).root for pair in zip(trees, rewards, strict=True)])
         trained = policy.update(trees, rewards, step / config.run.num_steps)
         tokens = f"{sum(t.num_sampled_tokens for t in trees)} tokens sampled, {trained} trained"
@@ -75,11 +74,13 @@ class TreeRPO:
     """A policy and its optimizer, and what a learner step does: grow, score, update."""
 
     def __init__(self, config: Config) -> None:
+        self.check = check.Check(load_module(config.verifier.main_check, config.verifier.sources))
+        if self.check.is_async or {"question", "row"} & set(self.check.wanted):
+            raise ValueError("not in jobs/minimal.py: a check with async def, question or row")
         self.config, path = config, prompt_set.resolve_model_path(config.model.path)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         decay = config.learner.weight_decay
         self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=decay)
-        self.check = check.Check(load_module(config.verifier.main_check, config.verifier.sources))
         self.tokenizer = prompt_set.load_tokenizer(path, config.model.trust_remote_code)
         self.num_updates, self.ends = 0, list(prompt_set.end_token_ids(path, self.tokenizer))
 
@@ -105,8 +106,7 @@ class TreeRPO:
     @torch.no_grad()
     def sample(self, prefixes: list[list[int]], most: int) -> list[Step]:
         """One continuation of each prefix, to its end or of so many tokens at most."""
-        columns: list[tuple[Tensor, Tensor]] = []
-        cache, width = None, max(map(len, prefixes))
+        columns, cache, width = list[tuple[Tensor, Tensor]](), None, max(map(len, prefixes))
         fed = torch.tensor([[0] * (width - len(ids)) + ids for ids in prefixes])
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prefixes])
         is_open = torch.ones(len(prefixes), dtype=torch.bool)

@@ -18,15 +18,18 @@ import torch.distributed as dist
 
 from tests.support.evaluations import EVALUATION
 from tests.support.records import tree_of
+from treerpo_ray import train
 from treerpo_ray.config import Config, load
 from treerpo_ray.driver.outcome import finished_outcome
 from treerpo_ray.evaluate.evaluation import save_evaluation
 from treerpo_ray.learner.stats import BatchStats
+from treerpo_ray.metrics.run_log import FATAL
 from treerpo_ray.records import RootValue, TreeRecord, to_table
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.task import RunActors, WorkerTask
 from treerpo_ray.train import TrainWorker
+from treerpo_ray.verifier.verifier import VariableNotSet
 
 LIMIT_S = 60.0
 """Time after which what a test waits for does not come any more."""
@@ -170,6 +173,42 @@ def test_an_evaluation_on_the_way_does_not_pass_for_that_of_the_end(tmp_path: Pa
     for num_samples, is_finished in ((1, False), (4, True)):
         save_evaluation(replace(EVALUATION, step=2, num_samples=num_samples), folder)
         assert (finished_outcome(config) is not None) == is_finished
+
+
+def test_one_scorer_grades_all_evaluations_and_ends_with_the_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its start takes time in which all wait, and asks a paid judge again."""
+    started: list[SimpleNamespace] = []
+    graded_by: list[object] = []
+    closed: list[int] = []
+
+    def start(*arguments: object, **named: object) -> SimpleNamespace:
+        number = len(started)
+        started.append(SimpleNamespace(close=lambda: closed.append(number)))
+        return started[-1]
+
+    monkeypatch.setattr(train, "Scorer", start)
+    monkeypatch.setattr(train, "evaluate", lambda *given, **named: graded_by.append(given[4]))
+    worker = make_worker(config_of(tmp_path), FakeActors({}), step=1)
+    worker.learner.policy.tokenizer = None
+    with worker.ending:
+        for _ in range(3):
+            worker._evaluate_on(None)
+        assert graded_by == started * 3 and len(started) == 1 and not closed
+    assert closed == [0]
+
+
+def test_a_variable_that_the_workers_node_lacks_ends_the_run(tmp_path: Path) -> None:
+    fakes = FakeActors({})
+    config = config_of(tmp_path)
+    own = replace(config, verifier=replace(config.verifier, env=("NO_SUCH_KEY",)))
+    worker = make_worker(own, fakes, step=1)
+    worker.learner.policy.tokenizer = None
+    with pytest.raises(VariableNotSet):
+        worker._evaluate_on(None)
+    [event] = fakes.arguments["event"]
+    assert event.kind == FATAL and "NO_SUCH_KEY" in event.fields["reason"]
 
 
 def one_step(worker: TrainWorker) -> None:

@@ -29,6 +29,7 @@ from treerpo_ray.tree_stream import (
     to_worker_batch,
 )
 from treerpo_ray.verifier.verdict import Verdict
+from treerpo_ray.verifier.verifier import VariableNotSet
 
 CONFIG = load(
     [
@@ -117,6 +118,17 @@ def test_a_verifier_that_fails_too_often_ends_the_run_with_its_examples(stream) 
     for answer in ("raise", "abort", "recurse"):
         example = f"errored: answer '{answer}' to question 'which?' with reference 'right'"
         assert example in str(fatal.fields["reason"])
+
+
+def test_a_variable_that_this_node_lacks_ends_the_run_as_further_tries_would_not_find_it(
+    stream,
+) -> None:
+    config = replace(CONFIG, verifier=replace(CONFIG.verifier, env=("NO_SUCH_KEY",)))
+    found = stream([tree_of(0, "right", "left")], config=config)
+    with pytest.raises(VariableNotSet, match=r"verifier\.env names NO_SUCH_KEY"):
+        next(found.shares)
+    [fatal] = found.events
+    assert fatal.kind == FATAL and "NO_SUCH_KEY, which is not set on" in fatal.fields["reason"]
 
 
 # Batches of workers

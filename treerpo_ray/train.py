@@ -20,9 +20,9 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import ray
@@ -36,7 +36,7 @@ from treerpo_ray.evaluate.evaluation import read_evaluation
 from treerpo_ray.evaluate.grading import evaluate
 from treerpo_ray.learner.learner import Learner, UpdateResult
 from treerpo_ray.learner.policy import DTYPES
-from treerpo_ray.metrics.run_log import Event, Row, check_failed, latest, write_failed
+from treerpo_ray.metrics.run_log import FATAL, Event, Row, check_failed, latest, write_failed
 from treerpo_ray.metrics.watchdog import Heartbeat
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import RootValue, TreeRecord, from_table
@@ -48,6 +48,7 @@ from treerpo_ray.run_folder.writer import BackgroundWriter
 from treerpo_ray.scoring import Scorer
 from treerpo_ray.task import STREAM, GateState, WorkerTask
 from treerpo_ray.tree_stream import Prefetcher, from_worker_batch
+from treerpo_ray.verifier.verifier import VariableNotSet
 from treerpo_ray.weight_sync import Publisher
 
 GATE_FILE = "gate.json"
@@ -113,7 +114,8 @@ def restore(task: WorkerTask) -> Iterator["TrainWorker"]:
             worker.open(checkpoint)
     worker.barrier()
     worker.batches = Prefetcher(ray.train.get_dataset_shard(STREAM))
-    yield worker
+    with worker.ending:
+        yield worker
     heartbeat.close()
 
 
@@ -148,6 +150,8 @@ class TrainWorker:
         self.step, self.learner, self.checkpoints = step, learner, checkpoints
         self.heartbeat = heartbeat
         self.folder = RunFolder(self.config.folder)
+        self.ending = ExitStack()
+        """Of what the worker has started."""
         self.batches: Prefetcher
         self.patience = Patience(
             self.folder,
@@ -412,20 +416,28 @@ class TrainWorker:
             )
 
     def _evaluate_on(self, held_out: PromptSet) -> None:
+        evaluate(
+            replace(self.config, evaluate=self.config.evaluate.interim),
+            held_out,
+            self.actors.pool,
+            self.actors.run_log,
+            self._scorer,
+            step=self.step,
+            version=self.learner.version,
+            advance=lambda num_problems: self.heartbeat.at("evaluating"),
+            writer=self.writer,
+        )
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        """Of every evaluation: its start takes time, and its own test may ask a paid judge."""
         tokenizer = self.learner.policy.tokenizer
-        scorer = Scorer(self.config.verifier, tokenizer, on_fault=self._check_failed)
-        with closing(scorer):
-            evaluate(
-                replace(self.config, evaluate=self.config.evaluate.interim),
-                held_out,
-                self.actors.pool,
-                self.actors.run_log,
-                scorer,
-                step=self.step,
-                version=self.learner.version,
-                advance=lambda num_problems: self.heartbeat.at("evaluating"),
-                writer=self.writer,
-            )
+        try:
+            scorer = Scorer(self.config.verifier, tokenizer, on_fault=self._check_failed)
+        except VariableNotSet as error:  # workers that start anew would only run into it again
+            self._note(FATAL, reason=str(error))
+            raise
+        return self.ending.enter_context(closing(scorer))
 
     def _is_settled(self, num_lines: int, trees_kept: int | None) -> bool:
         """Whether the run folder has so many rows and events, and the trees of that step."""

@@ -33,6 +33,7 @@ from treerpo_ray.prompts.prompt_set import load_tokenizer
 from treerpo_ray.records import SCHEMA, TreeRecord, to_table
 from treerpo_ray.scoring import Scorer, VerifierFailing, with_noise
 from treerpo_ray.task import TreePoolApi
+from treerpo_ray.verifier.verifier import VariableNotSet
 
 log = logging.getLogger(__name__)
 
@@ -224,6 +225,9 @@ def _worker_batches(
     def on_fault(reason: str) -> None:
         run_log.event.remote(check_failed(reason))
 
+    def end_run(error: Exception) -> None:
+        ray.get(run_log.event.remote(Event(kind=FATAL, fields={"reason": str(error)})))
+
     heartbeat = Heartbeat(
         heartbeats=heartbeats,
         stage="scoring",
@@ -233,7 +237,11 @@ def _worker_batches(
     heartbeat.at("starting the verifier")
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     batches: WorkerBatches | None = None
-    scorer = Scorer(config.verifier, tokenizer, on_start=on_start, on_fault=on_fault)
+    try:
+        scorer = Scorer(config.verifier, tokenizer, on_start=on_start, on_fault=on_fault)
+    except VariableNotSet as error:
+        end_run(error)
+        raise
     with closing(scorer):
         while True:
             heartbeat.at("waiting for finished trees", is_busy=False)
@@ -253,8 +261,7 @@ def _worker_batches(
             try:
                 scored = scorer.score(trees)
             except VerifierFailing as error:  # workers that start anew would only run into it again
-                event = Event(kind=FATAL, fields={"reason": str(error)})
-                ray.get(run_log.event.remote(event))
+                end_run(error)
                 raise
             for graded in scored:
                 tree = with_noise(graded, config.verifier, config.run.seed)

@@ -8,9 +8,11 @@ import pytest
 
 from tests.support.project import ROOT
 from treerpo_ray.config import Config, load
+from treerpo_ray.config.files import to_yaml
 from treerpo_ray.config.sections import RAY_JOB
 from treerpo_ray.driver.benchmarks import configure
 from treerpo_ray.driver.next_steps import STARTED_IN, next_steps
+from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -45,21 +47,42 @@ def test_a_finished_run_ends_with_three_commands_of_one_line_each(tmp_path: Path
     ]
 
 
-def test_the_evaluation_samples_as_the_run_does_whatever_its_held_out_data(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "own",
+    [
+        [],
+        # The run's prompts have other values, and the held-out data the defaults.
+        [
+            *("prompts.question_column=problem", "evaluate.data.question_column=question"),
+            *("prompts.system_prompt=Think", "evaluate.data.system_prompt=null"),
+            *("prompts.max_prompt_tokens=32", "evaluate.data.max_prompt_tokens=512"),
+            *("prompts.answer_mark='A:'", "evaluate.data.answer_mark='####'"),
+            *("prompts.prompt_template='Q {question}'", "evaluate.data.prompt_template=null"),
+            "prompts.chat_template_args={enable_thinking: false}",
+            "evaluate.data.chat_template_args={enable_thinking: true}",
+        ],
+        ["evaluate.data.path=quickstart:test", "evaluate.data.question_column=question"],
+    ],
+)
+def test_the_evaluation_samples_as_the_run_does_whatever_its_held_out_data(
+    tmp_path: Path, own: list[str]
+) -> None:
     """Read back by the script's own reader."""
     data = tmp_path / "my rows.jsonl"
     data.write_text('{"q": "1+1", "answer": "2"}\n')
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "model.safetensors").touch()
+    (run / "model").mkdir(parents=True)
+    (run / "model/model.safetensors").touch()
     config = load(
         [
             *("conf/quickstart.yaml", f"run.root={tmp_path}", "run.name=run"),
             *(f'evaluate.data.path="{data}"', "evaluate.data.question_column=q"),
             'evaluate.data.system_prompt="Think: step by step, {x}"',
             *("evaluate.data.answer_mark=null", "evaluate.data.num_problems=null"),
+            *own,
         ]
     )
+    RunFolder(config.folder).publish_file(CONFIG_FILE, to_yaml(config).encode())
     words = shlex.split(dict(next_steps(config, ["conf/quickstart.yaml"]))["evaluate it"])
     assert words[:5] == ["python", "jobs/evaluate.py", str(run), "--benchmarks", "held_out"]
     read: Config = configure(words[2], [words[4]], words[5:])

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,3 +100,24 @@ def test_what_it_leaves_out_is_refused() -> None:
     for override in ("model.dtype=bfloat16", "learner.advantage=past_baseline"):
         with pytest.raises(ValueError, match=r"not in jobs/minimal.py: bfloat16, past_baseline"):
             train(load([override]))
+    for override in ("prompts.mix.a.path=quickstart:train", "model.stop=[END]"):
+        section = override.partition("=")[0].split(".")
+        with pytest.raises(ValueError, match=rf"not in jobs/minimal.py: .*{'.'.join(section[:2])}"):
+            train(load([override]))
+
+
+def test_a_check_is_given_all_that_it_asks_for_or_refused(tmp_path: Path) -> None:
+    """Before a model is read: an empty question or row would make other rewards."""
+    for asked, is_refused in {
+        "def check_answer(text, references)": False,
+        "def check_answer(text, is_cut_off)": False,
+        "def check_answer(text, question)": True,
+        "def check_answer(text, *, row)": True,
+        "async def check_answer(text, references)": True,
+    }.items():
+        check = tmp_path / f"check_{len(list(tmp_path.iterdir()))}.py"
+        check.write_text(f"{asked}:\n    return True\n\n\nSELF_TEST = [('4', ['4'], True)]\n")
+        config = load([f"verifier.check={check}", f"model.path={tmp_path}/none"])
+        told = r"not in jobs/minimal.py: a check with" if is_refused else "none"
+        with pytest.raises((ValueError, OSError), match=told):
+            TreeRPO(config)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from treerpo_ray.evaluate.evaluation import SAMPLES
 from treerpo_ray.metrics.offline_wandb import offline_records, offline_rows
 from treerpo_ray.metrics.run_log import RunLog, latest_rows
 from treerpo_ray.metrics.sources import version_of
-from treerpo_ray.metrics.tables import Tables
+from treerpo_ray.metrics.tables import LATE_ROWS, Tables
 from treerpo_ray.metrics.wandb import WandbRun, group_of
 from treerpo_ray.records import to_table
 from treerpo_ray.run_folder import trees as saved_trees
@@ -117,7 +118,7 @@ def test_answers_and_trees_are_tables_each_once(tmp_path, fake_wandb):
     assert tables.due(0) == {}  # there is nothing yet
     row = {
         **{"problem": "a", "question": "1+1=?", "references": ["2", "two"], "text": "#### 2"},
-        **{"verdict": "correct", "num_tokens": 3, "is_cut_off": False, "group": 0},
+        **{"verdict": "partial", "reward": 0.3, "num_tokens": 3, "is_cut_off": False, "group": 0},
     }
     rows = [row | {"sample": sample} for sample in (0, 1)]
     table = pa.Table.from_pylist(rows, schema=SAMPLES)
@@ -125,8 +126,8 @@ def test_answers_and_trees_are_tables_each_once(tmp_path, fake_wandb):
     shown = tables.due(0)
     assert list(shown) == ["eval/samples"]  # and no trees
     assert shown["eval/samples"] == (
-        ["step", "problem", "question", "references", "text", "verdict", "num_tokens"],
-        [[0, "a", "1+1=?", "2 or two", "#### 2", "correct", 3]],
+        ["step", "problem", "question", "references", "text", "verdict", "reward", "num_tokens"],
+        [[0, "a", "1+1=?", "2 or two", "#### 2", "partial", 0.3, 3]],
     )
     tree = make_tree([ROOT, ROOT, 0, 0])
     record = make_record(tree, (Verdict.CORRECT, Verdict.CORRECT, Verdict.WRONG))
@@ -142,6 +143,51 @@ def test_answers_and_trees_are_tables_each_once(tmp_path, fake_wandb):
     assert again.due(2) == {}
     (tmp_path / "small/eval/step=000003.parquet").write_bytes(b"torn")
     assert set(again.due(3)) <= {"trees"}
+
+
+def test_tables_are_looked_for_after_an_evaluation_alone(tmp_path, fake_wandb):
+    config = run_config(tmp_path, "p")
+    looked: list[str] = []
+
+    class Folder(RunFolder):
+        def glob(self, pattern):
+            looked.append(pattern)
+            return super().glob(pattern)
+
+    for every in (0, 1):
+        own = replace(config, metrics=replace(config.metrics, save_trees_every=every))
+        tables = Tables(Folder(config.folder), own)
+        tables.evaluated(1)
+        looked.clear()
+        for step in range(1, 4 * LATE_ROWS):
+            assert tables.due(step) == {}
+        assert len(looked) == LATE_ROWS  # they may be written late, or never
+        rows = [dict.fromkeys(SAMPLES.names) | {"problem": "a", "sample": 0, "references": []}]
+        samples = pa.Table.from_pylist(rows, schema=SAMPLES)
+        RunFolder(config.folder).publish_table("eval/step=000040.parquet", samples)
+        tables.evaluated(40)
+        looked.clear()
+        assert list(tables.due(40)) == ["eval/samples"]
+        for step in range(41, 60):
+            assert tables.due(step) == {}
+        looks = [each for each in looked if each.startswith("eval/")]
+        assert len(looks) == (LATE_ROWS if every else 1)  # for its trees
+        assert tables.due(None) == {}
+        (tmp_path / "small/eval/step=000040.parquet").unlink()
+
+
+def test_the_evaluation_of_a_runs_end_takes_the_place_of_the_interim_one(tmp_path, fake_wandb):
+    """In one session, and where a run was stopped at the step and then finished there."""
+
+    def evaluated(step, samples, value):
+        return {"step": step, "eval/pass_at_1": value, "eval/num_samples": samples}
+
+    config = run_config(tmp_path, "p")
+    write(config, [{"step": 1}, evaluated(1, 1, 0.2), {"step": 2}, evaluated(2, 1, 0.3)])
+    write(config, [evaluated(2, 1, 0.3), evaluated(1, 4, 0.1), evaluated(2, 4, 0.5), {"step": 2}])
+    write(config, [evaluated(2, 4, 0.5), evaluated(2, 1, 0.3)])
+    assert [row.get("eval/pass_at_1") for row in fake_wandb.rows] == [None, 0.2, None, 0.3, 0.5]
+    assert fake_wandb.numbers == [0, 1, 2, 3, 6]
 
 
 def test_a_broken_wandb_warns_once_and_loses_nothing(tmp_path, fake_wandb):

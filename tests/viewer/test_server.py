@@ -39,6 +39,7 @@ from treerpo_ray.records import to_table
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.viewer.__main__ import bind, main
+from treerpo_ray.viewer.answers import evaluation_sightings, read_answers
 from treerpo_ray.viewer.page import page
 from treerpo_ray.viewer.reader import RunReader, find_run, parse_ref
 from treerpo_ray.viewer.server import API, ASSETS, HEADERS, make_app
@@ -98,6 +99,26 @@ def test_a_tree_has_its_values_advantages_errors_and_verdicts(ask):
     (text,) = ask("texts", ref="20:5", nodes="0")
     assert text["text"] == list("1+1=") and text["logprob"] == [-0.1] * 4
     assert ask("holding", ref="20:5", text="#### 3") == [2]
+
+
+def test_partial_credit_is_the_value_of_an_answer(tmp_path):
+    """Its verdict does not tell how much; an earlier version recorded the verdict alone."""
+    run = RunFolder(str(tmp_path))
+    file, table = answers_to(PROBLEMS[:1], 3, [["#### 2", "a", "b", "c"]])
+    kinds = [["correct", "partial", "wrong", "errored"], [1.0, 0.3, 0.0, None]]
+    for name, column in zip(("verdict", "reward"), kinds, strict=True):
+        at = table.schema.get_field_index(name)
+        table = table.set_column(at, table.schema.field(name), [column])
+    for saved, expected in ((table, [1, 0.3, 0]), (table.drop_columns(["reward"]), [1, 0, 0])):
+        run.publish_table(file, saved)
+        view = read_answers(run, 3, "test-0").view
+        assert view.value[:3].tolist() == expected and np.isnan(view.value[3])
+        [met] = evaluation_sightings(run, 3)
+        assert np.isnan(met.value) and np.isnan(view.root_value)  # as one has no verdict
+        run.publish_table(file, saved.slice(0, 3))
+        [met] = evaluation_sightings(run, 3)
+        whole = read_answers(run, 3, "test-0").view.root_value
+        assert met.value == pytest.approx(sum(expected) / 3) == whole
 
 
 def test_the_list_of_trees_tells_the_same_without_tokens(ask, folder):

@@ -13,7 +13,7 @@ from pathlib import Path
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.config import Config
 from treerpo_ray.config.files import load
-from treerpo_ray.config.sections import RAY_JOB, PromptsConfig
+from treerpo_ray.config.sections import INHERITED, RAY_JOB, DataConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTED_IN = "TREERPO_STARTED_IN"
@@ -88,14 +88,12 @@ def _shown(folder: str) -> str:
 def _benchmark(config: Config) -> list[str]:
     """Arguments of `jobs/evaluate.py` that have it sample answers as the run's own evaluation."""
     own, settings = config.evaluate.data, config.evaluate
-    default, name = asdict(PromptsConfig()), HELD_OUT
-    keys = {
-        f"evaluate.benchmarks.{name}.{key}": value
-        for key, value in asdict(own).items()
-        if value != default[key]
-    }
-    if own.path == "quickstart:test":  # it is among the benchmarks
-        keys, name = {}, "quickstart"
+    prompts, default, name = asdict(config.prompts), asdict(DataConfig()), HELD_OUT
+    default |= {key: prompts[key] for key in INHERITED}  # what it has if it is not told
+    differing = {key: value for key, value in asdict(own).items() if value != default[key]}
+    if own.path == "quickstart:test" and differing.keys() <= {"path", "num_problems"}:
+        differing, name = {}, "quickstart"  # it is among the benchmarks
+    keys = {f"evaluate.benchmarks.{name}.{key}": value for key, value in differing.items()}
     keys["evaluate.max_tokens"] = config.max_evaluated_tokens
     keys["evaluate.num_samples"] = settings.num_samples
     keys["evaluate.temperature"] = settings.temperature

@@ -29,7 +29,11 @@ MOST_SAMPLES = 64
 MOST_TREES = 4
 """Trees that are shown with it, those whose answers differ most."""
 SAMPLES, TREES = "eval/samples", "trees"
-SAMPLE_COLUMNS = ("problem", "question", "references", "text", "verdict", "num_tokens")
+SAMPLE_COLUMNS = ("problem", "question", "references", "text", "verdict", "reward",
+                  "num_tokens")  # fmt: skip
+LATE_ROWS = 8
+"""Rows, from that of an evaluation on, with which its tables are looked for: what is not there by
+then comes at the end."""
 TREE_COLUMNS = ("ticket", "question", "step", "parent", "depth", "tokens", "value", "advantage",
                 "answer", "verdict")  # fmt: skip
 
@@ -47,29 +51,49 @@ class Tables:
         self._passed = -1.0
         """Step until which all that there is has been shown."""
         self._shown: set[str] = set()
+        self._kinds = (SAMPLES, TREES) if config.metrics.save_trees_every else (SAMPLES,)
+        self._awaited, self._evaluated, self._rows_left = set(self._kinds), -1.0, LATE_ROWS
+        """Kinds that are not there yet, of the evaluation at which step, and how long to look."""
 
     def pass_over(self, step: float) -> None:
         """What is of this step or earlier ones has been shown before."""
         self._passed = max(self._passed, step)
 
-    def due(self, step: float | None) -> dict[str, "wandb.Table"]:
-        """Tables that are there until `step` and were not shown; None: until now.
+    def evaluated(self, step: float) -> None:
+        """Look for the tables of the evaluation at `step` from now on."""
+        self._awaited, self._evaluated, self._rows_left = set(self._kinds), step, LATE_ROWS
 
-        The newest of each kind, if several are: a row has room for one.
+    def due(self, step: float | None) -> dict[str, "wandb.Table"]:
+        """Tables that are there until `step`, that of a row, and were not shown; None: at the end,
+        all that there are.
+
+        The newest of each kind, if several are: a row has room for one. The folder is looked into
+        only while some are awaited.
         """
+        self._rows_left -= 1
+        kinds = self._awaited if self._rows_left >= 0 else set[str]()
+        kinds = set(self._kinds) if step is None else kinds
+        if not kinds:
+            return {}
         limit = float("inf") if step is None else step
         found = {}
-        makers: dict[str, tuple[str, Callable[[int], wandb.Table]]] = {
-            SAMPLES: ("eval/step=*.parquet", self._samples),
-            TREES: ("eval/step=*.parquet", self._trees),
+        makers: dict[str, Callable[[int], wandb.Table]] = {
+            SAMPLES: self._samples,
+            TREES: self._trees,
         }
-        for name, (pattern, make) in makers.items():
+        try:
+            steps = [_step_of(path) for path in self._folder.glob("eval/step=*.parquet")]
+        except Exception as error:  # of a disk or store; it is asked again
+            log.info("no tables: %s", one_line(error))
+            return {}
+        newest = max((each for each in steps if self._passed < each <= limit), default=None)
+        for name in [each for each in makers if each in kinds] if newest is not None else ():
             try:
-                steps = [_step_of(path) for path in self._folder.glob(pattern)]
-                new = [s for s in steps if self._passed < s <= limit]
-                if new and f"{name}{max(new)}" not in self._shown:
-                    found[name] = make(max(new))
-                    self._shown.add(f"{name}{max(new)}")
+                if f"{name}{newest}" not in self._shown:
+                    found[name] = makers[name](newest)
+                    self._shown.add(f"{name}{newest}")
+                    if newest >= self._evaluated:
+                        self._awaited.discard(name)
             except Exception as error:  # of the disk, a store, Parquet; a table stops no metrics
                 log.info("no table %s: %s", name, one_line(error))
         return found
@@ -79,7 +103,7 @@ class Tables:
 
         rows = self._folder.read_table(f"eval/step={step:06d}.parquet").to_pylist()
         first = [row for row in rows if row["sample"] == 0][:MOST_SAMPLES]
-        data = [[_plain(row[column]) for column in SAMPLE_COLUMNS] for row in first]
+        data = [[_plain(row.get(column)) for column in SAMPLE_COLUMNS] for row in first]
         return wandb.Table(columns=["step", *SAMPLE_COLUMNS], data=[[step, *row] for row in data])
 
     def _trees(self, step: int) -> "wandb.Table":

@@ -80,8 +80,9 @@ class WandbRun:
         self._run: wandb.Run | None = None
         self._areas: set[str] = set()
         self._num_rows = 0
-        self._last: tuple[float, set[bool]] = (-1.0, set())
-        """Highest step of a row, and whether those that have it are evaluations."""
+        self._last: tuple[float, dict[bool, float]] = (-1.0, {})
+        """Highest step of a row, and whether those that have it are evaluations: of so many
+        answers a problem."""
         self._tokens = 0.0
         self._number = 0
         """Of the row that was sent last."""
@@ -103,13 +104,19 @@ class WandbRun:
             self._writer.put("row", partial(self._log, *numbered))
 
     def _numbered(self, row: Row) -> tuple[int, Row] | None:
-        """The next row, complete, with its number; None if it repeats an earlier one."""
-        number, step, is_evaluation = self._num_rows, row["step"], "eval/pass_at_1" in row
+        """The next row, complete, with its number; None if it repeats an earlier one.
+
+        An evaluation of more answers does not: at the step where a run ends it takes the place of
+        the interim one.
+        """
+        number, step, is_evaluation = self._num_rows, row["step"], _is_evaluation(row)
+        samples = row.get("eval/num_samples", 0.0)
         self._num_rows += 1
         last, kinds = self._last
-        if step < last or (step == last and is_evaluation in kinds):
+        kinds = kinds if step == last else {}
+        if step < last or samples <= kinds.get(is_evaluation, -1.0):
             return None
-        self._last = step, ({is_evaluation} | kinds if step == last else {is_evaluation})
+        self._last = step, kinds | {is_evaluation: samples}
         self._tokens = row.get(TOKENS, self._tokens + row.get("tokens/sampled", 0.0))
         return number, row | {TOKENS: self._tokens}
 
@@ -141,6 +148,8 @@ class WandbRun:
             self._run.define_metric(f"{area}/*", step_metric=axis)
             self._areas.add(area)
         self._number = number
+        if _is_evaluation(row):
+            self._tables.evaluated(row["step"])
         self._run.log(row | self._tables.due(row["step"]), step=number)
         with (self._folder / SENT_FILE).open("a") as file:
             file.write(f"{number} {'offline' if self._run.offline else 'online'}\n")
@@ -204,6 +213,10 @@ class WandbRun:
                 x_disable_meta=True,
             ),
         )
+
+
+def _is_evaluation(row: Row) -> bool:
+    return "eval/pass_at_1" in row
 
 
 def _settings(config: "Config") -> dict[str, object]:

@@ -13,6 +13,7 @@ Another domain is one module or file, named by `verifier.check`; see `verifier.c
 import logging
 import math
 import os
+import platform
 import signal
 import threading
 import time
@@ -40,6 +41,10 @@ Request = tuple[str, dict[str, object]]
 """What a worker is asked, as JSON takes it: see `verifier._worker`."""
 
 
+class VariableNotSet(ValueError):
+    """`verifier.env` names a variable that this node does not have: another try would not, too."""
+
+
 class Verifier:
     """A pool of processes that grade answers; the processes start at construction, in parallel.
 
@@ -57,8 +62,8 @@ class Verifier:
             is logged if nobody is.
 
     Raises:
-        ValueError: no module of the name `check`, a number that isn't positive, or a variable that
-            is not set.
+        ValueError: no module of the name `check`, a number that isn't positive; VariableNotSet of
+            a variable.
     """
 
     def __init__(
@@ -88,7 +93,10 @@ class Verifier:
             if not number > 0:
                 raise ValueError(f"verifier.{name} must be positive, not {number}")
         if missing := [name for name in env if name not in os.environ]:
-            raise ValueError(f"verifier.env names {missing[0]}, which is not set here")
+            raise VariableNotSet(
+                f"verifier.env names {missing[0]}, which is not set on {platform.node()}, where "
+                "answers are graded: set it on every node, before Ray is started there"
+            )
         self._env = tuple(env)
         # The death signal follows the thread that started the worker, not the process.
         is_bound = threading.current_thread() is threading.main_thread()

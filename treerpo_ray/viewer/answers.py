@@ -18,6 +18,8 @@ from treerpo_ray.verifier.verdict import Verdict
 from treerpo_ray.viewer.tree_list import MAX_QUESTION, shape
 from treerpo_ray.viewer.tree_view import TreeView
 
+SAMPLE_COLUMNS = ("problem", "question", "verdict", "reward")
+"""Of an evaluation; one of an earlier version has no rewards."""
 SIGHTING_COLUMNS = ("ticket", "finished_at_s", "prompt_id", "question", "root_value")
 
 
@@ -32,7 +34,7 @@ class Sighting:
     problem: str
     question: str
     value: float
-    """Of the root: the share of right answers in an evaluation."""
+    """Of the root: the mean reward of the answers in an evaluation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +59,11 @@ def evaluation_file(step: int) -> str:
 def evaluation_sightings(folder: RunFolder, step: int) -> list[Sighting]:
     """The problems of an evaluation; the texts of its answers are not read."""
     with folder.parquet(evaluation_file(step)) as samples:
-        table = samples.read(["problem", "question", "verdict"])
+        columns = [name for name in SAMPLE_COLUMNS if name in samples.schema_arrow.names]
+        table = samples.read(columns)
     rewards: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in table.to_pylist():
-        verdict = Verdict(row["verdict"])
-        reward = verdict.reward if verdict.is_reward else float("nan")
-        rewards[row["problem"], row["question"]].append(reward)
+        rewards[row["problem"], row["question"]].append(_reward(row))
     return [
         Sighting(
             ref=f"e{step}:{problem}",
@@ -149,9 +150,17 @@ def read_answers(folder: RunFolder, step: int, problem: str) -> Answers:
     return _answers(rows, step)
 
 
+def _reward(row: dict) -> float:
+    """Reward of an answer, NaN without; where it is not recorded, that of the verdict."""
+    verdict, reward = Verdict(row["verdict"]), row.get("reward")
+    if not verdict.is_reward:
+        return float("nan")
+    return verdict.reward if reward is None else reward
+
+
 def _answers(rows: list[dict], step: int) -> Answers:
     verdicts = [Verdict(row["verdict"]) for row in rows]
-    rewards = np.array([v.reward if v.is_reward else np.nan for v in verdicts])
+    rewards = np.array([_reward(row) for row in rows])
     none = np.full(len(rows), np.nan)
     lengths = np.array([row["num_tokens"] for row in rows], np.int32)
     tree = shape(np.full(len(rows), ROOT, np.int32), lengths)
