@@ -71,32 +71,38 @@ class Tables:
         only while some are awaited.
         """
         self._rows_left -= 1
-        kinds = self._awaited if self._rows_left >= 0 else set[str]()
-        kinds = set(self._kinds) if step is None else kinds
-        if not kinds:
-            return {}
-        limit = float("inf") if step is None else step
-        found = {}
+        kinds = set(self._awaited if self._rows_left >= 0 else ())
+        if step is None:
+            kinds = set(self._kinds)
+        found: dict[str, wandb.Table] = {}
+        newest = self._newest(float("inf") if step is None else step) if kinds else None
+        if newest is None:
+            return found
         makers: dict[str, Callable[[int], wandb.Table]] = {
             SAMPLES: self._samples,
             TREES: self._trees,
         }
-        try:
-            steps = [_step_of(path) for path in self._folder.glob("eval/step=*.parquet")]
-        except Exception as error:  # of a disk or store; it is asked again
-            log.info("no tables: %s", one_line(error))
-            return {}
-        newest = max((each for each in steps if self._passed < each <= limit), default=None)
-        for name in [each for each in makers if each in kinds] if newest is not None else ():
+        for name, make in makers.items():
+            if name not in kinds or f"{name}{newest}" in self._shown:
+                continue
             try:
-                if f"{name}{newest}" not in self._shown:
-                    found[name] = makers[name](newest)
-                    self._shown.add(f"{name}{newest}")
-                    if newest >= self._evaluated:
-                        self._awaited.discard(name)
+                found[name] = make(newest)
             except Exception as error:  # of the disk, a store, Parquet; a table stops no metrics
                 log.info("no table %s: %s", name, one_line(error))
+                continue
+            self._shown.add(f"{name}{newest}")
+            if newest >= self._evaluated:
+                self._awaited.discard(name)
         return found
+
+    def _newest(self, limit: float) -> int | None:
+        """Step of the newest evaluation until `limit` whose answers are there to be shown."""
+        try:
+            steps = [_step_of(path) for path in self._folder.glob("eval/step=*.parquet")]
+        except Exception as error:  # of the disk, a store; a table stops no metrics
+            log.info("no tables: %s", one_line(error))
+            return None
+        return max((each for each in steps if self._passed < each <= limit), default=None)
 
     def _samples(self, step: int) -> "wandb.Table":
         import wandb
