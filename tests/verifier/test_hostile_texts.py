@@ -1,6 +1,6 @@
 """No text hangs the verifier, breaks it, fills its memory or gets anything run.
 
-The long form (`-m slow`) draws more than 100,000 different answers, the short one the first few
+The long form (`-m slow`) draws more than 30,000 different answers, the short one the first few
 thousand of them.
 """
 
@@ -66,8 +66,8 @@ def test_drawn_texts_are_graded(audited, no_canary):
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_drawn_texts_are_graded(audited, no_canary):
-    assert grade_drawn(audited, 112) > 100_000
+def test_thirty_thousand_drawn_texts_are_graded(audited, no_canary):
+    assert grade_drawn(audited, 36) > 30_000
 
 
 def test_code_is_text(audited, no_canary):
