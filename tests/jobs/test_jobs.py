@@ -221,7 +221,8 @@ def test_a_users_mistake_is_one_clear_line(
 
 @pytest.mark.ray
 def test_a_run_that_the_cluster_cannot_hold_says_what_is_missing(tmp_path: Path) -> None:
-    done = run_script("conf/quickstart.yaml", f"run.root={tmp_path}", "engine.num_engines=99")
+    many = ("engine.num_engines=99", "engine.kv_cache_gib=0.01")  # which its memory would hold
+    done = run_script("conf/quickstart.yaml", f"run.root={tmp_path}", *many)
     assert done.returncode == 2
     assert "the cluster lacks {'CPU': " in done.stderr
 

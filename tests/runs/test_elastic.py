@@ -109,8 +109,10 @@ def test_nodes_of_workers_and_engines_come_and_go_and_cost_no_ticket(cluster, tm
     assert_promises_kept(run.folder, f"run.num_steps={metrics.index.max()}")
     assert (events.kind == "engine_lost").sum() == 0
     [draining] = events[events.kind == "engine_draining"].itertuples()
-    [left] = events[events.kind == "engine_left"].itertuples()
-    assert draining.node == left.node == drained.node_id
+    assert draining.node == drained.node_id
+    # At the end one that was asked for again, and has no node yet, may be let go, too.
+    leaving = events[(events.kind == "engine_left") & (events.node == drained.node_id)]
+    [left] = leaving.itertuples()
     assert draining.reason == "its node is drained"
     assert left.trees == 0 and left.reason == "it is drained"
     joined = events[events.kind == "engine_serving"]

@@ -30,7 +30,7 @@ STRICT = ("gate.max_staleness=0", "gate.revisit=0.5", "sync.probe_every=1")
 def run_training(config: Config, pool: TreePoolApi | None = None) -> tuple[RunResult, str]:
     """Train in the cluster that is connected; returns what the terminal showed too."""
     shown = io.StringIO()
-    console = Console(config.run.num_steps, rich.console.Console(file=shown, width=120))
+    console = Console(config, rich.console.Console(file=shown, width=120))
     return train(config, load_inputs(config), console, pool), shown.getvalue()
 
 
