@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGKILL
 
@@ -49,6 +50,9 @@ from treerpo_ray.tree_stream import has_signal
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine]
 
+TOLD_S = 3.0
+"""Time after which Ray's tables have what a process tells every second."""
+
 
 @pytest.fixture(scope="module")
 def kept(small_config, ray_cluster) -> Iterator[TreePoolApi]:
@@ -59,13 +63,28 @@ def kept(small_config, ray_cluster) -> Iterator[TreePoolApi]:
     ray.get(pool.stop.remote())
 
 
+@dataclass(frozen=True)
+class InRay:
+    """What Ray tells of a run once it has ended."""
+
+    actors: list[dict[str, str]]
+    failed_tasks: list[tuple[str, str]]
+
+
 @pytest.fixture(scope="module")
-def strict(small_config, kept) -> tuple[Run, RunResult, str]:
-    """Three steps, strictly on-policy, half of the tickets back at prompts, without a break, the
-    first run on the kept engines; and what the terminal showed."""
+def first_run(small_config, kept) -> tuple[tuple[Run, RunResult, str], InRay]:
+    """`strict`, and what Ray told of it before anything else was run, and killed, there."""
     config = small_config("run.name=strict", "run.num_steps=3", *STRICT)
     outcome, shown = run_training(config, kept)
-    return Run(config.folder), outcome, shown
+    time.sleep(TOLD_S)
+    return (Run(config.folder), outcome, shown), InRay(actors(), failed_tasks())
+
+
+@pytest.fixture(scope="module")
+def strict(first_run) -> tuple[Run, RunResult, str]:
+    """Three steps, strictly on-policy, half of the tickets back at prompts, without a break, the
+    first run on the kept engines; and what the terminal showed."""
+    return first_run[0]
 
 
 @pytest.fixture(scope="module")
@@ -95,15 +114,16 @@ def test_a_run_leaves_everything_that_its_folder_promises(strict) -> None:
     assert "3/3" in shown and "Pass@1" in shown
 
 
-def test_a_whole_run_is_shown_by_its_names_and_without_a_failure(strict) -> None:
+def test_a_whole_run_is_shown_by_its_names_and_without_a_failure(first_run) -> None:
     """As Ray's dashboard has it; the engines are those of another run, and still there."""
-    shown = {actor["name"]: actor for actor in actors()}
+    _, told = first_run
+    shown = {actor["name"]: actor for actor in told.actors}
     for stage in ("gate", "weight sync", "heartbeats"):
         actor = shown[f"{stage} of strict"]
         assert actor["repr"] == stage
         assert actor["state"] == "DEAD" and "INTENDED_USER_EXIT" in actor["told"]
     assert shown["engine 0"]["repr"] == "engine 0" and shown["engine 0"]["state"] == "ALIVE"
-    assert failed_tasks() == []
+    assert told.failed_tasks == []
 
 
 def test_no_secret_of_the_environment_is_in_the_run_folder(strict) -> None:
