@@ -36,7 +36,16 @@ from treerpo_ray.evaluate.evaluation import read_evaluation
 from treerpo_ray.evaluate.grading import evaluate
 from treerpo_ray.learner.learner import Learner, UpdateResult
 from treerpo_ray.learner.policy import DTYPES
-from treerpo_ray.metrics.run_log import FATAL, Event, Row, check_failed, latest, write_failed
+from treerpo_ray.metrics.run_log import (
+    FATAL,
+    Event,
+    Row,
+    check_failed,
+    latest,
+    write_done,
+    write_failed,
+    write_waits,
+)
 from treerpo_ray.metrics.watchdog import Heartbeat
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import RootValue, TreeRecord, from_table
@@ -155,8 +164,8 @@ class TrainWorker:
         self.batches: Prefetcher
         self.patience = Patience(
             self.folder,
-            waits=lambda what, reason: self._tell("write_waits", what=what, reason=reason),
-            written=lambda what, seconds: self._tell("write_done", what=what, seconds=seconds),
+            waits=lambda what, reason: self._tell(write_waits(what, reason)),
+            written=lambda what, seconds: self._tell(write_done(what, seconds)),
             is_told_to_stop=self._is_told_to_stop,
             moves=lambda what: self.heartbeat.at(what, is_busy=False),
         )
@@ -448,13 +457,13 @@ class TrainWorker:
         return saved_trees.are_kept(self.folder, trees_kept, self.num_workers)
 
     def _warn(self, what: str, reason: str) -> None:
-        self.actors.run_log.event.remote(write_failed(what, reason))
+        self._tell(write_failed(what, reason))
 
     def _check_failed(self, reason: str) -> None:
-        self.actors.run_log.event.remote(check_failed(reason))
+        self._tell(check_failed(reason))
 
-    def _tell(self, kind: str, **fields: str | float) -> None:
-        self.actors.run_log.event.remote(Event(kind=kind, fields=fields))
+    def _tell(self, event: Event) -> None:
+        self.actors.run_log.event.remote(event)
 
     def _note(self, kind: str, **fields: str | int) -> None:
         ray.get(self.actors.run_log.event.remote(Event(kind=kind, fields=fields)))

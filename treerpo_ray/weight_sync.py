@@ -24,7 +24,7 @@ from jaxtyping import UInt8
 
 from treerpo_ray.actor import actor_method, make_actor
 from treerpo_ray.metrics.health import StackDump, StageStatus
-from treerpo_ray.metrics.run_log import Event, RunLogApi
+from treerpo_ray.metrics.run_log import RunLogApi, write_done, write_waits
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.patience import Patience, PatienceTimes
 
@@ -354,14 +354,10 @@ class WeightSync:
         times: PatienceTimes | None = None,
     ) -> None:
         self.pool, self.probe_every = pool, probe_every
-
-        def tell(kind: str, **fields: str | float) -> None:
-            run_log.event.remote(Event(kind=kind, fields=fields))
-
         self._patience = Patience(
             RunFolder(folder),
-            waits=lambda what, reason: tell("write_waits", what=what, reason=reason),
-            written=lambda what, seconds: tell("write_done", what=what, seconds=seconds),
+            waits=lambda what, reason: run_log.event.remote(write_waits(what, reason)),
+            written=lambda what, seconds: run_log.event.remote(write_done(what, seconds)),
             is_told_to_stop=lambda: gate.is_told_to_stop.remote().future().result(),
             moves=self._move,
             times=times,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.support.records import plain, tree_of
 from treerpo_ray.config import Config, load
+from treerpo_ray.prompts.mixture import one_set
 from treerpo_ray.records import TreeRecord, to_table
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
@@ -71,7 +72,7 @@ def test_every_tree_that_the_gate_admitted_can_be_used_if_each_step_is_an_update
     staleness: int, data: st.DataObject
 ) -> None:
     """A tree is sampled at the earliest when the gate lets its ticket out."""
-    gate = Gate(num_prompts=9, trees_per_step=2, max_staleness=staleness, num_steps=9, seed=0)
+    gate = Gate(mixture=one_set(9), trees_per_step=2, max_staleness=staleness, num_steps=9, seed=0)
     versions, trees = [0], []
     for step in range(9):
         gate.steps_done = step

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treerpo_ray.prompts.mixture import Mixture, Turns
+from treerpo_ray.prompts.mixture import Mixture, Turns, one_set
 from treerpo_ray.records import RootValue
 from treerpo_ray.search.curriculum import Measurement, to_state
 from treerpo_ray.search.gate import Gate, redrawn
@@ -24,7 +24,7 @@ def make_gate(
     seed: int = 3,
 ) -> Gate:
     return Gate(
-        num_prompts=num_prompts,
+        mixture=one_set(num_prompts),
         trees_per_step=trees_per_step,
         max_staleness=max_staleness,
         num_steps=num_steps,
@@ -180,7 +180,7 @@ def test_a_stop_ends_the_run_with_the_step_that_is_under_way() -> None:
 
 def test_who_waits_for_a_ticket_at_the_end_gets_none() -> None:
     async def scenario() -> Ticket | None:
-        gate = Gate(num_prompts=8, trees_per_step=2, max_staleness=0, num_steps=1, seed=0)
+        gate = Gate(mixture=one_set(8), trees_per_step=2, max_staleness=0, num_steps=1, seed=0)
         for _ in range(2):
             await gate.next(0)
         late = asyncio.create_task(gate.next(0))
@@ -193,7 +193,7 @@ def test_who_waits_for_a_ticket_at_the_end_gets_none() -> None:
 
 def test_who_waits_from_before_a_restart_gets_no_ticket_of_the_new_session() -> None:
     async def scenario() -> tuple[Ticket | None, list[int]]:
-        gate = Gate(num_prompts=8, trees_per_step=2, max_staleness=0, num_steps=4, seed=0)
+        gate = Gate(mixture=one_set(8), trees_per_step=2, max_staleness=0, num_steps=4, seed=0)
         for _ in range(2):
             await gate.next(0)
         late = asyncio.create_task(gate.next(0))
@@ -209,15 +209,13 @@ def test_tickets_of_several_sets_follow_their_mixture_and_come_again_as_they_wer
     mixture = Mixture(sizes=(3, 7), weights=(1.0, 1.0))
 
     def make() -> Gate:
-        return Gate(
-            num_prompts=10, trees_per_step=4, max_staleness=1, num_steps=50, seed=2, mixture=mixture
-        )
+        return Gate(mixture=mixture, trees_per_step=4, max_staleness=1, num_steps=50, seed=2)
 
     turns = Turns(mixture, seed=2)
     prompts = [make().ticket(number).prompt for number in range(60)]
     assert prompts == [turns.prompt(number) for number in range(60)]
     assert sum(prompt < 3 for prompt in prompts) > 20, "not by their sizes"
-    again = [redrawn(n, 1, num_prompts=10, seed=2, mixture=mixture).prompt for n in range(60)]
+    again = [redrawn(n, 1, mixture=mixture, seed=2).prompt for n in range(60)]
     assert 20 < sum(prompt < 3 for prompt in again) < 40
     gate = make()
     gate.consumed(0, ())
@@ -227,7 +225,7 @@ def test_tickets_of_several_sets_follow_their_mixture_and_come_again_as_they_wer
 
 def test_a_redrawn_ticket_keeps_its_number_and_draws_another_prompt_each_time() -> None:
     def again(num_redraws: int) -> Ticket:
-        return redrawn(7, num_redraws, num_prompts=1000, seed=3)
+        return redrawn(7, num_redraws, mixture=one_set(1000), seed=3)
 
     drawn = [again(n) for n in range(1, 200)]
     assert {ticket.number for ticket in drawn} == {7}
@@ -248,7 +246,7 @@ def value_of(ticket: Ticket) -> float:
 
 def revisiting(staleness: int, revisit: float = 0.5) -> Gate:
     return Gate(
-        num_prompts=40,
+        mixture=one_set(40),
         trees_per_step=6,
         max_staleness=staleness,
         num_steps=12,
@@ -318,7 +316,7 @@ def test_a_redrawn_tree_measures_the_prompt_that_it_was_grown_from() -> None:
     gate.consumed(0, [RootValue(4, 2, 0.5), RootValue(1, 0, 0.25)])
     assert gate.curriculum.measurements == [
         Measurement(0, gate.ticket(1).prompt, 0.25),
-        Measurement(0, redrawn(4, 2, num_prompts=40, seed=3).prompt, 0.5),
+        Measurement(0, redrawn(4, 2, mixture=one_set(40), seed=3).prompt, 0.5),
     ]
 
 

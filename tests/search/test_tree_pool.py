@@ -35,6 +35,7 @@ from treerpo_ray.config import Config
 from treerpo_ray.engine.pool import MAX_STARTS
 from treerpo_ray.engine.types import Sampling
 from treerpo_ray.metrics.health import StackDump, stalled
+from treerpo_ray.prompts.mixture import one_set
 from treerpo_ray.records import RootValue, TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.search.gate import Gate, redrawn
@@ -408,7 +409,11 @@ def test_trees_in_the_stream_are_kept_until_their_step_is_consumed() -> None:
 def test_a_saved_tree_of_another_seed_or_prompt_is_not_used(other: tuple[int, int]) -> None:
     num_prompts, seed = other
     new = Gate(
-        num_prompts=num_prompts, trees_per_step=TREES, max_staleness=0, num_steps=STEPS, seed=seed
+        mixture=one_set(num_prompts),
+        trees_per_step=TREES,
+        max_staleness=0,
+        num_steps=STEPS,
+        seed=seed,
     )
     tickets = [new.ticket(number) for number in range(TREES)]
     expected = [contents(whole_tree(ticket.prompt, ticket.seed)) for ticket in tickets]
@@ -474,7 +479,7 @@ def test_a_redrawn_tree_is_saved_as_such_and_goes_on_as_such() -> None:
         (again,) = [tree for tree in await take(other, TREES) if tree.ticket == 2]
         assert contents(again.tree) == contents(other_prompt.tree)
         assert (again.num_redraws, again.redrawn_tokens) == (1, other_prompt.redrawn_tokens)
-        assert again.seed == redrawn(2, 1, num_prompts=len(PROMPTS), seed=SEED).seed
+        assert again.seed == redrawn(2, 1, mixture=PROMPTS.sets, seed=SEED).seed
         await other.stop()
 
     run(scenario(Fleet()))

@@ -299,7 +299,7 @@ def make_config(*overrides: str) -> Config:
 
 def make_gate(config: Config, revisit: float = 0.0) -> Gate:
     return Gate(
-        num_prompts=len(PROMPTS),
+        mixture=PROMPTS.sets,
         trees_per_step=TREES,
         max_staleness=config.gate.max_staleness,
         num_steps=STEPS,

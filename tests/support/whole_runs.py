@@ -15,10 +15,12 @@ from treerpo_ray.config import Config, load
 from treerpo_ray.driver.outcome import RunResult
 from treerpo_ray.driver.plan import load_inputs
 from treerpo_ray.driver.run import train
+from treerpo_ray.driver.start import contents_of
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.run_log import EVENTS_FILE
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder.files import RunFolder, Scalar
+from treerpo_ray.stop import Stop
 from treerpo_ray.study.analysis import Run
 from treerpo_ray.study.audit import faults
 from treerpo_ray.task import TreePoolApi
@@ -31,7 +33,9 @@ def run_training(config: Config, pool: TreePoolApi | None = None) -> tuple[RunRe
     """Train in the cluster that is connected; returns what the terminal showed too."""
     shown = io.StringIO()
     console = Console(config, rich.console.Console(file=shown, width=120))
-    return train(config, load_inputs(config), console, pool), shown.getvalue()
+    inputs = load_inputs(config)
+    contents = contents_of(config, inputs.prompts, inputs.held_out)
+    return train(config, inputs, contents, console, Stop(), pool), shown.getvalue()
 
 
 @dataclass

@@ -33,6 +33,8 @@ MOVED_MODULES = {
 """Modules that configurations of earlier versions name, and where they are now."""
 BENCHMARKS = "evaluate.benchmarks"
 SHAPE_KEYS = ("num_children", "step_tokens")
+JOB_FOLDER = re.compile(r"(?:^|(?<=\"))/[^\"]*?/working_dir_files/_ray_pkg_\w+/")
+"""Where Ray unpacks the working folder of a job, which has another name for each job."""
 PACKAGE = "treerpo_ray"
 """Modules that are the same wherever this version runs."""
 USER_CODE = {
@@ -198,10 +200,6 @@ def to_yaml(config: Config) -> str:
 def flat_settings(text: str) -> Flat:
     """Values of a configuration in YAML by their whole key, modules under their present names."""
     return dict(flatten(with_moved_modules(yaml.safe_load(text)), whole=_mapping_keys()))
-
-
-JOB_FOLDER = re.compile(r"(?:^|(?<=\"))/[^\"]*?/working_dir_files/_ray_pkg_\w+/")
-"""Where Ray unpacks the working folder of a job, which has another name for each job."""
 
 
 def placeless(settings: Flat) -> Flat:

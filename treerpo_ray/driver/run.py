@@ -4,7 +4,7 @@ gate ──► tree pool ──► tree stream (scoring) ──► train workers
 """
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -79,7 +79,8 @@ def run(
     folder = RunFolder(config.folder)
     with reading(folder):
         changed = check_same_run(config)
-        check_same_contents(config, contents_of(config, inputs.prompts, inputs.held_out))
+        contents = contents_of(config, inputs.prompts, inputs.held_out)
+        check_same_contents(config, contents)
         outcome = finished_outcome(config)
     if changed:
         console.note(f"since the last start: {', '.join(changed)}")
@@ -90,11 +91,11 @@ def run(
     with stop.at_work(), only_writer(folder), output_to_log(folder):
         try:
             if pool is not None:
-                return train(config, inputs, console, pool, stop)
+                return train(config, inputs, contents, console, stop, pool)
             with ExitStack() as session:
                 with console.stage("starting Ray"):
                     session.enter_context(connected(config))
-                return train(config, inputs, console, stop=stop)
+                return train(config, inputs, contents, console, stop)
         except Exception as error:
             if isinstance(error, ValueError) and not isinstance(error, ray.exceptions.RayError):
                 raise
@@ -122,18 +123,20 @@ def kept_engines(config: Config) -> Iterator[TreePoolApi]:
 def train(
     config: Config,
     inputs: Inputs,
+    contents: Mapping[str, str],
     console: Console,
+    stop: Stop,
     pool: TreePoolApi | None = None,
-    stop: Stop | None = None,
 ) -> RunResult:
     """Run or resume a training on the Ray cluster that is connected, with a pool kept or its own.
+
+    `contents` is what `contents_of` gave of the inputs.
 
     Raises:
         ray.exceptions.RayError, RuntimeError: something failed for good; the run folder holds
             the last checkpoint, and the same command goes on from it.
     """
-    record_start(config, contents_of(config, inputs.prompts, inputs.held_out))
-    stop = stop or Stop()
+    record_start(config, contents)
     with RunSession(config=config, inputs=inputs, console=console, pool=pool, stop=stop) as session:
         session.start_engines()
         before = session.evaluate(step=0)
@@ -313,13 +316,12 @@ def _make_actors(
     ray.get(begun)
     run = config.run.name
     gate = make_actor(Gate, name=f"gate of {run}")(
-        num_prompts=len(inputs.prompts),
+        mixture=inputs.prompts.sets,
         trees_per_step=config.gate.trees_per_step,
         max_staleness=config.gate.max_staleness,
         num_steps=config.run.num_steps,
         seed=config.run.seed,
         revisit=config.gate.revisit,
-        mixture=inputs.prompts.mixture,
     )
     return RunActors(
         gate=gate,

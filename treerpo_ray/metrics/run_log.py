@@ -64,6 +64,16 @@ def write_failed(what: str, reason: str) -> Event:
     return Event(kind="write_failed", fields={"what": what, "reason": reason})
 
 
+def write_waits(what: str, reason: str) -> Event:
+    """Something of the run waits for a disk or a store."""
+    return Event(kind="write_waits", fields={"what": what, "reason": reason})
+
+
+def write_done(what: str, seconds: float) -> Event:
+    """What waited is written, after so many seconds."""
+    return Event(kind="write_done", fields={"what": what, "seconds": seconds})
+
+
 def check_failed(reason: str) -> Event:
     """A check gave an answer no verdict, with the traceback."""
     return Event(kind="check_failed", fields={"reason": reason})

@@ -17,7 +17,7 @@ from treerpo_ray.config.sections import PACKAGE_PARENT, DataConfig
 from treerpo_ray.errors import one_line
 from treerpo_ray.prompts.chats import with_system
 from treerpo_ray.prompts.hub import HUB_ID, Unreachable, is_unreachable
-from treerpo_ray.prompts.mixture import Mixture
+from treerpo_ray.prompts.mixture import Mixture, one_set
 from treerpo_ray.prompts.problems import Problem
 from treerpo_ray.quickstart.exercises import MODELS, MODELS_FOLDER
 
@@ -46,6 +46,11 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.problems)
+
+    @property
+    def sets(self) -> Mixture:
+        """What its prompts' turns follow from, of one set or several."""
+        return self.mixture or one_set(len(self))
 
     @classmethod
     def mixed(cls, parts: Mapping[str, "PromptSet"], weights: Sequence[float]) -> "PromptSet":

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from treerpo_ray.metrics.health import StackDump, StageStatus
-from treerpo_ray.prompts.mixture import Mixture, Turns, one_set
+from treerpo_ray.prompts.mixture import Mixture, Turns
 from treerpo_ray.records import RootValue
 from treerpo_ray.search.curriculum import Curriculum, Measurement, from_state, to_state
 from treerpo_ray.task import GateState, Ticket
@@ -30,9 +30,8 @@ class Gate:
     """Issues tickets in order; see the module text for the rule.
 
     Args:
-        num_prompts: Size of the training set; each epoch is a fresh permutation of it, in which
-            the turn of a prompt is lost where its ticket comes back to another one.
-        mixture: Of a training set of several sets, whose prompts take turns as `Mixture` says.
+        mixture: The data sets that are trained on, one or several, whose prompts take turns as its
+            module says; the turn of a prompt is lost where its ticket comes back to another one.
         trees_per_step: B, trees that one learner step consumes.
         max_staleness: Learner steps by which a tree may be behind; 0 is strictly on-policy.
         num_steps: Learner steps of the whole run; no ticket is issued for later ones.
@@ -43,18 +42,16 @@ class Gate:
     def __init__(
         self,
         *,
-        num_prompts: int,
+        mixture: Mixture,
         trees_per_step: int,
         max_staleness: int,
         num_steps: int,
         seed: int,
         revisit: float = 0.0,
-        mixture: Mixture | None = None,
     ) -> None:
-        self.num_prompts, self.trees_per_step = num_prompts, trees_per_step
+        self.mixture, self.trees_per_step = mixture, trees_per_step
         self.max_staleness, self.num_steps, self.seed = max_staleness, num_steps, seed
-        self.mixture = mixture or one_set(num_prompts)
-        self._turns = Turns(self.mixture, seed)
+        self._turns = Turns(mixture, seed)
         self.curriculum = Curriculum(share=revisit, seed=seed)
         self.steps_done = 0
         self.issued = 0
@@ -165,7 +162,8 @@ class Gate:
     # Revisits: what was measured, and what a resumed run needs of it -----------------------------
 
     def _remember(self, state: GateState | None) -> None:
-        own = [m for m in from_state(state) if m.prompt < self.num_prompts]  # data sets may shrink
+        num_prompts = self.mixture.num_prompts
+        own = [m for m in from_state(state) if m.prompt < num_prompts]  # data sets may shrink
         self.curriculum = Curriculum(share=self.curriculum.share, seed=self.seed, measurements=own)
 
     def _measure(self, step: int, root_values: Sequence[RootValue]) -> None:
@@ -180,13 +178,7 @@ class Gate:
     def _prompt_of(self, root: RootValue) -> int:
         if not root.num_redraws:
             return self.ticket(root.ticket).prompt
-        again = redrawn(
-            root.ticket,
-            root.num_redraws,
-            num_prompts=self.num_prompts,
-            seed=self.seed,
-            mixture=self.mixture,
-        )
+        again = redrawn(root.ticket, root.num_redraws, mixture=self.mixture, seed=self.seed)
         return again.prompt
 
     def _last_measured(self, step: int) -> int:
@@ -194,9 +186,7 @@ class Gate:
         return step - 1 - self.max_staleness
 
 
-def redrawn(
-    number: int, num_redraws: int, *, num_prompts: int, seed: int, mixture: Mixture | None = None
-) -> Ticket:
+def redrawn(number: int, num_redraws: int, *, mixture: Mixture, seed: int) -> Ticket:
     """Ticket `number` with another prompt, any of the data set, drawn for the n-th time; of several
     sets one is drawn by weight first.
 
@@ -204,5 +194,4 @@ def redrawn(
     """
     sequence = np.random.SeedSequence((seed, number, num_redraws))
     prompt, tree_seed = sequence.generate_state(2, np.uint64).tolist()
-    drawn = (mixture or one_set(num_prompts)).at(prompt)
-    return Ticket(number=number, prompt=drawn, seed=tree_seed >> 1)
+    return Ticket(number=number, prompt=mixture.at(prompt), seed=tree_seed >> 1)

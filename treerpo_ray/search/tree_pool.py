@@ -343,7 +343,4 @@ class TreePool:
         return self._redrawn(ticket.number, past.num_redraws) if past.num_redraws else ticket
 
     def _redrawn(self, number: int, num_redraws: int) -> Ticket:
-        prompts = self.prompts
-        return redrawn(
-            number, num_redraws, num_prompts=len(prompts), seed=self.seed, mixture=prompts.mixture
-        )
+        return redrawn(number, num_redraws, mixture=self.prompts.sets, seed=self.seed)

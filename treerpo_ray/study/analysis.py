@@ -128,16 +128,16 @@ class Run:
     def _scheme(self, record: TreeRecord) -> "_Scheme":
         form = self._learner.form
         baseline = self._baseline(record) if has_baseline(form) else 0.0
-        return {"form": form, "pruning": self._learner.pruning, "baseline": baseline}
+        return {"form": form, "pruning": self.pruning, "baseline": baseline}
 
     def advantage_errors(self, record: TreeRecord) -> Float64[np.ndarray, " steps"]:
         """Standard error of each advantage; NaN where there is none."""
         return advantage_errors(record.tree, self.values(record), **self._scheme(record))
 
     @property
-    def scheme(self) -> tuple[Form, Pruning]:
-        """What an advantage is in this run, and which step groups are kept."""
-        return self._learner.form, self._learner.pruning
+    def pruning(self) -> Pruning:
+        """Which step groups are kept."""
+        return self._learner.pruning
 
     @cached_property
     def _learner(self) -> LearnerConfig:

@@ -52,7 +52,7 @@ class RunReader:
         folder = find_run(place)
         self._run, self._folder = Run(folder), RunFolder(folder)
         try:
-            _ = self._run.scheme
+            _ = self._run.pruning
         except KeyError as error:
             raise ValueError(
                 f"{folder}/{CONFIG_FILE} has no {error}: it is of another version"
@@ -149,7 +149,7 @@ class RunReader:
     def _read_summaries(
         self, file: str, step: int, state: str
     ) -> dict[int, tuple[float, TreeSummary]]:
-        return summaries(self._folder, file, step, self._run.scheme[1])
+        return summaries(self._folder, file, step, self._run.pruning)
 
     def _read_sightings(self, file: str, step: int, state: str) -> list[Sighting]:
         if file == evaluation_file(step):

@@ -60,10 +60,9 @@ class TreeView:
 def trained_tree(run: Run, tokenizer: Tokenizer | None, record: TreeRecord, step: int) -> TreeView:
     """A tree that a learner step was trained on."""
     tree, values = record.tree, run.values(record)
-    _, pruning = run.scheme
     states: list[str | None] = [None] * len(tree)
     for group in step_groups(tree, values):
-        for children, state in zip(group.children, group.states(pruning), strict=True):
+        for children, state in zip(group.children, group.states(run.pruning), strict=True):
             for child in children.tolist():
                 states[child] = str(state)
     parents = dict(zip(tree.parents.tolist(), states, strict=True))
