@@ -105,7 +105,7 @@ def make_worker(config: Config, fakes: FakeActors, *, step: int) -> TrainWorker:
 def open_worker(
     config: Config, *, step: int, left_over: list[TreeRecord], grown: list[TreeRecord]
 ) -> FakeActors:
-    fakes = FakeActors({"unconsumed": grown, "restart": 7, "stats": []})
+    fakes = FakeActors({"recall": grown, "restart": 7, "stats": []})
     checkpoint = Path(config.folder) / "restored"
     checkpoint.mkdir(parents=True)
     saved_trees.write(checkpoint, left_over, config.tree)
@@ -125,12 +125,14 @@ def test_a_restart_goes_on_from_the_checkpoints_trees_and_from_those_that_the_po
     further = tree_of(5, 2, 2)
     grown = [further, tree_of(6, 2), tree_of(7, 2, 3)]
     fakes = open_worker(config_of(tmp_path), step=2, left_over=left_over, grown=grown)
-    assert fakes.arguments["unconsumed"] == (4,)
+    assert fakes.arguments["recall"] == (4,)
     _, session, first, _, saved = fakes.arguments["grow_tickets"]
     assert (session, first) == (7, 4)
     assert to_table(saved).equals(to_table([left_over[0], further, grown[1]]))
-    order = [fakes.calls.index(name) for name in ("unconsumed", "publish", "grow_tickets")]
-    assert order == sorted(order), "asked before the engines turn back and the pool drops them"
+    order = [fakes.calls.index(name) for name in ("recall", "publish", "grow_tickets")]
+    assert order == sorted(order), "dropped before the engines turn back"
+    assert fakes.arguments["event"][0].kind == "learner_started"
+    assert "event" not in fakes.calls[order[-1] :], "noted before any tree is finished anew"
 
 
 def test_the_model_of_a_run_that_was_stopped_does_not_pass_for_that_of_a_whole_one(
@@ -320,7 +322,7 @@ def test_a_checkpoint_is_put_in_its_place_with_what_the_gate_says_of_its_own_ste
 
 
 def test_the_gate_begins_again_from_what_the_checkpoint_holds_of_it(tmp_path: Path) -> None:
-    fakes = FakeActors({"unconsumed": [], "restart": 7, "stats": []})
+    fakes = FakeActors({"recall": [], "restart": 7, "stats": []})
     (tmp_path / "gate.json").write_text("after step 2")
     make_worker(config_of(tmp_path), fakes, step=2).open(tmp_path)
     assert fakes.arguments["restart"] == (2, "after step 2")

@@ -116,6 +116,9 @@ class TreePoolApi(Protocol):
     def redraw(self, reader: str, past: TreeRecord) -> None: ...
 
     @actor_method
+    def recall(self, first: int) -> list[TreeRecord]: ...
+
+    @actor_method
     def unconsumed(self, first: int) -> list[TreeRecord]: ...
 
     @actor_method

@@ -62,7 +62,7 @@ from treerpo_ray.weight_sync import Publisher
 
 GATE_FILE = "gate.json"
 """State of the gate, in a checkpoint."""
-END_S = 10.0
+END_S = 60.0
 """Time for the stream of trees to end by itself; it is ended with the workers in any case."""
 WRITE_S = 60.0
 """Time for a disk that takes what is written, before it is said that it does not."""
@@ -211,7 +211,7 @@ class TrainWorker:
         gate, pool, version = self.actors.gate, self.actors.pool, self.learner.version
         first = self.step * self.config.gate.trees_per_step
         # What grows on once the engines have turned back would be of weights that never were.
-        grown: list[TreeRecord] = ray.get(pool.unconsumed.remote(first))
+        grown: list[TreeRecord] = ray.get(pool.recall.remote(first))
         self.publish()
         self._await_engines()
         totals = ray.get(pool.stats.remote())
@@ -221,7 +221,7 @@ class TrainWorker:
         saved = saved_trees.usable(
             [*left_over, *grown], step=self.step, version=version, gate=self.config.gate
         )
-        ray.get(pool.grow_tickets.remote(gate, session, first, self.num_workers, saved))
+        # Noted before any of its trees is finished, and after the last one of those before it.
         self._note(
             "learner_started",
             step=self.step,
@@ -230,6 +230,7 @@ class TrainWorker:
             saved_trees=len(saved),
             pid=os.getpid(),
         )
+        ray.get(pool.grow_tickets.remote(gate, session, first, self.num_workers, saved))
 
     def steps(self) -> Iterator[int]:
         """The learner steps that are due, until the gate or the budget says that one was last."""
@@ -391,6 +392,7 @@ class TrainWorker:
             save = self.learner.policy.save_pretrained
             self.patience.until_written("model", lambda: self.folder.publish_model(save))
         # What is ended in the middle of its work is shown as a failure by Ray's dashboard.
+        self.heartbeat.at("waiting for the stream of trees to end", is_busy=False)
         self.batches.await_end(END_S)
 
     # What it is made of ----------------------------------------------------------------------

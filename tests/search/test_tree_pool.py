@@ -371,8 +371,12 @@ def test_a_learner_that_is_lost_goes_on_from_what_its_own_pool_holds_of_the_vers
             gate.consumed(done, ())
         for _ in range(turns):
             await asyncio.sleep(0)
-        grown = await pool.unconsumed(first * TREES)
+        grown = await pool.recall(first * TREES)
+        finished = len(fleet.of("tree_finished"))
         await serve(pool, first)
+        for _ in range(30):
+            await asyncio.sleep(0)
+        assert len(fleet.of("tree_finished")) == finished, "none of what was dropped grows on"
         session = gate.restart(first, None)
         saved = saved_trees.usable(grown, step=first, version=first, gate=config.gate)
         assert all(tree.tree.max_version <= first for tree in saved)
@@ -481,6 +485,22 @@ def test_a_redrawn_tree_is_saved_as_such_and_goes_on_as_such() -> None:
         assert (again.num_redraws, again.redrawn_tokens) == (1, other_prompt.redrawn_tokens)
         assert again.seed == redrawn(2, 1, mixture=PROMPTS.sets, seed=SEED).seed
         await other.stop()
+
+    run(scenario(Fleet()))
+
+
+def test_a_stream_that_has_ended_gives_no_trees_to_whoever_reads_it_then() -> None:
+    async def scenario(fleet: Fleet) -> None:
+        config = make_config()
+        gate = make_gate(config)
+        pool = await opened(config, fleet, gate)
+        await take(pool, TREES)
+        await pool.end_stream()
+        for reader in ("test", "one that comes late"):
+            assert await pool.take(reader, 1, 0.0) is None
+        await pool.grow_tickets(Handle(gate), gate.restart(0, None), 0, 1, [])
+        assert await take(pool, TREES, reader="of the next run")
+        await pool.stop()
 
     run(scenario(Fleet()))
 

@@ -93,6 +93,8 @@ class TreePool:
         self._num_workers = 1
         self._reader = ""
         self._past_readers: set[str] = set()
+        self._has_ended = False
+        """Whether a reader that comes now is of a run that has no further step."""
         self._changed = Signal()
         """Of a tree that is finished, a new reader, and a failure."""
         self._failure: Exception | None = None
@@ -167,6 +169,7 @@ class TreePool:
             saved: Trees of a checkpoint, finished or partly grown, that tickets go on from.
         """
         self._drop_work()
+        self._has_ended = False
         self._saved = {tree.ticket: tree for tree in saved}
         self._released = first
         self._num_workers = num_workers
@@ -182,6 +185,7 @@ class TreePool:
     async def end_stream(self) -> None:
         """No learner step is due any more: the reader of the stream gets no further trees."""
         self._drop_work()
+        self._has_ended = True
         self._changed.notify()
 
     async def worker_batch_size(self) -> int:
@@ -238,6 +242,12 @@ class TreePool:
             if tree in self.growing:  # unless all work was dropped
                 self.growing.remove(tree)
 
+    async def recall(self, first: int) -> list[TreeRecord]:
+        """Drop what is in flight, evaluations too; returns what was `unconsumed` till then."""
+        trees = await self.unconsumed(first)
+        self._drop_work()
+        return trees
+
     async def unconsumed(self, first: int) -> list[TreeRecord]:
         """The trees of tickets from `first` on, finished or partly grown, for a checkpoint."""
         growing = [t.record() for t in self.growing if t.groups and not t.is_evaluated]
@@ -263,6 +273,8 @@ class TreePool:
 
         Trees go to the newest reader only: one of a stream that has ended gets None.
         """
+        if self._has_ended:
+            return None
         if reader not in self._past_readers:
             self._past_readers.add(reader)
             self._reader = reader
