@@ -4,6 +4,7 @@ python jobs/evaluate.py Qwen/Qwen2.5-Math-1.5B --benchmarks math500,aime24
 python jobs/evaluate.py ~/treerpo_runs/mine --benchmarks gsm8k evaluate.num_samples=16
 python jobs/evaluate.py MODEL --benchmarks math500 evaluate.benchmarks.math500.path=math500.jsonl
 python jobs/evaluate.py --compare RUN_OR_EVALUATION OTHER
+python jobs/evaluate.py --json MODEL    # JSON lines on stdout; --quiet: warnings and scores alone
 ray job submit --working-dir . -- python jobs/evaluate.py MODEL --benchmarks math500
 
 MODEL is a model folder, a Hugging Face id or a run folder; a folder may be a URI (s3://...) whose
@@ -38,10 +39,10 @@ def main(arguments: list[str]) -> int:
 
 def evaluate(arguments: list[str]) -> int:
     """Evaluate, and print the table and one line of JSON."""
-    from treerpo_ray.metrics.console import Console  # light: the first line is there in no time
+    from treerpo_ray.metrics.output import console_for  # light: the first line is there in no time
 
     names: list[str] = []
-    rest = list(arguments)
+    console, rest = console_for(arguments)
     if "--benchmarks" in rest:
         at = rest.index("--benchmarks")
         if at + 1 == len(rest):
@@ -50,7 +51,6 @@ def evaluate(arguments: list[str]) -> int:
         del rest[at : at + 2]
     if not rest or rest[0].startswith("-") or "=" in rest[0] or rest[0].endswith(".yaml"):
         raise ValueError("the model comes first: a folder, a Hugging Face id or a run folder")
-    console = Console()
     with console.stage("loading the libraries"):
         from treerpo_ray.driver.benchmarks import configure, run_benchmarks
         from treerpo_ray.driver.cluster import check_vllm
@@ -60,7 +60,8 @@ def evaluate(arguments: list[str]) -> int:
     check_vllm(config)
     found = run_benchmarks(config, rest[0], console)
     scores, one = with_mean(config.folder, found), next(iter(found.values()))
-    show(table(scores, one.sampling))
+    if "--json" not in arguments:
+        show(table(scores, one.sampling))
     print(json.dumps({"folder": config.folder, **one.sampling_fields, "scores": plain(scores)}))
     return 0
 

@@ -3,6 +3,8 @@
 python jobs/train.py conf/quickstart.yaml
 python jobs/train.py conf/quickstart.yaml run.name=mine gate.max_staleness=0
 python jobs/train.py --dry-run conf/math_cpu.yaml prompts.path=train.jsonl
+python jobs/train.py --quiet conf/quickstart.yaml   # warnings and the result alone
+python jobs/train.py --json conf/quickstart.yaml    # all of it as JSON lines on stdout
 ray job submit --working-dir . -- python jobs/train.py conf/quickstart.yaml
 """
 
@@ -24,10 +26,10 @@ def train(arguments: list[str]) -> int:
         print(f"{__doc__}\nSections and keys, with their defaults:\n{describe()}")
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    from treerpo_ray.metrics.console import Console  # light: the first line is there in no time
+    from treerpo_ray.metrics.output import console_for  # light: the first line is there in no time
 
-    own = [argument for argument in arguments if argument != "--dry-run"]
-    console = Console()
+    console, others = console_for(arguments)
+    own = [argument for argument in others if argument != "--dry-run"]
     with console.stage("loading the libraries"):
         from treerpo_ray.config.files import load
 

@@ -36,6 +36,7 @@ from treerpo_ray.evaluate.evaluation import read_evaluation
 from treerpo_ray.evaluate.grading import evaluate
 from treerpo_ray.learner.learner import Learner, UpdateResult
 from treerpo_ray.learner.policy import DTYPES
+from treerpo_ray.metrics.health import IdleTimes
 from treerpo_ray.metrics.run_log import (
     FATAL,
     Event,
@@ -62,6 +63,9 @@ from treerpo_ray.weight_sync import Publisher
 
 GATE_FILE = "gate.json"
 """State of the gate, in a checkpoint."""
+IDLE = ("learner", "scoring")
+"""Kinds of stages whose idle time a row has; engines count their own. A learner is idle while it
+waits for trees, the scoring while it waits for trees or for a learner to take them."""
 END_S = 60.0
 """Time for the stream of trees to end by itself; it is ended with the workers in any case."""
 WRITE_S = 60.0
@@ -178,6 +182,8 @@ class TrainWorker:
             until_written=self.patience.until_written,
         )
         self.engines: EngineTotals
+        self.idle: IdleTimes
+        """Those at the last row."""
         self.consumed: Future[GateState]
         """State of the gate after the newest learner step, once it knows of it."""
         self.sampled_tokens = 0.0
@@ -216,6 +222,7 @@ class TrainWorker:
         self._await_engines()
         totals = ray.get(pool.stats.remote())
         self.engines = EngineTotals(totals)
+        self.idle = ray.get(self.actors.heartbeats.idle.remote())
         session: int = ray.get(gate.restart.remote(self.step, _read_gate(checkpoint)))
         left_over = saved_trees.read(checkpoint, self.config.tree)
         saved = saved_trees.usable(
@@ -314,7 +321,9 @@ class TrainWorker:
         # Of the wait, what a finished tree spent on scoring, and a scored one on its way here.
         finished = max(self._started_at, update.stats.last_finished_s)
         scored = max(finished, update.stats.last_scored_s)
-        totals = ray.get(self.actors.pool.stats.remote())
+        asked = self.actors.pool.stats.remote(), self.actors.heartbeats.idle.remote()
+        totals, idle = ray.get(asked[0]), ray.get(asked[1])
+        shares, self.idle = idle.shares_since(self.idle), idle
         now = time.time()
         row: Row = {
             "step": self.step,
@@ -330,6 +339,7 @@ class TrainWorker:
             "tokens/total": self.sampled_tokens,
             "tokens/per_s": update.stats.num_sampled_tokens / (now - self._started_at),
             **self.engines.since_last(totals),
+            **{f"idle/{kind}_share": shares[kind] for kind in IDLE if kind in shares},
         }
         ray.get(self.actors.run_log.step.remote(row))
 

@@ -9,7 +9,15 @@ from treerpo_ray.config import Config, load
 from treerpo_ray.engine.types import EngineSetup, EngineStats, EngineTotals
 
 
-def stats(start: str, asked: int, cached: int, cpu_s: float, version: int = 1) -> EngineStats:
+def stats(
+    start: str,
+    asked: int,
+    cached: int,
+    cpu_s: float,
+    version: int = 1,
+    busy_s: float = 0.0,
+    total_s: float = 0.0,
+) -> EngineStats:
     return EngineStats(
         start=start,
         num_requests=0,
@@ -18,7 +26,17 @@ def stats(start: str, asked: int, cached: int, cpu_s: float, version: int = 1) -
         num_sampled_tokens=0,
         cpu_s=cpu_s,
         version=version,
+        busy_s=busy_s,
+        total_s=total_s,
     )
+
+
+def test_the_idle_share_is_of_the_time_that_each_engine_was_there() -> None:
+    totals = EngineTotals([stats("a", 0, 0, 0, busy_s=3, total_s=10)])
+    assert "idle/engines_share" not in totals.since_last([])
+    new = stats("b", 0, 0, 0, busy_s=1, total_s=2)
+    row = totals.since_last([stats("a", 0, 0, 0, busy_s=6, total_s=16), new])
+    assert row["idle/engines_share"] == 1 - (3 + 1) / (6 + 2)
 
 
 def test_each_engine_counts_from_the_last_row_or_from_its_own_start() -> None:

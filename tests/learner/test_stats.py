@@ -110,7 +110,13 @@ def test_the_statistics_of_a_tree_by_hand() -> None:
             "num_advantage_se": 4,
         }
     )
-    assert replace(stats, group_sums=Sums()) == BatchStats(
+    # Each child is foretold by its sibling: the values 1/2 and 0, the rewards 1 and 0, and 0 and 0.
+    assert stats.calibration == {
+        **{"count_0": 4, "predicted_0": 0, "came_0": 3 / 2},
+        **{"count_5": 1, "predicted_5": 1 / 2, "came_5": 0},
+        **{"count_9": 1, "predicted_9": 1, "came_9": 0},
+    }
+    assert replace(stats, group_sums=Sums(), calibration=Sums()) == BatchStats(
         num_trees=1,
         num_valued=1,
         value_sum=0.25,
@@ -130,6 +136,7 @@ def test_the_statistics_of_a_tree_by_hand() -> None:
         last_scored_s=10,
         root_values=(RootValue(ticket=7, num_redraws=0, value=0.25),),
         num_moved=2,
+        num_later_siblings=3,
     )
 
 
@@ -184,6 +191,11 @@ def test_the_metrics_of_a_batch_by_hand() -> None:
         "verdict/cut_off": 1,
         "verdict/timed_out": 1,
         "verdict/errored": 1,
+        "verdict/error_share": 2 / 10,
+        # The first tree is foretold as above, the second has a 1 for each 1.
+        "values/calibration_error": (3 / 2 + 1 / 2 + 1) / 8,
+        "values/num_predictions": 8,
+        "groups/duplicate_share": 3 / 6,
         "tokens/sampled": 19 + 12,
         "length/mean": (24 + 12) / 10,
         "length/cut_off_share": 1 / 10,
@@ -245,7 +257,8 @@ def test_the_parts_of_a_batch_add_up_to_its_statistics_and_share_its_advantages(
     summed = first[1] + second[1]
     assert summed.value_sum == pytest.approx(whole.value_sum)
     assert summed.group_sums == pytest.approx(whole.group_sums)
-    rounded = {"value_sum": 0.0, "group_sums": Sums()}
+    assert summed.calibration == pytest.approx(whole.calibration)
+    rounded = {"value_sum": 0.0, "group_sums": Sums(), "calibration": Sums()}
     assert replace(summed, **rounded) == replace(whole, **rounded)
     assert summed.metrics(9) == pytest.approx(whole.metrics(9))
 

@@ -2,7 +2,7 @@
 
 import time
 
-from treerpo_ray.metrics.health import StackDump, StageStatus, stalled
+from treerpo_ray.metrics.health import IdleTimes, StackDump, StageStatus, stalled
 
 LIMIT_S = 60.0
 
@@ -55,3 +55,13 @@ def test_a_process_writes_its_stacks_unless_it_is_heard_of_in_time(tmp_path) -> 
         time.sleep(0.05)
     soon.arm()
     soon.disarm()
+
+
+def test_idle_shares_are_the_means_of_stages_that_were_there_all_the_time() -> None:
+    before = IdleTimes(at_s=10.0, idle_s={"learner 0": 1.0, "learner 1": 0.0, "scoring": 4.0})
+    now = IdleTimes(
+        at_s=18.0,
+        idle_s={"learner 0": 3.0, "learner 1": 2.0, "learner 2": 1.0, "scoring": 12.0},
+    )
+    assert now.shares_since(before) == {"learner": (2 / 8 + 2 / 8) / 2, "scoring": 1.0}
+    assert now.shares_since(now) == {}

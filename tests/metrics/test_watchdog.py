@@ -31,6 +31,20 @@ def test_ages_are_told_by_the_clock_of_the_one_that_collects() -> None:
     assert {m.stage: m.age_s for m in watch.statuses()} == {"scoring": 10.0, "learner 0": 3.0}
 
 
+def test_the_idle_time_of_a_stage_is_what_it_has_waited_for_others_until_now() -> None:
+    now = 100.0
+    watch = Heartbeats(lambda: now)
+    for at, is_busy in ((100.0, False), (103.0, True), (110.0, False)):
+        now = at
+        watch.moved(status("scoring", 0.0, is_busy))
+    watch.moved(status("learner 0", 0.0))
+    now = 112.0
+    idle = watch.idle()
+    assert (idle.at_s, idle.idle_s) == (112.0, {"scoring": 3.0 + 2.0, "learner 0": 0.0})
+    watch.forget("learner")
+    assert watch.idle().idle_s == {"scoring": 5.0}
+
+
 def test_workers_that_are_no_more_are_forgotten() -> None:
     watch = Heartbeats()
     for stage in ("learner 0", "learner 1", "scoring"):

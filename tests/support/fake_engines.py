@@ -192,6 +192,8 @@ class FakeEngine:
             num_cached_tokens=0,
             num_sampled_tokens=0,
             cpu_s=0.0,
+            busy_s=0.0,
+            total_s=0.0,
             version=self.version,
         )
 

@@ -20,6 +20,7 @@ from treerpo_ray.config.sections import (
     EngineConfig,
     EvaluateConfig,
     GateConfig,
+    HealthConfig,
     LearnerConfig,
     MetricsConfig,
     ModelConfig,
@@ -101,6 +102,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
 
     def __post_init__(self) -> None:
         for key in credential_keys(self):

@@ -9,7 +9,7 @@ from treerpo_ray.user_code import unpack
 
 FREE = (
     *("run.name", "run.root", "run.num_steps", "run.max_sampled_tokens", "run.stall_timeout_s"),
-    *("engine.", "sync.", "checkpoint.", "metrics."),
+    *("engine.", "sync.", "checkpoint.", "metrics.", "health."),
     *("verifier.num_workers", "verifier.timeout_s", "verifier.memory_mib", "verifier.resources"),
     *("verifier.max_error_share",),
     *("evaluate.every", "evaluate.interim_samples", "evaluate.benchmarks"),

@@ -285,6 +285,7 @@ class RunSession:
         with (
             TemporaryDirectory(prefix="treerpo-train-", ignore_cleanup_errors=True) as storage,
             self.stop.gently(self._end_after_step),
+            self.console.training(),
         ):
             try:
                 fit = make_trainer(self.config, self.inputs, self.actors, storage).fit

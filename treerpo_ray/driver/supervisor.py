@@ -79,7 +79,7 @@ class Supervisor:
         """Show all that was noted until now, or say that the log does not tell."""
         try:
             if not self._show_news(LAST_LOOK_S):
-                self.console.note(
+                self.console.warn(
                     f"the run's log has not answered for {LAST_LOOK_S:.0f} s; what is not shown "
                     "here stands in its files"
                 )
@@ -106,7 +106,16 @@ class Supervisor:
                 self.console.print_event(notice)
         for row in rows:
             self.console.print_step(row)
+        if self.console.is_live:
+            self._show_growth(limit_s)
         return True
+
+    def _show_growth(self, limit_s: float) -> None:
+        """How far the trees of the next learner step are, if the log tells in time."""
+        asked = self.run_log.growth.remote()
+        if ray.wait([asked], timeout=limit_s)[0]:
+            step, num_finished = ray.get(asked)
+            self.console.show_growth(step, num_finished)
 
 
 @contextmanager
@@ -140,4 +149,4 @@ def stop_actor(
     except ray.exceptions.RayError as error:
         log.warning("%s did not end well: %s", name, error)
         if console is not None:
-            console.note(f"{name} did not end well: {root_cause(error)}")
+            console.warn(f"{name} did not end well: {root_cause(error)}")

@@ -28,6 +28,7 @@ from treerpo_ray.algo.search import SiblingGroup, TreeShape, grow
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, error_step
 from treerpo_ray.engine._stop_strings import end_across_steps
 from treerpo_ray.engine._vllm_args import engine_args, environment
+from treerpo_ray.engine.busy_time import BusyTime
 from treerpo_ray.engine.replica import EngineActor, EngineApi
 from treerpo_ray.engine.types import EngineSetup, EngineStats, Sampling
 from treerpo_ray.prompts.prompt_set import end_token_ids, load_tokenizer
@@ -92,6 +93,8 @@ class Engine:
         self._request_ids = itertools.count()
         self._start = uuid.uuid4().hex
         self._totals = np.zeros(4, np.int64)
+        self._time = BusyTime()
+        """From the time on at which it can sample."""
         self._log = None if log_folder is None else Path(log_folder) / f"engine-{index}.log"
         if self._log is not None:
             redirect_output(self._log)
@@ -133,6 +136,7 @@ class Engine:
             raise RuntimeError(f"vLLM does not start: {cause}") from None
         [core] = multiprocessing.active_children()
         assert core.pid is not None  # it runs
+        self._time = BusyTime()
         return os.getpid(), core.pid
 
     def _printed(self, start: int) -> str:
@@ -197,8 +201,9 @@ class Engine:
         prompt = tokens_input(prefix, cache_salt=f"load {self._num_loads}")
         request_id = f"{self.index}-{next(self._request_ids)}"
         try:
-            async for output in self._llm.generate(prompt, params, request_id):
-                final = output
+            with self._time.work():
+                async for output in self._llm.generate(prompt, params, request_id):
+                    final = output
         except VLLMClientError as error:
             log.warning("request %s was turned down: %s", request_id, error)
             return error_step()
@@ -293,6 +298,8 @@ class Engine:
             num_cached_tokens=int(self._totals[2]),
             num_sampled_tokens=int(self._totals[3]),
             cpu_s=cpu_seconds(),
+            busy_s=self._time.busy_s,
+            total_s=self._time.total_s,
             version=self._version,
         )
 

@@ -87,6 +87,10 @@ class EngineStats:
     num_sampled_tokens: int
     cpu_s: float
     """CPU time of the engine's processes on the actor's machine."""
+    busy_s: float
+    """Time with a request under way, whether it is computed or waits for weights."""
+    total_s: float
+    """Time since it could sample."""
     version: int
     """Version of the weights that vLLM serves."""
 
@@ -109,6 +113,7 @@ class EngineTotals:
         after the last row is not known.
         """
         asked = cached = 0
+        busy_s = total_s = 0.0
         now_s = time.process_time()
         cpu_s, self._cpu_s = now_s - self._cpu_s, now_s
         for engine in stats:
@@ -116,10 +121,13 @@ class EngineTotals:
             asked += engine.num_prompt_tokens - (last.num_prompt_tokens if last else 0)
             cached += engine.num_cached_tokens - (last.num_cached_tokens if last else 0)
             cpu_s += engine.cpu_s - (last.cpu_s if last else 0.0)
+            busy_s += engine.busy_s - (last.busy_s if last else 0.0)
+            total_s += engine.total_s - (last.total_s if last else 0.0)
             self._last[engine.start] = engine
         versions = [engine.version for engine in stats]
         return {
             "engine/prefix_hit_rate": cached / max(asked, 1),
+            **({"idle/engines_share": 1 - busy_s / total_s} if total_s else {}),
             "time/cpu_s": cpu_s,
             "engine/oldest_version": min(versions, default=math.nan),
             "engine/newest_version": max(versions, default=math.nan),

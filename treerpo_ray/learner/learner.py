@@ -188,6 +188,8 @@ class Learner:
         sums = _summed([own for own, _ in steps], LossSums.zeros(self.device))
         total = _summed(_gathered(stats), BatchStats())
         metrics = {"learner/learning_rate": rate, **_loss_metrics(sums, norms)}
+        trained = metrics.get("tokens/trained", 0.0)
+        metrics["tokens/trained_share"] = trained / max(total.num_sampled_tokens, 1)
         if has_baseline(form):
             metrics["learner/baseline"] = baseline
         if total.num_valued:

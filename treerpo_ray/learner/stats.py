@@ -9,6 +9,8 @@ import numpy as np
 from treerpo_ray.algo.advantage_errors import advantage_errors
 from treerpo_ray.algo.advantages import Form
 from treerpo_ray.algo.backup import Values, reward_variance
+from treerpo_ray.algo.calibration import NUM_BINS, calibration_bins, calibration_error
+from treerpo_ray.algo.duplicates import count_duplicates
 from treerpo_ray.algo.groups import GroupState, Pruning, StepGroups
 from treerpo_ray.algo.standard_errors import standard_error_of_mean
 from treerpo_ray.records import RootValue, TreeRecord
@@ -23,6 +25,10 @@ class Sums(dict[str, float]):
 
     def __missing__(self, name: str) -> float:
         return 0.0
+
+
+BINNED = ("count", "predicted", "came")
+"""Columns of `calibration_bins`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +49,12 @@ class BatchStats:
     depth d of their steps, of the differences of values to the mean, `signal_depth_d`, and of
     the standard errors of those, `noise_depth_d`. Over the advantages that have a standard error:
     `advantage_se`, and how many there are, `num_advantage_se`."""
+    calibration: Sums = field(default_factory=Sums)
+    """`calibration_bins`, by column and bin."""
+    num_duplicates: int = 0
+    """Steps with the very tokens of an earlier sibling."""
+    num_later_siblings: int = 0
+    """Steps that have an earlier sibling."""
     verdicts: Counter[str] = field(default_factory=Counter)
     num_sampled_tokens: int = 0
     answer_tokens: int = 0
@@ -89,7 +101,13 @@ class BatchStats:
             "groups/value_se": self.group_sums["value_se"] / max(kept + pruned, 1),
             **self._advantage_error(),
             **self._signal_to_noise(),
+            "groups/duplicate_share": self.num_duplicates / max(self.num_later_siblings, 1),
+            **self._calibration(),
             **{f"verdict/{verdict}": self.verdicts[verdict] for verdict in Verdict},
+            "verdict/error_share": sum(
+                count for verdict, count in self.verdicts.items() if not Verdict(verdict).is_reward
+            )
+            / max(self.num_leaves, 1),
             "tokens/sampled": self.num_sampled_tokens,
             "length/mean": self.answer_tokens / max(self.num_leaves, 1),
             "length/cut_off_share": self.verdicts[Verdict.CUT_OFF] / max(self.num_leaves, 1),
@@ -110,6 +128,17 @@ class BatchStats:
         """Mean standard error of the advantages that have one."""
         count = self.group_sums["num_advantage_se"]
         return {"groups/advantage_se": self.group_sums["advantage_se"] / count} if count else {}
+
+    def _calibration(self) -> dict[str, float]:
+        """Error of the values as predictions, and of how many of them; nothing without any."""
+        columns = [[self.calibration[f"{name}_{i}"] for i in range(NUM_BINS)] for name in BINNED]
+        bins = np.array(columns).T
+        if not bins.any():
+            return {}
+        return {
+            "values/calibration_error": calibration_error(bins),
+            "values/num_predictions": float(bins[:, 0].sum()),
+        }
 
     def _signal_to_noise(self) -> dict[str, float]:
         """Root mean square difference over that of its standard error; chance alone gives 1 above
@@ -145,6 +174,7 @@ def count(
     root = RootValue(record.ticket, record.num_redraws, float(values.root), variance)
     has_tokens = len(tree.token_ids) > 0
     verdicts = Counter[str](record.verdicts)
+    num_duplicates, num_later_siblings = count_duplicates(tree)
     oldest = tree.min_version
     return BatchStats(
         num_trees=1,
@@ -153,6 +183,9 @@ def count(
         num_with_correct=int(Verdict.CORRECT in verdicts),
         groups=groups,
         group_sums=sums,
+        calibration=_calibration_sums(step_groups),
+        num_duplicates=num_duplicates,
+        num_later_siblings=num_later_siblings,
         verdicts=verdicts,
         num_sampled_tokens=tree.num_sampled_tokens + record.redrawn_tokens,
         answer_tokens=int(tree.path_lengths[list(tree.leaves)].sum()),
@@ -185,3 +218,15 @@ def _count_groups(step_groups: Sequence[StepGroups], pruning: Pruning) -> tuple[
             sums[f"signal_depth_{group.depth}"] += float((deviations**2).sum())
             sums[f"noise_depth_{group.depth}"] += float((noise**2).sum())
     return groups, sums
+
+
+def _calibration_sums(step_groups: Sequence[StepGroups]) -> Sums:
+    """`BatchStats.calibration`."""
+    bins = calibration_bins(step_groups)
+    return Sums(
+        {
+            f"{name}_{place}": float(bins[place, column])
+            for column, name in enumerate(BINNED)
+            for place in np.flatnonzero(bins[:, 0]).tolist()
+        }
+    )

@@ -1,5 +1,7 @@
 """Console: what a run shows while it runs. All of it goes to stderr; stdout is for results.
 
+`output` has the one that a command line asks for. Colours are left out where NO_COLOR is set.
+
 What names a process or a node to Ray and the system (ids) stands in the logs alone.
 """
 
@@ -7,19 +9,27 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import rich.console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from treerpo_ray.errors import without_ids
 
 if TYPE_CHECKING:  # the first line should not wait for what these import
     from treerpo_ray.config import Config
     from treerpo_ray.metrics.run_log import Event, Row
+    from treerpo_ray.run_folder.files import Scalar
 
 HEADER_EVERY = 20
 """Lines after which the names of the columns are repeated."""
@@ -28,6 +38,8 @@ INDENT = 12
 """Where the text of a plan's line begins, behind its title."""
 IDS = {"pid", "core", "node"}
 """Fields of events that are ids."""
+ROUTINE = {"engine_serving", "engine_draining", "engine_left", "learner_started", "write_done"}
+"""Kinds of events that are no warning."""
 
 
 def short(count: float) -> str:
@@ -94,6 +106,7 @@ class Console:
         config: That of the run whose steps are shown.
         console: Where to; standard error if not given.
         clock: Seconds since any time.
+        is_quiet: Whether warnings are all that is shown.
     """
 
     def __init__(
@@ -101,7 +114,14 @@ class Console:
         config: "Config | None" = None,
         console: rich.console.Console | None = None,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        is_quiet: bool = False,
     ) -> None:
+        self._is_quiet = is_quiet
+        self._live: tuple[Progress, TaskID] | None = None
+        """The bar of `training`."""
+        self._growing = 0
+        """Learner step that it shows."""
         self._console = console or _Terminal(file=sys.stderr, highlight=False)
         self._clock, self._started_at = clock, clock()
         self._first: Row | None = None
@@ -137,8 +157,6 @@ class Console:
         step = f"{row['step']:.0f}/{self.config.run.num_steps}"
         elapsed = duration(self._clock() - self._started_at)
         self._print(f"{step:>{width}} {cells} {elapsed:>6} {self._time_left(row):>6}")
-        if row.get("groups/kept") == 0:
-            self.note(f"step {row['step']:.0f}: no step group was kept, so there was no update")
 
     def _print_evaluation(self, row: "Row") -> None:
         """The score, and how it was sampled where that is not as in the line before."""
@@ -159,13 +177,21 @@ class Console:
         """One line for something out of the ordinary; the run's log has its ids."""
         if event.kind == "learner_started":
             self.end_stage()
+        if event.kind == "unhealthy":
+            self.warn(finding_text(event.fields))
+            return
         shown = {name: value for name, value in event.fields.items() if name not in IDS}
         details = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
-        self._print(without_ids(f"{event.kind.replace('_', ' ')}: {details}"), style="yellow")
+        text = without_ids(f"{event.kind.replace('_', ' ')}: {details}")
+        self._print(text, style="yellow", is_urgent=event.kind not in ROUTINE)
 
     def note(self, text: str) -> None:
         """Prose: on a terminal it is wrapped between words, in a file it is one line."""
         self._print(self._wrapped(text), style="cyan")
+
+    def warn(self, text: str) -> None:
+        """Prose that a quiet console shows, too."""
+        self._print(self._wrapped(text), style="yellow", is_urgent=True)
 
     def print_plan(self, lines: Sequence[str]) -> None:
         """Lines with a title of INDENT columns."""
@@ -200,6 +226,9 @@ class Console:
     def progress(self, description: str, total: int | None) -> Iterator[Callable[[int], None]]:
         """Progress of long work of `total` parts, or of unknown length; yields its `advance`."""
         start = self._clock()
+        if self._is_quiet:
+            yield lambda num_parts: None
+            return
         if self._console.is_terminal:
             bar = _progress_bar(self._console, total)
             with bar:
@@ -209,6 +238,38 @@ class Console:
             self._print(f"{description} ...")
             yield self._quarters(description, total)
         self._print(f"{description}: done in {duration(self._clock() - start)}")
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """On a terminal, a bar below all that is printed meanwhile: the stage that was begun, then
+        the trees of the learner step, as `show_growth` tells."""
+        if self._is_quiet or not self._console.is_terminal:
+            yield
+            return
+        with _progress_bar(self._console, 1) as bar:
+            begun = self._stage[0] if self._stage else "training"
+            self._live = bar, bar.add_task(begun, total=None)
+            try:
+                yield
+            finally:
+                self._live, self._growing = None, 0
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it shows the growth of trees."""
+        return self._live is not None
+
+    def show_growth(self, step: int, num_finished: int) -> None:
+        """So many trees of a learner step are finished."""
+        if self._live is None or (not num_finished and step != self._growing):
+            return  # the bar has something to show once there is a tree
+        assert self.config is not None  # only runs have steps
+        bar, task = self._live
+        if step != self._growing:
+            total = self.config.gate.trees_per_step
+            bar.reset(task, total=total, description=f"trees of step {step}")
+            self._growing = step
+        bar.update(task, completed=num_finished)
 
     def _quarters(self, description: str, total: int | None) -> Callable[[int], None]:
         """An `advance` that prints a line at each quarter of the way."""
@@ -250,10 +311,25 @@ class Console:
             replace_whitespace=False,
         )
 
-    def _print(self, text: str, style: str | None = None) -> None:
+    def _print(self, text: str, style: str | None = None, *, is_urgent: bool = False) -> None:
+        if self._is_quiet and not is_urgent:
+            return
         # As it is: in prompts and model text brackets are no markup, and `:train:` is no picture.
         # A log keeps long lines whole.
         self._console.print(text, style=style, markup=False, emoji=False, soft_wrap=True)
+
+
+def finding_text(fields: "Mapping[str, Scalar]") -> str:
+    """What the event of a `Finding` says, as a sentence."""
+    step, what, remedy = fields["step"], fields["what"], fields["remedy"]
+    if not fields["key"]:
+        return f"warning at step {step}: {what}; {remedy}"
+    value, limit = float(fields["value"] or 0), float(fields["limit"] or 0)
+    side = "below" if value < limit else "above"
+    return (
+        f"warning at step {step}: {what}: {fields['metric']} is {value:.3g}, {side} "
+        f"{fields['key']}={limit:g}; {remedy}"
+    )
 
 
 def _progress_bar(console: rich.console.Console, total: int | None) -> Progress:

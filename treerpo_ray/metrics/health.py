@@ -68,6 +68,27 @@ class StageStatus:
         return f"{self.stage} ({state} for {self.age_s:.0f} s{self.where}): {self.doing}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdleTimes:
+    """For how long each stage has waited for others, by one clock."""
+
+    at_s: float
+    """When, by a clock that began at any time."""
+    idle_s: dict[str, float]
+    """Seconds by the stage's name."""
+
+    def shares_since(self, before: "IdleTimes") -> dict[str, float]:
+        """Share of the time since `before` that each kind of stage was idle: the mean of its
+        members, such as `learner` of `learner 0` and `learner 1`, that were there at both."""
+        passed = self.at_s - before.at_s
+        kinds: dict[str, list[float]] = {}
+        for stage, idle_s in self.idle_s.items():
+            if passed > 0 and stage in before.idle_s:
+                share = (idle_s - before.idle_s[stage]) / passed
+                kinds.setdefault(stage.partition(" ")[0], []).append(share)
+        return {kind: sum(shares) / len(shares) for kind, shares in kinds.items()}
+
+
 def stalled(statuses: list[StageStatus], limit_s: float) -> list[StageStatus]:
     """The stages that hold up the run, the longest one first; none while something moves.
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from treerpo_ray.actor import actor_method
+from treerpo_ray.metrics.diagnosis import UNHEALTHY, Diagnosis
 from treerpo_ray.metrics.health import StackDump, StageStatus
 from treerpo_ray.metrics.wandb import ID_FILE, SENT_FILE, WandbRun
 from treerpo_ray.run_folder.files import RunFolder, Scalar, parse_lines
@@ -34,7 +35,7 @@ FATAL = "fatal"
 """Kind of an event that ends the run, with its `reason`."""
 NOTICES = {
     *("engine_serving", "engine_lost", "engine_draining", "engine_left", "tree_moved"),
-    *(FATAL, "waiting", "learner_started", "learner_lost"),
+    *(FATAL, UNHEALTHY, "waiting", "learner_started", "learner_lost"),
     *("write_failed", "write_waits", "write_done"),
     *("checkpoint_passed_over", "engine_work_failed", "check_failed"),
 }
@@ -96,6 +97,9 @@ class RunLogApi(Protocol):
     def notices_since(self, num_notices: int) -> list[Event]: ...
 
     @actor_method
+    def growth(self) -> tuple[int, int]: ...
+
+    @actor_method
     def num_lines(self) -> tuple[int, int]: ...
 
     @actor_method
@@ -137,6 +141,10 @@ class RunLog:
             times=times,
         )
         self._rows = _parse_rows(parse_lines(self._log.read(METRICS_FILE)))
+        self._diagnosis = Diagnosis(config, latest(self._rows))
+        self._trees_per_step = config.gate.trees_per_step
+        self._finished: set[int] = set()
+        """Tickets of the trees that are finished and not consumed yet, in this session."""
         self._wandb: WandbRun | None = None
         if config.metrics.wandb_project is not None:
             self._wandb = make_wandb(
@@ -153,6 +161,10 @@ class RunLog:
         self._log.settle()
         self._rows.append(row)
         self._moved_at = time.monotonic()
+        consumed = row["step"] * self._trees_per_step
+        self._finished = {ticket for ticket in self._finished if ticket >= consumed}
+        for finding in self._diagnosis.look(row):
+            self.event(Event(kind=finding.kind, fields=finding.fields()))
         if self._wandb is not None:
             self._wandb.put(row)
 
@@ -160,6 +172,8 @@ class RunLog:
         """Append an event."""
         self._append(event)
         self._log.settle()
+        if event.kind == "tree_finished":
+            self._finished.add(int(event.fields["ticket"]))
         if event.kind in NOTICES:
             self._notices.append(event)
 
@@ -191,6 +205,13 @@ class RunLog:
     def notices_since(self, num_notices: int) -> list[Event]:
         """What there was to notice in this session but the first `num_notices` events."""
         return self._notices[num_notices:]
+
+    def growth(self) -> tuple[int, int]:
+        """The learner step that comes next, from 1, and how many of its trees are finished."""
+        done = int(self._rows[-1]["step"]) if self._rows else 0
+        size = self._trees_per_step
+        own = range(done * size, (done + 1) * size)
+        return done + 1, len(self._finished.intersection(own))
 
     def num_lines(self) -> tuple[int, int]:
         """Rows and events so far, and how many of them are in the run folder."""

@@ -1,16 +1,23 @@
-"""Tables: answers of evaluations and trees of training, as W&B shows them.
+"""Tables: answers of evaluations and trees of training, as W&B shows them; the trees also as the
+viewer's page.
 
 They are read from the run folder, into which others write them a little later than their row comes.
 """
 
 import logging
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from treerpo_ray.algo.advantages import has_baseline, step_advantages
 from treerpo_ray.algo.backup import mean_backup
+from treerpo_ray.config.sections import PACKAGE_PARENT
 from treerpo_ray.errors import one_line
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees
@@ -28,30 +35,65 @@ MOST_SAMPLES = 64
 """Answers of an evaluation that are shown, one of each of its first problems."""
 MOST_TREES = 4
 """Trees that are shown with it, those whose answers differ most."""
-SAMPLES, TREES = "eval/samples", "trees"
+SAMPLES, TREES, PAGE = "eval/samples", "trees/steps", "trees/page"
 SAMPLE_COLUMNS = ("problem", "question", "references", "text", "verdict", "reward",
                   "num_tokens")  # fmt: skip
 LATE_ROWS = 8
 """Rows, from that of an evaluation on, with which its tables are looked for: what is not there by
 then comes at the end."""
+PAGE_S = 120.0
+"""Time for the viewer to write a page, which takes a few seconds."""
+MAX_PAGE_BYTES = 16 * 2**20
+"""Of a page; four trees of the paper's size have 8 MB."""
 TREE_COLUMNS = ("ticket", "question", "step", "parent", "depth", "tokens", "value", "advantage",
                 "answer", "verdict")  # fmt: skip
 
 
+MakePage = Callable[[str, Sequence[str]], str]
+"""Makes a page of a run folder's trees, each `STEP:TICKET`."""
+
+
+def viewer_page(place: str, refs: Sequence[str]) -> str:
+    """The page that the viewer writes, in a process of its own: it stands above the metrics, and
+    what it reads and holds is no burden on whoever writes them.
+
+    Raises:
+        RuntimeError: there is none; with what it says.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trees.html"
+        trees = [word for ref in refs for word in ("--tree", ref)]
+        done = subprocess.run(
+            [sys.executable, "-m", "treerpo_ray.viewer", place, "--html", str(file), *trees],
+            env=os.environ | {"PYTHONPATH": str(PACKAGE_PARENT)},
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=PAGE_S,
+        )
+        if not file.exists():
+            raise RuntimeError(done.stderr.strip())
+        return file.read_text(encoding="utf-8")
+
+
 class Tables:
-    """The tables of the evaluations of a run, each once.
+    """The tables and pages of the evaluations of a run, each once.
 
     Args:
         folder: The run folder.
         config: The run's.
+        make_page: Makes a page of trees.
     """
 
-    def __init__(self, folder: RunFolder, config: "Config") -> None:
-        self._folder, self._config = folder, config
+    def __init__(
+        self, folder: RunFolder, config: "Config", make_page: MakePage = viewer_page
+    ) -> None:
+        self._folder, self._config, self._make_page = folder, config, make_page
         self._passed = -1.0
         """Step until which all that there is has been shown."""
         self._shown: set[str] = set()
-        self._kinds = (SAMPLES, TREES) if config.metrics.save_trees_every else (SAMPLES,)
+        has_trees = config.metrics.save_trees_every
+        self._kinds = (SAMPLES, TREES, PAGE) if has_trees else (SAMPLES,)
         self._awaited, self._evaluated, self._rows_left = set(self._kinds), -1.0, LATE_ROWS
         """Kinds that are not there yet, of the evaluation at which step, and how long to look."""
 
@@ -63,7 +105,7 @@ class Tables:
         """Look for the tables of the evaluation at `step` from now on."""
         self._awaited, self._evaluated, self._rows_left = set(self._kinds), step, LATE_ROWS
 
-    def due(self, step: float | None) -> dict[str, "wandb.Table"]:
+    def due(self, step: float | None) -> "dict[str, wandb.Table | wandb.Html]":
         """Tables that are there until `step`, that of a row, and were not shown; None: at the end,
         all that there are.
 
@@ -74,13 +116,14 @@ class Tables:
         kinds = set(self._awaited if self._rows_left >= 0 else ())
         if step is None:
             kinds = set(self._kinds)
-        found: dict[str, wandb.Table] = {}
+        found: dict[str, wandb.Table | wandb.Html] = {}
         newest = self._newest(float("inf") if step is None else step) if kinds else None
         if newest is None:
             return found
-        makers: dict[str, Callable[[int], wandb.Table]] = {
+        makers: dict[str, Callable[[int], wandb.Table | wandb.Html]] = {
             SAMPLES: self._samples,
             TREES: self._trees,
+            PAGE: self._page,
         }
         for name, make in makers.items():
             if name not in kinds or f"{name}{newest}" in self._shown:
@@ -120,15 +163,35 @@ class Tables:
         """
         import wandb
 
+        newest, records = self._chosen(step)
+        data = [row for record in records for row in self._tree_rows(record)]
+        columns: list[str | int] = ["learner step", *TREE_COLUMNS]
+        return wandb.Table(columns=columns, data=[[newest, *row] for row in data])
+
+    def _page(self, step: int) -> "wandb.Html":
+        """The trees of `_trees` as the viewer shows them.
+
+        Raises:
+            ValueError: none is saved, or they are too large.
+        """
+        import wandb
+
+        newest, records = self._chosen(step)
+        refs = [f"{newest}:{record.ticket}" for record in records]
+        page = self._make_page(self._config.folder, refs)
+        if len(page) > MAX_PAGE_BYTES:
+            raise ValueError(f"the page has {len(page)} bytes")
+        return wandb.Html(page, inject=False)
+
+    def _chosen(self, step: int) -> tuple[int, list[TreeRecord]]:
+        """The newest learner step with trees until that of the evaluation, and those to show."""
         saved = [each for each in saved_trees.saved_steps(self._folder) if each <= max(step, 1)]
         if not saved:
             raise ValueError("no trees are saved")
         records = saved_trees.saved(self._folder, saved[-1])
         spread = [float(np.nan_to_num(mean_backup(r.tree, r.rewards).steps).std()) for r in records]
         most = sorted(range(len(records)), key=lambda i: -spread[i])[:MOST_TREES]
-        data = [row for index in most for row in self._tree_rows(records[index])]
-        columns: list[str | int] = ["learner step", *TREE_COLUMNS]
-        return wandb.Table(columns=columns, data=[[saved[-1], *row] for row in data])
+        return saved[-1], [records[index] for index in most]
 
     def _tree_rows(self, record: TreeRecord) -> list[list[Any]]:
         """A row a step; an advantage over what earlier trees came to is missing."""

@@ -14,7 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from treerpo_ray.metrics.artifacts import Artifacts
 from treerpo_ray.metrics.offline_wandb import offline_rows
+from treerpo_ray.metrics.panels import TOKENS, define, shown
 from treerpo_ray.metrics.sources import version_of
 from treerpo_ray.metrics.tables import Tables
 from treerpo_ray.run_folder.files import RunFolder
@@ -34,10 +36,6 @@ ID_FILE = "wandb_id"
 SENT_FILE = "wandb_rows"
 """File in the run folder with the number of each row that W&B was handed, and whether it was then
 `online`, or `offline` and may have lost it."""
-TOKENS = "tokens/total"
-"""Sampled tokens of the run until a row."""
-BY_TOKENS = ("eval", "reward")
-"""Areas of metrics that are drawn over TOKENS; the others are over learner steps."""
 
 
 def group_of(name: str, seed: int) -> str:
@@ -78,7 +76,9 @@ class WandbRun:
         self._config, self._folder = config, folder
         self._warn = warn
         self._run: wandb.Run | None = None
-        self._areas: set[str] = set()
+        self._artifacts: Artifacts | None = None
+        self._defined: set[str] = set()
+        """Names and patterns of metrics that W&B was told how to draw."""
         self._num_rows = 0
         self._last: tuple[float, dict[bool, float]] = (-1.0, {})
         """Highest step of a row, and whether those that have it are evaluations: of so many
@@ -142,22 +142,24 @@ class WandbRun:
         self._writer.close(self._finish)
 
     def _log(self, number: int, row: Row) -> None:
-        assert self._run is not None
-        for area in {name.partition("/")[0] for name in row if "/" in name} - self._areas:
-            axis = TOKENS if area in BY_TOKENS else "step"
-            self._run.define_metric(f"{area}/*", step_metric=axis)
-            self._areas.add(area)
+        assert self._run is not None and self._artifacts is not None
+        define(self._run, set(row), self._defined)
         self._number = number
         if _is_evaluation(row):
             self._tables.evaluated(row["step"])
-        self._run.log(row | self._tables.due(row["step"]), step=number)
+        found = self._tables.due(row["step"])
+        self._run.log(shown(row) | found, step=number)
+        if found:  # an evaluation's files are there
+            self._artifacts.log_evaluations()
         with (self._folder / SENT_FILE).open("a") as file:
             file.write(f"{number} {'offline' if self._run.offline else 'online'}\n")
 
     def _finish(self) -> None:
-        assert self._run is not None
+        assert self._run is not None and self._artifacts is not None
         if late := self._tables.due(None):
             self._run.log(late, step=self._number)
+        self._artifacts.log_evaluations()
+        self._artifacts.log_checkpoints()
         self._run.finish()
 
     def _start(self, past: list[tuple[int, Row] | None]) -> None:
@@ -180,8 +182,12 @@ class WandbRun:
                 "wandb_offline",
                 f"{reason}; `wandb sync {self._folder}/wandb/offline-run-*` sends it later",
             )
-        self._run.define_metric("step")
+        (self._folder / ID_FILE).write_text(self._run.id)  # in a sweep W&B's own
+        self._artifacts = Artifacts(RunFolder(self._config.folder), self._config, self._run)
+        self._artifacts.use_start()
+        self._run.define_metric("step", hidden=True)
         self._run.define_metric(TOKENS)
+        self._defined = {"step"}
         for number, row in filter(None, past):
             if number in sent:
                 self._tables.pass_over(row["step"])

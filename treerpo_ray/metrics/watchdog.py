@@ -23,7 +23,7 @@ import ray
 
 from treerpo_ray.actor import actor_method
 from treerpo_ray.config import Config
-from treerpo_ray.metrics.health import StackDump, StageStatus, stalled
+from treerpo_ray.metrics.health import IdleTimes, StackDump, StageStatus, stalled
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.writer import BackgroundWriter
 
@@ -48,6 +48,9 @@ class HeartbeatsApi(Protocol):
     @actor_method
     def statuses(self) -> list[StageStatus]: ...
 
+    @actor_method
+    def idle(self) -> IdleTimes: ...
+
 
 class StageApi(Protocol):
     """Actor of any stage that can be asked what it does."""
@@ -63,24 +66,42 @@ class Heartbeats:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._moved: dict[str, tuple[float, StageStatus]] = {}
+        self._idle: dict[str, float] = {}
+        """Seconds that each stage was idle until it last moved."""
 
     def __repr__(self) -> str:
         return "heartbeats"
 
     def moved(self, status: StageStatus) -> None:
         """The stage has moved just now."""
-        self._moved[status.stage] = self._clock(), status
+        now = self._clock()
+        self._idle[status.stage] = self._idle_until(now, status.stage)
+        self._moved[status.stage] = now, status
 
     def forget(self, prefix: str) -> None:
         """Stages of that kind begin anew, and there may be fewer of them."""
         self._moved = {
             stage: last for stage, last in self._moved.items() if not stage.startswith(prefix)
         }
+        self._idle = {stage: idle for stage, idle in self._idle.items() if stage in self._moved}
 
     def statuses(self) -> list[StageStatus]:
         """The latest of each stage."""
         now = self._clock()
         return [replace(status, age_s=now - at) for at, status in self._moved.values()]
+
+    def idle(self) -> IdleTimes:
+        """For how long each stage has waited for others, since it was first heard of."""
+        now = self._clock()
+        return IdleTimes(
+            at_s=now, idle_s={stage: self._idle_until(now, stage) for stage in self._moved}
+        )
+
+    def _idle_until(self, now: float, stage: str) -> float:
+        if stage not in self._moved:
+            return 0.0
+        at, last = self._moved[stage]
+        return self._idle[stage] + (now - at) * (not last.is_busy)
 
 
 class Heartbeat:
@@ -154,7 +175,8 @@ class Watchdog:
                 continue
             if found := stalled(statuses, self._limit_s):
                 where = self._report(statuses, found)
-                self.failure = f"nothing moved for {found[0].age_s:.0f} s: {found[0]}; see {where}"
+                first = replace(found[0], where="")  # ids stand in the report
+                self.failure = f"nothing moved for {first.age_s:.0f} s: {first}; see {where}"
 
     def _report(self, statuses: list[StageStatus], found: list[StageStatus]) -> str:
         """Write what each stage waits for and this process's stacks; returns where."""
