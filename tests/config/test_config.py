@@ -24,7 +24,7 @@ from treerpo_ray.user_code import RAY_JOB, load_module, unpack
 
 CONF = ROOT / "conf"
 ALONE = ["tree.num_children=[1]", "tree.step_tokens=[9]"]
-FILES = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml"))
+FILES = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml") if path.stem != "sweep")
 
 
 def write(folder: Path, name: str, text: str | bytes) -> str:

@@ -195,7 +195,7 @@ def test_the_metrics_of_a_batch_by_hand() -> None:
         # The first tree is foretold as above, the second has a 1 for each 1.
         "values/calibration_error": (3 / 2 + 1 / 2 + 1) / 8,
         "values/num_predictions": 8,
-        "groups/duplicate_share": 3 / 6,
+        "groups/duplicate_share": 0,
         "tokens/sampled": 19 + 12,
         "length/mean": (24 + 12) / 10,
         "length/cut_off_share": 1 / 10,
@@ -205,6 +205,20 @@ def test_the_metrics_of_a_batch_by_hand() -> None:
         "engine/moved_trees": 3,
     }
     assert metrics == pytest.approx(expected)
+
+
+def test_duplicates_are_a_share_of_the_steps_that_have_an_earlier_sibling() -> None:
+    plain = record(make_tree([ROOT] * 3), C, W, W)
+    first, second, third = plain.tree.steps
+    alike = Tree.from_steps(plain.tree.prompt_ids, [first, second, replace(first)])
+    _, stats = stats_of([plain, replace(plain, tree=alike)])
+    assert not np.array_equal(first.token_ids, third.token_ids)
+    assert stats.metrics(0)["groups/duplicate_share"] == 1 / 4
+
+
+def test_a_batch_in_which_nothing_is_foretold_has_no_calibration() -> None:
+    _, stats = stats_of([record(make_tree([ROOT]), C), turned_down()])
+    assert not any(name.startswith("values/") for name in stats.metrics(0))
 
 
 def test_a_batch_without_an_advantage_has_no_standard_error_of_one() -> None:

@@ -11,6 +11,7 @@ from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import GateConfig, LearnerConfig, RunConfig
 from treerpo_ray.metrics.console import Console, duration, short
+from treerpo_ray.metrics.diagnosis import NOTHING_KEPT, RULES
 from treerpo_ray.metrics.run_log import Event
 
 REPOSITORY = Path(__file__).parents[2]
@@ -127,12 +128,86 @@ def test_numbers_stay_short():
         assert value == pytest.approx(count, rel=0.006, abs=0.5)
 
 
-def test_a_step_without_an_update_says_so():
+def unhealthy(**fields):
+    whole = {"step": 7, "metric": "mismatch/mean", "value": 0.25, "key": "health.max_mismatch"}
+    whole |= {"limit": 0.1, "what": "they disagree", "remedy": "lower gate.max_staleness"}
+    return Event(kind="unhealthy", fields=whole | fields)
+
+
+def test_a_warning_says_what_is_wrong_by_how_much_and_what_to_change():
     printer, text = console()
-    printer.print_step(ROW | {"groups/kept": 0})
-    assert text.getvalue().splitlines()[-1] == (
-        "step 2: no step group was kept, so there was no update"
-    )
+    printer.print_event(unhealthy())
+    printer.print_event(unhealthy(value=0.01, metric="loss/entropy", key="health.min_entropy"))
+    printer.print_event(unhealthy(key="", what="nothing was kept", remedy="take other prompts"))
+    assert text.getvalue().splitlines() == [
+        "warning at step 7: they disagree: mismatch/mean is 0.25, above "
+        "health.max_mismatch=0.1; lower gate.max_staleness",
+        "warning at step 7: they disagree: loss/entropy is 0.01, below "
+        "health.min_entropy=0.1; lower gate.max_staleness",
+        "warning at step 7: nothing was kept; take other prompts",
+    ]
+
+
+def test_every_warning_fits_into_a_few_lines_of_80_columns_and_ends_with_a_remedy():
+    for rule in (NOTHING_KEPT, *RULES):
+        printer, text = console(is_terminal=True)
+        key = f"health.{rule.key}" if rule.key else ""
+        told = {"metric": rule.metric, "key": key, "what": rule.what, "remedy": rule.remedy}
+        printer.print_event(unhealthy(**told))
+        lines = text.getvalue().splitlines()
+        assert len(lines) <= 5 and all(len(line) <= 80 for line in lines)
+        assert " ".join(lines).endswith(rule.remedy)
+
+
+def test_a_quiet_console_shows_warnings_alone():
+    text = io.StringIO()
+    to = rich.console.Console(file=text, width=200, color_system=None)
+    printer = Console(run_of(), to, is_quiet=True)
+    with printer.stage("starting Ray"):
+        printer.note("prose")
+    with printer.training():
+        printer.print_step(ROW | EVALUATION)
+    printer.print_plan(["data        1 problem"])
+    printer.print_command("evaluate it", "python x")
+    printer.print_event(Event(kind="engine_serving", fields={"engine": 0}))
+    assert text.getvalue() == ""
+    printer.print_event(Event(kind="engine_lost", fields={"engine": 0}))
+    printer.print_event(unhealthy())
+    printer.warn("the log did not end well")
+    assert [line.split(":")[0] for line in text.getvalue().splitlines()] == [
+        "engine lost", "warning at step 7", "the log did not end well"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("variable", ["NO_COLOR", None])
+def test_colours_are_left_out_where_the_environment_says_so(monkeypatch, variable):
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    text = io.StringIO()
+    printer = Console(run_of(), rich.console.Console(file=text, force_terminal=True, width=80))
+    printer.warn("prose")
+    assert ("\x1b[33m" in text.getvalue()) == (variable is None)
+
+
+def test_the_growth_of_trees_is_a_bar_on_a_terminal_and_nothing_elsewhere():
+    printer, text = console(is_terminal=True)
+    printer.begin_stage("starting 1 train worker(s)")
+    with printer.training():
+        assert printer.is_live
+        printer.show_growth(3, 0)
+        printer.show_growth(3, 12)
+        [task] = printer._live[0].tasks
+        assert (task.description, task.completed, task.total) == ("trees of step 3", 12, 128)
+        printer.print_step(ROW)
+    assert not printer.is_live
+    printer.show_growth(4, 1)
+    plain, text = console()
+    with plain.training():
+        assert not plain.is_live
+    assert text.getvalue() == ""
 
 
 def test_an_evaluation_says_how_it_was_sampled_where_that_is_new():

@@ -1,30 +1,43 @@
 """W&B: a copy of the rows that can neither stop nor delay the run."""
 
+import json
 import subprocess
 import sys
 import threading
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import torch
+import yaml
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-from tests.support.offline_wandb import metrics, runs
+from tests.support.offline_wandb import artifacts, metrics, runs
 from tests.support.planted_secrets import SECRETS, holds_secret
 from tests.support.records import make_record
+from tests.support.run_folders import contents
 from tests.support.run_logs import FakeWandb, run_config, write
 from tests.support.trees import make_tree
 from treerpo_ray.algo.backup import mean_backup
+from treerpo_ray.algo.loss import LossSums
 from treerpo_ray.algo.tree import ROOT
-from treerpo_ray.evaluate.evaluation import SAMPLES
+from treerpo_ray.config import load
+from treerpo_ray.config.sections import RunConfig
+from treerpo_ray.evaluate.evaluation import SAMPLES, Evaluation
+from treerpo_ray.learner.stats import BatchStats
 from treerpo_ray.metrics.offline_wandb import offline_records, offline_rows
+from treerpo_ray.metrics.output import console_for
+from treerpo_ray.metrics.panels import UNITS
 from treerpo_ray.metrics.run_log import RunLog, latest_rows
 from treerpo_ray.metrics.sources import version_of
 from treerpo_ray.metrics.tables import LATE_ROWS, Tables
 from treerpo_ray.metrics.wandb import WandbRun, group_of
 from treerpo_ray.records import to_table
 from treerpo_ray.run_folder import trees as saved_trees
+from treerpo_ray.run_folder.checkpoints import Checkpoints
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.verifier.verdict import Verdict
 
@@ -36,6 +49,7 @@ def fake_wandb(monkeypatch):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_DATA_DIR", "/nowhere")  # else it would be set for good
     return fake
 
 
@@ -59,10 +73,107 @@ def test_scores_are_drawn_over_all_sampled_tokens_and_the_rest_over_steps(tmp_pa
     ]
     write(run_config(tmp_path, "p"), rows)
     assert fake_wandb.axes == {
-        **{"step": None, "tokens/total": None, "loss/*": "step", "tokens/*": "step"},
+        **{"step": None, "time": None, "tokens/total": None},
+        **{"loss/*": "step", "tokens/*": "step"},
         **{"eval/*": "tokens/total", "reward/*": "tokens/total"},
     }
+    assert fake_wandb.hidden == {"step", "time"}
     assert [row["tokens/total"] for row in fake_wandb.rows] == [0, 100, 100, 250]
+
+
+def test_names_have_units_and_what_never_changes_has_no_panel(tmp_path, fake_wandb):
+    row = {"step": 1, "length/mean": 40.0, "loss/kl": 0.1, "mismatch/max": 0.2, "version": 1}
+    evaluation = {"step": 1, "eval/pass_at_1": 0.5, "eval/length": 41.0, "eval/top_p": 1.0}
+    write(run_config(tmp_path, "p"), [row, evaluation])
+    first, second = fake_wandb.rows
+    assert first.keys() == {
+        *("step", "time", "version", "tokens/total"),
+        *("length/mean_tokens", "loss/kl_nats", "mismatch/max_nats"),
+    }
+    assert second["eval/length_tokens"] == 41.0
+    assert fake_wandb.hidden == {"step", "time", "version", "eval/top_p"}
+    assert fake_wandb.axes["eval/top_p"] == "tokens/total"
+
+
+def test_units_are_given_to_metrics_that_there_are():
+    loss = LossSums.from_vector(torch.ones(12)).metrics()
+    assert UNITS.keys() <= {*BatchStats().metrics(0), *loss, "eval/length"}
+
+
+def test_evaluations_checkpoints_and_models_are_artifacts_that_lead_from_one_to_the_next(
+    tmp_path, fake_wandb
+):
+    """Of a run with a seed in its name; what is large is referred to."""
+    config = replace(run_config(tmp_path, "p"), run=RunConfig(name="a/s=1", root=str(tmp_path)))
+    folder, root = RunFolder(config.folder), tmp_path / "a/s=1"
+    result = {"step": 2, "pass_at_1": 0.5, "ci95_low": 0.4, "num_problems": 9, "scores": {"x": {}}}
+    folder.publish_file("eval/step=000002.json", json.dumps(result, indent=1).encode())
+    Checkpoints(folder, keep=2).save(2, contents("weights"))
+    (root / "model").mkdir()
+    (root / "model/config.json").write_text("{}")
+    write(config, [{"step": 2, "eval/pass_at_1": 0.5}])
+    [start] = fake_wandb.used
+    assert start.type == "model" and start.metadata == {"path": config.model.path}
+    logged = {artifact.type: artifact for artifact in fake_wandb.logged}
+    assert len(fake_wandb.logged) == len(logged) == 3
+    evaluation, checkpoint, model = (logged[k] for k in ("evaluation", "checkpoint", "model"))
+    assert evaluation.name == "a_s_1-evaluation" and evaluation.aliases == ["latest", "step-2"]
+    assert evaluation.metadata.items() >= {"step": 2, "pass_at_1": 0.5, "num_problems": 9}.items()
+    assert json.loads(evaluation.files["scores.json"]) == result
+    assert evaluation.references["samples.parquet"] == f"file://{root}/eval/step=000002.parquet"
+    assert checkpoint.aliases == ["latest", "step-2"] and checkpoint.metadata["step"] == 2
+    assert "state.pt" in checkpoint.files["files.json"]
+    assert checkpoint.references == {"checkpoint": f"file://{root}/checkpoints/step=000002"}
+    assert model.references == {"model": f"file://{root}/model"}
+    assert model.metadata["place"] == f"file://{root}/model"
+
+
+def test_artifacts_that_fail_stop_no_metrics(tmp_path, fake_wandb, monkeypatch):
+    def fail(*arguments, **settings):
+        raise OSError("no room")
+
+    for name in ("log_artifact", "use_artifact"):
+        monkeypatch.setattr(fake_wandb, name, fail)
+    config = run_config(tmp_path, "p")
+    RunFolder(config.folder).publish_file("eval/step=000001.json", b'{"step": 1}')
+    RunFolder(config.folder).publish_file("eval/step=000002.json", b"torn")
+    write(config, [{"step": 1, "eval/pass_at_1": 0.5}, {"step": 2}])
+    assert len(fake_wandb.rows) == 2 and fake_wandb.is_finished
+
+
+def test_in_a_sweep_the_run_has_the_id_that_wandb_gives_it(tmp_path, fake_wandb, monkeypatch):
+    monkeypatch.setattr(FakeWandb, "id", "of-the-sweep")
+    write(run_config(tmp_path, "p"), [{"step": 1}])
+    assert (tmp_path / "small/wandb_id").read_text() == "of-the-sweep"
+
+
+def test_the_sweep_is_one_that_wandb_takes_and_all_its_runs_can_be_loaded(tmp_path):
+    """With the words that W&B's own agent makes of it."""
+    sweep = yaml.safe_load((REPOSITORY / "conf/sweep.yaml").read_text())
+    assert sweep["method"] in ("grid", "random", "bayes")
+    evaluated = Evaluation.__dataclass_fields__.keys()
+    assert sweep["metric"]["name"].removeprefix("eval/") in evaluated
+    assert sweep["metric"]["goal"] == "maximize"
+    names = set()
+    for key, space in sweep["parameters"].items():
+        ends = [space[end] for end in ("min", "max", "value") if end in space]
+        for value in space.get("values", ends):
+            own = {each: _one_of(other) for each, other in sweep["parameters"].items()}
+            args = {each: {"value": other} for each, other in (own | {key: value}).items()}
+            made = create_sweep_command_args({"args": args})
+            words = [word for part in sweep["command"] for word in made.get(part[2:-1], [part])]
+            assert words[:2] == ["${interpreter}", "${program}"]
+            assert (REPOSITORY / sweep["program"]).is_file()
+            _, given = console_for(words[2:])
+            config = load([*given, f"run.root={tmp_path}"])
+            assert f"{attrgetter(key)(config)}" == f"{value}"
+            assert config.metrics.wandb_project and config.evaluate.data.path
+            names.add(config.run.name)
+    assert len(names) > 5  # each combination is a run folder of its own
+
+
+def _one_of(space):
+    return space["values"][0] if "values" in space else space.get("value", space.get("min"))
 
 
 def test_runs_that_differ_by_their_seed_are_a_group():
@@ -114,7 +225,7 @@ def test_a_resumed_run_sends_what_was_on_its_way_and_nothing_twice(tmp_path, fak
 def test_answers_and_trees_are_tables_each_once(tmp_path, fake_wandb):
     config = run_config(tmp_path, "p")
     folder = RunFolder(config.folder)
-    tables = Tables(folder, config)
+    tables = Tables(folder, config, lambda place, refs: f"page of {place} {' '.join(refs)}")
     assert tables.due(0) == {}  # there is nothing yet
     row = {
         **{"problem": "a", "question": "1+1=?", "references": ["2", "two"], "text": "#### 2"},
@@ -132,8 +243,10 @@ def test_answers_and_trees_are_tables_each_once(tmp_path, fake_wandb):
     tree = make_tree([ROOT, ROOT, 0, 0])
     record = make_record(tree, (Verdict.CORRECT, Verdict.CORRECT, Verdict.WRONG))
     folder.publish_table(saved_trees.name(1, 0), to_table([record]))
-    [(name, (columns, data))] = tables.due(1).items()
-    assert name == "trees" and tables.due(2) == {}
+    found = tables.due(1)
+    assert found.keys() == {"trees/steps", "trees/page"} and tables.due(2) == {}
+    assert found["trees/page"] == f"page of {config.folder} 1:{record.ticket}"
+    columns, data = found["trees/steps"]
     values, advantages = mean_backup(record.tree, record.rewards), columns.index("advantage")
     assert [line[columns.index("value")] for line in data] == pytest.approx(values.steps)
     assert any(line[advantages] is not None for line in data)
@@ -142,7 +255,7 @@ def test_answers_and_trees_are_tables_each_once(tmp_path, fake_wandb):
     again.pass_over(1)
     assert again.due(2) == {}
     (tmp_path / "small/eval/step=000003.parquet").write_bytes(b"torn")
-    assert set(again.due(3)) <= {"trees"}
+    assert set(again.due(3)) <= {"trees/steps", "trees/page"}
 
 
 def test_tables_are_looked_for_after_an_evaluation_alone(tmp_path, fake_wandb):
@@ -301,6 +414,72 @@ def test_the_real_wandb_has_one_history_of_an_offline_run_that_was_killed_and_re
     assert [row.get("eval/pass_at_1") for row in rows] == [*[None] * 5, 0.5]
     axes = {m.glob_name: m.step_metric for part in found for m in metrics(part) if m.glob_name}
     assert axes["eval/*"] == axes["reward/*"] == "tokens/total"
+
+
+SHOWN = """
+import json, sys
+import pyarrow as pa
+from tests.support.records import make_record
+from tests.support.run_folders import contents
+from tests.support.run_logs import run_config, write
+from tests.support.trees import make_tree
+from treerpo_ray.algo.tree import ROOT
+from treerpo_ray.config.files import to_yaml
+from treerpo_ray.evaluate.evaluation import SAMPLES
+from treerpo_ray.records import to_table
+from treerpo_ray.run_folder import trees as saved_trees
+from treerpo_ray.run_folder.checkpoints import Checkpoints
+from treerpo_ray.run_folder.files import RunFolder
+from treerpo_ray.verifier.verdict import Verdict
+config = run_config(sys.argv[1], 'p')
+folder = RunFolder(config.folder)
+folder.publish_file('config.yaml', to_yaml(config).encode())
+scores = json.dumps({'step': 1, 'pass_at_1': 0.5})
+folder.publish_file('eval/step=000001.json', scores.encode())
+row = {'problem': 'a', 'question': '1+1=?', 'references': ['2'], 'sample': 0, 'text': '2'}
+row |= {'verdict': 'correct', 'reward': 1.0, 'num_tokens': 1, 'is_cut_off': False, 'group': 0}
+table = pa.Table.from_pylist([row], schema=SAMPLES)
+folder.publish_table('eval/step=000001.parquet', table)
+verdicts = Verdict.CORRECT, Verdict.CORRECT, Verdict.WRONG
+record = make_record(make_tree([ROOT, ROOT, 0, 0]), verdicts)
+folder.publish_table(saved_trees.name(1, 0), to_table([record]))
+Checkpoints(folder, keep=2).save(1, contents('weights'))
+row = {'step': 1, 'reward/mean': 0.5, 'tokens/total': 9}
+write(config, [row, {'step': 1, 'eval/pass_at_1': 0.5, 'eval/length': 3.0}])
+"""
+
+
+def test_the_real_wandb_has_tables_a_page_of_trees_and_artifacts_in_the_run_folder(tmp_path):
+    """Read back from the files that it would send; the page is the viewer's own."""
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "WANDB_MODE": "offline"}
+    done = subprocess.run(
+        [sys.executable, "-c", SHOWN, str(tmp_path)],
+        env=env, cwd=REPOSITORY, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    [part] = (tmp_path / "small/wandb").glob("offline-run-*/*.wandb")
+    [run] = (tmp_path / "small/wandb").glob("offline-run-*")
+    records = list(offline_records(part.read_bytes()))
+    [page] = run.glob("files/media/html/trees/page*.html")
+    assert "Content-Security-Policy" in page.read_text() and '"tree' in page.read_text()
+    assert len([*run.glob("files/media/table/trees/steps*")]) == 1
+    assert len([*run.glob("files/media/table/eval/samples*")]) == 1
+    *_, last = offline_rows(RunFolder(str(tmp_path / "small")), run.name.rpartition("-")[2])
+    assert last["eval/length_tokens"] == 3 and "eval/length" not in last
+    hidden = {m.name for m in metrics(records) if m.options.hidden}
+    assert hidden == {"step", "time"}
+    found = artifacts(records)
+    assert {"evaluation", "checkpoint"} <= found.keys()
+    evaluation, checkpoint = found["evaluation"], found["checkpoint"]
+    assert sorted(evaluation.aliases) == sorted(checkpoint.aliases) == ["latest", "step-1"]
+    assert json.loads(evaluation.metadata)["pass_at_1"] == 0.5
+    referred = {c.path: c.ref for c in checkpoint.manifest.contents if c.ref}
+    place = f"file://{tmp_path}/small/checkpoints/step=000001"
+    assert referred["checkpoint/state.pt"] == f"{place}/state.pt"
+    sent = [c for each in found.values() for c in each.manifest.contents if not c.ref]
+    assert sum(c.size for c in sent) < 10_000  # no weight among it
+    home = str(tmp_path / "small/wandb/")
+    assert all(c.local_path.startswith(home) and Path(c.local_path).exists() for c in sent)
 
 
 @pytest.mark.parametrize("key", [{}, {"WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "3"}])

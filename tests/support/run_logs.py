@@ -1,5 +1,7 @@
 """Run logs, and a W&B that goes wrong as it is told."""
 
+import contextlib
+import io
 import threading
 import types
 
@@ -21,6 +23,24 @@ def write(config, rows):
     run_log.close()
 
 
+class FakeArtifact:
+    """What was put into an artifact."""
+
+    def __init__(self, name, type, metadata):
+        self.name, self.type, self.metadata = name, type, metadata
+        self.files, self.references, self.aliases = {}, {}, []
+
+    @contextlib.contextmanager
+    def new_file(self, name):
+        file = io.StringIO()
+        yield file
+        self.files[name] = file.getvalue()
+
+    def add_reference(self, uri, name, checksum):
+        assert not checksum
+        self.references[name] = uri
+
+
 class FakeWandb(types.ModuleType):
     """Stands where `import wandb` finds it; `hold` makes its log call hang."""
 
@@ -30,7 +50,8 @@ class FakeWandb(types.ModuleType):
         self.rows, self.settings, self.is_finished = [], {}, False
         self.hold, self.is_logging = threading.Event(), threading.Event()
         self.hold.set()
-        self.axes, self.numbers = {}, []
+        self.axes, self.numbers, self.hidden = {}, [], set()
+        self.logged, self.used = [], []
 
     def login(self, prompt, verify):
         assert not prompt
@@ -50,17 +71,36 @@ class FakeWandb(types.ModuleType):
     def teardown(self):
         assert self.error or self.error_online
 
-    def define_metric(self, name, step_metric=None):
+    def define_metric(self, name, step_metric=None, hidden=None):
         self.axes[name] = step_metric
+        self.hidden |= {name} if hidden else set()
 
     def Table(self, columns, data):
         return columns, data
+
+    def Html(self, page, inject):
+        assert not inject
+        return page
+
+    def Artifact(self, name, type, metadata):
+        return FakeArtifact(name, type, metadata)
+
+    def use_artifact(self, artifact):
+        self.used.append(artifact)
+
+    def log_artifact(self, artifact, aliases):
+        artifact.aliases = aliases
+        self.logged.append(artifact)
 
     def log(self, row, step):
         self.is_logging.set()
         assert self.hold.wait(60)
         self.rows.append(row)
         self.numbers.append(step)
+
+    @property
+    def id(self):
+        return self.settings["id"]
 
     @property
     def offline(self):

@@ -8,6 +8,7 @@ that W&B's graph leads from the model through the run to each, and their metadat
 step. The model is an input where W&B is online: its client takes none offline.
 """
 
+import json
 import logging
 import re
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from treerpo_ray.errors import one_line
 from treerpo_ray.run_folder.checkpoints import LIST_FILE, Checkpoints, name_of
-from treerpo_ray.run_folder.files import MODEL_FOLDER, WHOLE_MODEL, RunFolder, parse_lines
+from treerpo_ray.run_folder.files import MODEL_FOLDER, WHOLE_MODEL, RunFolder
 
 if TYPE_CHECKING:
     import wandb
@@ -103,7 +104,7 @@ class Artifacts:
 
     def _evaluation(self, file: str) -> "tuple[wandb.Artifact, str]":
         content = self._folder.read_text(file)
-        [result] = parse_lines(" ".join(content.split()))
+        result: dict[str, object] = json.loads(content)
         found = {name: result[name] for name in SCORES if result.get(name) is not None}
         artifact = self._named("evaluation", {**found, "place": self._folder.uri(file)})
         with artifact.new_file("scores.json") as written:

@@ -105,9 +105,9 @@ def _bound_share(steps: Steps, rule: Rule) -> float | None:
     """Of a learner that never waits: where it waits, trees are old for being long in coming."""
     mean, idle = steps.mean(rule.metric), steps.mean("idle/learner_share")
     bound = steps.config.gate.max_staleness
-    if mean is None or idle is None or idle > NEVER_IDLE or not bound:
+    if mean is None or idle is None or not bound:
         return None
-    return mean / bound
+    return mean / bound if idle <= NEVER_IDLE else 0.0
 
 
 def _kept_share(steps: Steps, rule: Rule) -> float | None:

@@ -173,7 +173,9 @@ class RunLog:
         self._append(event)
         self._log.settle()
         if event.kind == "tree_finished":
-            self._finished.add(int(event.fields["ticket"]))
+            ticket = event.fields["ticket"]
+            assert isinstance(ticket, int)  # that of a `Ticket`
+            self._finished.add(ticket)
         if event.kind in NOTICES:
             self._notices.append(event)
 

@@ -167,7 +167,8 @@ class WandbRun:
         import wandb
 
         sent = self._sent(len(past))
-
+        # Else what waits to be sent of artifacts would lie in the home, and not move with the run.
+        os.environ.setdefault("WANDB_DATA_DIR", str(self._folder / "wandb"))
         should_send = os.environ.get("WANDB_MODE", "online") == "online"
         can_send = should_send and wandb.login(prompt=False, verify=False)
         try:
