@@ -7,7 +7,7 @@ import pytest
 
 from treerpo_ray.config import Config, load
 from treerpo_ray.config.files import describe
-from treerpo_ray.config.sections import HealthConfig
+from treerpo_ray.config.health import HealthConfig
 from treerpo_ray.metrics.diagnosis import NOTHING_KEPT, RULES, Diagnosis, Finding
 
 HEALTHY = {
@@ -155,7 +155,7 @@ def test_limits_are_checked_as_other_numbers_are() -> None:
     for given, message in (
         ("health.window=0", "health.window=0 must be more than 0"),
         ("health.max_clip_share=1.5", "health.max_clip_share=1.5 must not be more than 1"),
-        ("health.max_mismatch_growth=1", "health.max_mismatch_growth=1.0 must be more than 1"),
+        ("health.max_mismatch_growth=0", "health.max_mismatch_growth=0.0 must be more than 0"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             load([given])
