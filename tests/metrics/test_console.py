@@ -231,11 +231,13 @@ def test_ids_are_for_the_logs():
     reason = f"ActorDiedError: the actor died on node {HEX}, pid=25236: no memory"
     printer.print_event(Event(kind="engine_lost", fields={"engine": 0, "reason": reason}))
     where = "/cache/snapshots/0123456789abcdef0123/model is gone"
-    printer.print_event(Event(kind="waiting", fields={"what": where}))
+    printer.print_event(Event(kind="waiting", fields={"what": where, "seconds": 30}))
+    printer.print_event(Event(kind="tree_moved", fields={"ticket": 3, "node": HEX}))
     assert text.getvalue().splitlines() == [
-        "engine serving: engine 0, trees 0, seconds 26",
-        "engine lost: engine 0, reason ActorDiedError: the actor died on node: no memory",
-        f"waiting: what {where}",
+        "engine 0 serves, 26 s after its start",
+        "engine lost: engine 0: ActorDiedError: the actor died on node: no memory",
+        f"waiting for {where} since 30 s",
+        "tree moved: ticket 3",
     ]
 
 

@@ -288,8 +288,8 @@ def test_a_run_on_a_full_disk_waits_for_room_and_loses_nothing(
         helper.join()
         assert outcome.is_complete
         told = r"the disk \S+/disk of \S+/full is full: 10\.5 MB needed, \S+ MB free; waiting since"
-        assert re.search(rf"write waits: what checkpoint of step 2, reason {told}", shown)
-        assert "write done: what checkpoint of step 2, seconds" in shown
+        assert re.search(rf"write waits: checkpoint of step 2: {told}", shown)
+        assert "write done: checkpoint of step 2, after" in shown
         run = Run(config.folder)
         assert (run.events().kind == "learner_started").sum() == 1
         assert "learner_lost" not in set(run.events().kind)
@@ -310,7 +310,7 @@ def test_a_run_in_which_nothing_can_be_learned_says_so_and_ends_well(
     outcome, shown = run_training(config, kept)
     assert outcome.is_complete and outcome.sampled_tokens == 720
     assert finished_outcome(config) == outcome
-    assert "write failed: what trees/step=000001/rank-0.parquet, reason NotADirectoryError" in shown
+    assert "write failed: trees/step=000001/rank-0.parquet: NotADirectoryError" in shown
     # Told once, of both steps, with what can be done.
     told = "warning at step 1: no step group was kept, so there was no update; take prompts of"
     assert shown.count("no step group was kept") == shown.count(told) == 1

@@ -10,7 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,25 @@ IDS = {"pid", "core", "node"}
 """Fields of events that are ids."""
 ROUTINE = {"engine_serving", "engine_draining", "engine_left", "learner_started", "write_done"}
 """Kinds of events that are no warning."""
+
+
+SENTENCES = {
+    "waiting": "waiting for {what} since {seconds} s",
+    "engine_serving": "engine {engine} serves, {seconds} s after its start",
+    "engine_lost": "engine lost: engine {engine}: {reason}",
+    "engine_draining": "engine draining: engine {engine} finishes {trees} trees: {reason}",
+    "engine_left": "engine left: engine {engine}: {reason}",
+    "learner_started": "learner started: step {step}, {workers} worker(s)",
+    "learner_lost": "learner lost: step {step}, failure {failures}: {cause}",
+    "write_failed": "write failed: {what}: {reason}",
+    "write_waits": "write waits: {what}: {reason}",
+    "write_done": "write done: {what}, after {seconds:.0f} s",
+    "checkpoint_passed_over": "checkpoint passed over: step {step}: {fault}",
+    "check_failed": "check failed: {reason}",
+    "wandb_offline": "W&B goes on offline: {reason}",
+    "wandb_stopped": "W&B gets no more: {reason}",
+}
+"""What is told of an event, by its kind; of another one, or one that lacks a field, all fields."""
 
 
 def short(count: float) -> str:
@@ -174,15 +193,13 @@ class Console:
         self._sampling = sampling
 
     def print_event(self, event: "Event") -> None:
-        """One line for something out of the ordinary; the run's log has its ids."""
+        """A line for something out of the ordinary; the run's log has its ids."""
         if event.kind == "learner_started":
             self.end_stage()
         if event.kind == "unhealthy":
             self.warn(finding_text(event.fields))
             return
-        shown = {name: value for name, value in event.fields.items() if name not in IDS}
-        details = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
-        text = without_ids(f"{event.kind.replace('_', ' ')}: {details}")
+        text = self._wrapped(without_ids(sentence(event)))
         self._print(text, style="yellow", is_urgent=event.kind not in ROUTINE)
 
     def note(self, text: str) -> None:
@@ -317,6 +334,15 @@ class Console:
         # As it is: in prompts and model text brackets are no markup, and `:train:` is no picture.
         # A log keeps long lines whole.
         self._console.print(text, style=style, markup=False, emoji=False, soft_wrap=True)
+
+
+def sentence(event: "Event") -> str:
+    """What is told of an event, without the fields that are ids."""
+    shown = {name: value for name, value in event.fields.items() if name not in IDS}
+    with suppress(KeyError):
+        return SENTENCES[event.kind].format_map(shown)
+    details = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
+    return f"{event.kind.replace('_', ' ')}: {details}"
 
 
 def finding_text(fields: "Mapping[str, Scalar]") -> str:
