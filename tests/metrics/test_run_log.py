@@ -4,6 +4,7 @@ import json
 import math
 import re
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -123,3 +124,28 @@ def test_a_run_ends_with_the_step_that_reaches_its_tokens_or_with_the_last_of_it
     limits = {None: 5, 30: 3, 21: 3, 20: 2, 1: 1, 31: 5}
     for limit, last in limits.items():
         assert last_step(RunConfig(num_steps=5, max_sampled_tokens=limit), rows) == last
+
+
+def test_a_limit_that_is_crossed_is_an_event_and_a_notice_and_its_end_an_event_alone(tmp_path):
+    run_log = RunLog(run_config(tmp_path))
+    for step, kept in ((1, 3), (2, 0), (3, 0), (4, 5)):
+        run_log.step({"step": step, "reward/mean": 0.5, "groups/kept": kept})
+    [notice] = run_log.notices_since(0)
+    assert (notice.kind, notice.fields["step"]) == ("unhealthy", 2)
+    events = RunFolder(str(tmp_path / "small")).read_lines("events.jsonl")
+    assert [(event["kind"], event["step"]) for event in events] == [
+        ("unhealthy", 2), ("healthy_again", 4)
+    ]  # fmt: skip
+    assert "learner.prune_threshold" in events[0]["remedy"]
+
+
+def test_growth_counts_each_tree_of_the_next_learner_step_once(tmp_path):
+    config = run_config(tmp_path)
+    config = replace(config, gate=replace(config.gate, trees_per_step=3))
+    run_log = RunLog(config)
+    assert run_log.growth() == (1, 0)
+    for ticket in (0, 4, 0, 2, 3):  # one was grown anew, others are of the step after
+        run_log.event(Event(kind="tree_finished", fields={"ticket": ticket}))
+    assert run_log.growth() == (1, 2)
+    run_log.step({"step": 1})
+    assert run_log.growth() == (2, 2)

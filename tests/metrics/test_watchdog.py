@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import ray
@@ -74,7 +75,8 @@ def test_a_look_that_fails_is_no_stall(tmp_path, caplog) -> None:
 
 def failure_in(folder: str, **times: float) -> str:
     """What a watchdog says of a learner that stands still in the run of that folder."""
-    statuses = [status("learner 0", 5.0), status("gate", 9.0, False)]
+    learner = replace(status("learner 0", 5.0), where=", here process 7")
+    statuses = [learner, status("gate", 9.0, False)]
     watchdog = Watchdog(limit_s=0.2, look=lambda: statuses, folder=RunFolder(folder), **times)
     end = time.monotonic() + PATIENCE_S
     while watchdog.failure is None and time.monotonic() < end:
@@ -94,6 +96,7 @@ def test_a_stall_is_reported_with_all_stages_and_the_stacks_of_this_process(
     assert failure.startswith("nothing moved for 5 s: learner 0 (busy for 5 s): something; see ")
     assert failure.endswith(f"{folder}/{report}")
     text = RunFolder(folder).read_text(report)
+    assert "stalled: learner 0 (busy for 5 s, here process 7)" in text  # ids are for the logs
     assert "stalled: learner 0" in text and "gate (idle for 9 s): something" in text
     assert "test_a_stall_is_reported" in text  # this very frame
 

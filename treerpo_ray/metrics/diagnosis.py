@@ -5,6 +5,7 @@ A finding is told once, when the mean of the newest steps crosses its limit, and
 was over.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -281,7 +282,7 @@ class Diagnosis:
         for rule in (NOTHING_KEPT, *RULES):
             limit = getattr(self._limits, rule.key) if rule.key else 1.0
             value = rule.measure(self._steps, rule)
-            if limit is None or value is None:
+            if limit is None or value is None or math.isnan(value):
                 continue
             is_beyond = value < limit if rule.is_low else value > limit
             if is_beyond != (rule.key in self._told):
