@@ -68,11 +68,14 @@ def test_groups_above_a_leaf_without_a_verdict_are_left_out_and_counted(
     assert result.stats.num_valued == 4
     trained = [list(bernoulli_by_hand(record, 0.1)) for record in records]
     assert trained[:2] == [[5, 6, 3, 4], [5, 6]]
-    assert result.metrics["tokens/trained"] == sum(
+    num_trained = sum(
         len(record.tree.steps[index].token_ids)
         for record, indices in zip(records, trained, strict=True)
         for index in indices
     )
+    assert result.metrics["tokens/trained"] == num_trained
+    num_sampled = sum(record.tree.num_sampled_tokens for record in records)
+    assert result.metrics["tokens/trained_share"] == num_trained / num_sampled < 1
 
 
 @pytest.mark.parametrize("normalisation", Normalisation)
@@ -137,6 +140,7 @@ def test_an_update_without_a_kept_group_moves_nothing(path: str) -> None:
     updates = [[mixed()], [all_wrong(first=4, count=4)]]
     (_, before), (result, after) = run_updates(config, updates, None)
     assert not result.has_updated
+    assert result.metrics["tokens/trained_share"] == 0
     assert result.stats.metrics(1)["groups/pruned"] == 12
     assert "loss/total" not in result.metrics
     assert_nothing_moved(before, after)

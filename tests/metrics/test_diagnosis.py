@@ -1,7 +1,7 @@
 """Diagnosis: every limit is told once when it is crossed, and again after it was over."""
 
 import re
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import pytest
 
@@ -43,11 +43,11 @@ SICK: dict[str, dict[str, float]] = {
     "max_grad_norm": {"learner/grad_norm": 150.0},
     "min_kept_share": {"groups/kept_share": 0.01, "tokens/trained_share": 0.01},
     "min_trained_share": {"tokens/trained_share": 0.01},
-    "max_duplicate_share": {"groups/duplicate_share": 0.9},
+    "max_duplicate_share": {"groups/duplicate_share": 0.95},
     "max_cut_off_share": {"length/cut_off_share": 0.8},
     "max_calibration_error": {"values/calibration_error": 0.5},
     "max_error_share": {"verdict/error_share": 0.1},
-    "max_staleness_share": {"staleness/mean": 1.0, "idle/learner_share": 0.0},
+    "max_staleness_share": {"staleness/mean": 2.0, "idle/learner_share": 0.0},
     "min_prefix_hit_rate": {"engine/prefix_hit_rate": 0.01},
     "max_idle_engines": {"idle/engines_share": 0.9},
 }
@@ -84,9 +84,9 @@ def test_a_healthy_run_is_told_nothing_of() -> None:
 @pytest.mark.parametrize("key", SICK)
 def test_a_crossing_is_told_once_until_it_is_over_and_then_anew(key) -> None:
     """The window of three steps is full of sick ones at step 6, and of healthy ones at step 12."""
-    config = Config(health=HealthConfig(max_mismatch_growth=None))
-    if key == "max_mismatch_growth":
-        config = Config()
+    config = load(["gate.max_staleness=2"])
+    if key != "max_mismatch_growth":  # which grows with the mismatch
+        config = replace(config, health=HealthConfig(max_mismatch_growth=None))
     rows = [*[{}] * 3, *[SICK[key]] * 6, *[{}] * 3, *[SICK[key]] * 3]
     told = kinds(found(config, *rows))
     assert [(kind, own) for kind, own, _ in told] == [
@@ -123,14 +123,26 @@ def test_null_turns_a_warning_off() -> None:
 
 
 def test_old_trees_are_no_fault_where_the_learner_waits_or_nothing_may_be_old() -> None:
-    waiting = {"staleness/mean": 1.0, "idle/learner_share": 0.5}
-    assert found(Config(), *[waiting] * 5) == []
-    strict = load(["gate.max_staleness=0"])
-    assert found(strict, *[{"staleness/mean": 0.0, "idle/learner_share": 0.0}] * 5) == []
+    waiting = {"staleness/mean": 2.0, "idle/learner_share": 0.5}
+    assert found(load(["gate.max_staleness=2"]), *[waiting] * 5) == []
+    for bound in (0, 1):
+        row = {"staleness/mean": float(bound), "idle/learner_share": 0.0}
+        assert found(load([f"gate.max_staleness={bound}"]), *[row] * 5) == []
 
 
 def test_answers_without_a_common_step_share_no_prefix() -> None:
     assert found(load(["tree.num_children=[16]"]), *[{"engine/prefix_hit_rate": 0.0}] * 5) == []
+
+
+def test_the_window_is_of_steps_that_have_the_metric() -> None:
+    """As the hit rate, which a step has in which a request ended."""
+    names = [name for name in HEALTHY if name != "engine/prefix_hit_rate"]
+    diagnosis, told = Diagnosis(Config()), []
+    for step in range(1, 9):
+        row = {name: HEALTHY[name] for name in names} | {"step": float(step)}
+        row |= {"engine/prefix_hit_rate": 0.0} if step % 2 else {}
+        told += list(diagnosis.look(row))
+    assert kinds(told) == [("unhealthy", "min_prefix_hit_rate", 5)]
 
 
 def test_steps_without_an_update_fill_no_window_of_the_loss() -> None:

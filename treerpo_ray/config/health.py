@@ -9,7 +9,8 @@ from treerpo_ray.config.sections import POSITIVE, POSITIVE_SHARE, SHARE
 class HealthConfig:
     """Limits of a healthy run; beyond one there is a warning that says what to change, no more.
 
-    What is compared is the mean of the newest `window` learner steps. null: no such warning.
+    What is compared is the mean of the newest `window` learner steps that have the metric. null: no
+    such warning.
     """
 
     window: int = field(default=3, metadata=POSITIVE)
@@ -35,7 +36,7 @@ class HealthConfig:
     """Of `groups/kept_share`: step groups that are trained."""
     min_trained_share: float | None = field(default=0.02, metadata=POSITIVE_SHARE)
     """Of `tokens/trained_share`: sampled tokens that are trained."""
-    max_duplicate_share: float | None = field(default=0.5, metadata=SHARE)
+    max_duplicate_share: float | None = field(default=0.9, metadata=SHARE)
     """Of `groups/duplicate_share`: later siblings with the very tokens of an earlier one."""
     max_cut_off_share: float | None = field(default=0.5, metadata=SHARE)
     """Of `length/cut_off_share`: answers that end before they have a result."""
@@ -45,7 +46,8 @@ class HealthConfig:
     """Of `verdict/error_share`: answers that the verifier has no verdict on. At
     `verifier.max_error_share` the run stops."""
     max_staleness_share: float | None = field(default=0.95, metadata=POSITIVE_SHARE)
-    """Of `staleness/mean` in units of `gate.max_staleness`, where the learner never waits."""
+    """Of `staleness/mean` in units of `gate.max_staleness`, where that is above 1 and the learner
+    never waits."""
     min_prefix_hit_rate: float | None = field(default=0.1, metadata=POSITIVE_SHARE)
     """Of `engine/prefix_hit_rate`: prompt tokens that the prefix cache holds."""
     max_idle_engines: float | None = field(default=0.7, metadata=SHARE)

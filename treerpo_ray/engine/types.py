@@ -109,7 +109,8 @@ class EngineTotals:
     def since_last(self, stats: Sequence[EngineStats]) -> Row:
         """What the engines did since the last row, with this process's CPU time, and serve now.
 
-        An engine that has come since counts from its start; of one that has gone, what it did
+        Engines that finished no request, or were not there, have no rate and no share. One that has
+        come since counts from its start; of one that has gone, what it did
         after the last row is not known.
         """
         asked = cached = 0
@@ -126,7 +127,7 @@ class EngineTotals:
             self._last[engine.start] = engine
         versions = [engine.version for engine in stats]
         return {
-            "engine/prefix_hit_rate": cached / max(asked, 1),
+            **({"engine/prefix_hit_rate": cached / asked} if asked else {}),
             **({"idle/engines_share": 1 - busy_s / total_s} if total_s else {}),
             "time/cpu_s": cpu_s,
             "engine/oldest_version": min(versions, default=math.nan),

@@ -57,6 +57,10 @@ class Rule:
     """What is compared; None: it cannot be said."""
 
 
+KEPT_STEPS = 50
+"""Learner steps among which those that have a metric are looked for."""
+
+
 class Steps:
     """The newest learner steps of a run, and its first ones.
 
@@ -73,15 +77,17 @@ class Steps:
     def add(self, row: Row) -> None:
         """The next step; one that a resume repeats takes the place of all from it on."""
         self.rows = [past for past in self.rows if past["step"] < row["step"]]
-        self.rows = [*self.rows, row][-self.config.health.window :]
+        self.rows = [*self.rows, row][-max(KEPT_STEPS, self.config.health.window) :]
         if "mismatch/mean" in row and len(self.first) < self.config.health.window:
             self.first.append(row["mismatch/mean"])
 
     def mean(self, metric: str) -> float | None:
-        """Over the window; None before it is full of steps that have the metric."""
-        values = [row[metric] for row in self.rows if metric in row]
+        """Over the newest steps that have it, as many as the window; None if they are fewer, or the
+        newest of all has not."""
         size = self.config.health.window
-        return sum(values) / size if len(values) == size else None
+        values = [row[metric] for row in self.rows if metric in row][-size:]
+        has_it = metric in self.rows[-1] and len(values) == size
+        return sum(values) / size if has_it else None
 
 
 def _mismatch_growth(steps: Steps, rule: Rule) -> float | None:
@@ -106,7 +112,7 @@ def _bound_share(steps: Steps, rule: Rule) -> float | None:
     """Of a learner that never waits: where it waits, trees are old for being long in coming."""
     mean, idle = steps.mean(rule.metric), steps.mean("idle/learner_share")
     bound = steps.config.gate.max_staleness
-    if mean is None or idle is None or not bound:
+    if mean is None or idle is None or bound < 2:  # with 1, the next trees grow beside the update
         return None
     return mean / bound if idle <= NEVER_IDLE else 0.0
 
@@ -200,7 +206,7 @@ RULES = (
     Rule(
         key="max_duplicate_share",
         metric="groups/duplicate_share",
-        what="many siblings were sampled alike, which teaches nothing",
+        what="most siblings were sampled alike: they cost tokens and tell nothing apart",
         remedy="raise tree.temperature or tree.step_tokens, or lower tree.num_children",
     ),
     Rule(
