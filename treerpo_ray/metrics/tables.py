@@ -43,8 +43,10 @@ LATE_ROWS = 8
 then comes at the end."""
 PAGE_S = 120.0
 """Time for the viewer to write a page, which takes a few seconds."""
+PAGE_TREES = 2
+"""Trees on a page; two of 584 steps with up to 384 tokens have 5 MB."""
 MAX_PAGE_BYTES = 16 * 2**20
-"""Of a page; four trees of the paper's size have 8 MB."""
+"""Of a page."""
 TREE_COLUMNS = ("ticket", "question", "step", "parent", "depth", "tokens", "value", "advantage",
                 "answer", "verdict")  # fmt: skip
 
@@ -169,7 +171,7 @@ class Tables:
         return wandb.Table(columns=columns, data=[[newest, *row] for row in data])
 
     def _page(self, step: int) -> "wandb.Html":
-        """The trees of `_trees` as the viewer shows them.
+        """The first trees of `_trees` as the viewer shows them.
 
         Raises:
             ValueError: none is saved, or they are too large.
@@ -177,10 +179,10 @@ class Tables:
         import wandb
 
         newest, records = self._chosen(step)
-        refs = [f"{newest}:{record.ticket}" for record in records]
+        refs = [f"{newest}:{record.ticket}" for record in records[:PAGE_TREES]]
         page = self._make_page(self._config.folder, refs)
-        if len(page) > MAX_PAGE_BYTES:
-            raise ValueError(f"the page has {len(page)} bytes")
+        if (size := len(page.encode())) > MAX_PAGE_BYTES:
+            raise ValueError(f"the page has {size} bytes")
         return wandb.Html(page, inject=False)
 
     def _chosen(self, step: int) -> tuple[int, list[TreeRecord]]:
