@@ -190,9 +190,23 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_plan_is_json_for_programs_and_nothing_for_whoever_wants_quiet(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dry = ["--dry-run", str(ROOT / "conf/quickstart.yaml"), f"run.root={tmp_path}"]
+    assert script.main(["--json", *dry]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    lines = [json.loads(line) for line in shown.out.splitlines()]
+    assert {line["kind"] for line in lines} == {"stage", "plan"}
+    assert any(line.get("text", "").startswith("staleness") for line in lines)
+    assert script.main(["--quiet", *dry]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
 def test_help_explains_every_section() -> None:
     shown = run_script("--help").stdout
-    for section in ("run", "model", "tree", "gate", "engine", "learner", "loss", "evaluate"):
+    for section in ("run", "model", "tree", "gate", "engine", "learner", "loss", "health"):
         assert f"\n{section}: " in shown
 
 

@@ -241,6 +241,16 @@ def test_ids_are_for_the_logs():
     ]
 
 
+def test_events_are_wrapped_for_a_terminal_but_for_tracebacks():
+    printer, text = console(is_terminal=True)
+    trace = "File x, line 1\n    " + "long " * 40 + "\nValueError: no"
+    printer.print_event(Event(kind="check_failed", fields={"reason": trace}))
+    printer.print_event(Event(kind="engine_lost", fields={"engine": 0, "reason": "word " * 40}))
+    lines = text.getvalue().splitlines()
+    assert "\n".join(lines[:3]) == f"check failed: {trace}"
+    assert len(lines) > 5 and all(len(line) <= 80 for line in lines[3:])
+
+
 def test_a_stage_ends_with_what_it_waits_for_and_says_how_long_it_took():
     clock = Clock()
     printer, text = console(clock=clock)

@@ -199,7 +199,9 @@ class Console:
         if event.kind == "unhealthy":
             self.warn(finding_text(event.fields))
             return
-        text = self._wrapped(without_ids(sentence(event)))
+        text = without_ids(sentence(event))
+        if "\n" not in text:  # a traceback stays as it is
+            text = self._wrapped(text)
         self._print(text, style="yellow", is_urgent=event.kind not in ROUTINE)
 
     def note(self, text: str) -> None:
