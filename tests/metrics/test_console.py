@@ -173,9 +173,11 @@ def test_a_quiet_console_shows_warnings_alone():
     assert text.getvalue() == ""
     printer.print_event(Event(kind="engine_lost", fields={"engine": 0}))
     printer.print_event(unhealthy())
+    printer.print_plan(["unusual     loss.kl_coef=9: usual are 0 to 0.2"])
     printer.warn("the log did not end well")
     assert [line.split(":")[0] for line in text.getvalue().splitlines()] == [
-        "engine lost", "warning at step 7", "the log did not end well"
+        "engine lost", "warning at step 7", "unusual     loss.kl_coef=9",
+        "the log did not end well",
     ]  # fmt: skip
 
 
@@ -194,20 +196,33 @@ def test_colours_are_left_out_where_the_environment_says_so(monkeypatch, variabl
 
 def test_the_growth_of_trees_is_a_bar_on_a_terminal_and_nothing_elsewhere():
     printer, text = console(is_terminal=True)
-    printer.begin_stage("starting 1 train worker(s)")
     with printer.training():
         assert printer.is_live
         printer.show_growth(3, 0)
         printer.show_growth(3, 12)
-        [task] = printer._live[0].tasks
-        assert (task.description, task.completed, task.total) == ("trees of step 3", 12, 128)
         printer.print_step(ROW)
+    assert "trees of step 3" in text.getvalue() and "12/128" in text.getvalue()
     assert not printer.is_live
     printer.show_growth(4, 1)
+    assert "step 4" not in text.getvalue()
     plain, text = console()
     with plain.training():
         assert not plain.is_live
     assert text.getvalue() == ""
+
+
+def test_the_bar_shows_the_stage_that_was_begun_until_it_ends():
+    frames = []
+    for has_ended in (False, True):
+        printer, text = console(is_terminal=True)
+        printer.begin_stage("starting 1 train worker(s)")
+        with printer.training():
+            if has_ended:
+                printer.end_stage()
+        frames.append(text.getvalue().replace("\r", "\n").splitlines())
+    begun, ended = ([line for line in each if "0:00:00" in line][-1] for each in frames)
+    assert "starting 1 train worker(s)" in begun and "0/" not in begun
+    assert "training" in ended
 
 
 def test_an_evaluation_says_how_it_was_sampled_where_that_is_new():

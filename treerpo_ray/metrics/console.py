@@ -19,10 +19,12 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.text import Text
 
 from treerpo_ray.errors import without_ids
 
@@ -213,9 +215,10 @@ class Console:
         self._print(self._wrapped(text), style="yellow", is_urgent=True)
 
     def print_plan(self, lines: Sequence[str]) -> None:
-        """Lines with a title of INDENT columns."""
+        """Lines with a title of INDENT columns; a quiet console shows what is unusual alone."""
         for line in lines:
-            self._print(self._wrapped(line, " " * INDENT))
+            is_urgent = line[:INDENT].strip() == "unusual"
+            self._print(self._wrapped(line, " " * INDENT), is_urgent=is_urgent)
 
     def print_command(self, purpose: str, command: str) -> None:
         """A command to copy: it is never broken by us, and has nothing before it on its line."""
@@ -234,6 +237,9 @@ class Console:
             description, start = self._stage
             self._print(f"{description}: done in {duration(self._clock() - start)}")
         self._stage = None
+        if self._live is not None:
+            bar, task = self._live
+            bar.update(task, description="training")
 
     @contextmanager
     def stage(self, description: str) -> Iterator[None]:
@@ -249,7 +255,7 @@ class Console:
             yield lambda num_parts: None
             return
         if self._console.is_terminal:
-            bar = _progress_bar(self._console, total)
+            bar = _progress_bar(self._console)
             with bar:
                 task = bar.add_task(description, total=total)
                 yield lambda num_parts: bar.advance(task, num_parts)
@@ -265,7 +271,7 @@ class Console:
         if self._is_quiet or not self._console.is_terminal:
             yield
             return
-        with _progress_bar(self._console, 1) as bar:
+        with _progress_bar(self._console) as bar:
             begun = self._stage[0] if self._stage else "training"
             self._live = bar, bar.add_task(begun, total=None)
             try:
@@ -360,12 +366,18 @@ def finding_text(fields: "Mapping[str, Scalar]") -> str:
     )
 
 
-def _progress_bar(console: rich.console.Console, total: int | None) -> Progress:
-    counts = (MofNCompleteColumn(),) if total else ()
+class _Counts(MofNCompleteColumn):
+    """Parts that are done of all; nothing where their number is not known."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.total else Text()
+
+
+def _progress_bar(console: rich.console.Console) -> Progress:
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
-        *counts,
+        _Counts(),
         TimeElapsedColumn(),
         console=console,
         transient=True,
