@@ -1,3 +1,4 @@
+import contextlib
 import io
 import os
 import subprocess
@@ -209,6 +210,18 @@ def test_the_growth_of_trees_is_a_bar_on_a_terminal_and_nothing_elsewhere():
     with plain.training():
         assert not plain.is_live
     assert text.getvalue() == ""
+
+
+def test_what_libraries_print_into_a_log_stays_there_while_a_bar_is_shown():
+    printer, text = console(is_terminal=True)
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        with printer.training():
+            print("(raylet) WARNING: on node 9b6d8b20")
+        with printer.progress("evaluating", 4):
+            print("and more", file=sys.stderr)
+    assert log.getvalue().splitlines() == ["(raylet) WARNING: on node 9b6d8b20", "and more"]
+    assert "raylet" not in text.getvalue() and "more" not in text.getvalue()
 
 
 def test_the_bar_shows_the_stage_that_was_begun_until_it_ends():

@@ -374,6 +374,8 @@ class _Counts(MofNCompleteColumn):
 
 
 def _progress_bar(console: rich.console.Console) -> Progress:
+    # What libraries print goes above the bar, unless it goes elsewhere than the console, to a log.
+    is_shown = sys.stderr is console.file
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
@@ -381,6 +383,8 @@ def _progress_bar(console: rich.console.Console) -> Progress:
         TimeElapsedColumn(),
         console=console,
         transient=True,
+        redirect_stdout=is_shown,
+        redirect_stderr=is_shown,
     )
 
 
