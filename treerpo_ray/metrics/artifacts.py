@@ -12,6 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from treerpo_ray.errors import one_line
@@ -57,7 +58,7 @@ class Artifacts:
         found: list[str] = []
         self._try("evaluations", lambda: found.extend(self._folder.glob("eval/step=*.json")))
         for file in found:
-            self._log(file, lambda file=file: self._evaluation(file))  # type: ignore[misc]
+            self._log(file, partial(self._evaluation, file))
 
     def log_checkpoints(self) -> None:
         """Those that the run folder keeps, and the model at its end."""
@@ -65,7 +66,7 @@ class Artifacts:
         kept = Checkpoints(self._folder, self._config.checkpoint.keep)
         self._try("checkpoints", lambda: steps.extend(kept.steps()))
         for step in steps:
-            self._log(name_of(step), lambda step=step: self._checkpoint(step))  # type: ignore[misc]
+            self._log(name_of(step), partial(self._checkpoint, step))
         self._log(MODEL_FOLDER, self._model)
 
     def _log(self, place: str, make: "Callable[[], tuple[wandb.Artifact, str] | None]") -> None:
