@@ -1,8 +1,8 @@
 """Records: scored trees as Arrow rows, one row a tree, flat lists inside.
 
 The same schema travels through Ray Data to the learner and lies in the run folder, so a saved
-tree is exactly what was trained on. A row is written when its tree is scored and holds what the
-tree alone tells: values, differences and their standard errors. An advantage is a difference in
+tree is exactly what was trained on. A row is made when its tree is scored and holds what the
+tree alone tells, once it was trained on also what its tokens had under the learner before that: values, differences and their standard errors. An advantage is a difference in
 the scale of the learner's form and pruning, and so is its error: `analysis.Run.tree_table` derives
 both from the run's configuration, `learner.stats.count` for the metrics.
 """
@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float32
 
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import step_groups
@@ -23,6 +24,7 @@ from treerpo_ray.verifier.verdict import Grade, Verdict
 
 MemberT = TypeVar("MemberT", bound=StrEnum)
 SCHEMA_VERSION = 4
+LEARNER_LOGPROBS = "learner_logprobs"
 SCHEMA = pa.schema(
     [
         ("ticket", pa.int64()),
@@ -54,6 +56,9 @@ SCHEMA = pa.schema(
         ("value", pa.list_(pa.float64())),
         ("value_se", pa.list_(pa.float64())),
         ("difference_se", pa.list_(pa.float64())),
+        # Null until it is trained on, and for each token that is not; files of earlier versions
+        # lack it.
+        (LEARNER_LOGPROBS, pa.list_(pa.float32())),
     ],
     metadata={"treerpo_schema": str(SCHEMA_VERSION)},
 )
@@ -92,6 +97,10 @@ class TreeRecord:
     """Trees of the same ticket that were put aside before, for they had no kept group."""
     redrawn_tokens: int = 0
     """Sampled tokens of those."""
+    learner_logprobs: Float32[np.ndarray, " tokens"] | None = None
+    """Log-probability (nats) of each token under the learner before it was trained on, by which and
+    `tree.logprobs` the ratio of learner to engine is told; NaN where it was not. None: the tree
+    was not trained on yet, or was saved by an earlier version."""
 
     @property
     def rewards(self) -> np.ndarray:
@@ -114,6 +123,16 @@ class TreeRecord:
 def to_table(records: Sequence[TreeRecord]) -> pa.Table:
     """Arrow table with one row a tree."""
     return pa.Table.from_pylist([_to_row(record) for record in records], schema=SCHEMA)
+
+
+def with_learner_logprobs(
+    table: pa.Table, logprobs: Sequence[Float32[np.ndarray, " _"]]
+) -> pa.Table:
+    """The table of trees with `TreeRecord.learner_logprobs`, one array a row."""
+    place = table.schema.get_field_index(LEARNER_LOGPROBS)
+    field = SCHEMA.field(LEARNER_LOGPROBS)
+    column = pa.array(logprobs, field.type, from_pandas=True)  # NaN is null, which takes no room
+    return table.set_column(place, field, column)
 
 
 def is_readable(schema: pa.Schema) -> bool:
@@ -172,6 +191,7 @@ def _to_row(record: TreeRecord) -> dict[str, object]:
         "leaf": list(tree.leaves),
         "leaf_text": list(record.leaf_texts),
         "verdict": list(record.verdicts),
+        LEARNER_LOGPROBS: record.learner_logprobs,
         **_estimates(record),
     }
 
@@ -229,13 +249,14 @@ def _from_batch(batch: pa.RecordBatch) -> Iterator[TreeRecord]:
         arrays("versions"),
     )
     rows = zip(*map(scalars, _SCALARS), strict=True)
-    for row, answers, tree, leaf_texts, own, values in zip(
+    for row, answers, tree, leaf_texts, own, values, learned in zip(
         rows,
         texts("answers"),
         trees,
         texts("leaf_text"),
         lists("verdict"),
         lists("value"),
+        _learner_logprobs(batch),
         strict=True,
     ):
         verdicts = _members(Verdict, own)
@@ -247,7 +268,16 @@ def _from_batch(batch: pa.RecordBatch) -> Iterator[TreeRecord]:
             leaf_texts=leaf_texts,
             verdicts=verdicts,
             leaf_rewards=_leaf_rewards(tree, values) if has_partial else (),
+            learner_logprobs=learned,
         )
+
+
+def _learner_logprobs(batch: pa.RecordBatch) -> list[np.ndarray | None]:
+    """`TreeRecord.learner_logprobs` of each row."""
+    if LEARNER_LOGPROBS not in batch.schema.names:
+        return [None] * len(batch)
+    found = batch.column(LEARNER_LOGPROBS)
+    return [own.values.to_numpy(zero_copy_only=False) if own.is_valid else None for own in found]
 
 
 def _leaf_rewards(tree: Tree, values: pa.Array) -> tuple[float, ...]:

@@ -75,8 +75,15 @@ def records(draw: st.DrawFn) -> TreeRecord:
         seed=draw(st.integers(0, 2**63 - 1)),
         grow_s=draw(FINITE),
         scored_at_s=draw(FINITE),
+        learner_logprobs=draw(st.none() | st.just(_learner_logprobs(tree))),
         leaf_texts=tuple(draw(st.lists(TEXT, min_size=size, max_size=size))),
     )
+
+
+def _learner_logprobs(tree: Tree) -> np.ndarray:
+    """Of every second token."""
+    places = np.arange(len(tree.token_ids), dtype=np.float32)
+    return np.where(places % 2, -places, np.float32(np.nan))
 
 
 def empty_step(parent: int) -> Step:
@@ -86,10 +93,12 @@ def empty_step(parent: int) -> Step:
 
 def plain(record: TreeRecord) -> tuple[object, ...]:
     """Everything of a record, dtypes included, in a form that can be compared."""
-    apart = ("tree", "leaf_rewards")
+    apart = ("tree", "leaf_rewards", "learner_logprobs")
     scalars = [getattr(record, name) for name in TreeRecord.__slots__ if name not in apart]
     scalars.append(np.array(record.leaf_rewards).tobytes())  # NaN is not equal to itself
     arrays = [record.tree.prompt_ids]
+    if record.learner_logprobs is not None:
+        arrays.append(record.learner_logprobs)
     for step in record.tree.steps:
         arrays += [step.token_ids, step.logprobs, step.versions]
     stops = [

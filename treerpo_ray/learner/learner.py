@@ -15,13 +15,14 @@ from typing import Protocol, Self, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from jaxtyping import Float32
 
 from treerpo_ray.algo.advantages import has_baseline, step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import step_groups
 from treerpo_ray.algo.loss import LossInputs, LossSums, policy_loss
 from treerpo_ray.algo.loss_config import LossConfig
-from treerpo_ray.algo.packing import Forest, pack
+from treerpo_ray.algo.packing import Forest, pack, unpack
 from treerpo_ray.config.sections import LearnerConfig, ModelConfig, TreeConfig
 from treerpo_ray.learner.policy import DTYPES, ForestTensors, Policy, load_policy
 from treerpo_ray.learner.stats import BatchStats, count
@@ -53,6 +54,9 @@ class UpdateResult:
     """False if no step group of any worker was kept: nothing moved then."""
     stats: BatchStats
     metrics: dict[str, float]
+    logprobs: tuple[Float32[np.ndarray, " _"], ...]
+    """Of this worker's trees, as they were given: of each token the log-probability (nats) under
+    the policy before its first optimizer step; NaN where it was not trained on."""
 
 
 class Learner:
@@ -145,7 +149,8 @@ class Learner:
         """
         settings, form, pruning = self.settings, self.form, self.pruning
         # Trees come as they finish; their order decides minibatches and how sums are rounded.
-        records = sorted(records, key=lambda record: record.ticket)
+        order = sorted(range(len(records)), key=lambda place: records[place].ticket)
+        records = [records[place] for place in order]
         trees = [record.tree for record in records]
         rate, baseline = self.learning_rate(progress), self.baseline
 
@@ -182,17 +187,32 @@ class Learner:
             self._optimize(forests, logprobs, progress)
             for forests, logprobs in zip(minibatches, old, strict=True)
         ]
-        norms = [norm for _, norm in steps if norm is not None]
+        norms = [step.norm for step in steps if step.norm is not None]
         self.version += bool(norms)
 
-        sums = _summed([own for own, _ in steps], LossSums.zeros(self.device))
+        sums = _summed([step.sums for step in steps], LossSums.zeros(self.device))
         total = _summed(_gathered(stats), BatchStats())
         metrics = {"learner/learning_rate": rate, **_loss_metrics(sums, norms)}
         if has_baseline(form):
             metrics["learner/baseline"] = baseline
         if total.num_valued:
             self._past_values.append(total.value_sum / total.num_valued)
-        return UpdateResult(has_updated=bool(norms), stats=total, metrics=metrics)
+        seen = [
+            own
+            for number, (forests, step) in enumerate(zip(minibatches, steps, strict=True))
+            for own in unpack(
+                trees[number * size : (number + 1) * size],
+                forests,
+                [logprobs.cpu().numpy() for logprobs in step.logprobs],
+            )
+        ]
+        by_place = dict(zip(order, seen, strict=True))
+        return UpdateResult(
+            has_updated=bool(norms),
+            stats=total,
+            metrics=metrics,
+            logprobs=tuple(by_place[place] for place in range(len(order))),
+        )
 
     def _check_staleness(self, stats: BatchStats) -> None:
         """Invariant: admission bounds the age of every token; versions count updates."""
@@ -209,9 +229,8 @@ class Learner:
 
     def _optimize(
         self, forests: list[Forest], old_logprobs: list[torch.Tensor | None], progress: float
-    ) -> tuple[LossSums, float | None]:
-        """One optimizer step; returns what the loss saw and the gradient's norm, None if no
-        worker had anything to train."""
+    ) -> "_Step":
+        """One optimizer step; none is made if no worker has anything to train."""
         counts = torch.tensor(
             [sum(len(f.target) for f in forests), sum(f.num_steps for f in forests)],
             device=self.device,
@@ -220,11 +239,14 @@ class Learner:
         num_tokens, num_steps = counts.tolist()
         sums = LossSums.zeros(self.device)
         if not num_tokens:
-            return sums, None
+            return _Step(sums=sums, norm=None, logprobs=[])
         self.optimizer.zero_grad(set_to_none=False)
+        seen: list[torch.Tensor] = []
         for forest, old in zip(forests, old_logprobs, strict=True):
+            inputs = self._loss_inputs(forest, old)
+            seen.append(inputs.old_logprobs)
             output = policy_loss(
-                self._loss_inputs(forest, old),
+                inputs,
                 num_batch_tokens=num_tokens,
                 num_batch_steps=num_steps,
                 max_answer_tokens=sum(self.tree.step_tokens),
@@ -242,7 +264,7 @@ class Learner:
             group["lr"] = self.learning_rate(progress)
         self.optimizer.step()
         self.optimizer_steps += 1
-        return sums, float(norm)
+        return _Step(sums=sums, norm=float(norm), logprobs=seen)
 
     def _loss_inputs(self, packed: Forest, old: torch.Tensor | None) -> LossInputs:
         forest = ForestTensors.from_forest(packed, self.device)
@@ -309,6 +331,17 @@ class Learner:
         counts = json.loads((folder / STATE_FILE).read_text())
         self.version, self.optimizer_steps = counts["version"], counts["optimizer_steps"]
         self._past_values.extend(counts.get("past_values", []))  # older checkpoints have none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Step:
+    """What an optimizer step saw."""
+
+    sums: LossSums
+    norm: float | None
+    """Of the gradient; None if there was nothing to train on."""
+    logprobs: list[torch.Tensor]
+    """Of each forest's edges: `LossInputs.old_logprobs`."""
 
 
 def _loss_metrics(own: LossSums, norms: list[float]) -> dict[str, float]:
