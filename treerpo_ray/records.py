@@ -2,9 +2,10 @@
 
 The same schema travels through Ray Data to the learner and lies in the run folder, so a saved
 tree is exactly what was trained on. A row is made when its tree is scored and holds what the
-tree alone tells, once it was trained on also what its tokens had under the learner before that: values, differences and their standard errors. An advantage is a difference in
+tree alone tells: values, differences and their standard errors. An advantage is a difference in
 the scale of the learner's form and pruning, and so is its error: `analysis.Run.tree_table` derives
-both from the run's configuration, `learner.stats.count` for the metrics.
+both from the run's configuration, `learner.stats.count` for the metrics. When the row is saved, it
+gets what the tree's tokens had under the learner before it was trained on them.
 """
 
 from collections.abc import Iterator, Sequence

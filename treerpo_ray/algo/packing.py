@@ -37,7 +37,7 @@ class Forest:
     step: Int32[np.ndarray, " edges"]
     """Number of the trained step that an edge belongs to, 0 .. num_steps - 1 in this forest."""
     origin: Int64[np.ndarray, " trained"]
-    """Of each trained step its index among the steps of all packed trees, one tree after another."""
+    """Of each trained step its index among the steps of all packed trees, tree after tree."""
 
     @property
     def num_steps(self) -> int:
