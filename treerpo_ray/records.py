@@ -5,7 +5,7 @@ tree is exactly what was trained on. A row is made when its tree is scored and h
 tree alone tells: values, differences and their standard errors. An advantage is a difference in
 the scale of the learner's form and pruning, and so is its error: `analysis.Run.tree_table` derives
 both from the run's configuration, `learner.stats.count` for the metrics. When the row is saved, it
-gets what the tree's tokens had under the learner before it was trained on them.
+gets what the learner made of it: the advantages, and what the tokens had before the update.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64
 
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import step_groups
@@ -25,7 +25,6 @@ from treerpo_ray.verifier.verdict import Grade, Verdict
 
 MemberT = TypeVar("MemberT", bound=StrEnum)
 SCHEMA_VERSION = 4
-LEARNER_LOGPROBS = "learner_logprobs"
 SCHEMA = pa.schema(
     [
         ("ticket", pa.int64()),
@@ -57,13 +56,25 @@ SCHEMA = pa.schema(
         ("value", pa.list_(pa.float64())),
         ("value_se", pa.list_(pa.float64())),
         ("difference_se", pa.list_(pa.float64())),
-        # Null until it is trained on, and for each token that is not; files of earlier versions
-        # lack it.
-        (LEARNER_LOGPROBS, pa.list_(pa.float32())),
+        # Null until it is trained on, and for each step and token that is not; files of earlier
+        # versions lack them.
+        ("advantage", pa.list_(pa.float64())),
+        ("learner_logprobs", pa.list_(pa.float32())),
     ],
     metadata={"treerpo_schema": str(SCHEMA_VERSION)},
 )
 _REWARDS = {v: v.reward if v.is_reward else np.nan for v in Verdict}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Training:
+    """What a learner step made of a tree."""
+
+    advantages: Float64[np.ndarray, " steps"]
+    """NaN where a step is not trained on."""
+    logprobs: Float32[np.ndarray, " tokens"]
+    """Log-probability (nats) of each token under the learner before its update, by which and
+    `Tree.logprobs` the ratio of learner to engine is told; NaN where it is not trained on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,10 +109,8 @@ class TreeRecord:
     """Trees of the same ticket that were put aside before, for they had no kept group."""
     redrawn_tokens: int = 0
     """Sampled tokens of those."""
-    learner_logprobs: Float32[np.ndarray, " tokens"] | None = None
-    """Log-probability (nats) of each token under the learner before it was trained on, by which and
-    `tree.logprobs` the ratio of learner to engine is told; NaN where it was not. None: the tree
-    was not trained on yet, or was saved by an earlier version."""
+    training: Training | None = None
+    """None: the tree was not trained on yet, or was saved by an earlier version."""
 
     @property
     def rewards(self) -> np.ndarray:
@@ -126,14 +135,17 @@ def to_table(records: Sequence[TreeRecord]) -> pa.Table:
     return pa.Table.from_pylist([_to_row(record) for record in records], schema=SCHEMA)
 
 
-def with_learner_logprobs(
-    table: pa.Table, logprobs: Sequence[Float32[np.ndarray, " _"]]
-) -> pa.Table:
-    """The table of trees with `TreeRecord.learner_logprobs`, one array a row."""
-    place = table.schema.get_field_index(LEARNER_LOGPROBS)
-    field = SCHEMA.field(LEARNER_LOGPROBS)
-    column = pa.array(logprobs, field.type, from_pandas=True)  # NaN is null, which takes no room
-    return table.set_column(place, field, column)
+def with_training(table: pa.Table, training: Sequence[Training]) -> pa.Table:
+    """The table of trees with `TreeRecord.training`, one a row."""
+    columns = {
+        "advantage": [own.advantages for own in training],
+        "learner_logprobs": [own.logprobs for own in training],
+    }
+    for name, arrays in columns.items():
+        field = SCHEMA.field(name)
+        column = pa.array(arrays, field.type, from_pandas=True)  # NaN is null, which takes no room
+        table = table.set_column(table.schema.get_field_index(name), field, column)
+    return table
 
 
 def is_readable(schema: pa.Schema) -> bool:
@@ -167,7 +179,7 @@ def _schema_version(schema: pa.Schema) -> str:
 
 
 def _to_row(record: TreeRecord) -> dict[str, object]:
-    tree = record.tree
+    tree, training = record.tree, record.training
     return {
         "ticket": record.ticket,
         "attempt": record.attempt,
@@ -192,7 +204,8 @@ def _to_row(record: TreeRecord) -> dict[str, object]:
         "leaf": list(tree.leaves),
         "leaf_text": list(record.leaf_texts),
         "verdict": list(record.verdicts),
-        LEARNER_LOGPROBS: record.learner_logprobs,
+        "advantage": None if training is None else training.advantages,
+        "learner_logprobs": None if training is None else training.logprobs,
         **_estimates(record),
     }
 
@@ -250,14 +263,14 @@ def _from_batch(batch: pa.RecordBatch) -> Iterator[TreeRecord]:
         arrays("versions"),
     )
     rows = zip(*map(scalars, _SCALARS), strict=True)
-    for row, answers, tree, leaf_texts, own, values, learned in zip(
+    for row, answers, tree, leaf_texts, own, values, training in zip(
         rows,
         texts("answers"),
         trees,
         texts("leaf_text"),
         lists("verdict"),
         lists("value"),
-        _learner_logprobs(batch),
+        _training(batch),
         strict=True,
     ):
         verdicts = _members(Verdict, own)
@@ -269,16 +282,24 @@ def _from_batch(batch: pa.RecordBatch) -> Iterator[TreeRecord]:
             leaf_texts=leaf_texts,
             verdicts=verdicts,
             leaf_rewards=_leaf_rewards(tree, values) if has_partial else (),
-            learner_logprobs=learned,
+            training=training,
         )
 
 
-def _learner_logprobs(batch: pa.RecordBatch) -> list[np.ndarray | None]:
-    """`TreeRecord.learner_logprobs` of each row."""
-    if LEARNER_LOGPROBS not in batch.schema.names:
+def _training(batch: pa.RecordBatch) -> list[Training | None]:
+    """`TreeRecord.training` of each row."""
+    if "advantage" not in batch.schema.names:
         return [None] * len(batch)
-    found = batch.column(LEARNER_LOGPROBS)
-    return [own.values.to_numpy(zero_copy_only=False) if own.is_valid else None for own in found]
+    columns = (batch.column(name) for name in ("advantage", "learner_logprobs"))
+    return [
+        Training(
+            advantages=advantages.values.to_numpy(zero_copy_only=False),
+            logprobs=logprobs.values.to_numpy(zero_copy_only=False),
+        )
+        if advantages.is_valid
+        else None
+        for advantages, logprobs in zip(*columns, strict=True)
+    ]
 
 
 def _leaf_rewards(tree: Tree, values: pa.Array) -> tuple[float, ...]:

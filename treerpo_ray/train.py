@@ -48,7 +48,7 @@ from treerpo_ray.metrics.run_log import (
 )
 from treerpo_ray.metrics.watchdog import Heartbeat
 from treerpo_ray.prompts.prompt_set import PromptSet
-from treerpo_ray.records import RootValue, TreeRecord, from_table, with_learner_logprobs
+from treerpo_ray.records import RootValue, TreeRecord, from_table, with_training
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.checkpoints import Checkpoints, CheckpointSaver
 from treerpo_ray.run_folder.files import RunFolder
@@ -263,12 +263,12 @@ class TrainWorker:
 
     def keep(self, step: int, update: UpdateResult) -> None:
         """Have the trees of the step written to the run folder, every few steps, with what the
-        learner made of their tokens."""
+        learner made of them."""
         self._updated_at = time.time()
         every, done = self.config.metrics.save_trees_every, step + 1
         if every and done % every == 0:
             name = saved_trees.name(done, self.rank)
-            table = with_learner_logprobs(self._table, update.logprobs)
+            table = with_training(self._table, update.training)
             with suppress(Exception):  # it was told of; what comes on top is left out
                 self.patience.until_written(name, self.writer.make_room)
             self.writer.put(name, lambda: self.folder.publish_table(name, table))

@@ -135,14 +135,18 @@ def test_an_update_tells_what_each_trained_token_had_before_its_first_step(
     [(result, _)] = run_updates(config, [[records]], None)
     start = plain_model(path)
     differences = []
-    for record, found in zip(records, result.logprobs, strict=True):
+    for record, made in zip(records, result.training, strict=True):
+        advantages = np.full(len(record.tree), np.nan)
+        by_hand = bernoulli_by_hand(record, 0.1)
+        advantages[list(by_hand)] = list(by_hand.values())
+        np.testing.assert_allclose(made.advantages, advantages)
         expected = np.full(len(record.tree.token_ids), np.nan, np.float32)
-        for index in bernoulli_by_hand(record, 0.1):
+        for index in by_hand:
             first, count = record.tree.starts[index], record.tree.lengths[index]
             with torch.no_grad():
                 expected[first : first + count] = row(start, record, index, 0.7)[0].numpy()
-        np.testing.assert_allclose(found, expected, atol=1e-5)
-        differences.append(found - record.tree.logprobs)
+        np.testing.assert_allclose(made.logprobs, expected, atol=1e-5)
+        differences.append(made.logprobs - record.tree.logprobs)
     mismatch = float(np.nanmean(np.abs(np.concatenate(differences))))
     assert result.metrics["mismatch/mean"] == pytest.approx(mismatch, rel=1e-5)
 
@@ -161,7 +165,7 @@ def test_an_update_without_a_kept_group_moves_nothing(path: str) -> None:
     assert not result.has_updated
     assert result.stats.metrics(1)["groups/pruned"] == 12
     assert "loss/total" not in result.metrics
-    assert all(np.isnan(own).all() for own in result.logprobs)
+    assert all(np.isnan(own.logprobs).all() for own in result.training)
     assert_nothing_moved(before, after)
 
 
@@ -263,8 +267,9 @@ def test_a_resumed_learner_goes_on_bitwise_as_if_nothing_had_happened(
 
     on, again = (one.update(mixed(first=8, version=2)) for one in (learner, resumed))
     assert_nothing_moved(State.of(learner), State.of(resumed))
-    np.testing.assert_equal(again.logprobs, on.logprobs)
-    assert replace(again, logprobs=()) == replace(on, logprobs=())
+    for ours, theirs in zip(again.training, on.training, strict=True):
+        np.testing.assert_array_equal(ours.logprobs, theirs.logprobs)
+    assert replace(again, training=()) == replace(on, training=())
     assert resumed.version == 3
     assert again.metrics["learner/learning_rate"] == pytest.approx(3 / 6 * 1e-3)
 

@@ -159,7 +159,7 @@ def test_saved_trees_tell_the_ratio_of_learner_to_engine_token_by_token(strict) 
     run, _, _ = strict
     for step in run.tree_steps():
         records = run.trees(step)
-        learned = np.concatenate([record.learner_logprobs for record in records])
+        learned = np.concatenate([record.training.logprobs for record in records])
         sampled = np.concatenate([record.tree.logprobs for record in records])
         told = run.metrics().loc[step]
         assert np.isfinite(learned).sum() == told["tokens/trained"]

@@ -15,7 +15,6 @@ from typing import Protocol, Self, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Float32
 
 from treerpo_ray.algo.advantages import has_baseline, step_advantages
 from treerpo_ray.algo.backup import mean_backup
@@ -27,7 +26,7 @@ from treerpo_ray.config.sections import LearnerConfig, ModelConfig, TreeConfig
 from treerpo_ray.learner.policy import DTYPES, ForestTensors, Policy, load_policy
 from treerpo_ray.learner.stats import BatchStats, count
 from treerpo_ray.prompts.prompt_set import resolve_model_path
-from treerpo_ray.records import TreeRecord
+from treerpo_ray.records import Training, TreeRecord
 from treerpo_ray.run_folder.files import MODEL_FOLDER
 
 
@@ -54,9 +53,9 @@ class UpdateResult:
     """False if no step group of any worker was kept: nothing moved then."""
     stats: BatchStats
     metrics: dict[str, float]
-    logprobs: tuple[Float32[np.ndarray, " _"], ...]
-    """Of this worker's trees, as they were given: of each token the log-probability (nats) under
-    the policy before its first optimizer step; NaN where it was not trained on."""
+    training: tuple[Training, ...]
+    """Of this worker's trees, in the order in which they were given; the log-probabilities are
+    those before the first optimizer step of the update."""
 
 
 class Learner:
@@ -206,12 +205,15 @@ class Learner:
                 [logprobs.cpu().numpy() for logprobs in step.logprobs],
             )
         ]
-        by_place = dict(zip(order, seen, strict=True))
+        made = {
+            place: Training(advantages=own, logprobs=logprobs)
+            for place, own, logprobs in zip(order, advantages, seen, strict=True)
+        }
         return UpdateResult(
             has_updated=bool(norms),
             stats=total,
             metrics=metrics,
-            logprobs=tuple(by_place[place] for place in range(len(order))),
+            training=tuple(made[place] for place in range(len(order))),
         )
 
     def _check_staleness(self, stats: BatchStats) -> None:
