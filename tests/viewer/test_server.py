@@ -41,7 +41,7 @@ from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.viewer.__main__ import bind, main
 from treerpo_ray.viewer.answers import evaluation_sightings, read_answers
 from treerpo_ray.viewer.page import page
-from treerpo_ray.viewer.reader import RunReader, find_run, parse_ref
+from treerpo_ray.viewer.reader import RunReader, parse_ref
 from treerpo_ray.viewer.server import API, ASSETS, HEADERS, make_app
 from treerpo_ray.viewer.step_text import decoded
 from treerpo_ray.viewer.wire import to_json

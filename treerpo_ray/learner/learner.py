@@ -15,6 +15,7 @@ from typing import Protocol, Self, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from jaxtyping import Float64
 
 from treerpo_ray.algo.advantages import has_baseline, step_advantages
 from treerpo_ray.algo.backup import mean_backup
@@ -22,6 +23,7 @@ from treerpo_ray.algo.groups import step_groups
 from treerpo_ray.algo.loss import LossInputs, LossSums, policy_loss
 from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.algo.packing import Forest, pack, unpack
+from treerpo_ray.algo.tree import Tree
 from treerpo_ray.config.sections import LearnerConfig, ModelConfig, TreeConfig
 from treerpo_ray.learner.policy import DTYPES, ForestTensors, Policy, load_policy
 from treerpo_ray.learner.stats import BatchStats, count
@@ -196,24 +198,13 @@ class Learner:
             metrics["learner/baseline"] = baseline
         if total.num_valued:
             self._past_values.append(total.value_sum / total.num_valued)
-        seen = [
-            own
-            for number, (forests, step) in enumerate(zip(minibatches, steps, strict=True))
-            for own in unpack(
-                trees[number * size : (number + 1) * size],
-                forests,
-                [logprobs.cpu().numpy() for logprobs in step.logprobs],
-            )
-        ]
-        made = {
-            place: Training(advantages=own, logprobs=logprobs)
-            for place, own, logprobs in zip(order, advantages, seen, strict=True)
-        }
+        training = _training(trees, advantages, minibatches, [step.logprobs for step in steps])
+        by_place = dict(zip(order, training, strict=True))
         return UpdateResult(
             has_updated=bool(norms),
             stats=total,
             metrics=metrics,
-            training=tuple(made[place] for place in range(len(order))),
+            training=tuple(by_place[place] for place in range(len(order))),
         )
 
     def _check_staleness(self, stats: BatchStats) -> None:
@@ -344,6 +335,22 @@ class _Step:
     """Of the gradient; None if there was nothing to train on."""
     logprobs: list[torch.Tensor]
     """Of each forest's edges: `LossInputs.old_logprobs`."""
+
+
+def _training(
+    trees: Sequence[Tree],
+    advantages: Sequence[Float64[np.ndarray, " _"]],
+    minibatches: Sequence[Sequence[Forest]],
+    logprobs: Sequence[Sequence[torch.Tensor]],
+) -> list[Training]:
+    """What was made of each tree; `logprobs` are those of each minibatch's forests."""
+    size = len(trees) // len(minibatches)
+    by_token: list[np.ndarray] = []
+    for number, (forests, own) in enumerate(zip(minibatches, logprobs, strict=True)):
+        part = trees[number * size : (number + 1) * size]
+        by_token += unpack(part, forests, [values.cpu().numpy() for values in own])
+    pairs = zip(advantages, by_token, strict=True)
+    return [Training(advantages=own, logprobs=values) for own, values in pairs]
 
 
 def _loss_metrics(own: LossSums, norms: list[float]) -> dict[str, float]:

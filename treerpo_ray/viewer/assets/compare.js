@@ -65,7 +65,8 @@ function problemList(root, context, problems, missing) {
   };
 }
 
-function problemRow(problem) {
+/** One problem as a line that leads to it before and after. */
+export function problemRow(problem) {
   const query = new URLSearchParams({ a: problem.refs[0], b: problem.refs.at(-1) });
   const [first, last] = [problem.values[0], problem.values.at(-1)];
   return element(

@@ -2,7 +2,7 @@
 
 import { choice, element, oneLine, textBlock, withError } from "./dom.js";
 import { ROOT, drawTree, neighbour, pathTo } from "./drawing.js";
-import { STEP_COLORS, VERDICTS, diverging, largestAdvantage, strength } from "./scales.js";
+import { STEP_COLORS, VERDICTS, diverging, fullLogRatio, largestAdvantage, strength } from "./scales.js";
 import { fillPanel } from "./step_panel.js";
 
 const LEAST_HEIGHT = 260; // of a drawing that is to fit the screen
@@ -276,6 +276,7 @@ export function legend(color = "value", tree = null) {
   const [low, high] = {
     advantage: [`advantage \u2212${most}`, `+${most}`],
     logprob: ["likely", "unlikely (1 nat a token)"],
+    ratio: tree ? [`ratio 1/${Math.exp(fullLogRatio(tree)).toFixed(2)}`, Math.exp(fullLogRatio(tree)).toFixed(2)] : null,
     version: ["oldest", "newest weights"],
   }[color] ?? ["value 0", "1"];
   const verdicts = Object.entries(VERDICTS).slice(0, 4).map(([name, [glyph, text]]) =>
