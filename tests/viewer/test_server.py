@@ -9,6 +9,7 @@ import sys
 import tomllib
 import urllib.request
 import uuid
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tokenizers import Tokenizer
 
 from tests.support.paper_run import NUM_STEPS, SCRIPT, paper_record, write_paper_run
 from tests.support.project import ROOT as PROJECT
+from tests.support.records import some_training
 from tests.support.small_run import (
     TOKENIZER,
     answers_to,
@@ -38,14 +40,20 @@ from treerpo_ray.errors import STOPPED
 from treerpo_ray.records import to_table
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
+from treerpo_ray.study.analysis import Run
+from treerpo_ray.user_code import pack
 from treerpo_ray.viewer.__main__ import bind, main
 from treerpo_ray.viewer.answers import evaluation_sightings, read_answers
 from treerpo_ray.viewer.page import page
 from treerpo_ray.viewer.reader import RunReader, parse_ref
+from treerpo_ray.viewer.search import AFTER, BEFORE
 from treerpo_ray.viewer.server import API, ASSETS, HEADERS, make_app
 from treerpo_ray.viewer.step_text import decoded
 from treerpo_ray.viewer.wire import to_json
 
+OWN_CREDIT = (
+    "def form(values):\n    return values\ndef rule(groups):\n    return groups.values.max(-1)\n"
+)
 PROBLEMS = (("test-0", "1+1=?", "2"), ("test-1", "2+2=?", "4"), ("only-once", "3+3=?", "6"))
 
 
@@ -169,6 +177,59 @@ def test_problems_that_were_met_twice_are_told_with_what_they_gained(ask):
     assert ask("holding", ref="e0:test-0", text="3") == [0]
 
 
+def test_what_training_fixed_is_told_with_how_it_was_sampled(ask, tmp_path):
+    change = ask("change")
+    assert (change["steps"], change["num_answers"]) == ([0, 12], [2, 2])
+    # test-0 went from 1/2, which is no mistake, to 1; test-1 from 1 to 0.
+    assert (change["num_problems"], change["num_fixed"], change["num_broken"]) == (2, 0, 1)
+    run = RunFolder(write_small_run(tmp_path))
+    assert RunReader(run.place).change() is None
+    for step, answers in ((0, [["1"] * 4, ["1", "#### 4"]]), (6, [["#### 2"]]), (12, [["#### 2"]])):
+        run.publish_table(*answers_to(PROBLEMS[: len(answers)], step, answers))
+    change = RunReader(run.place).change()
+    assert (change.steps, change.num_answers, change.num_problems) == ((0, 12), (4, 1), 1)
+    assert [problem.refs for problem in change.fixed] == [("e0:test-0", "e12:test-0")]
+    assert (change.num_fixed, change.num_broken) == (1, 0)
+
+
+def test_a_search_finds_the_answers_of_all_trees_that_have_a_text(ask, tmp_path):
+    (found,) = ask("search", step=20, text="#### 0")
+    assert found == {
+        **{"ticket": 5, "num_answers": 2, "leaf": 4},
+        **{"before": "", "text": "#### 0", "after": ""},
+    }
+    assert ask("search", step=20, text="#### 9") == ask("search", step=999, text="#### 0") == []
+    folder = write_small_run(tmp_path)
+    long = replace(
+        worked_record(7), leaf_texts=("x", "so " * 90 + "IT IS.*" + " end" * 90, "x", "y")
+    )
+    save_trees(folder, 21, [long, worked_record(5, finished_at_s=1.0)])
+    save_trees(folder, 21, [replace(worked_record(5), leaf_texts=("it is.*",) * 4)])
+    (found,) = RunReader(folder).search(21, "it is.*")  # ticket 5 was done once more
+    assert (found.ticket, found.num_answers, found.leaf, found.text) == (7, 1, 2, "IT IS.*")
+    assert (len(found.before), len(found.after)) == (BEFORE, AFTER)
+    assert found.before.endswith("so so ") and found.after.startswith(" end end")
+
+
+def test_tokens_tell_the_ratio_of_learner_to_engine_where_they_were_trained_on(tmp_path):
+    folder, record = write_small_run(tmp_path), worked_record(5)
+    made = some_training(record.tree)  # of the odd steps: log-probabilities 1/4 below the engine's
+    save_trees(folder, 20, [replace(record, training=made)])
+    reader = RunReader(folder)
+    tree = json.loads(to_json(reader.tree("20:5")))
+    assert tree["mean_log_ratio"] == [None, -0.25] * 3 and tree["largest_log_ratio"] == 0.25
+    assert tree["advantage"] == [None, 1, None, 3, None, 5]  # the learner's own
+    first, second = reader.texts("20:5", [0, 1])
+    assert np.isnan(first.learner_logprob).all() and len(first.learner_logprob) == len(first.text)
+    assert second.learner_logprob == pytest.approx([logprob - 0.25 for logprob in second.logprob])
+    assert tree["groups"] == {"kept": 3, "pruned": 0, "errored": 0}
+    (line,) = reader.trees(20)
+    assert line.groups == tree["groups"]
+    save_trees(folder, 21, [record])
+    before = json.loads(to_json(reader.tree("21:5")))
+    assert before["mean_log_ratio"] == [None] * 6 and before["largest_log_ratio"] is None
+
+
 def test_a_problem_that_training_met_at_two_steps_is_among_them(tmp_path):
     folder = write_small_run(tmp_path)
     save_trees(folder, 20, [worked_record(5)])
@@ -236,6 +297,8 @@ def test_only_what_is_looked_at_is_read_of_a_run_of_paper_sized_trees():
     assert read_by(lambda: reader.trees(3)) < size / 10
     assert read_by(lambda: reader.trees(3)) == 0  # it is as it was
     assert read_by(lambda: reader.problems()) < size / 20
+    assert read_by(reader.change) == 0  # no evaluation is there
+    assert 0 < read_by(lambda: reader.search(3, "no such text")) < size / 3
     assert read_by(lambda: reader.tree("3:1")) < 0.6 * size  # two of the four have this ticket
     assert read_by(lambda: reader.texts("3:1", list(range(NUM_STEPS)))) == 0
 
@@ -280,10 +343,11 @@ def test_a_run_at_a_uri_reads_like_a_local_one(folder):
 
 def test_a_run_is_found_by_its_name_and_a_wrong_one_is_one_line(folder, monkeypatch, capsys):
     config = type("Root", (), {"root": str(Path(folder).parent)})
-    monkeypatch.setattr("treerpo_ray.viewer.reader.RunConfig", config)
-    assert find_run("small") == folder and find_run(folder) == folder
+    for module in ("viewer.reader", "run_folder.files"):
+        monkeypatch.setattr(f"treerpo_ray.{module}.RunConfig", config)
+    assert [RunReader(place).status().folder for place in ("small", folder)] == [folder] * 2
     with pytest.raises(ValueError, match=r"^tiny is no run: it has no config.yaml; .*: small$"):
-        find_run("tiny")
+        RunReader("tiny")
     assert main(["tiny"]) == 2
     assert main([folder, "--tree", "1:1"]) == 2
     assert main([folder, "--html", f"{folder}/none/page.html"]) == 2
@@ -404,6 +468,64 @@ def test_every_answer_has_the_safe_headers_and_errors_are_one_line(folder):
     for ref in ("1", "a:1", "1:b", "e:1", "-1:2", "1:²", f"{'9' * 20}:1"):
         with pytest.raises(ValueError, match="is no tree"):
             parse_ref(ref)
+
+
+def test_no_python_that_a_run_folder_brings_along_is_run(tmp_path):
+    """Its configuration has the source of the functions that make and prune its advantages."""
+    folder, taken = write_small_run(tmp_path), tmp_path / "taken"
+    source = f"open({str(taken)!r}, 'w').close()\n{OWN_CREDIT}"
+    learner = {"advantage": "own.py:form", "prune": "own.py:rule"}
+    learner["sources"] = {"own.py": pack(source)}
+    config = OmegaConf.merge(OmegaConf.load(f"{folder}/config.yaml"), {"learner": learner})
+    config.run.name = "${oc.env:HOME}"
+    OmegaConf.save(config, f"{folder}/config.yaml")
+    (tmp_path / "own.py").write_text(source)
+    record = worked_record(5)
+    save_trees(folder, 20, [record])
+    save_trees(folder, 21, [replace(record, training=some_training(record.tree))])
+    client = client_of(folder)
+
+    def ask(path):
+        answer = client.get(f"/api/{path}")
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    status = ask("status")
+    assert status["own_code"] == ["own.py:form", "own.py:rule"]
+    assert status["name"] == "${oc.env:HOME}"
+    for path in ("curves", "problems", "change", "search?step=20&text=2", "texts?ref=20:5&nodes=0"):
+        ask(path)
+    unknown, known = ask("tree?ref=20:5"), ask("tree?ref=21:5")
+    assert unknown["value"] == known["value"] and unknown["advantage"] == [None] * 6
+    assert unknown["state"] == [None] * 6 and sum(unknown["groups"].values()) == 0
+    assert known["advantage"] == [None, 1, None, 3, None, 5]
+    assert known["groups"] == ask("trees?step=21")[0]["groups"]
+    assert main([folder, "--html", str(tmp_path / "page.html")]) == 0
+    assert not taken.exists()
+    Run(folder).advantages(record)  # whoever asks for it has it run
+    assert taken.exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (
+            "a: !!python/object/apply:os.system ['touch CANARY']",
+            "is no configuration: .*python/obj",
+        ),
+        ("a: [", "is no configuration: "),
+        ("- 1", "is none of a run: it has no section run"),
+        ("", "is none of a run: it has no section run"),
+        (
+            "{run: {}, model: {}, gate: {}, learner: 3}",
+            "is none of a run: it has no section learner",
+        ),
+    ],
+)
+def test_a_configuration_of_something_else_is_one_clear_line(tmp_path, capsys, config, told):
+    (tmp_path / "config.yaml").write_text(config)
+    assert main([str(tmp_path)]) == 2
+    assert re.fullmatch(rf"error: {tmp_path}/config.yaml {told}.*\n", capsys.readouterr().err)
 
 
 def test_a_tree_that_lacks_something_of_its_run_is_one_clear_line(tmp_path):

@@ -2,7 +2,7 @@
 //
 // The address says all that is on the screen: #view?key=value&..., so a link opens exactly that.
 
-import { comparePage, problemRow } from "./compare.js";
+import { comparePage, problemHead, problemRow } from "./compare.js";
 import { drawCurves } from "./curves.js";
 import { element, oneLine } from "./dom.js";
 import { openSource } from "./source.js";
@@ -14,7 +14,7 @@ const searchForm = document.getElementById("search");
 const source = openSource();
 const pages = { overview, trees: treeList, tree: treePage, compare: comparePage };
 const MOST_MIXED = 12;
-const MOST_FIXED = 8;
+const MOST_FIXED = 5;
 const PRUNED_BY = {
   range: "the range of its values",
   tree_range: "the range of its tree's rewards",
@@ -185,7 +185,7 @@ function fixedMistakes(change) {
   return [
     element("h2", {}, "Mistakes that training fixed ", all),
     element("p", { class: "note" }, text, change.fixed.length ? "A click shows the answers before and after." : ""),
-    element("div", { class: "tree-list", role: "list" }, change.fixed.slice(0, MOST_FIXED).map(problemRow)),
+    element("div", { class: "tree-list", role: "list" }, problemHead(), change.fixed.slice(0, MOST_FIXED).map(problemRow)),
   ];
 }
 

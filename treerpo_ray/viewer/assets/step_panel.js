@@ -99,7 +99,7 @@ function tokenColor(tree, text, color) {
     case "version":
       return (place) => strength(0.1 + 0.7 * recency(text.version[place], oldest, newest), "--new");
     case "ratio":
-      return (place) => (text.learner_logprob[place] === null ? "" : ratioFill(tree, logRatio(text, place)));
+      return (place) => (text.learner_logprob[place] === null ? "" : ratioFill(logRatio(text, place), fullLogRatio(tree)));
     case "advantage":
       return () => (advantage === null ? "" : diverging(0.5 + advantage / (2 * largestAdvantage(tree))));
     default:
