@@ -11,6 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.support.paper_run import NUM_STEPS, QUESTION, SCRIPT, write_paper_run
+from tests.support.records import some_training
 from tests.support.small_run import answers_to, save_trees, worked_record, write_small_run
 from tests.support.viewer import CHROMIUM, chromium, served
 from treerpo_ray.config import Config
@@ -21,6 +22,8 @@ from treerpo_ray.viewer.reader import RunReader
 
 WIDE, PHONE = {"width": 1300, "height": 850}, {"width": 390, "height": 800}
 MOST_NODES_A_STEP = 9
+MOST_NODES, MOST_BYTES = 600, 190_000
+"""Of the first page and all that it loads, uncompressed."""
 PROBLEMS = (("test-0", "1+1=?", "2"), ("test-1", "2+2=?", "4"))
 
 
@@ -44,7 +47,19 @@ def small(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def addresses(small, tmp_path_factory):
+def fixed(tmp_path_factory):
+    """A run that was trained on what it saved, and that has fixed a mistake."""
+    folder = write_small_run(tmp_path_factory.mktemp("fixed"))
+    record = worked_record(5)
+    save_trees(folder, 20, [replace(record, training=some_training(record.tree))])
+    run = RunFolder(folder)
+    run.publish_table(*answers_to(PROBLEMS, 0, [["#### 3"] * 4, ["#### 4"] * 4]))
+    run.publish_table(*answers_to(PROBLEMS, 12, [["#### 2"] * 4, ["#### 4"] * 4]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def addresses(small, fixed, tmp_path_factory):
     """Addresses of the page by run, each served once."""
     root = tmp_path_factory.mktemp("served")
     many = write_small_run(root, "many")
@@ -52,6 +67,7 @@ def addresses(small, tmp_path_factory):
     with ExitStack() as stack:
         places = {
             "small": small,
+            "fixed": fixed,
             "many": many,
             "paper": write_paper_run(root),
         }
@@ -126,6 +142,11 @@ def test_an_empty_run_says_what_will_come_and_then_shows_it(browser, tmp_path):
         ]
         screen.page.click("nav >> text=Before and after")
         screen.wait("document.querySelector('.note')?.textContent.startsWith('No problem')")
+        run = RunFolder(str(folder))
+        for step in (0, 6):
+            run.publish_table(*answers_to(PROBLEMS, step, [[f"#### {step // 3}"], ["#### 4"]]))
+        screen.wait("document.querySelectorAll('a.problem-row').length === 2")  # by itself
+        assert screen.texts("a.problem-row")[0].startswith("+1.00")
         screen.page.click("nav >> text=Trees")
         screen.wait("document.querySelector('.note')?.textContent.startsWith('No trees')")
         save_trees(folder, 1, [worked_record(3)])
@@ -138,7 +159,109 @@ def test_an_empty_run_says_what_will_come_and_then_shows_it(browser, tmp_path):
         with (folder / "metrics.jsonl").open("a") as file:
             file.write('{"step": 2, "time": 2.0, "reward/mean": 0.5, "loss/total": 0.1}\n')
         screen.wait("document.querySelectorAll('.curve canvas').length === 2")
-        screen.wait("document.querySelectorAll('a.tree-row').length === 2")
+        screen.wait("document.querySelectorAll('.newest a.tree-row').length === 2")
+        assert screen.texts(".change a.tree-row")[0].startswith("+1.00")
+
+
+def test_what_training_fixed_stands_first_and_one_click_shows_it(browser, addresses):
+    with Screen(browser, WIDE) as screen:
+        screen.open(addresses["fixed"])
+        assert screen.texts("h2")[0].startswith("Mistakes that training fixed")
+        assert screen.texts(".change .note")[0].startswith(
+            "Of 2 held-out problems, asked at learner steps 0 and 12 (4 sampled answers each), 1 "
+            "were mostly wrong and are mostly right now, 0 the other way round."
+        )
+        rows = screen.page.locator(".change a.tree-row")
+        assert rows.count() == 1 and "1+1=?" in rows.first.inner_text()
+        rows.first.click()
+        screen.wait("document.querySelectorAll('.compare svg.tree').length === 2")
+        before, after = screen.texts(".compare-side .block.selected")
+        assert "wrong" in before and "#### 3" in before
+        assert "right" in after and "#### 2" in after
+
+
+def test_answers_of_all_trees_are_searched_from_any_page_by_keyboard(browser, addresses):
+    with Screen(browser, WIDE) as screen:
+        screen.open(addresses["small"])
+        screen.page.keyboard.press("s")
+        screen.page.keyboard.type("#### 0")
+        screen.page.keyboard.press("Enter")
+        screen.wait("document.querySelectorAll('a.tree-row .found-text').length === 2")
+        assert screen.texts(".told .note") == [
+            "2 of 10 trees of 3 learner steps have “#### 0” in an answer"
+        ]
+        assert screen.texts(".found-text mark") == ["#### 0"] * 2
+        assert screen.texts(".found-text")[0] == "2 answers: #### 0"
+        assert not screen.page.locator("text=stop").is_visible()
+        screen.page.keyboard.press("ArrowDown")
+        screen.page.keyboard.press("Enter")
+        screen.wait("document.querySelectorAll('.tree .found').length === 2")
+        assert screen.chosen().startswith("leaf 4")
+        screen.go("#trees?text=no+such")  # of the newest step, which is offered to be of all
+        assert screen.texts(".told .note")[0].startswith("0 of 2 trees of learner step 20 have")
+        screen.page.click("text=search all 3 steps")
+        screen.wait("document.querySelector('.told').innerText.startsWith('0 of 10 trees')")
+        screen.open(addresses["paper"] + "#trees?step=all&text=onerror")
+        assert screen.page.locator(".found-text mark").count() == 2
+        assert screen.page.locator("main script, main img").count() == 0
+        assert screen.page.title() == "paper · treerpo_ray"
+
+
+def test_a_search_of_many_steps_can_be_stopped_and_goes_on_where_it_was(browser, tmp_path):
+    folder = write_small_run(tmp_path)
+    for step in range(31, 41):
+        save_trees(folder, step, [worked_record(step)])
+    held = []
+    with served(folder) as address, Screen(browser, WIDE) as screen:
+        silent = "**/api/search?step=35*"  # its answer does not come
+        screen.page.route(silent, lambda route: held.append(route))
+        screen.open(address)
+        screen.page.evaluate("location.hash = '#trees?step=all&text=%23%23'")
+        screen.wait("document.querySelector('.told')?.innerText.includes('reading 7 more')")
+        screen.page.click("text=stop")
+        assert "5 of 5 trees of 5 learner steps" in screen.texts(".told .note")[0]
+        assert "stopped before 7 more" in screen.texts(".told .note")[0]
+        screen.page.unroute(silent)
+        screen.page.select_option("[name=order]", "ticket")
+        screen.wait("document.querySelector('.told').innerText.includes('of 12 learner steps')")
+
+
+def test_tokens_and_steps_are_coloured_by_the_ratio_of_learner_to_engine(browser, addresses):
+    with Screen(browser, WIDE) as screen:
+        screen.open(addresses["fixed"] + "#tree?ref=20:5&node=1&tokens=ratio&color=ratio")
+        note = screen.texts(".panel .note")[0]
+        assert "full at 1/1.28 and 1.28" in note and "not trained on" in note  # e^(1/4)
+        token = screen.page.locator(".block.selected .token").first
+        assert "ratio learner/engine 0.779" in token.get_attribute("title")  # e^(-1/4)
+        ground = "item => getComputedStyle(item).backgroundColor"
+        above = screen.page.locator(".block:not(.selected) .token").first
+        assert above.evaluate(ground) == "rgba(0, 0, 0, 0)" != token.evaluate(ground)
+        assert "ratio" not in above.get_attribute("title")
+        fills = screen.page.locator(".tree [data-step] > .step").evaluate_all(
+            "items => items.map(item => getComputedStyle(item).fill)"
+        )
+        assert len(set(fills[1:])) == 2  # those that were trained on, all alike, and the others
+        assert "0.779 learner/engine" in screen.texts(".panel .facts")[0]
+        screen.open(addresses["small"] + "#tree?ref=20:5&node=1&tokens=ratio")
+        assert "is not stored of this tree" in screen.texts(".panel .note")[0]
+
+
+def test_the_first_page_asks_for_little_however_many_trees_there_are(browser, tmp_path):
+    folder = write_small_run(tmp_path)
+    for step in range(100, 140):
+        save_trees(folder, step, [replace(worked_record(5), ticket=n) for n in range(10)])
+    with served(folder) as address, Screen(browser, WIDE) as screen:
+        answers = []
+        screen.page.on("response", lambda answer: answers.append(answer))
+        screen.open(address)
+        screen.wait("document.querySelectorAll('.curve canvas').length > 5")
+        asked = sorted(answer.url.removeprefix(address) for answer in answers)
+        told = sum(len(answer.body()) for answer in answers)
+        assert [own for own in asked if own.startswith("api/")] == [
+            *("api/change?", "api/curves?", "api/status?", "api/trees?step=139"),
+        ]
+        assert told < MOST_BYTES
+        assert screen.page.locator("body *").count() < MOST_NODES
 
 
 def test_curves_have_the_evaluations_intervals(browser, addresses):
@@ -354,7 +477,13 @@ def test_a_paper_sized_tree_is_drawn_whole_and_its_texts_are_only_text(browser, 
 
 
 def test_a_phone_and_the_dark_show_the_same_page(browser, addresses):
-    pages = ("#overview", "#trees?step=all", "#tree?ref=20:5&node=2", "#compare?problem=test-0")
+    pages = (
+        "#overview",
+        "#trees?step=all&text=1",
+        "#trees?step=all",
+        "#tree?ref=20:5&node=2",
+        "#compare?problem=test-0",
+    )
     grounds = []
     for scheme in ("light", "dark"):
         with Screen(browser, PHONE, scheme) as screen:

@@ -75,6 +75,7 @@ class TreeList {
     this.isStopped = false;
     this.stop = element("button", { type: "button", hidden: true, onclick: () => this.stopReading() }, "stop");
     this.drawnAt = 0;
+    this.timer = null; // of the next time
     const heading = element("h1", { class: "unseen-heading" }, "Trees");
     const told = element("div", { class: "told" }, this.count, this.stop);
     this.parts = [heading, this.filters.root, told, this.list, this.more];
@@ -109,7 +110,16 @@ class TreeList {
     return this.read.has(step) && (!this.foundFor || this.found.has(step));
   }
 
+  /** Draw what has come, but not all the time. */
+  drawSoon() {
+    const wait = REDRAW_MS - (performance.now() - this.drawnAt);
+    if (wait <= 0) this.draw();
+    else this.timer ??= setTimeout(() => this.draw(), wait);
+  }
+
   draw() {
+    clearTimeout(this.timer);
+    this.timer = null;
     this.drawnAt = performance.now();
     const trees = this.wanted().filter((step) => this.isHere(step)).flatMap((step) => this.read.get(step));
     const found = this.foundFor ? trees.filter((tree) => this.textIn(tree)) : trees;
@@ -161,7 +171,7 @@ class TreeList {
       this.read.set(step, trees);
       if (own !== this.reading) return;
       if (text) this.found.set(step, new Map(found.map((each) => [each.ticket, each])));
-      if (performance.now() - this.drawnAt > REDRAW_MS) this.draw();
+      this.drawSoon();
     }
     this.draw();
   }
@@ -180,6 +190,7 @@ class TreeList {
 
   close() {
     this.reading += 1;
+    clearTimeout(this.timer);
   }
 
   key(event) {
@@ -253,16 +264,12 @@ export function listHead() {
 
 /** One tree as a line that leads to it, and to the answer in which a text was found, if one was. */
 export function treeRow(tree, found) {
-  const query = new URLSearchParams({ ref: `${tree.step}:${tree.ticket}` });
-  if (found) {
-    query.set("node", found.leaf);
-    query.set("find", found.text);
-  }
+  const more = found ? `&${new URLSearchParams({ node: found.leaf, find: found.text })}` : "";
   const total = Object.values(tree.verdicts).reduce((sum, count) => sum + count, 0);
   const groups = tree.groups.kept + tree.groups.pruned + tree.groups.errored;
   return element(
     "a",
-    { href: `#tree?${query}`, class: "tree-row", role: "listitem" },
+    { href: `#tree?ref=${tree.step}:${tree.ticket}${more}`, class: "tree-row", role: "listitem" },
     element("span", { class: "ref" }, `${tree.step}:${tree.ticket}`),
     element("span", { class: "value" }, gauge(tree.value, tree.se), element("span", {}, withError(tree.value, tree.se))),
     element("span", { class: "verdicts", title: verdictText(tree.verdicts) }, verdictBar(tree.verdicts, total)),
