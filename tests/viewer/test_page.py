@@ -217,10 +217,10 @@ def test_a_search_of_many_steps_can_be_stopped_and_goes_on_where_it_was(browser,
         screen.page.route(silent, lambda route: held.append(route))
         screen.open(address)
         screen.page.evaluate("location.hash = '#trees?step=all&text=%23%23'")
-        screen.wait("document.querySelector('.told')?.innerText.includes('reading 7 more')")
+        screen.wait("document.querySelector('.told')?.innerText.includes('reading 5 more')")
         screen.page.click("text=stop")
-        assert "5 of 5 trees of 5 learner steps" in screen.texts(".told .note")[0]
-        assert "stopped before 7 more" in screen.texts(".told .note")[0]
+        assert "7 of 7 trees of 7 learner steps" in screen.texts(".told .note")[0]
+        assert "stopped before 5 more" in screen.texts(".told .note")[0]
         screen.page.unroute(silent)
         screen.page.select_option("[name=order]", "ticket")
         screen.wait("document.querySelector('.told').innerText.includes('of 12 learner steps')")

@@ -5,6 +5,7 @@ import { VERDICTS, diverging } from "./scales.js";
 
 const SHOWN = 100; // rows at a time
 const REDRAW_MS = 250;
+const AT_A_TIME = 4; // learner steps that are asked for
 const ORDERS = {
   mixed: ["most mixed first", (a, b) => mixed(b) - mixed(a)],
   ticket: ["by ticket", (a, b) => a.step - b.step || a.ticket - b.ticket],
@@ -161,19 +162,24 @@ class TreeList {
     this.foundFor = text;
     this.isStopped = false;
     this.draw();
-    for (const step of this.wanted()) {
-      if (this.isHere(step)) continue;
-      const { source } = this.context;
-      const [trees, found] = await Promise.all([
-        this.read.get(step) ?? source.trees(step),
-        text ? source.search(step, text) : [],
-      ]);
-      this.read.set(step, trees);
+    const missing = this.wanted().filter((step) => !this.isHere(step));
+    for (let first = 0; first < missing.length; first += AT_A_TIME) {
+      await Promise.all(missing.slice(first, first + AT_A_TIME).map((step) => this.readStep(step, text, own)));
       if (own !== this.reading) return;
-      if (text) this.found.set(step, new Map(found.map((each) => [each.ticket, each])));
-      this.drawSoon();
     }
     this.draw();
+  }
+
+  async readStep(step, text, own) {
+    const { source } = this.context;
+    const [trees, found] = await Promise.all([
+      this.read.get(step) ?? source.trees(step),
+      text ? source.search(step, text) : [],
+    ]);
+    if (own !== this.reading) return;
+    this.read.set(step, trees);
+    if (text) this.found.set(step, new Map(found.map((each) => [each.ticket, each])));
+    this.drawSoon();
   }
 
   refresh() {
