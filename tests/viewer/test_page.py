@@ -174,7 +174,7 @@ def test_what_training_fixed_stands_first_and_one_click_shows_it(browser, addres
         rows = screen.page.locator(".change a.tree-row")
         assert rows.count() == 1 and "1+1=?" in rows.first.inner_text()
         rows.first.click()
-        screen.wait("document.querySelectorAll('.compare svg.tree').length === 2")
+        screen.wait("document.querySelectorAll('.compare-side .block.selected').length === 2")
         before, after = screen.texts(".compare-side .block.selected")
         assert "wrong" in before and "#### 3" in before
         assert "right" in after and "#### 2" in after
@@ -548,6 +548,7 @@ def test_a_saved_page_opens_from_disk_without_a_network(browser, small, tmp_path
         for page, selector, count in (
             *(("#overview", "a.tree-row", 1), ("#trees", "a.tree-row", 1)),
             *(("#compare", "a.tree-row", 1), ("#compare?problem=test-0", "svg.tree", 2)),
+            *(("#trees?text=%23%23+0", "mark", 1), ("#trees?text=nowhere", "a.tree-row", 0)),
         ):
             screen.go(page)
             screen.wait(f"document.querySelectorAll('{selector}').length === {count}")

@@ -26,6 +26,7 @@ from tests.support.paper_run import NUM_STEPS, SCRIPT, paper_record, write_paper
 from tests.support.project import ROOT as PROJECT
 from tests.support.records import some_training
 from tests.support.small_run import (
+    SAVED,
     TOKENIZER,
     answers_to,
     grown_record,
@@ -44,7 +45,7 @@ from treerpo_ray.study.analysis import Run
 from treerpo_ray.user_code import pack
 from treerpo_ray.viewer.__main__ import bind, main
 from treerpo_ray.viewer.answers import evaluation_sightings, read_answers
-from treerpo_ray.viewer.page import page
+from treerpo_ray.viewer.page import page, write_page
 from treerpo_ray.viewer.reader import RunReader, parse_ref
 from treerpo_ray.viewer.search import AFTER, BEFORE
 from treerpo_ray.viewer.server import API, ASSETS, HEADERS, make_app
@@ -190,6 +191,9 @@ def test_what_training_fixed_is_told_with_how_it_was_sampled(ask, tmp_path):
     assert (change.steps, change.num_answers, change.num_problems) == ((0, 12), (4, 1), 1)
     assert [problem.refs for problem in change.fixed] == [("e0:test-0", "e12:test-0")]
     assert (change.num_fixed, change.num_broken) == (1, 0)
+    shown = write_page(RunReader(run.place), [], tmp_path / "page.html")
+    assert sorted(shown[:-2]) == [f"12:{ticket}" for ticket in SAVED[12]]
+    assert shown[-2:] == ["e0:test-0", "e12:test-0"]
 
 
 def test_a_search_finds_the_answers_of_all_trees_that_have_a_text(ask, tmp_path):
