@@ -2,6 +2,7 @@
 
 python jobs/chaos.py                    # 20 kills, at most 15 minutes on two cores
 python jobs/chaos.py --kills 6 --steps 9 run.seed=1 run.root=/tmp/drills
+python jobs/chaos.py --kills 3 --steps 5 --victims node,learner
 Ends with a table of what was killed and how long it took to be made good, and one line of JSON;
 the exit status is 1 if a ticket was lost or doubled, a bound was broken, something is stale, what
 was killed is still there or not made good, or it took longer than `--minutes`. The run is stopped
@@ -67,6 +68,11 @@ class Victim(StrEnum):
     """A node of the cluster, with the engine on it."""
 
 
+def victims(names: str) -> list[Victim]:
+    """Several, by their names with commas between; raises ValueError where one is unknown."""
+    return [Victim(name) for name in names.split(",")]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kill:
     """A process that was killed, at a Unix time in seconds."""
@@ -78,8 +84,10 @@ class Kill:
     """Engine that it belonged to."""
 
 
-def draw_schedule(num_kills: int, num_steps: int, seed: int) -> list[tuple[int, Victim]]:
-    """Learner steps after which something dies, ascending, all victims equally often.
+def draw_schedule(
+    num_kills: int, num_steps: int, seed: int, among: Sequence[Victim] = tuple(Victim)
+) -> list[tuple[int, Victim]]:
+    """Learner steps after which something dies, ascending, all victims `among` these equally often.
 
     The first and the last step are left alone, so that every kill hits a run that is going on.
 
@@ -89,11 +97,11 @@ def draw_schedule(num_kills: int, num_steps: int, seed: int) -> list[tuple[int, 
     if num_steps < 3:
         raise ValueError(f"{num_steps} steps are too few for a drill: at least 3")
     rng = random.Random(seed)
-    victims = [list(Victim)[number % len(Victim)] for number in range(num_kills)]
-    rng.shuffle(victims)
+    drawn = [among[number % len(among)] for number in range(num_kills)]
+    rng.shuffle(drawn)
     room = num_steps - 2
     steps = [1 + number * room // num_kills for number in range(num_kills)]
-    return list(zip(steps, victims, strict=True))
+    return list(zip(steps, drawn, strict=True))
 
 
 RECOVERED = {
@@ -349,6 +357,9 @@ def drill(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument(
+        "--victims", type=victims, default=list(Victim), help="default: " + ",".join(Victim)
+    )
     parser.add_argument("--minutes", type=float, default=15, help="the longest that it may take")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     options = parser.parse_args(arguments)
@@ -358,7 +369,7 @@ def drill(arguments: list[str]) -> int:
     ]
     config = load(arguments)
     start, limit_s = time.monotonic(), 60 * options.minutes
-    schedule = draw_schedule(options.kills, options.steps, config.run.seed)
+    schedule = draw_schedule(options.kills, options.steps, config.run.seed, options.victims)
     with Stop().at_work(), small_cluster() as cluster:
         command = [sys.executable, str(ROOT / "jobs/train.py"), *arguments]
         training = subprocess.Popen(command, stdout=sys.stderr)

@@ -302,13 +302,14 @@ def test_a_checkpoint_is_put_in_its_place_with_what_the_gate_says_of_its_own_ste
     worker = make_worker(config_of(tmp_path, num_steps=9), fakes, step=0)
     saved = []
     worker.saver = SimpleNamespace(
-        is_due=lambda step: True, save=lambda step, *_, **named: saved.append((step, named))
+        is_due=lambda step: True,
+        save=lambda step, contents, **last: saved.append((step, contents, last)),
     )
     one_step(worker)
     worker.checkpoint_if_due()  # comes back
-    [(step, named)] = saved
-    assert (step, named["is_last"]) == (1, False)
-    with beside(named["before_place"], tmp_path) as placing:
+    [(step, contents, last)] = saved
+    assert (step, last) == (1, {"is_last": False})
+    with beside(contents.before_place, tmp_path) as placing:
         until_called(fakes, "publish")
         assert not placing.done() and "num_lines" not in fakes.calls
         is_served.set()
@@ -317,7 +318,7 @@ def test_a_checkpoint_is_put_in_its_place_with_what_the_gate_says_of_its_own_ste
     fakes.answers["consumed"] = "after step 2"
     one_step(worker)
     worker.publisher.wait()
-    named["before_place"](tmp_path)
+    contents.before_place(tmp_path)
     assert (tmp_path / "gate.json").read_text() == "after step 1"
 
 
@@ -351,7 +352,7 @@ def test_a_stop_that_comes_during_an_evaluation_ends_the_run_with_the_step_befor
     worker.saver = SimpleNamespace(
         has=lambda step: is_saved,
         is_due=lambda step: False,
-        save=lambda step, *_, is_last, **__: saved.append((step, is_last)),
+        save=lambda step, contents, *, is_last: saved.append((step, is_last)),
     )
     worker.consumed = Future()
     told = 0

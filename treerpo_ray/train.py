@@ -50,7 +50,7 @@ from treerpo_ray.metrics.watchdog import Heartbeat
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import RootValue, TreeRecord, from_table, with_training
 from treerpo_ray.run_folder import trees as saved_trees
-from treerpo_ray.run_folder.checkpoints import Checkpoints, CheckpointSaver
+from treerpo_ray.run_folder.checkpoints import CheckpointContents, Checkpoints, CheckpointSaver
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.patience import Patience
 from treerpo_ray.run_folder.writer import BackgroundWriter
@@ -355,15 +355,14 @@ class TrainWorker:
             (folder / GATE_FILE).write_text(consumed.result())
             num_lines = ray.get(self.actors.run_log.num_lines.remote())[0]
 
-        self.saver.save(
-            self.step,
-            write,
-            lambda: self._is_settled(num_lines, trees_kept),
-            partial(self._note, "checkpoint", step=self.step, version=self.learner.version),
+        contents = CheckpointContents(
+            write=write,
             before_place=before_place,
+            is_settled=lambda: self._is_settled(num_lines, trees_kept),
+            placed=partial(self._note, "checkpoint", step=self.step, version=self.learner.version),
             num_bytes=self.learner.checkpoint_bytes,
-            is_last=self.is_last,
         )
+        self.saver.save(self.step, contents, is_last=self.is_last)
 
     def evaluate_if_due(self, *, unless_done: bool = False) -> None:
         """Evaluate if it is due; the learner waits, so that all answers are of one version.

@@ -1,4 +1,4 @@
-"""The failure drill, short: every kind of process is killed once, or hangs, in a real training."""
+"""The failure drill, short: most kinds of processes are killed, or hang, in a real training."""
 
 import json
 import signal
@@ -65,9 +65,13 @@ def test_a_signal_at_any_time_ends_a_drills_job_and_takes_its_cluster_down(monke
 @pytest.mark.ray
 @pytest.mark.engine
 def test_a_run_keeps_its_promises_while_its_parts_are_killed(tmp_path) -> None:
+    """One of each kind but an engine's actor, which goes with its node, and a core that is killed,
+    which `test_engine_faults` has."""
+    kinds = (Victim.HUNG_CORE, Victim.LEARNER, Victim.VERIFIER, Victim.NODE)
     done = subprocess.run(
         [
-            *(sys.executable, "jobs/chaos.py", "--kills", "6", "--steps", "9"),
+            *(sys.executable, "jobs/chaos.py", "--kills", "4", "--steps", "6"),
+            *("--victims", ",".join(kinds)),
             *(f"run.root={tmp_path}", "run.name=drill", "engine.request_timeout_s=30"),
         ],
         cwd=ROOT,
@@ -77,7 +81,7 @@ def test_a_run_keeps_its_promises_while_its_parts_are_killed(tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["broken"] == []
-    assert result["kills"] == dict.fromkeys(Victim, 1)
+    assert result["kills"] == {kind: int(kind in kinds) for kind in Victim}
     run = Run(str(tmp_path / "drill"))
     metrics, events = run.metrics(), run.events()
     assert_promises_kept(run.folder, f"run.num_steps={metrics.index.max()}")
@@ -87,6 +91,6 @@ def test_a_run_keeps_its_promises_while_its_parts_are_killed(tmp_path) -> None:
     # Killing the first of two workers ends the group; a verifier dies without it.
     assert events[events.kind == "learner_started"]["workers"].tolist() == [2, 2]
     assert_saved_trees_were_reused(run)
-    # The engine that was killed, the two cores, and the one that was on the node.
-    assert (events.kind == "engine_lost").sum() >= 4
+    # That of the core, and the one that was on the node.
+    assert (events.kind == "engine_lost").sum() >= 2
     assert "engine lost: " in done.stderr and "learner lost: " in done.stderr

@@ -144,6 +144,20 @@ def test_an_embedded_task_gives_disjoint_splits_of_the_asked_size(task):
     assert "num_problems" in error_of(PromptsConfig(path=paths[0]))
 
 
+@pytest.mark.parametrize("task", ["", "countdown/"])
+def test_a_number_behind_a_split_draws_other_problems_of_it(task):
+    def drawn(path: str) -> set[str]:
+        config = PromptsConfig(path=f"quickstart:{task}{path}", num_problems=50)
+        return {problem.question for problem in load_problems(config)[0]}
+
+    assert drawn("test/0") == drawn("test")
+    assert len(drawn("test/1")) == 50 and len(drawn("test/1") & drawn("test")) < 5
+    assert not drawn("test/1") & drawn("train/1")
+    assert "split: '' is not one of train, test" in error_of(
+        PromptsConfig(path="quickstart:3", num_problems=1)
+    )
+
+
 def test_the_embedded_task_is_arithmetic_unless_another_is_named():
     first = load_problems(PromptsConfig(path="quickstart:train", num_problems=1))[0][0]
     assert first.answers == (str(sum(map(int, re.findall(r"[+-]?\d+", first.question)))),)

@@ -19,6 +19,7 @@ from tests.support.run_folders import LossyStore, contents, files, full_disk
 from tests.support.small_disk import small_disk
 from treerpo_ray.run_folder.checkpoints import (
     LIST_FILE,
+    CheckpointContents,
     Checkpoints,
     CheckpointSaver,
     SaveTimes,
@@ -317,16 +318,14 @@ class Saving:
         def write(target: Path) -> None:
             (target / "state").write_text(f"{step}")
 
-        placed = lambda: self.placed.append(step)  # noqa: E731
-        self.saver.save(
-            step,
-            write,
-            lambda: self.is_settled,
-            placed,
+        contents = CheckpointContents(
+            write=write,
             before_place=lambda folder: None,
+            is_settled=lambda: self.is_settled,
+            placed=lambda: self.placed.append(step),
             num_bytes=0,
-            is_last=is_last,
         )
+        self.saver.save(step, contents, is_last=is_last)
         return True
 
     def wait(self) -> None:

@@ -194,27 +194,9 @@ def test_a_finished_run_is_not_run_again(strict, small_config) -> None:
     assert again == outcome
 
 
-def test_a_run_on_engines_that_served_another_stops_and_resumes_with_the_same_trees(
-    strict, small_config, kept, refilled
+def test_engines_that_hold_the_weights_of_a_run_cannot_evaluate_the_start_of_another(
+    strict, small_config, kept
 ) -> None:
-    whole, _, _ = strict
-    common = ("run.name=resumed", "evaluate.data.path=''", *STRICT)
-    first = small_config(*common, "run.num_steps=2")
-    assert run_training(first, kept)[0].is_complete
-    config = small_config(*common, "run.num_steps=3")
-    outcome, shown = run_training(config, kept)
-    assert outcome.is_complete
-    assert "3/3" in shown and "2/3" not in shown  # only what is new
-    assert_promises_kept(config.folder)
-    run = Run(config.folder)
-    assert (run.events().kind == "engine_serving").sum() == 0
-    assert_same_trees(run, whole)
-    metrics = run.metrics()
-    assert metrics["mismatch/max"].max() < 1e-3
-    pd.testing.assert_series_equal(
-        metrics["loss/total"], whole.metrics()["loss/total"].loc[1:], rtol=1e-4
-    )
-    # The engines hold the weights of a run, so that nothing else can be the start of one.
     held = small_config("run.name=held", "run.num_steps=1", *STRICT)
     with pytest.raises(RuntimeError, match="cannot evaluate the start"):
         run_training(held, kept)
@@ -271,15 +253,18 @@ def kill_train_workers_after_steps(folder: str, *steps: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_on_a_full_disk_waits_for_room_and_loses_nothing(
+def test_a_run_on_a_full_disk_waits_for_room_and_loses_nothing_nor_when_it_is_made_longer(
     small_config, kept, strict, tmp_path
 ) -> None:
-    """There is room for one checkpoint; somebody makes more once the second one waits."""
+    """There is room for one checkpoint; somebody makes more once the second one waits. Its engines
+    have served another run."""
+    whole, _, _ = strict
     with small_disk(tmp_path, megabytes=36) as disk:
-        config = small_config(
-            "run.name=full", f"run.root={disk}", "run.num_steps=3", "checkpoint.every=1",
-            "checkpoint.keep=1", "evaluate.data.path=''", *STRICT,
+        common = (
+            "run.name=full", f"run.root={disk}", "checkpoint.every=1", "checkpoint.keep=1",
+            "evaluate.data.path=''", *STRICT,
         )  # fmt: skip
+        config = small_config(*common, "run.num_steps=2")
         ballast = disk / "ballast"
         ballast.write_bytes(b"0" * 20 * 2**20)
 
@@ -297,12 +282,21 @@ def test_a_run_on_a_full_disk_waits_for_room_and_loses_nothing(
         told = r"the disk \S+/disk of \S+/full is full: 10\.5 MB needed, \S+ MB free; waiting since"
         assert re.search(rf"write waits: what checkpoint of step 2, reason {told}", shown)
         assert "write done: what checkpoint of step 2, seconds" in shown
+
+        outcome, shown = run_training(small_config(*common, "run.num_steps=3"), kept)
+        assert outcome.is_complete
+        assert "3/3" in shown and "2/3" not in shown  # only what is new
         run = Run(config.folder)
-        assert (run.events().kind == "learner_started").sum() == 1
-        assert "learner_lost" not in set(run.events().kind)
-        assert run.metrics().index.tolist() == [1, 2, 3]
-        assert_promises_kept(run.folder)
-        assert_same_trees(run, strict[0])
+        assert (run.events().kind == "learner_started").sum() == 2
+        assert not {"learner_lost", "engine_serving"} & set(run.events().kind)
+        assert_promises_kept(run.folder, "run.num_steps=3")
+        assert_same_trees(run, whole)
+        metrics = run.metrics()
+        assert metrics.index.tolist() == [1, 2, 3]
+        assert metrics["mismatch/max"].max() < 1e-3
+        pd.testing.assert_series_equal(
+            metrics["loss/total"], whole.metrics()["loss/total"].loc[1:], rtol=1e-4
+        )
 
 
 def test_a_run_in_which_nothing_can_be_learned_says_so_and_ends_well(

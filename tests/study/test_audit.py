@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from jobs.chaos import Kill, Victim, draw_schedule, recovery_s, serving
+from jobs.chaos import Kill, Victim, draw_schedule, recovery_s, serving, victims
 from tests.support.records import tree_of
 from tests.support.tiny_models import save_tiny_model
 from treerpo_ray.config import load
@@ -201,12 +201,16 @@ def test_a_missing_row_is_found() -> None:
 
 def test_a_schedule_is_fair_ascending_inside_the_run_and_always_the_same() -> None:
     schedule = draw_schedule(24, 32, seed=0)
-    steps, victims = zip(*schedule, strict=True)
-    assert Counter(victims) == dict.fromkeys(Victim, 4)
+    steps, drawn = zip(*schedule, strict=True)
+    assert Counter(drawn) == dict.fromkeys(Victim, 4)
     assert list(steps) == sorted(steps) and steps[0] == 1 and steps[-1] < 31
     assert schedule == draw_schedule(24, 32, seed=0) != draw_schedule(24, 32, seed=1)
+    two = draw_schedule(4, 32, seed=0, among=victims("node,hung core"))
+    assert Counter(victim for _, victim in two) == {Victim.NODE: 2, Victim.HUNG_CORE: 2}
     with pytest.raises(ValueError, match="too few"):
         draw_schedule(1, 2, seed=0)
+    with pytest.raises(ValueError, match="disk"):
+        victims("node,disk")
 
 
 def test_the_time_to_recovery_is_that_of_the_same_engine_after_the_kill() -> None:

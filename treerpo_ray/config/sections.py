@@ -142,7 +142,8 @@ class DataConfig:
     path: str = ""
     """JSONL, JSON, CSV or Parquet file (also .gz, local or URI), a pattern such as data/*.parquet,
     a list of these, a folder (of files, or from `save_to_disk`), a Hugging Face data set id, or
-    an embedded task: `quickstart:train`, `quickstart:test`, `quickstart:chains10/train`."""
+    an embedded task: `quickstart:train`, `quickstart:test`, `quickstart:chains10/train`; a number
+    behind it draws other problems of the same split: `quickstart:test/1`."""
     split: str = "train"
     """Split, for Hugging Face data sets and folders that have several."""
     subset: str | None = None

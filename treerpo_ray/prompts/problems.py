@@ -223,8 +223,10 @@ def _draw_quickstart(config: DataConfig, template: Template | None) -> list[Prob
         raise ValueError("an embedded task stands alone; prompts.mix trains on several sets")
     if config.num_problems is None:
         raise ValueError("an embedded task has no end; set num_problems")
-    name, _, split = config.path.removeprefix(QUICKSTART).rpartition("/")
-    rows = exercises.problems(name or DEFAULT_TASK, split, config.num_problems, QUICKSTART_SEED)
+    parts = config.path.removeprefix(QUICKSTART).split("/")
+    seed = int(parts.pop()) if parts[-1].isdecimal() else QUICKSTART_SEED
+    name, split = "/".join(parts[:-1]) or DEFAULT_TASK, parts[-1] if parts else ""
+    rows = exercises.problems(name, split, config.num_problems, seed)
     columns = _Columns(question="question", answer="answer", mark=None, template=template)
     return [
         replace(columns.problem(asdict(row), row.id, f"row {number}"), row=_to_json(asdict(row)))

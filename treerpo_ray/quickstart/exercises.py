@@ -1,6 +1,7 @@
 """Embedded tasks: endless problems whose worked solutions an error-prone solver can write.
 
-`quickstart:train` is a split of `chains4`; `quickstart:TASK/train` names another task. A problem
+`quickstart:train` is a split of `chains4`; `quickstart:TASK/train` names another task, and
+`quickstart:test/1` another seed, for problems that no choice has been made by. A problem
 belongs to the test split iff the checksum of its question says so, whatever the seed: the splits
 cannot overlap. A new task is an `Exercise` and its name in `TASKS`; a model for it is a recipe in
 `make_model`.

@@ -188,6 +188,24 @@ class SaveTimes:
     """Between looks for it."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointContents:
+    """What goes into a checkpoint, and what it waits for."""
+
+    write: Write
+    """Fills its folder; is called again where the disk does not take it all."""
+    before_place: Callable[[Path], object]
+    """Fills the folder with the rest and returns when it may be put in its place, awaited in the
+    background for however long it takes; the checkpoint is left out if it raises."""
+    is_settled: Callable[[], bool]
+    """Whether the run folder holds what comes before the checkpoint; that is awaited for a limited
+    time, in the background."""
+    placed: Callable[[], object]
+    """Told, in the background, that the checkpoint is in its place."""
+    num_bytes: int
+    """Its size, about."""
+
+
 class CheckpointSaver:
     """Saves checkpoints while training goes on: they are placed in the background.
 
@@ -217,7 +235,8 @@ class CheckpointSaver:
         self._checkpoints, self._every, self._warn = checkpoints, every, warn
         self._patience = patience
         self._times = times or SaveTimes()
-        self._saved = step
+        self._saved = self._before = step
+        """The newest one, and the one before, which is the newest again where this one fails."""
         self._error: Exception | None = None
         self._writer = BackgroundWriter(warn, name="checkpoints", on_failure=OnFailure.DROP)
 
@@ -231,29 +250,12 @@ class CheckpointSaver:
         self.settle()
         return self._saved == step
 
-    def save(
-        self,
-        step: int,
-        write: Write,
-        is_settled: Callable[[], bool],
-        placed: Callable[[], object],
-        *,
-        before_place: Callable[[Path], object],
-        num_bytes: int,
-        is_last: bool,
-    ) -> None:
+    def save(self, step: int, contents: CheckpointContents, *, is_last: bool) -> None:
         """Save the checkpoint of `step`; returns once it is written here, if it is not the last.
 
         Args:
             step: Learner steps done.
-            write: Fills its folder; is called again where the disk does not take it all.
-            before_place: Fills the folder with the rest and returns when it may be put in its
-                place, awaited in the background for however long it takes; the checkpoint is left
-                out if it raises.
-            is_settled: Whether the run folder holds what comes before the checkpoint; that is
-                awaited for a limited time, in the background.
-            placed: Told, in the background, that the checkpoint is in its place.
-            num_bytes: Its size, about.
+            contents: What goes into it, and what it waits for.
             is_last: Whether none comes after it, so that it is waited for.
 
         Raises:
@@ -267,42 +269,9 @@ class CheckpointSaver:
 
         if not self._writer.settle(limit_s, left_out):
             return
-        saved, self._saved, self._error = self._saved, step, None
+        self._before, self._saved, self._error = self._saved, step, None
         is_written = threading.Event()
-
-        def fill(folder: Path) -> None:
-            write(folder)
-            before_place(folder)
-
-        def place(staging: Path) -> None:
-            try:
-                before_place(staging)
-                self._settle(name, is_settled)
-            except BaseException:
-                shutil.rmtree(staging, ignore_errors=True)
-                raise
-            self._checkpoints.place(step, staging)
-
-        def stage() -> Path:
-            return self._checkpoints.stage(write)
-
-        def work() -> None:
-            try:
-                if is_last:
-                    self._until_written(step, lambda: place(stage()), num_bytes, fill)
-                else:
-                    staging = self._until_written(step, stage, num_bytes, fill)
-                    is_written.set()
-                    place(staging)
-                placed()
-            except Exception as error:  # any store's own
-                self._saved, self._error = saved, error
-                if not isinstance(error, DiskRefused):  # the caller raises it
-                    raise
-            finally:
-                is_written.set()
-
-        self._writer.put(name, work)
+        self._writer.put(name, lambda: self._work(contents, is_last, is_written))
         if not is_written.wait(self._times.slow):
             self._warn(name, f"the disk has not taken it within {self._times.slow:g} s")
             is_written.wait()
@@ -311,23 +280,59 @@ class CheckpointSaver:
         if self._error is not None and (is_last or isinstance(self._error, DiskRefused)):
             raise self._error
 
-    def _until_written(
-        self, step: int, attempt: Callable[[], T], num_bytes: int, write: Write
-    ) -> T:
+    def _work(
+        self, contents: CheckpointContents, is_last: bool, is_written: threading.Event
+    ) -> None:
+        """Write and place the checkpoint that is due; sets `is_written` in any case."""
+
+        def stage() -> Path:
+            return self._checkpoints.stage(contents.write)
+
         try:
-            return self._patience.until_written(f"checkpoint of step {step}", attempt, num_bytes)
+            if is_last:
+                self._until_written(contents, lambda: self._place(contents, stage()))
+            else:
+                staging = self._until_written(contents, stage)
+                is_written.set()
+                self._place(contents, staging)
+            contents.placed()
+        except Exception as error:  # any store's own
+            self._saved, self._error = self._before, error
+            if not isinstance(error, DiskRefused):  # the caller raises it
+                raise
+        finally:
+            is_written.set()
+
+    def _place(self, contents: CheckpointContents, staging: Path) -> None:
+        try:
+            contents.before_place(staging)
+            self._await_settled(contents)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        self._checkpoints.place(self._saved, staging)
+
+    def _until_written(self, contents: CheckpointContents, attempt: Callable[[], T]) -> T:
+        def fill(folder: Path) -> None:
+            contents.write(folder)
+            contents.before_place(folder)
+
+        name = f"checkpoint of step {self._saved}"
+        try:
+            return self._patience.until_written(name, attempt, contents.num_bytes)
         except DiskRefused as refused:
-            raise DiskRefused(f"{refused}; {self._checkpoints.rescue(step, write)}") from None
+            told = f"{refused}; {self._checkpoints.rescue(self._saved, fill)}"
+            raise DiskRefused(told) from None
 
     def settle(self) -> None:
         """Wait until no checkpoint is on its way any more."""
         self._writer.settle()
 
-    def _settle(self, name: str, is_settled: Callable[[], bool]) -> None:
+    def _await_settled(self, contents: CheckpointContents) -> None:
         end = time.monotonic() + self._times.settle
-        while not is_settled():
+        while not contents.is_settled():
             if time.monotonic() > end:
                 why = f"not in the run folder within {self._times.settle:g} s"
-                self._warn(f"what comes before the {name}", why)
+                self._warn(f"what comes before the checkpoint of step {self._saved}", why)
                 return
             time.sleep(self._times.poll)
