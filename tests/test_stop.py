@@ -87,7 +87,7 @@ def test_a_thread_has_no_signals_and_its_work_is_done_all_the_same() -> None:
         with Stop().at_work():
             done.append(True)
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join()
     assert done == [True]

@@ -463,16 +463,14 @@ def test_a_full_disk_is_waited_for_and_nothing_is_saved_twice(tmp_path: Path) ->
                 torch.save(torch.zeros(300_000), file)
 
         def save(step: int, num_bytes: int, *, is_last: bool) -> None:
-            placed = lambda: saving.placed.append(step)  # noqa: E731
-            saving.saver.save(
-                step,
-                fill,
-                lambda: True,
-                placed,
+            contents = CheckpointContents(
+                write=fill,
                 before_place=lambda folder: None,
+                is_settled=lambda: True,
+                placed=lambda: saving.placed.append(step),
                 num_bytes=num_bytes,
-                is_last=is_last,
             )
+            saving.saver.save(step, contents, is_last=is_last)
 
         def make_room() -> None:
             while len(saving.waited) <= len(saving.written):
@@ -481,7 +479,7 @@ def test_a_full_disk_is_waited_for_and_nothing_is_saved_twice(tmp_path: Path) ->
 
         for step, num_bytes, is_last in ((2, 1_200_000, False), (4, 0, False), (5, 0, True)):
             ballast.write_bytes(b"0" * (free_bytes(disk) - 500_000))
-            thread = threading.Thread(target=make_room)
+            thread = threading.Thread(target=make_room, daemon=True)
             thread.start()
             save(step, num_bytes, is_last=is_last)
             thread.join()

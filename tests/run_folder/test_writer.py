@@ -190,7 +190,7 @@ def test_a_sink_that_fails_at_the_end_is_told_once_though_telling_writes_to_it()
     writer = BackgroundWriter(warn)
     writer.put("first", is_held.wait)
     writer.put("second", refuse)
-    closing = threading.Thread(target=writer.close)
+    closing = threading.Thread(target=writer.close, daemon=True)
     closing.start()
     while not writer._is_closing:
         threading.Event().wait(0.01)

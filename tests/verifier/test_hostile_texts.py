@@ -83,13 +83,14 @@ def test_code_is_text(audited, no_canary):
 
 @pytest.mark.slow
 def test_anything_over_and_over_is_graded(audited):
-    """At a quarter of a megabyte: what takes the square of its length takes minutes."""
-    for token in dict.fromkeys((*TOKENS, *OPENERS)):
+    """At a quarter of a megabyte: what takes the square of its length takes minutes. Every other
+    one is in a box."""
+    for number, token in enumerate(dict.fromkeys((*TOKENS, *OPENERS))):
         pieces = (token, f"{token} ", f"{token}1", f"answer is {token}\n")
         texts = [piece * (MEGABYTE // 4 // len(piece)) for piece in pieces]
-        texts += [rf"\boxed{{{text}}}" for text in texts]
+        shown = [rf"\boxed{{{t}}}" if (number + i) % 2 else t for i, t in enumerate(texts)]
         assert_all_graded(
-            audited, [Answer(text=t, references=("12", texts[0]), is_cut_off=False) for t in texts]
+            audited, [Answer(text=t, references=("12", texts[0]), is_cut_off=False) for t in shown]
         )
 
 

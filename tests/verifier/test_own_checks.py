@@ -5,6 +5,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def refused(family):
 def check_answer(text):
     kinds = [refused(each) for each in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)]
     in_thread = []
-    thread = threading.Thread(target=lambda: in_thread.append(refused(socket.AF_INET)))
+    thread = threading.Thread(target=lambda: in_thread.append(refused(socket.AF_INET)), daemon=True)
     thread.start()
     thread.join()
     child = subprocess.run([sys.executable, "-c", TRY], capture_output=True, text=True)
@@ -170,7 +171,8 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def judge() -> Iterator[Judge]:
     with Judge() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        serve = partial(server.serve_forever, poll_interval=0.01)
+        thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         yield server
         server.shutdown()

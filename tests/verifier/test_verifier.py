@@ -139,7 +139,7 @@ def test_a_worker_killed_amid_a_chunk_costs_the_answer_that_it_was_at(tmp_path):
             wait_for_file(tmp_path / "pids")
             worker.kill()
 
-        killer = threading.Thread(target=kill)
+        killer = threading.Thread(target=kill, daemon=True)
         killer.start()
         # One chunk holds half of them.
         texts = ["right", f"hang in C {tmp_path / 'pids'}", *["left"] * 6]
@@ -181,7 +181,7 @@ def test_a_verifier_of_a_thread_outlives_the_thread():
         made.append(Verifier(check=UNRULY, num_workers=1, timeout_s=PATIENCE_S, memory_mib=64))
         verdicts_of(made[0], answers("right"))
 
-    thread = threading.Thread(target=make)
+    thread = threading.Thread(target=make, daemon=True)
     thread.start()
     thread.join()
     with made[0] as verifier:
@@ -213,7 +213,7 @@ def work():
     print("ready", flush=True)
     verifier.grade([answer("hang in C {tmp_path / "hanging"}")])
 if {in_thread}:
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join()
 else:
