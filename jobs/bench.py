@@ -265,9 +265,11 @@ def plain_forests(batch: pa.Table, learner: LearnerConfig) -> list[Forest]:
     """
     assert learner.advantage is AdvantageForm.BERNOULLI
     assert learner.pruning.rule is PruneRule.RANGE
-    trees = [
-        PlainTree.of(row, learner.prune_threshold) for row in from_worker_batch(batch).to_pylist()
-    ]
+    trees: list[PlainTree] = []
+    first_step = 0
+    for row in from_worker_batch(batch).to_pylist():
+        trees.append(PlainTree.of(row, first_step, learner.prune_threshold))
+        first_step += len(row["parent"])
     parts = [part for tree in trees for part in tree.parts(learner.token_budget)]
     bins: list[list[tuple[PlainTree, dict[int, float]]]] = []
     free: list[int] = []
@@ -291,9 +293,10 @@ class PlainTree:
     logprobs: list[np.ndarray]
     children: dict[int, list[int]]
     advantages: dict[int, float]
+    first_step: int
 
     @classmethod
-    def of(cls, row: dict, threshold: float) -> Self:
+    def of(cls, row: dict, first_step: int, threshold: float) -> Self:
         ends = np.cumsum(row["length"])
         tokens = np.split(np.asarray(row["token_ids"], np.int32), ends)[:-1]
         logprobs = np.split(np.asarray(row["logprobs"], np.float32), ends)[:-1]
@@ -325,6 +328,7 @@ class PlainTree:
             logprobs=logprobs,
             children=children,
             advantages=advantages,
+            first_step=first_step,
         )
         for leaf in row["leaf"]:  # the answers, for their lengths
             len([int(token) for step in tree.path(leaf) for token in tokens[step]])
@@ -363,23 +367,24 @@ class PlainTree:
 
 def plain_forest(parts: list[tuple[PlainTree, dict[int, float]]]) -> Forest:
     """Lay segments out one after the other, level by level."""
-    segments: list[tuple[int, int, np.ndarray, np.ndarray, float]] = []
+    segments: list[tuple[int, int, np.ndarray, np.ndarray, float, int]] = []
     for tree, steps in parts:
         row = {ROOT: len(segments)}
-        segments.append((0, -1, tree.prompt, np.empty(0, np.float32), np.nan))
+        segments.append((0, -1, tree.prompt, np.empty(0, np.float32), np.nan, -1))
         for step, advantage in steps.items():
             row[step], parent = len(segments), row[tree.parents[step]]
             depth = segments[parent][0] + 1
-            segments.append((depth, parent, tree.tokens[step], tree.logprobs[step], advantage))
+            own = tree.tokens[step], tree.logprobs[step], advantage, tree.first_step + step
+            segments.append((depth, parent, *own))
     order = sorted(range(len(segments)), key=lambda i: segments[i][0])
     rank = {old: new for new, old in enumerate(order)} | {-1: -1}
     start: list[int] = []
     end: list[int] = []
     offset: list[int] = []
-    positions, sources, advantages, logprobs, numbers = [], [], [], [], []
+    positions, sources, advantages, logprobs, numbers, origins = [], [], [], [], [], []
     size = num_trained = 0
     for i in order:
-        _, parent, tokens, own_logprobs, advantage = segments[i]
+        _, parent, tokens, own_logprobs, advantage, origin = segments[i]
         count = len(tokens)
         above = rank[parent]
         start.append(size)
@@ -392,6 +397,7 @@ def plain_forest(parts: list[tuple[PlainTree, dict[int, float]]]) -> Forest:
             advantages.append(np.full(count, advantage, np.float32))
             logprobs.append(own_logprobs)
             numbers.append((start[-1], np.full(count, num_trained, np.int32)))
+            origins.append(origin)
             num_trained += 1
     token_ids = np.concatenate([segments[i][2] for i in order], dtype=np.int64)
     return Forest(
@@ -406,6 +412,7 @@ def plain_forest(parts: list[tuple[PlainTree, dict[int, float]]]) -> Forest:
         advantage=np.concatenate(advantages),
         behaviour_logprob=np.concatenate(logprobs),
         step=np.concatenate([own for _, own in numbers]),
+        origin=np.array(origins),
     )
 
 

@@ -502,6 +502,7 @@ def _forest(prompt: int, steps: list[int]) -> Forest:
         advantage=np.zeros(edges, np.float32),
         behaviour_logprob=np.zeros(edges, np.float32),
         step=np.repeat(np.arange(len(steps), dtype=np.int32), steps),
+        origin=np.arange(len(steps)),
     )
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.support.records import empty_step, make_record, plain, records
 from tests.support.trees import make_step, make_tree
 from treerpo_ray.algo.tree import ROOT, Tree
-from treerpo_ray.records import SCHEMA, TreeRecord, from_table, to_table
+from treerpo_ray.records import SCHEMA, Training, TreeRecord, from_table, to_table, with_training
 from treerpo_ray.verifier.verdict import Verdict
 
 
@@ -62,6 +62,31 @@ def test_logprobs_that_are_not_numbers_come_back_as_they_were() -> None:
     tree = Tree.from_steps(np.array([1], np.int32), (step,))
     [back] = from_table(to_table([make_record(tree, ())]))
     np.testing.assert_array_equal(back.tree.steps[0].logprobs, logprobs)
+
+
+def test_what_the_learner_made_of_a_tree_is_stored_where_it_was_trained_on() -> None:
+    tree, nan = make_tree([ROOT, ROOT], lengths=[2, 1]), np.nan
+    made = [
+        Training(
+            advantages=np.array([nan, 1 / 3]), logprobs=np.array([nan, nan, -0.25], np.float32)
+        ),
+        Training(advantages=np.full(2, nan), logprobs=np.full(3, nan, np.float32)),
+    ]
+    table = with_training(to_table([make_record(tree, ())] * 2), made)
+    assert table.schema.equals(SCHEMA, check_metadata=True)
+    assert table["advantage"].to_pylist() == [[None, 1 / 3], [None, None]]
+    assert table["learner_logprobs"].to_pylist() == [[None, None, -0.25], [None] * 3]
+    back = [*from_table(table), *from_table(table.slice(1))]
+    for record, own in zip(back, [*made, made[1]], strict=True):
+        np.testing.assert_array_equal(record.training.advantages, own.advantages, strict=True)
+        np.testing.assert_array_equal(record.training.logprobs, own.logprobs, strict=True)
+
+
+def test_a_file_of_an_earlier_version_has_no_column_of_it_and_is_read() -> None:
+    record = make_record(make_tree([ROOT]), ())
+    table = to_table([record]).drop_columns(["advantage", "learner_logprobs"])
+    [back] = from_table(table)
+    assert plain(back) == plain(record) and back.training is None
 
 
 @pytest.mark.parametrize("metadata", [None, {"treerpo_schema": "3"}, {"treerpo_schema": "5"}])

@@ -1,10 +1,11 @@
 """Records: scored trees as Arrow rows, one row a tree, flat lists inside.
 
 The same schema travels through Ray Data to the learner and lies in the run folder, so a saved
-tree is exactly what was trained on. A row is written when its tree is scored and holds what the
+tree is exactly what was trained on. A row is made when its tree is scored and holds what the
 tree alone tells: values, differences and their standard errors. An advantage is a difference in
 the scale of the learner's form and pruning, and so is its error: `analysis.Run.tree_table` derives
-both from the run's configuration, `learner.stats.count` for the metrics.
+both from the run's configuration, `learner.stats.count` for the metrics. When the row is saved, it
+gets what the learner made of it: the advantages, and what the tokens had before the update.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float32, Float64
 
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import step_groups
@@ -54,10 +56,25 @@ SCHEMA = pa.schema(
         ("value", pa.list_(pa.float64())),
         ("value_se", pa.list_(pa.float64())),
         ("difference_se", pa.list_(pa.float64())),
+        # Null until it is trained on, and for each step and token that is not; files of earlier
+        # versions lack them.
+        ("advantage", pa.list_(pa.float64())),
+        ("learner_logprobs", pa.list_(pa.float32())),
     ],
     metadata={"treerpo_schema": str(SCHEMA_VERSION)},
 )
 _REWARDS = {v: v.reward if v.is_reward else np.nan for v in Verdict}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Training:
+    """What a learner step made of a tree."""
+
+    advantages: Float64[np.ndarray, " steps"]
+    """NaN where a step is not trained on."""
+    logprobs: Float32[np.ndarray, " tokens"]
+    """Log-probability (nats) of each token under the learner before its update, by which and
+    `Tree.logprobs` the ratio of learner to engine is told; NaN where it is not trained on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +109,8 @@ class TreeRecord:
     """Trees of the same ticket that were put aside before, for they had no kept group."""
     redrawn_tokens: int = 0
     """Sampled tokens of those."""
+    training: Training | None = None
+    """None: the tree was not trained on yet, or was saved by an earlier version."""
 
     @property
     def rewards(self) -> np.ndarray:
@@ -114,6 +133,19 @@ class TreeRecord:
 def to_table(records: Sequence[TreeRecord]) -> pa.Table:
     """Arrow table with one row a tree."""
     return pa.Table.from_pylist([_to_row(record) for record in records], schema=SCHEMA)
+
+
+def with_training(table: pa.Table, training: Sequence[Training]) -> pa.Table:
+    """The table of trees with `TreeRecord.training`, one a row."""
+    columns = {
+        "advantage": [own.advantages for own in training],
+        "learner_logprobs": [own.logprobs for own in training],
+    }
+    for name, arrays in columns.items():
+        field = SCHEMA.field(name)
+        column = pa.array(arrays, field.type, from_pandas=True)  # NaN is null, which takes no room
+        table = table.set_column(table.schema.get_field_index(name), field, column)
+    return table
 
 
 def is_readable(schema: pa.Schema) -> bool:
@@ -147,7 +179,7 @@ def _schema_version(schema: pa.Schema) -> str:
 
 
 def _to_row(record: TreeRecord) -> dict[str, object]:
-    tree = record.tree
+    tree, training = record.tree, record.training
     return {
         "ticket": record.ticket,
         "attempt": record.attempt,
@@ -172,6 +204,8 @@ def _to_row(record: TreeRecord) -> dict[str, object]:
         "leaf": list(tree.leaves),
         "leaf_text": list(record.leaf_texts),
         "verdict": list(record.verdicts),
+        "advantage": None if training is None else training.advantages,
+        "learner_logprobs": None if training is None else training.logprobs,
         **_estimates(record),
     }
 
@@ -229,13 +263,14 @@ def _from_batch(batch: pa.RecordBatch) -> Iterator[TreeRecord]:
         arrays("versions"),
     )
     rows = zip(*map(scalars, _SCALARS), strict=True)
-    for row, answers, tree, leaf_texts, own, values in zip(
+    for row, answers, tree, leaf_texts, own, values, training in zip(
         rows,
         texts("answers"),
         trees,
         texts("leaf_text"),
         lists("verdict"),
         lists("value"),
+        _training(batch),
         strict=True,
     ):
         verdicts = _members(Verdict, own)
@@ -247,7 +282,24 @@ def _from_batch(batch: pa.RecordBatch) -> Iterator[TreeRecord]:
             leaf_texts=leaf_texts,
             verdicts=verdicts,
             leaf_rewards=_leaf_rewards(tree, values) if has_partial else (),
+            training=training,
         )
+
+
+def _training(batch: pa.RecordBatch) -> list[Training | None]:
+    """`TreeRecord.training` of each row."""
+    if "advantage" not in batch.schema.names:
+        return [None] * len(batch)
+    columns = (batch.column(name) for name in ("advantage", "learner_logprobs"))
+    return [
+        Training(
+            advantages=advantages.values.to_numpy(zero_copy_only=False),
+            logprobs=logprobs.values.to_numpy(zero_copy_only=False),
+        )
+        if advantages.is_valid
+        else None
+        for advantages, logprobs in zip(*columns, strict=True)
+    ]
 
 
 def _leaf_rewards(tree: Tree, values: pa.Array) -> tuple[float, ...]:

@@ -49,7 +49,7 @@ from treerpo_ray.metrics.run_log import (
 )
 from treerpo_ray.metrics.watchdog import Heartbeat
 from treerpo_ray.prompts.prompt_set import PromptSet
-from treerpo_ray.records import RootValue, TreeRecord, from_table
+from treerpo_ray.records import RootValue, TreeRecord, from_table, with_training
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.checkpoints import CheckpointContents, Checkpoints, CheckpointSaver
 from treerpo_ray.run_folder.files import RunFolder
@@ -78,7 +78,7 @@ def train(task: WorkerTask) -> None:
         for step in worker.steps():
             trees = worker.next_trees(step)  # its part of this step's tickets, scored
             update = worker.learner.update(trees, worker.progress)
-            worker.keep(step)
+            worker.keep(step, update)
             if update.has_updated:
                 worker.publish()  # every engine serves and proves the version
             worker.consume(step, update)  # then the gate lets the next tickets out
@@ -268,12 +268,14 @@ class TrainWorker:
         self.heartbeat.at(f"updating in step {step}")
         return records
 
-    def keep(self, step: int) -> None:
-        """Have the trees of the step written to the run folder, every few steps."""
+    def keep(self, step: int, update: UpdateResult) -> None:
+        """Have the trees of the step written to the run folder, every few steps, with what the
+        learner made of them."""
         self._updated_at = time.time()
         every, done = self.config.metrics.save_trees_every, step + 1
         if every and done % every == 0:
-            name, table = saved_trees.name(done, self.rank), self._table
+            name = saved_trees.name(done, self.rank)
+            table = with_training(self._table, update.training)
             with suppress(Exception):  # it was told of; what comes on top is left out
                 self.patience.until_written(name, self.writer.make_room)
             self.writer.put(name, lambda: self.folder.publish_table(name, table))

@@ -17,7 +17,7 @@ from tests.support.trees import (
 )
 from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
 from treerpo_ray.algo.backup import mean_backup
-from treerpo_ray.algo.packing import Forest, pack
+from treerpo_ray.algo.packing import Forest, pack, unpack
 from treerpo_ray.algo.tree import Tree
 
 NAN = float("nan")
@@ -114,6 +114,19 @@ def test_a_tree_above_the_budget_is_split_and_repeats_its_ancestors_as_context()
     ]
     assert [forest.target.tolist() for forest in forests] == [[6, 7], [2, 3, 5], [4]]
     assert [forest.step.tolist() for forest in forests] == [[0, 0], [0, 0, 1], [0]]
+
+
+@given(drawn=batches())
+def test_what_the_edges_have_comes_back_to_their_tokens(
+    drawn: tuple[list[Tree], list[np.ndarray], int],
+) -> None:
+    batch, advantages, budget = drawn
+    forests = pack(batch, advantages, budget)
+    values = [forest.target.astype(np.float32) for forest in forests]
+    found = unpack(batch, forests, values)
+    for tree, advantage, own in zip(batch, advantages, found, strict=True):
+        is_trained = ~np.isnan(advantage).repeat(tree.lengths)
+        np.testing.assert_array_equal(own, np.where(is_trained, tree.token_ids, NAN))
 
 
 def test_two_trees_stand_level_by_level_in_one_forest() -> None:

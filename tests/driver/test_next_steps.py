@@ -28,10 +28,14 @@ def steps(*arguments: str) -> dict[str, str]:
     return dict(next_steps(load(list(arguments)), arguments))
 
 
-def test_a_finished_run_ends_with_three_commands_of_one_line_each(tmp_path: Path) -> None:
+def test_a_finished_run_ends_with_four_commands_of_one_line_each(tmp_path: Path) -> None:
     found = steps("conf/quickstart.yaml", f"run.root={tmp_path}")
     assert list(found.items()) == [
-        ("look at it", f"TREERPO_RUN={tmp_path}/quickstart bash jobs/notebook.sh"),
+        (
+            "see the mistakes that it fixed",
+            f"python -m treerpo_ray.viewer {tmp_path}/quickstart",
+        ),
+        ("draw its figures", f"TREERPO_RUN={tmp_path}/quickstart bash jobs/notebook.sh"),
         (
             "evaluate it",
             f"python jobs/evaluate.py {tmp_path}/quickstart --benchmarks quickstart "
@@ -107,7 +111,9 @@ def test_the_commands_do_where_the_user_is(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.delenv(STARTED_IN)
     monkeypatch.chdir(tmp_path)
     found = steps(f"{ROOT}/conf/quickstart.yaml")
-    assert f" bash {ROOT}/jobs/notebook.sh" in found["look at it"]
+    viewer = found["see the mistakes that it fixed"]
+    assert viewer.startswith(f"(cd {ROOT} && python -m treerpo_ray.viewer ")
+    assert f" bash {ROOT}/jobs/notebook.sh" in found["draw its figures"]
     assert found["evaluate it"].startswith(f"python {ROOT}/jobs/evaluate.py ")
     assert f" {ROOT}/conf/methods/grpo.yaml && " in found["train it with GRPO and compare"]
 
@@ -115,9 +121,11 @@ def test_the_commands_do_where_the_user_is(tmp_path: Path, monkeypatch: pytest.M
 def test_another_environment_than_the_active_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VIRTUAL_ENV")
     monkeypatch.setattr(sys, "prefix", "/somewhere/else")
-    assert steps("conf/quickstart.yaml")["look at it"].startswith("TREERPO_VENV=/somewhere/else ")
+    assert steps("conf/quickstart.yaml")["draw its figures"].startswith(
+        "TREERPO_VENV=/somewhere/else "
+    )
     monkeypatch.setattr(sys, "prefix", f"{ROOT}/.venv")
-    assert steps("conf/quickstart.yaml")["look at it"].startswith("TREERPO_RUN=")
+    assert steps("conf/quickstart.yaml")["draw its figures"].startswith("TREERPO_RUN=")
 
 
 def test_a_ray_job_whose_folder_goes_and_a_run_in_a_store_have_none(

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -128,6 +129,31 @@ def test_a_shift_of_the_behaviour_logprobs_is_weighed_up_to_the_cap(
     torch.testing.assert_close(states[1].gradients, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_an_update_tells_what_each_trained_token_had_before_its_first_step(
+    path: str, minibatches: int
+) -> None:
+    config = make_config(path, replace(FREE, minibatches=minibatches, learning_rate=1e-2))
+    records = [mixed()[i] for i in (2, 0, 3, 1)]  # not in the order of their tickets
+    [(result, _)] = run_updates(config, [[records]], None)
+    start = plain_model(path)
+    differences = []
+    for record, made in zip(records, result.training, strict=True):
+        advantages = np.full(len(record.tree), np.nan)
+        by_hand = bernoulli_by_hand(record, 0.1)
+        advantages[list(by_hand)] = list(by_hand.values())
+        np.testing.assert_allclose(made.advantages, advantages)
+        expected = np.full(len(record.tree.token_ids), np.nan, np.float32)
+        for index in by_hand:
+            first, count = record.tree.starts[index], record.tree.lengths[index]
+            with torch.no_grad():
+                expected[first : first + count] = row(start, record, index, 0.7)[0].numpy()
+        np.testing.assert_allclose(made.logprobs, expected, atol=1e-5)
+        differences.append(made.logprobs - record.tree.logprobs)
+    mismatch = float(np.nanmean(np.abs(np.concatenate(differences))))
+    assert result.metrics["mismatch/mean"] == pytest.approx(mismatch, rel=1e-5)
+
+
 def test_the_order_in_which_trees_arrive_changes_nothing(path: str) -> None:
     config = make_config(path, replace(FREE, minibatches=2))
     [(_, state)] = run_updates(config, [[mixed()]], None)
@@ -143,6 +169,7 @@ def test_an_update_without_a_kept_group_moves_nothing(path: str) -> None:
     assert result.metrics["tokens/trained_share"] == 0
     assert result.stats.metrics(1)["groups/pruned"] == 12
     assert "loss/total" not in result.metrics
+    assert all(np.isnan(own.logprobs).all() for own in result.training)
     assert_nothing_moved(before, after)
 
 
@@ -244,7 +271,9 @@ def test_a_resumed_learner_goes_on_bitwise_as_if_nothing_had_happened(
 
     on, again = (one.update(mixed(first=8, version=2)) for one in (learner, resumed))
     assert_nothing_moved(State.of(learner), State.of(resumed))
-    assert again == on
+    for ours, theirs in zip(again.training, on.training, strict=True):
+        np.testing.assert_array_equal(ours.logprobs, theirs.logprobs)
+    assert replace(again, training=()) == replace(on, training=())
     assert resumed.version == 3
     assert again.metrics["learner/learning_rate"] == pytest.approx(3 / 6 * 1e-3)
 

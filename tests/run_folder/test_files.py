@@ -9,8 +9,9 @@ import pyarrow as pa
 import pytest
 
 from tests.support.run_folders import LossyStore, contents, files, full_disk
+from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.run_folder.checkpoints import Checkpoints
-from treerpo_ray.run_folder.files import ROW_GROUP_BYTES, RunFolder
+from treerpo_ray.run_folder.files import ROW_GROUP_BYTES, RunFolder, named_folder
 
 
 def test_a_published_folder_is_where_it_is_said_to_be_and_takes_the_old_ones_place(
@@ -138,3 +139,16 @@ def test_a_row_of_a_table_of_large_rows_can_be_read_alone(folder: str) -> None:
         assert pa.concat_tables(groups)["n"].to_pylist() == list(range(16))
     run.publish_table("table.parquet", table.slice(0, 0))
     assert len(run.read_table("table.parquet")) == 0
+
+
+def test_a_name_is_that_of_a_run_in_the_folder_of_all_runs_unless_it_is_there_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("treerpo_ray.run_folder.files.RunConfig", lambda: RunConfig(root="/runs"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    named = {
+        **{"mine": "mine", "quickstart": "/runs/quickstart", "./other": "./other"},
+        **{"/away/run": "/away/run", "memory://bucket/run": "memory://bucket/run"},
+    }
+    assert {place: named_folder(place) for place in named} == named

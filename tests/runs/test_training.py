@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGKILL
 
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
@@ -158,6 +159,18 @@ def test_strictly_on_policy_trees_are_of_the_learners_version(strict) -> None:
     for step in run.tree_steps():
         for record in run.trees(step):
             assert record.tree.min_version == record.tree.max_version == step - 1
+
+
+def test_saved_trees_tell_the_ratio_of_learner_to_engine_token_by_token(strict) -> None:
+    run, _, _ = strict
+    for step in run.tree_steps():
+        records = run.trees(step)
+        learned = np.concatenate([record.training.logprobs for record in records])
+        sampled = np.concatenate([record.tree.logprobs for record in records])
+        told = run.metrics().loc[step]
+        assert np.isfinite(learned).sum() == told["tokens/trained"]
+        mean = float(np.nanmean(np.abs(learned - sampled)))
+        assert told["mismatch/mean"] == pytest.approx(mean, rel=1e-4)
 
 
 def test_every_ticket_is_consumed_once_by_its_step(strict) -> None:

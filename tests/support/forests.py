@@ -76,6 +76,7 @@ def lay_out(trees: list[TestTree]) -> Forest:
     offset = np.zeros_like(start)
     source, target, edges, steps = [], [], [], []
     num_steps = 0
+    first_step = np.cumsum([0, *(len(tree) for tree in trees)])
     for row, segment in enumerate(segments):
         if segment.parent >= 0:
             offset[row] = offset[parent[row]] + length[parent[row]]
@@ -100,6 +101,7 @@ def lay_out(trees: list[TestTree]) -> Forest:
         advantage=np.array([advantage for advantage, _ in edges], dtype=np.float32),
         behaviour_logprob=np.array([behaviour for _, behaviour in edges], dtype=np.float32),
         step=np.array(steps, dtype=np.int32),
+        origin=np.array([first_step[n] + i for n, i in order if trees[n][i].edges]),
     )
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.support.trees import make_step, make_tree, trees
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
-from treerpo_ray.records import TreeRecord
+from treerpo_ray.records import Training, TreeRecord
 from treerpo_ray.verifier.verdict import Grade, Verdict
 
 FINITE = st.floats(0, 1e6)
@@ -75,8 +75,19 @@ def records(draw: st.DrawFn) -> TreeRecord:
         seed=draw(st.integers(0, 2**63 - 1)),
         grow_s=draw(FINITE),
         scored_at_s=draw(FINITE),
+        training=draw(st.none() | st.just(some_training(tree))),
         leaf_texts=tuple(draw(st.lists(TEXT, min_size=size, max_size=size))),
     )
+
+
+def some_training(tree: Tree) -> Training:
+    """Every second step was trained on: its advantage is its index, and the learner's
+    log-probability of a token the engine's less 1/4."""
+    steps = np.arange(len(tree), dtype=np.float64)
+    advantages = np.where(steps % 2, steps, np.nan)
+    is_trained = ~np.isnan(advantages).repeat(tree.lengths)
+    logprobs = np.where(is_trained, tree.logprobs - np.float32(0.25), np.float32(np.nan))
+    return Training(advantages=advantages, logprobs=logprobs)
 
 
 def empty_step(parent: int) -> Step:
@@ -86,10 +97,12 @@ def empty_step(parent: int) -> Step:
 
 def plain(record: TreeRecord) -> tuple[object, ...]:
     """Everything of a record, dtypes included, in a form that can be compared."""
-    apart = ("tree", "leaf_rewards")
+    apart = ("tree", "leaf_rewards", "training")
     scalars = [getattr(record, name) for name in TreeRecord.__slots__ if name not in apart]
     scalars.append(np.array(record.leaf_rewards).tobytes())  # NaN is not equal to itself
     arrays = [record.tree.prompt_ids]
+    if record.training is not None:
+        arrays += [record.training.advantages, record.training.logprobs]
     for step in record.tree.steps:
         arrays += [step.token_ids, step.logprobs, step.versions]
     stops = [

@@ -2,196 +2,36 @@
 
 import json
 import re
-import time
-from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
-from tests.support.paper_run import NUM_STEPS, QUESTION, SCRIPT, write_paper_run
-from tests.support.small_run import answers_to, save_trees, worked_record, write_small_run
-from tests.support.viewer import CHROMIUM, chromium, served
-from treerpo_ray.config import Config
-from treerpo_ray.config.sections import RunConfig
-from treerpo_ray.run_folder.files import RunFolder
+from tests.support.paper_run import NUM_STEPS, QUESTION, SCRIPT
+from tests.support.viewer import PHONE, WIDE, Screen
 from treerpo_ray.viewer.page import write_page
 from treerpo_ray.viewer.reader import RunReader
 
-WIDE, PHONE = {"width": 1300, "height": 850}, {"width": 390, "height": 800}
 MOST_NODES_A_STEP = 9
-PROBLEMS = (("test-0", "1+1=?", "2"), ("test-1", "2+2=?", "4"))
 
 
-@pytest.fixture(scope="module")
-def browser():
-    pytest.importorskip("playwright", reason="playwright is not installed: pip install -e '.[dev]'")
-    if not CHROMIUM.exists():
-        pytest.skip(f"{CHROMIUM} is not there: apt-get install chromium (Debian's package)")
-    with chromium() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    folder = write_small_run(tmp_path_factory.mktemp("runs"))
-    save_trees(folder, 20, [worked_record(5), worked_record(6)])
-    run = RunFolder(folder)
-    run.publish_table(*answers_to(PROBLEMS, 0, [["#### 3", "#### 2"], ["#### 4"]]))
-    run.publish_table(*answers_to(PROBLEMS, 12, [["#### 2", "#### 2"], ["#### 5"]]))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def addresses(small, tmp_path_factory):
-    """Addresses of the page by run, each served once."""
-    root = tmp_path_factory.mktemp("served")
-    many = write_small_run(root, "many")
-    save_trees(many, 30, [replace(worked_record(5), ticket=ticket) for ticket in range(250)])
-    with ExitStack() as stack:
-        places = {
-            "small": small,
-            "many": many,
-            "paper": write_paper_run(root),
-        }
-        yield {name: stack.enter_context(served(place)) for name, place in places.items()}
-
-
-class Screen:
-    """A tab of the browser, which fails at its end if the page complained of anything."""
-
-    def __init__(self, browser, size, scheme="light"):
-        self.context = browser.new_context(
-            viewport=size, color_scheme=scheme, reduced_motion="reduce"
+def test_tokens_and_steps_are_coloured_by_the_ratio_of_learner_to_engine(browser, addresses):
+    with Screen(browser, WIDE) as screen:
+        screen.open(addresses["fixed"] + "#tree?ref=20:5&node=1&tokens=ratio&color=ratio")
+        note = screen.texts(".panel .note")[0]
+        assert "full at 1/1.28 and 1.28" in note and "not trained on" in note  # e^(1/4)
+        token = screen.page.locator(".block.selected .token").first
+        assert "ratio learner/engine 0.779" in token.get_attribute("title")  # e^(-1/4)
+        ground = "item => getComputedStyle(item).backgroundColor"
+        above = screen.page.locator(".block:not(.selected) .token").first
+        assert above.evaluate(ground) == "rgba(0, 0, 0, 0)" != token.evaluate(ground)
+        assert "ratio" not in above.get_attribute("title")
+        fills = screen.page.locator(".tree [data-step] > .step").evaluate_all(
+            "items => items.map(item => getComputedStyle(item).fill)"
         )
-        self.page = self.context.new_page()
-        self.complaints = []
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("requestfailed", self.note_failure)
-
-    def open(self, address):
-        self.page.goto("about:blank")  # so that another fragment is another page, too
-        self.page.goto(address)
-        self.page.wait_for_selector("#main[data-shown]")
-
-    def go(self, fragment):
-        """To another fragment of the page that is open."""
-        self.page.evaluate(
-            "go => { delete document.querySelector('main').dataset.shown; location.hash = go; }",
-            fragment,
-        )
-        self.page.wait_for_selector("#main[data-shown]")
-
-    def note_failure(self, request):
-        if request.failure != "net::ERR_ABORTED":  # of a page that was left
-            self.complaints.append(f"{request.url}: {request.failure}")
-
-    def wait(self, expression):
-        deadline = time.monotonic() + 60
-        while not self.page.evaluate(expression):  # not in the page, whose policy allows no eval
-            assert time.monotonic() < deadline, f"{expression}: {self.page.content()[-3000:]}"
-            time.sleep(0.02)
-
-    def texts(self, selector):
-        return self.page.locator(selector).all_inner_texts()
-
-    def chosen(self):
-        return self.page.locator(".tree .selected").get_attribute("aria-label")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        try:
-            if error is None:
-                assert self.complaints == []
-                assert self.page.evaluate(
-                    "document.documentElement.scrollWidth <= window.innerWidth"
-                ), "the page is wider than the screen"
-        finally:
-            self.context.close()
-
-
-def test_an_empty_run_says_what_will_come_and_then_shows_it(browser, tmp_path):
-    config = Config(run=RunConfig(name="live", root=str(tmp_path)))
-    folder = tmp_path / "live"
-    folder.mkdir()
-    OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
-    with served(str(folder)) as address, Screen(browser, WIDE) as screen:
-        screen.open(address)
-        assert screen.texts(".note") == [
-            "No learner step is done yet: curves and trees appear here by themselves."
-        ]
-        screen.page.click("nav >> text=Before and after")
-        screen.wait("document.querySelector('.note')?.textContent.startsWith('No problem')")
-        screen.page.click("nav >> text=Trees")
-        screen.wait("document.querySelector('.note')?.textContent.startsWith('No trees')")
-        save_trees(folder, 1, [worked_record(3)])
-        (folder / "metrics.jsonl").write_text('{"step": 1, "time": 1.0, "reward/mean": 0.25}\n')
-        screen.wait("document.querySelectorAll('a.tree-row').length === 1")  # by itself
-        assert "step 1 of 100" in screen.texts("#run-state")[0]
-        screen.page.keyboard.press("1")
-        screen.wait("document.querySelectorAll('.curve canvas').length === 1")
-        save_trees(folder, 2, [worked_record(4), worked_record(5)])
-        with (folder / "metrics.jsonl").open("a") as file:
-            file.write('{"step": 2, "time": 2.0, "reward/mean": 0.5, "loss/total": 0.1}\n')
-        screen.wait("document.querySelectorAll('.curve canvas').length === 2")
-        screen.wait("document.querySelectorAll('a.tree-row').length === 2")
-
-
-def test_curves_have_the_evaluations_intervals(browser, addresses):
-    with Screen(browser, WIDE) as screen:
-        screen.open(addresses["small"])
-        captions = screen.texts(".curve figcaption")
-        assert "Pass@1 on held-out problems" in captions[1]
-        assert re.search(r"\d+\.\d % \[\d+\.\d %, \d+\.\d %\]$", captions[1].replace("\n", " "))
-        assert len(screen.texts("a.tree-row")) == 2
-        screen.page.locator(".curve .u-over").first.click(position={"x": 200, "y": 40})
-        screen.wait("location.hash.startsWith('#trees?step=')")
-
-
-def test_the_list_is_filtered_by_all_that_is_asked(browser, addresses):
-    def count(screen):
-        return int(screen.texts(".note")[0].split()[0])
-
-    with Screen(browser, WIDE) as screen:
-        screen.open(addresses["small"] + "#trees?step=all")
-        everything = count(screen)
-        assert everything == 10
-        found = {}
-        for query in (
-            *("q=train-6", "q=no-such", "min=0.3", "max=0.2", "se=0.24", "depth=3", "depth=2"),
-            *("groups=kept", "groups=none", "verdict=correct", "verdict=cut_off", "step=20"),
-        ):
-            base = "#trees?" + ("" if query.startswith("step") else "step=all&")
-            screen.go(base + query)
-            found[query] = count(screen)
-        assert found["q=train-6"] == found["step=20"] == 2 and found["depth=2"] == everything
-        assert found["q=no-such"] == found["depth=3"] == found["verdict=cut_off"] == 0
-        assert found["min=0.3"] + found["max=0.2"] <= everything - 2 and found["se=0.24"] >= 2
-        assert found["groups=kept"] + found["groups=none"] == everything
-        screen.page.fill("[name=q]", "train-6")
-        screen.wait("document.querySelectorAll('a.tree-row').length === 1")
-        screen.wait("location.hash.includes('q=train-6')")
-        screen.page.keyboard.press("Escape")
-        screen.page.keyboard.press("ArrowDown")
-        screen.page.keyboard.press("Enter")
-        screen.wait("location.hash === '#tree?ref=20:6'")
-        screen.page.go_back()
-        screen.wait("document.querySelectorAll('a.tree-row').length === 1")
-
-
-def test_of_a_long_list_as_much_is_drawn_as_is_asked_for(browser, addresses):
-    with Screen(browser, WIDE) as screen:
-        screen.open(addresses["many"] + "#trees")
-        assert screen.texts(".note") == ["250 of 250 trees of learner step 30"]
-        for shown in (100, 200, 250):
-            assert screen.page.locator("a.tree-row").count() == shown
-            if shown < 250:
-                screen.page.click("text=show more")
-        assert not screen.page.locator("text=show more").is_visible()
+        assert len(set(fills[1:])) == 2  # those that were trained on, all alike, and the others
+        assert "0.779 learner/engine" in screen.texts(".panel .facts")[0]
+        screen.open(addresses["small"] + "#tree?ref=20:5&node=1&tokens=ratio")
+        assert "is not stored of this tree" in screen.texts(".panel .note")[0]
 
 
 def test_a_tree_tells_all_at_a_glance_and_a_click_shows_the_step(browser, addresses):
@@ -354,7 +194,13 @@ def test_a_paper_sized_tree_is_drawn_whole_and_its_texts_are_only_text(browser, 
 
 
 def test_a_phone_and_the_dark_show_the_same_page(browser, addresses):
-    pages = ("#overview", "#trees?step=all", "#tree?ref=20:5&node=2", "#compare?problem=test-0")
+    pages = (
+        "#overview",
+        "#trees?step=all&text=1",
+        "#trees?step=all",
+        "#tree?ref=20:5&node=2",
+        "#compare?problem=test-0",
+    )
     grounds = []
     for scheme in ("light", "dark"):
         with Screen(browser, PHONE, scheme) as screen:
@@ -419,6 +265,7 @@ def test_a_saved_page_opens_from_disk_without_a_network(browser, small, tmp_path
         for page, selector, count in (
             *(("#overview", "a.tree-row", 1), ("#trees", "a.tree-row", 1)),
             *(("#compare", "a.tree-row", 1), ("#compare?problem=test-0", "svg.tree", 2)),
+            *(("#trees?text=%23%23+0", "mark", 1), ("#trees?text=nowhere", "a.tree-row", 0)),
         ):
             screen.go(page)
             screen.wait(f"document.querySelectorAll('{selector}').length === {count}")

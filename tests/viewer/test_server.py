@@ -1,4 +1,4 @@
-"""The viewer's server: what it reads, tells and refuses."""
+"""The viewer's server: what it tells and refuses."""
 
 import hashlib
 import json
@@ -8,75 +8,26 @@ import subprocess
 import sys
 import tomllib
 import urllib.request
-import uuid
 from fnmatch import fnmatch
-from pathlib import Path
 
-import fsspec
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
-from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
-from omegaconf import OmegaConf
-from starlette.testclient import TestClient
-from tokenizers import Tokenizer
 
-from tests.support.paper_run import NUM_STEPS, SCRIPT, paper_record, write_paper_run
+from tests.support.paper_run import SCRIPT
 from tests.support.project import ROOT as PROJECT
 from tests.support.small_run import (
-    TOKENIZER,
-    answers_to,
-    grown_record,
     metric_rows,
     save_trees,
     worked_record,
     write_small_run,
 )
+from tests.support.viewer import client_of
 from treerpo_ray.algo.tree import Tree
-from treerpo_ray.config import Config
 from treerpo_ray.errors import STOPPED
-from treerpo_ray.records import to_table
-from treerpo_ray.run_folder import trees as saved_trees
-from treerpo_ray.run_folder.files import RunFolder
-from treerpo_ray.viewer.__main__ import bind, main
-from treerpo_ray.viewer.answers import evaluation_sightings, read_answers
 from treerpo_ray.viewer.page import page
-from treerpo_ray.viewer.reader import RunReader, find_run, parse_ref
-from treerpo_ray.viewer.server import API, ASSETS, HEADERS, make_app
-from treerpo_ray.viewer.step_text import decoded
+from treerpo_ray.viewer.reader import RunReader, parse_ref
+from treerpo_ray.viewer.server import API, ASSETS, HEADERS
 from treerpo_ray.viewer.wire import to_json
-
-PROBLEMS = (("test-0", "1+1=?", "2"), ("test-1", "2+2=?", "4"), ("only-once", "3+3=?", "6"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = write_small_run(tmp_path_factory.mktemp("runs"))
-    save_trees(folder, 20, [worked_record(5)])
-    run = RunFolder(folder)
-    run.publish_table(*answers_to(PROBLEMS, 0, [["#### 3", "#### 2"], ["#### 4"], ["#### 1"]]))
-    run.publish_table(*answers_to(PROBLEMS[:2], 12, [["#### 2", "#### 2"], ["#### 5"]]))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def paper(tmp_path_factory):
-    return write_paper_run(tmp_path_factory.mktemp("runs"))
-
-
-def client_of(place, host="127.0.0.1:8300"):
-    return TestClient(make_app(RunReader(place)), base_url=f"http://{host}")
-
-
-@pytest.fixture(scope="module")
-def ask(folder):
-    client = client_of(folder)
-
-    def ask(name, **query):
-        return client.get(f"/api/{name}", params=query).json()
-
-    return ask
-
 
 # What it tells --------------------------------------------------------------------------------
 
@@ -101,43 +52,6 @@ def test_a_tree_has_its_values_advantages_errors_and_verdicts(ask):
     assert ask("holding", ref="20:5", text="#### 3") == [2]
 
 
-def test_partial_credit_is_the_value_of_an_answer(tmp_path):
-    """Its verdict does not tell how much; an earlier version recorded the verdict alone."""
-    run = RunFolder(str(tmp_path))
-    file, table = answers_to(PROBLEMS[:1], 3, [["#### 2", "a", "b", "c"]])
-    kinds = [["correct", "partial", "wrong", "errored"], [1.0, 0.3, 0.0, None]]
-    for name, column in zip(("verdict", "reward"), kinds, strict=True):
-        at = table.schema.get_field_index(name)
-        table = table.set_column(at, table.schema.field(name), [column])
-    for saved, expected in ((table, [1, 0.3, 0]), (table.drop_columns(["reward"]), [1, 0, 0])):
-        run.publish_table(file, saved)
-        view = read_answers(run, 3, "test-0").view
-        assert view.value[:3].tolist() == expected and np.isnan(view.value[3])
-        [met] = evaluation_sightings(run, 3)
-        assert np.isnan(met.value) and np.isnan(view.root_value)  # as one has no verdict
-        run.publish_table(file, saved.slice(0, 3))
-        [met] = evaluation_sightings(run, 3)
-        whole = read_answers(run, 3, "test-0").view.root_value
-        assert met.value == pytest.approx(sum(expected) / 3) == whole
-
-
-def test_the_list_of_trees_tells_the_same_without_tokens(ask, folder):
-    (line,) = ask("trees", step=20)
-    assert line == {
-        **{"step": 20, "ticket": 5, "prompt_id": "train-5", "question": "1+1=?", "answer": "2"},
-        **{"value": 0.25, "se": 0.25, "num_steps": 6, "depth": 2},
-        "num_tokens": sum(ask("tree", ref="20:5")["length"]),
-        "groups": {"kept": 2, "pruned": 1, "errored": 0},
-        "verdicts": {"correct": 1, "wrong": 3},
-    }
-    assert [line["ticket"] for line in ask("trees", step=11)] == [0, 1, 2, 3]
-    assert ask("trees", step=999) == []
-    for line in ask("trees", step=11):
-        tree = ask("tree", ref=f"11:{line['ticket']}")
-        assert (line["value"], line["se"]) == (tree["root_value"], tree["root_se"])
-        assert line["groups"] == tree["groups"]
-
-
 def test_status_and_curves_are_those_of_the_run(ask):
     status = ask("status")
     assert (status["name"], status["step"], status["num_steps"]) == ("small", 12, 12)
@@ -154,183 +68,6 @@ def test_status_and_curves_are_those_of_the_run(ask):
     titles = [panel["title"] for panel in curves["panels"]]
     assert "Pass@1 on held-out problems" in titles  # and no panel of what the run has nothing of
     assert "KL to the reference (nats a token)" not in titles
-
-
-def test_problems_that_were_met_twice_are_told_with_what_they_gained(ask):
-    assert [(p["problem"], p["refs"], p["values"], p["gain"]) for p in ask("problems")] == [
-        ("test-0", ["e0:test-0", "e12:test-0"], [0.5, 1.0], 0.5),
-        ("test-1", ["e0:test-1", "e12:test-1"], [1.0, 0.0], -1.0),
-    ]
-    tree = ask("tree", ref="e0:test-0")
-    assert (tree["parent"], tree["value"], tree["root_value"]) == ([-1, -1], [0, 1], 0.5)
-    assert tree["verdict"] == ["wrong", "correct"] and tree["advantage"] == [None, None]
-    (text,) = ask("texts", ref="e0:test-0", nodes="1")
-    assert text["answer"] == "#### 2" and text["text"] == []
-    assert ask("holding", ref="e0:test-0", text="3") == [0]
-
-
-def test_a_problem_that_training_met_at_two_steps_is_among_them(tmp_path):
-    folder = write_small_run(tmp_path)
-    save_trees(folder, 20, [worked_record(5)])
-    save_trees(folder, 21, [worked_record(5), worked_record(6)])
-    (found,) = RunReader(folder).problems()[:1]
-    by_problem = {problem.problem: problem.refs for problem in RunReader(folder).problems()}
-    assert by_problem["train-5"][-2:] == ("20:5", "21:5") and not found.is_evaluation
-    assert "train-0" not in by_problem
-
-
-# What it reads --------------------------------------------------------------------------------
-
-
-class CountingStore(MemoryFileSystem):
-    """A store that counts the bytes that are read of its files."""
-
-    protocol = "counting"
-    store = {}  # noqa: RUF012 - fsspec's own form
-    pseudo_dirs = [""]  # noqa: RUF012
-    num_read = 0
-
-    def _open(self, path, mode="rb", **options):
-        opened = super()._open(path, mode, **options)
-        return CountedFile(opened) if mode == "rb" else opened
-
-
-class CountedFile:
-    """A file of that store; what it is asked for is passed on."""
-
-    def __init__(self, opened: MemoryFile) -> None:
-        self._opened = opened
-
-    def read(self, size=-1):
-        found = self._opened.read(size)
-        CountingStore.num_read += len(found)
-        return found
-
-    def __getattr__(self, name):
-        return getattr(self._opened, name)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self._opened.seek(0)
-
-
-def test_only_what_is_looked_at_is_read_of_a_run_of_paper_sized_trees():
-    fsspec.register_implementation("counting", CountingStore, clobber=True)
-    place = f"counting://{uuid.uuid4().hex}/paper"
-    folder = RunFolder(place)
-    folder.publish_file("config.yaml", OmegaConf.to_yaml(OmegaConf.structured(Config())).encode())
-    file = saved_trees.name(3, 0)
-    folder.publish_table(file, to_table([paper_record(0), paper_record(1)] * 2))
-    size = folder.fs.size(folder._path(file))
-    assert size > 3_000_000
-
-    def read_by(look):
-        CountingStore.num_read = 0
-        look()
-        return CountingStore.num_read
-
-    reader = RunReader(place)
-    assert read_by(reader.status) == 0
-    assert read_by(lambda: reader.trees(3)) < size / 10
-    assert read_by(lambda: reader.trees(3)) == 0  # it is as it was
-    assert read_by(lambda: reader.problems()) < size / 20
-    assert read_by(lambda: reader.tree("3:1")) < 0.6 * size  # two of the four have this ticket
-    assert read_by(lambda: reader.texts("3:1", list(range(NUM_STEPS)))) == 0
-
-
-def test_what_comes_or_is_replaced_while_it_is_looked_at_is_seen(tmp_path):
-    folder = write_small_run(tmp_path)
-    reader = RunReader(folder)
-    before = reader.status()
-    assert reader.status().state == before.state
-    with (Path(folder) / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 13, "time": 2000.0, "reward/mean": 0.5}) + "\n")
-    grown = reader.status()
-    assert (grown.step, grown.written_at_s) == (13, 2000.0) and grown.state != before.state
-    save_trees(folder, 13, [grown_record(3)])
-    assert reader.status().tree_steps == (11, 12, 13) and reader.status().state != grown.state
-    assert [line.num_steps for line in reader.trees(13)] == [len(grown_record(3).tree)]
-    assert reader.tree("13:3").question == grown_record(3).question
-    (Path(folder) / "trees/step=000013/0.parquet").unlink()  # a resume does the step once more
-    table = to_table([worked_record(3, finished_at_s=5.0), worked_record(4)])
-    RunFolder(folder).publish_table("trees/step=000013/0.parquet", table)
-    assert [line.ticket for line in reader.trees(13)] == [3, 4]
-    assert reader.tree("13:3").question == "1+1=?"
-    assert not reader.status().is_finished
-    RunFolder(folder).publish_file("model/config.json", b"{}")
-    assert reader.status().is_finished
-
-
-def test_a_run_at_a_uri_reads_like_a_local_one(folder):
-    uri = f"memory://{uuid.uuid4().hex}/small"
-    fsspec.filesystem("memory").put(folder, uri, recursive=True)
-    local, remote = RunReader(folder), RunReader(uri)
-    assert remote.status().poll_s > local.status().poll_s
-    for look in (
-        lambda reader: reader.curves(),
-        lambda reader: reader.trees(11),
-        lambda reader: reader.tree("20:5"),
-        lambda reader: reader.texts("20:5", [0, 1]),
-        lambda reader: reader.problems(),
-    ):
-        assert to_json(look(remote)) == to_json(look(local))
-
-
-def test_a_run_is_found_by_its_name_and_a_wrong_one_is_one_line(folder, monkeypatch, capsys):
-    config = type("Root", (), {"root": str(Path(folder).parent)})
-    monkeypatch.setattr("treerpo_ray.viewer.reader.RunConfig", config)
-    assert find_run("small") == folder and find_run(folder) == folder
-    with pytest.raises(ValueError, match=r"^tiny is no run: it has no config.yaml; .*: small$"):
-        find_run("tiny")
-    assert main(["tiny"]) == 2
-    assert main([folder, "--tree", "1:1"]) == 2
-    assert main([folder, "--html", f"{folder}/none/page.html"]) == 2
-    taken = bind("127.0.0.1", 0)
-    assert main([folder, "--port", str(taken.getsockname()[1])]) == 2
-    taken.close()
-    errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 4 and all(line.startswith("error: ") for line in errors)
-    assert "--port 0 takes a free one" in errors[-1]
-
-
-# Texts ----------------------------------------------------------------------------------------
-
-
-def test_pieces_of_a_step_are_its_text_whatever_its_tokens_are(paper):
-    tokenizer = Tokenizer.from_file(str(TOKENIZER))
-    reader, record = RunReader(paper), paper_record(0)
-    texts = reader.texts("12:0", list(range(80)))
-    for text in texts:
-        step = record.tree.steps[text.index]
-        assert sum(text.num_tokens) == len(step.token_ids)
-        assert sum(text.logprob) == pytest.approx(float(step.logprobs.sum()), rel=1e-4)
-    whole = "".join("".join(texts[step].text) for step in record.tree.path(8))
-    assert whole == tokenizer.decode(record.tree.path_token_ids(8), skip_special_tokens=False)
-    assert SCRIPT in "".join("".join(text.text) for text in texts)
-    rng = np.random.default_rng(0)
-    for _ in range(50):  # bytes that are no text
-        token_ids = rng.integers(0, tokenizer.get_vocab_size(), 40).tolist()
-        pieces = decoded(tokenizer, token_ids[:3], token_ids)
-        assert sum(count for _, count in pieces) == 40
-    assert decoded(tokenizer, [], tokenizer.encode("é").ids) == [("é", 2)]
-    assert decoded(tokenizer, [], tokenizer.encode("é").ids[:1]) == [("\ufffd", 1)]
-
-
-def test_without_a_tokenizer_a_step_has_the_answer_of_its_first_leaf(tmp_path):
-    folder = write_small_run(tmp_path)
-    save_trees(folder, 20, [worked_record(5)])
-    config = Path(folder, "config.yaml")
-    config.write_text(config.read_text().replace("quickstart/model", "somewhere/else"))
-    reader = RunReader(folder)
-    assert not reader.tree("20:5").has_texts
-    assert [text.answer for text in reader.texts("20:5", [0, 2])] == ["#### 2", "#### 3"]
-    assert reader.holding("20:5", "#### 3") == [2]
-    model = Path(folder, "checkpoints/step=000012/model")  # of a run that goes on
-    model.mkdir(parents=True)
-    (model / "tokenizer.json").write_text(TOKENIZER.read_text())
-    assert reader.tree("20:5").has_texts and reader.texts("20:5", [0])[0].text == tuple("1+1=")
 
 
 def test_a_tree_without_a_token_or_a_verdict_can_be_looked_at(tmp_path):
@@ -404,30 +141,6 @@ def test_every_answer_has_the_safe_headers_and_errors_are_one_line(folder):
     for ref in ("1", "a:1", "1:b", "e:1", "-1:2", "1:²", f"{'9' * 20}:1"):
         with pytest.raises(ValueError, match="is no tree"):
             parse_ref(ref)
-
-
-def test_a_tree_that_lacks_something_of_its_run_is_one_clear_line(tmp_path):
-    folder = write_small_run(tmp_path)
-    config = Path(folder, "config.yaml")
-    known = config.read_text()
-    config.write_text(known.replace("advantage: BERNOULLI", "advantage: PAST_BASELINE"))
-    answer = client_of(folder).get("/api/tree?ref=11:0").json()
-    assert answer["error"].endswith("has no learner/baseline of step 1 yet")
-    config.write_text(known.replace("  advantage: BERNOULLI\n", ""))
-    with pytest.raises(ValueError, match=r"config\.yaml has no 'advantage': it is of another vers"):
-        RunReader(folder)
-
-
-def test_trees_of_another_schema_are_one_clear_line(tmp_path):
-    folder = write_small_run(tmp_path)
-    file = Path(folder, "trees/step=000012/0.parquet")
-    table = pq.read_table(file).replace_schema_metadata({"treerpo_schema": "1"})
-    pq.write_table(table, file)
-    client = client_of(folder)
-    for path in ("/api/trees?step=12", "/api/tree?ref=12:4", "/api/problems"):
-        assert "trees were written with schema 1" in client.get(path).json()["error"]
-    file.write_bytes(b"torn")
-    assert client.get("/api/trees?step=12").status_code == 404
 
 
 # The page -------------------------------------------------------------------------------------

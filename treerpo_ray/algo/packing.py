@@ -36,11 +36,13 @@ class Forest:
     behaviour_logprob: Float32[np.ndarray, " edges"]
     step: Int32[np.ndarray, " edges"]
     """Number of the trained step that an edge belongs to, 0 .. num_steps - 1 in this forest."""
+    origin: Int64[np.ndarray, " trained"]
+    """Of each trained step its index among the steps of all packed trees, tree after tree."""
 
     @property
     def num_steps(self) -> int:
         """Trained steps in this forest."""
-        return int(self.step.max()) + 1 if len(self.step) else 0
+        return len(self.origin)
 
 
 _NOTHING = np.empty(0, np.float32)
@@ -52,6 +54,8 @@ class _Part:
     """The prompt and some steps of one tree, which go into one forest."""
 
     tree: Tree
+    first_step: int
+    """Steps of the trees before it."""
     segments: Int64[np.ndarray, " segments"]
     """ROOT for the prompt, then steps, parents first."""
     advantages: Float32[np.ndarray, " segments"]
@@ -80,10 +84,11 @@ def pack(
         ValueError: If one path from prompt to step exceeds the budget, or a prompt or a step
             that is to be laid out has no tokens.
     """
+    ends = np.cumsum([len(tree) for tree in trees], dtype=np.int64).tolist()
     parts = [
         part
-        for tree, tree_advantages in zip(trees, advantages, strict=True)
-        for part in _split(tree, tree_advantages, token_budget)
+        for tree, end, tree_advantages in zip(trees, ends, advantages, strict=True)
+        for part in _split(tree, end - len(tree), tree_advantages, token_budget)
     ]
     bins: list[list[_Part]] = []
     free = np.full(len(parts), token_budget)
@@ -96,8 +101,33 @@ def pack(
     return [_lay_out(parts) for parts in bins]
 
 
+def unpack(
+    trees: Sequence[Tree],
+    forests: Sequence[Forest],
+    values: Sequence[Float32[np.ndarray, " _"]],
+) -> list[Float32[np.ndarray, " _"]]:
+    """What the edges of each forest have, by tree at the tokens that they predict.
+
+    Args:
+        trees: The trees that were packed, in that order.
+        forests: What became of them.
+        values: A number for each edge of each forest.
+
+    Returns:
+        An entry a token of each tree; NaN where a token is not trained.
+    """
+    lengths = np.concatenate([tree.lengths for tree in trees]).astype(np.int64)
+    starts = lengths.cumsum() - lengths
+    found = np.full(int(lengths.sum()), np.nan, np.float32)
+    for forest, own in zip(forests, values, strict=True):
+        count = lengths[forest.origin]
+        shift = starts[forest.origin] - (count.cumsum() - count)
+        found[shift.repeat(count) + np.arange(len(own))] = own
+    return np.split(found, np.cumsum([len(tree.token_ids) for tree in trees])[:-1])
+
+
 def _split(
-    tree: Tree, advantages: Float[np.ndarray, " steps"], token_budget: int
+    tree: Tree, first_step: int, advantages: Float[np.ndarray, " steps"], token_budget: int
 ) -> Iterator[_Part]:
     """Greedy parts of one tree: the next trained step joins if its missing ancestors fit too."""
     if len(advantages) != len(tree):
@@ -127,6 +157,7 @@ def _split(
         part = np.where(is_context, np.nan, advantages[steps])
         yield _Part(
             tree=tree,
+            first_step=first_step,
             segments=np.append(ROOT, steps),
             advantages=np.append(np.nan, part).astype(np.float32),
             num_tokens=int(num_path[start] + total[end - 1] - total[start]),
@@ -180,6 +211,7 @@ def _lay_out(parts: list[_Part]) -> Forest:
             [(_NOTHING, p.tree.logprobs) for p in parts], np.float32
         ),
         step=np.arange(len(trained), dtype=np.int32).repeat(count),
+        origin=segments.index[trained],
     )
 
 
@@ -197,6 +229,8 @@ class _Segments:
     """2 p for the prompt of part p and 2 p + 1 for its steps."""
     place: Int64[np.ndarray, " segments"]
     """First token in the arrays of the origin."""
+    index: Int64[np.ndarray, " segments"]
+    """Of a step that of `Forest.origin`."""
 
     def take(self, index: Int64[np.ndarray, " _"]) -> "_Segments":
         """Some of the segments."""
@@ -233,9 +267,10 @@ def _level_order(parts: list[_Part]) -> _Segments:
         depth[1:], place[1:] = tree.depth_array[own], tree.starts[own]
         offset[1:] = tree.path_lengths[own] - tree.lengths[own] + len(tree.prompt_ids)
         origin = 2 * number + (segments != ROOT)
-        columns.append((parent, depth, length, offset, part.advantages, origin, place))
+        index = part.first_step + segments
+        columns.append((parent, depth, length, offset, part.advantages, origin, place, index))
         num_segments += len(segments)
-    parent, depth, length, offset, advantage, origin, place = map(
+    parent, depth, length, offset, advantage, origin, place, index = map(
         np.concatenate, zip(*columns, strict=True)
     )
     order = depth.argsort(kind="stable")
@@ -249,4 +284,5 @@ def _level_order(parts: list[_Part]) -> _Segments:
         advantage=advantage,
         origin=origin,
         place=place,
+        index=index,
     ).take(order)

@@ -32,7 +32,8 @@ def next_steps(config: Config, arguments: Sequence[str]) -> list[tuple[str, str]
     if RAY_JOB in os.environ or "://" in config.folder:
         return []  # a job's folder is gone after it, and the notebook's page needs one that is here
     run = _shown(config.folder)
-    found = [("look at it", f"{_environment()}TREERPO_RUN={run} bash {_file('jobs/notebook.sh')}")]
+    notebook = f"{_environment()}TREERPO_RUN={run} bash {_file('jobs/notebook.sh')}"
+    found = [("see the mistakes that it fixed", _viewer(run)), ("draw its figures", notebook)]
     evaluate = f"{_python()} {_file('jobs/evaluate.py')}"
     if config.evaluate.data.path:
         found.append(("evaluate it", f"{evaluate} {run} {shlex.join(_benchmark(config))}"))
@@ -55,6 +56,12 @@ def _has_moved() -> bool:
 def _file(name: str) -> str:
     """A file of the project, from this folder."""
     return name if Path.cwd() == ROOT else shlex.quote(str(ROOT / name))
+
+
+def _viewer(run: str) -> str:
+    """What serves the trees of a run; the package is found from ROOT, be it installed or not."""
+    line = f"{_python()} -m treerpo_ray.viewer {run}"
+    return line if Path.cwd() == ROOT else f"(cd {shlex.quote(str(ROOT))} && {line})"
 
 
 def _python() -> str:

@@ -13,8 +13,9 @@ from treerpo_ray.run_folder.files import MODEL_FOLDER, RunFolder
 
 MODEL_BYTES = 4
 """Of each parameter in an exported model."""
-TREE_BYTES = 12
-"""Of each sampled token in a saved tree, about: its id, log-probability and text, packed."""
+TREE_BYTES = 16
+"""Of each sampled token in a saved tree, about: its id, its log-probabilities under engine and
+learner, and its text, packed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,6 @@ import rich.console
 import rich.table
 
 from treerpo_ray.config.files import with_moved_modules
-from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.evaluate.evaluation import Evaluation, is_correct
 from treerpo_ray.evaluate.scores import (
     Estimate,
@@ -24,7 +23,7 @@ from treerpo_ray.evaluate.scores import (
     paired_differences,
     powers_of_two,
 )
-from treerpo_ray.run_folder.files import RunFolder
+from treerpo_ray.run_folder.files import RunFolder, named_folder
 from treerpo_ray.verifier.verdict import Verdict
 
 log = logging.getLogger(__name__)
@@ -178,8 +177,7 @@ def _label(place: str, file: str) -> str:
 
 def find(place: str) -> dict[str, str]:
     """Files of samples by benchmark; see `differences`."""
-    if "/" not in place and not RunFolder(place).exists():
-        place = f"{RunConfig().root}/{place}"
+    place = named_folder(place)
     if place.endswith((".json", ".parquet")):
         folder, name = _split(place)
         files = [f"{_stem(name)}.parquet"]

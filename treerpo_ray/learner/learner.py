@@ -15,18 +15,20 @@ from typing import Protocol, Self, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from jaxtyping import Float64
 
 from treerpo_ray.algo.advantages import has_baseline, step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import step_groups
 from treerpo_ray.algo.loss import LossInputs, LossSums, policy_loss
 from treerpo_ray.algo.loss_config import LossConfig
-from treerpo_ray.algo.packing import Forest, pack
+from treerpo_ray.algo.packing import Forest, pack, unpack
+from treerpo_ray.algo.tree import Tree
 from treerpo_ray.config.sections import LearnerConfig, ModelConfig, TreeConfig
 from treerpo_ray.learner.policy import DTYPES, ForestTensors, Policy, load_policy
 from treerpo_ray.learner.stats import BatchStats, count
 from treerpo_ray.prompts.prompt_set import resolve_model_path
-from treerpo_ray.records import TreeRecord
+from treerpo_ray.records import Training, TreeRecord
 from treerpo_ray.run_folder.files import MODEL_FOLDER
 
 
@@ -53,6 +55,9 @@ class UpdateResult:
     """False if no step group of any worker was kept: nothing moved then."""
     stats: BatchStats
     metrics: dict[str, float]
+    training: tuple[Training, ...]
+    """Of this worker's trees, in the order in which they were given; the log-probabilities are
+    those before the first optimizer step of the update."""
 
 
 class Learner:
@@ -145,7 +150,8 @@ class Learner:
         """
         settings, form, pruning = self.settings, self.form, self.pruning
         # Trees come as they finish; their order decides minibatches and how sums are rounded.
-        records = sorted(records, key=lambda record: record.ticket)
+        order = sorted(range(len(records)), key=lambda place: records[place].ticket)
+        records = [records[place] for place in order]
         trees = [record.tree for record in records]
         rate, baseline = self.learning_rate(progress), self.baseline
 
@@ -182,10 +188,10 @@ class Learner:
             self._optimize(forests, logprobs, progress)
             for forests, logprobs in zip(minibatches, old, strict=True)
         ]
-        norms = [norm for _, norm in steps if norm is not None]
+        norms = [step.norm for step in steps if step.norm is not None]
         self.version += bool(norms)
 
-        sums = _summed([own for own, _ in steps], LossSums.zeros(self.device))
+        sums = _summed([step.sums for step in steps], LossSums.zeros(self.device))
         total = _summed(_gathered(stats), BatchStats())
         metrics = {"learner/learning_rate": rate, **_loss_metrics(sums, norms)}
         trained = metrics.get("tokens/trained", 0.0)
@@ -194,7 +200,14 @@ class Learner:
             metrics["learner/baseline"] = baseline
         if total.num_valued:
             self._past_values.append(total.value_sum / total.num_valued)
-        return UpdateResult(has_updated=bool(norms), stats=total, metrics=metrics)
+        training = _training(trees, advantages, minibatches, [step.logprobs for step in steps])
+        by_place = dict(zip(order, training, strict=True))
+        return UpdateResult(
+            has_updated=bool(norms),
+            stats=total,
+            metrics=metrics,
+            training=tuple(by_place[place] for place in range(len(order))),
+        )
 
     def _check_staleness(self, stats: BatchStats) -> None:
         """Invariant: admission bounds the age of every token; versions count updates."""
@@ -211,9 +224,8 @@ class Learner:
 
     def _optimize(
         self, forests: list[Forest], old_logprobs: list[torch.Tensor | None], progress: float
-    ) -> tuple[LossSums, float | None]:
-        """One optimizer step; returns what the loss saw and the gradient's norm, None if no
-        worker had anything to train."""
+    ) -> "_Step":
+        """One optimizer step; none is made if no worker has anything to train."""
         counts = torch.tensor(
             [sum(len(f.target) for f in forests), sum(f.num_steps for f in forests)],
             device=self.device,
@@ -222,11 +234,14 @@ class Learner:
         num_tokens, num_steps = counts.tolist()
         sums = LossSums.zeros(self.device)
         if not num_tokens:
-            return sums, None
+            return _Step(sums=sums, norm=None, logprobs=[])
         self.optimizer.zero_grad(set_to_none=False)
+        seen: list[torch.Tensor] = []
         for forest, old in zip(forests, old_logprobs, strict=True):
+            inputs = self._loss_inputs(forest, old)
+            seen.append(inputs.old_logprobs)
             output = policy_loss(
-                self._loss_inputs(forest, old),
+                inputs,
                 num_batch_tokens=num_tokens,
                 num_batch_steps=num_steps,
                 max_answer_tokens=sum(self.tree.step_tokens),
@@ -244,7 +259,7 @@ class Learner:
             group["lr"] = self.learning_rate(progress)
         self.optimizer.step()
         self.optimizer_steps += 1
-        return sums, float(norm)
+        return _Step(sums=sums, norm=float(norm), logprobs=seen)
 
     def _loss_inputs(self, packed: Forest, old: torch.Tensor | None) -> LossInputs:
         forest = ForestTensors.from_forest(packed, self.device)
@@ -311,6 +326,33 @@ class Learner:
         counts = json.loads((folder / STATE_FILE).read_text())
         self.version, self.optimizer_steps = counts["version"], counts["optimizer_steps"]
         self._past_values.extend(counts.get("past_values", []))  # older checkpoints have none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Step:
+    """What an optimizer step saw."""
+
+    sums: LossSums
+    norm: float | None
+    """Of the gradient; None if there was nothing to train on."""
+    logprobs: list[torch.Tensor]
+    """Of each forest's edges: `LossInputs.old_logprobs`."""
+
+
+def _training(
+    trees: Sequence[Tree],
+    advantages: Sequence[Float64[np.ndarray, " _"]],
+    minibatches: Sequence[Sequence[Forest]],
+    logprobs: Sequence[Sequence[torch.Tensor]],
+) -> list[Training]:
+    """What was made of each tree; `logprobs` are those of each minibatch's forests."""
+    size = len(trees) // len(minibatches)
+    by_token: list[np.ndarray] = []
+    for number, (forests, own) in enumerate(zip(minibatches, logprobs, strict=True)):
+        part = trees[number * size : (number + 1) * size]
+        by_token += unpack(part, forests, [values.cpu().numpy() for values in own])
+    pairs = zip(advantages, by_token, strict=True)
+    return [Training(advantages=own, logprobs=values) for own, values in pairs]
 
 
 def _loss_metrics(own: LossSums, norms: list[float]) -> dict[str, float]:

@@ -265,6 +265,7 @@ def _forest(length: int, start: int, vocabulary: int) -> Forest:
         advantage=np.zeros(4 * step, np.float32),
         behaviour_logprob=np.zeros(4 * step, np.float32),
         step=np.repeat(np.arange(4, dtype=np.int32), step),
+        origin=np.arange(4),
     )
 
 

@@ -20,6 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from treerpo_ray.config.sections import RunConfig
+
 Scalar = str | int | float | bool | None
 """Value of a field in a line."""
 Write = Callable[[Path], object]
@@ -230,6 +232,13 @@ class RunFolder:
     def _path(self, name: str) -> str:
         """Of a file or folder, on its file system."""
         return f"{self.root}/{name}" if name else self.root
+
+
+def named_folder(place: str) -> str:
+    """The folder or URI that a user means: a name alone, if nothing here is called so, is that of
+    a run in the folder of all runs."""
+    is_name = "/" not in place and not RunFolder(place).exists()
+    return f"{RunConfig().root}/{place}" if is_name else place
 
 
 def parse_lines(text: str) -> list[dict[str, Scalar]]:

@@ -97,7 +97,7 @@ def saved_files(folder: RunFolder, step: int) -> list[str]:
 
 
 def read_columns(folder: RunFolder, file: str, columns: Sequence[str]) -> pa.Table:
-    """Some columns of a file of trees; the others are not read.
+    """Some columns of a file of trees, as far as it has them; the others are not read.
 
     Raises:
         ValueError: the trees were written with another schema version.

@@ -10,19 +10,24 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float64, Int32
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from tokenizers import Tokenizer
+from yaml import YAMLError
 
 from treerpo_ray.algo.advantage_errors import advantage_errors
-from treerpo_ray.algo.advantages import Form, has_baseline, step_advantages
+from treerpo_ray.algo.advantages import AdvantageForm, Form, has_baseline, step_advantages
 from treerpo_ray.algo.backup import Values, mean_backup
-from treerpo_ray.algo.groups import Pruning
+from treerpo_ray.algo.groups import PruneRule, Pruning
 from treerpo_ray.config.sections import LearnerConfig
+from treerpo_ray.errors import one_line
 from treerpo_ray.metrics.run_log import EVENTS_FILE, METRICS_FILE, latest_rows
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import CONFIG_FILE, MODEL_FOLDER, RunFolder
 
 TOKENIZER_FILE = "tokenizer.json"
+SECTIONS = ("run", "model", "gate", "learner")
+"""Of the configuration, which are read here or by the viewer."""
 
 
 class _Scheme(TypedDict):
@@ -54,8 +59,19 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, dict[str, object]]:
-        """The resolved configuration: section, key, value."""
-        sections = OmegaConf.to_container(OmegaConf.create(self._files.read_text(CONFIG_FILE)))
+        """The resolved configuration: section, key, value.
+
+        Raises:
+            ValueError: the file is none of a run.
+        """
+        place = f"{self.folder}/{CONFIG_FILE}"
+        try:
+            sections = OmegaConf.to_container(OmegaConf.create(self._files.read_text(CONFIG_FILE)))
+        except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+            raise ValueError(f"{place} is no configuration: {one_line(error)}") from error
+        own = sections if isinstance(sections, dict) else {}
+        if missing := [name for name in SECTIONS if not isinstance(own.get(name), dict)]:
+            raise ValueError(f"{place} is none of a run: it has no section {missing[0]}")
         return cast(dict[str, dict[str, object]], sections)
 
     def metrics(self) -> pd.DataFrame:
@@ -112,7 +128,10 @@ class Run:
         return mean_backup(record.tree, record.rewards)
 
     def advantages(self, record: TreeRecord) -> Float64[np.ndarray, " steps"]:
-        """Advantage of each step as this run computes it; NaN where it is not trained on."""
+        """Advantage of each step that the learner gave it or, if that was not saved, as this run
+        computes it; NaN where it is not trained on."""
+        if record.training is not None:
+            return record.training.advantages
         return step_advantages(record.tree, self.values(record), **self._scheme(record))
 
     def _baseline(self, record: TreeRecord) -> float:
@@ -133,6 +152,14 @@ class Run:
     def advantage_errors(self, record: TreeRecord) -> Float64[np.ndarray, " steps"]:
         """Standard error of each advantage; NaN where there is none."""
         return advantage_errors(record.tree, self.values(record), **self._scheme(record))
+
+    @property
+    def own_code(self) -> tuple[str, ...]:
+        """Functions of the run's user that make its advantages or prune them. They are Python that
+        the run folder may bring along: `pruning`, `advantage_errors` and, where the learner's own
+        are not saved, `advantages` run it."""
+        names = (self._learner.advantage, self._learner.prune)
+        return tuple(name for name in names if not isinstance(name, AdvantageForm | PruneRule))
 
     @property
     def pruning(self) -> Pruning:

@@ -5,7 +5,7 @@ and after. So what a run has changed is seen in both.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,8 @@ class Sighting:
     question: str
     value: float
     """Of the root: the mean reward of the answers in an evaluation."""
+    num_answers: int | None
+    """In an evaluation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +74,7 @@ def evaluation_sightings(folder: RunFolder, step: int) -> list[Sighting]:
             problem=problem,
             question=question,
             value=float(np.mean(own)),
+            num_answers=len(own),
         )
         for (problem, question), own in rewards.items()
     ]
@@ -91,6 +94,7 @@ def tree_sightings(folder: RunFolder, file: str, step: int) -> list[Sighting]:
             problem=row["prompt_id"],
             question=row["question"],
             value=float("nan") if row["root_value"] is None else row["root_value"],
+            num_answers=None,
         )
         for ticket, row in rows.items()
     ]
@@ -108,6 +112,41 @@ def met_again(sightings: Iterable[Sighting]) -> list[Problem]:
         if len(by_step) > 1
     ]
     return sorted(problems, key=lambda problem: np.nan_to_num(-problem.gain, nan=np.inf))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What a later evaluation answers otherwise than an earlier one."""
+
+    steps: tuple[int, int]
+    """Learner steps of the two."""
+    num_answers: tuple[int, int]
+    """To each problem, at most."""
+    num_problems: int
+    """That both have."""
+    fixed: tuple[Problem, ...]
+    """Those that were mostly wrong and are mostly right, the largest gain first."""
+    num_fixed: int
+    num_broken: int
+    """Those of which the opposite is so."""
+
+
+def change_between(first: Sequence[Sighting], last: Sequence[Sighting]) -> Change:
+    """The change from one evaluation to another."""
+    problems = met_again([*first, *last])
+    fixed = tuple(own for own in problems if own.values[0] < 0.5 <= own.values[-1])
+    return Change(
+        steps=(first[0].step, last[0].step),
+        num_answers=(_most_answers(first), _most_answers(last)),
+        num_problems=len(problems),
+        fixed=fixed,
+        num_fixed=len(fixed),
+        num_broken=sum(own.values[-1] < 0.5 <= own.values[0] for own in problems),
+    )
+
+
+def _most_answers(sightings: Sequence[Sighting]) -> int:
+    return max(sighting.num_answers or 0 for sighting in sightings)
 
 
 def _problem(met: list[Sighting]) -> Problem:
@@ -193,6 +232,8 @@ def _answers(rows: list[dict], step: int) -> Answers:
         oldest_version=(None,) * len(rows),
         newest_version=(None,) * len(rows),
         mean_logprob=none,
+        mean_log_ratio=none,
+        largest_log_ratio=float("nan"),
         text=tuple(row["text"][:200] for row in rows),
         has_texts=False,
     )

@@ -8,8 +8,10 @@ import base64
 import hashlib
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
+from treerpo_ray.viewer.answers import Change
 from treerpo_ray.viewer.reader import RunReader
 from treerpo_ray.viewer.server import ASSETS
 from treerpo_ray.viewer.tree_list import TreeSummary
@@ -25,11 +27,13 @@ DATA_MARK = "<!-- data -->"
 POLICY_MARK = "<!-- policy -->"
 MAX_TREES = 8
 """Trees that are taken if none are named."""
+MAX_FIXED = 4
+"""Problems that training fixed, likewise."""
 
 
 def write_page(reader: RunReader, refs: list[str], file: Path) -> list[str]:
     """Write a page with the trees `refs`, or if there are none those of the newest saved step that
-    have most to show; returns what it holds.
+    have most to show and problems that training fixed, before and after; returns what it holds.
 
     Raises:
         ValueError: a tree is not there, or the file cannot be written.
@@ -39,6 +43,9 @@ def write_page(reader: RunReader, refs: list[str], file: Path) -> list[str]:
         newest = status.tree_steps[-1]
         mixed = sorted(reader.trees(newest), key=_distance_to_half)
         refs = [f"{newest}:{tree.ticket}" for tree in mixed[:MAX_TREES]]
+        change = reader.change()
+        for problem in change.fixed[:MAX_FIXED] if change else ():
+            refs += problem.refs
     content = page(embedded(reader, refs))
     try:
         file.write_text(content, encoding="utf-8")
@@ -66,10 +73,19 @@ def embedded(reader: RunReader, refs: list[str]) -> dict[str, object]:
         "texts": {
             tree.ref: reader.texts(tree.ref, list(range(len(tree.parent)))) for tree in trees
         },
+        "change": _of_page(reader.change(), refs),
         "problems": [
             problem for problem in reader.problems() if len({*problem.refs} & {*refs}) > 1
         ],
     }
+
+
+def _of_page(change: Change | None, refs: list[str]) -> Change | None:
+    """A change with the problems alone that the page can show."""
+    if change is None:
+        return None
+    shown = (problem for problem in change.fixed if {*problem.refs} <= {*refs})
+    return replace(change, fixed=tuple(shown))
 
 
 def page(data: dict[str, object]) -> str:

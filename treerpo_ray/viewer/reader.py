@@ -13,18 +13,21 @@ from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.metrics.run_log import METRICS_FILE, Row, latest_rows
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees
-from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder
+from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder, named_folder
 from treerpo_ray.study.analysis import Run
 from treerpo_ray.viewer.answers import (
     Answers,
+    Change,
     Problem,
     Sighting,
+    change_between,
     evaluation_file,
     evaluation_sightings,
     met_again,
     read_answers,
     tree_sightings,
 )
+from treerpo_ray.viewer.search import Found, trees_with
 from treerpo_ray.viewer.status import Curves, Status, curves_of, evaluated_steps, read_status
 from treerpo_ray.viewer.step_text import StepText, holding, step_text
 from treerpo_ray.viewer.tree_list import TreeSummary, summaries
@@ -49,14 +52,10 @@ class RunReader:
     """
 
     def __init__(self, place: str) -> None:
-        folder = find_run(place)
-        self._run, self._folder = Run(folder), RunFolder(folder)
-        try:
-            _ = self._run.pruning
-        except KeyError as error:
-            raise ValueError(
-                f"{folder}/{CONFIG_FILE} has no {error}: it is of another version"
-            ) from error
+        self._run = _run_at(place)
+        self._folder = RunFolder(self._run.folder)
+        # The folder may be another person's: Python that it names is not run.
+        self._pruning = None if self._run.own_code else self._run.pruning
         self._lock = RLock()
         self._rows = lru_cache(1)(self._read_rows)
         self._tree = lru_cache(KEPT_TREES)(self._read_tree)
@@ -107,6 +106,27 @@ class RunReader:
             return [node for node, own in enumerate(texts) if text.casefold() in own.casefold()]
         return holding(self._run.tokenizer, self._record(step, int(name)), text)
 
+    def search(self, step: int, text: str) -> list[Found]:
+        """The trees that are saved of a learner step and have `text` in an answer, in whatever
+        case, by ticket."""
+        newest: dict[int, tuple[float, Found]] = {}
+        for file in saved_trees.saved_files(self._folder, step):
+            for ticket, found in trees_with(self._folder, file, text).items():
+                if ticket not in newest or newest[ticket][0] <= found[0]:
+                    newest[ticket] = found
+        return [newest[ticket][1] for ticket in sorted(newest) if newest[ticket][1].num_answers]
+
+    def change(self) -> Change | None:
+        """What the last evaluation answers otherwise than the first; None before there are two."""
+        steps = evaluated_steps(self._folder)
+        if len(steps) < 2:
+            return None
+        first, last = (
+            self._kept(self._sightings, evaluation_file(step), step)
+            for step in (steps[0], steps[-1])
+        )
+        return change_between(first, last)
+
     def problems(self) -> list[Problem]:
         """Problems that were met at several learner steps, those that gained most first."""
         sightings: list[Sighting] = []
@@ -149,7 +169,7 @@ class RunReader:
     def _read_summaries(
         self, file: str, step: int, state: str
     ) -> dict[int, tuple[float, TreeSummary]]:
-        return summaries(self._folder, file, step, self._run.pruning)
+        return summaries(self._folder, file, step, self._pruning)
 
     def _read_sightings(self, file: str, step: int, state: str) -> list[Sighting]:
         if file == evaluation_file(step):
@@ -157,16 +177,11 @@ class RunReader:
         return tree_sightings(self._folder, file, step)
 
 
-def find_run(place: str) -> str:
-    """Folder or URI of the run that is called so, or lies there.
-
-    Raises:
-        ValueError: there is none.
-    """
-    root = RunConfig().root
-    for folder in (place, f"{root}/{place}"):
-        if RunFolder(folder).exists(CONFIG_FILE):
-            return folder
+def _run_at(place: str) -> Run:
+    """The run that is called so, or lies there; else a ValueError with the names that there are."""
+    folder, root = named_folder(place), RunConfig().root
+    if RunFolder(folder).exists(CONFIG_FILE):
+        return Run(folder)
     found = RunFolder(root).glob(f"*/{CONFIG_FILE}")
     names = ", ".join(name.removesuffix(f"/{CONFIG_FILE}") for name in found)
     raise ValueError(
@@ -193,4 +208,12 @@ def _is_number(text: str) -> bool:
 
 
 def _whole(index: int, text: str) -> StepText:
-    return StepText(index=index, text=(), num_tokens=(), logprob=(), version=(), answer=text)
+    return StepText(
+        index=index,
+        text=(),
+        num_tokens=(),
+        logprob=(),
+        learner_logprob=(),
+        version=(),
+        answer=text,
+    )

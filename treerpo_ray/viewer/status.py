@@ -33,6 +33,8 @@ class Status:
     advantage: str
     prune: str
     prune_threshold: float
+    own_code: tuple[str, ...]
+    """Functions of the run's user among these, which the viewer does not run."""
     state: str
     """Changes when there is anything new."""
     poll_s: int
@@ -66,6 +68,7 @@ def read_status(run: Run, folder: RunFolder, rows: Sequence[Row]) -> Status:
         advantage=str(learner["advantage"]).lower(),
         prune=str(learner["prune"]).lower(),
         prune_threshold=float(str(learner["prune_threshold"])),
+        own_code=run.own_code,
         state=str(hash((*newest, steps, evaluations))),
         poll_s=LOCAL_POLL_S if folder.is_local else STORE_POLL_S,
     )

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
@@ -29,6 +30,9 @@ class StepText:
     num_tokens: tuple[int, ...]
     logprob: tuple[float, ...]
     """Log-probability (nats) of the piece's tokens when they were sampled: their sum."""
+    learner_logprob: tuple[float, ...]
+    """The same under the learner before it was trained on them; NaN where it was not, or it is
+    not stored."""
     version: tuple[int, ...]
     """Version of the weights that sampled its last token."""
     answer: str | None
@@ -51,9 +55,14 @@ def step_text(tokenizer: Tokenizer | None, record: TreeRecord, index: int) -> St
         above = int(tree.parents[index])
         before = tree.prompt_ids.tolist() + (tree.path_token_ids(above) if above != ROOT else [])
         pieces = decoded(tokenizer, before[-NUM_CONTEXT:], step.token_ids.tolist())
-    logprobs, versions, place = [], [], 0
+    learned = np.full(len(step.token_ids), np.nan, np.float32)
+    if record.training is not None:
+        first = int(tree.starts[index])
+        learned = record.training.logprobs[first : first + len(step.token_ids)]
+    logprobs, of_learner, versions, place = [], [], [], 0
     for _, count in pieces:
         logprobs.append(float(step.logprobs[place : place + count].sum()))
+        of_learner.append(float(learned[place : place + count].sum()))
         versions.append(int(step.versions[place + count - 1]))
         place += count
     return StepText(
@@ -61,6 +70,7 @@ def step_text(tokenizer: Tokenizer | None, record: TreeRecord, index: int) -> St
         text=tuple(text for text, _ in pieces),
         num_tokens=tuple(count for _, count in pieces),
         logprob=tuple(logprobs),
+        learner_logprob=tuple(of_learner),
         version=tuple(versions),
         answer=None if tokenizer is not None else first_answer(record, index),
     )

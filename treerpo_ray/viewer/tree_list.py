@@ -7,17 +7,18 @@ from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int32
+from jaxtyping import Float64, Int32
 
 from treerpo_ray.algo.backup import Values
-from treerpo_ray.algo.groups import GroupState, Pruning, step_groups
+from treerpo_ray.algo.groups import GroupState, Pruning
 from treerpo_ray.algo.tree import Tree
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
+from treerpo_ray.viewer.credit import group_states
 
 COLUMNS = (
     *("ticket", "finished_at_s", "prompt_id", "question", "answers", "parent", "length", "verdict"),
-    *("root_value", "root_se", "value", "value_se"),
+    *("root_value", "root_se", "value", "value_se", "advantage"),
 )
 """All that is read; a tree of the paper's takes 20 kB of them, of 3 MB."""
 MAX_QUESTION = 300
@@ -49,7 +50,7 @@ class TreeSummary:
 
 
 def summaries(
-    folder: RunFolder, file: str, step: int, pruning: Pruning
+    folder: RunFolder, file: str, step: int, pruning: Pruning | None
 ) -> dict[int, tuple[float, TreeSummary]]:
     """By ticket the summaries of the trees in a file, with the time at which each was finished;
     of several of a ticket the last.
@@ -67,7 +68,7 @@ def summaries(
 
 
 def _from_batch(
-    batch: pa.RecordBatch, step: int, pruning: Pruning
+    batch: pa.RecordBatch, step: int, pruning: Pruning | None
 ) -> Iterator[tuple[float, TreeSummary]]:
     def lists(name: str) -> Iterator[pa.Array]:
         column = batch.column(name)
@@ -76,7 +77,8 @@ def _from_batch(
     scalars = ("ticket", "finished_at_s", "prompt_id", "question", "root_value", "root_se")
     rows = zip(*(batch.column(name).to_pylist() for name in scalars), strict=True)
     arrays = map(lists, ("answers", "parent", "length", "verdict", "value", "value_se"))
-    for row, own in zip(rows, zip(*arrays, strict=True), strict=True):
+    saved = _advantages(batch)
+    for row, own, advantages in zip(rows, zip(*arrays, strict=True), saved, strict=True):
         ticket, finished_at_s, prompt_id, question, root_value, root_se = row
         answers, parents, lengths, verdicts, value, value_se = own
         tree = shape(parents.to_numpy(), lengths.to_numpy())
@@ -99,16 +101,30 @@ def _from_batch(
                 num_steps=len(tree),
                 depth=max(tree.depths, default=0),
                 num_tokens=int(tree.lengths.sum()),
-                groups=group_counts(tree, values, pruning),
+                groups=group_counts(tree, values, advantages, pruning),
                 verdicts=dict(Counter(verdicts.to_pylist())),
             ),
         )
 
 
-def group_counts(tree: Tree, values: Values, pruning: Pruning) -> dict[str, int]:
-    """Number of step groups by `GroupState`."""
-    states = [group.states(pruning) for group in step_groups(tree, values)]
-    counts = Counter(np.concatenate(states).tolist()) if states else Counter[str]()
+def _advantages(batch: pa.RecordBatch) -> list[Float64[np.ndarray, " steps"] | None]:
+    """As `Training.advantages` of each row; files of earlier versions have none."""
+    if "advantage" not in batch.schema.names:
+        return [None] * len(batch)
+    return [
+        own.values.to_numpy(zero_copy_only=False) if own.is_valid else None
+        for own in batch.column("advantage")
+    ]
+
+
+def group_counts(
+    tree: Tree,
+    values: Values,
+    advantages: Float64[np.ndarray, " steps"] | None,
+    pruning: Pruning | None,
+) -> dict[str, int]:
+    """Number of step groups by `GroupState`; arguments as of `group_states`."""
+    counts = Counter(state for _, state in group_states(tree, values, advantages, pruning))
     return {state.value: counts[state] for state in GroupState}
 
 

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int32, Int64
+from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from tokenizers import Tokenizer
 
-from treerpo_ray.algo.groups import GroupState, step_groups
 from treerpo_ray.algo.tree import Tree
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.study.analysis import Run
+from treerpo_ray.viewer.credit import credit_of
 from treerpo_ray.viewer.step_text import beginnings
 
 
@@ -51,6 +51,11 @@ class TreeView:
     newest_version: tuple[int | None, ...]
     mean_logprob: Float64[np.ndarray, " steps"]
     """Nats a token."""
+    mean_log_ratio: Float64[np.ndarray, " steps"]
+    """Of learner to engine, nats a token; NaN where the step is not trained on, or it is not
+    stored."""
+    largest_log_ratio: float
+    """Of a token, by its amount; infinite if there is none."""
     text: tuple[str, ...]
     """How the step's text begins."""
     has_texts: bool
@@ -60,14 +65,9 @@ class TreeView:
 def trained_tree(run: Run, tokenizer: Tokenizer | None, record: TreeRecord, step: int) -> TreeView:
     """A tree that a learner step was trained on."""
     tree, values = record.tree, run.values(record)
-    states: list[str | None] = [None] * len(tree)
-    for group in step_groups(tree, values):
-        for children, state in zip(group.children, group.states(run.pruning), strict=True):
-            for child in children.tolist():
-                states[child] = str(state)
-    parents = dict(zip(tree.parents.tolist(), states, strict=True))
-    kinds = list(parents.values())
+    credit = credit_of(run, record, values)
     has_tokens = tree.lengths > 0
+    log_ratios = log_ratios_of(record)
     return TreeView(
         ref=f"{step}:{record.ticket}",
         step=step,
@@ -81,20 +81,22 @@ def trained_tree(run: Run, tokenizer: Tokenizer | None, record: TreeRecord, step
         grow_s=record.grow_s,
         root_value=values.root,
         root_se=values.root_error,
-        groups={state.value: kinds.count(state) for state in GroupState},
+        groups=credit.groups,
         parent=tree.parents,
         depth=tree.depth_array,
         length=tree.lengths,
         stop=tuple(stop.value for stop in tree.stops),
         value=values.steps,
         value_se=values.step_errors,
-        advantage=run.advantages(record),
-        advantage_se=run.advantage_errors(record),
-        state=tuple(states),
+        advantage=credit.advantage,
+        advantage_se=credit.advantage_se,
+        state=credit.state,
         verdict=leaf_verdicts(record),
         oldest_version=_versions(tree, np.minimum, has_tokens),
         newest_version=_versions(tree, np.maximum, has_tokens),
-        mean_logprob=_mean_logprobs(tree, has_tokens),
+        mean_logprob=_means(tree, tree.logprobs, has_tokens),
+        mean_log_ratio=_means(tree, log_ratios, has_tokens),
+        largest_log_ratio=float(np.nanmax(np.abs(log_ratios), initial=-np.inf)),
         text=tuple(beginnings(tokenizer, record)),
         has_texts=tokenizer is not None,
     )
@@ -120,11 +122,20 @@ def _versions(
     return tuple(found)
 
 
-def _mean_logprobs(
-    tree: Tree, has_tokens: Bool[np.ndarray, " steps"]
+def log_ratios_of(record: TreeRecord) -> Float32[np.ndarray, " tokens"]:
+    """Log-probability of each token under the learner before its update less that of the engine;
+    NaN where the token was not trained on, or it is not stored."""
+    if record.training is None:
+        return np.full(len(record.tree.token_ids), np.nan, np.float32)
+    return record.training.logprobs - record.tree.logprobs
+
+
+def _means(
+    tree: Tree, of_tokens: Float32[np.ndarray, " tokens"], has_tokens: Bool[np.ndarray, " steps"]
 ) -> Float64[np.ndarray, " steps"]:
+    """Mean over the tokens of each step; NaN for one without."""
     means = np.full(len(tree), np.nan)
     if has_tokens.any():
-        sums = np.add.reduceat(tree.logprobs.astype(np.float64), tree.starts[has_tokens])
+        sums = np.add.reduceat(of_tokens.astype(np.float64), tree.starts[has_tokens])
         means[has_tokens] = sums / tree.lengths[has_tokens]
     return means

@@ -25,7 +25,8 @@ export async function comparePage(root, context) {
 
 const kind = (problem) => (problem.is_evaluation ? "evaluation" : "tree");
 
-function problemList(root, context, problems, missing) {
+function problemList(root, context, known, missing) {
+  let problems = known;
   const note = element("p", { class: "note", role: "status" });
   const list = element("div", { class: "tree-list", role: "list" });
   const form = element("form", { class: "filters", onsubmit: (event) => event.preventDefault() });
@@ -39,9 +40,7 @@ function problemList(root, context, problems, missing) {
       ? `${passing.length} of ${problems.length} problems that were met at several learner steps, the largest gain first` +
         (passing.length > SHOWN ? `; the first ${SHOWN} are shown` : "")
       : "No problem was met at two learner steps yet: the evaluation before and after training has the same problems.";
-    const names = ["gain", "value before", "value after", "met in", "problem"];
-    const heading = element("div", { class: "tree-row problem-row list-head", "aria-hidden": true }, names.map((name) => element("span", {}, name)));
-    list.replaceChildren(heading, ...passing.slice(0, SHOWN).map(problemRow));
+    list.replaceChildren(problemHead(), ...passing.slice(0, SHOWN).map(problemRow));
   }
 
   form.append(
@@ -59,13 +58,23 @@ function problemList(root, context, problems, missing) {
   draw();
   return {
     apply: draw,
-    refresh: () => {},
+    async refresh() {
+      problems = await context.source.problems();
+      draw();
+    },
     close: () => {},
     key: (event) => event.key === "/" && (form.querySelector("[name=q]").focus(), true),
   };
 }
 
-function problemRow(problem) {
+/** What stands in each column. */
+export function problemHead() {
+  const names = ["gain", "value before", "value after", "met in", "problem"];
+  return element("div", { class: "tree-row problem-row list-head", "aria-hidden": true }, names.map((name) => element("span", {}, name)));
+}
+
+/** One problem as a line that leads to it before and after. */
+export function problemRow(problem) {
   const query = new URLSearchParams({ a: problem.refs[0], b: problem.refs.at(-1) });
   const [first, last] = [problem.values[0], problem.values.at(-1)];
   return element(

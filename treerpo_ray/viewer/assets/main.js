@@ -2,7 +2,7 @@
 //
 // The address says all that is on the screen: #view?key=value&..., so a link opens exactly that.
 
-import { comparePage } from "./compare.js";
+import { comparePage, problemHead, problemRow } from "./compare.js";
 import { drawCurves } from "./curves.js";
 import { element, oneLine } from "./dom.js";
 import { openSource } from "./source.js";
@@ -10,9 +10,11 @@ import { mostMixed, treeList } from "./tree_list.js";
 import { legend, treePage } from "./tree_page.js";
 
 const main = document.getElementById("main");
+const searchForm = document.getElementById("search");
 const source = openSource();
 const pages = { overview, trees: treeList, tree: treePage, compare: comparePage };
 const MOST_MIXED = 12;
+const MOST_FIXED = 5;
 const PRUNED_BY = {
   range: "the range of its values",
   tree_range: "the range of its tree's rewards",
@@ -27,7 +29,8 @@ const KEYS = [
   ["f", "whole tree on one screen, and back"],
   ["z", "only what is below the step, and back"],
   ["[ ]", "tree before, next tree"],
-  ["/", "search"],
+  ["/", "search on this page"],
+  ["s", "search the answers of all trees"],
   ["?", "this"],
 ];
 
@@ -127,22 +130,20 @@ function fail(error) {
 
 async function overview(root) {
   const state = element("p", { class: "note" });
+  const change = element("section", { class: "change" });
   const curves = element("section", { "aria-label": "curves" });
   const trees = element("section", { class: "newest" });
-  root.append(element("h1", { class: "unseen-heading" }, "Overview"), state, curves, trees);
+  root.append(element("h1", { class: "unseen-heading" }, "Overview"), change, state, curves, trees);
   let close = () => {};
 
   async function draw() {
-    const found = await source.curves();
+    const [found, changed] = await Promise.all([source.curves(), source.change()]);
     close();
+    change.replaceChildren(...fixedMistakes(changed));
     curves.replaceChildren();
     state.textContent = found.panels.length
-      ? `Advantage: ${status.advantage.replaceAll("_", " ")}. A step group is kept where ${PRUNED_BY[status.prune]} is above ${status.prune_threshold}. A click on a curve leads to the trees of that step.`
+      ? `${credit()} A click on a curve leads to the trees of that step.`
       : "No learner step is done yet: curves and trees appear here by themselves.";
-    if (status.evaluations.length > 1) {
-      const link = element("a", { href: "#compare?kind=evaluation" }, "Before and after");
-      state.append(" ", link, ": what it now answers otherwise.");
-    }
     close = drawCurves(curves, found, (step) => {
       const saved = status.tree_steps.filter((own) => own <= step).at(-1) ?? status.tree_steps[0];
       if (saved !== undefined) context.go("trees", { step: saved });
@@ -169,6 +170,32 @@ async function overview(root) {
     },
     key: () => false,
   };
+}
+
+/** What training fixed: problems whose answers were mostly wrong and are mostly right. */
+function fixedMistakes(change) {
+  if (!change) return [];
+  const [before, after] = change.steps;
+  const [few, many] = change.num_answers;
+  const sampled = few === many ? `${many} sampled ${many === 1 ? "answer" : "answers"} each` : `${few} and ${many} sampled answers each`;
+  const text =
+    `Of ${change.num_problems} held-out problems, asked at learner steps ${before} and ${after} (${sampled}), ` +
+    `${change.num_fixed} were mostly wrong and are mostly right now, ${change.num_broken} the other way round. `;
+  const all = element("a", { href: "#compare?kind=evaluation" }, "all problems");
+  return [
+    element("h2", {}, "Mistakes that training fixed ", all),
+    element("p", { class: "note" }, text, change.fixed.length ? "A click shows the answers before and after." : ""),
+    element("div", { class: "tree-list", role: "list" }, problemHead(), change.fixed.slice(0, MOST_FIXED).map(problemRow)),
+  ];
+}
+
+/** How advantages are made of values, in a sentence or two. */
+function credit() {
+  const form = `Advantage: ${status.advantage.replaceAll("_", " ")}.`;
+  const rule = PRUNED_BY[status.prune] ?? oneLine(status.prune, 80);
+  const kept = ` A step group is kept where ${rule} is above ${status.prune_threshold}.`;
+  const own = status.own_code.map((name) => oneLine(name, 80)).join(" and ");
+  return form + kept + (own ? ` ${own} is code of the run's user, which is not run here: what the learner saved of it is shown.` : "");
 }
 
 function fillHead() {
@@ -227,6 +254,11 @@ document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === "Escape") document.activeElement?.blur();
   if (event.target.closest("input, select, textarea, dialog")) return;
+  if (event.key === "s" && !event.target.closest("button, summary, a")) {
+    searchForm.elements.text.focus();
+    event.preventDefault();
+    return;
+  }
   const view = { 1: "overview", 2: "trees", 3: "compare" }[event.key];
   const isButton = event.target.closest("button, summary, a") && event.key === "Enter";
   if (event.key === "?") help();
@@ -235,6 +267,13 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 document.getElementById("help-button").addEventListener("click", help);
+searchForm.addEventListener("submit", (event) => {
+  event.preventDefault();
+  const text = searchForm.elements.text.value;
+  if (!text) return;
+  context.go("trees", { step: "all", text });
+  searchForm.elements.text.blur();
+});
 window.addEventListener("hashchange", () => {
   clearTimeout(writing);
   current = address();

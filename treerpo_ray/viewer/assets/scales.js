@@ -10,6 +10,7 @@ export const VERDICTS = {
   errored: ["!", "error"],
 };
 const LEAST_LOGPROB = -4;
+const LEAST_LOG_RATIO = 0.1; // of full colour: what rounding makes stays pale
 
 /** From orange over neutral to blue; 0 to 1. */
 export function diverging(share) {
@@ -29,6 +30,21 @@ export function surprise(logprob) {
   return logprob === null ? 0 : Math.min(1, logprob / LEAST_LOGPROB);
 }
 
+/** The log-ratio of learner to engine of full colour: the largest of a tree's tokens. */
+export function fullLogRatio(tree) {
+  return Math.max(LEAST_LOG_RATIO, tree.largest_log_ratio ?? 0);
+}
+
+/** The same for means over steps, which are smaller. */
+export function fullMeanLogRatio(tree) {
+  return Math.max(LEAST_LOG_RATIO / 10, ...tree.mean_log_ratio.map((value) => Math.abs(value ?? 0)));
+}
+
+/** Colour of a log-ratio, which is null where a step was not trained on. */
+export function ratioFill(logRatio, full) {
+  return logRatio === null ? "var(--none)" : diverging(Math.min(1, Math.max(0, 0.5 + logRatio / (2 * full))));
+}
+
 /** Place between two versions, 0 to 1. */
 export function recency(version, oldest, newest) {
   return newest > oldest ? (version - oldest) / (newest - oldest) : 1;
@@ -38,6 +54,7 @@ export const STEP_COLORS = [
   ["value", "value"],
   ["advantage", "advantage"],
   ["logprob", "mean log-probability"],
+  ["ratio", "ratio learner/engine"],
   ["version", "version"],
 ];
 
@@ -52,6 +69,10 @@ export function stepFill(tree, quantity) {
       return (i) => (tree.advantage[i] === null ? "var(--none)" : diverging(0.5 + tree.advantage[i] / (2 * largest)));
     case "logprob":
       return (i) => (tree.mean_logprob[i] === null ? "var(--none)" : strength(surprise(4 * tree.mean_logprob[i])));
+    case "ratio": {
+      const full = fullMeanLogRatio(tree);
+      return (i) => ratioFill(tree.mean_log_ratio[i], full);
+    }
     case "version":
       return (i) =>
         tree.newest_version[i] === null

@@ -15,6 +15,8 @@ function served() {
     trees: (step) => ask("trees", { step }),
     tree: (ref) => ask("tree", { ref }),
     holding: (ref, text) => ask("holding", { ref, text }),
+    search: (step, text) => ask("search", { step, text }),
+    change: () => ask("change"),
     problems: () => ask("problems"),
     forget: () => texts.clear(),
     async texts(ref, nodes) {
@@ -49,7 +51,13 @@ function embedded(data) {
     curves: async () => data.curves,
     trees: async (step) => data.summaries.filter((tree) => tree.step === step),
     tree: async (ref) => found(data.trees, ref),
+    change: async () => data.change,
     problems: async () => data.problems,
+    search: async (step, text) =>
+      data.summaries
+        .filter((tree) => tree.step === step)
+        .map((tree) => foundIn(data.trees[`${step}:${tree.ticket}`], data.texts[`${step}:${tree.ticket}`], text))
+        .filter((found) => found !== null),
     forget: () => {},
     texts: async (ref, nodes) => nodes.map((node) => found(data.texts, ref)[node]),
     async holding(ref, text) {
@@ -58,5 +66,30 @@ function embedded(data) {
         .filter((own) => (own.answer ?? own.text.join("")).toLowerCase().includes(wanted))
         .map((own) => own.index);
     },
+  };
+}
+
+/** What the server's search tells of a tree, of its texts in the page; null if it has no such. */
+function foundIn(tree, texts, text) {
+  const wanted = text.toLowerCase();
+  const answers = new Map();
+  for (const leaf of tree.verdict.keys()) {
+    if (tree.verdict[leaf] === null) continue;
+    let answer = "";
+    for (let step = leaf; step >= 0; step = tree.parent[step]) answer = texts[step].text.join("") + answer;
+    const whole = texts[leaf].answer ?? answer;
+    if (whole.toLowerCase().includes(wanted)) answers.set(leaf, whole);
+  }
+  if (!answers.size) return null;
+  const [leaf, answer] = answers.entries().next().value;
+  const start = answer.toLowerCase().indexOf(wanted);
+  const end = start + wanted.length;
+  return {
+    ticket: tree.ticket,
+    num_answers: answers.size,
+    leaf,
+    before: answer.slice(Math.max(0, start - 50), start),
+    text: answer.slice(start, end),
+    after: answer.slice(end, end + 110),
   };
 }

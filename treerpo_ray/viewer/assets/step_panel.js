@@ -2,7 +2,7 @@
 
 import { choice, element, number, oneLine, signed, textBlock, visible, withError } from "./dom.js";
 import { ROOT, childrenOf, pathTo, versions } from "./drawing.js";
-import { VERDICTS, diverging, largestAdvantage, recency, strength, surprise } from "./scales.js";
+import { VERDICTS, diverging, fullLogRatio, largestAdvantage, ratioFill, recency, strength, surprise } from "./scales.js";
 
 export const TOKEN_COLORS = [
   ["logprob", "log-probability"],
@@ -11,9 +11,9 @@ export const TOKEN_COLORS = [
   ["ratio", "ratio learner/engine"],
   ["none", "none"],
 ];
-const RATIO_NOTE =
-  "The ratio of learner to engine is not stored: a run saves the engine's log-probabilities only. " +
-  "Its mean difference by learner step is the curve “engine against learner”.";
+const NO_RATIO_NOTE =
+  "The ratio of learner to engine is not stored of this tree: nothing of it was trained on, or it " +
+  "was saved by an earlier version.";
 
 /**
  * Fill a panel with a step.
@@ -98,11 +98,17 @@ function tokenColor(tree, text, color) {
       return (place) => strength(surprise(text.logprob[place]));
     case "version":
       return (place) => strength(0.1 + 0.7 * recency(text.version[place], oldest, newest), "--new");
+    case "ratio":
+      return (place) => (text.learner_logprob[place] === null ? "" : ratioFill(logRatio(text, place), fullLogRatio(tree)));
     case "advantage":
       return () => (advantage === null ? "" : diverging(0.5 + advantage / (2 * largestAdvantage(tree))));
     default:
       return () => "";
   }
+}
+
+function logRatio(text, place) {
+  return text.learner_logprob[place] - text.logprob[place];
 }
 
 function tokenTitle(text, place) {
@@ -111,8 +117,9 @@ function tokenTitle(text, place) {
     count > 1 ? `${count} tokens` : "token",
     oneLine(text.text[place], 40),
     `log-probability ${number(text.logprob[place], 3)} nats (${(100 * Math.exp(text.logprob[place])).toFixed(1)} %)`,
+    text.learner_logprob[place] === null ? null : `ratio learner/engine ${Math.exp(logRatio(text, place)).toFixed(3)}`,
     `version ${text.version[place]}`,
-  ].join(" · ");
+  ].filter(Boolean).join(" · ");
 }
 
 function colorNote(tree, color, texts) {
@@ -122,7 +129,14 @@ function colorNote(tree, color, texts) {
       : "The tokenizer is neither in the run's model folder nor on this machine, so an answer " +
           "cannot be divided into its steps: this is that of the first leaf at or below this one.";
   }
-  if (color === "ratio") return RATIO_NOTE;
+  if (color === "ratio") {
+    if (tree.largest_log_ratio === null) return NO_RATIO_NOTE;
+    const full = Math.exp(fullLogRatio(tree)).toFixed(2);
+    return (
+      "Probability of the token under the learner, before it was trained on it, over that under the engine " +
+      `when it was sampled: orange below 1, blue above, full at 1/${full} and ${full}; without colour: not trained on.`
+    );
+  }
   if (color === "advantage") return "All tokens of a step have its advantage; without colour: not trained on.";
   if (color === "logprob") return "The stronger, the less likely the token was when it was sampled.";
   return color === "version" ? "The stronger, the newer the weights that sampled the token." : null;
@@ -144,6 +158,7 @@ function stepFacts(tree, index) {
     ["length", `${tree.length[index]} tokens`],
     ["ended", tree.stop[index].replaceAll("_", " ")],
     ["version", tree.newest_version[index] === null ? null : versions(tree, index)],
+    ["ratio", tree.mean_log_ratio[index] === null ? null : `${Math.exp(tree.mean_log_ratio[index]).toFixed(3)} learner/engine, geometric mean over its tokens`],
     ["mean log p", tree.mean_logprob[index] === null ? null : `${number(tree.mean_logprob[index], 3)} nats a token`],
   ]);
 }

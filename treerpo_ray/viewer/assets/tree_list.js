@@ -5,6 +5,7 @@ import { VERDICTS, diverging } from "./scales.js";
 
 const SHOWN = 100; // rows at a time
 const REDRAW_MS = 250;
+const AT_A_TIME = 4; // learner steps that are asked for
 const ORDERS = {
   mixed: ["most mixed first", (a, b) => mixed(b) - mixed(a)],
   ticket: ["by ticket", (a, b) => a.step - b.step || a.ticket - b.ticket],
@@ -68,16 +69,28 @@ class TreeList {
     this.list = element("div", { class: "tree-list", role: "list" });
     this.more = element("button", { type: "button", hidden: true, onclick: () => this.showMore() }, "show more");
     this.read = new Map(); // trees by learner step
+    this.found = new Map(); // by learner step what was found of the text, by ticket
+    this.foundFor = "";
     this.shown = SHOWN;
     this.reading = 0; // number of the newest request; older ones stop
+    this.isStopped = false;
+    this.stop = element("button", { type: "button", hidden: true, onclick: () => this.stopReading() }, "stop");
     this.drawnAt = 0;
+    this.timer = null; // of the next time
     const heading = element("h1", { class: "unseen-heading" }, "Trees");
-    this.parts = [heading, this.filters.root, this.count, this.list, this.more];
+    const told = element("div", { class: "told" }, this.count, this.stop);
+    this.parts = [heading, this.filters.root, told, this.list, this.more];
   }
 
   set(change) {
     this.shown = SHOWN;
     this.context.set({ ...this.context.query(), ...change });
+  }
+
+  stopReading() {
+    this.reading += 1;
+    this.isStopped = true;
+    this.draw();
   }
 
   showMore() {
@@ -93,39 +106,80 @@ class TreeList {
     return step === undefined ? steps.slice(-1) : [Number(step)];
   }
 
+  /** Whether all that is asked for of a learner step is here. */
+  isHere(step) {
+    return this.read.has(step) && (!this.foundFor || this.found.has(step));
+  }
+
+  /** Draw what has come, but not all the time. */
+  drawSoon() {
+    const wait = REDRAW_MS - (performance.now() - this.drawnAt);
+    if (wait <= 0) this.draw();
+    else this.timer ??= setTimeout(() => this.draw(), wait);
+  }
+
   draw() {
+    clearTimeout(this.timer);
+    this.timer = null;
     this.drawnAt = performance.now();
-    const trees = this.wanted().flatMap((step) => this.read.get(step) ?? []);
-    const passing = filtered(trees, this.context.query());
-    this.count.textContent = this.counted(passing.length, trees.length);
+    const trees = this.wanted().filter((step) => this.isHere(step)).flatMap((step) => this.read.get(step));
+    const found = this.foundFor ? trees.filter((tree) => this.textIn(tree)) : trees;
+    const passing = filtered(found, this.context.query());
+    const missing = this.wanted().filter((step) => !this.isHere(step)).length;
+    this.stop.hidden = !missing || this.isStopped;
+    this.count.replaceChildren(...this.counted(passing.length, trees.length, missing));
     const focused = document.activeElement?.getAttribute("href");
-    this.list.replaceChildren(listHead(), ...passing.slice(0, this.shown).map(treeRow));
+    this.list.replaceChildren(listHead(), ...passing.slice(0, this.shown).map((tree) => treeRow(tree, this.textIn(tree))));
     if (focused) this.list.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus();
     this.more.hidden = passing.length <= this.shown;
   }
 
-  counted(passing, all) {
-    if (!this.context.status().tree_steps.length) {
-      return "No trees are saved yet: the first come with the first learner step (metrics.save_trees_every).";
+  textIn(tree) {
+    return this.found.get(tree.step)?.get(tree.ticket);
+  }
+
+  counted(passing, all, missing) {
+    const numSaved = this.context.status().tree_steps.length;
+    if (!numSaved) {
+      return ["No trees are saved yet: the first come with the first learner step (metrics.save_trees_every)."];
     }
     const steps = this.wanted();
-    const missing = steps.filter((step) => !this.read.has(step)).length;
     const of = steps.length > 1 ? `${steps.length - missing} learner steps` : `learner step ${steps[0]}`;
-    return `${passing} of ${all} trees of ${of}${missing ? `; reading ${missing} more …` : ""}`;
+    const more = missing ? (this.isStopped ? `; stopped before ${missing} more` : `; reading ${missing} more …`) : "";
+    const text = this.foundFor ? ` have “${oneLine(this.foundFor, 60)}” in an answer` : "";
+    const told = [`${passing} of ${all} trees of ${of}${text}${more}`];
+    if (text && steps.length < numSaved) {
+      told.push(" ", element("a", { href: `#trees?${new URLSearchParams({ ...this.context.query(), step: "all" })}` }, `search all ${numSaved} steps`));
+    }
+    return told;
   }
 
   async apply() {
     this.filters.fill();
     const own = ++this.reading;
+    const { text = "" } = this.context.query();
+    if (text !== this.foundFor) this.found.clear();
+    this.foundFor = text;
+    this.isStopped = false;
     this.draw();
-    for (const step of this.wanted()) {
-      if (this.read.has(step)) continue;
-      const trees = await this.context.source.trees(step);
-      this.read.set(step, trees);
+    const missing = this.wanted().filter((step) => !this.isHere(step));
+    for (let first = 0; first < missing.length; first += AT_A_TIME) {
+      await Promise.all(missing.slice(first, first + AT_A_TIME).map((step) => this.readStep(step, text, own)));
       if (own !== this.reading) return;
-      if (performance.now() - this.drawnAt > REDRAW_MS) this.draw();
     }
     this.draw();
+  }
+
+  async readStep(step, text, own) {
+    const { source } = this.context;
+    const [trees, found] = await Promise.all([
+      this.read.get(step) ?? source.trees(step),
+      text ? source.search(step, text) : [],
+    ]);
+    if (own !== this.reading) return;
+    this.read.set(step, trees);
+    if (text) this.found.set(step, new Map(found.map((each) => [each.ticket, each])));
+    this.drawSoon();
   }
 
   refresh() {
@@ -133,13 +187,16 @@ class TreeList {
     const newest = steps.at(-1);
     for (const step of [...this.read.keys()]) {
       // A resume takes steps back, and does the newest once more.
-      if (step === newest || !steps.includes(step)) this.read.delete(step);
+      if (step !== newest && steps.includes(step)) continue;
+      this.read.delete(step);
+      this.found.delete(step);
     }
     return this.apply();
   }
 
   close() {
     this.reading += 1;
+    clearTimeout(this.timer);
   }
 
   key(event) {
@@ -174,7 +231,8 @@ class Filters {
         ["all", `all (${steps.length})`],
         ...steps.map((step) => [step, step]),
       ]),
-      this.input("problem", "q", { type: "search", placeholder: "question, answer or id  /" }),
+      this.input("problem", "q", { type: "search", placeholder: "question, reference or id  /" }),
+      this.input("text of an answer", "text", { type: "search", placeholder: "text, then Enter", maxlength: 1000 }, "onchange"),
       this.input("value from", "min", { ...share, placeholder: "0" }),
       this.input("to", "max", { ...share, placeholder: "1" }),
       this.input("error from", "se", { ...share, placeholder: "0" }),
@@ -188,12 +246,12 @@ class Filters {
     );
   }
 
-  input(label, name, attributes) {
+  input(label, name, attributes, event = "oninput") {
     const field = element("input", {
       name,
       value: this.context.query()[name] ?? "",
       ...attributes,
-      oninput: (event) => this.changed({ [name]: event.target.value || undefined }),
+      [event]: ({ target }) => this.changed({ [name]: target.value || undefined }),
     });
     return element("label", { class: "field" }, element("span", {}, label), field);
   }
@@ -210,19 +268,31 @@ export function listHead() {
   return element("div", { class: "tree-row list-head", "aria-hidden": true }, names.map((name) => element("span", {}, name)));
 }
 
-/** One tree as a line that leads to it. */
-export function treeRow(tree) {
+/** One tree as a line that leads to it, and to the answer in which a text was found, if one was. */
+export function treeRow(tree, found) {
+  const more = found ? `&${new URLSearchParams({ node: found.leaf, find: found.text })}` : "";
   const total = Object.values(tree.verdicts).reduce((sum, count) => sum + count, 0);
   const groups = tree.groups.kept + tree.groups.pruned + tree.groups.errored;
   return element(
     "a",
-    { href: `#tree?ref=${tree.step}:${tree.ticket}`, class: "tree-row", role: "listitem" },
+    { href: `#tree?ref=${tree.step}:${tree.ticket}${more}`, class: "tree-row", role: "listitem" },
     element("span", { class: "ref" }, `${tree.step}:${tree.ticket}`),
     element("span", { class: "value" }, gauge(tree.value, tree.se), element("span", {}, withError(tree.value, tree.se))),
     element("span", { class: "verdicts", title: verdictText(tree.verdicts) }, verdictBar(tree.verdicts, total)),
     element("span", { class: "counts" }, `${tree.groups.kept}/${groups} kept · depth ${tree.depth} · ${tree.num_steps} steps · ${short(tree.num_tokens)} tok`),
     element("span", { class: "problem", dir: "auto" }, oneLine(tree.question, 160)),
     element("span", { class: "answer", dir: "auto" }, oneLine(tree.answer, 40)),
+    found ? foundLine(found) : null,
+  );
+}
+
+function foundLine(found) {
+  const count = found.num_answers > 1 ? `${found.num_answers} answers` : "1 answer";
+  return element(
+    "span",
+    { class: "found-text" },
+    element("span", { class: "fact" }, `${count}: `),
+    element("span", { dir: "auto" }, oneLine(found.before), element("mark", {}, oneLine(found.text)), oneLine(found.after)),
   );
 }
 
@@ -256,5 +326,5 @@ function verdictText(verdicts) {
 
 /** A number of rows of the most mixed trees, for the overview. */
 export function mostMixed(trees, count) {
-  return [listHead(), ...filtered(trees, {}).slice(0, count).map(treeRow)];
+  return [listHead(), ...filtered(trees, {}).slice(0, count).map((tree) => treeRow(tree))];
 }

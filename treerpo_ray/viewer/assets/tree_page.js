@@ -2,7 +2,7 @@
 
 import { choice, element, oneLine, textBlock, withError } from "./dom.js";
 import { ROOT, drawTree, neighbour, pathTo } from "./drawing.js";
-import { STEP_COLORS, VERDICTS, diverging, largestAdvantage, strength } from "./scales.js";
+import { STEP_COLORS, VERDICTS, diverging, fullMeanLogRatio, largestAdvantage, strength } from "./scales.js";
 import { fillPanel } from "./step_panel.js";
 
 const LEAST_HEIGHT = 260; // of a drawing that is to fit the screen
@@ -262,6 +262,10 @@ function stepColors(tree) {
   return tree.ticket === null ? STEP_COLORS.slice(0, 1) : STEP_COLORS;
 }
 
+function fullRatio(tree) {
+  return Math.exp(fullMeanLogRatio(tree)).toFixed(3);
+}
+
 /** What colours and marks mean, in one line; the colours are those of `value` if none is named. */
 export function legend(color = "value", tree = null) {
   const bar = [0, 0.25, 0.5, 0.75, 1].map((share) => {
@@ -276,6 +280,7 @@ export function legend(color = "value", tree = null) {
   const [low, high] = {
     advantage: [`advantage \u2212${most}`, `+${most}`],
     logprob: ["likely", "unlikely (1 nat a token)"],
+    ratio: tree && [`mean ratio 1/${fullRatio(tree)}`, fullRatio(tree)],
     version: ["oldest", "newest weights"],
   }[color] ?? ["value 0", "1"];
   const verdicts = Object.entries(VERDICTS).slice(0, 4).map(([name, [glyph, text]]) =>

@@ -1,0 +1,94 @@
+"""The first page in a browser: a run that begins, what training fixed, curves."""
+
+import re
+from dataclasses import replace
+
+from omegaconf import OmegaConf
+
+from tests.support.small_run import answers_to, save_trees, worked_record, write_small_run
+from tests.support.viewer import PROBLEMS, WIDE, Screen, served
+from treerpo_ray.config import Config
+from treerpo_ray.config.sections import RunConfig
+from treerpo_ray.run_folder.files import RunFolder
+
+MOST_NODES, MOST_BYTES = 600, 190_000
+"""Of the first page and all that it loads, uncompressed."""
+
+
+def test_an_empty_run_says_what_will_come_and_then_shows_it(browser, tmp_path):
+    config = Config(run=RunConfig(name="live", root=str(tmp_path)))
+    folder = tmp_path / "live"
+    folder.mkdir()
+    OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+    with served(str(folder)) as address, Screen(browser, WIDE) as screen:
+        screen.open(address)
+        assert screen.texts(".note") == [
+            "No learner step is done yet: curves and trees appear here by themselves."
+        ]
+        screen.page.click("nav >> text=Before and after")
+        screen.wait("document.querySelector('.note')?.textContent.startsWith('No problem')")
+        run = RunFolder(str(folder))
+        for step in (0, 6):
+            run.publish_table(*answers_to(PROBLEMS[:2], step, [[f"#### {step // 3}"], ["#### 4"]]))
+        screen.wait("document.querySelectorAll('a.problem-row').length === 2")  # by itself
+        assert screen.texts("a.problem-row")[0].startswith("+1.00")
+        screen.page.click("nav >> text=Trees")
+        screen.wait("document.querySelector('.note')?.textContent.startsWith('No trees')")
+        save_trees(folder, 1, [worked_record(3)])
+        (folder / "metrics.jsonl").write_text('{"step": 1, "time": 1.0, "reward/mean": 0.25}\n')
+        screen.wait("document.querySelectorAll('a.tree-row').length === 1")  # by itself
+        assert "step 1 of 100" in screen.texts("#run-state")[0]
+        screen.page.keyboard.press("1")
+        screen.wait("document.querySelectorAll('.curve canvas').length === 1")
+        save_trees(folder, 2, [worked_record(4), worked_record(5)])
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 2, "time": 2.0, "reward/mean": 0.5, "loss/total": 0.1}\n')
+        screen.wait("document.querySelectorAll('.curve canvas').length === 2")
+        screen.wait("document.querySelectorAll('.newest a.tree-row').length === 2")
+        assert screen.texts(".change a.tree-row")[0].startswith("+1.00")
+
+
+def test_what_training_fixed_stands_first_and_one_click_shows_it(browser, addresses):
+    with Screen(browser, WIDE) as screen:
+        screen.open(addresses["fixed"])
+        assert screen.texts("h2")[0].startswith("Mistakes that training fixed")
+        assert screen.texts(".change .note")[0].startswith(
+            "Of 2 held-out problems, asked at learner steps 0 and 12 (4 sampled answers each), 1 "
+            "were mostly wrong and are mostly right now, 0 the other way round."
+        )
+        rows = screen.page.locator(".change a.tree-row")
+        assert rows.count() == 1 and "1+1=?" in rows.first.inner_text()
+        rows.first.click()
+        screen.wait("document.querySelectorAll('.compare-side .block.selected').length === 2")
+        before, after = screen.texts(".compare-side .block.selected")
+        assert "wrong" in before and "#### 3" in before
+        assert "right" in after and "#### 2" in after
+
+
+def test_the_first_page_asks_for_little_however_many_trees_there_are(browser, tmp_path):
+    folder = write_small_run(tmp_path)
+    for step in range(100, 140):
+        save_trees(folder, step, [replace(worked_record(5), ticket=n) for n in range(10)])
+    with served(folder) as address, Screen(browser, WIDE) as screen:
+        answers = []
+        screen.page.on("response", lambda answer: answers.append(answer))
+        screen.open(address)
+        screen.wait("document.querySelectorAll('.curve canvas').length > 5")
+        asked = sorted(answer.url.removeprefix(address) for answer in answers)
+        told = sum(len(answer.body()) for answer in answers)
+        assert [own for own in asked if own.startswith("api/")] == [
+            *("api/change?", "api/curves?", "api/status?", "api/trees?step=139"),
+        ]
+        assert told < MOST_BYTES
+        assert screen.page.locator("body *").count() < MOST_NODES
+
+
+def test_curves_have_the_evaluations_intervals(browser, addresses):
+    with Screen(browser, WIDE) as screen:
+        screen.open(addresses["small"])
+        captions = screen.texts(".curve figcaption")
+        assert "Pass@1 on held-out problems" in captions[1]
+        assert re.search(r"\d+\.\d % \[\d+\.\d %, \d+\.\d %\]$", captions[1].replace("\n", " "))
+        assert len(screen.texts("a.tree-row")) == 2
+        screen.page.locator(".curve .u-over").first.click(position={"x": 200, "y": 40})
+        screen.wait("location.hash.startsWith('#trees?step=')")
