@@ -12,7 +12,8 @@ from tests.support.small_run import (
 )
 from tests.support.viewer import PROBLEMS
 from treerpo_ray.run_folder.files import RunFolder
-from treerpo_ray.viewer.answers import evaluation_sightings, read_answers
+from treerpo_ray.study.problems import evaluation_sightings
+from treerpo_ray.viewer.answers import read_answers
 from treerpo_ray.viewer.page import write_page
 from treerpo_ray.viewer.reader import RunReader
 

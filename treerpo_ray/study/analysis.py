@@ -1,14 +1,15 @@
 """Analysis: a run folder as tables and trees, with neither Ray nor torch nor vLLM."""
 
 import json
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import TypedDict, TypeVar, cast
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float64, Int32
+from jaxtyping import Float32, Float64, Int32
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tokenizers import Tokenizer
@@ -17,7 +18,8 @@ from yaml import YAMLError
 from treerpo_ray.algo.advantage_errors import advantage_errors
 from treerpo_ray.algo.advantages import AdvantageForm, Form, has_baseline, step_advantages
 from treerpo_ray.algo.backup import Values, mean_backup
-from treerpo_ray.algo.groups import PruneRule, Pruning
+from treerpo_ray.algo.groups import PruneRule, Pruning, step_groups
+from treerpo_ray.algo.tree import ROOT, Tree
 from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.errors import one_line
 from treerpo_ray.metrics.run_log import EVENTS_FILE, METRICS_FILE, latest_rows
@@ -26,8 +28,13 @@ from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import CONFIG_FILE, MODEL_FOLDER, RunFolder
 
 TOKENIZER_FILE = "tokenizer.json"
+ShownT = TypeVar("ShownT")
 SECTIONS = ("run", "model", "gate", "learner")
 """Of the configuration, which are read here or by the viewer."""
+
+
+class NotThere(ValueError):
+    """A part of a run that it does not have (yet)."""
 
 
 class _Scheme(TypedDict):
@@ -45,13 +52,14 @@ class Run:
         folder: Path or URI.
 
     Raises:
-        ValueError: the folder is missing or holds no run; methods raise it for a part of the
-            run that is not there (yet).
+        ValueError: the folder is missing or holds no run; methods raise `NotThere` for a part of
+            the run that is not there (yet).
     """
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self._files = RunFolder(folder)
+        self._trees_of = lru_cache(1)(self._read_trees)
         self._baselines: dict[int, float] = {}
         self._tokenizer: Tokenizer | None = None
         if not self._files.exists(CONFIG_FILE):
@@ -78,21 +86,21 @@ class Run:
         """Metrics by learner step; a step that a resume repeated counts as it was done last."""
         rows = latest_rows(self._files)
         if not rows:
-            raise ValueError(f"{self.folder} has no step in its {METRICS_FILE} yet")
+            raise NotThere(f"{self.folder} has no step in its {METRICS_FILE} yet")
         return pd.DataFrame(rows).astype({"step": int}).set_index("step")
 
     def events(self) -> pd.DataFrame:
         """Events in order, with a time (UTC), a kind and a column for each field."""
         events = pd.DataFrame(self._files.read_lines(EVENTS_FILE))
         if events.empty:
-            raise ValueError(f"{self.folder} has no event in its {EVENTS_FILE} yet")
+            raise NotThere(f"{self.folder} has no event in its {EVENTS_FILE} yet")
         return events.assign(time=pd.to_datetime(events["time"], unit="s", utc=True))
 
     def evaluations(self) -> pd.DataFrame:
         """What the files in `eval/` hold, one row a file, by the file's name."""
         paths = self._files.glob("eval/*.json")
         if not paths:
-            raise ValueError(f"{self.folder} has no evaluation in eval/ yet")
+            raise NotThere(f"{self.folder} has no evaluation in eval/ yet")
         rows = [json.loads(self._files.read_bytes(path)) for path in paths]
         return pd.DataFrame(rows, index=pd.Index([Path(path).stem for path in paths], name="name"))
 
@@ -108,11 +116,16 @@ class Run:
         saved = self.tree_steps()
         if not saved or (step is not None and step not in saved):
             wanted = "any step" if step is None else f"step {step}"
-            raise ValueError(
+            raise NotThere(
                 f"{self.folder} has no trees of {wanted}; saved are those of {saved}, "
                 f"see metrics.save_trees_every"
             )
         step = saved[-1] if step is None else step
+        files = saved_trees.saved_files(self._files, step)
+        return self._trees_of(step, tuple(map(self._files.state, files)))
+
+    def _read_trees(self, step: int, states: tuple[str, ...]) -> list[TreeRecord]:
+        """`states` of the files, by which trees that were read once are those of the run still."""
         records = saved_trees.saved(self._files, step)
         newest = {r.ticket: r for r in sorted(records, key=lambda record: record.finished_at_s)}
         return [newest[ticket] for ticket in sorted(newest)]
@@ -120,12 +133,17 @@ class Run:
     def tree(self, step: int, ticket: int) -> TreeRecord:
         """The tree of one ticket that a learner step was trained on; the others are not read."""
         if (record := saved_trees.saved_tree(self._files, step, ticket)) is None:
-            raise ValueError(f"{self.folder} has no tree of ticket {ticket} at step {step}")
+            raise NotThere(f"{self.folder} has no tree of ticket {ticket} at step {step}")
         return record
 
     def values(self, record: TreeRecord) -> Values:
         """Backed-up value of each step and of the prompt."""
         return mean_backup(record.tree, record.rewards)
+
+    def version_before(self, step: int) -> int:
+        """Version of the learner that a learner step was made with."""
+        versions = self.metrics().get("version", pd.Series(dtype=float)).dropna()
+        return int(versions[versions.index < step].iloc[-1:].sum())
 
     def advantages(self, record: TreeRecord) -> Float64[np.ndarray, " steps"]:
         """Advantage of each step that the learner gave it or, if that was not saved, as this run
@@ -141,7 +159,7 @@ class Run:
             baselines = self.metrics().get("learner/baseline", pd.Series(dtype=float))
             self._baselines = baselines.dropna().to_dict()
         if step not in self._baselines:
-            raise ValueError(f"{self.folder} has no learner/baseline of step {step} yet")
+            raise NotThere(f"{self.folder} has no learner/baseline of step {step} yet")
         return float(self._baselines[step])
 
     def _scheme(self, record: TreeRecord) -> "_Scheme":
@@ -184,12 +202,23 @@ class Run:
     def tree_table(self, step: int | None = None) -> pd.DataFrame:
         """The steps of the trees of a learner step (the newest one if not given), a row a step.
 
-        `value_se` and `advantage_se` are the standard errors of `value` and `advantage`.
+        `value_se`, `change_se` and `advantage_se` are the standard errors of `value`, `change`
+        and `advantage`. `before` is the value of the parent or the prompt, `change` what the step
+        makes of it, and `weight` the share of the prompt's answers, drawn as the value counts
+        them, that go through the step. `end` counts the tokens from the prompt to the step's last
+        one, `surprisal` is the mean of -log p (nats) over the step's own tokens as they were
+        sampled, which estimates the entropy there without bias.
         """
         return pd.concat([self._steps(record) for record in self.trees(step)], ignore_index=True)
 
     def _steps(self, record: TreeRecord) -> pd.DataFrame:
         tree, values, advantages = record.tree, self.values(record), self.advantages(record)
+        before = np.append(values.steps, values.root)[tree.parents]  # ROOT = -1 is the last
+        weight, change_errors = np.ones(len(tree) + 1), np.full(len(tree), np.nan)
+        for group in step_groups(tree, values):  # shallow ones first
+            shares = weight[group.parents, None] / group.children.shape[-1]
+            weight[group.children] = shares
+            change_errors[group.children] = group.difference_errors
         leaves = dict(zip(tree.leaves, record.verdicts, strict=True))
         return pd.DataFrame(
             {
@@ -205,8 +234,14 @@ class Run:
                     leaves[index].value if index in leaves else None
                     for index in range(len(tree.steps))
                 ],
+                "end": tree.path_lengths,
+                "surprisal": -step_means(tree, tree.logprobs),
+                "before": before,
                 "value": values.steps,
                 "value_se": values.step_errors,
+                "change": values.steps - before,
+                "change_se": change_errors,
+                "weight": weight[:ROOT],
                 "advantage": advantages,
                 "advantage_se": self.advantage_errors(record),
                 "is_kept": ~np.isnan(advantages),
@@ -238,6 +273,24 @@ class Run:
         return None
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class Missing:
+    """Stands for what cannot be shown of a run."""
+
+    reason: str
+
+    def __repr__(self) -> str:
+        return self.reason
+
+
+def if_there(show: Callable[[Run], ShownT], run: Run) -> ShownT | Missing:
+    """What `show` makes of the run or, if that needs a part that the run does not have, why not."""
+    try:
+        return show(run)
+    except NotThere as missing:
+        return Missing(str(missing))
+
+
 def newest_run(root: str) -> str:
     """Folder of the run below the local folder `root` that was written last.
 
@@ -266,6 +319,17 @@ def path_changes(run: Run, record: TreeRecord, leaf: int) -> list[float]:
     values, path = run.values(record), record.tree.path(leaf)
     along = np.array([values.root, *values.steps[list(path)]])
     return np.nan_to_num(np.diff(along)).tolist()
+
+
+def step_means(
+    tree: Tree, of_tokens: Float32[np.ndarray, " tokens"]
+) -> Float64[np.ndarray, " steps"]:
+    """Mean over the tokens of each step; NaN for one without."""
+    means, has_tokens = np.full(len(tree), np.nan), tree.lengths > 0
+    if has_tokens.any():
+        sums = np.add.reduceat(of_tokens.astype(np.float64), tree.starts[has_tokens])
+        means[has_tokens] = sums / tree.lengths[has_tokens]
+    return means
 
 
 def _written_at(folder: Path) -> float:

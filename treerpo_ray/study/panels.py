@@ -29,9 +29,32 @@ PANELS = (
     ),
     Panel(title="step groups kept", lines={"": "groups/kept_share"}, is_share=True),
     Panel(title="loss", lines={"total": "loss/total", "policy": "loss/policy"}),
+    Panel(title="entropy of the learner (nats a token)", lines={"": "loss/entropy"}),
     Panel(title="engine against learner (nats a token)", lines={"": "mismatch/mean"}),
     Panel(title="KL to the reference (nats a token)", lines={"": "loss/kl"}),
     Panel(title="answer length (tokens)", lines={"training": "length/mean", "test": "eval/length"}),
     Panel(title="staleness (steps)", lines={"mean": "staleness/mean", "max": "staleness/max"}),
+    Panel(
+        title="of what is sampled",
+        lines={
+            "trained": "tokens/trained_share",
+            "cut off": "length/cut_off_share",
+            "duplicates": "groups/duplicate_share",
+        },
+        is_share=True,
+    ),
+    Panel(
+        title="values off the next sibling (calibration error)",
+        lines={"": "values/calibration_error"},
+    ),
+    Panel(
+        title="idle time",
+        lines={
+            "engines": "idle/engines_share",
+            "scoring": "idle/scoring_share",
+            "learner": "idle/learner_share",
+        },
+        is_share=True,
+    ),
     Panel(title="sampled tokens a second", lines={"": "tokens/per_s"}),
 )

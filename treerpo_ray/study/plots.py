@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from treerpo_ray.metrics.run_log import EVENTS_FILE
-from treerpo_ray.study.analysis import Run
+from treerpo_ray.study.analysis import NotThere, Run
 from treerpo_ray.study.panels import PANELS, Panel
 
 KEPT, PRUNED, GRID = "#2a6f97", "#b8c0c8", "#eceff1"
@@ -21,12 +21,12 @@ def plot_curves(run: Run) -> Figure:
     """The run's metrics by learner step; metrics that it does not have are left out.
 
     Raises:
-        ValueError: the run has no steps yet.
+        NotThere: the run has no steps yet.
     """
     metrics = run.metrics()
     panels = [panel for panel in PANELS if set(metrics) & set(panel.lines.values())]
     if not panels:
-        raise ValueError(f"{run.folder} has no metrics to draw yet")
+        raise NotThere(f"{run.folder} has no metrics to draw yet")
     figure, grid = figure_grid(len(panels), num_columns=3)
     for axes, panel in zip(grid, panels, strict=True):
         _draw_panel(axes, panel, metrics)
@@ -38,12 +38,12 @@ def plot_kept_by_depth(run: Run) -> Figure:
     """Left the step groups of the whole run by depth, right the share kept by learner step.
 
     Raises:
-        ValueError: the run has no steps yet, or none with step groups.
+        NotThere: the run has no steps yet, or none with step groups.
     """
     metrics = run.metrics()
     kept, pruned = _groups_by_depth(metrics)
     if kept.empty:
-        raise ValueError(f"{run.folder} has no metrics groups/kept_depth_... yet")
+        raise NotThere(f"{run.folder} has no metrics groups/kept_depth_... yet")
     figure, (bars, lines) = figure_grid(2, num_columns=2, height=3.0)
     num_kept = kept.sum()
     bars.bar(num_kept.index, num_kept, width=0.6, color=KEPT, label="kept")
@@ -65,12 +65,12 @@ def plot_pool(run: Run) -> Figure:
     """Nodes and engines above, trees in hand below, by the time since the first event (s).
 
     Raises:
-        ValueError: the run has no such events yet.
+        NotThere: the run has no such events yet.
     """
     events = run.events()
     pool = events[events["kind"] == "pool"]
     if pool.empty:
-        raise ValueError(f"{run.folder} has no event pool in its {EVENTS_FILE} yet")
+        raise NotThere(f"{run.folder} has no event pool in its {EVENTS_FILE} yet")
     pool = pool.set_index((pool["time"] - events["time"].iloc[0]).dt.total_seconds())
     pool = pool.assign(engines=pool["serving"] + pool["starting"] + pool["draining"])
     pool = pool.assign(trees=pool["growing"] + pool["waiting"])

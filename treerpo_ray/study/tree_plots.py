@@ -16,7 +16,7 @@ from matplotlib.font_manager import findfont, get_font
 from treerpo_ray.algo.backup import Values
 from treerpo_ray.algo.tree import ROOT, Tree
 from treerpo_ray.records import TreeRecord
-from treerpo_ray.study.analysis import Run, path_changes, worst_leaf
+from treerpo_ray.study.analysis import Run, most_mixed_tree, path_changes, worst_leaf
 from treerpo_ray.study.plots import KEPT, PRUNED, figure_grid
 from treerpo_ray.verifier.verdict import Verdict
 
@@ -49,12 +49,14 @@ class TreeView:
     """Of each leaf."""
 
 
-def plot_tree(run: Run, record: TreeRecord) -> Figure:
+def plot_tree(run: Run, record: TreeRecord | None = None) -> Figure:
     """The tree of a run with each step's text, value and, in kept step groups, advantage.
 
     A tree of more than MAX_LEAVES leaves is drawn open along one path only, the one that loses
-    most value; other steps say how many leaves they hide.
+    most value; other steps say how many leaves they hide. Without `record` it is, of the trees that
+    were trained on last, the one whose steps differ most in value.
     """
+    record = most_mixed_tree(run, run.trees()) if record is None else record
     view = TreeView(
         tree=record.tree,
         question=record.question,
@@ -85,11 +87,15 @@ def draw_tree(view: TreeView, opened: Set[int] | None = None) -> Figure:
     return figure
 
 
-def plot_value_along_path(run: Run, record: TreeRecord, leaf: int | None = None) -> Figure:
+def plot_value_along_path(
+    run: Run, record: TreeRecord | None = None, leaf: int | None = None
+) -> Figure:
     """Backed-up value from the prompt down to a leaf; the step that loses most is marked.
 
-    Grey dots are the siblings of each step. Without `leaf` it is the path with the largest loss.
+    Grey dots are the siblings of each step. Without `leaf` it is the path with the largest loss;
+    without `record` the tree is that of `plot_tree`.
     """
+    record = most_mixed_tree(run, run.trees()) if record is None else record
     tree, values, texts = record.tree, run.values(record), run.step_texts(record)
     leaf = worst_leaf(run, record) if leaf is None else leaf
     path, changes = tree.path(leaf), path_changes(run, record, leaf)
@@ -177,11 +183,17 @@ def _caption(view: TreeView, rows: dict[int, float], step: int) -> str:
 
 def _clipped(text: str) -> str:
     """The first lines of `text`, without characters that the font cannot draw."""
-    known = "".join(char if char in _known_chars() else "·" for char in text.strip("\n"))
-    lines = [part for line in known.split("\n") for part in textwrap.wrap(line, LINE_CHARS)]
+    lines = [
+        part for line in drawable(text).split("\n") for part in textwrap.wrap(line, LINE_CHARS)
+    ]
     if len(lines) > MAX_LINES:
         lines[MAX_LINES - 1] = lines[MAX_LINES - 1][: LINE_CHARS - 1] + "…"
     return "\n".join(lines[:MAX_LINES])
+
+
+def drawable(text: str) -> str:
+    """`text` without the lines' ends around it; a dot for each character that FONT cannot draw."""
+    return "".join(char if char in _known_chars() else "·" for char in text.strip("\n"))
 
 
 @cache

@@ -11,7 +11,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from treerpo_ray.viewer.answers import Change
+from treerpo_ray.study.problems import Change
 from treerpo_ray.viewer.reader import RunReader
 from treerpo_ray.viewer.server import ASSETS
 from treerpo_ray.viewer.tree_list import TreeSummary

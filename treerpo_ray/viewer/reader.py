@@ -15,20 +15,20 @@ from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder, named_folder
 from treerpo_ray.study.analysis import Run
-from treerpo_ray.viewer.answers import (
-    Answers,
+from treerpo_ray.study.problems import (
     Change,
     Problem,
     Sighting,
     change_between,
+    evaluated_steps,
     evaluation_file,
     evaluation_sightings,
     met_again,
-    read_answers,
     tree_sightings,
 )
+from treerpo_ray.viewer.answers import Answers, read_answers
 from treerpo_ray.viewer.search import Found, trees_with
-from treerpo_ray.viewer.status import Curves, Status, curves_of, evaluated_steps, read_status
+from treerpo_ray.viewer.status import Curves, Status, curves_of, read_status
 from treerpo_ray.viewer.step_text import StepText, holding, step_text
 from treerpo_ray.viewer.tree_list import TreeSummary, summaries
 from treerpo_ray.viewer.tree_view import TreeView, trained_tree

@@ -8,6 +8,7 @@ from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import WHOLE_MODEL, RunFolder
 from treerpo_ray.study.analysis import Run
 from treerpo_ray.study.panels import PANELS, Panel
+from treerpo_ray.study.problems import evaluated_steps
 
 LOCAL_POLL_S, STORE_POLL_S = 2, 20
 """Time between two looks at a run, which in an object store cost money."""
@@ -88,9 +89,3 @@ def curves_of(rows: Sequence[Row]) -> Curves:
 
 def _series(rows: Sequence[Row], name: str) -> list[float | None]:
     return [row.get(name) for row in rows]
-
-
-def evaluated_steps(folder: RunFolder) -> list[int]:
-    """Learner steps whose evaluation has its answers saved, ascending."""
-    files = folder.glob("eval/step=*.parquet")
-    return sorted(int(file.rpartition("=")[2].removesuffix(".parquet")) for file in files)

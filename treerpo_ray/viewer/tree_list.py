@@ -14,6 +14,7 @@ from treerpo_ray.algo.groups import GroupState, Pruning
 from treerpo_ray.algo.tree import Tree
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
+from treerpo_ray.study.problems import MAX_QUESTION
 from treerpo_ray.viewer.credit import group_states
 
 COLUMNS = (
@@ -21,8 +22,6 @@ COLUMNS = (
     *("root_value", "root_se", "value", "value_se", "advantage"),
 )
 """All that is read; a tree of the paper's takes 20 kB of them, of 3 MB."""
-MAX_QUESTION = 300
-"""Characters of a question in the list."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

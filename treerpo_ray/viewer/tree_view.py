@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from treerpo_ray.algo.tree import Tree
 from treerpo_ray.records import TreeRecord
-from treerpo_ray.study.analysis import Run
+from treerpo_ray.study.analysis import Run, step_means
 from treerpo_ray.viewer.credit import credit_of
 from treerpo_ray.viewer.step_text import beginnings
 
@@ -94,8 +94,8 @@ def trained_tree(run: Run, tokenizer: Tokenizer | None, record: TreeRecord, step
         verdict=leaf_verdicts(record),
         oldest_version=_versions(tree, np.minimum, has_tokens),
         newest_version=_versions(tree, np.maximum, has_tokens),
-        mean_logprob=_means(tree, tree.logprobs, has_tokens),
-        mean_log_ratio=_means(tree, log_ratios, has_tokens),
+        mean_logprob=step_means(tree, tree.logprobs),
+        mean_log_ratio=step_means(tree, log_ratios),
         largest_log_ratio=float(np.nanmax(np.abs(log_ratios), initial=-np.inf)),
         text=tuple(beginnings(tokenizer, record)),
         has_texts=tokenizer is not None,
@@ -128,14 +128,3 @@ def log_ratios_of(record: TreeRecord) -> Float32[np.ndarray, " tokens"]:
     if record.training is None:
         return np.full(len(record.tree.token_ids), np.nan, np.float32)
     return record.training.logprobs - record.tree.logprobs
-
-
-def _means(
-    tree: Tree, of_tokens: Float32[np.ndarray, " tokens"], has_tokens: Bool[np.ndarray, " steps"]
-) -> Float64[np.ndarray, " steps"]:
-    """Mean over the tokens of each step; NaN for one without."""
-    means = np.full(len(tree), np.nan)
-    if has_tokens.any():
-        sums = np.add.reduceat(of_tokens.astype(np.float64), tree.starts[has_tokens])
-        means[has_tokens] = sums / tree.lengths[has_tokens]
-    return means
