@@ -1,8 +1,11 @@
 import ast
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from tests.support.notebooks import (
     BY_HAND,
@@ -10,16 +13,78 @@ from tests.support.notebooks import (
     NOTEBOOKS,
     READ_A_RUN,
     complaints,
+    evaluate,
     execute,
     shown,
 )
-from tests.support.small_run import write_small_run
+from tests.support.records import some_training
+from tests.support.small_run import (
+    NUM_STEPS,
+    answers_to,
+    save_trees,
+    worked_record,
+    write_small_run,
+)
+from tests.support.viewer import PROBLEMS
+from treerpo_ray.run_folder.files import RunFolder
+from treerpo_ray.study.analysis import Missing
+
+TREES, ANSWERS = "has no trees of any step", "has no two evaluations with answers"
+TRAINING = "has trees without what the learner made of their tokens"
 
 
-def test_a_run_is_shown_in_four_figures_and_two_tables(tmp_path: Path) -> None:
-    executed = execute(READ_A_RUN, TREERPO_RUN=write_small_run(tmp_path))
-    assert (shown(executed, "image/png"), shown(executed, "text/html")) == (4, 2)
+def test_a_run_is_shown_in_ten_figures_and_three_tables(tmp_path: Path) -> None:
+    folder = write_small_run(tmp_path)
+    record = worked_record(8)
+    save_trees(folder, NUM_STEPS + 1, [replace(record, training=some_training(record.tree))])
+    for step, right in ((0, "#### 3"), (NUM_STEPS, "#### 2")):
+        RunFolder(folder).publish_table(*answers_to(PROBLEMS[:1], step, [[right]]))
+    executed = execute(READ_A_RUN, TREERPO_RUN=folder)
+    assert (shown(executed, "image/png"), shown(executed, "text/html")) == (10, 3)
     assert complaints(executed) == []
+
+
+def bare_run(root: Path, lacking: str) -> str:
+    """A run without a part of what a run has."""
+    folder = Path(write_small_run(root))
+    rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    match lacking:
+        case "trees and evaluations":
+            shutil.rmtree(folder / "trees")
+            shutil.rmtree(folder / "eval")
+            kept = [json.loads(row) for row in rows]
+            kept = [{k: v for k, v in row.items() if "eval" not in k} for row in kept]
+            rows = [json.dumps(row) + "\n" for row in kept]
+        case "a second step":
+            rows = rows[:2]
+            shutil.rmtree(folder / "trees")
+            save_trees(folder, 1, [worked_record()])
+        case "any step":
+            rows = []
+            shutil.rmtree(folder / "trees")
+    (folder / "metrics.jsonl").write_text("".join(rows))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "told"),
+    [
+        ("trees and evaluations", [*[TREES] * 8, ANSWERS]),
+        ("a second step", [TRAINING, ANSWERS]),
+        ("any step", ["has no step in", "has no step in", "has no step in", *[TREES] * 8, ANSWERS]),
+    ],
+)
+def test_what_a_run_lacks_is_told_in_place_of_its_figure(
+    lacking: str, told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TREERPO_RUN", bare_run(tmp_path, lacking))
+    found = evaluate(READ_A_RUN)
+    for figure in (one for one in found if isinstance(one, Figure)):
+        figure.draw_without_rendering()
+    reasons = [repr(one) for one in found if isinstance(one, Missing)]
+    assert len(found) == 13 and len(reasons) == len(told)
+    for part in set(told):
+        assert sum(part in reason for reason in reasons) == told.count(part)
 
 
 def test_a_tree_is_followed_by_hand_from_its_question_to_its_update() -> None:

@@ -1,5 +1,7 @@
 """The notebooks, as a user runs them."""
 
+import ast
+import json
 import os
 from pathlib import Path
 
@@ -19,6 +21,20 @@ def execute(path: Path, **environment: str) -> nbformat.NotebookNode:
     where = {"metadata": {"path": str(path.parent)}}
     NotebookClient(notebook, timeout=600, resources=where).execute(env=env)
     return notebook
+
+
+def evaluate(path: Path) -> list[object]:
+    """What the cells of a notebook end in, in this process and without a kernel."""
+    names: dict[str, object] = {}
+    found = []
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            source = ast.parse("".join(cell["source"]).replace("%matplotlib", "# "))
+            last = source.body.pop() if isinstance(source.body[-1], ast.Expr) else None
+            exec(compile(source, path.name, "exec"), names)
+            if isinstance(last, ast.Expr):
+                found.append(eval(compile(ast.Expression(last.value), path.name, "eval"), names))
+    return found
 
 
 def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:

@@ -20,6 +20,7 @@ from treerpo_ray.study.findings import (
     decided_by_depth,
     group_table,
     mismatch_by_staleness,
+    with_value,
     worst_losses,
 )
 from treerpo_ray.study.plots import KEPT, LINES, PRUNED, figure_grid
@@ -29,12 +30,13 @@ OUTCOME_COLORS = dict(zip(OUTCOMES, (KEPT, "#a9d5e6", "#f6c1b1", PRUNED, "#33333
 LINE_CHARS, MAX_LINES, MAX_ANSWERS = 56, 12, 4
 """Of an answer's text, and answers that are shown of a problem."""
 LINE_INCHES = 0.16
+MAX_BINS = 24
 
 
 def plot_losses(run: Run) -> Figure:
     """Left where wrong answers lost most value, right at which depth it is decided what becomes of
     an answer."""
-    table = run.tree_table()
+    table = with_value(run.tree_table())
     losses, decided = worst_losses(table), decided_by_depth(table)
     figure, (left, right) = figure_grid(2, num_columns=2, height=3.0)
     depths = [0, *decided.index]
@@ -108,7 +110,8 @@ def plot_entropy_and_length(run: Run) -> Figure:
     kinds = (("right", is_right, KEPT, -0.18), ("wrong", ~is_right, LOST, 0.18))
     figure, (left, right) = figure_grid(2, num_columns=2, height=3.0)
     ends = table.loc[table["is_leaf"], "end"]
-    bins = np.linspace(ends.min() - 0.5, ends.max() + 0.5, 24) if len(ends) else 1
+    width = max(1, np.ptp(ends) // MAX_BINS) if len(ends) else 1
+    bins = np.arange(ends.min(), ends.max() + 2 * width, width) - 0.5 if len(ends) else 1
     for label, chosen, color, shift in kinds:
         own = table[chosen & (table["length"] > 0)]
         nats = (own["surprisal"] * own["length"]).groupby(own["depth"]).sum()
@@ -120,6 +123,7 @@ def plot_entropy_and_length(run: Run) -> Figure:
     left.set(xlabel="depth", xticks=sorted(table["depth"].unique()))
     _title(left, "entropy (nats a token): mean \N{MINUS SIGN}log p of what was sampled")
     right.set(xlabel="tokens")
+    right.margins(x=0.5 if len(ends) and ends.min() == ends.max() else 0.05)
     right.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     _title(right, "length of the answers")
     for axes in (left, right):
@@ -172,7 +176,7 @@ def _draw_answer(axes: Axes, answer: Answer, text: str, row: float) -> None:
         row,
         text,
         va="top",
-        size=7.5,
+        size=8.5,
         family=FONT,
         parse_math=False,
         bbox={

@@ -53,11 +53,16 @@ def decisive_steps(run: Run, count: int = 8, step: int | None = None) -> pd.Data
     )
 
 
+def with_value(table: pd.DataFrame) -> pd.DataFrame:
+    """The steps of those trees whose prompt has a value."""
+    known = table.loc[(table["depth"] == 1) & table["before"].notna(), "ticket"]
+    return table[table["ticket"].isin(known)]
+
+
 def decided_by_depth(table: pd.DataFrame) -> pd.Series:
     """Share of the reward's variance, summed over trees, that is decided at each depth; NaN if
     nothing is, as every tree's answers are alike. Trees without a value are left out."""
-    valued = table.groupby("ticket")["before"].transform("first").notna()
-    own = table[valued]
+    own = with_value(table)
     by_depth = (own["weight"] * own["change"] ** 2).groupby(own["depth"]).sum()
     return by_depth / (by_depth.sum() or np.nan)
 
@@ -65,9 +70,10 @@ def decided_by_depth(table: pd.DataFrame) -> pd.Series:
 def worst_losses(table: pd.DataFrame) -> pd.DataFrame:
     """Where each answer that is mostly wrong (reward below 1/2) lost most value, a row an answer:
     its `ticket`, its leaf (`step`), the `depth` of the step on its path with the largest loss and
-    the `loss`. Depth 0: no step lost anything, as its tree has no better answer."""
+    the `loss`. Depth 0: no step lost anything, as its tree has no better answer. Trees without a
+    value are left out."""
     rows = []
-    for ticket, tree in table.groupby("ticket"):
+    for ticket, tree in with_value(table).groupby("ticket"):
         worst = {-1: (0.0, 0)}  # loss and depth, by step; parents come before their children
         columns = ("step", "parent", "depth", "change", "value", "is_leaf")
         for step, parent, depth, change, value, is_leaf in zip(

@@ -35,7 +35,7 @@ PANELS = (
     Panel(title="answer length (tokens)", lines={"training": "length/mean", "test": "eval/length"}),
     Panel(title="staleness (steps)", lines={"mean": "staleness/mean", "max": "staleness/max"}),
     Panel(
-        title="of what is sampled",
+        title="shares of what was sampled",
         lines={
             "trained": "tokens/trained_share",
             "cut off": "length/cut_off_share",
