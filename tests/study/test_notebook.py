@@ -69,9 +69,9 @@ def bare_run(root: Path, lacking: str) -> str:
 @pytest.mark.parametrize(
     ("lacking", "told"),
     [
-        ("trees and evaluations", [*[TREES] * 8, ANSWERS]),
+        ("trees and evaluations", [*[TREES] * 9, ANSWERS]),
         ("a second step", [TRAINING, ANSWERS]),
-        ("any step", ["has no step in", "has no step in", "has no step in", *[TREES] * 8, ANSWERS]),
+        ("any step", ["has no step in", "has no step in", "has no step in", *[TREES] * 9, ANSWERS]),
     ],
 )
 def test_what_a_run_lacks_is_told_in_place_of_its_figure(

@@ -121,7 +121,8 @@ class Run:
                 f"see metrics.save_trees_every"
             )
         step = saved[-1] if step is None else step
-        files = saved_trees.saved_files(self._files, step)
+        if not (files := saved_trees.saved_files(self._files, step)):
+            raise NotThere(f"{self.folder} has no file of trees of step {step} yet")
         return self._trees_of(step, tuple(map(self._files.state, files)))
 
     def _read_trees(self, step: int, states: tuple[str, ...]) -> list[TreeRecord]:
