@@ -16,7 +16,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job has only a working folder
 
 from treerpo_ray.errors import run_command
-from treerpo_ray.study.comparison import read_comparison, read_results
 
 
 def compare(arguments: list[str]) -> int:
@@ -24,6 +23,7 @@ def compare(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(__doc__)
         return 0
+    from treerpo_ray.study.comparison import read_comparison, read_results
     from treerpo_ray.study.comparison_curves import write_plot
     from treerpo_ray.study.comparison_report import print_table, report
     from treerpo_ray.study.runner import Trials

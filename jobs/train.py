@@ -30,6 +30,8 @@ def train(arguments: list[str]) -> int:
 
     console, others = console_for(arguments)
     own = [argument for argument in others if argument != "--dry-run"]
+    if not own:
+        raise ValueError("name a configuration, such as conf/quickstart.yaml; --help tells more")
     with console.stage("loading the libraries"):
         from treerpo_ray.config.files import load
 
@@ -63,7 +65,7 @@ def train(arguments: list[str]) -> int:
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit status."""
-    stopped = "stopped at once; the same command goes on from the last checkpoint"
+    stopped = "stopped at once; the same command goes on from the last checkpoint, if there is one"
     return run_command(train, arguments, stopped=stopped)
 
 

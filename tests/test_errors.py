@@ -1,5 +1,7 @@
 """What a command makes of an error."""
 
+from importlib.metadata import PackageNotFoundError
+
 import pytest
 
 from treerpo_ray.errors import STOPPED, RunFailed, run_command
@@ -34,3 +36,18 @@ def test_what_nobody_foresaw_keeps_its_trace() -> None:
 
     with pytest.raises(LookupError):
         run_command(command, [])
+
+
+def test_a_python_without_the_project_is_told_where_one_is(capsys, monkeypatch) -> None:
+    def command(arguments: list[str]) -> int:
+        raise ModuleNotFoundError("No module named 'rich'", name="rich")
+
+    assert run_command(command, []) == 2
+    assert capsys.readouterr().err == "error: No module named 'rich'\n"
+
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("treerpo_ray.errors.version", version)
+    assert run_command(command, []) == 2
+    assert "has not what the project needs; bash jobs/quickstart.sh" in capsys.readouterr().err

@@ -1,14 +1,25 @@
 """A verifier that fails too often ends the run, and noise turns verdicts over at its rates."""
 
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from tests.support.project import ROOT as PROJECT
 from tests.support.records import make_record
 from tests.support.trees import make_tree
 from treerpo_ray.algo.tree import ROOT
-from treerpo_ray.scoring import MIN_ANSWERS, WINDOW, ErrorShare, VerifierFailing, add_noise
+from treerpo_ray.config import load
+from treerpo_ray.prompts.prompt_set import load_tokenizer
+from treerpo_ray.scoring import (
+    MIN_ANSWERS,
+    WINDOW,
+    ErrorShare,
+    Scorer,
+    VerifierFailing,
+    add_noise,
+)
 from treerpo_ray.verifier.verdict import Answer, Verdict
 
 GOOD = Answer(text="4", references=("4",), is_cut_off=False)
@@ -56,6 +67,27 @@ def test_the_message_is_one_printable_line_with_count_share_key_and_examples() -
     )
     assert r"\x1b[2J\nend' to question '2+2?' with reference '4, 5'" in message
     assert message.isprintable() and len(message) < 1500
+
+
+def test_what_a_check_raised_is_told_with_the_end_of_the_run(tmp_path) -> None:
+    check = tmp_path / "my_reward.py"
+    check.write_text(
+        "def check_answer(text, references):\n"
+        "    if text != '4':\n"
+        "        raise KeyError('nope')\n"
+        "    return 1\n\n\n"
+        "SELF_TEST = [('4', ['4'], 1)]\n"
+    )
+    config = load([f"verifier.check={check}", "verifier.max_error_share=0.1"])
+    tokenizer = load_tokenizer(str(PROJECT / "treerpo_ray/quickstart/model"), False)
+    many = MIN_ANSWERS // 10 + 5
+    record = make_record(make_tree([ROOT] * many, lengths=[1] * many), ())
+    told: list[str] = []
+    with closing(Scorer(config.verifier, tokenizer, on_fault=told.append)) as scorer:
+        failing = r"allows; a check raised \"KeyError: 'nope'\"; errored: answer "
+        with pytest.raises(VerifierFailing, match=failing):
+            scorer.score([record])
+    assert len(told) == 1 and told[0].strip().endswith("KeyError: 'nope'")
 
 
 RIGHT, WRONG, CUT_OFF, ERRORED = Verdict.CORRECT, Verdict.WRONG, Verdict.CUT_OFF, Verdict.ERRORED

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 
 from treerpo_ray.stop import STOPPED, ended_at_once
 
@@ -45,6 +46,20 @@ class UserCodeError(ValueError):
         return f"{self.message}\n{self.trace}" if self.trace else self.message
 
 
+def _remedy(error: BaseException) -> str:
+    """What helps where a package is missing because this Python is not that of the project."""
+    if not isinstance(error, ModuleNotFoundError):
+        return ""
+    try:
+        version("treerpo_ray")
+    except PackageNotFoundError:
+        return (
+            f": {sys.executable} has not what the project needs; bash jobs/quickstart.sh makes "
+            ".venv, and `source .venv/bin/activate` takes it"
+        )
+    return ""
+
+
 def run_command(
     command: Callable[[list[str]], int], arguments: list[str], *, stopped: str = "stopped"
 ) -> int:
@@ -65,7 +80,7 @@ def run_command(
         with ended_at_once():
             return command(arguments)
     except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{_remedy(error)}", file=sys.stderr)
         return 2
     except RunFailed as error:
         print(without_ids(f"failed: {error}"), file=sys.stderr)

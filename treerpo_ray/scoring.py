@@ -40,6 +40,8 @@ class ErrorShare:
         self.max_share = max_share
         self._has_failed: deque[bool] = deque(maxlen=WINDOW)
         self._examples: deque[str] = deque(maxlen=NUM_EXAMPLES)
+        self.fault = ""
+        """What a check raised last, on one line."""
 
     def add(self, question: str, answer: Answer, verdict: Verdict) -> None:
         """Count one answer.
@@ -59,7 +61,9 @@ class ErrorShare:
             raise VerifierFailing(
                 f"the verifier failed on {num_failed} of the last {num} answers "
                 f"({num_failed / num:.0%}), more than verifier.max_error_share="
-                f"{self.max_share:g} allows; " + "; ".join(self._examples)
+                f"{self.max_share:g} allows; "
+                + (f"a check raised {_shown(self.fault)}; " if self.fault else "")
+                + "; ".join(self._examples)
             )
 
 
@@ -114,16 +118,21 @@ class Scorer:
     ) -> None:
         self.tokenizer = tokenizer
         self.weights = tuple(settings.weights.values())
+        self.error_share = ErrorShare(settings.max_error_share)
+
+        def tell(reason: str) -> None:
+            self.error_share.fault = reason.strip().rpartition("\n")[2]
+            on_fault(reason)
+
         self._ending = ExitStack()
         with self._ending:  # what was started ends where another fails
             self.verifiers = [
                 self._ending.enter_context(each)
-                for each in make_verifiers(settings, on_start=on_start, on_fault=on_fault)
+                for each in make_verifiers(settings, on_start=on_start, on_fault=tell)
             ]
             for verifier in self.verifiers:
                 verifier.self_test()
             self._ending = self._ending.pop_all()
-        self.error_share = ErrorShare(settings.max_error_share)
 
     def score(self, records: list[TreeRecord]) -> list[TreeRecord]:
         """The same trees with texts and verdicts; all leaves are graded in one go.

@@ -224,6 +224,16 @@ def test_a_missing_file_is_told_with_the_folder_it_was_looked_for_in(
     assert mistake("gone.yaml") == f"gone.yaml: no such configuration file in {tmp_path}"
 
 
+def test_a_file_of_the_project_is_found_from_anywhere_unless_one_of_that_name_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load(["conf/quickstart.yaml"]).run.name == "quickstart"
+    (tmp_path / "conf").mkdir()
+    write(tmp_path, "conf/quickstart.yaml", "run: {name: mine}\n")
+    assert load(["conf/quickstart.yaml"]).run.name == "mine"
+
+
 def test_an_argument_that_is_neither_file_nor_override_is_refused() -> None:
     assert mistake("run") == "run: neither a .yaml file nor an override section.key=value"
 

@@ -11,7 +11,9 @@ from treerpo_ray.driver.outcome import RunResult, describe_outcome, summary_json
 def result(**fields: float | None) -> RunResult:
     before = replace(EVALUATION, pass_at_1=0.25, reward=fields["before"])
     after = replace(EVALUATION, pass_at_1=0.5, reward=fields["after"])
-    return RunResult(before=before, after=after, sampled_tokens=9, seconds=1.0, is_complete=True)
+    return RunResult(
+        before=before, after=after, sampled_tokens=9, seconds=1.0, num_updates=3, is_complete=True
+    )
 
 
 def test_with_partial_credit_the_mean_reward_stands_before_the_share_of_whole_rewards() -> None:
@@ -26,3 +28,10 @@ def test_with_partial_credit_the_mean_reward_stands_before_the_share_of_whole_re
     told = json.loads(summary_json(Config(), part))
     assert (told["reward_before"], told["reward_after"]) == (0.25, 0.625)
     assert (told["pass_at_1_before"], told["pass_at_1_after"]) == (0.25, 0.5)
+
+
+def test_what_was_evaluated_has_its_name_and_a_run_without_an_update_says_so() -> None:
+    plain = result(before=None, after=None)
+    assert " on 1 problems of held.jsonl (" in describe_outcome(Config(), plain)
+    told = describe_outcome(Config(), replace(plain, num_updates=0))
+    assert told.startswith("nothing was learned, with 9 sampled tokens and ") and "Pass" not in told

@@ -181,6 +181,22 @@ def test_what_is_hardly_ever_meant_is_a_line_with_what_is_usual() -> None:
         assert line.startswith(override.partition("=")[0]) and told in line
 
 
+def test_an_evaluation_that_asks_something_else_or_what_is_trained_is_unusual(tmp_path) -> None:
+    rows = [{"question": f"{n}+1=?", "answer": f"{n + 1}"} for n in range(6)]
+    for name, own in (("train", rows[:4]), ("test", rows[3:])):
+        text = "".join(json.dumps(row) + "\n" for row in own)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    trained = f"prompts.path={tmp_path}/train.jsonl"
+    assert plan(trained)["unusual"].startswith(
+        "evaluate.data.path=quickstart:test: evaluated is the small task, not what is trained on"
+    )
+    assert plan(trained, f"evaluate.data.path={tmp_path}/test.jsonl")["unusual"] == (
+        "evaluate.data.path: 1 of its 3 problems are trained on, too; what comes out tells little "
+        "of new ones"
+    )
+    assert "unusual" not in plan(trained, "evaluate.data.path=''")
+
+
 def test_a_budget_of_tokens_that_no_step_fills_says_so() -> None:
     """A worker has 6 trees of 32 + 332 tokens in each of its two optimizer steps."""
     assert "pass" not in plan("learner.token_budget=2184")

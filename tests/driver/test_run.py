@@ -12,11 +12,14 @@ import ray.train
 import rich.console
 
 from tests.support.thread_actors import Handle, without_ray
-from treerpo_ray.config import Config
+from treerpo_ray.config import Config, load
 from treerpo_ray.config.sections import LearnerConfig, RunConfig
+from treerpo_ray.driver.plan import Inputs
+from treerpo_ray.driver.run import run
 from treerpo_ray.driver.train_group import TrainGroup, restart_wait_s
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.run_log import Event
+from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.run_folder.patience import DiskRefused
 
 
@@ -124,3 +127,20 @@ def test_a_run_that_is_told_to_stop_is_not_started_again() -> None:
         with pytest.raises(KeyboardInterrupt):
             fit(groups, max_failures=5, is_stopping=lambda looks=looks: next(looks))
         assert 3 - len([*groups]) == min(asked_at, 1)
+
+
+def test_a_run_that_has_a_checkpoint_says_from_which_step_it_goes_on(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "ray://nowhere:10001")  # which is refused after that
+    config = load([f"run.root={tmp_path}", "run.name=mine", "evaluate.data.path=''"])
+    nothing = PromptSet(problems=(), token_ids=(), num_too_long=0)
+    inputs = Inputs(prompts=nothing, held_out=None, delimiters=())
+    for step in (None, 2, 14):
+        if step is not None:
+            folder = tmp_path / f"mine/checkpoints/step={step:06d}"
+            folder.mkdir(parents=True)
+            (folder / "files.json").write_text("{}")
+        console, shown = make_console()
+        with pytest.raises(ValueError, match="ray://"):
+            run(config, inputs, console)
+        told = f"the run goes on from its checkpoint of learner step {step}"
+        assert (told in shown.getvalue()) == (step is not None)

@@ -233,6 +233,12 @@ def test_a_users_mistake_is_one_clear_line(
     assert lines[-1].startswith("error: ") and expected in lines[-1]
 
 
+def test_a_training_of_nothing_asks_for_a_configuration(script: ModuleType, capsys) -> None:
+    assert script.main(["--dry-run"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == "error: name a configuration, such as conf/quickstart.yaml; --help tells more"
+
+
 @pytest.mark.ray
 def test_a_run_that_the_cluster_cannot_hold_says_what_is_missing(tmp_path: Path) -> None:
     many = ("engine.num_engines=99", "engine.kv_cache_gib=0.01")  # which its memory would hold

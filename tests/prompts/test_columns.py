@@ -47,7 +47,13 @@ def test_the_top_level_column_of_a_column_is_the_longest_name() -> None:
 
 def test_a_column_that_is_not_there_is_told_with_what_there_is() -> None:
     told = unknown_column("questoin", "question_column", "prompts", list(ROW), [ROW])
-    assert told.startswith("no column 'questoin' (question_column); did you mean 'question'? ")
+    assert told.startswith(
+        "no column 'questoin' (question_column); did you mean prompts.question_column=question? "
+    )
+    taken = unknown_column(
+        "questoin", "question_column", "prompts", list(ROW), [ROW], taken=["question"]
+    )
+    assert "did you mean" not in taken
     assert told.endswith("prompts.question_column=messages reads the chats that are there")
     told = unknown_column("answer", "answer_column", "evaluate.data", list(ROW), [ROW])
     assert "in them: reward_model.style, reward_model.ground_truth, " in told

@@ -260,11 +260,15 @@ def test_a_corrupt_file_is_one_line_with_the_key_the_file_and_the_row(tmp_path, 
     [
         (
             {"question_column": "questoin"},
-            "no column 'questoin' (question_column); did you mean 'question'? "
-            "columns: question, answer, name",
+            "no column 'questoin' (question_column); did you mean "
+            "prompts.question_column=question? columns: question, answer, name",
         ),
         ({"answer_column": "zzz"}, "no column 'zzz' (answer_column); columns: question,"),
-        ({"id_column": "nam"}, "no column 'nam' (id_column); did you mean 'name'? "),
+        (
+            {"id_column": "nam"},
+            "no column 'nam' (id_column); did you mean prompts.id_column=name? ",
+        ),
+        ({"question_column": "Answer"}, "no column 'Answer' (question_column); columns: question,"),
         ({"id_column": "answer"}, "'2' names 2 rows in column 'answer' (id_column)"),
     ],
 )

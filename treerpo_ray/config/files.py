@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from treerpo_ray.config.config import Config
 from treerpo_ray.config.identity import Flat, flatten, is_free, name_from
-from treerpo_ray.config.sections import INHERITED, DataConfig
+from treerpo_ray.config.sections import INHERITED, PACKAGE_PARENT, DataConfig
 from treerpo_ray.errors import one_line
 from treerpo_ray.user_code import read_source, split_function
 
@@ -220,8 +220,9 @@ def _placeless(value: object, key: str = "") -> object:
 
 def _part(argument: str) -> Container:
     if argument.endswith((".yaml", ".yml")):
-        path = Path(argument)
-        if not path.is_file():
+        places = (Path(argument), PACKAGE_PARENT / argument)  # else one of the project's own
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
             raise ValueError(f"{argument}: no such configuration file in {Path.cwd()}")
         try:
             return _in_present_names(OmegaConf.load(path))

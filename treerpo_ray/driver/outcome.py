@@ -20,6 +20,8 @@ class RunResult:
     sampled_tokens: int
     seconds: float
     """Wall time of the training itself, of all sessions."""
+    num_updates: int
+    """Learner steps that changed the weights."""
     is_complete: bool
     """Whether the run did all its steps, and was not stopped before."""
 
@@ -50,6 +52,7 @@ def collect_outcome(
         after=after,
         sampled_tokens=int(sum(row["tokens/sampled"] for row in rows)),
         seconds=sum(row["time/step_s"] for row in rows),
+        num_updates=int(rows[-1]["version"]) if rows else 0,
         is_complete=is_complete,
     )
 
@@ -97,6 +100,12 @@ def describe_outcome(config: Config, outcome: RunResult) -> str:
     if not outcome.is_complete:
         return f"stopped with a checkpoint after {spent}; the same command goes on: {config.folder}"
     before, after = outcome.before, outcome.after
+    if not outcome.num_updates:
+        return (
+            f"nothing was learned, with {spent}: in no step group was one answer worth more than "
+            "another. Look at some, and at what the prompt, the length of an answer and the check "
+            f"make of them; the run folder is {config.folder}"
+        )
     if before is None or after is None:
         return f"done after {spent}; the run folder is {config.folder}"
     rewards = ""
@@ -105,6 +114,6 @@ def describe_outcome(config: Config, outcome: RunResult) -> str:
     return (
         f"{rewards}Pass@1 went from {before.pass_at_1:.1%} to {after.pass_at_1:.1%} "
         f"({100 * (after.pass_at_1 - before.pass_at_1):+.1f} points) on {after.num_problems} "
-        f"held-out problems ({after.sampling}), answers from {before.length:.1f} to "
+        f"problems of {after.data} ({after.sampling}), answers from {before.length:.1f} to "
         f"{after.length:.1f} tokens, with {spent}; the run folder is {config.folder}"
     )

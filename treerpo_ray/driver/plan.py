@@ -95,6 +95,8 @@ class Preflight:
     """What is written to the disk of the run folder, and what room that has, in one line."""
     no_room: str | None
     """Why not even one checkpoint fits that disk."""
+    num_trained_too: int
+    """Problems of the evaluation that are trained on, too."""
     references: tuple[References, ...] = ()
     """What was seen of the references of the data sets, in which some are no answers."""
 
@@ -185,6 +187,7 @@ def preflight(config: Config) -> Preflight:
         storage=storage,
         no_room=no_room,
         unchecked=tuple(dict.fromkeys(unchecked)),
+        num_trained_too=_num_shared(train, held_out),
         references=tuple(each for each in references.values() if each.no_answers),
     )
 
@@ -199,6 +202,16 @@ def _misfit(config: Config, facts: ModelFacts | None) -> str | None:
         plan = MemoryPlan.of(config, size, sizes)
         return needs_more_memory(config, plan, machine_gib(), "this machine")
     return found
+
+
+def _num_shared(train: DataSet | None, held_out: DataSet | None) -> int:
+    """Problems of `held_out` whose question is one of `train`."""
+    trained, asked = (
+        [problem.chat for part in data.parts.values() for problem in part.problems] if data else []
+        for data in (train, held_out)
+    )
+    known = set(trained)
+    return sum(chat in known for chat in asked)
 
 
 def training_sections(config: Config) -> dict[str, DataConfig]:
@@ -376,6 +389,7 @@ def plan_lines(config: Config, found: Preflight) -> list[str]:
         "resources   "
         + ", ".join(f"{name} {_range(needed[name], at_most[name])}" for name in needed),
         *_missing_lines(config, found.model),
+        *_shared_lines(found),
         *(f"unusual     {line}" for line in unusual(config)),
         *(f"unchecked   {line}" for line in found.unchecked),
     ]
@@ -388,6 +402,16 @@ def _epochs(data: DataSet, trees: int) -> str:
         return f", {trees / len(data.prompts):.1f} epochs"
     sets = zip(map(_name, data.parts), mixture.shares, mixture.sizes, strict=True)
     return ", " + ", ".join(f"{trees * share / n:.1f} epochs of {name}" for name, share, n in sets)
+
+
+def _shared_lines(found: Preflight) -> list[str]:
+    if not found.num_trained_too or found.held_out is None:
+        return []
+    total = sum(len(part.problems) for part in found.held_out.parts.values())
+    return [
+        f"unusual     evaluate.data.path: {found.num_trained_too:,} of its {total:,} problems are "
+        "trained on, too; what comes out tells little of new ones"
+    ]
 
 
 def _budget_lines(config: Config) -> list[str]:

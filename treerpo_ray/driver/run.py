@@ -48,6 +48,7 @@ from treerpo_ray.metrics.run_log import (
 )
 from treerpo_ray.metrics.watchdog import Heartbeats, StageApi, Watchdog, watch_over
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
+from treerpo_ray.run_folder.checkpoints import Checkpoints
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.lock import only_writer
 from treerpo_ray.run_folder.logs import output_to_log
@@ -82,11 +83,14 @@ def run(
         contents = contents_of(config, inputs.prompts, inputs.held_out)
         check_same_contents(config, contents)
         outcome = finished_outcome(config)
+        saved = Checkpoints(folder, config.checkpoint.keep).steps()
     if changed:
         console.note(f"since the last start: {', '.join(changed)}")
     if outcome is not None:
         console.note(f"the run {config.run.name} is complete; another run.name starts a new one")
         return outcome
+    if saved:
+        console.note(f"the run goes on from its checkpoint of learner step {saved[-1]}")
     stop = Stop()
     with stop.at_work(), only_writer(folder), output_to_log(folder):
         try:
@@ -137,12 +141,14 @@ def train(
             the last checkpoint, and the same command goes on from it.
     """
     record_start(config, contents)
+    was_evaluated = read_evaluation(RunFolder(config.folder), 0) is not None
     with RunSession(config=config, inputs=inputs, console=console, pool=pool, stop=stop) as session:
         session.start_engines()
         before = session.evaluate(step=0)
         if before is not None:
             console.expect_evaluation(before.seconds)
-        session.show_examples(0, "before training")
+        if not was_evaluated:  # else they were shown then
+            session.show_examples(0, "before training")
         steps_done = session.train_group.fit()
         is_complete = steps_done >= session.last_step() and not stop.is_asked
         after = session.evaluate(steps_done) if is_complete else None

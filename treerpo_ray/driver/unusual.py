@@ -6,6 +6,7 @@ from operator import attrgetter
 from treerpo_ray.algo.groups import PruneRule
 from treerpo_ray.algo.loss_config import Ratio
 from treerpo_ray.config import Config
+from treerpo_ray.prompts.problems import QUICKSTART
 
 USUAL = {
     "learner.learning_rate": (1e-7, 2e-3),
@@ -29,6 +30,7 @@ def unusual(config: Config) -> Iterator[str]:
         value = attrgetter(key)(config)
         if not low <= value <= high:
             yield f"{key}={value:g}: usual are {low:g} to {high:g}"
+    yield from _foreign_evaluation(config)
     learner, run = config.learner, config.run
     is_share = isinstance(learner.prune, PruneRule) and learner.prune is not PruneRule.SIGNIFICANCE
     if is_share and learner.prune_threshold >= 1:
@@ -41,4 +43,15 @@ def unusual(config: Config) -> Iterator[str]:
         yield (
             f"learner.warmup_steps={learner.warmup_steps}: the run has {num_updates} optimizer "
             "steps, and would never reach its learning rate"
+        )
+
+
+def _foreign_evaluation(config: Config) -> Iterator[str]:
+    """Own data that is trained on beside the small task that a file of the project evaluates."""
+    evaluated = config.evaluate.data.path
+    sets = [data.path for data in config.prompts.mix.values()] or [config.prompts.path]
+    if evaluated.startswith(QUICKSTART) and not any(path.startswith(QUICKSTART) for path in sets):
+        yield (
+            f"evaluate.data.path={evaluated}: evaluated is the small task, not what is trained on; "
+            "name a file of your own, or '' for none"
         )

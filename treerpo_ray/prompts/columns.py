@@ -63,7 +63,13 @@ def has_column(column: str, names: Collection[str], rows: Collection[Row]) -> bo
 
 
 def unknown_column(
-    column: str, key: str, section: str, names: Collection[str], sample: Sequence[Row]
+    column: str,
+    key: str,
+    section: str,
+    names: Collection[str],
+    sample: Sequence[Row],
+    *,
+    taken: Collection[str] = (),
 ) -> str:
     """What is wrong with a column that is not there, and what the data set has instead.
 
@@ -73,10 +79,12 @@ def unknown_column(
         section: Where the key stands in the configuration.
         names: Columns of the data set.
         sample: Some rows with all their columns.
+        taken: Columns that other keys name, of which none is meant.
     """
     inner = list(dict.fromkeys(path for row in sample for path in _places(row) if "." in path))
-    near = difflib.get_close_matches(column, [*names, *inner], n=1)
-    hint = f"did you mean '{near[0]}'? " if near else ""
+    free = [name for name in (*names, *inner) if name not in taken]
+    near = difflib.get_close_matches(column, free, n=1)
+    hint = f"did you mean {section}.{key}={near[0]}? " if near else ""
     told = f"no column '{column}' ({key}); {hint}columns: {_listed(names)}"
     cells = {path: cell_of(row, path) for row in sample for path in _places(row)}
     chats = [path for path, cell in cells.items() if is_chat(cell)]

@@ -254,7 +254,7 @@ def _columns(part: Rows, config: DataConfig, template: Template | None, section:
         if column == answer == DEFAULT_ANSWER and any(map(has_answer, chats)):
             answer = None
             continue
-        told = unknown_column(column, key, section, part.names, part.sample)
+        told = unknown_column(column, key, section, part.names, part.sample, taken=wanted.keys())
         raise ValueError(f"{part.name}: {told}" if part.name else told)
     return _Columns(config.question_column, answer, config.answer_mark, template)
 
