@@ -111,7 +111,8 @@ def plot_entropy_and_length(run: Run) -> Figure:
     figure, (left, right) = figure_grid(2, num_columns=2, height=3.0)
     ends = table.loc[table["is_leaf"], "end"]
     width = max(1, np.ptp(ends) // MAX_BINS) if len(ends) else 1
-    bins = np.arange(ends.min(), ends.max() + 2 * width, width) - 0.5 if len(ends) else 1
+    edges = np.arange(ends.min(), ends.max() + 2 * width, width) - 0.5 if len(ends) else [0, 1]
+    bins = list(map(float, edges))
     for label, chosen, color, shift in kinds:
         own = table[chosen & (table["length"] > 0)]
         nats = (own["surprisal"] * own["length"]).groupby(own["depth"]).sum()
