@@ -18,10 +18,18 @@ if [[ $extras == gpu* ]] && ! nvidia-smi -L >/dev/null 2>&1; then
 fi
 source "$(dirname "$0")/setup.sh" "$extras"
 export RAY_AUTH_MODE=disabled HF_HUB_OFFLINE=1 WANDB_MODE=offline
-mypy & types=$!
 ruff check .
 ruff format --check .
 lint-imports
-wait "$types"
+# Types are checked beside the tests, which have waits; what is wrong with them is told at the end.
+findings=$(mktemp)
+trap 'rm -f "$findings"' EXIT
+mypy >"$findings" 2>&1 & types=$!
+status=0
 # A file stays in one process, for what its tests share; the order is that of tests/conftest.py.
-exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" || status=$?
+if ! wait "$types"; then
+    cat "$findings" >&2
+    status=1
+fi
+exit "$status"

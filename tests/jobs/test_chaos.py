@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -94,3 +95,7 @@ def test_a_run_keeps_its_promises_while_its_parts_are_killed(tmp_path) -> None:
     # That of the core, and the one that was on the node.
     assert (events.kind == "engine_lost").sum() >= 2
     assert "engine lost: " in done.stderr and "learner lost: " in done.stderr
+    # The drill ends it by Ctrl-C, as `test_elastic` does by SIGTERM.
+    assert "stopped with a checkpoint" in done.stderr
+    last = run.folder + f"/checkpoints/step={metrics.index.max():06d}/files.json"
+    assert Path(last).exists()

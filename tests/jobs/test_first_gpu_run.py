@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.support.project import ROOT, load_script
+from tests.support.whole_runs import processes_with
 
 SCRIPT = load_script("jobs/first_gpu_run.py")
 
@@ -83,7 +84,8 @@ def test_the_attention_that_fails_in_cudnn_is_the_one_that_is_tried() -> None:
 @pytest.mark.slow
 def test_all_parts_run_on_a_cpu_in_tiny_sizes(tmp_path: Path) -> None:
     start = time.monotonic()
-    done = first_gpu_run("--rehearse", OUT=str(tmp_path), PATIENCE="10")  # of a busy machine
+    mark = {"TREERPO_TEST": str(tmp_path)}
+    done = first_gpu_run("--rehearse", OUT=str(tmp_path), PATIENCE="10", **mark)  # a busy machine
     logs = "\n".join(file.read_text()[-3000:] for file in tmp_path.glob("*.log"))
     assert done.returncode == 0, done.stdout + logs
     told = json.loads(done.stdout)
@@ -97,4 +99,5 @@ def test_all_parts_run_on_a_cpu_in_tiny_sizes(tmp_path: Path) -> None:
     assert told["engine"]["cached_share"] > 0.3 and told["engine"]["off_1"] < 0.01
     assert told["train"]["quickstart"]["sampled_tokens"] > 0
     assert "of gpu_memory_gib" in logs, "the recipe's plan"
+    assert processes_with(f"TREERPO_TEST={tmp_path}") == [], "each run ends the Ray that it started"
     assert sum(told[part]["seconds"] for part in SCRIPT.PARTS) < time.monotonic() - start

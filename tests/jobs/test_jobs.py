@@ -133,49 +133,6 @@ def test_training_evaluation_and_comparison_run_when_they_are_submitted_to_a_clu
     assert (tmp_path / "methods/curves.png").exists()
 
 
-@pytest.mark.ray
-@pytest.mark.engine
-def test_ctrl_c_stops_with_a_checkpoint_and_leaves_no_process(tmp_path: Path) -> None:
-    """`test_elastic` does it with SIGTERM."""
-    command = [
-        *SCRIPT, "conf/quickstart.yaml", *TINY, f"run.root={tmp_path}", "run.name=stopped",
-        "run.num_steps=1000", "evaluate.data.path=''",
-    ]  # fmt: skip
-    environment = os.environ | {"TREERPO_TEST": str(tmp_path)}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    metrics = tmp_path / "stopped" / "metrics.jsonl"
-    deadline = time.monotonic() + PATIENCE_S
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, shown = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 130
-    assert b"stopped with a checkpoint" in shown
-    steps = metrics.read_text().count("\n")
-    assert (tmp_path / "stopped" / "checkpoints" / f"step={steps:06d}" / "files.json").exists()
-    assert processes_with(f"TREERPO_TEST={tmp_path}") == []
-
-
-def processes_with(variable: str) -> list[str]:
-    """Commands of living processes that inherited an environment variable."""
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and variable.encode() in (entry / "environ").read_bytes():
-                    found.append((entry / "cmdline").read_text().replace("\0", " "))
-            except OSError:
-                continue  # it ended meanwhile
-        found = [command for command in found if command]
-        if not found or time.monotonic() > deadline:
-            return found
-        time.sleep(0.5)
-
-
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """`jobs/train.py` as a module: what it says of mistakes needs no process of its own."""

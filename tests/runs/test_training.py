@@ -214,27 +214,27 @@ def test_the_notebook_shows_a_real_run(strict) -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_lost_twice_is_made_good_from_the_checkpoint_and_no_evaluation_is_missed(
+def test_a_lost_worker_is_made_good_from_the_checkpoint_and_no_evaluation_is_missed(
     strict, small_config, kept
 ) -> None:
+    """How often that may happen is counted in `tests/driver/test_run.py`."""
     config = small_config(
-        "run.name=often", "run.num_steps=5", "checkpoint.every=1", "evaluate.every=2",
-        *STRICT, "learner.max_failures=1",  # counted anew with progress
-    )  # fmt: skip
+        "run.name=lost", "run.num_steps=4", "checkpoint.every=1", "evaluate.every=2", *STRICT
+    )
     # The start is evaluated by engines that have served no run.
     save_evaluation(strict[1].before, RunFolder(config.folder))
     # As the checkpoint is written the evaluation of the step is still to come.
     killer = threading.Thread(
-        target=kill_train_workers_after_steps, args=(config.folder, 2, 3), daemon=True
+        target=kill_train_worker_after_step, args=(config.folder, 2), daemon=True
     )
     killer.start()
     outcome, shown = run_training(config, kept)
     killer.join()
     assert outcome.is_complete
-    assert shown.count("learner started") == 3
-    assert shown.count("learner lost") == 2
+    assert shown.count("learner started") == 2
+    assert shown.count("learner lost") == 1
     run = Run(config.folder)
-    assert run.metrics().index.tolist() == [1, 2, 3, 4, 5]
+    assert run.metrics().index.tolist() == [1, 2, 3, 4]
     assert_versions_count_updates(run.metrics())
     assert_promises_kept(run.folder)
     assert run.metrics()["staleness/max"].max() == 0
@@ -242,20 +242,19 @@ def test_a_worker_lost_twice_is_made_good_from_the_checkpoint_and_no_evaluation_
     assert run.metrics()["mismatch/max"].max() < 1e-3
     assert_saved_trees_were_reused(run)
     assert_same_trees(strict[0], run)  # those of the run that nothing befell
-    assert run.evaluations()["step"].tolist() == [0, 2, 4, 5]
-    assert [shown.count(f"step {step}: Pass@1") for step in (2, 4, 5)] == [1, 1, 1]
+    assert run.evaluations()["step"].tolist() == [0, 2, 4]
+    assert [shown.count(f"step {step}: Pass@1") for step in (2, 4)] == [1, 1]
 
 
-def kill_train_workers_after_steps(folder: str, *steps: int) -> None:
-    """SIGKILL the first worker once the checkpoint of each of these steps is written."""
-    for step in steps:
-        while True:
-            events = RunFolder(folder).read_lines("events.jsonl")
-            if any(e["kind"] == "checkpoint" and e["step"] == step for e in events):
-                break
-            time.sleep(0.05)
-        started = [event["pid"] for event in events if event["kind"] == "learner_started"]
-        os.kill(started[-1], SIGKILL)
+def kill_train_worker_after_step(folder: str, step: int) -> None:
+    """SIGKILL the first worker once the checkpoint of this step is written."""
+    while True:
+        events = RunFolder(folder).read_lines("events.jsonl")
+        if any(e["kind"] == "checkpoint" and e["step"] == step for e in events):
+            break
+        time.sleep(0.05)
+    [started] = [event["pid"] for event in events if event["kind"] == "learner_started"]
+    os.kill(started, SIGKILL)
 
 
 @pytest.mark.slow

@@ -27,6 +27,8 @@ from treerpo_ray.task import TreePoolApi
 
 STRICT = ("gate.max_staleness=0", "gate.revisit=0.5", "sync.probe_every=1")
 """Every prompt follows from the trees of the steps before."""
+GONE_S = 1500.0
+"""Far more than a process takes to be gone."""
 
 
 def run_training(config: Config, pool: TreePoolApi | None = None) -> tuple[RunResult, str]:
@@ -136,5 +138,22 @@ def process_of(folder: str, kind: str, field: str = "pid", **fields: int) -> psu
 
 def assert_gone(process: psutil.Process) -> None:
     """It must not go on holding memory."""
-    psutil.wait_procs([process], timeout=1500)
+    psutil.wait_procs([process], timeout=GONE_S)
     assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def processes_with(variable: str) -> list[str]:
+    """Commands of living processes that inherited an environment variable."""
+    deadline = time.monotonic() + GONE_S
+    while True:
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and variable.encode() in (entry / "environ").read_bytes():
+                    found.append((entry / "cmdline").read_text().replace("\0", " "))
+            except OSError:
+                continue  # it ended meanwhile
+        found = [command for command in found if command]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.5)
