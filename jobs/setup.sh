@@ -49,9 +49,15 @@ install() {
         done
     ) &
     ticker=$!
-    # Python compiles what is imported, a small part of what is installed, by itself.
+    # It is compiled below, on all cores.
     "$venv/bin/python" -m pip --disable-pip-version-check install --progress-bar off --no-compile "$@" \
         >"$log" 2>&1 || status=$?
+    if [ "$status" = 0 ]; then
+        echo "compiling what was installed" >>"$log"
+        # Else, where bytecode is not to be written, every process of a run compiles what it
+        # imports, each time. Some files are for other Pythons and do not compile.
+        "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null 2>&1 || true
+    fi
     kill "$ticker" 2>/dev/null
     wait "$ticker" 2>/dev/null || true
     if [ "$status" != 0 ]; then
@@ -104,4 +110,6 @@ elif [ -n "$missing" ] || grep -q '^absent' <<<"$state"; then
     [[ $extras != *cpu* ]] || "$venv/bin/python" -m pip --quiet --disable-pip-version-check \
         uninstall --yes torchvision torchaudio torchcodec >&2
 fi
+# A run is a dozen processes that import the same files: the project's own are compiled once, too.
+unset PYTHONDONTWRITEBYTECODE
 export PATH="$(cd "$venv" && pwd)/bin:$PATH"

@@ -111,10 +111,10 @@ def test_ray_starts_and_takes_away_nodes_as_trees_come_and_go(tmp_path) -> None:
     assert run.metrics()["staleness/max"].max() <= 1
     events = run.events()
     assert (events.kind == "learner_started").sum() == 1
-    assert set(events[events.kind == "engine_serving"]["engine"]) == {0, 1}
+    assert set(events[events.kind == "engine_serving"]["engine"]) <= {0, 1}
     # An engine that has not come up yet leaves at once, one that serves drains first.
     leaving = events[events.kind.isin(["engine_draining", "engine_left"])]
-    assert "fewer are enough" in set(leaving["reason"])
+    assert 1 in set(leaving[leaving.reason == "fewer are enough"]["engine"])
     assert (job.folder / "pool.png").stat().st_size > 10_000
 
 

@@ -17,7 +17,7 @@ PLAYED = """#!/bin/sh
 case "$*" in
 *jobs/requirements.py*) printf '%s' "$PLAYED_STATE" ;;
 *"--dry-run"*) exit 0 ;;
-*" uninstall "*) echo "$*" >> "$PLAYED_LOG" ;;
+*" uninstall "*|*compileall*) echo "$*" >> "$PLAYED_LOG" ;;
 *"-m pip"*) echo "$*" >> "$PLAYED_LOG"; echo '  Downloading torch'; sleep "${PLAYED_S:-0}"
     exit "${PLAYED_STATUS:-0}" ;;
 *distribution*) exit "${PLAYED_FOREIGN:-0}" ;;
@@ -67,11 +67,24 @@ def test_what_an_environment_lacks_is_installed_and_nothing_is_where_it_lacks_no
     assert done.python == f"{place}/bin/python"
     lacking = "absent\nmissing\tray==2.60.*\n"
     done = Setup(tmp_path, TREERPO_VENV=place, PLAYED_STATE=lacking)
-    assert done.status == 0 and len(done.installed) == 2
+    assert done.status == 0 and len(done.installed) == 3
     assert done.installed[0].endswith("--editable .[cpu]")
-    assert done.installed[1].endswith("--yes torchvision torchaudio torchcodec")
+    assert done.installed[1] == f"-m compileall -q -j 0 {place}/lib"
+    assert done.installed[2].endswith("--yes torchvision torchaudio torchcodec")
     done = Setup(tmp_path, "notebook", TREERPO_VENV=place, PLAYED_STATE="missing\tnbconvert\n")
-    assert len(done.installed) == 1 and done.installed[0].endswith("--editable .[notebook]")
+    assert len(done.installed) == 2 and done.installed[0].endswith("--editable .[notebook]")
+
+
+def test_bytecode_is_written_for_the_processes_of_a_run(tmp_path: Path) -> None:
+    place = python_at(tmp_path / "shared", PLAYED + 'echo "${PYTHONDONTWRITEBYTECODE-unset}" >&2')
+    command = f"source {ROOT}/jobs/setup.sh cpu; python"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        env=os.environ | {"TREERPO_VENV": str(place), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr.splitlines()[-1] == "unset"
 
 
 def test_an_environment_of_another_folder_is_used_as_it_is_or_refused(tmp_path: Path) -> None:
