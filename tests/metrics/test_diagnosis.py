@@ -43,7 +43,7 @@ SICK: dict[str, dict[str, float]] = {
     "max_grad_norm": {"learner/grad_norm": 150.0},
     "min_kept_share": {"groups/kept_share": 0.01, "tokens/trained_share": 0.01},
     "min_trained_share": {"tokens/trained_share": 0.01},
-    "max_duplicate_share": {"groups/duplicate_share": 0.95},
+    "max_duplicate_share": {"groups/duplicate_share": 0.99},
     "max_cut_off_share": {"length/cut_off_share": 0.8},
     "max_calibration_error": {"values/calibration_error": 0.5},
     "max_error_share": {"verdict/error_share": 0.1},

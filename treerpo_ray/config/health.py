@@ -36,7 +36,7 @@ class HealthConfig:
     """Of `groups/kept_share`: step groups that are trained."""
     min_trained_share: float | None = field(default=0.02, metadata=POSITIVE_SHARE)
     """Of `tokens/trained_share`: sampled tokens that are trained."""
-    max_duplicate_share: float | None = field(default=0.9, metadata=SHARE)
+    max_duplicate_share: float | None = field(default=0.98, metadata=SHARE)
     """Of `groups/duplicate_share`: later siblings with the very tokens of an earlier one."""
     max_cut_off_share: float | None = field(default=0.5, metadata=SHARE)
     """Of `length/cut_off_share`: answers that end before they have a result."""
