@@ -113,6 +113,14 @@ class TreeRecord:
     """None: the tree was not trained on yet, or was saved by an earlier version."""
 
     @property
+    def log_ratios(self) -> Float32[np.ndarray, " tokens"]:
+        """Log-probability of each token under the learner before its update less that of the
+        engine; NaN where the token was not trained on, or it is not stored."""
+        if self.training is None:
+            return np.full(len(self.tree.token_ids), np.nan, np.float32)
+        return self.training.logprobs - self.tree.logprobs
+
+    @property
     def rewards(self) -> np.ndarray:
         """Reward of each leaf at its step's place, NaN elsewhere and where there is none."""
         if len(self.verdicts) != len(self.tree.leaves):

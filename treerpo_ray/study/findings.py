@@ -120,13 +120,7 @@ def mismatch_by_staleness(run: Run, step: int | None = None) -> pd.DataFrame:
     tokens = pd.DataFrame(
         {
             "staleness": np.concatenate([version - record.tree.versions for record in records]),
-            "apart": np.concatenate(
-                [
-                    np.abs(record.training.logprobs - record.tree.logprobs)
-                    for record in records
-                    if record.training is not None
-                ]
-            ),
+            "apart": np.concatenate([np.abs(record.log_ratios) for record in records]),
         }
     ).dropna()
     of_age = tokens.groupby("staleness")["apart"]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from treerpo_ray.evaluate.evaluation import step_name
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.verifier.verdict import Verdict
@@ -53,7 +54,7 @@ class Problem:
 
 def evaluation_file(step: int) -> str:
     """File with the answers of the evaluation at a learner step."""
-    return f"eval/step={step:06d}.parquet"
+    return f"eval/{step_name(step)}.parquet"
 
 
 def evaluated_steps(folder: RunFolder) -> list[int]:

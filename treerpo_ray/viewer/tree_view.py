@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int32, Int64
+from jaxtyping import Bool, Float64, Int32, Int64
 from tokenizers import Tokenizer
 
 from treerpo_ray.algo.tree import Tree
@@ -67,7 +67,7 @@ def trained_tree(run: Run, tokenizer: Tokenizer | None, record: TreeRecord, step
     tree, values = record.tree, run.values(record)
     credit = credit_of(run, record, values)
     has_tokens = tree.lengths > 0
-    log_ratios = log_ratios_of(record)
+    log_ratios = record.log_ratios
     return TreeView(
         ref=f"{step}:{record.ticket}",
         step=step,
@@ -120,11 +120,3 @@ def _versions(
         for index, version in zip(np.flatnonzero(has_tokens), of_steps.tolist(), strict=True):
             found[index] = version
     return tuple(found)
-
-
-def log_ratios_of(record: TreeRecord) -> Float32[np.ndarray, " tokens"]:
-    """Log-probability of each token under the learner before its update less that of the engine;
-    NaN where the token was not trained on, or it is not stored."""
-    if record.training is None:
-        return np.full(len(record.tree.token_ids), np.nan, np.float32)
-    return record.training.logprobs - record.tree.logprobs
