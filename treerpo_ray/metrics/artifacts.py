@@ -90,14 +90,14 @@ class Artifacts:
     def _named(self, kind: str, metadata: dict[str, object]) -> "wandb.Artifact":
         import wandb
 
-        name = re.sub(r"[^\w.-]+", "_", self._config.run.name)[:MAX_NAME]
+        name = _plain(self._config.run.name)[:MAX_NAME]
         return wandb.Artifact(f"{name}-{kind}", type=kind, metadata=metadata)
 
     def _start(self) -> "wandb.Artifact":
         import wandb
 
         path = self._config.model.path
-        name = re.sub(r"[^\w.-]+", "_", path).strip("_")[-MAX_NAME:]
+        name = _plain(path).strip("_")[-MAX_NAME:]
         model = wandb.Artifact(name, type="model", metadata={"path": path})
         with model.new_file("path.txt") as file:
             file.write(path)
@@ -135,3 +135,8 @@ class Artifacts:
         uri = self._folder.uri(place)
         what = f"{place} by reference"
         self._try(what, lambda: artifact.add_reference(uri, name=name, checksum=False))
+
+
+def _plain(name: str) -> str:
+    """A name of the characters that W&B takes."""
+    return re.sub(r"[^\w.-]+", "_", name)

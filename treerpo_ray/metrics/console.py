@@ -42,8 +42,6 @@ IDS = {"pid", "core", "node"}
 """Fields of events that are ids."""
 ROUTINE = {"engine_serving", "engine_draining", "engine_left", "learner_started", "write_done"}
 """Kinds of events that are no warning."""
-
-
 SENTENCES = {
     "waiting": "waiting for {what} since {seconds} s",
     "engine_serving": "engine {engine} serves, {seconds} s after its start",
