@@ -53,8 +53,8 @@ def evaluate(arguments: list[str]) -> int:
         raise ValueError("the model comes first: a folder, a Hugging Face id or a run folder")
     with console.stage("loading the libraries"):
         from treerpo_ray.driver.benchmarks import configure, run_benchmarks
-        from treerpo_ray.driver.cluster import check_vllm
         from treerpo_ray.evaluate.report import plain, show, table, with_mean
+        from treerpo_ray.preflight.machine import check_vllm
 
     config = configure(rest[0], names, rest[1:])
     check_vllm(config)

@@ -11,7 +11,7 @@ import ray
 from tests.support.evaluations import CUT, ERR, SLOW, C, W, graded, interval
 from tests.support.run_folders import HangingStore
 from treerpo_ray.config import Config, load
-from treerpo_ray.config.sections import PromptsConfig
+from treerpo_ray.config.data import PromptsConfig
 from treerpo_ray.evaluate import grading
 from treerpo_ray.evaluate.evaluation import Evaluation, Graded, read_evaluation
 from treerpo_ray.records import TreeRecord

@@ -6,7 +6,8 @@ A reference that is none, such as a solution in prose, gives every text the rewa
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from treerpo_ray.config.sections import DataConfig, VerifierConfig
+from treerpo_ray.config.data import DataConfig
+from treerpo_ray.config.sections import VerifierConfig
 from treerpo_ray.prompts.problems import QUICKSTART, Problem
 from treerpo_ray.verifier.verifier import Verifier
 

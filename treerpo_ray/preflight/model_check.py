@@ -23,9 +23,9 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file, is_offline_mode
 
 from treerpo_ray.config.sections import ModelConfig
-from treerpo_ray.driver.memory import ModelSizes
 from treerpo_ray.errors import one_line
 from treerpo_ray.learner.packing_check import PackingCheck
+from treerpo_ray.preflight.memory import ModelSizes
 from treerpo_ray.prompts.hub import Unreachable, is_unreachable
 from treerpo_ray.prompts.prompt_set import resolve_model_path
 
