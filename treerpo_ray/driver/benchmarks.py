@@ -30,10 +30,10 @@ from treerpo_ray.metrics.run_log import RunLog, RunLogApi
 from treerpo_ray.metrics.watchdog import Heartbeats, HeartbeatsApi, watch_over
 from treerpo_ray.preflight.memory import MemoryPlan, misfit
 from treerpo_ray.preflight.model_check import model_size, num_positions
+from treerpo_ray.preflight.references import References, look_at_references
 from treerpo_ray.preflight.trial import try_checks
 from treerpo_ray.prompts.problems import load_problems
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
-from treerpo_ray.prompts.references import References, look_at_references
 from treerpo_ray.run_folder.checkpoints import FOLDER as CHECKPOINTS
 from treerpo_ray.run_folder.files import CONFIG_FILE, MODEL_FOLDER, RunFolder
 from treerpo_ray.run_folder.lock import only_writer

@@ -14,12 +14,12 @@ from treerpo_ray.errors import one_line
 from treerpo_ray.preflight.machine import machine_gib
 from treerpo_ray.preflight.memory import MemoryPlan, misfit, needs_more_memory
 from treerpo_ray.preflight.model_check import ModelFacts, check_model
+from treerpo_ray.preflight.references import References, look_at_references
 from treerpo_ray.preflight.storage import StoragePlan, check_folder
 from treerpo_ray.preflight.trial import try_checks, try_credit
 from treerpo_ray.prompts.hub import Unreachable
 from treerpo_ray.prompts.problems import DataReport, Problem, load_together
 from treerpo_ray.prompts.prompt_set import PromptSet, end_token_ids, load_tokenizer, one_token
-from treerpo_ray.prompts.references import References, look_at_references
 
 T = TypeVar("T")
 SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)B(?![A-Za-z])")
