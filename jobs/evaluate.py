@@ -59,7 +59,8 @@ def evaluate(arguments: list[str]) -> int:
     config = configure(rest[0], names, rest[1:])
     check_vllm(config)
     found = run_benchmarks(config, rest[0], console)
-    scores, one = with_mean(config.folder, found), next(iter(found.values()))
+    scores = with_mean({name: each.scores for name, each in found.items()})
+    one = next(iter(found.values()))
     if "--json" not in arguments:
         show(table(scores, one.sampling))
     print(json.dumps({"folder": config.folder, **one.sampling_fields, "scores": plain(scores)}))
@@ -67,16 +68,16 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def compare(places: list[str]) -> int:
-    """Print the paired differences of two evaluations as a table and one line of JSON."""
-    from treerpo_ray.evaluate.report import differences, plain, show
+    """Print two evaluations and what they differ in as tables and one line of JSON."""
+    from treerpo_ray.evaluate.report import comparison, show
 
     if len(places) != 2:
         raise ValueError(
             "--compare takes two: runs or evaluations (names, folders, files in eval/)"
         )
-    found, shown = differences(*places)
-    show(shown)
-    print(json.dumps(plain(found)))
+    found = comparison(*places)
+    show(found.tables)
+    print(json.dumps(found.fields))
     return 0
 
 
