@@ -49,6 +49,8 @@ def train(arguments: list[str]) -> int:
         check_folder(config)
         check_same_run(config)  # before all that takes longer
         found = preflight(config)
+        if "--dry-run" not in arguments:
+            found.check_looked_up()
         plan = plan_lines(config, found)
     console.print_plan(plan)
     found.check_memory()

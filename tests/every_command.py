@@ -238,7 +238,7 @@ class Home:
             if not (self.folder / "treerpo_runs" / name).exists():
                 own = [f"run.name={name}", f"run.seed={seed}", *SHORT]
                 _json_of(self.run(["python", "jobs/train.py", "conf/quickstart.yaml", *own]))
-        return f"differences {list(_json_of(self.run(words)))}"
+        return f"differences {list(_json_of(self.run(words))['scores'])}"
 
     def make_model(self, words: list[str]) -> str:
         """A model is made, or is there."""

@@ -91,8 +91,7 @@ class Preflight:
             ValueError: something could not be looked up, or does not fit its GPU or disk.
         """
         self.check_memory()
-        if self.unchecked:
-            raise ValueError(self.unchecked[0])
+        self.check_looked_up()
         if self.no_room is not None:
             raise ValueError(self.no_room)
         assert self.train is not None and self.train.prompts is not None  # else it is unchecked
@@ -101,6 +100,15 @@ class Preflight:
             held_out=None if self.held_out is None else self.held_out.prompts,
             delimiters=self.delimiters,
         )
+
+    def check_looked_up(self) -> None:
+        """Refuse to start without what could not be looked up.
+
+        Raises:
+            ValueError: there is such.
+        """
+        if self.unchecked:
+            raise ValueError(self.unchecked[0])
 
     def check_memory(self) -> None:
         """Refuse what does not fit.
