@@ -260,7 +260,7 @@ class StageMetrics:
             self.value(f"{kind}.{name}", value)
         if kind in self._by_event:
             metric, record = self._by_event[kind]
-            tag = str((fields | {"kind": kind})[metric.counted[kind]])
+            tag = str({**fields, "kind": kind}[metric.counted[kind]])
             with self._unharmed():
                 record(1.0, {RUN: self._run, metric.tag: tag})
 
