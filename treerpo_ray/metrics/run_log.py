@@ -241,7 +241,12 @@ class RunLog:
 
 def latest_rows(folder: RunFolder) -> list[Row]:
     """The rows of a run folder by increasing step, one a step, as the last resume left them."""
-    return latest(_parse_rows(folder.read_lines(METRICS_FILE)))
+    return latest(written_rows(folder))
+
+
+def written_rows(folder: RunFolder) -> list[Row]:
+    """The rows of a run folder as they were written."""
+    return _parse_rows(folder.read_lines(METRICS_FILE))
 
 
 def latest(written: Sequence[Row]) -> list[Row]:
@@ -259,6 +264,16 @@ def latest(written: Sequence[Row]) -> list[Row]:
         else:
             rows.append(row)
     return rows
+
+
+def num_redone(written: Sequence[Row]) -> int:
+    """How many learner steps a resume has done once more, by the rows as they were written."""
+    newest, count = 0.0, 0
+    for row in written:
+        if "reward/mean" in row:
+            count += row["step"] <= newest
+            newest = max(newest, row["step"])
+    return count
 
 
 def last_step(run: "RunConfig", rows: Sequence[Row]) -> int:
