@@ -287,8 +287,13 @@ class TrainWorker:
             self._await_engines()  # the publication before
             version = self.learner.version
             self.heartbeat.at(f"publishing version {version}")
+            start = time.monotonic()
             digest = self.publisher.publish(self.learner.policy, version)
-            self.publisher.then(partial(self._note, "published", version=version, digest=digest))
+            self.publisher.then(partial(self._published, version, digest, start))
+
+    def _published(self, version: int, digest: str, start: float) -> None:
+        seconds = time.monotonic() - start
+        self._note("published", version=version, digest=digest, seconds=seconds)
 
     def consume(self, step: int, update: UpdateResult) -> None:
         """Tell the gate that the step is consumed, once the engines serve what came of it.
@@ -478,7 +483,7 @@ class TrainWorker:
     def _tell(self, event: Event) -> None:
         self.actors.run_log.event.remote(event)
 
-    def _note(self, kind: str, **fields: str | int) -> None:
+    def _note(self, kind: str, **fields: str | float) -> None:
         ray.get(self.actors.run_log.event.remote(Event(kind=kind, fields=fields)))
 
     def barrier(self) -> None:

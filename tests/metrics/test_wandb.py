@@ -1,6 +1,7 @@
 """W&B: a copy of the rows that can neither stop nor delay the run."""
 
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from tests.support.offline_wandb import artifacts, metrics, runs
 from tests.support.planted_secrets import SECRETS, holds_secret
-from tests.support.records import make_record
+from tests.support.records import make_record, some_training
 from tests.support.run_folders import contents
 from tests.support.run_logs import FakeWandb, run_config, write
 from tests.support.trees import make_tree
@@ -35,7 +36,7 @@ from treerpo_ray.metrics.run_log import RunLog, latest_rows
 from treerpo_ray.metrics.sources import version_of
 from treerpo_ray.metrics.tables import LATE_ROWS, Tables
 from treerpo_ray.metrics.wandb import WandbRun, group_of
-from treerpo_ray.records import to_table
+from treerpo_ray.records import to_table, with_training
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.checkpoints import Checkpoints
 from treerpo_ray.run_folder.files import RunFolder
@@ -242,14 +243,17 @@ def test_answers_and_trees_are_tables_each_once(tmp_path, fake_wandb):
     )
     tree = make_tree([ROOT, ROOT, 0, 0])
     record = make_record(tree, (Verdict.CORRECT, Verdict.CORRECT, Verdict.WRONG))
-    folder.publish_table(saved_trees.name(1, 0), to_table([record]))
+    training = some_training(tree)
+    table = with_training(to_table([record]), [training])
+    folder.publish_table(saved_trees.name(1, 0), table)
     found = tables.due(1)
     assert found.keys() == {"trees/steps", "trees/page"} and tables.due(2) == {}
     assert found["trees/page"] == f"page of {config.folder} 1:{record.ticket}"
     columns, data = found["trees/steps"]
     values, advantages = mean_backup(record.tree, record.rewards), columns.index("advantage")
     assert [line[columns.index("value")] for line in data] == pytest.approx(values.steps)
-    assert any(line[advantages] is not None for line in data)
+    given = [None if math.isnan(each) else each for each in training.advantages]
+    assert [line[advantages] for line in data] == given  # what the learner gave, as it is saved
     assert [line[columns.index("answer")] for line in data if line[-1]] == [*record.leaf_texts]
     again = Tables(folder, config)  # after a resume
     again.pass_over(1)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from treerpo_ray.algo.advantages import has_baseline, step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.config.data import PACKAGE_PARENT
 from treerpo_ray.errors import one_line
@@ -196,12 +195,10 @@ class Tables:
         return saved[-1], [records[index] for index in most]
 
     def _tree_rows(self, record: TreeRecord) -> list[list[Any]]:
-        """A row a step; an advantage over what earlier trees came to is missing."""
+        """A row a step, with the advantage that the learner gave it, if that is saved."""
         tree, values = record.tree, mean_backup(record.tree, record.rewards)
-        learner = self._config.learner
-        advantages = np.full(len(tree), np.nan)
-        if not has_baseline(learner.form):
-            advantages = step_advantages(tree, values, form=learner.form, pruning=learner.pruning)
+        training = record.training
+        advantages = np.full(len(tree), np.nan) if training is None else training.advantages
         leaves = dict(
             zip(tree.leaves, zip(record.leaf_texts, record.verdicts, strict=True), strict=True)
         )

@@ -116,6 +116,7 @@ async function sideBySide(root, context, problems) {
   const resized = new ResizeObserver(() => sides.forEach((side) => side.draw()));
   resized.observe(root);
   return {
+    trees,
     apply,
     refresh: () => {},
     close: () => resized.disconnect(),

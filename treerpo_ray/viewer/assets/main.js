@@ -6,7 +6,7 @@ import { comparePage, problemHead, problemRow } from "./compare.js";
 import { drawCurves } from "./curves.js";
 import { element, oneLine } from "./dom.js";
 import { openSource } from "./source.js";
-import { mostMixed, treeList } from "./tree_list.js";
+import { isSettled, mostMixed, treeList } from "./tree_list.js";
 import { legend, treePage } from "./tree_page.js";
 
 const main = document.getElementById("main");
@@ -30,13 +30,14 @@ const KEYS = [
   ["z", "only what is below the step, and back"],
   ["[ ]", "tree before, next tree"],
   ["/", "search on this page"],
-  ["s", "search the answers of all trees"],
+  ["s", "search the answers of all trees and evaluations"],
   ["?", "this"],
 ];
 
 let status = null;
 let page = null; // the one that is shown, and what it is of
 let shownFor = "";
+let hasFailed = false; // whether a warning stands in its place
 
 const WRITE_MS = 100; // browsers take so many changes of the address in a time, not more
 
@@ -102,6 +103,7 @@ async function show() {
     else link.removeAttribute("aria-current");
   }
   const own = subject(current);
+  hasFailed = false;
   try {
     if (shownFor === own) {
       await page?.apply(); // if it is still being made, it takes the query as it is then
@@ -125,6 +127,7 @@ async function show() {
 function fail(error) {
   shownFor = "";
   page = null;
+  hasFailed = true;
   main.replaceChildren(element("p", { class: "warning", role: "alert" }, oneLine(error.message, 500)));
 }
 
@@ -220,13 +223,10 @@ async function follow() {
   if (!document.hidden) {
     try {
       const found = await source.status();
-      const isNew = found.state !== status.state;
+      const before = status;
       status = found;
       fillHead();
-      if (isNew) {
-        source.forget();
-        await page?.refresh();
-      }
+      if (found.state !== before.state) await takeIn(before);
       document.body.classList.remove("lost");
     } catch {
       document.body.classList.add("lost");
@@ -234,6 +234,34 @@ async function follow() {
     }
   }
   setTimeout(follow, 1000 * status.poll_s);
+}
+
+/** Show what is new in the run since it was as `before`. */
+async function takeIn(before) {
+  source.forget();
+  if (hasFailed) return show(); // what was not there may have come
+  const outdated = await firstOutdated(page?.trees ?? [], before);
+  if (!outdated) return page?.refresh();
+  page?.close();
+  page = null;
+  shownFor = "";
+  await show();
+  const what = outdated.ticket === null ? `The evaluation at step ${outdated.step}` : `Learner step ${outdated.step}`;
+  const told = hasFailed
+    ? `${what} was taken back: the run was resumed from a step before it. It is shown here once it is done again.`
+    : `${what} was done once more: this is the newer one.`;
+  main.prepend(element("p", { class: "note redone", role: "status" }, told));
+}
+
+/** The first of some trees that is not as it was, or not there any more. */
+async function firstOutdated(trees, before) {
+  for (const tree of trees) {
+    const settled = tree.ticket === null ? isSettled(tree.step, before, status, "evaluations") : isSettled(tree.step, before, status);
+    if (settled) continue;
+    const found = await source.tree(tree.ref).catch(() => null);
+    if (JSON.stringify(found) !== JSON.stringify(tree)) return tree;
+  }
+  return null;
 }
 
 function help() {
