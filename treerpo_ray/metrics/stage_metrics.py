@@ -260,8 +260,8 @@ class StageMetrics:
             self.value(f"{kind}.{name}", value)
         if kind in self._by_event:
             metric, record = self._by_event[kind]
-            tag = str({**fields, "kind": kind}[metric.counted[kind]])
             with self._unharmed():
+                tag = str({**fields, "kind": kind}[metric.counted[kind]])
                 record(1.0, {RUN: self._run, metric.tag: tag})
 
     def value(self, source: str, value: Scalar) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from treerpo_ray.config import Config
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 Row = dict[str, float]
 """See `run_log`."""
 ID_FILE = "wandb_id"
