@@ -7,11 +7,12 @@ python jobs/evaluate.py --compare RUN_OR_EVALUATION OTHER
 python jobs/evaluate.py --json MODEL    # JSON lines on stdout; --quiet: warnings and scores alone
 ray job submit --working-dir . -- python jobs/evaluate.py MODEL --benchmarks math500
 
-MODEL is a model folder, a Hugging Face id or a run folder; a folder may be a URI (s3://...) whose
-model is fetched to this machine. Benchmarks and sampling settings (the paper's) stand in
-conf/benchmarks.yaml; all benchmarks are taken if none is named. Files (.yaml) and overrides
-(section.key=value) come after it. Prompt template, arguments of the chat template and stop strings
-are the run's; of a model they are prompts.chat_template_args.enable_thinking=false and the like.
+MODEL is a model folder, a Hugging Face id, a run folder or the name of a run; a folder may be a URI
+(s3://...) whose model is fetched to this machine. Benchmarks and sampling settings (the paper's)
+stand in conf/benchmarks.yaml; all benchmarks are taken if none is named. Files (.yaml) and
+overrides (section.key=value) come after it. Prompt template, arguments of the chat template and
+stop strings are the run's; of a model they are prompts.chat_template_args.enable_thinking=false
+and the like.
 The scores go to stdout as a table and one line of JSON, and with every sample into
 run.root/run.name/eval: NAME.json and NAME.parquet. Their mean is over the paper's four benchmarks
 if those are among them, otherwise over all.
@@ -50,16 +51,18 @@ def evaluate(arguments: list[str]) -> int:
         names = rest[at + 1].split(",")
         del rest[at : at + 2]
     if not rest or rest[0].startswith("-") or "=" in rest[0] or rest[0].endswith(".yaml"):
-        raise ValueError("the model comes first: a folder, a Hugging Face id or a run folder")
+        raise ValueError("the model comes first: a folder, a Hugging Face id or a run")
     with console.stage("loading the libraries"):
-        from treerpo_ray.driver.benchmarks import configure, run_benchmarks
-        from treerpo_ray.driver.cluster import check_vllm
+        from treerpo_ray.driver.benchmarks import configure, place_of, run_benchmarks
         from treerpo_ray.evaluate.report import plain, show, table, with_mean
+        from treerpo_ray.preflight.machine import check_vllm
 
-    config = configure(rest[0], names, rest[1:])
+    model = place_of(rest[0])
+    config = configure(model, names, rest[1:])
     check_vllm(config)
-    found = run_benchmarks(config, rest[0], console)
-    scores, one = with_mean(config.folder, found), next(iter(found.values()))
+    found = run_benchmarks(config, model, console)
+    scores = with_mean({name: each.scores for name, each in found.items()})
+    one = next(iter(found.values()))
     if "--json" not in arguments:
         show(table(scores, one.sampling))
     print(json.dumps({"folder": config.folder, **one.sampling_fields, "scores": plain(scores)}))
@@ -67,16 +70,16 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def compare(places: list[str]) -> int:
-    """Print the paired differences of two evaluations as a table and one line of JSON."""
-    from treerpo_ray.evaluate.report import differences, plain, show
+    """Print two evaluations and what they differ in as tables and one line of JSON."""
+    from treerpo_ray.evaluate.report import comparison, show
 
     if len(places) != 2:
         raise ValueError(
             "--compare takes two: runs or evaluations (names, folders, files in eval/)"
         )
-    found, shown = differences(*places)
-    show(shown)
-    print(json.dumps(plain(found)))
+    found = comparison(*places)
+    show(found.tables)
+    print(json.dumps(found.fields))
     return 0
 
 

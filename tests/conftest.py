@@ -68,7 +68,10 @@ def without_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import datasets
     import huggingface_hub.constants
 
+    from treerpo_ray.prompts.hub import offline_because
+
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    offline_because.cache_clear()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")

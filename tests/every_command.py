@@ -30,10 +30,10 @@ from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder
 SHORT = ("run.num_steps=2", "metrics.wandb_project=null")
 COVERED = {
     r"bash jobs/test\.sh|bash jobs/first_gpu_run\.sh$|bash jobs/first_gpu_run\.sh machine": "",
-    r"jobs/first_gpu_run\.": "tests/jobs/test_first_gpu_run.py",
+    r"jobs/(first_gpu_run|gpu/first_run)\.": "tests/jobs/test_first_gpu_run.py",
     r"ray job submit|RAYJOB": "tests/jobs/test_jobs.py",
-    r"jobs/chaos\.py": "tests/jobs/test_chaos.py",
-    r"jobs/autoscale_demo\.py": "tests/jobs/test_autoscale_demo.py",
+    r"jobs/cluster/chaos\.py": "tests/jobs/test_chaos.py",
+    r"jobs/cluster/autoscale_demo\.py": "tests/jobs/test_autoscale_demo.py",
     r"jobs/notebook\.sh": "tests/jobs/test_notebook_script.py",
     r"jobs/requirements\.py": "tests/jobs/test_setup.py",
     r"^kubectl |^helm |^docker |^ray (exec|get-auth-token)": "tests/jobs/test_cluster_files.py",
@@ -238,7 +238,7 @@ class Home:
             if not (self.folder / "treerpo_runs" / name).exists():
                 own = [f"run.name={name}", f"run.seed={seed}", *SHORT]
                 _json_of(self.run(["python", "jobs/train.py", "conf/quickstart.yaml", *own]))
-        return f"differences {list(_json_of(self.run(words)))}"
+        return f"differences {list(_json_of(self.run(words))['scores'])}"
 
     def make_model(self, words: list[str]) -> str:
         """A model is made, or is there."""

@@ -36,6 +36,7 @@ from treerpo_ray.evaluate.evaluation import read_evaluation
 from treerpo_ray.evaluate.grading import evaluate
 from treerpo_ray.learner.learner import Learner, UpdateResult
 from treerpo_ray.learner.policy import DTYPES
+from treerpo_ray.learner.publisher import Publisher
 from treerpo_ray.metrics.health import IdleTimes
 from treerpo_ray.metrics.run_log import (
     FATAL,
@@ -59,7 +60,6 @@ from treerpo_ray.scoring import Scorer
 from treerpo_ray.task import STREAM, GateState, WorkerTask
 from treerpo_ray.tree_stream import Prefetcher, from_worker_batch
 from treerpo_ray.verifier.verifier import VariableNotSet
-from treerpo_ray.weight_sync import Publisher
 
 GATE_FILE = "gate.json"
 """State of the gate, in a checkpoint."""
@@ -275,7 +275,7 @@ class TrainWorker:
         every, done = self.config.metrics.save_trees_every, step + 1
         if every and done % every == 0:
             name = saved_trees.name(done, self.rank)
-            table = with_training(self._table, update.training)
+            table = with_training(self._table, update.trained.training())
             with suppress(Exception):  # it was told of; what comes on top is left out
                 self.patience.until_written(name, self.writer.make_room)
             self.writer.put(name, lambda: self.folder.publish_table(name, table))

@@ -17,8 +17,8 @@ from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.loss_config import Normalisation
 from treerpo_ray.config import files
 from treerpo_ray.config.config import Config, credential_keys, numbers
+from treerpo_ray.config.data import INHERITED, DataConfig
 from treerpo_ray.config.files import MOVED_MODULES, describe, load, to_yaml, with_moved_modules
-from treerpo_ray.config.sections import INHERITED, DataConfig
 from treerpo_ray.evaluate.evaluation import Evaluation
 from treerpo_ray.user_code import RAY_JOB, load_module, unpack
 
@@ -149,7 +149,7 @@ def test_later_arguments_win_and_keep_what_they_do_not_name(tmp_path: Path) -> N
         ("gate.max_stalenes=0", "gate.max_staleness"),
         ("learner.learning_rat=1", "learner.learning_rate"),
         ("evaluate.data.paht=x", "evaluate.data.path"),
-        ("gates.max_staleness=0", "gate"),
+        ("gates.max_staleness=0", "gate.max_staleness"),
         ("loss.normalization=token_mean", "loss.normalisation"),
     ],
 )
@@ -183,7 +183,17 @@ def test_an_unknown_key_like_no_other_points_to_the_list() -> None:
         ("engine.resources.GPU=x", r"engine\.resources\.GPU: .*Float"),
         ("engine.resources=[1]", r"a list stands where keys belong"),
         ("run.seed=${nowhere}", r"run\.seed: .*nowhere"),
-        ("run.name=[", r"not a YAML value; quote it"),
+        ("run.name=[", r"^run\.name=\[ must not have"),
+        (
+            "tree.num_children=[4,",
+            r"num_children takes a list such as '\[4, 2\]', and this is",
+        ),
+        ("verifier.checks={a", r"verifier\.checks takes a mapping such as '{a: 1"),
+        (
+            "data.prompt_template={question} x",
+            r"data\.prompt_template; did you mean prompts\.pro",
+        ),
+        ("prompts.seed={a", r"unknown key prompts\.seed; did you mean run\.seed\?"),
         ("model.stop=abc", r"model\.stop: .*list"),
         ("prompts.path=[1]", r"prompts\.path: "),
         ("prompts.mix.a=3", r"prompts\.mix\.a: .*MixedConfig"),
@@ -652,3 +662,40 @@ def test_a_run_is_the_same_in_every_home_and_in_every_job_of_ray(
     )
     assert first == second
     assert first["model.path"] == "model"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "{question} Think.",
+            "Q: {question}",
+            "{question}",
+            "* {question}\n#",
+            "yes",
+            "12",
+            "1e3",
+        ),
+        *("[INST] {question}", "# {question}", "\"a\" or 'b'", "It's {question}", "{question}\\n"),
+        *("Solve ${question}$.", "costs ${5}, \\${x}", "%{question} é 🙂", "- a", " {question} "),
+    ],
+)
+def test_a_text_on_the_command_line_is_itself(text: str, tmp_path: Path) -> None:
+    """Whatever YAML or OmegaConf would make of it, and again from the `config.yaml` of its run."""
+    found = load([f"prompts.system_prompt={text}"])
+    assert found.prompts.system_prompt == text == found.evaluate.data.system_prompt
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(found), encoding="utf-8")
+    assert load([str(file)]) == found
+    mixed = load([f"prompts.mix.a.system_prompt={text}", "prompts.mix.a.path=x"])
+    assert mixed.prompts.mix["a"].system_prompt == text
+
+
+def test_quotes_around_all_of_a_text_are_not_of_it_and_null_is_none() -> None:
+    def of(value: str) -> str | None:
+        return load([f"prompts.system_prompt={value}"]).prompts.system_prompt
+
+    assert of('"{question}\\n!"') == "{question}\n!"
+    assert of("'null'") == "null"
+    assert of("null") is None and of("") is None
+    assert load(["prompts.path=[a.csv, b.csv]"]).prompts.paths == ("a.csv", "b.csv")

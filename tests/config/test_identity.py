@@ -1,15 +1,17 @@
 """What a run is called where nobody says, and which settings make it another one."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from treerpo_ray.config import Config, load
+from treerpo_ray.config.data import DataConfig
 from treerpo_ray.config.files import flat_settings, to_yaml
-from treerpo_ray.config.identity import FREE, MAX_NAME, differences, flatten, is_free
-from treerpo_ray.config.sections import DataConfig, EvaluateConfig, RunConfig
+from treerpo_ray.config.identity import FREE, LONG_NAME, differences, flatten, is_free
+from treerpo_ray.config.sections import EvaluateConfig, RunConfig
 from treerpo_ray.study.comparison import read_comparison
 
 QUICK = "conf/quickstart.yaml"
@@ -42,7 +44,31 @@ def test_names_that_lose_characters_or_are_too_long_are_told_apart() -> None:
     texts = ["a/b", "a_b", "a b", "a?b", "x" * 200 + "1", "x" * 200 + "2", "../../b"]
     names = [load([f"prompts.path='{text}'"]).run.name for text in texts]
     assert len(set(names)) == len(names)
-    assert all(len(name) <= MAX_NAME and "/" not in name for name in names)
+    assert all(len(name) <= LONG_NAME + 9 and "/" not in name for name in names)
+
+
+def test_a_name_that_would_be_long_tells_all_in_few_words(tmp_path: Path) -> None:
+    """Paths by their last part, texts by their beginning; the checksum tells what is left out."""
+    (tmp_path / "my_reward.py").write_text("")
+    data = [f"prompts.path={tmp_path}/train.jsonl", f"evaluate.data.path={tmp_path}/test.jsonl"]
+    text = "prompts.prompt_template={question} Think about it step by step, then box the answer."
+    cases = {
+        f"verifier.check={tmp_path}/my_reward.py": (
+            "quickstart-prompts.path=train.jsonl-data.path=test.jsonl-and_2_more"
+        ),
+        text: "quickstart-prompts.path=train.jsonl-data.path=test.jsonl-and_2_more",
+    }
+    for override, expected in cases.items():
+        name = load([QUICK, *data, override, "run.seed=1"]).run.name
+        assert re.fullmatch(f"{expected}-[0-9a-f]{{8}}", name), name
+    name = load([QUICK, text, "run.seed=1"]).run.name
+    expected = "quickstart-prompts.prompt_template=question_Think_about_it-seed=1"
+    assert re.fullmatch(f"{expected}-[0-9a-f]{{8}}", name), name
+    seeds = {load([QUICK, *data, text, f"run.seed={seed}"]).run.name for seed in range(4)}
+    assert len(seeds) == 4  # though no seed is read in them
+    assert max(map(len, seeds)) <= 80
+    many = [f"learner.learning_rate={rate}e-5" for rate in range(1, 9)]
+    assert len(load([QUICK, *many]).run.name) <= 80
 
 
 def test_the_name_of_a_written_configuration_is_the_one_in_it(tmp_path) -> None:

@@ -13,7 +13,8 @@ from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.groups import PruneRule
 from treerpo_ray.algo.loss_config import Normalisation, Ratio
 from treerpo_ray.config import Config, load
-from treerpo_ray.driver.plan import plan_lines, preflight
+from treerpo_ray.driver.plan import plan_lines
+from treerpo_ray.preflight.inputs import preflight
 
 DATA = ROOT.parent / "shared" / "data"
 MODEL = str(ROOT / "treerpo_ray/quickstart/model")
@@ -204,7 +205,7 @@ def test_without_a_connection_the_plan_has_what_is_known_and_a_line_for_each_tha
     assert [line.split()[1].split("=")[0] for line in unchecked] == [
         *("model.path", "prompts.path", "evaluate.data.path"),
     ]
-    with pytest.raises(ValueError, match=r"^model\.path=Qwen/\S+: there is no connection"):
+    with pytest.raises(ValueError, match=r"^model\.path=Qwen/\S+: HF_HUB_OFFLINE is set"):
         preflight(recipe(name)).inputs()
 
 

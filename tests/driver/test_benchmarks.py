@@ -27,7 +27,7 @@ from treerpo_ray.driver.benchmarks import (
     source_of,
 )
 from treerpo_ray.evaluate.evaluation import Evaluation
-from treerpo_ray.evaluate.report import differences, read_samples, table, with_mean
+from treerpo_ray.evaluate.report import comparison, read_samples, table, with_mean
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.health import StageStatus
 from treerpo_ray.metrics.run_log import Event
@@ -295,7 +295,7 @@ def test_a_job_leaves_scores_and_samples_of_every_benchmark(evaluated) -> None:
         assert sum(problem.length.sum() for problem in samples.values()) == (
             evaluation.num_sampled_tokens
         )
-    scores = with_mean(f"{root}/first", {name: found[f"first/{name}"] for name in ("one", "two")})
+    scores = with_mean({name: found[f"first/{name}"].scores for name in ("one", "two")})
     assert list(scores) == ["one", "two", "mean of one, two"]
     title, shown = table(scores, found["first/one"].sampling).renderables
     assert title.startswith("4 answers a problem, temperature ")
@@ -306,18 +306,16 @@ def test_a_job_leaves_scores_and_samples_of_every_benchmark(evaluated) -> None:
 @pytest.mark.engine
 def test_two_evaluations_are_compared_problem_by_problem(evaluated) -> None:
     root, found = evaluated
-    compared, _ = differences(str(root / "first"), str(root / "second"))
+    compared = comparison(str(root / "first"), str(root / "second")).pairs
     assert compared.keys() == {"one", "two", "mean of one, two"}
     gap = found["first/one"].pass_at_1 - found["second/one"].pass_at_1
-    assert compared["one"]["pass@1"].value == pytest.approx(gap)
-    itself, _ = differences(str(root / "first"), str(root / "first/eval/one.json"))
-    assert all(score.value == score.low == score.high == 0 for score in itself["one"].values())
+    assert compared["one"]["pass@1"].difference.value == pytest.approx(gap)
     first, second = (
         read_samples(f"{root}/{name}/eval/one.parquet").values() for name in ("first", "second")
     )
     any_right = [any(samples.is_correct == 1) for samples in (*first, *second)]
     expected = (sum(any_right[:3]) - sum(any_right[3:])) / 3
-    assert compared["one"]["pass@4"].value == pytest.approx(expected)
+    assert compared["one"]["pass@4"].difference.value == pytest.approx(expected)
 
 
 @pytest.mark.ray
@@ -328,6 +326,6 @@ def test_problems_that_only_one_evaluation_has_are_counted(evaluated, tmp_path) 
     for suffix in ("json", "parquet"):
         shutil.copy(root / f"first/eval/two.{suffix}", tmp_path / f"eval/one.{suffix}")
     shown = io.StringIO()
-    _, compared = differences(f"file://{root}/first/eval/one.json", str(tmp_path))
-    rich.console.Console(file=shown, width=200).print(compared)
+    compared = comparison(f"file://{root}/first/eval/one.json", str(tmp_path))
+    rich.console.Console(file=shown, width=200).print(compared.tables)
     assert "2 of 3" in shown.getvalue()

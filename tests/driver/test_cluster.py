@@ -26,8 +26,9 @@ from ray.core.generated.gcs_service_pb2_grpc import (
 from tests.support.project import ROOT
 from treerpo_ray.config import Config, load
 from treerpo_ray.driver import cluster
-from treerpo_ray.driver.cluster import await_head, check_vllm, local_resources, look_at_resources
-from treerpo_ray.driver.placement import (
+from treerpo_ray.driver.cluster import await_head, local_resources, look_at_resources
+from treerpo_ray.preflight.machine import check_vllm
+from treerpo_ray.preflight.placement import (
     Node,
     check_places,
     missing_resources,

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import ray
 
-from tests.support.evaluations import CUT, ERR, SLOW, C, W, graded, interval
+from tests.support.evaluations import CUT, ERR, SLOW, C, W, graded
 from tests.support.run_folders import HangingStore
 from treerpo_ray.config import Config, load
-from treerpo_ray.config.sections import PromptsConfig
+from treerpo_ray.config.data import PromptsConfig
 from treerpo_ray.evaluate import grading
 from treerpo_ray.evaluate.evaluation import Evaluation, Graded, read_evaluation
+from treerpo_ray.evaluate.intervals import share
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.writer import BackgroundWriter
@@ -66,7 +67,7 @@ def test_the_summary_of_graded_answers_by_hand() -> None:
     assert (result.num_problems, result.num_samples, result.temperature) == (5, 3, 0.7)
     assert (result.model, result.seed, result.system_prompt) == ("quickstart/model", 5, "")
     assert (result.step, result.version, result.data, result.seconds) == (3, 2, "held.jsonl", 1.5)
-    expected = interval(np.array([2 / 3, 0, 1 / 2]), seed=5)
+    expected = share(np.array([2 / 3, 0, 1 / 2]), num_draws=3 + 3 + 2)
     assert (result.ci95_low, result.ci95_high) == expected
 
 

@@ -14,13 +14,14 @@ import rich.console
 
 from tests.support.evaluations import C, W, graded
 from treerpo_ray.config import load
-from treerpo_ray.config.sections import DataConfig
+from treerpo_ray.config.data import DataConfig
 from treerpo_ray.evaluate.evaluation import Evaluation, Graded, save_evaluation, save_samples
 from treerpo_ray.evaluate.grading import summarise
 from treerpo_ray.evaluate.report import (
     PAPER,
+    Comparison,
     averaged,
-    differences,
+    comparison,
     plain,
     read_samples,
     table,
@@ -30,6 +31,7 @@ from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.verifier.verdict import Grade, Verdict
 
 RIGHT, WRONG, HALF = (C, C), (W, W), (C, W)
+UNITS = ("A less B, points", "A less B, tokens")
 
 
 def evaluated(
@@ -75,7 +77,7 @@ def test_the_mean_is_over_the_papers_benchmarks_if_they_are_there_and_says_so(
     answers = {"gsm8k": [RIGHT], "aime24": [WRONG, WRONG, HALF, HALF], "minerva": [HALF, RIGHT]}
     answers |= {"math500": [RIGHT, RIGHT, HALF], "olympiadbench": [WRONG, RIGHT]}
     found = {name: evaluated(str(tmp_path), name, *each) for name, each in answers.items()}
-    scores = with_mean(str(tmp_path), found)
+    scores = with_mean({name: each.scores for name, each in found.items()})
     assert list(scores) == [*answers, "mean of math500, olympiadbench, minerva, aime24"]
     for name, evaluation in found.items():
         assert scores[name] == evaluation.scores
@@ -84,10 +86,9 @@ def test_the_mean_is_over_the_papers_benchmarks_if_they_are_there_and_says_so(
     shares = [np.mean([[v is C for v in pair] for pair in answers[name]], axis=1) for name in PAPER]
     assert mean["pass@1"].value == pytest.approx(np.mean([each.mean() for each in shares]))
     assert mean["pass@1"].num_problems == 3 + 2 + 2 + 4
-    # Problems are resampled within a benchmark: a variance for each, over its size.
-    error = sum(each.var() / len(each) for each in shares) ** 0.5 / 4
-    width = mean["pass@1"].high - mean["pass@1"].low
-    assert width == pytest.approx(2 * 1.96 * error, rel=0.1)
+    arms = [found[name].scores["pass@1"] for name in PAPER]
+    high = sum((arm.high - arm.value) ** 2 for arm in arms) ** 0.5 / 4
+    assert mean["pass@1"].high == pytest.approx(mean["pass@1"].value + high)
     assert "mean of math500, olympiadbench, minerva, aime24 (11)" in drawn(
         table(scores, "2 answers a problem")
     )
@@ -99,24 +100,50 @@ def test_without_one_of_the_papers_the_mean_is_over_all_and_there_is_none_of_one
     assert averaged(["gsm8k"]) == averaged([]) == ()
 
 
-def test_differences_by_hand_with_those_of_the_mean(tmp_path: Path) -> None:
+def less(found: Comparison, benchmark: str, score: str) -> float:
+    return found.pairs[benchmark][score].difference.value
+
+
+def test_two_evaluations_by_hand_with_their_means_and_comparison(tmp_path: Path) -> None:
     ours, theirs = f"{tmp_path}/ours", f"{tmp_path}/theirs"
     evaluated(ours, "one", RIGHT, HALF, RIGHT, length=5)
     evaluated(theirs, "one", WRONG, RIGHT, length=2)
     evaluated(ours, "two", HALF, length=3)
     evaluated(theirs, "two", WRONG, length=9)
-    scores, shown = differences(ours, f"file://{theirs}")
-    assert list(scores) == ["one", "two", "mean of one, two"]
-    one, two, mean = scores.values()
-    assert [each["pass@1"].value for each in (one, two, mean)] == [0.25, 0.5, 0.375]
-    assert (one["pass@1"].low, one["pass@1"].high) == (-0.5, 1)
-    assert (mean["pass@1"].low, mean["pass@1"].high) == (0, 0.75)  # `two` is but one problem
-    assert [each["median_length"].value for each in (one, two, mean)] == [3, -6, -1.5]
-    assert (one["pass@2"].value, one["maj@2"].value) == (0.5, 0.25)  # a tie is half a majority
-    assert "one (2 of 3)" in drawn(shown)
-    assert drawn(shown).startswith("ours less theirs\n2 answers a problem, temperature 0.6")
-    itself, _ = differences(ours, f"{ours}/eval/one.json")
-    assert all(score.value == score.low == score.high == 0 for score in itself["one"].values())
+    found = comparison(ours, f"file://{theirs}")
+    names = ["one", "two", "mean of one, two"]
+    assert list(found.pairs) == names
+    passed = [found.pairs[name]["pass@1"] for name in names]
+    assert [pair.ours.value for pair in passed] == [0.75, 0.5, 0.625]  # two problems of three
+    assert [pair.theirs.value for pair in passed] == [0.5, 0, 0.25]
+    assert [pair.difference.value for pair in passed] == [0.25, 0.5, 0.375]
+    assert [less(found, name, "median_length") for name in names] == [3, -6, -1.5]
+    assert less(found, "one", "pass@2") == 0.5
+    assert less(found, "one", "maj@2") == 0.25  # a tie is half a majority
+    fields = json.loads(json.dumps(found.fields, allow_nan=False))
+    assert (fields["A"], fields["B"], fields["num_samples"]) == ("ours", "theirs", 2)
+    assert fields["scores"]["two"]["pass@1"]["A-B"]["value"] == 0.5
+    shown = drawn(found.tables)
+    assert shown.startswith("A: ours\nB: theirs\n")
+    assert "one: the 2 of 3 problems that both have, 2 answers a problem, temperature 0.6" in shown
+    lines = shown.splitlines()
+    shares, lengths = ([line for line in lines if line.endswith(end)] for end in UNITS)
+    assert len(shares) == len(lengths) == 3
+    cells = next(line for line in lines if line.startswith("pass@1"))
+    assert re.findall(r"\S+ (?=\[)", cells) == ["75.0 ", "50.0 ", "+25.0 "]
+    cells = next(line for line in lines if line.startswith("median_length"))
+    assert re.findall(r"\S+ (?=\[)", cells) == ["5.0 ", "2.0 ", "+3.0 "]
+
+
+def test_an_evaluation_less_itself_is_nothing_but_shares_may_be_so_by_chance(
+    tmp_path: Path,
+) -> None:
+    evaluated(f"{tmp_path}", "one", RIGHT, HALF, RIGHT, length=5)
+    itself = comparison(str(tmp_path), f"{tmp_path}/eval/one.json").pairs["one"]
+    assert all(pair.difference.value == 0 for pair in itself.values())
+    lengths = itself["length"].difference
+    assert lengths.low == lengths.high == 0
+    assert itself["pass@2"].difference.low < 0 < itself["pass@2"].difference.high
 
 
 @pytest.mark.parametrize(
@@ -148,7 +175,7 @@ def test_what_was_sampled_or_graded_in_another_way_is_not_compared(
     evaluated(f"{tmp_path}/ours", "one", RIGHT, HALF)
     evaluated(f"{tmp_path}/theirs", "one", RIGHT, HALF, **settings)
     with pytest.raises(ValueError, match=told) as caught:
-        differences(f"{tmp_path}/ours", f"{tmp_path}/theirs")
+        comparison(f"{tmp_path}/ours", f"{tmp_path}/theirs")
     assert "\n" not in str(caught.value)
 
 
@@ -158,10 +185,10 @@ def test_other_numbers_of_samples_are_not_compared_even_if_they_are_not_recorded
     evaluated(f"{tmp_path}/ours", "one", (C, W, W, W))
     evaluated(f"{tmp_path}/theirs", "one", HALF)
     with pytest.raises(ValueError, match=r"evaluate.num_samples is 4 in .* and 2 in "):
-        differences(f"{tmp_path}/ours", f"{tmp_path}/theirs")
+        comparison(f"{tmp_path}/ours", f"{tmp_path}/theirs")
     (tmp_path / "ours/eval/one.json").unlink()
     with pytest.raises(ValueError, match=r"have \[2, 4\] samples of a problem"):
-        differences(f"{tmp_path}/ours", f"{tmp_path}/theirs")
+        comparison(f"{tmp_path}/ours", f"{tmp_path}/theirs")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +210,7 @@ def test_what_an_older_evaluation_did_not_record_is_told(
     path.write_text(json.dumps(fields))
     assert getattr(Evaluation.from_fields(fields), field) is None
     with caplog.at_level(logging.WARNING):
-        differences(f"{tmp_path}/ours", f"{tmp_path}/theirs")
+        comparison(f"{tmp_path}/ours", f"{tmp_path}/theirs")
     [record] = caplog.records
     assert record.getMessage().startswith(f"{key} is not recorded of both ")
 
@@ -199,10 +226,10 @@ def test_an_older_evaluation_had_neither_template_nor_stop_strings(
         del fields[field]
     path.write_text(json.dumps(fields))
     with caplog.at_level(logging.WARNING):
-        differences(f"{tmp_path}/ours", f"{tmp_path}/theirs")
+        comparison(f"{tmp_path}/ours", f"{tmp_path}/theirs")
     assert not caplog.records
     with pytest.raises(ValueError, match=r"model\.stop is \[\] in "):
-        differences(f"{tmp_path}/ours", f"{tmp_path}/others")
+        comparison(f"{tmp_path}/ours", f"{tmp_path}/others")
 
 
 def test_a_place_may_be_in_the_home_folder_or_on_an_object_store(
@@ -211,10 +238,9 @@ def test_a_place_may_be_in_the_home_folder_or_on_an_object_store(
     monkeypatch.setenv("HOME", str(tmp_path))
     evaluated(f"{tmp_path}/mine", "one", RIGHT)
     evaluated(f"memory:/{tmp_path}/other", "one", WRONG)
-    scores, _ = differences("~/mine", f"memory:/{tmp_path}/other")
-    assert scores["one"]["pass@1"].value == 1
+    assert less(comparison("~/mine", f"memory:/{tmp_path}/other"), "one", "pass@1") == 1
     with pytest.raises(ValueError, match=r"^~/none: there are no samples of an evaluation"):
-        differences("~/none", "~/mine")
+        comparison("~/none", "~/mine")
 
 
 def test_runs_are_compared_by_their_names_and_the_steps_are_said_in_80_columns(
@@ -224,12 +250,17 @@ def test_runs_are_compared_by_their_names_and_the_steps_are_said_in_80_columns(
     for name, steps in (("quickstart-dapo", (0, 9)), ("quickstart", (0, 36))):
         for step in steps:
             evaluated(f"{tmp_path}/treerpo_runs/{name}", f"step={step:06d}", RIGHT, HALF)
-    _, shown = differences("quickstart-dapo", "quickstart")
-    lines = drawn(shown, width=80).splitlines()
-    assert lines[0] == "quickstart-dapo (step 9) less quickstart (step 36)"
-    assert any(re.search(r"pass@1 .* 0\.0 \[0\.0, 0\.0\]", line) for line in lines)
+    found = comparison("quickstart-dapo", "quickstart")
+    lines = drawn(found.tables, width=80).splitlines()
+    assert lines[:2] == ["A: quickstart-dapo (step 9)", "B: quickstart (step 36)"]
+    assert any(
+        re.search(r"^pass@1 +75\.0 \[.*\] +75\.0 \[.*\] +\+0\.0 \[.*\]", line) for line in lines
+    )
+    earlier = f"{tmp_path}/treerpo_runs/quickstart/eval/step=000000.json"
+    names = comparison("quickstart", earlier).names
+    assert names == ("quickstart (step 36)", f"{earlier} (step 0)")
     with pytest.raises(ValueError, match="treerpo_runs/other: there are no samples"):
-        differences("other", "quickstart")
+        comparison("other", "quickstart")
 
 
 def test_partial_credit_is_kept_with_the_samples_and_in_their_mean(tmp_path: Path) -> None:
@@ -257,6 +288,6 @@ def test_partial_credit_is_kept_with_the_samples_and_in_their_mean(tmp_path: Pat
     first, second = read_samples(f"{tmp_path}/eval/own.parquet").values()
     assert first.reward is not None and first.reward.tolist() == [1.0, 0.5]
     assert first.is_correct.tolist() == [1.0, 0.0] and second.reward is None
-    scores, shown = differences(f"{tmp_path}/eval/own.json", f"{tmp_path}/eval/own.parquet")
-    assert scores["own"]["reward"].value == 0 and "reward" in drawn(shown)
+    same = comparison(f"{tmp_path}/eval/own.json", f"{tmp_path}/eval/own.parquet")
+    assert less(same, "own", "reward") == 0 and "reward" in drawn(same.tables)
     assert "37.5" in drawn(table({"own": result.scores}, result.sampling))

@@ -1,4 +1,4 @@
-"""Scores: closed forms, counts by brute force, and intervals that cover as often as they say."""
+"""Scores: closed forms, counts by brute force, and the intervals of lengths."""
 
 from dataclasses import replace
 from itertools import combinations
@@ -8,16 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.evaluations import interval
 from treerpo_ray.evaluate.scores import (
-    Estimate,
     Samples,
     Score,
     majority,
-    mean_estimate,
+    mean_length,
     mean_over_benchmarks,
     median_length,
-    paired_differences,
+    paired,
     pass_at,
     powers_of_two,
     scores,
@@ -100,8 +98,9 @@ def test_with_partial_credit_the_mean_reward_stands_beside_the_share_of_whole_re
     assert found["reward"].value == pytest.approx((1.75 / 3 + 1 / 2) / 2)
     assert found["pass@1"].value == pytest.approx((1 / 3 + 1 / 2) / 2)
     assert found["pass@2"].value == pytest.approx((2 / 3 + 5 / 6) / 2)
-    less = paired_differences([part], [plain], pass_ks=(1,), num_samples=4, seed=0)
-    assert less["reward"].value == pytest.approx(1.75 / 3 - 1 / 2)
+    both = paired([part], [plain], pass_ks=(1,), num_samples=4, seed=0)["reward"]
+    assert (both.ours.value, both.theirs.value) == (pytest.approx(1.75 / 3), 1 / 2)
+    assert both.difference.value == pytest.approx(1.75 / 3 - 1 / 2)
     assert "reward" not in scores([plain], pass_ks=(1,), num_samples=4, seed=0)
 
 
@@ -148,112 +147,67 @@ def test_two_medians_of_the_same_problems_are_resampled_together() -> None:
     rng = np.random.default_rng(0)
     ours = [samples([0.0] * 3, length=rng.integers(1, 99, 3).tolist()) for _ in range(150)]
     theirs = [samples([0.0] * 6, length=[*each.length] * 2) for each in ours]
-    found = paired_differences(ours, theirs, pass_ks=(1,), num_samples=3, seed=0)
-    score = found["median_length"].score
-    assert (score.value, score.low, score.high, score.num_problems) == (0, 0, 0, 150)
+    found = paired(ours, theirs, pass_ks=(1,), num_samples=3, seed=0)
+    for name in ("length", "median_length"):
+        score = found[name].difference
+        assert (score.value, score.low, score.high, score.num_problems) == (0, 0, 0, 150)
+        assert found[name].ours.low < found[name].ours.value < found[name].ours.high
 
 
-def test_paired_differences_know_nothing_of_what_both_share() -> None:
+def test_paired_know_nothing_of_what_both_share() -> None:
     """Of one sample a problem; ours has in addition a fifth of what theirs has wrong."""
     rng = np.random.default_rng(0)
     is_right = rng.random(400) < 0.5
     gain = (~is_right & (rng.random(400) < 0.2)).astype(float)
     ours, theirs = ([samples([right]) for right in side] for side in (is_right + gain, is_right))
-    found = paired_differences(ours, theirs, pass_ks=(1,), num_samples=1, seed=0)["pass@1"].score
+    found = paired(ours, theirs, pass_ks=(1,), num_samples=1, seed=0)["pass@1"].difference
     half = 1.959964 * gain.std() / 20
     assert found.value == pytest.approx(gain.mean())
     assert found.low == pytest.approx(gain.mean() - half, abs=0.1 * half)
     assert found.high == pytest.approx(gain.mean() + half, abs=0.1 * half)
 
 
-def test_paired_differences_leave_out_what_one_side_does_not_know() -> None:
+def test_paired_leave_out_what_one_side_does_not_know() -> None:
     ours = [samples([1.0], length=[3]), samples([NAN], length=[0]), samples([1.0], length=[5])]
     theirs = [samples([0.0], length=[1]), samples([1.0], length=[9]), samples([NAN], length=[1])]
-    found = paired_differences(ours, theirs, pass_ks=(1,), num_samples=1, seed=0)
-    assert (found["pass@1"].value, found["pass@1"].num_problems) == (1.0, 1)
-    assert (found["length"].value, found["length"].num_problems) == ((2 + 4) / 2, 2)
-    assert (found["median_length"].value, found["median_length"].num_problems) == (4 - 1, 2)
+    found = paired(ours, theirs, pass_ks=(1,), num_samples=1, seed=0)
+    less = {name: (pair.difference.value, pair.ours.num_problems) for name, pair in found.items()}
+    assert less["pass@1"] == (1.0, 1)
+    assert less["length"] == ((2 + 4) / 2, 2)
+    assert less["median_length"] == (4 - 1, 2)
     assert "maj@1" not in found
-
-
-def test_an_interval_of_paired_differences_covers_about_95_times_in_100() -> None:
-    """200 problems of any hardness, of which ours gets each right more often by 0.1."""
-    rng, covered = np.random.default_rng(1), 0
-    for trial in range(400):
-        chances = 0.9 * rng.random(200)
-        ours, theirs = (rng.binomial(8, chances + gain) / 8 for gain in (0.1, 0.0))
-        score = mean_estimate(ours - theirs, seed=trial).score
-        covered += score.low <= 0.1 <= score.high
-    assert 0.92 <= covered / 400 <= 0.975
 
 
 def test_the_mean_over_benchmarks_by_hand_has_only_what_all_have() -> None:
     first, second = (
         {
-            name: Estimate(value=value, resampled=np.array([value, value + 2]), num_problems=3)
+            name: Score(value=value, low=value - 3, high=value + 6, num_problems=3)
             for name, value in values.items()
         }
         for values in ({"pass@1": 1.0, "pass@2": 1.0}, {"pass@1": 4.0})
     )
     (mean,) = mean_over_benchmarks([first, second]).items()
-    assert mean == ("pass@1", Score(value=2.5, low=2.55, high=4.45, num_problems=6))
+    low, high = (pytest.approx(2.5 + end * 2**0.5 / 2) for end in (-3, 6))
+    assert mean == ("pass@1", Score(value=2.5, low=low, high=high, num_problems=6))
 
 
-def test_the_interval_of_a_mean_over_benchmarks_is_as_wide_as_those_of_its_parts_tell() -> None:
-    """Benchmarks of 30 and 500 problems count alike: the smaller one makes most of the width."""
-    rng = np.random.default_rng(0)
-    parts = [(rng.random(size) < 0.4).astype(float) for size in (30, 500)]
-    found = [{"pass@1": mean_estimate(part, seed=seed)} for seed, part in enumerate(parts)]
-    score = mean_over_benchmarks(found)["pass@1"]
-    half = 1.959964 * sum(part.var() / len(part) for part in parts) ** 0.5 / 2
-    assert score.value == pytest.approx((parts[0].mean() + parts[1].mean()) / 2)
+def test_the_interval_of_a_mean_length_is_close_to_the_normal_one() -> None:
+    lengths = np.random.default_rng(0).integers(1, 99, 1000).astype(float)
+    half = NORMAL_975 * lengths.std() / np.sqrt(len(lengths))
+    score = mean_length(lengths, seed=0).score
     assert [score.low, score.high] == pytest.approx(
         [score.value - half, score.value + half], abs=0.07 * half
     )
 
 
-def test_the_interval_of_a_mean_does_not_depend_on_the_order() -> None:
-    values = np.random.default_rng(0).binomial(4, 0.5, 100) / 4
-    assert interval(values, 3) == interval(values[::-1], 3)
-
-
-def bernoulli(num_problems: int, num_correct: int) -> np.ndarray:
-    return np.repeat([1.0, 0.0], [num_correct, num_problems - num_correct])
-
-
-@pytest.mark.parametrize(("num_problems", "num_correct"), [(400, 200), (1000, 100), (2000, 1500)])
-def test_the_interval_of_a_bernoulli_mean_is_close_to_the_normal_one(
-    num_problems: int, num_correct: int
-) -> None:
-    mean = num_correct / num_problems
-    half = NORMAL_975 * np.sqrt(mean * (1 - mean) / num_problems)
-    low, high = interval(bernoulli(num_problems, num_correct), seed=0)
-    assert low == pytest.approx(mean - half, abs=0.07 * half)
-    assert high == pytest.approx(mean + half, abs=0.07 * half)
-
-
-def test_the_interval_of_shares_of_several_answers_is_close_to_the_normal_one() -> None:
-    values = np.random.default_rng(0).binomial(8, 0.4, 1000) / 8
-    half = NORMAL_975 * values.std() / np.sqrt(len(values))
-    low, high = interval(values, seed=1)
-    assert low == pytest.approx(values.mean() - half, abs=0.07 * half)
-    assert high == pytest.approx(values.mean() + half, abs=0.07 * half)
-
-
-def test_intervals_cover_the_true_mean_about_95_times_in_100() -> None:
-    rng, covered, num_trials = np.random.default_rng(0), 0, 600
-    for trial in range(num_trials):
-        low, high = interval((rng.random(300) < 0.3).astype(float), seed=trial)
-        covered += low <= 0.3 <= high
-    assert 0.92 <= covered / num_trials <= 0.975
-
-
-def test_an_interval_is_reproducible_and_does_not_depend_on_the_order_of_the_problems() -> None:
-    values = np.random.default_rng(0).binomial(4, 0.5, 100) / 4
-    assert interval(values, seed=3) == interval(values[::-1], seed=3)
-    assert interval(values, seed=3) != interval(values, seed=4)
-
-
-@pytest.mark.parametrize("value", [0.0, 0.375, 1.0])
-def test_equal_values_leave_no_doubt(value: float) -> None:
-    assert interval(np.full(50, value), seed=0) == pytest.approx((value, value))
+@pytest.mark.parametrize(("verdict", "ends"), [(0.0, "low"), (1.0, "high")])
+def test_what_never_differs_is_not_claimed_to_be_certain(verdict: float, ends: str) -> None:
+    """Of four answers to each of 20 problems, for every share and for their differences."""
+    alike = [samples([verdict] * 4, [0] * 4) for _ in range(20)]
+    found = scores(alike, pass_ks=powers_of_two(4), num_samples=4, seed=0)
+    assert {"pass@1", "pass@2", "pass@4", "maj@4"} < found.keys()
+    for name in ("pass@1", "pass@2", "pass@4", "maj@4"):
+        assert getattr(found[name], ends) == found[name].value == verdict
+        assert found[name].high - found[name].low == pytest.approx(1.96**2 / (20 + 1.96**2), 1e-3)
+    pair = paired(alike, alike, pass_ks=(1,), num_samples=4, seed=0)["pass@1"]
+    assert pair.difference.low < pair.difference.value == 0 < pair.difference.high

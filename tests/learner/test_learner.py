@@ -138,7 +138,7 @@ def test_an_update_tells_what_each_trained_token_had_before_its_first_step(
     [(result, _)] = run_updates(config, [[records]], None)
     start = plain_model(path)
     differences = []
-    for record, made in zip(records, result.training, strict=True):
+    for record, made in zip(records, result.trained.training(), strict=True):
         advantages = np.full(len(record.tree), np.nan)
         by_hand = bernoulli_by_hand(record, 0.1)
         advantages[list(by_hand)] = list(by_hand.values())
@@ -169,7 +169,7 @@ def test_an_update_without_a_kept_group_moves_nothing(path: str) -> None:
     assert result.metrics["tokens/trained_share"] == 0
     assert result.stats.metrics(1)["groups/pruned"] == 12
     assert "loss/total" not in result.metrics
-    assert all(np.isnan(own.logprobs).all() for own in result.training)
+    assert all(np.isnan(own.logprobs).all() for own in result.trained.training())
     assert_nothing_moved(before, after)
 
 
@@ -271,9 +271,9 @@ def test_a_resumed_learner_goes_on_bitwise_as_if_nothing_had_happened(
 
     on, again = (one.update(mixed(first=8, version=2)) for one in (learner, resumed))
     assert_nothing_moved(State.of(learner), State.of(resumed))
-    for ours, theirs in zip(again.training, on.training, strict=True):
+    for ours, theirs in zip(again.trained.training(), on.trained.training(), strict=True):
         np.testing.assert_array_equal(ours.logprobs, theirs.logprobs)
-    assert replace(again, training=()) == replace(on, training=())
+    assert replace(again, trained=on.trained) == on
     assert resumed.version == 3
     assert again.metrics["learner/learning_rate"] == pytest.approx(3 / 6 * 1e-3)
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.project import ROOT
-from treerpo_ray.config.sections import PromptsConfig
+from treerpo_ray.config.data import PromptsConfig
 from treerpo_ray.prompts.hub import Unreachable
 from treerpo_ray.prompts.problems import DataReport, Problem, load_problems
 
@@ -121,7 +121,7 @@ def test_an_id_that_cannot_be_looked_up_is_told_from_one_that_does_not_exist(
     without_hub, monkeypatch
 ):
     config = PromptsConfig(path="someone/some_set", split="test", subset="main")
-    with pytest.raises(Unreachable, match=r"^prompts\.path=someone/some_set: there is no connect"):
+    with pytest.raises(Unreachable, match=r"^prompts\.path=someone/some_set: HF_HUB_OFFLINE is"):
         load_problems(config)
 
     def not_found(*arguments, **keywords):

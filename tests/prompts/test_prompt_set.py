@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from tests.support.project import ROOT
-from treerpo_ray.config.sections import DataConfig, PromptsConfig
+from treerpo_ray.config.data import DataConfig, PromptsConfig
 from treerpo_ray.prompts.chats import Message
 from treerpo_ray.prompts.hub import Unreachable
 from treerpo_ray.prompts.problems import Problem
@@ -207,7 +207,7 @@ def test_a_folder_without_a_tokenizer_is_one_line_with_the_key(tmp_path):
 def test_a_model_id_that_cannot_be_looked_up_is_told_from_a_folder_without_a_tokenizer(
     without_hub,
 ):
-    with pytest.raises(Unreachable, match=r"^model\.path=someone/model: there is no connection"):
+    with pytest.raises(Unreachable, match=r"^model\.path=someone/model: HF_HUB_OFFLINE is set"):
         load_tokenizer("someone/model", trust_remote_code=False)
 
 

@@ -2,12 +2,9 @@
 
 from dataclasses import replace
 
-import numpy as np
-
 from tests.support.trees import make_tree
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree
 from treerpo_ray.evaluate.evaluation import Evaluation
-from treerpo_ray.evaluate.scores import mean_estimate
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.verifier.verdict import Verdict
 
@@ -19,12 +16,6 @@ EVALUATION = Evaluation(
     pass_at_1=0.5, ci95_low=0.4, ci95_high=0.6, pass_at_k=0.5, length=2.0, cut_off_share=0.0,
     errored_share=0.0, num_sampled_tokens=4, seconds=0.1,
 )  # fmt: skip
-
-
-def interval(values: np.ndarray, seed: int) -> tuple[float, float]:
-    """95 % bootstrap interval of a mean."""
-    score = mean_estimate(values, seed=seed).score
-    return score.low, score.high
 
 
 def graded(*verdicts: Verdict, length: int = 2, is_full: bool = False) -> TreeRecord:

@@ -14,7 +14,8 @@ from ray.cluster_utils import Cluster
 from ray.experimental import get_object_locations
 
 from treerpo_ray.actor import make_actor
-from treerpo_ray.weight_sync import Manifest, Probe, Publisher, WeightSync
+from treerpo_ray.learner.publisher import Publisher
+from treerpo_ray.weight_sync import Manifest, Probe, WeightSync
 
 STORE_BYTES = 100 * 2**20
 NUM_FLOATS = 5 * 2**20

@@ -19,8 +19,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from treerpo_ray.config.config import Config
+from treerpo_ray.config.data import INHERITED, PACKAGE_PARENT, DataConfig
 from treerpo_ray.config.identity import Flat, flatten, is_free, name_from
-from treerpo_ray.config.sections import INHERITED, PACKAGE_PARENT, DataConfig
+from treerpo_ray.config.keys import is_text, kind_in_words, kind_of, known_keys, text_of
 from treerpo_ray.errors import one_line
 from treerpo_ray.user_code import read_source, split_function
 
@@ -35,6 +36,8 @@ BENCHMARKS = "evaluate.benchmarks"
 SHAPE_KEYS = ("num_children", "step_tokens")
 JOB_FOLDER = re.compile(r"(?:^|(?<=\"))/[^\"]*?/working_dir_files/_ray_pkg_\w+/")
 """Where Ray unpacks the working folder of a job, which has another name for each job."""
+REFERENCE = re.compile(r"(\\*)\$\{")
+"""What OmegaConf takes for the beginning of a reference, with the backslashes before it."""
 PACKAGE = "treerpo_ray"
 """Modules that are the same wherever this version runs."""
 USER_CODE = {
@@ -88,7 +91,7 @@ def _load(arguments: list[str]) -> Config:
             is_one_check = not has_checks and ("verifier.check" in keys or is_one_check)
             naming += [argument] if not all(map(is_free, keys)) else []
         except OmegaConfBaseException as error:
-            raise ValueError(f"{argument}: {_explain(error)}") from error
+            raise ValueError(f"{argument}: {_explain(error, argument)}") from error
         except TypeError as error:
             raise ValueError(f"{argument}: a list stands where keys belong") from error
         except (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError) as e:
@@ -96,7 +99,7 @@ def _load(arguments: list[str]) -> Config:
             raise ValueError(f"{argument}: cannot be read: {type(e).__name__}: {e}") from e
     merged = _inherit(merged, given)
     if naming and "run.name" not in given:
-        merged = OmegaConf.merge(merged, {"run": {"name": name_from(naming, _known_keys(Config))}})
+        merged = OmegaConf.merge(merged, {"run": {"name": name_from(naming, known_keys(Config))}})
     try:
         config = cast(Config, OmegaConf.to_object(merged))
         if is_one_check:  # it was named behind several, in whose place it is
@@ -108,7 +111,7 @@ def _load(arguments: list[str]) -> Config:
 
 def _inherit(merged: Container, given: set[str]) -> Container:
     """Take what other data sets do not give themselves from `prompts`."""
-    own = {name: OmegaConf.select(merged, f"prompts.{name}") for name in INHERITED}
+    own = {name: _as_it_stands(OmegaConf.select(merged, f"prompts.{name}")) for name in INHERITED}
 
     def taken(section: str) -> dict[str, object]:
         return {
@@ -225,22 +228,42 @@ def _part(argument: str) -> Container:
         if path is None:
             raise ValueError(f"{argument}: no such configuration file in {Path.cwd()}")
         try:
-            return _in_present_names(OmegaConf.load(path))
+            return _in_present_names(OmegaConf.to_container(OmegaConf.load(path)))
         except (YAMLError, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{argument}: not YAML: {' '.join(str(error).split())}") from error
     if "=" not in argument:
         raise ValueError(f"{argument}: neither a .yaml file nor an override section.key=value")
-    if argument.endswith(".path="):  # a shell takes the quotes of path='' away
-        argument += "''"
+    key, _, value = argument.partition("=")
+    if is_text(key) and (text := text_of(key, value)) is not None:
+        return _in_present_names(_nested(key, text))
     try:
-        return _in_present_names(OmegaConf.from_dotlist([argument]))
+        return _in_present_names(OmegaConf.to_container(OmegaConf.from_dotlist([argument])))
     except YAMLError as error:
-        raise ValueError(f"{argument}: not a YAML value; quote it, as in key='\"text\"'") from error
+        if kind_of(key) is None:  # who merges it tells
+            return _in_present_names(_nested(key, value))
+        raise ValueError(
+            f"{argument}: {key} takes {kind_in_words(key)}, and this is none"
+        ) from error
 
 
-def _in_present_names(part: Container) -> Container:
-    content = with_moved_modules(OmegaConf.to_container(part))
-    return cast(Container, OmegaConf.create(_with_joined_paths(content)))
+def _nested(key: str, value: object) -> object:
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+def _in_present_names(content: object) -> Container:
+    content = with_moved_modules(_as_it_stands(content))
+    return cast(Container, OmegaConf.create(cast(dict[str, object], _with_joined_paths(content))))
+
+
+def _as_it_stands(value: T) -> T:
+    """A configuration in which no text refers to another key, as `${...}` would for OmegaConf."""
+    if isinstance(value, dict):
+        return cast(T, {key: _as_it_stands(part) for key, part in value.items()})
+    if isinstance(value, list):
+        return cast(T, [_as_it_stands(part) for part in value])
+    return cast(T, REFERENCE.sub(r"\1\1\\${", value) if isinstance(value, str) else value)
 
 
 def _with_joined_paths(value: T, section: str = "") -> T:
@@ -257,24 +280,19 @@ def _with_joined_paths(value: T, section: str = "") -> T:
     return cast(T, joined)
 
 
-def _explain(error: OmegaConfBaseException) -> str:
-    """One line: the key, what is wrong with it, and the nearest key if it is unknown."""
+def _explain(error: OmegaConfBaseException, argument: str = "") -> str:
+    """One line: the key, what is wrong with it, and the nearest keys if it is unknown."""
     key = str(error.full_key or "")
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
-        known = _known_keys(Config)
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}?" if near else "; --help lists them all"
+        given = argument.partition("=")[0]
+        if given.startswith(f"{key}."):  # the error names the section that is unknown
+            key = given
+        known = known_keys(Config)
+        near = [each for each in known if each.rpartition(".")[2] == key.rpartition(".")[2]]
+        near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; --help lists them all"
         return f"unknown key {key}{hint}"
     return f"{key}: {str(error).splitlines()[0]}" if key else str(error).splitlines()[0]
-
-
-def _known_keys(section: type, prefix: str = "") -> list[str]:
-    keys = []
-    for name, kind in get_type_hints(section).items():
-        keys.append(prefix + name)
-        if isinstance(kind, type) and is_dataclass(kind):
-            keys += _known_keys(kind, f"{prefix}{name}.")
-    return keys
 
 
 @cache

@@ -23,9 +23,10 @@ where and on what it runs, and what is kept of it. All others say what is learne
 so does the code of the user's that they name."""
 SOURCES = ".sources."
 """In the keys of the user's own code."""
-MAX_NAME = 100
-"""Characters of a name, so that it can be a folder's on any disk."""
-
+LONG_NAME = 71
+"""Characters of a name without its checksum, which with it fits a terminal."""
+LONG_PART = 24
+"""Characters of a value in a name that would be long."""
 MAX_NAME_BYTES = 255
 """Of a file or folder, on any disk."""
 
@@ -103,7 +104,8 @@ def name_from(arguments: Sequence[str], keys: Sequence[str]) -> str:
     """Name of a run, made of its files and of the overrides that make it another run.
 
     An override is named by the end of its key where no other key ends so. Where characters had to
-    be left out, or much, a checksum stands for them.
+    be left out, a checksum stands for them. A name that would be long has its files, paths without
+    their folders, the beginnings of texts, as many overrides as there is room for, and a checksum.
 
     Args:
         arguments: Configuration files and overrides that are not all free.
@@ -112,17 +114,57 @@ def name_from(arguments: Sequence[str], keys: Sequence[str]) -> str:
     >>> name_from(["conf/quickstart.yaml", "run.seed=1"], ["run.seed", "run.root"])
     'quickstart-seed=1'
     """
-    parts = []
+    parts, short = [], []
     for argument in arguments:
         key, is_override, value = argument.partition("=")
         if is_override:
             end = key.rpartition(".")[2]
             is_alone = sum(other.rpartition(".")[2] == end for other in keys) == 1
             parts.append(f"{end if is_alone else key}={value}")
+            short.append(f"{end if is_alone else _end(key)}={_shortened(value)}")
         else:
             parts.append(Path(argument).stem)
-    exact = re.sub(r"[\[\]{}'\" ]", "", "-".join(parts))  # a list or a text is told by its key
-    name = re.sub(r"[^\w.=+-]+", "_", exact).strip("_.")
-    if name == exact and len(name) <= MAX_NAME:
-        return name
-    return f"{name[: MAX_NAME - 9]}-{zlib.crc32(exact.encode()):08x}"
+            short.append(_shortened(Path(argument).stem))
+    exact = _without_brackets("-".join(parts))  # a list or a text is told by its key
+    name = _cleaned(exact)
+    checksum = f"-{zlib.crc32(exact.encode()):08x}"
+    if len(name) <= LONG_NAME:
+        return name if name == exact else name + checksum
+    return _fitted([_cleaned(each) for each in short]) + checksum
+
+
+def _end(key: str) -> str:
+    """The end of a key that other keys have, too, with what it is of: `data.path`."""
+    return ".".join(key.split(".")[-2:])
+
+
+def _shortened(value: str) -> str:
+    """A path by its last part, a text by its beginning, up to the last word that fits."""
+    text = _without_brackets(
+        value.rstrip("/").rpartition("/")[2] if _is_path(value) else value, "_"
+    )
+    if len(text) <= LONG_PART:
+        return text
+    start = text[:LONG_PART]
+    return start.rpartition("_")[0] or start
+
+
+def _is_path(value: str) -> bool:
+    return "/" in value and not re.search(r"\s", value)
+
+
+def _without_brackets(text: str, space: str = "") -> str:
+    return re.sub(r"[\[\]{}'\"]", "", text).replace(" ", space)
+
+
+def _cleaned(text: str) -> str:
+    return re.sub(r"[^\w.=+-]+", "_", text).strip("_.")
+
+
+def _fitted(parts: Sequence[str]) -> str:
+    """Parts from the first on, and how many more there are where not all have room."""
+    for number in range(len(parts), 1, -1):
+        more = f"-and_{len(parts) - number}_more" if number < len(parts) else ""
+        if len(name := "-".join(parts[:number]) + more) <= LONG_NAME:
+            return name
+    return "-".join(parts)[:LONG_NAME]

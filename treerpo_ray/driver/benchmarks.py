@@ -18,12 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from treerpo_ray.actor import make_actor, root_cause
 from treerpo_ray.config import Config
 from treerpo_ray.config.files import load, to_yaml
-from treerpo_ray.config.sections import VerifierConfig
+from treerpo_ray.config.sections import RunConfig, VerifierConfig
 from treerpo_ray.driver.cluster import connected
-from treerpo_ray.driver.memory import MemoryPlan, misfit
-from treerpo_ray.driver.model_check import model_size, num_positions
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
-from treerpo_ray.driver.trial import try_checks
 from treerpo_ray.engine.types import EngineSetup, Sampling
 from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, Graded, save_evaluation, save_samples
@@ -31,11 +28,14 @@ from treerpo_ray.evaluate.grading import grade_samples, summarise
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.run_log import RunLog, RunLogApi
 from treerpo_ray.metrics.watchdog import Heartbeats, HeartbeatsApi, watch_over
+from treerpo_ray.preflight.memory import MemoryPlan, misfit
+from treerpo_ray.preflight.model_check import model_size, num_positions
+from treerpo_ray.preflight.references import References, look_at_references
+from treerpo_ray.preflight.trial import try_checks
 from treerpo_ray.prompts.problems import load_problems
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
-from treerpo_ray.prompts.references import References, look_at_references
 from treerpo_ray.run_folder.checkpoints import FOLDER as CHECKPOINTS
-from treerpo_ray.run_folder.files import CONFIG_FILE, MODEL_FOLDER, RunFolder
+from treerpo_ray.run_folder.files import CONFIG_FILE, MODEL_FOLDER, RunFolder, named_folder
 from treerpo_ray.run_folder.lock import only_writer
 from treerpo_ray.run_folder.logs import output_to_log
 from treerpo_ray.scoring import Scorer
@@ -45,6 +45,12 @@ from treerpo_ray.task import TreePoolApi
 
 PRESET = Path(__file__).resolve().parents[2] / "conf/benchmarks.yaml"
 """Data sets and sampling settings, before what the command line says."""
+
+
+def place_of(model: str) -> str:
+    """Where the model lies that a user means: a name alone may be that of a run."""
+    place = named_folder(model)
+    return place if RunFolder(place).exists(CONFIG_FILE) else model
 
 
 def configure(model: str, names: Sequence[str], arguments: Sequence[str]) -> Config:
@@ -196,7 +202,14 @@ def run_benchmarks(config: Config, model: str, console: Console) -> dict[str, Ev
             writes the folder, or it holds results of another model.
         RunFailed: something failed for good.
     """
-    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+    try:
+        tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+    except ValueError as error:
+        if "/" in model or RunFolder(model).exists():
+            raise
+        raise ValueError(
+            f"{model}: neither a folder here nor a run in {RunConfig().root}; {error}"
+        ) from error
     check_length(config)
     console.note(check_memory(config))
     prompts = load_benchmarks(config, tokenizer)

@@ -83,7 +83,7 @@ class Evaluation:
     """Mean over problems of the share of correct answers, those with the whole reward; problems
     without a verdict are left out, here and below."""
     ci95_low: float
-    """Bootstrap 95 % interval of `pass_at_1` over problems."""
+    """95 % interval of `pass_at_1` over problems, as in `scores`."""
     ci95_high: float
     pass_at_k: float | None
     """pass@k of `scores` with all k samples; None if no problem has k verdicts."""

@@ -1,26 +1,26 @@
-"""Evaluation report: the table of an evaluation, and the differences between two of them."""
+"""Evaluation report: the table of an evaluation, and what two of them differ in."""
 
 import json
 import logging
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
+import rich.box
 import rich.console
 import rich.table
 
 from treerpo_ray.config.files import with_moved_modules
 from treerpo_ray.evaluate.evaluation import Evaluation, is_correct
 from treerpo_ray.evaluate.scores import (
-    Estimate,
+    Pair,
     Samples,
     Score,
-    estimates,
     mean_over_benchmarks,
-    paired_differences,
+    paired,
     powers_of_two,
 )
 from treerpo_ray.run_folder.files import RunFolder, named_folder
@@ -50,26 +50,13 @@ Problem = tuple[str, str]
 """Id and question, by which problems of two evaluations are the same."""
 
 
-def with_mean(folder: str, evaluations: dict[str, Evaluation]) -> dict[str, dict[str, Score]]:
-    """Scores by benchmark, and behind them those of their mean; samples lie in `folder`/eval."""
-    found = {}
-    for seed, name in enumerate(averaged(evaluations)):
-        scores, num_samples = evaluations[name].scores, evaluations[name].num_samples
-        found[name] = estimates(
-            list(read_samples(f"{folder}/eval/{name}.parquet").values()),
-            pass_ks=[int(key.removeprefix("pass@")) for key in scores if key.startswith("pass@")],
-            num_samples=num_samples,
-            seed=seed,
-        )
-    return {name: each.scores for name, each in evaluations.items()} | mean_of(found)
-
-
-def mean_of(benchmarks: dict[str, dict[str, Estimate]]) -> dict[str, dict[str, Score]]:
-    """Mean over the benchmarks that count, by a name that tells them; none if there is but one."""
-    if not (names := averaged(benchmarks)):
-        return {}
-    label = f"mean of {', '.join(names)}"
-    return {label: mean_over_benchmarks([benchmarks[name] for name in names])}
+def with_mean(scores: dict[str, dict[str, Score]]) -> dict[str, dict[str, Score]]:
+    """Scores by benchmark and name, and behind them those of the mean over the benchmarks that
+    count, by a name that tells them; none if there is but one."""
+    if not (names := averaged(scores)):
+        return scores
+    mean = mean_over_benchmarks([scores[name] for name in names])
+    return scores | {f"mean of {', '.join(names)}": mean}
 
 
 def averaged(names: Iterable[str]) -> tuple[str, ...]:
@@ -86,37 +73,28 @@ def table(scores: dict[str, dict[str, Score]], sampling: str) -> rich.console.Gr
         scores: By benchmark and name.
         sampling: How all the answers were sampled, in words.
     """
-    title = f"{sampling}\nvalue [95 % interval over problems]; shares in %"
-    headings = []
-    for name, found in scores.items():
-        size = max(score.num_problems for score in found.values())
-        headings.append(f"{name} ({size})")
-    return _by_score(title, headings, scores)
-
-
-def _by_score(
-    title: str, headings: list[str], scores: dict[str, dict[str, Score]]
-) -> rich.console.Group:
-    """A table with a row a score under its title; `headings` are those of the columns."""
+    title = f"{sampling}\nvalue [95 % interval over problems]; shares in %, lengths in tokens"
     shown = rich.table.Table()
     shown.add_column("")
-    for heading in headings:
-        shown.add_column(heading, justify="right")
+    for name, found in scores.items():
+        size = max(score.num_problems for score in found.values())
+        shown.add_column(f"{name} ({size})", justify="right")
     for key in dict.fromkeys(key for found in scores.values() for key in found):
         cells = (cell(key, found[key]) if key in found else "" for found in scores.values())
         shown.add_row(key, *cells)
     return rich.console.Group(title, shown)
 
 
-def cell(name: str, score: Score) -> str:
-    """A score with its interval."""
-    value, low, high = (number(name, part) for part in (score.value, score.low, score.high))
+def cell(name: str, score: Score, sign: str = "") -> str:
+    """A score with its interval; `sign` is + for a difference."""
+    value, low, high = (number(name, part, sign) for part in (score.value, score.low, score.high))
     return f"{value} [{low}, {high}]"
 
 
-def number(name: str, value: float) -> str:
+def number(name: str, value: float, sign: str = "") -> str:
     """A value of the score of that name: tokens, or percent."""
-    return f"{value:.1f}" if name in IN_TOKENS else f"{100 * value:.1f}"
+    shown = round(value if name in IN_TOKENS else 100 * value, 1)
+    return f"{shown + 0.0:{sign}.1f}"  # never -0.0
 
 
 def plain(scores: dict[str, dict[str, Score]]) -> dict[str, dict[str, dict[str, float]]]:
@@ -125,17 +103,83 @@ def plain(scores: dict[str, dict[str, Score]]) -> dict[str, dict[str, dict[str, 
 
 
 def show(shown: rich.console.Group) -> None:
-    """Print a table to stdout."""
-    rich.console.Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(shown)
+    """Print a table to stdout; names may hold whatever they like."""
+    width = None if sys.stdout.isatty() else 160
+    rich.console.Console(file=sys.stdout, width=width, markup=False, highlight=False).print(shown)
 
 
-def differences(ours: str, theirs: str) -> tuple[dict[str, dict[str, Score]], rich.console.Group]:
-    """Paired differences, first less second, by benchmark and score, on the same problems.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Two evaluations, A and B, on the problems that both have."""
+
+    names: tuple[str, str]
+    """Of A and of B, each with the step of a run."""
+    sampling: dict[str, float]
+    """How all answers were sampled; empty: not recorded."""
+    in_words: str
+    """The same."""
+    sizes: dict[str, str]
+    """Problems by benchmark, in words."""
+    pairs: dict[str, dict[str, Pair]]
+    """By benchmark or mean of them, and by score."""
+
+    @property
+    def tables(self) -> rich.console.Group:
+        """Of each benchmark or mean the numbers of A, of B, and A less B."""
+        legend = [f"{side}: {name}" for side, name in zip("AB", self.names, strict=True)]
+        parts: list[rich.console.RenderableType] = ["\n".join(legend)]
+        for name, pairs in self.pairs.items():
+            title = [self.sizes.get(name, ""), self.in_words]
+            parts += [f"\n{name}: {', '.join(filter(None, title))}", _by_side(pairs)]
+        return rich.console.Group(
+            *parts, "value [95 % interval over problems]; differences are paired by problem"
+        )
+
+    @property
+    def fields(self) -> dict[str, object]:
+        """The same as JSON takes it."""
+        scores = {
+            name: {
+                key: {"A": asdict(p.ours), "B": asdict(p.theirs), "A-B": asdict(p.difference)}
+                for key, p in each.items()
+            }
+            for name, each in self.pairs.items()
+        }
+        return {**dict(zip("AB", self.names, strict=True)), **self.sampling, "scores": scores}
+
+
+def _by_side(pairs: dict[str, Pair]) -> rich.table.Table:
+    """Shares above lengths, each with its units."""
+    shown = rich.table.Table(
+        box=rich.box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), pad_edge=False
+    )
+    for heading in ("", "A, %", "B, %", "A less B, points"):
+        shown.add_column(heading, justify="right" if heading else "left")
+    shares, lengths = (
+        {name: each for name, each in pairs.items() if (name in IN_TOKENS) is is_length}
+        for is_length in (False, True)
+    )
+    for name, pair in shares.items():
+        shown.add_row(name, *_cells(name, pair))
+    if lengths:
+        shown.add_section()
+        shown.add_row("", "A, tokens", "B, tokens", "A less B, tokens", style="bold")
+    for name, pair in lengths.items():
+        shown.add_row(name, *_cells(name, pair))
+    return shown
+
+
+def _cells(name: str, pair: Pair) -> tuple[str, str, str]:
+    return cell(name, pair.ours), cell(name, pair.theirs), cell(name, pair.difference, "+")
+
+
+def comparison(ours: str, theirs: str) -> Comparison:
+    """Compare two evaluations on the same problems.
 
     Args:
         ours, theirs: Folder or URI of a run or of an evaluation, its name where it lies in the
             folder of all runs, or one of the files in its `eval/`. Of a run the newest evaluation
-            counts; the table's title says of which step it is.
+            counts; its name says of which step that is.
 
     Raises:
         ValueError: there is no evaluation, the two share no benchmark or problem, or they were
@@ -151,20 +195,46 @@ def differences(ours: str, theirs: str) -> tuple[dict[str, dict[str, Score]], ri
     found, sizes = {}, {}
     for seed, name in enumerate(common):
         check_alike(first[name], second[name])
-        pair = read_samples(first[name]), read_samples(second[name])
-        found[name] = compare(*pair, seed=seed)
-        num_common = len(pair[0].keys() & pair[1].keys())
-        sizes[name] = f"{num_common} of {max(map(len, pair))}"
-    scores = {
-        name: {key: estimate.score for key, estimate in each.items()}
-        for name, each in found.items()
-    } | mean_of(found)
-    sides = (_label(place, own[common[0]]) for place, own in ((ours, first), (theirs, second)))
-    fields = _evaluation(first[common[0]])
-    sampling = f"{Evaluation.from_fields(fields).sampling}\n" if fields else ""
-    title = f"{' less '.join(sides)}\n{sampling}paired by problem [95 % interval]; in points"
-    headings = [f"{name} ({sizes[name]})" if name in sizes else name for name in scores]
-    return scores, _by_score(title, headings, scores)
+        sides = read_samples(first[name]), read_samples(second[name])
+        found[name] = compare(*sides, seed=seed)
+        num_common, most = len(sides[0].keys() & sides[1].keys()), max(map(len, sides))
+        sizes[name] = f"{most} problems"
+        if num_common < most:
+            sizes[name] = f"the {num_common} of {most} problems that both have"
+    places = ((ours, first[common[0]]), (theirs, second[common[0]]))
+    names = [_label(place, file) for place, file in places]
+    if names[0] == names[1]:  # of one name in two places
+        names = [f"{place} ({_stem(file)})" for place, file in places]
+    recorded = _evaluation(first[common[0]])
+    one = Evaluation.from_fields(recorded) if recorded else None
+    return Comparison(
+        names=(names[0], names[1]),
+        sampling={} if one is None else one.sampling_fields,
+        in_words="" if one is None else one.sampling,
+        sizes=sizes,
+        pairs=found | _mean_of_pairs(found),
+    )
+
+
+def _mean_of_pairs(found: dict[str, dict[str, Pair]]) -> dict[str, dict[str, Pair]]:
+    """The pairs of the mean over benchmarks, by its name."""
+    ours, theirs, less = (
+        with_mean(
+            {
+                name: {key: getattr(pair, part) for key, pair in each.items()}
+                for name, each in found.items()
+            }
+        )
+        for part in ("ours", "theirs", "difference")
+    )
+    return {
+        name: {
+            key: Pair(ours=ours[name][key], theirs=theirs[name][key], difference=less[name][key])
+            for key in ours[name]
+        }
+        for name in ours
+        if name not in found
+    }
 
 
 def _label(place: str, file: str) -> str:
@@ -176,7 +246,7 @@ def _label(place: str, file: str) -> str:
 
 
 def find(place: str) -> dict[str, str]:
-    """Files of samples by benchmark; see `differences`."""
+    """Files of samples by benchmark; see `comparison`."""
     place = named_folder(place)
     if place.endswith((".json", ".parquet")):
         folder, name = _split(place)
@@ -231,8 +301,8 @@ def _evaluation(file: str) -> dict[str, Any]:
 
 def compare(
     ours: dict[Problem, Samples], theirs: dict[Problem, Samples], *, seed: int
-) -> dict[str, Estimate]:
-    """Paired differences by score, over the problems that both have.
+) -> dict[str, Pair]:
+    """Both and their differences by score, over the problems that both have.
 
     Raises:
         ValueError: they have no problem in common, or other numbers of samples of one.
@@ -244,7 +314,7 @@ def compare(
     if len(counts) > 1:
         raise ValueError(f"the two evaluations have {counts} samples of a problem")
     ks = powers_of_two(counts[0])
-    return paired_differences(*sides, pass_ks=ks, num_samples=counts[0], seed=seed)
+    return paired(*sides, pass_ks=ks, num_samples=counts[0], seed=seed)
 
 
 def read_samples(path: str) -> dict[Problem, Samples]:

@@ -1,32 +1,50 @@
-"""Scores: statistics of an evaluation, each with a bootstrap interval over problems.
+"""Scores: statistics of an evaluation, each with a 95 % interval over problems.
 
-A problem is one unit: its samples are resampled together, since they are not independent. Samples
+A problem is one unit, since its samples are not independent: intervals of shares are those of
+`intervals`, those of lengths are of a bootstrap that resamples them together. Samples
 without a verdict count as neither right nor wrong, and a problem that a score is not defined for
 (no verdict at all, fewer than k) is left out of it, which its `num_problems` shows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from treerpo_ray.evaluate import intervals
+
 NUM_RESAMPLES = 10_000
 """Bootstrap resamples behind an interval."""
 RESAMPLED_AT_ONCE = 4_000_000
-"""Numbers that the bootstrap of a median holds at a time."""
+"""Numbers that the bootstrap holds at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """A statistic with its 95 % percentile interval."""
+    """A statistic with its 95 % interval."""
 
     value: float
     low: float
     high: float
     num_problems: int
     """Problems that it is of."""
+
+    @property
+    def ends(self) -> intervals.Ends:
+        """Those of the interval."""
+        return self.low, self.high
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """A statistic of two evaluations of the same problems."""
+
+    ours: Score
+    theirs: Score
+    difference: Score
+    """Ours less theirs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -124,14 +142,6 @@ def majority(samples: Samples) -> float:
 def scores(
     problems: Sequence[Samples], *, pass_ks: Sequence[int], num_samples: int, seed: int
 ) -> dict[str, Score]:
-    """All statistics of a benchmark by their name; the arguments are those of `estimates`."""
-    found = estimates(problems, pass_ks=pass_ks, num_samples=num_samples, seed=seed)
-    return {name: estimate.score for name, estimate in found.items()}
-
-
-def estimates(
-    problems: Sequence[Samples], *, pass_ks: Sequence[int], num_samples: int, seed: int
-) -> dict[str, Estimate]:
     """All statistics of a benchmark by their name; those that no problem has are left out.
 
     Args:
@@ -140,57 +150,67 @@ def estimates(
         num_samples: Samples of a problem, which is the k of maj@k.
         seed: Of the bootstrap.
     """
-    found = _means(_by_problem(problems, pass_ks, num_samples, _has_partial(problems)), seed)
-    if sampled := [problem for problem in problems if len(problem.lengths)]:
-        found["median_length"] = median_length(sampled, seed=seed)
-    return found
+    shares = _shares(problems, pass_ks, num_samples, _has_partial(problems))
+    found = {name: each.of(each.is_known).score for name, each in shares.items() if each.is_any}
+    lengths = {name: each.score for name, each in _lengths(problems, seed=seed).items()}
+    return found | lengths
 
 
-def paired_differences(
+def paired(
     ours: Sequence[Samples],
     theirs: Sequence[Samples],
     *,
     pass_ks: Sequence[int],
     num_samples: int,
     seed: int,
-) -> dict[str, Estimate]:
-    """All statistics of ours less theirs, of the same problems in the same order.
+) -> dict[str, Pair]:
+    """All statistics of ours, theirs and ours less theirs, of the same problems in the same order.
 
     A problem that a statistic is not defined for on one side is left out of it. The other
-    arguments are those of `estimates`.
+    arguments are those of `scores`.
     """
     has_partial = _has_partial([*ours, *theirs])
-    first, second = (
-        _by_problem(side, pass_ks, num_samples, has_partial) for side in (ours, theirs)
+    first, second = (_shares(side, pass_ks, num_samples, has_partial) for side in (ours, theirs))
+    found = {}
+    for name in first:
+        if (is_known := first[name].is_known & second[name].is_known).any():
+            found[name] = _paired_shares(first[name].of(is_known), second[name].of(is_known))
+    both = [pair for pair in zip(ours, theirs, strict=True) if all(len(s.lengths) for s in pair)]
+    one, other = (_lengths([pair[side] for pair in both], seed=seed) for side in (0, 1))
+    return found | {name: _paired_lengths(one[name], other[name]) for name in one}
+
+
+def _paired_shares(ours: "_Shares", theirs: "_Shares") -> Pair:
+    first, second = ours.score, theirs.score
+    low, high = intervals.difference(ours.values, theirs.values, first.ends, second.ends)
+    less = replace(first, value=first.value - second.value, low=low, high=high)
+    return Pair(ours=first, theirs=second, difference=less)
+
+
+def _paired_lengths(ours: Estimate, theirs: Estimate) -> Pair:
+    """Both are resampled together."""
+    less = Estimate(
+        value=ours.value - theirs.value,
+        resampled=ours.resampled - theirs.resampled,
+        num_problems=ours.num_problems,
     )
-    found = _means({name: first[name] - second[name] for name in first}, seed)
-    pairs = [
-        pair for pair in zip(ours, theirs, strict=True) if all(len(each.lengths) for each in pair)
-    ]
-    if pairs:
-        one, other = (median_length(side, seed=seed) for side in zip(*pairs, strict=True))
-        found["median_length"] = Estimate(
-            value=one.value - other.value,
-            resampled=one.resampled - other.resampled,
-            num_problems=len(pairs),
-        )
-    return found
+    return Pair(ours=ours.score, theirs=theirs.score, difference=less.score)
 
 
-def mean_over_benchmarks(benchmarks: Sequence[dict[str, Estimate]]) -> dict[str, Score]:
-    """Plain mean over benchmarks of each statistic that all have.
-
-    Its problems are resampled within each benchmark, so the estimates must be of different seeds.
-    """
+def mean_over_benchmarks(benchmarks: Sequence[dict[str, Score]]) -> dict[str, Score]:
+    """Plain mean over benchmarks of each statistic that all have; their problems are others."""
     means = {}
     for name in benchmarks[0]:
         if all(name in found for found in benchmarks):
             parts = [found[name] for found in benchmarks]
-            means[name] = Estimate(
-                value=float(np.mean([part.value for part in parts])),
-                resampled=np.mean([part.resampled for part in parts], axis=0),
+            values = [part.value for part in parts]
+            low, high = intervals.mean(values, [part.ends for part in parts])
+            means[name] = Score(
+                value=sum(values) / len(values),
+                low=low,
+                high=high,
                 num_problems=sum(part.num_problems for part in parts),
-            ).score
+            )
     return means
 
 
@@ -204,35 +224,84 @@ def _has_partial(problems: Sequence[Samples]) -> bool:
     return any(problem.reward is not None for problem in problems)
 
 
-def _by_problem(
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Shares:
+    """A statistic that is a mean over problems of what lies between 0 and 1."""
+
+    values: Float[np.ndarray, " problems"]
+    """NaN: not defined."""
+    num_draws: Int[np.ndarray, " problems"]
+    """Answers, or sets of answers without overlap, that each is of."""
+
+    @property
+    def is_known(self) -> Bool[np.ndarray, " problems"]:
+        return ~np.isnan(self.values)
+
+    @property
+    def is_any(self) -> bool:
+        return bool(self.is_known.any())
+
+    def of(self, chosen: Bool[np.ndarray, " problems"]) -> "_Shares":
+        return _Shares(values=self.values[chosen], num_draws=self.num_draws[chosen])
+
+    @property
+    def score(self) -> Score:
+        """The mean with its interval; all values are known."""
+        low, high = intervals.share(self.values, int(self.num_draws.sum()))
+        return Score(
+            value=float(self.values.mean()), low=low, high=high, num_problems=len(self.values)
+        )
+
+
+def _shares(
     problems: Sequence[Samples], pass_ks: Sequence[int], num_samples: int, has_partial: bool
-) -> dict[str, Float[np.ndarray, " problems"]]:
-    """What each statistic that is a mean over problems is for each of them; NaN: not defined."""
-    values = {
-        **({"reward": [problem.mean_reward for problem in problems]} if has_partial else {}),
-        "pass@1": [problem.pass_at_1 for problem in problems],
-        **{f"pass@{k}": [pass_at(each, k) for each in problems] for k in pass_ks if k > 1},
-        f"maj@{num_samples}": [majority(problem) for problem in problems],
-        "length": [problem.mean_length for problem in problems],
-        "cut_off": [problem.cut_off_share for problem in problems],
+) -> dict[str, _Shares]:
+    """What each statistic that is a share is for each problem, by its name."""
+    graded = np.array([int((~np.isnan(each.is_correct)).sum()) for each in problems])
+    sampled = np.array([len(each.lengths) for each in problems])
+    one_each = np.ones(len(problems), int)
+    found = {
+        **({"reward": ([each.mean_reward for each in problems], graded)} if has_partial else {}),
+        "pass@1": ([each.pass_at_1 for each in problems], graded),
+        **{
+            f"pass@{k}": ([pass_at(each, k) for each in problems], graded // k)
+            for k in pass_ks
+            if k > 1
+        },
+        f"maj@{num_samples}": ([majority(each) for each in problems], one_each),
+        "cut_off": ([each.cut_off_share for each in problems], sampled),
     }
-    return {name: np.array(each) for name, each in values.items()}
+    return {
+        name: _Shares(values=np.array(values, float), num_draws=draws)
+        for name, (values, draws) in found.items()
+    }
 
 
-def _means(values: dict[str, Float[np.ndarray, " problems"]], seed: int) -> dict[str, Estimate]:
-    known = {name: each[~np.isnan(each)] for name, each in values.items()}
-    return {name: mean_estimate(each, seed=seed) for name, each in known.items() if len(each)}
+def _lengths(problems: Sequence[Samples], *, seed: int) -> dict[str, Estimate]:
+    """Statistics in tokens by their name, of the problems that have a sample; else none."""
+    if not (sampled := [problem for problem in problems if len(problem.lengths)]):
+        return {}
+    means = np.array([problem.mean_length for problem in sampled])
+    return {
+        "length": mean_length(means, seed=seed),
+        "median_length": median_length(sampled, seed=seed),
+    }
 
 
-def mean_estimate(values: Float[np.ndarray, " problems"], *, seed: int) -> Estimate:
-    """Mean of `values`, resampled by problem."""
-    levels, counts = np.unique(values, return_counts=True)  # a few: shares of k answers
-    rng = np.random.default_rng(seed)
-    resampled = rng.multinomial(len(values), counts / len(values), NUM_RESAMPLES)
+def mean_length(means: Float[np.ndarray, " problems"], *, seed: int) -> Estimate:
+    """Mean over problems of their mean lengths.
+
+    Which ones are drawn follows from their number and the seed alone, so that two means of the
+    same problems are resampled together.
+    """
+    rng, number = np.random.default_rng(seed), len(means)
+    share, size = np.full(number, 1 / number), RESAMPLED_AT_ONCE // number + 1
+    resampled = [
+        rng.multinomial(number, share, min(size, NUM_RESAMPLES - start)) @ means / number
+        for start in range(0, NUM_RESAMPLES, size)
+    ]
     return Estimate(
-        value=float(values.mean()),
-        resampled=resampled @ levels / len(values),
-        num_problems=len(values),
+        value=float(means.mean()), resampled=np.concatenate(resampled), num_problems=number
     )
 
 

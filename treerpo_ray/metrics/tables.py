@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from treerpo_ray.algo.backup import mean_backup
-from treerpo_ray.config.sections import PACKAGE_PARENT
+from treerpo_ray.config.data import PACKAGE_PARENT
 from treerpo_ray.errors import one_line
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, cast
 from jinja2 import Environment, TemplateError
 from jinja2.meta import find_undeclared_variables
 
-from treerpo_ray.config.sections import PACKAGE_PARENT, DataConfig
+from treerpo_ray.config.data import PACKAGE_PARENT, DataConfig
 from treerpo_ray.errors import one_line
 from treerpo_ray.prompts.chats import with_system
-from treerpo_ray.prompts.hub import HUB_ID, Unreachable, is_unreachable
+from treerpo_ray.prompts.hub import HUB_ID, Unreachable, is_unreachable, offline_because, refusal
 from treerpo_ray.prompts.mixture import Mixture, one_set
 from treerpo_ray.prompts.problems import Problem
 from treerpo_ray.quickstart.exercises import MODELS, MODELS_FOLDER
@@ -133,11 +133,15 @@ def load_tokenizer(model_path: str, trust_remote_code: bool) -> "PreTrainedToken
     from transformers import AutoTokenizer
 
     resolved = resolve_model_path(model_path)
+    if resolved == model_path and not Path(resolved).is_dir():
+        offline_because()
     try:
         loaded = AutoTokenizer.from_pretrained(resolved, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever its parsers do
         if is_unreachable(error):
             raise Unreachable(f"model.path={model_path}") from error
+        if (told := refusal(error)) is not None:
+            raise ValueError(f"model.path={model_path}: {told}") from error
         raise ValueError(f"model.path={model_path}: no tokenizer ({one_line(error)})") from error
     if len(loaded) <= len(loaded.all_special_ids):  # made from nothing, where its files are not
         raise ValueError(

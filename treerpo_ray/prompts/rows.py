@@ -26,10 +26,10 @@ import pyarrow as pa
 import pyarrow.parquet
 from fsspec.implementations.local import LocalFileSystem
 
-from treerpo_ray.config.sections import DataConfig
+from treerpo_ray.config.data import DataConfig
 from treerpo_ray.errors import one_line
 from treerpo_ray.prompts.columns import Row, top_level
-from treerpo_ray.prompts.hub import HUB_ID
+from treerpo_ray.prompts.hub import HUB_ID, offline_because
 
 if TYPE_CHECKING:  # takes a second, and most runs read a file
     import datasets
@@ -377,6 +377,8 @@ def _from_hub(path: str, config: DataConfig, columns: Columns) -> Rows:
     """A data set of the Hub, or of a folder in the form of one."""
     import datasets
 
+    if not Path(path).is_dir():
+        offline_because()
     try:
         loaded = datasets.load_dataset(path, name=config.subset, split=config.split)
     except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:

@@ -2,25 +2,19 @@
 
 Weights, gradients, moments and the KV cache are counted. Activations are estimated for a
 transformer with a gated MLP: what PyTorch keeps of a layer for the backward pass was measured, and
-`tests/driver/test_memory.py` measures it again.
+`tests/preflight/test_memory.py` measures it again.
 """
 
-import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Self
 
-import psutil
-import torch
 from transformers import PreTrainedConfig
 
 from treerpo_ray.config import Config
-from treerpo_ray.config.sections import EngineConfig, LearnerConfig
 from treerpo_ray.learner.policy import LOGIT_BUDGET
+from treerpo_ray.preflight.machine import GIB
 
-GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 CUDA_GIB = 1.0
 """Of each process on a GPU: CUDA's context, and the workspaces of its libraries."""
@@ -317,20 +311,6 @@ def _shared_misfits(config: Config, plan: MemoryPlan) -> Iterator[str]:
                 return
 
 
-# This machine -----------------------------------------------------------------------------------
-
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-"""File with the most memory that the processes of a container may take."""
-
-
-def machine_gib() -> float:
-    """Memory of this machine, or of the container that this is."""
-    total = psutil.virtual_memory().total
-    with suppress(OSError, ValueError):  # there is none, or no limit
-        total = min(total, int(CGROUP_LIMIT.read_text()))
-    return total / GIB
-
-
 def needs_more_memory(config: Config, plan: MemoryPlan, has_gib: float, where: str) -> str | None:
     """What processes on CPUs take that one machine or node does not have, in one line.
 
@@ -357,65 +337,3 @@ def needs_more_memory(config: Config, plan: MemoryPlan, has_gib: float, where: s
         f"{config.learner.fewest_workers} worker(s) {needs['learner']:.1f}, and {where} has "
         f"{has_gib:.1f}: lower {max(keys, key=lambda key: keys[key])}"
     )
-
-
-# The GPUs of this machine ---------------------------------------------------------------------
-
-NVIDIA_SMI_S = 30.0
-"""Time for NVIDIA's tool to answer."""
-DRIVERS = {12: "525.60.13", 13: "580.65.06"}
-"""Oldest NVIDIA driver for each major version of CUDA on Linux; its minor ones run on the same."""
-
-
-def check_gpus(config: Config) -> None:
-    """Check the GPUs of this machine, where the run is to use them: their driver and memory.
-
-    A GPU that is not there is a resource that Ray lacks; those of other machines are not seen from
-    here, and whoever starts there says what is wrong with them.
-
-    Raises:
-        ValueError: the driver is too old for the CUDA that PyTorch was built with, or a GPU has
-            less memory than the configuration names.
-    """
-    parts: dict[str, LearnerConfig | EngineConfig] = {
-        "learner": config.learner,
-        "engine": config.engine,
-    }
-    using = {name: part for name, part in parts.items() if part.resources.get("GPU", 0) > 0}
-    found = installed_gpus() if using else []
-    cuda = torch.version.cuda
-    oldest = DRIVERS.get(int(cuda.split(".")[0])) if cuda else None
-    for driver, gib in found:
-        if oldest is not None and _numbers(driver) < _numbers(oldest):
-            raise ValueError(
-                f"the NVIDIA driver {driver} of this machine is too old for CUDA {cuda} of torch "
-                f"{torch.__version__}: install {oldest} or newer"
-            )
-        for name, part in using.items():
-            if part.gpu_memory_gib is not None and part.gpu_memory_gib > gib:
-                raise ValueError(
-                    f"{name}.gpu_memory_gib={part.gpu_memory_gib:g}, but a GPU of this machine has "
-                    f"{gib:.1f} GiB"
-                )
-        if "engine" in using and (config.engine.kv_cache_gib or 0.0) > gib:
-            raise ValueError(
-                f"engine.kv_cache_gib={config.engine.kv_cache_gib:g} is more than the {gib:.1f} "
-                "GiB of a GPU of this machine"
-            )
-
-
-def installed_gpus() -> list[tuple[str, float]]:
-    """Driver and GiB of each GPU of this machine, as NVIDIA's tool says; none without it."""
-    asked = ["--query-gpu=driver_version,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        told = subprocess.run(
-            ["nvidia-smi", *asked], capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=True
-        )
-        rows = [line.split(", ") for line in told.stdout.splitlines() if line.strip()]
-        return [(driver, float(mib) / 1024) for driver, mib in rows]
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return []
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in version.split(".") if part.isdigit()]

@@ -7,12 +7,14 @@ import pytest
 
 from tests.support.project import ROOT
 from treerpo_ray.config import load
-from treerpo_ray.config.sections import PromptsConfig, VerifierConfig
+from treerpo_ray.config.data import PromptsConfig
+from treerpo_ray.config.sections import VerifierConfig
 from treerpo_ray.driver.benchmarks import configure, load_benchmarks, look_at_benchmarks
-from treerpo_ray.driver.plan import plan_lines, preflight
+from treerpo_ray.driver.plan import plan_lines
+from treerpo_ray.preflight.inputs import preflight
+from treerpo_ray.preflight.references import SAMPLE, look_at_references
 from treerpo_ray.prompts.problems import Problem
 from treerpo_ray.prompts.prompt_set import load_tokenizer
-from treerpo_ray.prompts.references import SAMPLE, look_at_references
 
 PROSE = "First we add both sides. Then what is left over is the number of ways that there are."
 WORKED = r"We take 4 from 19, which leaves us with $\boxed{15}$. That is all there is to it."

@@ -1,8 +1,8 @@
 """Failure drill: a real training whose engines, learners, verifiers and nodes die or hang.
 
-python jobs/chaos.py                    # 20 kills, at most 15 minutes on two cores
-python jobs/chaos.py --kills 6 --steps 9 run.seed=1 run.root=/tmp/drills
-python jobs/chaos.py --kills 3 --steps 5 --victims node,learner
+python jobs/cluster/chaos.py                    # 20 kills, at most 15 minutes on two cores
+python jobs/cluster/chaos.py --kills 6 --steps 9 run.seed=1 run.root=/tmp/drills
+python jobs/cluster/chaos.py --kills 3 --steps 5 --victims node,learner
 Ends with a table of what was killed and how long it took to be made good, and one line of JSON;
 the exit status is 1 if a ticket was lost or doubled, a bound was broken, something is stale, what
 was killed is still there or not made good, or it took longer than `--minutes`. The run is stopped
@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job has only a working folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a job has only a working folder
 # Ray listens on every interface: only who knows the token may talk to this one.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -41,7 +41,7 @@ from treerpo_ray.run_folder.files import RunFolder, Scalar
 from treerpo_ray.stop import STOPPED, Stop, held_back
 from treerpo_ray.study.audit import Fields, as_float, as_int, faults
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HEALTH = {
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 1000,

@@ -1,7 +1,7 @@
 """One part of `first_gpu_run.sh`: what it finds goes to FOLDER/PART.json, as far as it gets.
 
-python jobs/first_gpu_run.py machine|model|attention|learner|engine|train FOLDER [--rehearse]
-python jobs/first_gpu_run.py verdict FOLDER PART...
+python jobs/gpu/first_run.py machine|model|attention|learner|engine|train FOLDER [--rehearse]
+python jobs/gpu/first_run.py verdict FOLDER PART...
 """
 
 import asyncio
@@ -16,100 +16,42 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script has only its own folder
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
-from treerpo_ray.algo.packing import Forest, pack
-from treerpo_ray.algo.tree import ROOT as NO_PARENT
-from treerpo_ray.algo.tree import Step, StopReason, Tree
+from jobs.gpu.measures import (
+    low_scores_have_gradients,
+    masked_kernel,
+    measured,
+    packed_against_rows,
+    seconds_a_shape,
+    top_kernels,
+)
+from jobs.gpu.workload import (
+    REAL,
+    REHEARSAL,
+    ROOT,
+    Sizes,
+    made_policy,
+    make_learner,
+    random_record,
+    recipe,
+)
 from treerpo_ray.config import Config, load
-from treerpo_ray.driver.memory import GIB, MemoryPlan, ModelSizes, check_gpus, installed_gpus
 from treerpo_ray.learner import tree_attention
-from treerpo_ray.learner.learner import Learner
-from treerpo_ray.learner.policy import ForestTensors, Policy, load_policy
-from treerpo_ray.learner.tree_attention import ForestLayout
-from treerpo_ray.records import TreeRecord
-from treerpo_ray.verifier.verdict import Verdict
+from treerpo_ray.preflight.machine import GIB, check_gpus, installed_gpus
+from treerpo_ray.preflight.memory import MemoryPlan, ModelSizes
 
-ROOT = Path(__file__).resolve().parents[1]
 TORCH_ALONE = ("machine", "model", "attention", "learner")
 """Parts that run where Ray and vLLM are not installed."""
 QUICKSTART = ROOT / "treerpo_ray/quickstart/model"
-ALL_KEYS = 704
-"""Keys of the attention whose gradient is NaN in cuDNN: 64 modulo 128."""
-LOW = -120.0
-"""Logsumexp of their scores: cuDNN's gradient needs one below -88.7."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """How large everything is."""
-
-    device: torch.device
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    children: tuple[int, ...]
-    """Of the trees that the learner is given."""
-    step_tokens: int
-    token_budget: int
-    new_shapes: int
-    """Shapes of attention that are met for the first time."""
-    engine_trees: int
-    gpu: tuple[str, ...]
-    """Arguments of `jobs/train.py` for this hardware."""
-    small: tuple[str, ...]
-    """Further ones for a run that is over soon."""
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a head."""
-        return self.hidden // self.heads
-
-
-REAL = Sizes(  # Qwen2.5-Math-1.5B
-    device=torch.device("cuda"),
-    layers=28,
-    hidden=1536,
-    intermediate=8960,
-    heads=12,
-    kv_heads=2,
-    vocabulary=151_936,
-    children=(4, 4, 4),
-    step_tokens=384,
-    token_budget=24_576,
-    new_shapes=20,
-    engine_trees=8,
-    gpu=(str(ROOT / "conf/hardware/one_gpu.yaml"),),
-    small=(),
-)
-REHEARSAL = Sizes(
-    device=torch.device("cpu"),
-    layers=2,
-    hidden=128,
-    intermediate=352,
-    heads=4,
-    kv_heads=2,
-    vocabulary=258,
-    children=(2, 2),
-    step_tokens=8,
-    token_budget=64,
-    new_shapes=3,
-    engine_trees=1,
-    gpu=("engine.kv_cache_gib=0.25", "model.dtype=float32", "sync.probe_tolerance=0.1"),
-    small=("prompts.num_problems=8", "engine.max_num_seqs=64", "metrics.wandb_project=null"),
-)
 
 Tell = Callable[..., None]
 """Adds to what a part has found, and writes it down at once."""
@@ -174,34 +116,34 @@ def attention(sizes: Sizes, folder: Path, tell: Tell) -> None:
     for cudnn in (False, True):
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
         name = "with_cudnn" if cudnn else "without_cudnn"
-        finite = _low_scores_have_gradients(sizes)
-        tell(**{name: {"kernel": _masked_kernel(sizes), "low_scores_have_gradients": finite}})
+        finite = low_scores_have_gradients(sizes)
+        tell(**{name: {"kernel": masked_kernel(sizes), "low_scores_have_gradients": finite}})
         if not cudnn and not finite:
             raise RuntimeError("the gradient of masked attention is not finite even without cuDNN")
     torch.backends.cuda.enable_cudnn_sdp(False)
-    policy = _policy(sizes, folder)  # which turns cuDNN off, too
+    policy = made_policy(sizes, folder)  # which turns cuDNN off, too
     assert not torch.backends.cuda.cudnn_sdp_enabled()
-    mean, largest = _packed_against_rows(sizes, policy)
+    mean, largest = packed_against_rows(sizes, policy)
     tell(packed_against_rows={"mean": mean, "max": largest})
     if not mean < 0.05:
         raise RuntimeError(f"packed trees are {mean:.3g} nats a token off their rows")
     for cudnn in (False, True):  # the slow one last
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        tell(**{f"new_shape_s_{'with' if cudnn else 'without'}_cudnn": _seconds_a_shape(sizes)})
+        tell(**{f"new_shape_s_{'with' if cudnn else 'without'}_cudnn": seconds_a_shape(sizes)})
 
 
 def learner(sizes: Sizes, folder: Path, tell: Tell) -> None:
     """An update on trees as long as they may be: time and memory, as it is and with each of a few
     settings changed."""
-    config = _recipe(sizes, folder)
-    made = _learner(config, sizes)
+    config = recipe(sizes, folder)
+    made = make_learner(config, sizes)
     count, shape = made.policy.model.num_parameters(), ModelSizes.of(made.policy.model.config)
     planned = MemoryPlan.of(config, count, shape).worker
-    records = [_record(ticket, sizes) for ticket in range(2)]
+    records = [random_record(ticket, sizes) for ticket in range(2)]
     tell(planned_gib={part: round(gib, 2) for part, gib in planned.items()})
     made.update(records)  # kernels are chosen, moments made
-    tell(as_is=_measured(made, records))
-    tell(top_kernels=_top_kernels(made, records))
+    tell(as_is=measured(made, records))
+    tell(top_kernels=top_kernels(made, records))
 
     def optimizer() -> None:
         made.optimizer = torch.optim.AdamW(made.policy.model.parameters(), lr=1e-6, foreach=True)
@@ -222,7 +164,7 @@ def learner(sizes: Sizes, folder: Path, tell: Tell) -> None:
         change()
         try:
             made.update(records)
-            tell(**{name: _measured(made, records)})
+            tell(**{name: measured(made, records)})
         except RuntimeError as error:  # too little memory, or gradients that are not finite
             tell(**{name: f"{type(error).__name__}: {error}"[:300]})
         tree_attention.BUCKET_COST, made.policy.logit_budget = bucket_cost, budget
@@ -233,7 +175,7 @@ def learner(sizes: Sizes, folder: Path, tell: Tell) -> None:
 
 def engine(sizes: Sizes, folder: Path, tell: Tell) -> None:
     """An engine alone: tokens a second, changed weights, and a second start beside a learner."""
-    config = _recipe(sizes, folder)
+    config = recipe(sizes, folder)
     asyncio.run(_engine(config, sizes, tell))
 
 
@@ -267,8 +209,8 @@ async def _engine(config: Config, sizes: Sizes, tell: Tell) -> None:
     tell(tokens_per_s=round(stats.num_sampled_tokens / seconds), cached_share=round(cached, 3))
     tell(tokens_per_s_without_logprobs=await _plain_speed(first, config, sizes))
 
-    made = _learner(config, sizes)  # its reference and optimizer take their memory, too
-    made.update([_record(0, sizes)])
+    made = make_learner(config, sizes)  # its reference and optimizer take their memory, too
+    made.update([random_record(0, sizes)])
     with torch.no_grad():
         for parameter in made.policy.model.parameters():
             parameter.mul_(1.01)
@@ -347,233 +289,6 @@ def _run(name: str, arguments: list[str], tell: Tell) -> None:
 
 
 # What they share -------------------------------------------------------------------------------
-
-
-def _recipe(sizes: Sizes, folder: Path) -> Config:
-    """The recipe's learner and engine for this model, on one GPU or the CPU."""
-    recipe = str(ROOT / "conf/treerpo_qwen2.5_math_1.5b.yaml")
-    config = load([recipe, *sizes.gpu, f"model.path={folder}/model"])
-    lengths = (sizes.step_tokens,) * len(sizes.children)
-    config = replace(
-        config,
-        prompts=replace(config.prompts, max_prompt_tokens=sizes.step_tokens),
-        tree=replace(config.tree, num_children=sizes.children, step_tokens=lengths),
-        learner=replace(config.learner, token_budget=sizes.token_budget),
-    )
-    if sizes is REAL:
-        return config
-    return replace(
-        config,
-        learner=replace(config.learner, resources={"CPU": 1}),
-        engine=replace(config.engine, resources={"CPU": 1}, max_num_seqs=8),
-    )
-
-
-def _policy(sizes: Sizes, folder: Path) -> Policy:
-    return load_policy(
-        str(folder / "model"),
-        dtype=torch.float32,
-        device=sizes.device,
-        gradient_checkpointing=True,
-    )
-
-
-def _learner(config: Config, sizes: Sizes) -> Learner:
-    settings = replace(config.learner, minibatches=1, prune_threshold=-1.0)
-    return Learner(
-        model=replace(config.model, dtype="bfloat16"),
-        learner=settings,
-        loss=config.loss,
-        tree=config.tree,
-        max_staleness=1000,
-        max_tokens=config.max_model_tokens,
-        device=sizes.device,
-    )
-
-
-def _tree(sizes: Sizes, seed: int) -> Tree:
-    """A random tree that is as large as it may be."""
-    rng = np.random.default_rng(seed)
-
-    def ids(length: int) -> np.ndarray:
-        return rng.integers(3, sizes.vocabulary, length).astype(np.int32)
-
-    steps: list[Step] = []
-    level = [NO_PARENT]
-    for children in sizes.children:
-        start = len(steps)
-        for parent in [each for each in level for _ in range(children)]:
-            steps.append(
-                Step(
-                    parent=parent,
-                    token_ids=ids(sizes.step_tokens),
-                    logprobs=np.full(sizes.step_tokens, -10, np.float32),
-                    versions=np.zeros(sizes.step_tokens, np.int32),
-                    stop=StopReason.BOUNDARY,
-                )
-            )
-        level = list(range(start, len(steps)))
-    return Tree.from_steps(ids(sizes.step_tokens), tuple(steps))
-
-
-def _record(ticket: int, sizes: Sizes) -> TreeRecord:
-    """A tree half of whose answers are right."""
-    tree = _tree(sizes, ticket)
-    verdicts = [Verdict.CORRECT if leaf % 2 else Verdict.WRONG for leaf in tree.leaves]
-    return TreeRecord(
-        ticket=ticket,
-        attempt=0,
-        prompt_id=str(ticket),
-        question="?",
-        answers=("0",),
-        seed=ticket,
-        engine=0,
-        grow_s=1.0,
-        finished_at_s=0.0,
-        tree=tree,
-        leaf_texts=("",) * len(verdicts),
-        verdicts=tuple(verdicts),
-    )
-
-
-def _masked_kernel(sizes: Sizes) -> str:
-    """The kernel that torch chooses for masked attention in bfloat16."""
-    shape = (1, sizes.kv_heads, 128, sizes.head_dim)
-    query, key, value = (
-        torch.zeros(shape, dtype=torch.bfloat16, device=sizes.device, requires_grad=True)
-        for _ in range(3)
-    )
-    mask = torch.ones(1, 1, 128, 128, dtype=torch.bool, device=sizes.device)
-    return SDPBackend(torch._fused_sdp_choice(query, key, value, mask)).name
-
-
-def _attend(sizes: Sizes, prompt: int, step: int, score: float) -> list[torch.Tensor]:
-    """Gradients of a prompt and one step after it, whose scores are all `score`."""
-    forest = _forest(prompt, [step])
-    layout = ForestLayout.from_forest(forest, sizes.device)
-    tokens, size = prompt + step, abs(score * sizes.head_dim**0.5) ** 0.5
-    states = []
-    for heads, sign in ((sizes.heads, np.sign(score)), (sizes.kv_heads, 1), (sizes.kv_heads, 1)):
-        state = torch.zeros(1, heads, tokens, sizes.head_dim, device=sizes.device)
-        state[..., 0] = sign * size
-        states.append(state.to(torch.bfloat16).requires_grad_())
-    query, key, value = states
-    output, _ = tree_attention.tree_attention(
-        torch.nn.Identity(), query, key, value, None, layout=layout
-    )
-    output.float().sum().backward()
-    return [state.grad for state in states if state.grad is not None]
-
-
-def _low_scores_have_gradients(sizes: Sizes) -> bool:
-    gradients = _attend(sizes, ALL_KEYS - 64, 64, LOW - float(np.log(ALL_KEYS)))
-    return all(bool(gradient.isfinite().all()) for gradient in gradients)
-
-
-def _seconds_a_shape(sizes: Sizes) -> float:
-    """Forward and backward pass of attention over shapes that were never met."""
-    rng = np.random.default_rng(time.time_ns() % 2**32)
-    _attend(sizes, 100, 10, 1.0)
-    start = time.monotonic()
-    for _ in range(sizes.new_shapes):
-        _attend(sizes, int(rng.integers(64, 1100)), int(rng.integers(1, 384)), 1.0)
-    _wait(sizes.device)
-    return round((time.monotonic() - start) / sizes.new_shapes, 4)
-
-
-def _forest(prompt: int, steps: list[int]) -> Forest:
-    """A prompt with steps after it, each token of which is trained."""
-    lengths = [prompt, *steps]
-    starts = np.cumsum([0, *lengths[:-1]])
-    own = [np.arange(prompt, prompt + length) for length in steps]
-    source = [np.concatenate([[prompt - 1], np.arange(s, s + n - 1)]) for s, n in
-              zip(starts[1:], steps, strict=True)]  # fmt: skip
-    total = sum(lengths)
-    edges = sum(steps)
-    return Forest(
-        token_ids=np.arange(total) % 200 + 3,
-        position_ids=np.concatenate([np.arange(prompt), *own]),
-        segment_start=starts,
-        segment_length=np.array(lengths),
-        segment_parent=np.array([-1, *[0] * len(steps)]),
-        segment_depth=np.array([0, *[1] * len(steps)]),
-        source=np.concatenate(source),
-        target=(np.arange(total) % 200 + 3)[prompt:],
-        advantage=np.zeros(edges, np.float32),
-        behaviour_logprob=np.zeros(edges, np.float32),
-        step=np.repeat(np.arange(len(steps), dtype=np.int32), steps),
-        origin=np.arange(len(steps)),
-    )
-
-
-@torch.no_grad()
-def _packed_against_rows(sizes: Sizes, policy: Policy) -> tuple[float, float]:
-    """Mean and largest difference (nats) of packed log-probabilities from those of plain rows."""
-    prompt, steps = 96, [64, 33, 17]
-    forest = _forest(prompt, steps)
-    differences = []
-    with torch.autocast(sizes.device.type, torch.bfloat16):
-        packed, _ = policy.edge_logprobs(ForestTensors.from_forest(forest, sizes.device), 1.0)
-        start = 0
-        for place, length in zip(forest.segment_start[1:], steps, strict=True):
-            ids = [*forest.token_ids[:prompt], *forest.token_ids[place : place + length]]
-            row = policy.sequence_logprobs([int(token) for token in ids])[prompt - 1 :]
-            differences.append((packed[start : start + length] - row).abs())
-            start += length
-    difference = torch.cat(differences)
-    return float(difference.mean()), float(difference.max())
-
-
-def _measured(made: Learner, records: list[TreeRecord]) -> dict[str, float]:
-    """Time of an update, and the most memory of each of its parts."""
-    peaks: dict[str, float] = {}
-
-    def note(name: str, *_: object) -> None:
-        if made.device.type == "cuda":
-            _wait(made.device)
-            peak = torch.cuda.max_memory_allocated() / GIB
-            peaks[name] = max(peaks.get(name, 0.0), round(peak, 2))
-            torch.cuda.reset_peak_memory_stats()
-
-    hooks = [
-        made.policy.model.base_model.register_forward_hook(partial(note, "forward_gib")),
-        made.optimizer.register_step_pre_hook(partial(note, "loss_and_backward_gib")),
-        made.optimizer.register_step_post_hook(partial(note, "step_gib")),
-    ]
-    trees = [record.tree for record in records]
-    signs = [np.ones(len(tree)) for tree in trees]
-    forests = pack(trees, signs, made.settings.token_budget)
-    _wait(made.device)
-    start = time.monotonic()
-    made.update(records)
-    _wait(made.device)
-    seconds = time.monotonic() - start
-    for hook in hooks:
-        hook.remove()
-    tokens = sum(len(forest.token_ids) for forest in forests)
-    return {
-        "s_a_forest": round(seconds / len(forests), 3),
-        "tokens_per_s": round(tokens / seconds),
-        **peaks,
-    }
-
-
-def _top_kernels(made: Learner, records: list[TreeRecord]) -> dict[str, float]:
-    """Seconds of the operations that take the most."""
-    from torch.profiler import ProfilerActivity, profile
-
-    is_gpu = made.device.type == "cuda"
-    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_gpu else [])]
-    with profile(activities=kinds) as profiled:
-        made.update(records[:1])
-    key = "self_device_time_total" if is_gpu else "self_cpu_time_total"
-    rows = sorted(profiled.key_averages(), key=lambda row: -getattr(row, key))[:8]
-    return {row.key[:80]: round(getattr(row, key) / 1e6, 4) for row in rows}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _version_of(name: str) -> str | None:

@@ -18,12 +18,11 @@ from tests.support.trees import full_tree
 from treerpo_ray.algo.packing import pack
 from treerpo_ray.config import Config, load
 from treerpo_ray.config.sections import LearnerConfig
-from treerpo_ray.driver.memory import (
-    GIB,
+from treerpo_ray.preflight.machine import GIB, check_gpus
+from treerpo_ray.preflight.memory import (
     MemoryPlan,
     ModelSizes,
     cache_bytes_a_token,
-    check_gpus,
     keys_and_pairs,
     misfit,
 )

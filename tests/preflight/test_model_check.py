@@ -15,8 +15,8 @@ from tests.support.project import ROOT
 from tests.support.tiny_models import SIZES, save_tiny_model
 from treerpo_ray.config import load
 from treerpo_ray.config.sections import ModelConfig
-from treerpo_ray.driver.model_check import check_model
-from treerpo_ray.driver.plan import preflight
+from treerpo_ray.preflight.inputs import preflight
+from treerpo_ray.preflight.model_check import check_model
 
 SOURCE = ROOT / "treerpo_ray/quickstart/model"
 SETTINGS = [str(ROOT / "conf/quickstart.yaml"), "prompts.num_problems=20"]

@@ -20,13 +20,13 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import GENERATION_CONFIG_NAME
-from transformers.utils.hub import cached_file, is_offline_mode
+from transformers.utils.hub import cached_file
 
 from treerpo_ray.config.sections import ModelConfig
-from treerpo_ray.driver.memory import ModelSizes
 from treerpo_ray.errors import one_line
 from treerpo_ray.learner.packing_check import PackingCheck
-from treerpo_ray.prompts.hub import Unreachable, is_unreachable
+from treerpo_ray.preflight.memory import ModelSizes
+from treerpo_ray.prompts.hub import Unreachable, is_unreachable, offline_because, refusal
 from treerpo_ray.prompts.prompt_set import resolve_model_path
 
 if TYPE_CHECKING:
@@ -96,6 +96,8 @@ def check_model(
     except Exception as error:  # transformers has its own for whatever a configuration may hold
         if is_unreachable(error):
             raise Unreachable(f"model.path={model.path}") from error
+        if (told := refusal(error)) is not None:
+            raise ValueError(f"model.path={model.path}: {told}") from error
         kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
         raise ValueError(f"model.path={model.path}: {kind}{one_line(error)}") from error
     return ModelFacts(
@@ -136,6 +138,7 @@ def _folder(path: str) -> Path:
     """Where the files of a model folder or Hugging Face id lie on this machine."""
     if Path(path).is_dir():
         return Path(path)
+    offline_because()
     found = cached_file(path, "config.json")
     assert found is not None  # else it raises
     return Path(found).parent
@@ -155,10 +158,10 @@ def _holds_weights(folder: Path, path: str) -> bool:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     if all((folder / name).is_file() for name in names):
         return True
-    if is_offline_mode():
+    if (why := offline_because()) is not None:
         raise ValueError(
             f"the cache of Hugging Face here has its config.json, but not all of its weights "
-            f"({', '.join(names[:3])}), and HF_HUB_OFFLINE is set"
+            f"({', '.join(names[:3])}), and {why}"
         )
     return False
 

@@ -7,8 +7,8 @@ import pytest
 
 from tests.support.user_files import CHECK, CREDIT
 from treerpo_ray.config import load
-from treerpo_ray.driver.trial import try_checks, try_credit
 from treerpo_ray.errors import UserCodeError
+from treerpo_ray.preflight.trial import try_checks, try_credit
 
 BODY = "def check_answer(text, references):\n    return text in references\n"
 TEST = 'SELF_TEST = [("a", ["a"], True)]\n'

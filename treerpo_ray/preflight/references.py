@@ -6,8 +6,10 @@ A reference that is none, such as a solution in prose, gives every text the rewa
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from treerpo_ray.config.sections import DataConfig, VerifierConfig
+from treerpo_ray.config.data import DataConfig
+from treerpo_ray.config.sections import VerifierConfig
 from treerpo_ray.prompts.problems import QUICKSTART, Problem
+from treerpo_ray.scoring import make_verifiers
 from treerpo_ray.verifier.verifier import Verifier
 
 SAMPLE = 500
@@ -52,14 +54,7 @@ def look_at_references(
     }
     if not samples:
         return {}
-    with Verifier(
-        check=verifier.main_check,
-        num_workers=1,
-        timeout_s=verifier.timeout_s,
-        memory_mib=verifier.memory_mib,
-        sources=verifier.sources,
-        env=verifier.env,
-    ) as asked:
+    with next(make_verifiers(verifier, num_workers=1)) as asked:  # the main check
         found = {
             section: _look(asked, config, problems)
             for section, (config, problems) in samples.items()

@@ -1,16 +1,24 @@
-"""Storage: what a run writes, part by part, and whether the disk of its folder has room for it."""
+"""Storage: what a run writes, part by part, and whether its folder can be written and has room."""
 
+import os
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
+from urllib.parse import urlsplit
 
 from treerpo_ray.config import Config
+from treerpo_ray.errors import one_line
 from treerpo_ray.learner.learner import CHECKPOINT_BYTES
 from treerpo_ray.run_folder.checkpoints import FOLDER as CHECKPOINTS
 from treerpo_ray.run_folder.disk import disk_of, free_bytes, size
-from treerpo_ray.run_folder.files import MODEL_FOLDER, RunFolder
+from treerpo_ray.run_folder.files import CONFIG_FILE, MODEL_FOLDER, RunFolder
 
+BUCKETS = ("s3", "s3a", "gs", "gcs")
+"""Stores that have what is written in buckets, which must be there before."""
+STORE_S = 30.0
+"""Time for a store to answer."""
 MODEL_BYTES = 4
 """Of each parameter in an exported model."""
 TREE_BYTES = 16
@@ -101,3 +109,58 @@ class StoragePlan:
             f"and one checkpoint takes {size(self.checkpoint)}: make room or choose another "
             "run.root"
         )
+
+
+def check_folder(config: Config, answer_s: float = STORE_S) -> None:
+    """Refuse a run folder that cannot be written, as far as that can be told without writing.
+
+    Whatever else reads or writes it comes after this: a store that does not answer would have it
+    wait for minutes. It is given `answer_s` seconds to answer.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        folder = RunFolder(config.folder)
+    except (ImportError, ValueError) as error:  # of the store that the URI names
+        raise ValueError(f"run.root={config.run.root}: {one_line(error)}") from error
+    if not folder.is_local:
+        _check_store(config, folder, answer_s)
+        return
+    place = Path(folder.root)
+    root = Path(RunFolder(config.run.root).root)
+    for above in place.parents[: len(place.relative_to(root).parts) - 1]:
+        if (above / CONFIG_FILE).exists():
+            raise ValueError(f"run.name={config.run.name} is in the folder of another run: {above}")
+    nearest = next(each for each in (place, *place.parents) if each.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"run.root={config.run.root}: {nearest} is a file, not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"run.root={config.run.root}: {nearest} cannot be written")
+
+
+def _check_store(config: Config, folder: RunFolder, answer_s: float) -> None:
+    """Refuse a store that does not answer, or a bucket that is not there or not ours.
+
+    Raises:
+        ValueError: it is such.
+    """
+    place = urlsplit(config.run.root)
+    store, bucket = place.scheme, place.netloc
+    faults: list[str] = []
+
+    def look() -> None:
+        try:
+            if store in BUCKETS and not folder.fs.exists(bucket):
+                faults.append(f"there is no bucket {bucket}; make it, or name another")
+            folder.exists()
+        except Exception as error:  # every store has its own
+            faults.append(f"the store refuses: {type(error).__name__}: {one_line(error)}")
+
+    thread = threading.Thread(target=look, name="store", daemon=True)  # some try again for minutes
+    thread.start()
+    thread.join(answer_s)
+    if thread.is_alive():
+        faults.append(f"the store has not answered for {answer_s:g} s")
+    if faults:
+        raise ValueError(f"run.root={config.run.root}: {faults[0]}")

@@ -1,7 +1,7 @@
 """Show autoscaling on one machine: a real run whose rollout nodes Ray starts and takes away.
 
-python jobs/autoscale_demo.py
-python jobs/autoscale_demo.py run.name=mine engine.max_engines=2    # overrides, as for train.py
+python jobs/cluster/autoscale_demo.py
+python jobs/cluster/autoscale_demo.py run.name=mine engine.max_engines=2  # as for train.py
 
 The head has room for the learner only. Engines ask for rollout nodes, which Ray's own autoscaler
 starts (as further Ray processes of this machine, the only part that is not as on a cloud). The
@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 MARK = "TREERPO_AUTOSCALE_DEMO"
@@ -55,10 +55,10 @@ def show(overrides: list[str]) -> int:
     """Run the demonstration; returns the exit status. A signal takes the cluster down."""
     _ask_for_token()
     from treerpo_ray.config import load
-    from treerpo_ray.driver.cluster import check_vllm
-    from treerpo_ray.driver.plan import load_inputs
     from treerpo_ray.driver.run import run
     from treerpo_ray.metrics.console import Console
+    from treerpo_ray.preflight.inputs import load_inputs
+    from treerpo_ray.preflight.machine import check_vllm
     from treerpo_ray.stop import STOPPED, Stop
 
     config = load([*SETTINGS, *overrides])
