@@ -12,8 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support.saved_runs.run_logs import run_config
 from treerpo_ray.actor import make_actor
 from treerpo_ray.metrics import stage_metrics
-from treerpo_ray.metrics.run_log import Event, RunLog
-from treerpo_ray.metrics.stage_metrics import METRICS, Kind, StageMetrics
+from treerpo_ray.metrics.run_log import NOTICES, Event, RunLog
+from treerpo_ray.metrics.stage_metrics import METRICS, NOTED, Kind, StageMetrics
 
 DASHBOARD = Path(stage_metrics.__file__).with_name("grafana.json")
 SUFFIXES = {
@@ -103,6 +103,10 @@ def test_no_two_metrics_share_a_source_or_a_name():
         [metric.name for metric in METRICS],
     ):
         assert len(names) == len(set(names))
+
+
+def test_what_is_counted_is_what_whoever_follows_the_run_sees():
+    assert set(NOTED) <= NOTICES | {"autoscaler_failed"}
 
 
 @pytest.mark.ray

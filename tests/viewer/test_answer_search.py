@@ -32,7 +32,7 @@ def test_a_search_finds_the_answers_of_evaluations_that_have_a_text(ask):
     (found,) = ask("search_answers", step=0, text="#### 2")
     assert found == {
         **{"step": 0, "problem": "test-0", "question": "1+1=?", "reference": "2", "total": 2},
-        **{"num_answers": 1, "leaf": 1},
+        **{"num_answers": 1, "leaf": 1, "verdict": "correct"},
         "passage": {"before": "", "text": "#### 2", "after": ""},
     }
     all_found = ask("search_answers", step=0, text="####")
@@ -52,8 +52,8 @@ def test_answers_of_evaluations_stand_below_the_trees_that_were_found(browser, a
             "2 held-out problems of the evaluations at learner steps 12, 0 have it in an answer"
         ]
         newest, first = screen.texts("a.answer-row")
-        assert newest.startswith("step 12") and "2 of 2 answers: #### 2" in newest
-        assert first.startswith("step 0") and "1 of 2 answers: #### 2" in first
+        assert newest.startswith("step 12") and "2 of 2 answers, the first right: #### 2" in newest
+        assert first.startswith("step 0") and "1 of 2 answers, the first right: #### 2" in first
         screen.page.locator("a.answer-row").nth(1).click()
         screen.wait("document.querySelectorAll('.tree .found').length === 1")
         assert screen.chosen().startswith("leaf 1")

@@ -1,7 +1,9 @@
 """The first page in a browser: a run that begins, what training fixed, curves."""
 
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 from omegaconf import OmegaConf
 
@@ -97,3 +99,34 @@ def test_curves_have_the_evaluations_intervals(browser, addresses):
         assert len(screen.texts("a.tree-row")) == 2
         screen.page.locator(".curve .u-over").first.click(position={"x": 200, "y": 40})
         screen.wait("location.hash.startsWith('#trees?step=')")
+
+
+def test_what_is_said_of_each_line_has_the_colour_of_the_line(browser, tmp_path):
+    folder = write_small_run(tmp_path)
+    shares = {"idle/engines_share": 0.1, "idle/scoring_share": 0.9, "idle/learner_share": 0.4}
+    with (Path(folder) / "metrics.jsonl").open("a") as file:
+        for step in (13, 14):
+            row = {"step": step, "time": 1.0, "reward/mean": 0.5} | shares
+            file.write(json.dumps(row) + "\n")
+    with served(folder) as address, Screen(browser, WIDE) as screen:
+        screen.open(address)
+        idle = screen.page.locator(".curve", has_text="idle time")
+        told = "engines 10.0 %, scoring 90.0 %, learner 40.0 %"
+        assert idle.locator("output").inner_text() == told
+        grounds = "items => items.map(item => getComputedStyle(item).backgroundColor)"
+        colors = idle.locator(".key").evaluate_all(grounds)
+        assert len(set(colors)) == 3 and "rgba(0, 0, 0, 0)" not in colors
+        keys = [tuple(map(int, re.findall(r"\d+", color))) for color in colors]
+        drawn = idle.locator("canvas").evaluate(COLORS_DRAWN)
+        for key in keys:  # edges of a thin line are mixed with the ground
+            assert min(max(abs(a - b) for a, b in zip(key, own, strict=True)) for own in drawn) < 30
+
+
+COLORS_DRAWN = """canvas => {
+  const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+  const found = new Set();
+  for (let i = 0; i < data.length; i += 4)
+    if (data[i + 3] === 255) found.add(data.slice(i, i + 3).join());
+  return [...found].map(color => color.split(',').map(Number));
+}"""
+"""Those of the points of a canvas that nothing shines through."""

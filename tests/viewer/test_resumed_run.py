@@ -133,7 +133,7 @@ def test_before_and_after_follow_an_evaluation_that_is_written_anew(browser, fol
     run.publish_table(*answers_to(PROBLEMS[:1], 12, [["#### 1"]]))  # the interim one
     with served(folder) as address, Screen(browser, WIDE) as screen:
         screen.open(address + "#compare?a=e0:test-0&b=e12:test-0")
-        assert screen.texts(".tree-head .fact")[0] == "value 0.00 → 0.00"
+        assert screen.texts(".tree-head .fact")[0] == "mean reward 0.00 → 0.00"
         run.publish_table(*answers_to(PROBLEMS[:1], 12, [["#### 2", "#### 2"]]))
         screen.wait("document.querySelector('.redone') !== null")
-        assert screen.texts(".tree-head .fact")[0] == "value 0.00 → 1.00"
+        assert screen.texts(".tree-head .fact")[0] == "mean reward 0.00 → 1.00"

@@ -260,9 +260,9 @@ class StageMetrics:
             self.value(f"{kind}.{name}", value)
         if kind in self._by_event:
             metric, record = self._by_event[kind]
+            tag = {**fields, "kind": kind}.get(metric.counted[kind])
             with self._unharmed():
-                tag = str({**fields, "kind": kind}[metric.counted[kind]])
-                record(1.0, {RUN: self._run, metric.tag: tag})
+                record(1.0, {RUN: self._run, metric.tag: str(tag)})
 
     def value(self, source: str, value: Scalar) -> None:
         """Record the value of a source; nothing if no metric has it."""

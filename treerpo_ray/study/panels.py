@@ -1,5 +1,6 @@
 """Panels: which metrics of a run are drawn together, for plots and viewer."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -12,6 +13,8 @@ class Panel:
     is_share: bool = False
     interval: tuple[str, str] | None = None
     """Metrics with the lower and the upper end of the 95 % interval of the only line."""
+    is_off_at_zero: bool = False
+    """Whether metrics that are 0 throughout tell no more than that the run has no such thing."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -31,9 +34,13 @@ PANELS = (
     Panel(title="loss", lines={"total": "loss/total", "policy": "loss/policy"}),
     Panel(title="entropy of the learner (nats a token)", lines={"": "loss/entropy"}),
     Panel(title="engine against learner (nats a token)", lines={"": "mismatch/mean"}),
-    Panel(title="KL to the reference (nats a token)", lines={"": "loss/kl"}),
+    Panel(title="KL to the reference (nats a token)", lines={"": "loss/kl"}, is_off_at_zero=True),
     Panel(title="answer length (tokens)", lines={"training": "length/mean", "test": "eval/length"}),
-    Panel(title="staleness (steps)", lines={"mean": "staleness/mean", "max": "staleness/max"}),
+    Panel(
+        title="staleness (steps)",
+        lines={"mean": "staleness/mean", "max": "staleness/max"},
+        is_off_at_zero=True,
+    ),
     Panel(
         title="shares of what was sampled",
         lines={
@@ -58,3 +65,13 @@ PANELS = (
     ),
     Panel(title="sampled tokens a second", lines={"": "tokens/per_s"}),
 )
+
+
+def panels_of(metrics: Mapping[str, Iterable[float | None]]) -> tuple[Panel, ...]:
+    """The panels that there is something to draw for, by the values of each metric."""
+
+    def has_something(panel: Panel) -> bool:
+        own = [metrics[name] for name in panel.lines.values() if name in metrics]
+        return any(not panel.is_off_at_zero or any(values) for values in own)
+
+    return tuple(panel for panel in PANELS if has_something(panel))

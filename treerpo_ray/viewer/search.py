@@ -54,6 +54,8 @@ class FoundAnswers:
     """Answers that have the text."""
     leaf: int
     """The first of them."""
+    verdict: str
+    """`Verdict` of that one."""
     passage: Passage
 
 
@@ -96,7 +98,7 @@ def answers_with(folder: RunFolder, step: int, text: str) -> list[FoundAnswers]:
     if not folder.exists(file):
         return []
     with folder.parquet(file) as samples:
-        table = samples.read(["problem", "question", "references", "text"])
+        table = samples.read(["problem", "question", "references", "text", "verdict"])
     by_problem: dict[str, list[int]] = {}
     for row, problem in enumerate(table["problem"].to_pylist()):
         by_problem.setdefault(problem, []).append(row)
@@ -116,6 +118,7 @@ def answers_with(folder: RunFolder, step: int, text: str) -> list[FoundAnswers]:
                     total=len(rows),
                     num_answers=len(own),
                     leaf=own[0],
+                    verdict=table["verdict"][rows[own[0]]].as_py(),
                     passage=_passage(answers[rows[own[0]]].as_py(), text),
                 )
             )

@@ -7,7 +7,7 @@ from treerpo_ray.metrics.run_log import METRICS_FILE, Row
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import WHOLE_MODEL, RunFolder
 from treerpo_ray.study.analysis import Run
-from treerpo_ray.study.panels import PANELS, Panel
+from treerpo_ray.study.panels import Panel, panels_of
 from treerpo_ray.study.problems import evaluated_steps, evaluation_file
 
 LOCAL_POLL_S, STORE_POLL_S = 2, 20
@@ -85,14 +85,12 @@ def read_status(run: Run, folder: RunFolder, rows: Sequence[Row], num_redone: in
 def curves_of(rows: Sequence[Row]) -> Curves:
     """The curves of a run's metrics."""
     names = {name for row in rows for name in row}
-    panels = tuple(panel for panel in PANELS if names & set(panel.lines.values()))
-    drawn = [name for panel in panels for name in panel.metrics]
+    series = {name: [row.get(name) for row in rows] for name in names}
+    panels = panels_of(series)
     return Curves(
         panels=panels,
         steps=[int(row["step"]) for row in rows],
-        series={name: _series(rows, name) for name in drawn},
+        series={
+            name: series.get(name, [None] * len(rows)) for panel in panels for name in panel.metrics
+        },
     )
-
-
-def _series(rows: Sequence[Row], name: str) -> list[float | None]:
-    return [row.get(name) for row in rows]

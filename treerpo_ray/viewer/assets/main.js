@@ -205,9 +205,9 @@ function fillHead() {
   document.title = `${status.name} · treerpo_ray`;
   document.getElementById("run-name").textContent = oneLine(status.name, 80);
   document.getElementById("run-name").title = oneLine(status.folder, 300);
-  const parts = [`step ${status.step} of ${status.num_steps}`];
-  if (status.is_finished) parts.push("finished");
-  else if (source.isLive && status.written_at_s) parts.push(`last written ${ago(Date.now() / 1000 - status.written_at_s)} ago`);
+  const atMost = status.step < status.num_steps ? ` (of at most ${status.num_steps})` : "";
+  const parts = [status.is_finished ? `finished after ${status.step} steps${atMost}` : `step ${status.step} of ${status.num_steps}`];
+  if (!status.is_finished && source.isLive && status.written_at_s) parts.push(`last written ${ago(Date.now() / 1000 - status.written_at_s)} ago`);
   if (!source.isLive) parts.push("a saved page");
   document.getElementById("run-state").textContent = parts.join(" · ");
 }
@@ -270,6 +270,7 @@ function help() {
   dialog.replaceChildren(
     element("h2", {}, "Reading a tree"),
     element("p", {}, "To the right run the tokens of an answer: a step is as wide as it is long. Siblings stand below each other; the line before them is solid where their group was kept, dashed where it was pruned."),
+    element("p", {}, "The value of a step is the mean reward of the answers that go on from it. Its advantage (A) is how far the learner is to make it more or less likely than its siblings; v is the version of the weights that sampled it, tok its tokens."),
     legend(),
     element("h2", {}, "Keys"),
     element("dl", { class: "facts" }, keys),

@@ -71,6 +71,7 @@ function embedded(data) {
           question: tree.question,
           reference: tree.answers[0] ?? "",
           total: tree.parent.length,
+          verdict: tree.verdict[found.leaf],
           ...found,
         })),
     forget: () => {},

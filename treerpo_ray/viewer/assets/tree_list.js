@@ -150,6 +150,7 @@ class TreeList {
   drawAnswers() {
     const steps = this.wantedAnswers().filter((step) => this.answers.has(step));
     this.evaluated.hidden = !steps.length;
+    if (!steps.length) return this.evaluated.replaceChildren();
     const all = steps.flatMap((step) => this.answers.get(step));
     const at = steps.length > 1 ? `the evaluations at learner steps ${steps.join(", ")}` : `the evaluation at learner step ${steps[0]}`;
     const more = all.length > SHOWN ? `; the first ${SHOWN} are shown` : "";
@@ -273,7 +274,7 @@ class Filters {
         ["all", `all (${steps.length})`],
         ...steps.map((step) => [step, step]),
       ]),
-      this.input("problem", "q", { type: "search", placeholder: "question, reference or id  /" }),
+      this.input("problem", "q", { type: "search", placeholder: "question or id  /" }),
       this.input("text of an answer", "text", { type: "search", placeholder: "text, then Enter", maxlength: 1000 }, "onchange"),
       this.input("value from", "min", { ...share, placeholder: "0" }),
       this.input("to", "max", { ...share, placeholder: "1" }),
@@ -337,7 +338,7 @@ function answerRow(found) {
     element("span", { class: "ref" }, `step ${found.step}`),
     element("span", { class: "problem", dir: "auto" }, oneLine(found.question, 160)),
     element("span", { class: "answer", dir: "auto" }, oneLine(found.reference, 40)),
-    foundLine(found, `${found.num_answers} of ${found.total} answers`),
+    foundLine(found, `${found.num_answers} of ${found.total} answers, the first ${VERDICTS[found.verdict][1]}`),
   );
 }
 

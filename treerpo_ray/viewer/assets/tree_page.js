@@ -288,13 +288,18 @@ export function legend(color = "value", tree = null) {
   const verdicts = Object.entries(VERDICTS).slice(0, 4).map(([name, [glyph, text]]) =>
     element("span", {}, element("b", { class: `glyph ${name}` }, glyph), ` ${text}`),
   );
+  const trained = [
+    element("span", {}, element("i", { class: "swatch up" }), " advantage A up ", element("i", { class: "swatch down" }), " down"),
+    element("span", {}, element("i", { class: "swatch line" }), " standard error"),
+    element("span", {}, element("i", { class: "swatch hatched" }), " pruned"),
+    element("span", {}, "v version of the weights"),
+  ];
+  const isTrained = tree === null || tree.ticket !== null;
   return element(
     "div",
     { class: "legend" },
     element("span", {}, `${low} `, bar, ` ${high}`),
-    element("span", {}, element("i", { class: "swatch up" }), " advantage up ", element("i", { class: "swatch down" }), " down"),
-    element("span", {}, element("i", { class: "swatch line" }), " standard error"),
-    element("span", {}, element("i", { class: "swatch hatched" }), " pruned"),
+    isTrained ? trained : null,
     verdicts,
   );
 }
