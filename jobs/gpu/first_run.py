@@ -44,7 +44,7 @@ from jobs.gpu.workload import (
     recipe,
 )
 from treerpo_ray.config import Config, load
-from treerpo_ray.learner import tree_attention
+from treerpo_ray.learner import head, tree_attention
 from treerpo_ray.preflight.machine import GIB, check_gpus, installed_gpus
 from treerpo_ray.preflight.memory import MemoryPlan, ModelSizes
 
@@ -148,26 +148,26 @@ def learner(sizes: Sizes, folder: Path, tell: Tell) -> None:
     def optimizer() -> None:
         made.optimizer = torch.optim.AdamW(made.policy.model.parameters(), lr=1e-6, foreach=True)
 
-    def large_chunks() -> None:
-        made.policy.logit_budget = 2**28
-
+    kernels = head.kernels
     changes: dict[str, Callable[[], object]] = {
         "few_buckets": partial(setattr, tree_attention, "BUCKET_COST", 2**20),
-        "large_chunks_of_logits": large_chunks,
+        "large_pieces_of_logits": partial(head.LOGIT_BUDGET.update, cpu=2**28, cuda=2**28),
+        "head_not_compiled": partial(setattr, head, "kernels", lambda _: kernels("cpu")),
         "foreach_optimizer": optimizer,
         "with_cudnn": partial(torch.backends.cuda.enable_cudnn_sdp, True),
     }
     for name, change in changes.items():
         if name == "with_cudnn":  # the last: planning for each new shape, it may not end in time
             tell(status="ok", with_cudnn="not finished")
-        bucket_cost, budget = tree_attention.BUCKET_COST, made.policy.logit_budget
+        bucket_cost, budget = tree_attention.BUCKET_COST, dict(head.LOGIT_BUDGET)
         change()
         try:
             made.update(records)
             tell(**{name: measured(made, records)})
         except RuntimeError as error:  # too little memory, or gradients that are not finite
             tell(**{name: f"{type(error).__name__}: {error}"[:300]})
-        tree_attention.BUCKET_COST, made.policy.logit_budget = bucket_cost, budget
+        tree_attention.BUCKET_COST, head.kernels = bucket_cost, kernels
+        head.LOGIT_BUDGET.update(budget)
 
 
 # Parts that need vLLM and Ray ------------------------------------------------------------------

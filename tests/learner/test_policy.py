@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.learning.forests import lay_out, random_tree, row_logits
-from tests.support.learning.tiny_models import TIED, save_tiny_model
+from tests.support.learning.tiny_models import TIED, VOCAB_SIZE, save_tiny_model
+from treerpo_ray.learner.head import LOGIT_BUDGET
 from treerpo_ray.learner.policy import ForestTensors, Policy, load_policy
 
 CPU = torch.device("cpu")
@@ -56,47 +57,20 @@ def test_logprobs_and_entropy_equal_the_dense_ones_at_temperature_0_6(
 
 
 @pytest.mark.parametrize("num_sources", [1, 7])
-def test_chunks_of_sources_change_neither_values_nor_gradients(
-    qwen2_path: str, num_sources: int
+def test_pieces_of_logits_change_neither_values_nor_gradients(
+    qwen2_path: str, num_sources: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, forest = ragged_forest()
     assert len(forest.source) < len(forest.target), "siblings share the source of their first token"
-    whole = load(qwen2_path)
-    chunked = Policy(
-        load(qwen2_path).model, whole.tokenizer, logit_budget=num_sources * whole.model.vocab_size
-    )
     results = []
-    for policy in (whole, chunked):
+    for budget in (LOGIT_BUDGET["cpu"], num_sources * VOCAB_SIZE):
+        monkeypatch.setitem(LOGIT_BUDGET, "cpu", budget)
+        policy = load(qwen2_path)
         logprobs, entropy = policy.edge_logprobs(forest, 0.8)
         (logprobs * forest.advantage + entropy.square()).mean().backward()
         gradients = [parameter.grad for parameter in policy.model.parameters()]
         results.append((logprobs, entropy, gradients))
     torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
-
-
-def test_chunks_keep_no_logits_for_the_backward_pass(qwen2_path: str) -> None:
-    _, forest = ragged_forest()
-    policy = load(qwen2_path)
-    vocab_size = policy.model.vocab_size
-    kept: list[int] = []
-    projected: list[int] = []
-
-    def watch(saved: torch.Tensor) -> torch.Tensor:
-        if saved.shape[-1:] == (vocab_size,) and saved.shape[0] != policy.model.config.hidden_size:
-            kept.append(len(saved))
-        return saved
-
-    policy.model.lm_head.register_forward_hook(lambda *io: projected.append(len(io[2])))
-    with torch.autograd.graph.saved_tensors_hooks(watch, lambda saved: saved):
-        policy.edge_logprobs(forest, 1.0)
-        assert set(kept) == {len(forest.source)}, "one chunk keeps its logits"
-        kept.clear()
-        projected.clear()
-        policy.logit_budget = 4 * vocab_size
-        policy.edge_logprobs(forest, 1.0)
-    assert not kept
-    assert max(projected) <= 4
-    assert sum(projected) == len(forest.source), "each source is projected once"
 
 
 def test_a_frozen_policy_gives_the_same_logprobs_without_a_graph(qwen2_path: str) -> None:

@@ -206,18 +206,20 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "vocab_size": 1100,  # each token of the tree is another
     "max_position_embeddings": 4096,
 }
+"""Each token of the tree is another, of 1,024."""
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("vocabulary", [1100, 8000], ids=["layers", "head"])
 def test_the_estimate_of_activations_is_what_an_update_takes(
-    dtype: str, checkpointing: bool, tmp_path: Path
+    dtype: str, checkpointing: bool, vocabulary: int, tmp_path: Path
 ) -> None:
-    """On a CPU: a GPU keeps the same tensors, but for those inside of its attention kernels."""
-    path = save_tiny_model(tmp_path, "qwen2", **SIZES)
+    """On a CPU: a GPU keeps the same tensors, but for those inside of its attention kernels. Most
+    is taken by the layers, or by the logits of the head."""
+    path = save_tiny_model(tmp_path, "qwen2", **SIZES | {"vocab_size": vocabulary})
     settings = LearnerConfig(gradient_checkpointing=checkpointing, token_budget=10**6)
     config = make_config(path, settings)
     shape = replace(config.tree, num_children=(4, 4), step_tokens=(48, 48))
@@ -243,7 +245,7 @@ def test_the_estimate_of_activations_is_what_an_update_takes(
     sizes = ModelSizes.of(learner.policy.model.config)
     parts = MemoryPlan.of(config, learner.policy.model.num_parameters(), sizes).worker
     planned = (parts["activations"] + parts.get("copies in bfloat16", 0.0)) * GIB
-    assert 1.0 < planned / peak < 1.3
+    assert 1.0 < planned / peak < 1.15
 
 
 GPUS = ["engine.resources={GPU: 0.5}", "learner.resources={GPU: 0.5}", "learner.gpu_memory_gib=79"]

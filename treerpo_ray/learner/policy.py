@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import cast
 
 import numpy as np
@@ -26,10 +25,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from treerpo_ray.algo.packing import Forest
 from treerpo_ray.errors import one_line
+from treerpo_ray.learner.head import Head
 from treerpo_ray.learner.tree_attention import TREE_ATTENTION, ForestLayout
-
-LOGIT_BUDGET = 2**25
-"""Logits (sources x vocabulary) that are alive at a time; several fp32 copies of them are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,26 +69,17 @@ class ForestTensors:
 class Policy:
     """A Hugging Face causal model with tree attention.
 
-    Supported heads: a plain projection, `final_logit_softcapping` (Gemma), `logit_scale` (Cohere)
-    and `logits_scaling` (Granite). `check_packing` refuses any model whose packed log-probabilities
-    are not its plain ones. A reference model is a second Policy, used under `torch.no_grad`.
+    `PackingCheck` refuses any model whose packed log-probabilities are not its plain ones. A
+    reference model is a second Policy, used under `torch.no_grad`.
 
     Args:
         model: With tree attention.
         tokenizer: Is saved with it.
-        logit_budget: Logits that are alive at a time.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        logit_budget: int = LOGIT_BUDGET,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.logit_budget = logit_budget
         # Tree attention gives masks. With one, cuDNN's kernels (Hopper and newer) return NaN as
         # gradients of queries whose keys are 64 modulo 128, and plan anew for each shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -105,12 +93,8 @@ class Policy:
         """
         hidden = self._hidden(forest.token_ids, forest.position_ids, forest.layout)
         hidden = hidden.index_select(0, forest.source)
-        order = forest.edge_source.argsort(stable=True)
-        logprobs, entropy = self._score(
-            hidden, forest.edge_source[order], forest.target[order], temperature
-        )
-        back = order.argsort()
-        return logprobs[back], entropy[back]
+        head = Head.of(self.model)
+        return head.score(hidden, forest.edge_source, forest.target, temperature)
 
     @torch.no_grad()
     def sequence_logprobs(self, token_ids: list[int]) -> Float32[Tensor, " targets"]:
@@ -121,7 +105,7 @@ class Policy:
         ids = torch.tensor([token_ids], device=self.model.device)
         positions = torch.arange(len(token_ids), device=self.model.device)
         hidden = self._hidden(ids, positions[None], None)
-        return self._score(hidden[:-1], positions[:-1], ids[0, 1:], 1.0)[0]
+        return Head.of(self.model).score(hidden[:-1], positions[:-1], ids[0, 1:], 1.0)[0]
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Weights in layer order under their names in a checkpoint; tied weights come once."""
@@ -147,63 +131,6 @@ class Policy:
             input_ids=token_ids, position_ids=position_ids, layout=layout, use_cache=False
         )
         return output.last_hidden_state[0]
-
-    def _score(
-        self,
-        hidden: Float[Tensor, "sources hidden"],
-        edge_source: Int64[Tensor, " edges"],
-        target: Int64[Tensor, " edges"],
-        temperature: float,
-    ) -> tuple[Float32[Tensor, " edges"], Float32[Tensor, " edges"]]:
-        """Log-probabilities and entropies, chunk by chunk of sources; `edge_source` ascends.
-
-        Of several chunks none keeps its logits for the backward pass: it computes them again.
-        """
-        vocab_size = self.model.get_output_embeddings().weight.shape[0]
-        num_chunks = -(-len(hidden) * vocab_size // self.logit_budget)
-        chunks = hidden.tensor_split(num_chunks)
-        starts = list(accumulate((len(chunk) for chunk in chunks[:-1]), initial=0))
-        cuts = torch.searchsorted(
-            edge_source, torch.tensor(starts[1:], device=edge_source.device)
-        ).tolist()
-        parts = []
-        for chunk, source, wanted, start in zip(
-            chunks,
-            edge_source.tensor_split(cuts),
-            target.tensor_split(cuts),
-            starts,
-            strict=True,
-        ):
-            inputs = (chunk, source - start, wanted, temperature)
-            if num_chunks > 1 and torch.is_grad_enabled():
-                parts.append(checkpoint(self._score_chunk, *inputs, use_reentrant=False))
-            else:
-                parts.append(self._score_chunk(*inputs))
-        logprobs, entropy = zip(*parts, strict=True)
-        return torch.cat(logprobs), torch.cat(entropy)
-
-    def _score_chunk(
-        self,
-        hidden: Float[Tensor, "sources hidden"],
-        edge_source: Int64[Tensor, " edges"],
-        target: Int64[Tensor, " edges"],
-        temperature: float,
-    ) -> tuple[Float32[Tensor, " edges"], Float32[Tensor, " edges"]]:
-        logits = self._logits(hidden) / temperature
-        log_total = logits.logsumexp(dim=-1)
-        entropy = log_total - (logits.softmax(dim=-1) * logits).sum(dim=-1)
-        return logits[edge_source, target] - log_total[edge_source], entropy[edge_source]
-
-    def _logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float32[Tensor, "rows vocabulary"]:
-        config = self.model.config.get_text_config()
-        logits = self.model.get_output_embeddings()(hidden).float()
-        if scale := getattr(config, "logit_scale", None):
-            logits = logits * scale
-        if scaling := getattr(config, "logits_scaling", None):
-            logits = logits / scaling
-        if cap := getattr(config, "final_logit_softcapping", None):
-            logits = cap * (logits / cap).tanh()
-        return logits
 
 
 def load_policy(

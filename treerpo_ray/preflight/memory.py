@@ -12,7 +12,7 @@ from typing import Self
 from transformers import PreTrainedConfig
 
 from treerpo_ray.config import Config
-from treerpo_ray.learner.policy import LOGIT_BUDGET
+from treerpo_ray.learner.head import LOGIT_BUDGET
 from treerpo_ray.preflight.machine import GIB
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -24,8 +24,9 @@ GRAPHS_GIB = 1.0
 """CUDA graphs of an engine: vLLM captures one for each of some fifty batch sizes."""
 PREFILL_TOKENS = 4096
 """Fewest tokens that an engine takes in one step; see `engine_args`."""
-LIVE_LOGITS = 5
-"""Copies in float32 of a chunk of logits that are alive while its gradient is computed."""
+LIVE_LOGITS = 2
+"""Copies in float32 of a piece of logits that are alive while its gradient is computed; the product
+that they are made of comes on top where it has another type."""
 SAMPLER_COPIES = 3
 """Copies in float32 of a batch's logits that are alive while vLLM samples."""
 WEIGHTS, TRAINING = "weights", "gradients and AdamW"
@@ -157,14 +158,18 @@ def _activation_bytes(config: Config, sizes: ModelSizes) -> float:
         + width * pairs * sizes.num_heads / sizes.num_kv_heads  # the mask
     )
     passing = 4 * sizes.hidden + 2 * width * sizes.intermediate
-    head_bytes = (
-        4 * LIVE_LOGITS * min(LOGIT_BUDGET, tokens * sizes.vocabulary)
-        + (4 + 2 * width) * sizes.vocabulary * sizes.hidden  # gradients of head and embedding
-    )
+    budget = LOGIT_BUDGET["cuda" if config.learner.resources.get("GPU", 0) > 0 else "cpu"]
+    logit = 4 * LIVE_LOGITS + (width if width < 4 else 0)
+    # With what the last norm keeps, the states, their gradient, and both in the product's type.
+    states = (16 + 2 * width) * tokens * sizes.hidden
+    head = logit * min(budget, tokens * sizes.vocabulary) + states
+    # Of the head: it stays until the embedding's has come, where both are one weight.
+    gradient = 4 * sizes.vocabulary * sizes.hidden
+    layers, layer = sizes.num_layers, tokens * passing
+    entries = tokens * kept * layers
     if config.learner.gradient_checkpointing:
-        entries = 4 * sizes.hidden * sizes.num_layers
-        return tokens * entries + max(tokens * (kept + passing), head_bytes)
-    return tokens * kept * sizes.num_layers + max(tokens * passing, head_bytes)
+        entries, layer = tokens * 4 * sizes.hidden * layers, tokens * (kept + passing)
+    return max(entries + max(layer, head) + gradient, 2 * gradient)
 
 
 def most_tokens(config: Config) -> int:
