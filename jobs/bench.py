@@ -1,6 +1,6 @@
 """Benchmarks: each part against something real, side by side in one run; ratios are what counts.
 
-python jobs/bench.py                    # all of them, about five minutes on two cores
+python jobs/bench.py                    # all of them, about seven minutes on two cores
 python jobs/bench.py packing learner    # some
 Prints a table, and as the last line JSON.
 """
@@ -17,6 +17,7 @@ import rich.table
 
 from jobs.benches.comparison import ROUNDS
 from jobs.benches.learner import bench_learner
+from jobs.benches.logprobs import bench_logprobs
 from jobs.benches.packing import bench_packing
 from jobs.benches.rollout import bench_search, bench_verifier
 from treerpo_ray.config import load
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCHES = {
     "packing": bench_packing,
     "learner": bench_learner,
+    "logprobs": bench_logprobs,
     "verifier": bench_verifier,
     "search": bench_search,
 }
@@ -38,13 +40,12 @@ def main(arguments: list[str]) -> int:
     config = load([str(ROOT / "conf/quickstart.yaml")])
     rows = [row for name in arguments or BENCHES for row in BENCHES[name](config)]
     table = rich.table.Table(title=f"median of {ROUNDS} rounds, both sides in turns")
-    for title in ("what", "ours", "s", "other", "s", "ours is faster by"):
-        table.add_column(title, justify="right" if title in ("s",) else "left")
+    for title in ("what", "ours", "cost", "other", "cost", "ours costs less by"):
+        table.add_column(title, justify="right" if title == "cost" else "left")
     for row in rows:
-        faster = f"{row.ratio:.2f}x ({row.low:.2f} to {row.high:.2f})"
-        table.add_row(
-            row.name, row.ours, f"{row.ours_s:.3f}", row.other, f"{row.other_s:.3f}", faster
-        )
+        costs = [f"{cost:.3f} {row.unit}" for cost in (row.ours_cost, row.other_cost)]
+        less = f"{row.ratio:.2f}x ({row.low:.2f} to {row.high:.2f})"
+        table.add_row(row.name, row.ours, costs[0], row.other, costs[1], less)
     rich.console.Console().print(table)
     print(json.dumps([asdict(row) for row in rows]))
     return 0

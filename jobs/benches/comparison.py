@@ -23,29 +23,36 @@ class Row:
     name: str
     ours: str
     other: str
-    ours_s: float
-    other_s: float
+    ours_cost: float
+    other_cost: float
+    unit: str
+    """Of both costs: s or GiB."""
     ratio: float
-    """Median over the rounds of other / ours: how many times faster ours is."""
+    """Median over the rounds of other / ours: how many times less ours costs."""
     low: float
     high: float
     """Smallest and largest ratio of a round."""
 
 
 def compared(
-    name: str, ours: tuple[str, Callable[[], float]], other: tuple[str, Callable[[], float]]
+    name: str,
+    ours: tuple[str, Callable[[], float]],
+    other: tuple[str, Callable[[], float]],
+    unit: str = "s",
+    rounds: int = ROUNDS,
 ) -> Row:
-    """Run both sides in turns; each returns its cost in seconds for the same work."""
+    """Run both sides in turns; each returns its cost, in `unit`, for the same work."""
     for _, side in (ours, other):
         side()  # warm-up
-    times = [(ours[1](), other[1]()) for _ in range(ROUNDS)]
-    ratios = sorted(theirs / mine for mine, theirs in times)
+    costs = [(ours[1](), other[1]()) for _ in range(rounds)]
+    ratios = sorted(theirs / mine for mine, theirs in costs)
     return Row(
         name=name,
         ours=ours[0],
         other=other[0],
-        ours_s=statistics.median(mine for mine, _ in times),
-        other_s=statistics.median(theirs for _, theirs in times),
+        ours_cost=statistics.median(mine for mine, _ in costs),
+        other_cost=statistics.median(theirs for _, theirs in costs),
+        unit=unit,
         ratio=statistics.median(ratios),
         low=ratios[0],
         high=ratios[-1],

@@ -278,4 +278,7 @@ def kernels(device_type: str) -> Kernels:
     made = Kernels(row_sums, gradient)
     if device_type != "cuda":
         return made
-    return Kernels(*(torch.compile(each, dynamic=True) for each in made))
+    return Kernels(
+        row_sums=torch.compile(row_sums, dynamic=True),
+        gradient=torch.compile(gradient, dynamic=True),
+    )

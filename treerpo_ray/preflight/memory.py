@@ -165,11 +165,11 @@ def _activation_bytes(config: Config, sizes: ModelSizes) -> float:
     head = logit * min(budget, tokens * sizes.vocabulary) + states
     # Of the head: it stays until the embedding's has come, where both are one weight.
     gradient = 4 * sizes.vocabulary * sizes.hidden
-    layers, layer = sizes.num_layers, tokens * passing
-    entries = tokens * kept * layers
+    of_layers, of_one = tokens * kept * sizes.num_layers, float(tokens * passing)
     if config.learner.gradient_checkpointing:
-        entries, layer = tokens * 4 * sizes.hidden * layers, tokens * (kept + passing)
-    return max(entries + max(layer, head) + gradient, 2 * gradient)
+        entries = 4.0 * sizes.hidden * sizes.num_layers
+        of_layers, of_one = tokens * entries, tokens * (kept + passing)
+    return max(of_layers + max(of_one, head) + gradient, 2 * gradient)
 
 
 def most_tokens(config: Config) -> int:
