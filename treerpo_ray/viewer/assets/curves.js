@@ -5,6 +5,7 @@ import { element, number } from "./dom.js";
 const CHART_HEIGHT = 150;
 const COLORS = ["--line-1", "--line-2", "--line-3"];
 const WIDTHS = [2.4, 1.6, 1.2]; // so that of two lines with the same values both are seen
+const LEAST_RANGE = 0.1; // of an axis, as a share of what stands on it: less is noise
 const MARKED_STEPS = 40;
 
 /** Draw all panels into `root`; a click calls `chosen` with the learner step below it. */
@@ -112,7 +113,8 @@ function color(name) {
 
 function padded(low, high, isShare) {
   if (low === null || high === null) return [0, 1];
-  const more = (high - low || Math.abs(high) || 1) * 0.08;
+  const lack = LEAST_RANGE * Math.max(Math.abs(low), Math.abs(high)) - (high - low);
+  const more = Math.max((high - low) * 0.08, lack / 2) || 0.08;
   return isShare ? [Math.max(0, low - more), Math.min(1.02, high + more)] : [low - more, high + more];
 }
 
