@@ -32,9 +32,10 @@ function drawPanel(figure, panel, curves, chosen) {
   const shown = (value) => (isThere(value) ? (panel.is_share ? percent(value, 1) : sensible(value)) : "–");
   const output = element("output");
   const tellValues = (find, before = "") => {
-    const parts = lines.map(([label, name], n) => {
+    const parts = lines.flatMap(([label, name], n) => {
       const key = label ? element("i", { class: `key line-${n + 1}` }) : null;
-      return element("span", {}, n ? ", " : "", key, `${label ? `${label} ` : ""}${shown(find(name))}`);
+      const told = element("span", {}, key, `${label ? `${label} ` : ""}${shown(find(name))}`);
+      return n ? [", ", told] : [told]; // a line may break between two
     });
     const interval = ends.length ? ` [${ends.map((name) => shown(find(name))).join(", ")}]` : "";
     output.replaceChildren(before, ...parts, interval);
