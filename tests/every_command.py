@@ -37,6 +37,7 @@ COVERED = {
     r"jobs/notebook\.sh": "tests/jobs/test_notebook_script.py",
     r"jobs/requirements\.py": "tests/jobs/test_setup.py",
     r"^kubectl |^helm |^docker |^ray (exec|get-auth-token)": "tests/jobs/test_cluster_files.py",
+    r"^ray metrics ": "tests/metrics/test_stage_metrics.py",  # it downloads Prometheus
     r"drain\.py": "tests/jobs/test_drain.py",
     r"jobs/compare\.py jobs": "tests/jobs/test_jobs.py",  # days, and its results are there
     r"^pip install": "tests/jobs/test_gpu_setup.py",

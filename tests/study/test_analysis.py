@@ -223,6 +223,8 @@ def test_curves_draw_what_the_run_has(run, tmp_path):
     assert "KL to the reference (nats a token)" not in titles
     pass_at_1 = figure.axes[titles.index("Pass@1 on held-out problems")]
     assert pass_at_1.lines[0].get_xdata().tolist() == [0, 6, 12]
+    low, high = figure.axes[titles.index("answer length (tokens)")].get_ylim()
+    assert high - low > 4  # half a token up and down, of 44, is noise
 
 
 def test_kept_groups_by_depth_add_up_over_the_run(run):

@@ -123,7 +123,11 @@ def test_what_is_said_of_each_line_has_the_colour_of_the_line(browser, tmp_path)
 
 
 COLORS_DRAWN = """canvas => {
-  const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+  const copy = Object.assign(document.createElement('canvas'), {
+    width: canvas.width, height: canvas.height,
+  }).getContext('2d', { willReadFrequently: true });  // else the browser warns
+  copy.drawImage(canvas, 0, 0);
+  const { data } = copy.getImageData(0, 0, canvas.width, canvas.height);
   const found = new Set();
   for (let i = 0; i < data.length; i += 4)
     if (data[i + 3] === 255) found.add(data.slice(i, i + 3).join());

@@ -15,6 +15,8 @@ KEPT, PRUNED, GRID = "#2a6f97", "#b8c0c8", "#eceff1"
 LINES = (KEPT, "#e08e2b", "#5b8c5a", "#8e5ea2")
 WIDTHS = (2.4, 1.5, 1.1)
 """Of the lines of a panel, so that of two with the same values both are seen."""
+LEAST_RANGE = 0.1
+"""Of an axis, as a share of what stands on it: less is noise, and should look like it."""
 MARKED_STEPS = 15
 """A line of at most so many points shows each of them."""
 
@@ -132,6 +134,10 @@ def _draw_panel(axes: Axes, panel: Panel, metrics: pd.DataFrame) -> None:
     if panel.is_share:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set_ylim(-0.03, 1.03)
+    else:
+        low, high = axes.get_ylim()
+        lack = max(LEAST_RANGE * max(abs(low), abs(high)) - (high - low), 0.0)
+        axes.set_ylim(low - lack / 2, high + lack / 2)
     axes.set_title(panel.title, loc="left", fontsize=10)
     axes.set_xlim(metrics.index.min() - 0.5, metrics.index.max() + 0.5)
 
