@@ -1,7 +1,7 @@
 """Show autoscaling on one machine: a real run whose rollout nodes Ray starts and takes away.
 
-python jobs/cluster/autoscale_demo.py
-python jobs/cluster/autoscale_demo.py run.name=mine engine.max_engines=2  # as for train.py
+python jobs/drills/autoscale_demo.py
+python jobs/drills/autoscale_demo.py run.name=mine engine.max_engines=2  # as for train.py
 
 The head has room for the learner only. Engines ask for rollout nodes, which Ray's own autoscaler
 starts (as further Ray processes of this machine, the only part that is not as on a cloud). The
