@@ -67,13 +67,13 @@ def show(overrides: list[str]) -> int:
     console = Console(config)
     with Stop().at_work(), autoscaling_cluster() as address:
         os.environ["RAY_ADDRESS"] = address
-        outcome = run(config, inputs, console)
+        result = run(config, inputs, console)
         start = time.monotonic()
         wait_until_idle(address)
         console.note(f"no rollout node is left {time.monotonic() - start:.0f} s after the run")
     draw(config.folder)
     console.note(f"nodes, engines and trees over time: {config.folder}/pool.png")
-    return 0 if outcome.is_complete else STOPPED
+    return 0 if result.is_complete else STOPPED
 
 
 def _ask_for_token() -> None:
