@@ -24,7 +24,7 @@ from pathlib import Path
 from tests.support.project import ROOT
 from treerpo_ray.config import Config, load
 from treerpo_ray.config.files import to_yaml
-from treerpo_ray.metrics.run_log import latest_rows
+from treerpo_ray.metrics.rows import latest_rows
 from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder
 
 SHORT = ("run.num_steps=2", "metrics.wandb_project=null")

@@ -23,7 +23,7 @@ from treerpo_ray.config import Config, load
 from treerpo_ray.driver.result import finished_result
 from treerpo_ray.evaluate.evaluation import save_evaluation
 from treerpo_ray.learner.stats import BatchStats
-from treerpo_ray.metrics.run_log import FATAL
+from treerpo_ray.metrics.events import FATAL
 from treerpo_ray.records import RootValue, TreeRecord, to_table
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder

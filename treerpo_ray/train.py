@@ -37,17 +37,16 @@ from treerpo_ray.evaluate.grading import evaluate
 from treerpo_ray.learner.learner import Learner, UpdateResult
 from treerpo_ray.learner.policy import DTYPES
 from treerpo_ray.learner.publisher import Publisher
-from treerpo_ray.metrics.health import IdleTimes
-from treerpo_ray.metrics.run_log import (
+from treerpo_ray.metrics.events import (
     FATAL,
     Event,
-    Row,
     check_failed,
-    latest,
     write_done,
     write_failed,
     write_waits,
 )
+from treerpo_ray.metrics.rows import Row, latest
+from treerpo_ray.metrics.stage_status import IdleTimes
 from treerpo_ray.metrics.watchdog import Heartbeat
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import RootValue, TreeRecord, from_table, with_training

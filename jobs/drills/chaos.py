@@ -32,7 +32,8 @@ from ray.cluster_utils import Cluster
 from jobs.drills.kills import Kill, Victim, draw_schedule, recovery_s, serving, victims
 from treerpo_ray.config import Config, load
 from treerpo_ray.errors import run_command
-from treerpo_ray.metrics.run_log import EVENTS_FILE, latest_rows
+from treerpo_ray.metrics.events import EVENTS_FILE
+from treerpo_ray.metrics.rows import latest_rows
 from treerpo_ray.run_folder.files import RunFolder, Scalar
 from treerpo_ray.stop import STOPPED, Stop, held_back
 from treerpo_ray.study.audit import Fields, as_int, faults

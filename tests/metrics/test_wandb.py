@@ -30,7 +30,8 @@ from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.evaluate.evaluation import SAMPLES, Evaluation
 from treerpo_ray.learner.stats import BatchStats
 from treerpo_ray.metrics.output import console_for
-from treerpo_ray.metrics.run_log import RunLog, latest_rows
+from treerpo_ray.metrics.rows import latest_rows
+from treerpo_ray.metrics.run_log import RunLog
 from treerpo_ray.metrics.sources import version_of
 from treerpo_ray.metrics.wandb.offline import offline_records, offline_rows
 from treerpo_ray.metrics.wandb.panels import UNITS

@@ -43,7 +43,8 @@ from treerpo_ray.config import Config, load
 from treerpo_ray.driver.result import RunResult, finished_result
 from treerpo_ray.engine.types import EngineSetup
 from treerpo_ray.evaluate.evaluation import save_evaluation
-from treerpo_ray.metrics.run_log import EVENTS_FILE, METRICS_FILE
+from treerpo_ray.metrics.events import EVENTS_FILE
+from treerpo_ray.metrics.rows import METRICS_FILE
 from treerpo_ray.metrics.stage_metrics import FINISHED, METRICS
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.search.tree_pool import TreePool

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from treerpo_ray.config import Config
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation
-from treerpo_ray.metrics.run_log import last_step, latest_rows
+from treerpo_ray.metrics.rows import last_step, latest_rows
 from treerpo_ray.run_folder.checkpoints import Checkpoints
 from treerpo_ray.run_folder.files import WHOLE_MODEL, RunFolder
 

@@ -37,14 +37,9 @@ from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation, step_na
 from treerpo_ray.evaluate.examples import examples
 from treerpo_ray.evaluate.grading import evaluate
 from treerpo_ray.metrics.console import Console
-from treerpo_ray.metrics.run_log import (
-    RunLog,
-    RunLogApi,
-    check_failed,
-    last_step,
-    latest,
-    write_failed,
-)
+from treerpo_ray.metrics.events import RunLogApi, check_failed, write_failed
+from treerpo_ray.metrics.rows import last_step, latest
+from treerpo_ray.metrics.run_log import RunLog
 from treerpo_ray.metrics.watchdog import Heartbeats, StageApi, Watchdog, watch_over
 from treerpo_ray.preflight.inputs import Inputs
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from treerpo_ray.metrics.run_log import EVENTS_FILE
+from treerpo_ray.metrics.events import EVENTS_FILE
 from treerpo_ray.study.analysis import NotThere, Run
 from treerpo_ray.study.panels import Panel, panels_of
 

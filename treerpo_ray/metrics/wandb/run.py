@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from treerpo_ray.metrics.rows import Row
 from treerpo_ray.metrics.sources import version_of
 from treerpo_ray.metrics.wandb.artifacts import Artifacts
 from treerpo_ray.metrics.wandb.offline import offline_rows
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 
 ROOT = Path(__file__).resolve().parents[3]
-Row = dict[str, float]
-"""See `run_log`."""
 ID_FILE = "wandb_id"
 """File in the run folder with the id under which a resumed run goes on."""
 SENT_FILE = "wandb_rows"

@@ -2,7 +2,7 @@
 
 import time
 
-from treerpo_ray.metrics.health import EARLY, IdleTimes, StackDump, StageStatus, stalled
+from treerpo_ray.metrics.stage_status import EARLY, IdleTimes, StackDump, StageStatus, stalled
 
 LIMIT_S = 60.0
 
