@@ -25,9 +25,16 @@ from treerpo_ray.config.files import load, to_yaml
 from treerpo_ray.records import to_table
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
-from treerpo_ray.study.analysis import Run, most_mixed_tree, newest_run, path_changes, worst_leaf
+from treerpo_ray.study.analysis import (
+    Run,
+    is_mixed,
+    most_mixed_tree,
+    newest_run,
+    path_changes,
+    worst_leaf,
+)
 from treerpo_ray.study.plots import plot_curves, plot_kept_by_depth, plot_pool
-from treerpo_ray.study.tree_plots import MAX_LEAVES, plot_tree, plot_value_along_path
+from treerpo_ray.study.tree_plots import MAX_LEAVES, NOT_MIXED, plot_tree, plot_value_along_path
 from treerpo_ray.user_code import pack
 
 HALF_FORM = "def half(values):\n    return values / 2\n"
@@ -288,6 +295,17 @@ def test_a_wide_tree_is_drawn_along_one_path(run):
     texts = drawn_texts(plot_tree(run, record))
     assert len([text for text in texts if text.endswith("… 8 leaves")]) == 7
     assert len([text for text in texts if text.endswith(("correct", "wrong"))]) == 8
+
+
+def test_a_tree_that_is_not_mixed_is_told_as_such(run):
+    record = worked_record()
+    alike = replace(record, verdicts=(record.verdicts[1],) * 4)
+    assert is_mixed(run, record) and not is_mixed(run, alike)
+    for plot in (plot_tree, plot_value_along_path):
+        told = [
+            NOT_MIXED in plot(run, each).axes[0].get_title(loc="left") for each in (record, alike)
+        ]
+        assert told == [False, True]
 
 
 def test_any_text_can_be_drawn(run):
