@@ -22,6 +22,7 @@ from tests.support.small_run import (
 )
 from treerpo_ray.algo.tree import ROOT, StopReason
 from treerpo_ray.config.files import load, to_yaml
+from treerpo_ray.metrics.panels import BY_SET
 from treerpo_ray.records import to_table
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
@@ -33,6 +34,7 @@ from treerpo_ray.study.analysis import (
     path_changes,
     worst_leaf,
 )
+from treerpo_ray.study.panels import panels_of
 from treerpo_ray.study.plots import plot_curves, plot_kept_by_depth, plot_pool
 from treerpo_ray.study.tree_plots import MAX_LEAVES, NOT_MIXED, plot_tree, plot_value_along_path
 from treerpo_ray.user_code import pack
@@ -220,6 +222,15 @@ def test_the_newest_run_is_the_one_written_last(tmp_path):
         newest_run(str(tmp_path))
     older, newer = write_small_run(tmp_path, "b"), write_small_run(tmp_path, "a")
     assert newest_run(str(tmp_path)) == newer != older
+
+
+def test_rewards_by_data_set_have_a_panel_where_there_are_several():
+    titles = [panel.title for panel in panels_of(["reward/mean", "loss/total"])]
+    assert titles == ["reward of the leaves", "loss"]
+    names = ["reward/mean", f"{BY_SET}hard", f"{BY_SET}easy", "loss/total"]
+    mean, by_set, _ = panels_of(names)
+    assert mean.title == "reward of the leaves"
+    assert list(by_set.lines.items()) == [("easy", names[2]), ("hard", names[1])]
 
 
 def test_curves_draw_what_the_run_has(run, tmp_path):

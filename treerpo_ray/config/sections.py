@@ -213,6 +213,11 @@ class PromptsConfig(DataConfig):
     its set, so that small sets begin again while large ones go on. `gate.revisit` draws by value
     alone."""
 
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """Names of the data sets, where several are mixed."""
+        return tuple(self.mix) if len(self.mix) > 1 else ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class TreeConfig:

@@ -16,6 +16,8 @@ TOKENS = "tokens/total"
 """Sampled tokens of the run until a row."""
 BY_TOKENS = ("eval", "reward")
 """Areas of metrics that are drawn over TOKENS; the others are over learner steps."""
+BY_SET = "reward/by_set/"
+"""What stands before the name of a data set in that of its mean reward, where several are mixed."""
 UNITS = {
     "eval/length": "tokens",
     "length/mean": "tokens",

@@ -1,6 +1,9 @@
 """Panels: which metrics of a run are drawn together, for plots and viewer."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
+
+from treerpo_ray.metrics.panels import BY_SET
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +20,15 @@ class Panel:
     def metrics(self) -> tuple[str, ...]:
         """All metrics that are drawn."""
         return (*self.lines.values(), *(self.interval or ()))
+
+
+def panels_of(names: Collection[str]) -> list[Panel]:
+    """The panels of a run that has metrics of these names."""
+    found = [panel for panel in PANELS if not set(names).isdisjoint(panel.lines.values())]
+    sets = sorted(name.removeprefix(BY_SET) for name in names if name.startswith(BY_SET))
+    lines = {name: f"{BY_SET}{name}" for name in sets}
+    by_set = [Panel(title="reward of the leaves by data set", lines=lines)] if sets else []
+    return found[:1] + by_set + found[1:]
 
 
 PANELS = (

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from treerpo_ray.metrics.run_log import EVENTS_FILE
 from treerpo_ray.study.analysis import NotThere, Run
-from treerpo_ray.study.panels import PANELS, Panel
+from treerpo_ray.study.panels import Panel, panels_of
 
 KEPT, PRUNED, GRID = "#2a6f97", "#b8c0c8", "#eceff1"
 LINES = (KEPT, "#e08e2b", "#5b8c5a", "#8e5ea2")
@@ -24,7 +24,7 @@ def plot_curves(run: Run) -> Figure:
         NotThere: the run has no steps yet.
     """
     metrics = run.metrics()
-    panels = [panel for panel in PANELS if set(metrics) & set(panel.lines.values())]
+    panels = panels_of([str(name) for name in metrics])
     if not panels:
         raise NotThere(f"{run.folder} has no metrics to draw yet")
     figure, grid = figure_grid(len(panels), num_columns=3)

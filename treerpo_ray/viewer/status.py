@@ -7,7 +7,7 @@ from treerpo_ray.metrics.run_log import METRICS_FILE, Row
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import WHOLE_MODEL, RunFolder
 from treerpo_ray.study.analysis import Run
-from treerpo_ray.study.panels import PANELS, Panel
+from treerpo_ray.study.panels import Panel, panels_of
 from treerpo_ray.study.problems import evaluated_steps
 
 LOCAL_POLL_S, STORE_POLL_S = 2, 20
@@ -78,7 +78,7 @@ def read_status(run: Run, folder: RunFolder, rows: Sequence[Row]) -> Status:
 def curves_of(rows: Sequence[Row]) -> Curves:
     """The curves of a run's metrics."""
     names = {name for row in rows for name in row}
-    panels = tuple(panel for panel in PANELS if names & set(panel.lines.values()))
+    panels = tuple(panels_of(names))
     drawn = [name for panel in panels for name in panel.metrics]
     return Curves(
         panels=panels,
