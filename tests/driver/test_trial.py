@@ -57,11 +57,11 @@ def test_code_that_a_run_brings_along_is_shown_and_not_run_unasked(own_folder: P
     assert len(lines()) == 1
     assert re.fullmatch(rf"graded by mine\.py \([0-9a-f]{{8}}\), which is {file}", lines()[0])
     file.write_text(BODY + TEST)
-    for there in ("the file here is another", "not here"):
+    for there in ("unlike the file here", "not here"):
         with pytest.raises(UserCodeError, match=r"^runs/theirs is graded by code that it b") as no:
             lines()
         line, _, code = str(no.value).partition("\n")
-        assert f"({there})" in line and TRUST in line
+        assert f"), {there}. If you trust" in line and TRUST in line
         assert code == (BODY + TEST + r"# \x1b[2J")
         [told] = lines(trusts_run=True)
         assert told.endswith("whose code runs/theirs brings along")

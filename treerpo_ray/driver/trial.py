@@ -86,9 +86,9 @@ def code_lines(settings: VerifierConfig, run: str, *, trusts_run: bool) -> list[
         elif trusts_run:
             lines.append(f"graded by {shown}, whose code {run} brings along")
         else:
-            here = "the file here is another" if Path(name).expanduser().exists() else "not here"
+            here = "unlike the file here" if Path(name).expanduser().exists() else "not here"
             raise UserCodeError(
-                f"{run} is graded by code that it brings along, {shown} ({here}). If you trust "
+                f"{run} is graded by code that it brings along: {shown}, {here}. If you trust "
                 f"what stands below, {TRUST} runs it; verifier.check=FILE.py takes a file of yours",
                 readable(source),
             )
