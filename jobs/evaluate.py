@@ -56,9 +56,9 @@ def evaluate(arguments: list[str]) -> int:
         raise ValueError("the model comes first: a folder, a Hugging Face id or a run")
     with console.stage("loading the libraries"):
         from treerpo_ray.driver.benchmarks import configure, place_of, run_benchmarks
-        from treerpo_ray.driver.cluster import check_vllm
-        from treerpo_ray.driver.trial import TRUST
         from treerpo_ray.evaluate.report import plain, show, table, with_mean
+        from treerpo_ray.preflight.machine import check_vllm
+        from treerpo_ray.preflight.trial import TRUST
 
     trusts_run, model = TRUST in rest, place_of(rest[0])
     own = [argument for argument in rest[1:] if argument != TRUST]

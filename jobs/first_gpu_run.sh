@@ -33,7 +33,7 @@ for part in "$@"; do
     echo "$part, at most ${limit_s[$part]} s ..." >&2
     rm -f "$out/$part.json"
     timeout --kill-after=5 "$((${limit_s[$part]} * ${PATIENCE:-1}))" \
-        "${PYTHON:-python}" jobs/first_gpu_run.py "$part" "$out" "${rehearse[@]}" \
+        "${PYTHON:-python}" jobs/gpu/first_run.py "$part" "$out" "${rehearse[@]}" \
         >"$out/$part.log" 2>&1 </dev/null
 done
-exec "${PYTHON:-python}" jobs/first_gpu_run.py verdict "$out" "$@"
+exec "${PYTHON:-python}" jobs/gpu/first_run.py verdict "$out" "$@"

@@ -36,12 +36,14 @@ def train(arguments: list[str]) -> int:
         from treerpo_ray.config.files import load
 
         console.config = config = load(own)
-        from treerpo_ray.driver.cluster import check_vllm
         from treerpo_ray.driver.next_steps import next_steps
         from treerpo_ray.driver.outcome import describe_outcome, summary_json
-        from treerpo_ray.driver.plan import check_folder, plan_lines, preflight
+        from treerpo_ray.driver.plan import plan_lines
         from treerpo_ray.driver.run import run
         from treerpo_ray.driver.start import check_same_run
+        from treerpo_ray.preflight.inputs import preflight
+        from treerpo_ray.preflight.machine import check_vllm
+        from treerpo_ray.preflight.storage import check_folder
 
     with console.stage("checking model and data"):
         check_folder(config)

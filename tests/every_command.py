@@ -30,20 +30,21 @@ from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder
 SHORT = ("run.num_steps=2", "metrics.wandb_project=null")
 COVERED = {
     r"bash jobs/test\.sh|bash jobs/first_gpu_run\.sh$|bash jobs/first_gpu_run\.sh machine": "",
-    r"jobs/first_gpu_run\.": "tests/jobs/test_first_gpu_run.py",
+    r"jobs/(first_gpu_run|gpu/first_run)\.": "tests/jobs/test_first_gpu_run.py",
     r"ray job submit|RAYJOB": "tests/jobs/test_jobs.py",
-    r"jobs/chaos\.py": "tests/jobs/test_chaos.py",
-    r"jobs/autoscale_demo\.py": "tests/jobs/test_autoscale_demo.py",
+    r"jobs/cluster/chaos\.py": "tests/jobs/test_chaos.py",
+    r"jobs/cluster/autoscale_demo\.py": "tests/jobs/test_autoscale_demo.py",
     r"jobs/notebook\.sh": "tests/jobs/test_notebook_script.py",
     r"jobs/requirements\.py": "tests/jobs/test_setup.py",
     r"^kubectl |^helm |^docker |^ray (exec|get-auth-token)": "tests/jobs/test_cluster_files.py",
+    r"^ray metrics ": "tests/metrics/test_stage_metrics.py",  # it downloads Prometheus
     r"drain\.py": "tests/jobs/test_drain.py",
     r"jobs/compare\.py jobs": "tests/jobs/test_jobs.py",  # days, and its results are there
     r"^pip install": "tests/jobs/test_gpu_setup.py",
-    r"^source ": "",
+    r"^source |^ray metrics launch-prometheus": "",
 }
 """Commands that are not run here, and the tests that run what they do; nothing for those that are
-the tests themselves, need a GPU or set up the shell that this runs in."""
+the tests themselves, need a GPU or a download, or set up the shell that this runs in."""
 KINDS = {
     "--help": "help",
     "--dry-run|conf/hardware": "plan",  # there is no GPU: the plan is what can be seen of it

@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.project import ROOT
 from treerpo_ray.config import load
-from treerpo_ray.driver.trial import try_checks, try_credit
+from treerpo_ray.preflight.trial import try_checks, try_credit
 
 README = (ROOT / "README.md").read_text()
 REWARD, CREDIT = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)

@@ -36,6 +36,7 @@ from treerpo_ray.evaluate.evaluation import read_evaluation
 from treerpo_ray.evaluate.grading import evaluate
 from treerpo_ray.learner.learner import Learner, UpdateResult
 from treerpo_ray.learner.policy import DTYPES
+from treerpo_ray.learner.publisher import Publisher
 from treerpo_ray.metrics.health import IdleTimes
 from treerpo_ray.metrics.run_log import (
     FATAL,
@@ -59,7 +60,6 @@ from treerpo_ray.scoring import Scorer
 from treerpo_ray.task import STREAM, GateState, WorkerTask
 from treerpo_ray.tree_stream import Prefetcher, from_worker_batch
 from treerpo_ray.verifier.verifier import VariableNotSet
-from treerpo_ray.weight_sync import Publisher
 
 GATE_FILE = "gate.json"
 """State of the gate, in a checkpoint."""
@@ -276,7 +276,7 @@ class TrainWorker:
         every, done = self.config.metrics.save_trees_every, step + 1
         if every and done % every == 0:
             name = saved_trees.name(done, self.rank)
-            table = with_training(self._table, update.training)
+            table = with_training(self._table, update.trained.training())
             with suppress(Exception):  # it was told of; what comes on top is left out
                 self.patience.until_written(name, self.writer.make_room)
             self.writer.put(name, lambda: self.folder.publish_table(name, table))
@@ -288,8 +288,13 @@ class TrainWorker:
             self._await_engines()  # the publication before
             version = self.learner.version
             self.heartbeat.at(f"publishing version {version}")
+            start = time.monotonic()
             digest = self.publisher.publish(self.learner.policy, version)
-            self.publisher.then(partial(self._note, "published", version=version, digest=digest))
+            self.publisher.then(partial(self._published, version, digest, start))
+
+    def _published(self, version: int, digest: str, start: float) -> None:
+        seconds = time.monotonic() - start
+        self._note("published", version=version, digest=digest, seconds=seconds)
 
     def consume(self, step: int, update: UpdateResult) -> None:
         """Tell the gate that the step is consumed, once the engines serve what came of it.
@@ -479,7 +484,7 @@ class TrainWorker:
     def _tell(self, event: Event) -> None:
         self.actors.run_log.event.remote(event)
 
-    def _note(self, kind: str, **fields: str | int) -> None:
+    def _note(self, kind: str, **fields: str | float) -> None:
         ray.get(self.actors.run_log.event.remote(Event(kind=kind, fields=fields)))
 
     def barrier(self) -> None:

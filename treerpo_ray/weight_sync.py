@@ -9,14 +9,12 @@ import asyncio
 import hashlib
 import os
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 import numpy as np
 import ray
@@ -147,95 +145,6 @@ def pack_weights(
     close_chunk()
     digests = tuple(hashlib.blake2b(chunk.data, digest_size=16).hexdigest() for chunk in chunks)
     return Manifest(version=version, tensors=tuple(places), digests=digests), chunks
-
-
-class PublishedPolicy(Protocol):
-    """What is published of a policy."""
-
-    def named_weights(self) -> Iterator[tuple[str, "torch.Tensor"]]:
-        """Weights under their names in a checkpoint."""
-
-    def sequence_logprobs(self, token_ids: list[int]) -> "torch.Tensor":
-        """Log-probability (nats, temperature 1) of each token after the first."""
-
-
-class Publisher:
-    """Publishes versions of the weights, and does what is to be done once they are served.
-
-    All of it is done in order and beside the caller, who may go on and change the weights.
-
-    Args:
-        send: Has the engines serve what lies on a node; see `WeightSync.publish`.
-        node: Ray's id of this process's node.
-        probe_ids: Tokens of the probe.
-        dtype: Floating type of the weights that are sent.
-        chunk_bytes: Size of a chunk.
-        until_written: As of `Patience`: puts a chunk in Ray's store, whose memory and disk may be
-            full.
-    """
-
-    def __init__(
-        self,
-        *,
-        send: Callable[[Manifest, list[ray.ObjectRef], Probe, str], ray.ObjectRef[None]],
-        node: str,
-        probe_ids: list[int],
-        dtype: "torch.dtype",
-        chunk_bytes: int,
-        until_written: Callable[[str, Callable[[], ray.ObjectRef]], ray.ObjectRef],
-    ) -> None:
-        self._until_written = until_written
-        self.send, self.node, self.probe_ids = send, node, probe_ids
-        self.dtype, self.chunk_bytes = dtype, chunk_bytes
-        self._last: Future[Any] = Future()
-        self._last.set_result(None)
-
-    def publish(self, policy: PublishedPolicy, version: int) -> str:
-        """Begin to publish `policy` as `version`; returns the digest of its first chunk.
-
-        A copy of the weights is made before this returns.
-        """
-        manifest, chunks = pack_weights(
-            policy.named_weights(),
-            version=version,
-            dtype=self.dtype,
-            chunk_bytes=self.chunk_bytes,
-        )
-        logprobs = policy.sequence_logprobs(self.probe_ids).tolist()
-        probe = Probe(token_ids=self.probe_ids, logprobs=logprobs)
-        what = f"weights of version {version}"
-        refs = [self._until_written(what, partial(ray.put, chunk)) for chunk in chunks]
-        self.then(lambda: ray.get(self.send(manifest, refs, probe, self.node)))
-        return manifest.digests[0]
-
-    def then(self, work: Callable[[], T]) -> Future[T]:
-        """Have `work` done once all before it is; it is left out if any of that failed.
-
-        Returns:
-            What it gives, which is there when all is done until then; raises what failed first.
-        """
-        done: Future[T] = Future()
-        before, self._last = self._last, done
-        # A daemon: a publication that hangs must not keep a worker alive that has failed.
-        threading.Thread(target=_work, args=(before, work, done), daemon=True).start()
-        return done
-
-    @property
-    def is_under_way(self) -> bool:
-        """Whether there is something to `wait` for."""
-        return not self._last.done()
-
-    def wait(self) -> None:
-        """Wait until all is done; raises what failed first."""
-        self._last.result()
-
-
-def _work(before: Future[Any], work: Callable[[], T], done: Future[T]) -> None:
-    try:
-        before.result()
-        done.set_result(work())
-    except BaseException as error:  # raised again in `wait`
-        done.set_exception(error)
 
 
 class WeightsLost(RuntimeError):

@@ -17,8 +17,8 @@ from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.loss_config import Normalisation
 from treerpo_ray.config import files
 from treerpo_ray.config.config import Config, credential_keys, numbers
+from treerpo_ray.config.data import INHERITED, DataConfig
 from treerpo_ray.config.files import MOVED_MODULES, describe, load, to_yaml, with_moved_modules
-from treerpo_ray.config.sections import INHERITED, DataConfig
 from treerpo_ray.evaluate.evaluation import Evaluation
 from treerpo_ray.user_code import RAY_JOB, load_module, unpack
 

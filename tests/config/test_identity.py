@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from treerpo_ray.config import Config, load
+from treerpo_ray.config.data import DataConfig
 from treerpo_ray.config.files import flat_settings, to_yaml
 from treerpo_ray.config.identity import FREE, LONG_NAME, differences, flatten, is_free
-from treerpo_ray.config.sections import DataConfig, EvaluateConfig, RunConfig
+from treerpo_ray.config.sections import EvaluateConfig, RunConfig
 from treerpo_ray.study.comparison import read_comparison
 
 QUICK = "conf/quickstart.yaml"

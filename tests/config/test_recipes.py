@@ -13,7 +13,8 @@ from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.groups import PruneRule
 from treerpo_ray.algo.loss_config import Normalisation, Ratio
 from treerpo_ray.config import Config, load
-from treerpo_ray.driver.plan import plan_lines, preflight
+from treerpo_ray.driver.plan import plan_lines
+from treerpo_ray.preflight.inputs import preflight
 
 DATA = ROOT.parent / "shared" / "data"
 MODEL = str(ROOT / "treerpo_ray/quickstart/model")

@@ -26,8 +26,9 @@ from ray.core.generated.gcs_service_pb2_grpc import (
 from tests.support.project import ROOT
 from treerpo_ray.config import Config, load
 from treerpo_ray.driver import cluster
-from treerpo_ray.driver.cluster import await_head, check_vllm, local_resources, look_at_resources
-from treerpo_ray.driver.placement import (
+from treerpo_ray.driver.cluster import await_head, local_resources, look_at_resources
+from treerpo_ray.preflight.machine import check_vllm
+from treerpo_ray.preflight.placement import (
     Node,
     check_places,
     missing_resources,
@@ -213,7 +214,7 @@ def test_nodes_that_are_not_there_yet_are_asked_for_and_waited_for(grown_cluster
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_rays_own_autoscaler_brings_the_nodes_that_a_run_starts_with() -> None:
-    command = [sys.executable, "-m", "tests.support.nodes_that_come"]
+    command = [sys.executable, "-m", "tests.support.stages.nodes_that_come"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500

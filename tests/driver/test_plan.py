@@ -2,29 +2,16 @@
 
 import json
 import os
-import shutil
-import sys
-import threading
 
-import fsspec
-import fsspec.implementations.memory
 import pytest
 from safetensors import safe_open
-from transformers import AutoConfig
 
-from tests.support.project import ROOT, load_script
+from tests.support.project import ROOT
 from treerpo_ray.config import Config, load
 from treerpo_ray.driver import cluster
-from treerpo_ray.driver.plan import (
-    Inputs,
-    load_inputs,
-    plan_lines,
-    preflight,
-)
-from treerpo_ray.driver.unusual import unusual
+from treerpo_ray.driver.plan import plan_lines
+from treerpo_ray.preflight.inputs import load_inputs, preflight
 from treerpo_ray.prompts.mixture import Mixture
-from treerpo_ray.quickstart.exercises import MODELS, MODELS_FOLDER
-from treerpo_ray.quickstart.make_model import RECIPES
 
 QUICKSTART = [
     str(ROOT / "conf/quickstart.yaml"),
@@ -132,8 +119,9 @@ def test_the_plan_says_what_this_machine_lacks(monkeypatch) -> None:
 def test_the_plan_of_a_run_on_a_cluster_looks_at_that(monkeypatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     there = cluster.Available(where="the cluster", resources={"CPU": 1.0}, memory_gib=0.5)
-    monkeypatch.setattr("treerpo_ray.driver.plan.look_at_resources", lambda config: there)
-    lines = plan_of()
+    config = load(QUICKSTART)
+    found = preflight(config)
+    lines = plan_lines(config, found, look=lambda config: there)
     assert "there is    CPU 1, train_slot 0, 0.5 GiB of memory (the cluster)" in lines
     assert "missing     CPU 1.1, train_slot 2" in lines
     [memory] = [line for line in lines if "the largest node has 0.5" in line]
@@ -142,43 +130,14 @@ def test_the_plan_of_a_run_on_a_cluster_looks_at_that(monkeypatch) -> None:
     def refuse(config: Config) -> cluster.Available:
         raise ValueError("RAY_ADDRESS=10.0.0.1:6379: nothing answers there")
 
-    monkeypatch.setattr("treerpo_ray.driver.plan.look_at_resources", refuse)
-    assert "missing     RAY_ADDRESS=10.0.0.1:6379: nothing answers there" in plan_of()
+    lines = plan_lines(config, found, look=refuse)
+    assert "missing     RAY_ADDRESS=10.0.0.1:6379: nothing answers there" in lines
 
 
 def test_an_address_at_which_nothing_answers_is_told_at_once(monkeypatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     [line] = [line for line in plan_of() if "nothing answers there" in line]
     assert line.startswith("missing     RAY_ADDRESS=127.0.0.1:9: ")
-
-
-def test_what_one_machine_cannot_hold_in_memory_is_refused_with_the_key(monkeypatch) -> None:
-    monkeypatch.setattr("treerpo_ray.driver.plan.machine_gib", lambda: 4.0)
-    for overrides, key in (
-        (["engine.kv_cache_gib=3", "engine.num_engines=2"], "lower engine.kv_cache_gib=3"),
-        (["learner.token_budget=90000", "gate.trees_per_step=480"], "lower learner.token_budget="),
-    ):
-        with pytest.raises(ValueError, match=r"this machine has 4\.0") as caught:
-            inputs(*overrides)
-        assert key in str(caught.value) and "\n" not in str(caught.value)
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # nodes have their own
-    inputs("engine.kv_cache_gib=3", "engine.num_engines=2")
-
-
-def test_what_is_hardly_ever_meant_is_a_line_with_what_is_usual() -> None:
-    assert list(unusual(load(QUICKSTART))) == []
-    cases = {
-        "learner.learning_rate=0.5": "learner.learning_rate=0.5: usual are 1e-07 to 0.002",
-        "learner.learning_rate=1e-9": "usual are 1e-07 to 0.002",
-        "loss.clip_low=0": "loss.clip_low=0: usual are 0.05 to 0.5",
-        "loss.kl_coef=5": "loss.kl_coef=5: usual are 0 to 0.2",
-        "tree.temperature=0.05": "tree.temperature=0.05: usual are 0.3 to 1.5",
-        "learner.prune_threshold=1": "nothing would be trained",
-        "learner.warmup_steps=60": "the run has 60 optimizer steps",
-    }
-    for override, told in cases.items():
-        [line] = unusual(load([*QUICKSTART, override]))
-        assert line.startswith(override.partition("=")[0]) and told in line
 
 
 def test_an_evaluation_that_asks_something_else_or_what_is_trained_is_unusual(tmp_path) -> None:
@@ -204,69 +163,6 @@ def test_a_budget_of_tokens_that_no_step_fills_says_so() -> None:
         "one forward pass takes a worker's whole optimizer step, at most 2,184 tokens: "
         "learner.token_budget=2,185 is not reached"
     )
-
-
-def test_no_file_of_the_project_has_what_is_hardly_ever_meant() -> None:
-    files = [*ROOT.glob("conf/*.yaml"), *ROOT.glob("conf/methods/*.yaml")]
-    for file in files:
-        if file.stem not in ("benchmarks", "sweep"):
-            base = [] if file.parent.name == "conf" else [str(ROOT / "conf/quickstart.yaml")]
-            found = list(unusual(load([*base, str(file), "run.root=/runs"])))
-            assert found == [], file
-
-
-def test_a_run_inside_the_folder_of_another_one_is_refused(tmp_path) -> None:
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/config.yaml").touch()
-    for name in ("other/mine", "other/checkpoints/mine"):
-        with pytest.raises(ValueError, match=r"in the folder of another run: .*/other$"):
-            inputs(f"run.root={tmp_path}", f"run.name={name}")
-    inputs(f"run.root={tmp_path}", "run.name=other")
-    inputs(f"run.root={tmp_path}", "run.name=group/mine")
-
-
-class Store(fsspec.implementations.memory.MemoryFileSystem):
-    """A store of buckets, which may refuse or never answer."""
-
-    protocol = "s3"
-    cachable = False
-    buckets: tuple[str, ...] = ()
-    fault: Exception | None = None
-    answers = threading.Event()
-
-    def exists(self, path: str, **more: object) -> bool:
-        assert self.answers.wait(60)
-        if self.fault:
-            raise self.fault
-        return path.removeprefix("s3://").strip("/").split("/")[0] in self.buckets
-
-
-def test_a_store_that_cannot_be_written_to_is_told_before_anything_starts(monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "s3", Store)
-    monkeypatch.setattr(Store, "buckets", ("mine",))
-    Store.answers.set()
-    inputs("run.root=s3://mine/runs")
-    with pytest.raises(ValueError, match=r"^run\.root=s3://yours/runs: there is no bucket yours"):
-        inputs("run.root=s3://yours/runs")
-    monkeypatch.setattr(Store, "fault", PermissionError("no key"))
-    for command in (inputs, lambda root: load_script("jobs/train.py").train([*QUICKSTART, root])):
-        with pytest.raises(ValueError, match=r"the store refuses: PermissionError: no key$"):
-            command("run.root=s3://mine/runs")
-    Store.answers.clear()
-    monkeypatch.setattr("treerpo_ray.driver.plan.STORE_S", 0.1)
-    with pytest.raises(ValueError, match=r"the store has not answered for 0\.1 s$"):
-        inputs("run.root=s3://mine/runs")
-    Store.answers.set()
-
-
-def test_a_small_model_that_is_not_made_yet_is_named_with_its_command(
-    tmp_path, monkeypatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))  # where nothing is made
-    for name in MODELS:
-        with pytest.raises(ValueError, match=rf"quickstart\.make_model {name}$"):
-            inputs(f"model.path={MODELS_FOLDER}/{name}")
-    assert set(MODELS) == set(RECIPES)
 
 
 def test_a_run_without_held_out_data_has_no_line_for_it() -> None:
@@ -303,63 +199,3 @@ def test_the_plan_of_a_mixture_has_a_line_and_the_epochs_of_each_set(tmp_path) -
     assert prompts.mixture == Mixture(sizes=(5, 15), weights=(1.0, 3.0))
     assert [p.id for p in prompts.problems[:6]] == ["a/1", "a/2", "a/3", "a/4", "a/5", "b/6"]
     assert len(prompts) == len(prompts.token_ids) == 20
-
-
-def inputs(*overrides: str) -> Inputs:
-    config: Config = load([*QUICKSTART, *overrides])
-    return load_inputs(config)
-
-
-def test_the_delimiter_becomes_its_token() -> None:
-    assert inputs().delimiters == ()
-    [token] = inputs('tree.delimiter="\\n"').delimiters
-    assert isinstance(token, int)
-
-
-@pytest.mark.parametrize(
-    ("override", "told"),
-    [
-        ("tree.delimiter=ab", r"^tree\.delimiter='ab' is 2 tokens"),
-        ("prompts.path=gone.jsonl", r"^prompts\.path=gone\.jsonl"),
-        ("evaluate.data.path=gone.jsonl", r"^evaluate\.data\.path=gone\.jsonl"),
-        ("model.path=./gone", r"^model\.path='\./gone': no such folder"),
-        ("prompts.max_prompt_tokens=1", r"^prompts\.max_prompt_tokens=1 leaves no prompt"),
-    ],
-)
-def test_an_input_that_is_not_as_it_must_be_is_one_line_with_its_key(override, told) -> None:
-    with pytest.raises(ValueError, match=told) as caught:
-        inputs(override)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_model_with_code_of_its_own_is_refused_and_the_code_not_run(
-    tmp_path, monkeypatch
-) -> None:
-    modules = "transformers.dynamic_module_utils.HF_MODULES_CACHE"  # where code is copied to
-    monkeypatch.setattr(modules, str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    folder, marker = tmp_path / "model", tmp_path / "marker"
-    shutil.copytree(ROOT / "treerpo_ray/quickstart/model", folder)
-    odd = {"AutoConfig": "odd.Config", "AutoModelForCausalLM": "odd.Model"}
-    named = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(named | {"model_type": "odd", "auto_map": odd}))
-    (folder / "odd.py").write_text(
-        f"open({str(marker)!r}, 'w').close()\n"
-        "from transformers import Qwen2Config, Qwen2ForCausalLM\n"
-        "class Config(Qwen2Config): model_type = 'odd'\n"
-        "class Model(Qwen2ForCausalLM): config_class = Config\n"
-    )
-    with pytest.raises(ValueError, match=r"model\.trust_remote_code=true") as caught:
-        inputs(f"model.path={folder}")
-    assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="custom code"):  # and by whoever would load it
-        AutoConfig.from_pretrained(folder)
-    assert not marker.exists()
-    inputs(f"model.path={folder}", "model.trust_remote_code=true")
-    assert marker.exists()  # the code is what this test thinks that it is
-
-
-def test_a_model_folder_without_a_model_is_one_line_with_its_key(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"^model\.path=.*") as caught:
-        preflight(load([*QUICKSTART, f"model.path={tmp_path}"]))
-    assert "\n" not in str(caught.value)

@@ -19,7 +19,7 @@ from ray.runtime_env import RuntimeEnv
 from tests.support import kuberay_schema
 from tests.support.project import ROOT, load_script
 from treerpo_ray.config import Config, load
-from treerpo_ray.driver.placement import missing_resources, needed_resources
+from treerpo_ray.preflight.placement import missing_resources, needed_resources
 
 FOLDER = ROOT / "jobs/cluster"
 DRAIN = "jobs/cluster/drain.py"

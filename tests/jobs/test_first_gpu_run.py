@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from jobs.gpu import measures
+from jobs.gpu.workload import REHEARSAL, forest_of
 from tests.support.project import ROOT, load_script
 from tests.support.whole_runs import processes_with
+from treerpo_ray.learner.tree_attention import ForestLayout
 
-SCRIPT = load_script("jobs/first_gpu_run.py")
+SCRIPT = load_script("jobs/gpu/first_run.py")
 
 
 def first_gpu_run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -65,16 +68,16 @@ def test_what_becomes_of_each_part_is_one_line(tmp_path: Path, capsys) -> None:
 
 def test_the_attention_that_fails_in_cudnn_is_the_one_that_is_tried() -> None:
     """704 keys, whose last tile of 128 is half padding, and a logsumexp below -88.7."""
-    sizes, tokens = SCRIPT.REHEARSAL, SCRIPT.ALL_KEYS
+    sizes, tokens = REHEARSAL, measures.ALL_KEYS
     assert tokens % 128 == 64
-    layout = SCRIPT.ForestLayout.from_forest(SCRIPT._forest(tokens - 64, [64]), torch.device("cpu"))
+    layout = ForestLayout.from_forest(forest_of(tokens - 64, [64]), torch.device("cpu"))
     assert max(bucket.key_index.shape[1] for bucket in layout.buckets) == tokens
-    scores = SCRIPT.LOW - torch.tensor(float(tokens)).log()
+    scores = measures.LOW - torch.tensor(float(tokens)).log()
     width = abs(float(scores) * sizes.head_dim**0.5) ** 0.5
     logits = torch.full((tokens,), -(width**2) / sizes.head_dim**0.5)
     assert float(logits.logsumexp(0)) == pytest.approx(-120, abs=0.01)
     # Scores that are all alike: the output is the mean of the values, whatever the score.
-    query, key, value = SCRIPT._attend(sizes, tokens - 64, 64, float(scores))
+    query, key, value = measures.attend(sizes, tokens - 64, 64, float(scores))
     assert float(key.abs().max()) < 0.5 and float(query.abs().max()) < 0.5
     assert value[0, 0, 0].sum() > value[0, 0, -1].sum() > 0
 

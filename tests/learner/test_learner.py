@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.learner_runs import (
+from tests.support.learning.learner_runs import (
     DEPTH_TWO,
     FREE,
     State,
@@ -23,14 +23,20 @@ from tests.support.learner_runs import (
     run_updates,
     with_logprobs,
 )
-from tests.support.step_rows import bernoulli_by_hand, gradients, plain_model, row, row_gradients
-from tests.support.tiny_models import save_tiny_model
+from tests.support.learning.step_rows import (
+    bernoulli_by_hand,
+    gradients,
+    plain_model,
+    row,
+    row_gradients,
+)
+from tests.support.learning.tiny_models import save_tiny_model
 from tests.support.user_files import CREDIT
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.loss_config import LossConfig, Normalisation
 from treerpo_ray.config import load
 from treerpo_ray.config.sections import MixedConfig
-from treerpo_ray.metrics.panels import BY_SET
+from treerpo_ray.metrics.run_log import BY_SET
 from treerpo_ray.verifier.verdict import Grade, Verdict
 
 
@@ -140,7 +146,7 @@ def test_an_update_tells_what_each_trained_token_had_before_its_first_step(
     [(result, _)] = run_updates(config, [[records]], None)
     start = plain_model(path)
     differences = []
-    for record, made in zip(records, result.training, strict=True):
+    for record, made in zip(records, result.trained.training(), strict=True):
         advantages = np.full(len(record.tree), np.nan)
         by_hand = bernoulli_by_hand(record, 0.1)
         advantages[list(by_hand)] = list(by_hand.values())
@@ -193,7 +199,7 @@ def test_an_update_without_a_kept_group_moves_nothing(path: str) -> None:
     assert result.metrics["tokens/trained_share"] == 0
     assert result.stats.metrics(1)["groups/pruned"] == 12
     assert "loss/total" not in result.metrics
-    assert all(np.isnan(own.logprobs).all() for own in result.training)
+    assert all(np.isnan(own.logprobs).all() for own in result.trained.training())
     assert_nothing_moved(before, after)
 
 
@@ -295,9 +301,9 @@ def test_a_resumed_learner_goes_on_bitwise_as_if_nothing_had_happened(
 
     on, again = (one.update(mixed(first=8, version=2)) for one in (learner, resumed))
     assert_nothing_moved(State.of(learner), State.of(resumed))
-    for ours, theirs in zip(again.training, on.training, strict=True):
+    for ours, theirs in zip(again.trained.training(), on.trained.training(), strict=True):
         np.testing.assert_array_equal(ours.logprobs, theirs.logprobs)
-    assert replace(again, training=()) == replace(on, training=())
+    assert replace(again, trained=on.trained) == on
     assert resumed.version == 3
     assert again.metrics["learner/learning_rate"] == pytest.approx(3 / 6 * 1e-3)
 

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.trees import by_range, make_tree, trees
+from tests.support.learning.trees import by_range, make_tree, trees
 from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import step_groups
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree
 from treerpo_ray.learner.stats import BatchStats, Sums, count
-from treerpo_ray.metrics.panels import BY_SET
+from treerpo_ray.metrics.run_log import BY_SET
 from treerpo_ray.records import RootValue, TreeRecord
 from treerpo_ray.verifier.verdict import Grade, Verdict
 

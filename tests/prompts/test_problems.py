@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.project import ROOT
-from treerpo_ray.config.sections import PromptsConfig
+from treerpo_ray.config.data import PromptsConfig
 from treerpo_ray.prompts.hub import Unreachable
 from treerpo_ray.prompts.problems import DataReport, Problem, load_problems
 

@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from tests.support.project import ROOT
-from treerpo_ray.config.sections import DataConfig, PromptsConfig
+from treerpo_ray.config.data import DataConfig, PromptsConfig
 from treerpo_ray.prompts.chats import Message
 from treerpo_ray.prompts.hub import Unreachable
 from treerpo_ray.prompts.problems import Problem

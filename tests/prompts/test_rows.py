@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from treerpo_ray.config.sections import DataConfig
+from treerpo_ray.config.data import DataConfig
 from treerpo_ray.prompts.chats import Message
 from treerpo_ray.prompts.problems import Problem, load_problems, load_together
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treerpo_ray.config import Config, load
-from treerpo_ray.config.sections import PromptsConfig
+from treerpo_ray.config.data import PromptsConfig
 from treerpo_ray.prompts.problems import load_problems
 from treerpo_ray.run_folder.checkpoints import LIST_FILE, Checkpoints
 from treerpo_ray.run_folder.files import RunFolder

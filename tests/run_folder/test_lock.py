@@ -10,9 +10,9 @@ import ray
 import rich.console
 
 from treerpo_ray.config import load
-from treerpo_ray.driver.plan import Inputs
 from treerpo_ray.driver.run import run
 from treerpo_ray.metrics.console import Console
+from treerpo_ray.preflight.inputs import Inputs
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.lock import FILE, only_writer

@@ -20,11 +20,11 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.notebooks import READ_A_RUN, complaints, execute
 from tests.support.planted_secrets import holds_secret
 from tests.support.project import ROOT, SMALL
 from tests.support.ray_tables import actors, failed_tasks
-from tests.support.small_disk import small_disk
+from tests.support.saved_runs.notebooks import READ_A_RUN, complaints, execute
+from tests.support.saved_runs.small_disk import small_disk
 from tests.support.whole_runs import (
     STRICT,
     assert_gone,
@@ -43,6 +43,8 @@ from treerpo_ray.config import Config, load
 from treerpo_ray.driver.outcome import RunResult, finished_outcome
 from treerpo_ray.engine.types import EngineSetup
 from treerpo_ray.evaluate.evaluation import save_evaluation
+from treerpo_ray.metrics.run_log import EVENTS_FILE, METRICS_FILE
+from treerpo_ray.metrics.stage_metrics import FINISHED, METRICS
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.search.tree_pool import TreePool
 from treerpo_ray.study.analysis import Run
@@ -131,6 +133,16 @@ def test_a_whole_run_is_shown_by_its_names_and_without_a_failure(first_run) -> N
         assert actor["state"] == "DEAD" and "INTENDED_USER_EXIT" in actor["told"]
     assert shown["engine 0"]["repr"] == "engine 0" and shown["engine 0"]["state"] == "ALIVE"
     assert told.failed_tasks == []
+
+
+def test_what_rays_metrics_tell_of_a_run_stands_in_its_rows_and_events(strict) -> None:
+    run, _, _ = strict
+    rows, events = (RunFolder(run.folder).read_lines(file) for file in (METRICS_FILE, EVENTS_FILE))
+    told = {name for row in rows for name in row} | {FINISHED}
+    told |= {f"{event['kind']}.{name}" for event in events for name in event}
+    sources = {source for metric in METRICS for source in metric.sources}
+    # The pool is told of when a look at it finds another number.
+    assert {source for source in sources - told if not source.startswith("pool.")} == set()
 
 
 def test_no_secret_of_the_environment_is_in_the_run_folder(strict) -> None:

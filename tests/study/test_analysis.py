@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.support.project import ROOT as PROJECT
-from tests.support.small_run import (
+from tests.support.saved_runs.small_run import (
     NUM_STEPS,
     SAVED,
     grown_record,
@@ -22,7 +22,7 @@ from tests.support.small_run import (
 )
 from treerpo_ray.algo.tree import ROOT, StopReason
 from treerpo_ray.config.files import load, to_yaml
-from treerpo_ray.metrics.panels import BY_SET
+from treerpo_ray.metrics.run_log import BY_SET
 from treerpo_ray.records import to_table
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
@@ -225,12 +225,13 @@ def test_the_newest_run_is_the_one_written_last(tmp_path):
 
 
 def test_rewards_by_data_set_have_a_panel_where_there_are_several():
-    titles = [panel.title for panel in panels_of(["reward/mean", "loss/total"])]
+    plain = {"reward/mean": [0.5], "loss/total": [0.1]}
+    titles = [panel.title for panel in panels_of(plain)]
     assert titles == ["reward of the leaves", "loss"]
-    names = ["reward/mean", f"{BY_SET}hard", f"{BY_SET}easy", "loss/total"]
-    mean, by_set, _ = panels_of(names)
+    names = [f"{BY_SET}hard", f"{BY_SET}easy"]
+    mean, by_set, _ = panels_of(plain | {name: [0.5] for name in names})
     assert mean.title == "reward of the leaves"
-    assert list(by_set.lines.items()) == [("easy", names[2]), ("hard", names[1])]
+    assert list(by_set.lines.items()) == [("easy", names[1]), ("hard", names[0])]
 
 
 def test_curves_draw_what_the_run_has(run, tmp_path):
@@ -241,6 +242,8 @@ def test_curves_draw_what_the_run_has(run, tmp_path):
     assert "KL to the reference (nats a token)" not in titles
     pass_at_1 = figure.axes[titles.index("Pass@1 on held-out problems")]
     assert pass_at_1.lines[0].get_xdata().tolist() == [0, 6, 12]
+    low, high = figure.axes[titles.index("answer length (tokens)")].get_ylim()
+    assert high - low > 4  # half a token up and down, of 44, is noise
 
 
 def test_kept_groups_by_depth_add_up_over_the_run(run):

@@ -4,8 +4,7 @@ import torch
 from _pytest.mark.expression import Expression
 
 from treerpo_ray.config import load
-from treerpo_ray.driver.cluster import check_vllm
-from treerpo_ray.driver.memory import check_gpus
+from treerpo_ray.preflight.machine import check_gpus, check_vllm
 
 
 def gpu_fault() -> str | None:

@@ -1,12 +1,19 @@
 """The first page in a browser: a run that begins, what training fixed, curves."""
 
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from tests.support.small_run import answers_to, save_trees, worked_record, write_small_run
-from tests.support.viewer import PROBLEMS, WIDE, Screen, served
+from tests.support.saved_runs.small_run import (
+    answers_to,
+    save_trees,
+    worked_record,
+    write_small_run,
+)
+from tests.support.saved_runs.viewer import PROBLEMS, WIDE, Screen, served
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.run_folder.files import RunFolder
@@ -114,3 +121,38 @@ def test_trees_that_are_not_mixed_are_in_no_list_of_mixed_ones(browser, tmp_path
             "None of 2 trees has both right and wrong answers."
         ]
     assert write_page(RunReader(folder), [], tmp_path / "alike.html")[:2] == ["21:6", "21:7"]
+
+
+def test_what_is_said_of_each_line_has_the_colour_of_the_line(browser, tmp_path):
+    folder = write_small_run(tmp_path)
+    shares = {"idle/engines_share": 0.1, "idle/scoring_share": 0.9, "idle/learner_share": 0.4}
+    with (Path(folder) / "metrics.jsonl").open("a") as file:
+        for step in (13, 14):
+            row = {"step": step, "time": 1.0, "reward/mean": 0.5} | shares
+            file.write(json.dumps(row) + "\n")
+    with served(folder) as address, Screen(browser, WIDE) as screen:
+        screen.open(address)
+        idle = screen.page.locator(".curve", has_text="idle time")
+        told = "engines 10.0 %, scoring 90.0 %, learner 40.0 %"
+        assert idle.locator("output").inner_text() == told
+        grounds = "items => items.map(item => getComputedStyle(item).backgroundColor)"
+        colors = idle.locator(".key").evaluate_all(grounds)
+        assert len(set(colors)) == 3 and "rgba(0, 0, 0, 0)" not in colors
+        keys = [tuple(map(int, re.findall(r"\d+", color))) for color in colors]
+        drawn = idle.locator("canvas").evaluate(COLORS_DRAWN)
+        for key in keys:  # edges of a thin line are mixed with the ground
+            assert min(max(abs(a - b) for a, b in zip(key, own, strict=True)) for own in drawn) < 30
+
+
+COLORS_DRAWN = """canvas => {
+  const copy = Object.assign(document.createElement('canvas'), {
+    width: canvas.width, height: canvas.height,
+  }).getContext('2d', { willReadFrequently: true });  // else the browser warns
+  copy.drawImage(canvas, 0, 0);
+  const { data } = copy.getImageData(0, 0, canvas.width, canvas.height);
+  const found = new Set();
+  for (let i = 0; i < data.length; i += 4)
+    if (data[i + 3] === 255) found.add(data.slice(i, i + 3).join());
+  return [...found].map(color => color.split(',').map(Number));
+}"""
+"""Those of the points of a canvas that nothing shines through."""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.paper_run import NUM_STEPS, QUESTION, SCRIPT
-from tests.support.viewer import PHONE, WIDE, Screen
+from tests.support.saved_runs.paper_run import NUM_STEPS, QUESTION, SCRIPT
+from tests.support.saved_runs.viewer import PHONE, WIDE, Screen
 from treerpo_ray.viewer.page import write_page
 from treerpo_ray.viewer.reader import RunReader
 
@@ -150,7 +150,7 @@ def test_before_and_after_of_one_problem_stand_side_by_side(browser, addresses):
         assert [row.split("\n")[0] for row in screen.texts("a.tree-row")] == ["+0.50", "\u22121.00"]
         screen.page.locator("a.tree-row").first.click()
         screen.wait("document.querySelectorAll('.compare svg.tree').length === 2")
-        assert screen.texts(".tree-head .fact")[0] == "value 0.50 → 1.00"
+        assert screen.texts(".tree-head .fact")[0] == "mean reward 0.50 → 1.00"
         left, right = (screen.page.locator(".compare-side").nth(n).bounding_box() for n in (0, 1))
         assert left["y"] == right["y"] and right["x"] >= left["x"] + left["width"]
         screen.page.locator(".compare-side").first.locator("[data-step='0']").click()

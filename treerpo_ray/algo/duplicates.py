@@ -8,15 +8,13 @@ def count_duplicates(tree: Tree) -> tuple[int, int]:
 
     A step that a sampler turned down is nobody's sibling here.
     """
-    ends = tree.starts + tree.lengths
-    num_alike = num_later = 0
-    for siblings in tree.siblings:
-        for children in siblings.children.tolist():
-            sampled = [
-                tree.token_ids[tree.starts[child] : ends[child]].tobytes()
-                for child in children
-                if tree.stops[child] is not StopReason.ERROR
-            ]
-            num_alike += len(sampled) - len(set(sampled))
-            num_later += max(len(sampled) - 1, 0)
-    return num_alike, num_later
+    tokens, size = tree.token_ids.tobytes(), tree.token_ids.itemsize
+    starts, ends = size * tree.starts, size * (tree.starts + tree.lengths)
+    steps = zip(tree.parents.tolist(), starts.tolist(), ends.tolist(), tree.stops, strict=True)
+    sampled = [
+        (parent, tokens[start:end])
+        for parent, start, end, stop in steps
+        if stop is not StopReason.ERROR
+    ]
+    num_first = len({parent for parent, _ in sampled})
+    return len(sampled) - len(set(sampled)), len(sampled) - num_first

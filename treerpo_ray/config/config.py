@@ -14,17 +14,16 @@ from treerpo_ray.algo.advantages import WITHOUT_SIBLINGS, AdvantageForm
 from treerpo_ray.algo.groups import PruneRule
 from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.algo.search import TreeShape
+from treerpo_ray.config.data import DataConfig, PromptsConfig
 from treerpo_ray.config.health import HealthConfig
 from treerpo_ray.config.sections import (
     CheckpointConfig,
-    DataConfig,
     EngineConfig,
     EvaluateConfig,
     GateConfig,
     LearnerConfig,
     MetricsConfig,
     ModelConfig,
-    PromptsConfig,
     RunConfig,
     SyncConfig,
     TreeConfig,

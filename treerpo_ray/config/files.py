@@ -19,9 +19,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from treerpo_ray.config.config import Config
+from treerpo_ray.config.data import INHERITED, PACKAGE_PARENT, DataConfig
 from treerpo_ray.config.identity import Flat, flatten, is_free, name_from
 from treerpo_ray.config.keys import is_text, kind_in_words, kind_of, known_keys, text_of
-from treerpo_ray.config.sections import INHERITED, PACKAGE_PARENT, DataConfig
 from treerpo_ray.errors import one_line
 from treerpo_ray.user_code import read_source, split_function
 

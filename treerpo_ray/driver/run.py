@@ -22,7 +22,6 @@ from treerpo_ray.driver.outcome import (
     collect_outcome,
     finished_outcome,
 )
-from treerpo_ray.driver.plan import Inputs
 from treerpo_ray.driver.start import (
     check_same_contents,
     check_same_run,
@@ -47,6 +46,7 @@ from treerpo_ray.metrics.run_log import (
     write_failed,
 )
 from treerpo_ray.metrics.watchdog import Heartbeats, StageApi, Watchdog, watch_over
+from treerpo_ray.preflight.inputs import Inputs
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
 from treerpo_ray.run_folder.checkpoints import Checkpoints
 from treerpo_ray.run_folder.files import RunFolder

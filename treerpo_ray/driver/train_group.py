@@ -11,11 +11,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from treerpo_ray.actor import root_cause
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import LearnerConfig
-from treerpo_ray.driver.plan import Inputs
 from treerpo_ray.driver.supervisor import Supervisor
 from treerpo_ray.driver.worker_entry import run_worker
 from treerpo_ray.errors import UserCodeError, one_line
 from treerpo_ray.metrics.run_log import Event
+from treerpo_ray.preflight.inputs import Inputs
 from treerpo_ray.run_folder.patience import DiskRefused
 from treerpo_ray.task import STREAM, RunActors, WorkerTask
 from treerpo_ray.tree_stream import tree_stream

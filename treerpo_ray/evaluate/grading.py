@@ -7,7 +7,7 @@ import ray
 
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config import Config
-from treerpo_ray.config.sections import DataConfig
+from treerpo_ray.config.data import DataConfig
 from treerpo_ray.engine.types import Sampling
 from treerpo_ray.evaluate.evaluation import (
     Evaluation,

@@ -55,9 +55,8 @@ class UpdateResult:
     """False if no step group of any worker was kept: nothing moved then."""
     stats: BatchStats
     metrics: dict[str, float]
-    training: tuple[Training, ...]
-    """Of this worker's trees, in the order in which they were given; the log-probabilities are
-    those before the first optimizer step of the update."""
+    trained: "TrainedTrees"
+    """This worker's."""
 
 
 class Learner:
@@ -162,12 +161,7 @@ class Learner:
         groups = [step_groups(tree, own) for tree, own in zip(trees, values, strict=True)]
         advantages = [
             step_advantages(
-                tree,
-                own,
-                form=form,
-                pruning=pruning,
-                groups=siblings,
-                baseline=baseline,
+                tree, own, form=form, pruning=pruning, groups=siblings, baseline=baseline
             )
             for tree, own, siblings in zip(trees, values, groups, strict=True)
         ]
@@ -190,34 +184,29 @@ class Learner:
             pack(trees[i : i + size], advantages[i : i + size], settings.token_budget)
             for i in range(0, len(trees), size)
         ]
-        # With one minibatch the policy of the iteration's start is the current one.
-        old = [
-            [self._logprobs_now(forest) if len(minibatches) > 1 else None for forest in forests]
-            for forests in minibatches
-        ]
-        steps = [
-            self._optimize(forests, logprobs, progress)
-            for forests, logprobs in zip(minibatches, old, strict=True)
-        ]
-        norms = [step.norm for step in steps if step.norm is not None]
-        self.version += bool(norms)
+        steps = self._optimizer_steps(minibatches, progress)
+        has_updated = any(step.norm is not None for step in steps)
+        self.version += has_updated
 
-        sums = _summed([step.sums for step in steps], LossSums.zeros(self.device))
         total = _summed(_gathered(stats), BatchStats())
-        metrics = {"learner/learning_rate": rate, **_loss_metrics(sums, norms)}
+        if total.num_valued:
+            self._past_values.append(total.value_sum / total.num_valued)
+        metrics = {"learner/learning_rate": rate, **self._loss_metrics(steps)}
         trained = metrics.get("tokens/trained", 0.0)
         metrics["tokens/trained_share"] = trained / max(total.num_sampled_tokens, 1)
         if has_baseline(form):
             metrics["learner/baseline"] = baseline
-        if total.num_valued:
-            self._past_values.append(total.value_sum / total.num_valued)
-        training = _training(trees, advantages, minibatches, [step.logprobs for step in steps])
-        by_place = dict(zip(order, training, strict=True))
         return UpdateResult(
-            has_updated=bool(norms),
+            has_updated=has_updated,
             stats=total,
             metrics=metrics,
-            training=tuple(by_place[place] for place in range(len(order))),
+            trained=TrainedTrees(
+                order=order,
+                trees=trees,
+                advantages=advantages,
+                minibatches=minibatches,
+                logprobs=[step.logprobs for step in steps],
+            ),
         )
 
     def _check_staleness(self, stats: BatchStats) -> None:
@@ -232,6 +221,18 @@ class Learner:
                 f"a tree has tokens of version {stats.max_version}, but the learner is at version "
                 f"{self.version}: they were sampled before it was set back"
             )
+
+    def _optimizer_steps(self, minibatches: list[list[Forest]], progress: float) -> "list[_Step]":
+        """An optimizer step for each minibatch, all with the ratios to the policy before them."""
+        # With one minibatch the policy of the iteration's start is the current one.
+        old = [
+            [self._logprobs_now(forest) if len(minibatches) > 1 else None for forest in forests]
+            for forests in minibatches
+        ]
+        return [
+            self._optimize(forests, logprobs, progress)
+            for forests, logprobs in zip(minibatches, old, strict=True)
+        ]
 
     def _optimize(
         self, forests: list[Forest], old_logprobs: list[torch.Tensor | None], progress: float
@@ -271,6 +272,22 @@ class Learner:
         self.optimizer.step()
         self.optimizer_steps += 1
         return _Step(sums=sums, norm=float(norm), logprobs=seen)
+
+    def _loss_metrics(self, steps: Sequence["_Step"]) -> dict[str, float]:
+        """Metrics of the losses of all workers, of the optimizer steps that were made."""
+        own = _summed([step.sums for step in steps], LossSums.zeros(self.device))
+        parts = [LossSums.from_vector(vector) for vector in _gathered(own.vector().cpu())]
+        norms = [step.norm for step in steps if step.norm is not None]
+        if not norms:
+            return {}
+        total = _summed(parts, LossSums.zeros(torch.device("cpu")))
+        metrics = total.metrics() | {
+            "learner/grad_norm": float(np.mean(norms)),
+            "tokens/trained": float(total.num_tokens),
+        }
+        for name in ("loss/total", "loss/policy"):  # each minibatch has a loss of its own
+            metrics[name] /= len(norms)
+        return metrics
 
     def _loss_inputs(self, packed: Forest, old: torch.Tensor | None) -> LossInputs:
         forest = ForestTensors.from_forest(packed, self.device)
@@ -350,36 +367,37 @@ class _Step:
     """Of each forest's edges: `LossInputs.old_logprobs`."""
 
 
-def _training(
-    trees: Sequence[Tree],
-    advantages: Sequence[Float64[np.ndarray, " _"]],
-    minibatches: Sequence[Sequence[Forest]],
-    logprobs: Sequence[Sequence[torch.Tensor]],
-) -> list[Training]:
-    """What was made of each tree; `logprobs` are those of each minibatch's forests."""
-    size = len(trees) // len(minibatches)
-    by_token: list[np.ndarray] = []
-    for number, (forests, own) in enumerate(zip(minibatches, logprobs, strict=True)):
-        part = trees[number * size : (number + 1) * size]
-        by_token += unpack(part, forests, [values.cpu().numpy() for values in own])
-    pairs = zip(advantages, by_token, strict=True)
-    return [Training(advantages=own, logprobs=values) for own, values in pairs]
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TrainedTrees:
+    """What an update made of its trees.
 
+    Args:
+        order: Place of each tree among those that were given.
+        trees: In the order in which they were trained.
+        advantages: Of each tree, one a step.
+        minibatches: Forests of each.
+        logprobs: Of each minibatch, forest and edge: `LossInputs.old_logprobs`.
+    """
 
-def _loss_metrics(own: LossSums, norms: list[float]) -> dict[str, float]:
-    """Metrics of the losses of all workers; `norms` has the gradient's norm at each optimizer step
-    that was made, and they are of those steps."""
-    parts = [LossSums.from_vector(vector) for vector in _gathered(own.vector().cpu())]
-    if not norms:
-        return {}
-    total = _summed(parts, LossSums.zeros(torch.device("cpu")))
-    metrics = total.metrics() | {
-        "learner/grad_norm": float(np.mean(norms)),
-        "tokens/trained": float(total.num_tokens),
-    }
-    for name in ("loss/total", "loss/policy"):  # each minibatch has a loss of its own
-        metrics[name] /= len(norms)
-    return metrics
+    order: Sequence[int]
+    trees: Sequence[Tree]
+    advantages: Sequence[Float64[np.ndarray, " _"]]
+    minibatches: Sequence[Sequence[Forest]]
+    logprobs: Sequence[Sequence[torch.Tensor]]
+
+    def training(self) -> tuple[Training, ...]:
+        """What was made of each tree, in the order in which they were given; the log-probabilities
+        are those before the first optimizer step of the update."""
+        size = len(self.trees) // len(self.minibatches)
+        by_token: list[np.ndarray] = []
+        for number, (forests, own) in enumerate(zip(self.minibatches, self.logprobs, strict=True)):
+            part = self.trees[number * size : (number + 1) * size]
+            by_token += unpack(part, forests, [values.cpu().numpy() for values in own])
+        found = {
+            place: Training(advantages=own, logprobs=values)
+            for place, own, values in zip(self.order, self.advantages, by_token, strict=True)
+        }
+        return tuple(found[place] for place in range(len(found)))
 
 
 def _all_reduce(tensor: torch.Tensor) -> None:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Protocol
 from treerpo_ray.actor import actor_method
 from treerpo_ray.metrics.diagnosis import UNHEALTHY, Diagnosis
 from treerpo_ray.metrics.health import StackDump, StageStatus
-from treerpo_ray.metrics.wandb import ID_FILE, SENT_FILE, WandbRun
+from treerpo_ray.metrics.stage_metrics import FINISHED, StageMetrics
+from treerpo_ray.metrics.wandb.run import ID_FILE, SENT_FILE, WandbRun
 from treerpo_ray.run_folder.files import RunFolder, Scalar, parse_lines
 from treerpo_ray.run_folder.lines import AppendLog, LogTimes
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+BY_SET = "reward/by_set/"
+"""What stands before the name of a data set in that of its mean reward, where several are mixed."""
 Row = dict[str, float]
 """Metrics of one step by their name `area/name`, and the `step`."""
 METRICS_FILE = "metrics.jsonl"
@@ -121,6 +124,8 @@ class RunLog:
         config: The run's.
         times: How long disk and store are waited for.
         make_wandb: Makes the copy on W&B, if there is to be one.
+        stage_metrics: Told of all for Ray's metrics endpoint; those of the Ray that this process
+            is connected to if not given.
 
     Raises:
         OSError: the folder cannot be made or read.
@@ -131,7 +136,9 @@ class RunLog:
         config: "Config",
         times: LogTimes | None = None,
         make_wandb: Callable[..., WandbRun] = WandbRun,
+        stage_metrics: StageMetrics | None = None,
     ) -> None:
+        self._stage_metrics = stage_metrics or StageMetrics(config.run.name)
         self._notices: list[Event] = []
         self._moved_at = time.monotonic()
         self._log = AppendLog(
@@ -163,6 +170,8 @@ class RunLog:
         self._moved_at = time.monotonic()
         consumed = row["step"] * self._trees_per_step
         self._finished = {ticket for ticket in self._finished if ticket >= consumed}
+        self._stage_metrics.row(row)
+        self._stage_metrics.value(FINISHED, len(self._finished))
         for finding in self._diagnosis.look(row):
             self.event(Event(kind=finding.kind, fields=finding.fields()))
         if self._wandb is not None:
@@ -176,12 +185,14 @@ class RunLog:
             ticket = event.fields["ticket"]
             assert isinstance(ticket, int)  # that of a `Ticket`
             self._finished.add(ticket)
+            self._stage_metrics.value(FINISHED, len(self._finished))
         if event.kind in NOTICES:
             self._notices.append(event)
 
     def _append(self, event: Event) -> None:
         scalars = {name: _finite(value) for name, value in event.fields.items()}
         self._log.append(EVENTS_FILE, {"time": event.time, "kind": event.kind, **scalars})
+        self._stage_metrics.event(event.kind, event.fields)
 
     def _warn(self, kind: str, reason: str) -> None:
         """Tell of a sink that is late or gone; called by the threads that serve them too."""
@@ -232,7 +243,12 @@ class RunLog:
 
 def latest_rows(folder: RunFolder) -> list[Row]:
     """The rows of a run folder by increasing step, one a step, as the last resume left them."""
-    return latest(_parse_rows(folder.read_lines(METRICS_FILE)))
+    return latest(written_rows(folder))
+
+
+def written_rows(folder: RunFolder) -> list[Row]:
+    """The rows of a run folder as they were written."""
+    return _parse_rows(folder.read_lines(METRICS_FILE))
 
 
 def latest(written: Sequence[Row]) -> list[Row]:
@@ -250,6 +266,16 @@ def latest(written: Sequence[Row]) -> list[Row]:
         else:
             rows.append(row)
     return rows
+
+
+def num_redone(written: Sequence[Row]) -> int:
+    """How many learner steps a resume has done once more, by the rows as they were written."""
+    newest, count = 0.0, 0
+    for row in written:
+        if "reward/mean" in row:
+            count += row["step"] <= newest
+            newest = max(newest, row["step"])
+    return count
 
 
 def last_step(run: "RunConfig", rows: Sequence[Row]) -> int:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from math import isfinite
 
-from treerpo_ray.config.sections import DataConfig
+from treerpo_ray.config.data import DataConfig
 from treerpo_ray.errors import one_line
 from treerpo_ray.prompts.chats import (
     Message,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from jinja2 import Environment, TemplateError
 from jinja2.meta import find_undeclared_variables
 
-from treerpo_ray.config.sections import PACKAGE_PARENT, DataConfig
+from treerpo_ray.config.data import PACKAGE_PARENT, DataConfig
 from treerpo_ray.errors import one_line
 from treerpo_ray.prompts.chats import with_system
 from treerpo_ray.prompts.hub import HUB_ID, Unreachable, is_unreachable, offline_because, refusal

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from fsspec.implementations.local import LocalFileSystem
 
-from treerpo_ray.config.sections import DataConfig
+from treerpo_ray.config.data import DataConfig
 from treerpo_ray.errors import one_line
 from treerpo_ray.prompts.columns import Row, top_level
 from treerpo_ray.prompts.hub import HUB_ID, offline_because

@@ -6,14 +6,14 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from treerpo_ray.config import Config
-from treerpo_ray.driver.cluster import check_vllm
 from treerpo_ray.driver.outcome import RunResult
-from treerpo_ray.driver.plan import Inputs, load_inputs
 from treerpo_ray.driver.run import kept_engines, run
 from treerpo_ray.engine.types import EngineSetup
 from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, save_evaluation
 from treerpo_ray.metrics.console import Console
+from treerpo_ray.preflight.inputs import Inputs, load_inputs
+from treerpo_ray.preflight.machine import check_vllm
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.study.comparison import Result, Trial, read_results, result_of, write_result
 from treerpo_ray.task import TreePoolApi

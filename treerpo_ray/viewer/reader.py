@@ -10,7 +10,7 @@ from threading import RLock
 from typing import TypeVar
 
 from treerpo_ray.config.sections import RunConfig
-from treerpo_ray.metrics.run_log import METRICS_FILE, Row, latest_rows
+from treerpo_ray.metrics.run_log import METRICS_FILE, Row, latest, num_redone, written_rows
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder, named_folder
@@ -27,7 +27,7 @@ from treerpo_ray.study.problems import (
     tree_sightings,
 )
 from treerpo_ray.viewer.answers import Answers, read_answers
-from treerpo_ray.viewer.search import Found, trees_with
+from treerpo_ray.viewer.search import Found, FoundAnswers, answers_with, trees_with
 from treerpo_ray.viewer.status import Curves, Status, curves_of, read_status
 from treerpo_ray.viewer.step_text import StepText, holding, step_text
 from treerpo_ray.viewer.tree_list import TreeSummary, summaries
@@ -65,11 +65,11 @@ class RunReader:
 
     def status(self) -> Status:
         """How far the run is."""
-        return read_status(self._run, self._folder, self._all_rows())
+        return read_status(self._run, self._folder, *self._all_rows())
 
     def curves(self) -> Curves:
         """Its metrics."""
-        return curves_of(self._all_rows())
+        return curves_of(self._all_rows()[0])
 
     def trees(self, step: int) -> list[TreeSummary]:
         """The trees that are saved of a learner step, by ticket; none if there are none."""
@@ -116,6 +116,11 @@ class RunReader:
                     newest[ticket] = found
         return [newest[ticket][1] for ticket in sorted(newest) if newest[ticket][1].num_answers]
 
+    def search_answers(self, step: int, text: str) -> list[FoundAnswers]:
+        """The problems of the evaluation at a learner step that have `text` in an answer, in
+        whatever case, in its order; none if there is no such evaluation."""
+        return answers_with(self._folder, step, text)
+
     def change(self) -> Change | None:
         """What the last evaluation answers otherwise than the first; None before there are two."""
         steps = evaluated_steps(self._folder)
@@ -139,12 +144,14 @@ class RunReader:
 
     # What is kept ----------------------------------------------------------------------------
 
-    def _all_rows(self) -> list[Row]:
+    def _all_rows(self) -> tuple[list[Row], int]:
+        """The rows, and how many learner steps were done once more."""
         with self._lock:
             return self._rows(self._folder.state(METRICS_FILE))
 
-    def _read_rows(self, state: str) -> list[Row]:
-        return latest_rows(self._folder)
+    def _read_rows(self, state: str) -> tuple[list[Row], int]:
+        written = written_rows(self._folder)
+        return latest(written), num_redone(written)
 
     def _kept(self, read: Callable[[str, int, str], T], file: str, step: int) -> T:
         """What `read` makes of a file of a learner step, once as long as the file is the same."""

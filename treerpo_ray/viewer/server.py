@@ -70,6 +70,9 @@ API: dict[str, Answer] = {
     "texts": lambda reader, query: reader.texts(_text(query, "ref"), _numbers(query, "nodes")),
     "holding": lambda reader, query: reader.holding(_text(query, "ref"), _text(query, "text")),
     "search": lambda reader, query: reader.search(_number(query, "step"), _text(query, "text")),
+    "search_answers": lambda reader, query: reader.search_answers(
+        _number(query, "step"), _text(query, "text")
+    ),
     "change": lambda reader, query: reader.change(),
     "problems": lambda reader, query: reader.problems(),
 }

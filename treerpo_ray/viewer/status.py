@@ -8,7 +8,7 @@ from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import WHOLE_MODEL, RunFolder
 from treerpo_ray.study.analysis import Run
 from treerpo_ray.study.panels import Panel, panels_of
-from treerpo_ray.study.problems import evaluated_steps
+from treerpo_ray.study.problems import evaluated_steps, evaluation_file
 
 LOCAL_POLL_S, STORE_POLL_S = 2, 20
 """Time between two looks at a run, which in an object store cost money."""
@@ -36,6 +36,8 @@ class Status:
     prune_threshold: float
     own_code: tuple[str, ...]
     """Functions of the run's user among these, which the viewer does not run."""
+    num_redone: int
+    """Learner steps that a resume has done once more: their trees are others."""
     state: str
     """Changes when there is anything new."""
     poll_s: int
@@ -51,18 +53,22 @@ class Curves:
     """Metrics by name, one entry a step; none where a step has no such metric."""
 
 
-def read_status(run: Run, folder: RunFolder, rows: Sequence[Row]) -> Status:
-    """How far the run is, by the rows of its metrics and what else lies in its folder."""
+def read_status(run: Run, folder: RunFolder, rows: Sequence[Row], num_redone: int) -> Status:
+    """How far the run is, by the rows of its metrics, how many steps of them were done once more,
+    and what else lies in its folder."""
     learner = run.config["learner"]
     steps = tuple(saved_trees.saved_steps(folder))
-    newest = [folder.state(file) for file in (METRICS_FILE, WHOLE_MODEL)]
     evaluations = tuple(evaluated_steps(folder))
+    # Of a step that is there already, more or other trees and answers may come.
+    files = [file for step in steps[-1:] for file in saved_trees.saved_files(folder, step)]
+    files += [evaluation_file(step) for step in evaluations[-1:]]
+    *newest, model = [folder.state(file) for file in (METRICS_FILE, *files, WHOLE_MODEL)]
     return Status(
         name=str(run.config["run"]["name"]),
         folder=folder.place,
         step=int(rows[-1]["step"]) if rows else 0,
         num_steps=int(str(run.config["run"]["num_steps"])),
-        is_finished=bool(newest[-1]),
+        is_finished=bool(model),
         written_at_s=rows[-1].get("time") if rows else None,
         tree_steps=steps,
         evaluations=evaluations,
@@ -70,7 +76,8 @@ def read_status(run: Run, folder: RunFolder, rows: Sequence[Row]) -> Status:
         prune=str(learner["prune"]).lower(),
         prune_threshold=float(str(learner["prune_threshold"])),
         own_code=run.own_code,
-        state=str(hash((*newest, steps, evaluations))),
+        num_redone=num_redone,
+        state=str(hash((*newest, model, steps, evaluations))),
         poll_s=LOCAL_POLL_S if folder.is_local else STORE_POLL_S,
     )
 
@@ -78,14 +85,12 @@ def read_status(run: Run, folder: RunFolder, rows: Sequence[Row]) -> Status:
 def curves_of(rows: Sequence[Row]) -> Curves:
     """The curves of a run's metrics."""
     names = {name for row in rows for name in row}
-    panels = tuple(panels_of(names))
-    drawn = [name for panel in panels for name in panel.metrics]
+    series = {name: [row.get(name) for row in rows] for name in names}
+    panels = panels_of(series)
     return Curves(
         panels=panels,
         steps=[int(row["step"]) for row in rows],
-        series={name: _series(rows, name) for name in drawn},
+        series={
+            name: series.get(name, [None] * len(rows)) for panel in panels for name in panel.metrics
+        },
     )
-
-
-def _series(rows: Sequence[Row], name: str) -> list[float | None]:
-    return [row.get(name) for row in rows]

@@ -69,7 +69,7 @@ function problemList(root, context, known, missing) {
 
 /** What stands in each column. */
 export function problemHead() {
-  const names = ["gain", "value before", "value after", "met in", "problem"];
+  const names = ["gain", "mean reward before", "mean reward after", "met in", "problem"];
   return element("div", { class: "tree-row problem-row list-head", "aria-hidden": true }, names.map((name) => element("span", {}, name)));
 }
 
@@ -101,12 +101,12 @@ async function sideBySide(root, context, problems) {
       "header",
       { class: "tree-head" },
       element("h1", {}, "before and after"),
-      element("span", { class: "fact" }, `value ${number(trees[0].root_value)} → ${number(trees[1].root_value)}`),
+      element("span", { class: "fact" }, `mean reward ${number(trees[0].root_value)} → ${number(trees[1].root_value)}`),
       element("span", { class: "fact" }, "reference ", element("b", { dir: "auto" }, oneLine(trees[0].answers.join(" · "), 60))),
       element("span", { class: "links" }, element("a", { href: "#compare" }, "all problems")),
       textBlock(trees[0].question, "question text"),
     ),
-    legend(),
+    legend("value", trees[0]),
     element("div", { class: "compare" }, sides.map((side) => side.root)),
   );
   const apply = async () => {
@@ -116,6 +116,7 @@ async function sideBySide(root, context, problems) {
   const resized = new ResizeObserver(() => sides.forEach((side) => side.draw()));
   resized.observe(root);
   return {
+    trees,
     apply,
     refresh: () => {},
     close: () => resized.disconnect(),
@@ -133,7 +134,7 @@ function makeSide(tree, name, context, problem) {
   const panel = element("div", { class: "panel" });
   const chosen = () => {
     const named = context.query()[key];
-    return named === undefined ? firstLeaf(tree) : boundedStep(tree, named);
+    return named === undefined ? typicalLeaf(tree) : boundedStep(tree, named);
   };
   const choose = (index) => context.set({ ...context.query(), [key]: index });
   let drawing = null;
@@ -159,7 +160,7 @@ function makeSide(tree, name, context, problem) {
   });
   const refs = problem?.refs ?? [tree.ref];
   const heading = choice(
-    name === "a" ? "before: step" : "after: step",
+    name === "a" ? "before: learner step" : "after: learner step",
     name,
     refs.map((ref) => [ref, stepOf(ref)]),
     tree.ref,
@@ -179,9 +180,13 @@ function makeSide(tree, name, context, problem) {
   };
 }
 
-/** The first leaf that is wrong before or right after; the first step if there is none. */
-function firstLeaf(tree) {
+/** Of the leaves that are right if most are, else wrong, one with the text that most of them have;
+ * the first step if there is none. */
+function typicalLeaf(tree) {
   const isMostlyRight = (tree.root_value ?? 0) >= 0.5;
-  const found = tree.verdict.findIndex((verdict) => verdict && (verdict === "correct") === isMostlyRight);
-  return found < 0 ? 0 : found;
+  const leaves = [...tree.verdict.keys()].filter((step) => tree.verdict[step] && (tree.verdict[step] === "correct") === isMostlyRight);
+  if (!leaves.length) return 0;
+  const texts = leaves.map((leaf) => tree.text[leaf]);
+  const counts = texts.map((text) => texts.filter((other) => other === text).length);
+  return leaves[counts.indexOf(Math.max(...counts))];
 }

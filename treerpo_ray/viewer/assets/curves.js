@@ -3,7 +3,9 @@
 import { element, number } from "./dom.js";
 
 const CHART_HEIGHT = 150;
-const COLORS = ["--line-1", "--line-2"];
+const COLORS = ["--line-1", "--line-2", "--line-3"];
+const WIDTHS = [2.4, 1.6, 1.2]; // so that of two lines with the same values both are seen
+const LEAST_RANGE = 0.1; // of an axis, as a share of what stands on it: less is noise
 const MARKED_STEPS = 40;
 
 /** Draw all panels into `root`; a click calls `chosen` with the learner step below it. */
@@ -28,17 +30,24 @@ export function drawCurves(root, curves, chosen) {
 function drawPanel(figure, panel, curves, chosen) {
   const { lines, ends, data, at } = columnsOf(panel, curves);
   const shown = (value) => (isThere(value) ? (panel.is_share ? percent(value, 1) : sensible(value)) : "–");
-  const told = (find) => {
-    const parts = lines.map(([label, name]) => `${label ? `${label} ` : ""}${shown(find(name))}`);
-    return parts.join(", ") + (ends.length ? ` [${ends.map((name) => shown(find(name))).join(", ")}]` : "");
+  const output = element("output");
+  const tellValues = (find, before = "") => {
+    const parts = lines.flatMap(([label, name], n) => {
+      const key = label ? element("i", { class: `key line-${n + 1}` }) : null;
+      const told = element("span", {}, key, `${label ? `${label} ` : ""}${shown(find(name))}`);
+      return n ? [", ", told] : [told]; // a line may break between two
+    });
+    const interval = ends.length ? ` [${ends.map((name) => shown(find(name))).join(", ")}]` : "";
+    output.replaceChildren(before, ...parts, interval);
   };
-  const last = told((name) => curves.series[name].findLast(isThere));
-  const output = element("output", {}, last);
+  const tellLast = () => tellValues((name) => curves.series[name].findLast(isThere));
+  tellLast();
   figure.setAttribute("role", "img");
-  figure.setAttribute("aria-label", `${panel.title} by learner step; last: ${last}`);
+  figure.setAttribute("aria-label", `${panel.title} by learner step; last: ${output.textContent}`);
   figure.append(element("figcaption", {}, panel.title, output));
   const tell = ({ cursor: { idx } }) => {
-    output.textContent = isThere(idx) ? `step ${data[0][idx]}: ${told((name) => at(name, idx))}` : last;
+    if (isThere(idx)) tellValues((name) => at(name, idx), `step ${data[0][idx]}: `);
+    else tellLast();
   };
   const chart = new uPlot(chartOptions(figure, panel, lines, ends, data[0].length, tell), data, figure);
   chart.over.addEventListener("click", () => {
@@ -76,7 +85,7 @@ function chartOptions(figure, panel, lines, ends, numSteps, tell) {
     axes: [axis({ size: 24 }), axis({ size: 48, values: y })],
     series: [
       { label: "step" },
-      ...lines.map(([, name], n) => of(name, COLORS[n], { width: 1.6, points })),
+      ...lines.map(([, name], n) => of(name, COLORS[n], { width: lines.length > 1 ? WIDTHS[n] : 1.6, points })),
       ...ends.map((name) => of(name, "--faint-line", { width: 0.8, points: { show: false } })),
     ],
     bands: ends.length ? [{ series: [second, first], fill: color("--band") }] : [],
@@ -105,7 +114,8 @@ function color(name) {
 
 function padded(low, high, isShare) {
   if (low === null || high === null) return [0, 1];
-  const more = (high - low || Math.abs(high) || 1) * 0.08;
+  const lack = LEAST_RANGE * Math.max(Math.abs(low), Math.abs(high)) - (high - low);
+  const more = Math.max((high - low) * 0.08, lack / 2) || 0.08;
   return isShare ? [Math.max(0, low - more), Math.min(1.02, high + more)] : [low - more, high + more];
 }
 

@@ -6,7 +6,7 @@ import { comparePage, problemHead, problemRow } from "./compare.js";
 import { drawCurves } from "./curves.js";
 import { element, oneLine } from "./dom.js";
 import { openSource } from "./source.js";
-import { mostMixed, treeList } from "./tree_list.js";
+import { isSettled, mostMixed, treeList } from "./tree_list.js";
 import { legend, treePage } from "./tree_page.js";
 
 const main = document.getElementById("main");
@@ -30,13 +30,14 @@ const KEYS = [
   ["z", "only what is below the step, and back"],
   ["[ ]", "tree before, next tree"],
   ["/", "search on this page"],
-  ["s", "search the answers of all trees"],
+  ["s", "search the answers of all trees and evaluations"],
   ["?", "this"],
 ];
 
 let status = null;
 let page = null; // the one that is shown, and what it is of
 let shownFor = "";
+let hasFailed = false; // whether a warning stands in its place
 
 const WRITE_MS = 100; // browsers take so many changes of the address in a time, not more
 
@@ -102,6 +103,7 @@ async function show() {
     else link.removeAttribute("aria-current");
   }
   const own = subject(current);
+  hasFailed = false;
   try {
     if (shownFor === own) {
       await page?.apply(); // if it is still being made, it takes the query as it is then
@@ -125,6 +127,7 @@ async function show() {
 function fail(error) {
   shownFor = "";
   page = null;
+  hasFailed = true;
   main.replaceChildren(element("p", { class: "warning", role: "alert" }, oneLine(error.message, 500)));
 }
 
@@ -203,9 +206,9 @@ function fillHead() {
   document.title = `${status.name} · treerpo_ray`;
   document.getElementById("run-name").textContent = oneLine(status.name, 80);
   document.getElementById("run-name").title = oneLine(status.folder, 300);
-  const parts = [`step ${status.step} of ${status.num_steps}`];
-  if (status.is_finished) parts.push("finished");
-  else if (source.isLive && status.written_at_s) parts.push(`last written ${ago(Date.now() / 1000 - status.written_at_s)} ago`);
+  const atMost = status.step < status.num_steps ? ` (of at most ${status.num_steps})` : "";
+  const parts = [status.is_finished ? `finished after ${status.step} steps${atMost}` : `step ${status.step} of ${status.num_steps}`];
+  if (!status.is_finished && source.isLive && status.written_at_s) parts.push(`last written ${ago(Date.now() / 1000 - status.written_at_s)} ago`);
   if (!source.isLive) parts.push("a saved page");
   document.getElementById("run-state").textContent = parts.join(" · ");
 }
@@ -221,13 +224,10 @@ async function follow() {
   if (!document.hidden) {
     try {
       const found = await source.status();
-      const isNew = found.state !== status.state;
+      const before = status;
       status = found;
       fillHead();
-      if (isNew) {
-        source.forget();
-        await page?.refresh();
-      }
+      if (found.state !== before.state) await takeIn(before);
       document.body.classList.remove("lost");
     } catch {
       document.body.classList.add("lost");
@@ -237,12 +237,41 @@ async function follow() {
   setTimeout(follow, 1000 * status.poll_s);
 }
 
+/** Show what is new in the run since it was as `before`. */
+async function takeIn(before) {
+  source.forget();
+  if (hasFailed) return show(); // what was not there may have come
+  const outdated = await firstOutdated(page?.trees ?? [], before);
+  if (!outdated) return page?.refresh();
+  page?.close();
+  page = null;
+  shownFor = "";
+  await show();
+  const what = outdated.ticket === null ? `The evaluation at step ${outdated.step}` : `Learner step ${outdated.step}`;
+  const told = hasFailed
+    ? `${what} was taken back: the run was resumed from a step before it. It is shown here once it is done again.`
+    : `${what} was done once more: this is the newer one.`;
+  main.prepend(element("p", { class: "note redone", role: "status" }, told));
+}
+
+/** The first of some trees that is not as it was, or not there any more. */
+async function firstOutdated(trees, before) {
+  for (const tree of trees) {
+    const settled = tree.ticket === null ? isSettled(tree.step, before, status, "evaluations") : isSettled(tree.step, before, status);
+    if (settled) continue;
+    const found = await source.tree(tree.ref).catch(() => null);
+    if (JSON.stringify(found) !== JSON.stringify(tree)) return tree;
+  }
+  return null;
+}
+
 function help() {
   const dialog = document.getElementById("help");
   const keys = KEYS.flatMap(([key, text]) => [element("dt", {}, element("kbd", {}, key)), element("dd", {}, text)]);
   dialog.replaceChildren(
     element("h2", {}, "Reading a tree"),
     element("p", {}, "To the right run the tokens of an answer: a step is as wide as it is long. Siblings stand below each other; the line before them is solid where their group was kept, dashed where it was pruned."),
+    element("p", {}, "The value of a step is the mean reward of the answers that go on from it. Its advantage (A) is how far the learner is to make it more or less likely than its siblings; v is the version of the weights that sampled it, tok its tokens."),
     legend(),
     element("h2", {}, "Keys"),
     element("dl", { class: "facts" }, keys),

@@ -16,6 +16,7 @@ function served() {
     tree: (ref) => ask("tree", { ref }),
     holding: (ref, text) => ask("holding", { ref, text }),
     search: (step, text) => ask("search", { step, text }),
+    searchAnswers: (step, text) => ask("search_answers", { step, text }),
     change: () => ask("change"),
     problems: () => ask("problems"),
     forget: () => texts.clear(),
@@ -56,8 +57,23 @@ function embedded(data) {
     search: async (step, text) =>
       data.summaries
         .filter((tree) => tree.step === step)
-        .map((tree) => foundIn(data.trees[`${step}:${tree.ticket}`], data.texts[`${step}:${tree.ticket}`], text))
-        .filter((found) => found !== null),
+        .map((tree) => [tree, foundIn(data.trees[`${step}:${tree.ticket}`], data.texts[`${step}:${tree.ticket}`], text)])
+        .filter(([, found]) => found !== null)
+        .map(([tree, found]) => ({ ticket: tree.ticket, ...found })),
+    searchAnswers: async (step, text) =>
+      Object.values(data.trees)
+        .filter((tree) => tree.ticket === null && tree.step === step)
+        .map((tree) => [tree, foundIn(tree, data.texts[tree.ref], text)])
+        .filter(([, found]) => found !== null)
+        .map(([tree, found]) => ({
+          step,
+          problem: tree.prompt_id,
+          question: tree.question,
+          reference: tree.answers[0] ?? "",
+          total: tree.parent.length,
+          verdict: tree.verdict[found.leaf],
+          ...found,
+        })),
     forget: () => {},
     texts: async (ref, nodes) => nodes.map((node) => found(data.texts, ref)[node]),
     async holding(ref, text) {
@@ -69,7 +85,8 @@ function embedded(data) {
   };
 }
 
-/** What the server's search tells of a tree, of its texts in the page; null if it has no such. */
+/** What the server's search tells of the answers of a tree, of its texts in the page; null if it
+ * has no such. */
 function foundIn(tree, texts, text) {
   const wanted = text.toLowerCase();
   const answers = new Map();
@@ -84,12 +101,10 @@ function foundIn(tree, texts, text) {
   const [leaf, answer] = answers.entries().next().value;
   const start = answer.toLowerCase().indexOf(wanted);
   const end = start + wanted.length;
-  return {
-    ticket: tree.ticket,
-    num_answers: answers.size,
-    leaf,
+  const passage = {
     before: answer.slice(Math.max(0, start - 50), start),
     text: answer.slice(start, end),
     after: answer.slice(end, end + 110),
   };
+  return { num_answers: answers.size, leaf, passage };
 }

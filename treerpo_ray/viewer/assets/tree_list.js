@@ -70,7 +70,9 @@ class TreeList {
     this.more = element("button", { type: "button", hidden: true, onclick: () => this.showMore() }, "show more");
     this.read = new Map(); // trees by learner step
     this.found = new Map(); // by learner step what was found of the text, by ticket
+    this.answers = new Map(); // by learner step of an evaluation the problems whose answers have it
     this.foundFor = "";
+    this.seen = context.status(); // when what was read was asked for
     this.shown = SHOWN;
     this.reading = 0; // number of the newest request; older ones stop
     this.isStopped = false;
@@ -79,7 +81,8 @@ class TreeList {
     this.timer = null; // of the next time
     const heading = element("h1", { class: "unseen-heading" }, "Trees");
     const told = element("div", { class: "told" }, this.count, this.stop);
-    this.parts = [heading, this.filters.root, told, this.list, this.more];
+    this.evaluated = element("section", { class: "evaluated", "aria-label": "answers of evaluations", hidden: true });
+    this.parts = [heading, this.filters.root, told, this.list, this.more, this.evaluated];
   }
 
   set(change) {
@@ -104,6 +107,14 @@ class TreeList {
     const { step } = this.context.query();
     if (step === "all") return [...steps].reverse();
     return step === undefined ? steps.slice(-1) : [Number(step)];
+  }
+
+  /** Evaluations whose answers are searched, the newest in front. */
+  wantedAnswers() {
+    if (!this.foundFor) return [];
+    const steps = [...this.context.status().evaluations].reverse();
+    const { step } = this.context.query();
+    return step === "all" ? steps : steps.filter((own) => own === Number(step));
   }
 
   /** Whether all that is asked for of a learner step is here. */
@@ -132,6 +143,22 @@ class TreeList {
     this.list.replaceChildren(listHead(), ...passing.slice(0, this.shown).map((tree) => treeRow(tree, this.textIn(tree))));
     if (focused) this.list.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus();
     this.more.hidden = passing.length <= this.shown;
+    this.drawAnswers();
+  }
+
+  /** Below the trees: what the evaluations have of the text. */
+  drawAnswers() {
+    const steps = this.wantedAnswers().filter((step) => this.answers.has(step));
+    this.evaluated.hidden = !steps.length;
+    if (!steps.length) return this.evaluated.replaceChildren();
+    const all = steps.flatMap((step) => this.answers.get(step));
+    const at = steps.length > 1 ? `the evaluations at learner steps ${steps.join(", ")}` : `the evaluation at learner step ${steps[0]}`;
+    const more = all.length > SHOWN ? `; the first ${SHOWN} are shown` : "";
+    this.evaluated.replaceChildren(
+      element("h2", {}, "In evaluations"),
+      element("p", { class: "note", role: "status" }, `${all.length} held-out problems of ${at} have it in an answer${more}`),
+      element("div", { class: "tree-list", role: "list" }, all.slice(0, SHOWN).map(answerRow)),
+    );
   }
 
   textIn(tree) {
@@ -158,7 +185,10 @@ class TreeList {
     this.filters.fill();
     const own = ++this.reading;
     const { text = "" } = this.context.query();
-    if (text !== this.foundFor) this.found.clear();
+    if (text !== this.foundFor) {
+      this.found.clear();
+      this.answers.clear();
+    }
     this.foundFor = text;
     this.isStopped = false;
     this.draw();
@@ -166,6 +196,12 @@ class TreeList {
     for (let first = 0; first < missing.length; first += AT_A_TIME) {
       await Promise.all(missing.slice(first, first + AT_A_TIME).map((step) => this.readStep(step, text, own)));
       if (own !== this.reading) return;
+    }
+    for (const step of this.wantedAnswers().filter((step) => !this.answers.has(step))) {
+      const found = await this.context.source.searchAnswers(step, text);
+      if (own !== this.reading) return;
+      this.answers.set(step, found);
+      this.drawSoon();
     }
     this.draw();
   }
@@ -183,14 +219,14 @@ class TreeList {
   }
 
   refresh() {
-    const steps = this.context.status().tree_steps;
-    const newest = steps.at(-1);
+    const status = this.context.status();
     for (const step of [...this.read.keys()]) {
-      // A resume takes steps back, and does the newest once more.
-      if (step !== newest && steps.includes(step)) continue;
+      if (isSettled(step, this.seen, status)) continue;
       this.read.delete(step);
       this.found.delete(step);
     }
+    this.answers.clear();
+    this.seen = status;
     return this.apply();
   }
 
@@ -212,6 +248,13 @@ class TreeList {
   }
 }
 
+/** Whether the trees of a learner step (or the answers: `evaluations`) are still those of an earlier
+ * look: it was there and not the newest, which may still change, and no step was done once more. */
+export function isSettled(step, before, now, kind = "tree_steps") {
+  const isDone = ({ [kind]: steps }) => steps.includes(step) && step !== steps.at(-1);
+  return isDone(before) && isDone(now) && before.num_redone === now.num_redone;
+}
+
 /** The fields that say which trees are listed; `changed` gets what was changed of the query. */
 class Filters {
   constructor(context, changed) {
@@ -231,7 +274,7 @@ class Filters {
         ["all", `all (${steps.length})`],
         ...steps.map((step) => [step, step]),
       ]),
-      this.input("problem", "q", { type: "search", placeholder: "question, reference or id  /" }),
+      this.input("problem", "q", { type: "search", placeholder: "question or id  /" }),
       this.input("text of an answer", "text", { type: "search", placeholder: "text, then Enter", maxlength: 1000 }, "onchange"),
       this.input("value from", "min", { ...share, placeholder: "0" }),
       this.input("to", "max", { ...share, placeholder: "1" }),
@@ -270,7 +313,7 @@ export function listHead() {
 
 /** One tree as a line that leads to it, and to the answer in which a text was found, if one was. */
 export function treeRow(tree, found) {
-  const more = found ? `&${new URLSearchParams({ node: found.leaf, find: found.text })}` : "";
+  const more = found ? `&${new URLSearchParams({ node: found.leaf, find: found.passage.text })}` : "";
   const total = Object.values(tree.verdicts).reduce((sum, count) => sum + count, 0);
   const groups = tree.groups.kept + tree.groups.pruned + tree.groups.errored;
   return element(
@@ -282,17 +325,29 @@ export function treeRow(tree, found) {
     element("span", { class: "counts" }, `${tree.groups.kept}/${groups} kept · depth ${tree.depth} · ${tree.num_steps} steps · ${short(tree.num_tokens)} tok`),
     element("span", { class: "problem", dir: "auto" }, oneLine(tree.question, 160)),
     element("span", { class: "answer", dir: "auto" }, oneLine(tree.answer, 40)),
-    found ? foundLine(found) : null,
+    found ? foundLine(found, found.num_answers > 1 ? `${found.num_answers} answers` : "1 answer") : null,
   );
 }
 
-function foundLine(found) {
-  const count = found.num_answers > 1 ? `${found.num_answers} answers` : "1 answer";
+/** One problem of an evaluation as a line that leads to the answer in which a text was found. */
+function answerRow(found) {
+  const query = new URLSearchParams({ ref: `e${found.step}:${found.problem}`, node: found.leaf, find: found.passage.text });
+  return element(
+    "a",
+    { href: `#tree?${query}`, class: "tree-row answer-row", role: "listitem" },
+    element("span", { class: "ref" }, `step ${found.step}`),
+    element("span", { class: "problem", dir: "auto" }, oneLine(found.question, 160)),
+    element("span", { class: "answer", dir: "auto" }, oneLine(found.reference, 40)),
+    foundLine(found, `${found.num_answers} of ${found.total} answers, the first ${VERDICTS[found.verdict][1]}`),
+  );
+}
+
+function foundLine({ passage }, count) {
   return element(
     "span",
     { class: "found-text" },
     element("span", { class: "fact" }, `${count}: `),
-    element("span", { dir: "auto" }, oneLine(found.before), element("mark", {}, oneLine(found.text)), oneLine(found.after)),
+    element("span", { dir: "auto" }, oneLine(passage.before), element("mark", {}, oneLine(passage.text)), oneLine(passage.after)),
   );
 }
 

@@ -15,7 +15,8 @@ const WIDE = 1000; // from here on the panel is beside the drawing
  * @param root Where it goes.
  * @param context source, status(), query(), go(view, query), redirect(view, query), set(query).
  * @returns what is shown: apply() takes another query, refresh() what is new in the run, key(event)
- *   tells whether it had a use for a key, close() is its end.
+ *   tells whether it had a use for a key, close() is its end; trees are those that it is made of, if
+ *   it is to be made anew for others.
  */
 export async function treePage(root, context) {
   const page = new TreePage(context, await context.source.tree(context.query().ref));
@@ -29,6 +30,7 @@ class TreePage {
   constructor(context, tree) {
     this.context = context;
     this.tree = tree;
+    this.trees = [tree];
     this.place = element("div", { class: "drawing" });
     this.panel = element("aside", { class: "panel", "aria-label": "the chosen step" });
     this.tip = element("div", { class: "tip", role: "tooltip", hidden: true });
@@ -286,13 +288,18 @@ export function legend(color = "value", tree = null) {
   const verdicts = Object.entries(VERDICTS).slice(0, 4).map(([name, [glyph, text]]) =>
     element("span", {}, element("b", { class: `glyph ${name}` }, glyph), ` ${text}`),
   );
+  const trained = [
+    element("span", {}, element("i", { class: "swatch up" }), " advantage A up ", element("i", { class: "swatch down" }), " down"),
+    element("span", {}, element("i", { class: "swatch line" }), " standard error"),
+    element("span", {}, element("i", { class: "swatch hatched" }), " pruned"),
+    element("span", {}, "v version of the weights"),
+  ];
+  const isTrained = tree === null || tree.ticket !== null;
   return element(
     "div",
     { class: "legend" },
     element("span", {}, `${low} `, bar, ` ${high}`),
-    element("span", {}, element("i", { class: "swatch up" }), " advantage up ", element("i", { class: "swatch down" }), " down"),
-    element("span", {}, element("i", { class: "swatch line" }), " standard error"),
-    element("span", {}, element("i", { class: "swatch hatched" }), " pruned"),
+    isTrained ? trained : null,
     verdicts,
   );
 }

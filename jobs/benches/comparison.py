@@ -1,0 +1,91 @@
+"""Comparison: two sides that do the same work, in turns, and trees for them to work on."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from treerpo_ray.algo.search import TreeShape
+from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
+
+ROUNDS = 5
+"""Times that the two sides of a comparison take turns."""
+NUM_TREES = 24
+"""Trees that the longer ones work on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One comparison: medians over the rounds."""
+
+    name: str
+    ours: str
+    other: str
+    ours_s: float
+    other_s: float
+    ratio: float
+    """Median over the rounds of other / ours: how many times faster ours is."""
+    low: float
+    high: float
+    """Smallest and largest ratio of a round."""
+
+
+def compared(
+    name: str, ours: tuple[str, Callable[[], float]], other: tuple[str, Callable[[], float]]
+) -> Row:
+    """Run both sides in turns; each returns its cost in seconds for the same work."""
+    for _, side in (ours, other):
+        side()  # warm-up
+    times = [(ours[1](), other[1]()) for _ in range(ROUNDS)]
+    ratios = sorted(theirs / mine for mine, theirs in times)
+    return Row(
+        name=name,
+        ours=ours[0],
+        other=other[0],
+        ours_s=statistics.median(mine for mine, _ in times),
+        other_s=statistics.median(theirs for _, theirs in times),
+        ratio=statistics.median(ratios),
+        low=ratios[0],
+        high=ratios[-1],
+    )
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of `work`."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """CPU time of `work`, freeing its result aside."""
+    start = time.process_time()
+    result = work()
+    end = time.process_time()
+    del result
+    return end - start
+
+
+def random_tree(shape: TreeShape, num_prompt: int, rng: np.random.Generator) -> Tree:
+    """A full tree of random bytes."""
+
+    def step(parent: int, depth: int) -> Step:
+        count = shape.step_tokens[depth]
+        return Step(
+            parent=parent,
+            token_ids=rng.integers(10, 200, count).astype(np.int32),
+            logprobs=np.full(count, -5, np.float32),
+            versions=np.zeros(count, np.int32),
+            stop=StopReason.BOUNDARY,
+        )
+
+    steps: list[Step] = []
+    level = [ROOT]
+    for depth, num_children in enumerate(shape.num_children):
+        first = len(steps)
+        steps += [step(parent, depth) for parent in level for _ in range(num_children)]
+        level = list(range(first, len(steps)))
+    prompt = rng.integers(10, 200, num_prompt).astype(np.int32)
+    return Tree.from_steps(prompt, tuple(steps))

@@ -1,0 +1,195 @@
+"""Workload of the first GPU run: a model, trees and forests, in real sizes or tiny ones."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from treerpo_ray.algo.packing import Forest
+from treerpo_ray.algo.tree import ROOT as NO_PARENT
+from treerpo_ray.algo.tree import Step, StopReason, Tree
+from treerpo_ray.config import Config, load
+from treerpo_ray.learner.learner import Learner
+from treerpo_ray.learner.policy import Policy, load_policy
+from treerpo_ray.records import TreeRecord
+from treerpo_ray.verifier.verdict import Verdict
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How large everything is."""
+
+    device: torch.device
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    children: tuple[int, ...]
+    """Of the trees that the learner is given."""
+    step_tokens: int
+    token_budget: int
+    new_shapes: int
+    """Shapes of attention that are met for the first time."""
+    engine_trees: int
+    gpu: tuple[str, ...]
+    """Arguments of `jobs/train.py` for this hardware."""
+    small: tuple[str, ...]
+    """Further ones for a run that is over soon."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.hidden // self.heads
+
+
+REAL = Sizes(  # Qwen2.5-Math-1.5B
+    device=torch.device("cuda"),
+    layers=28,
+    hidden=1536,
+    intermediate=8960,
+    heads=12,
+    kv_heads=2,
+    vocabulary=151_936,
+    children=(4, 4, 4),
+    step_tokens=384,
+    token_budget=24_576,
+    new_shapes=20,
+    engine_trees=8,
+    gpu=(str(ROOT / "conf/hardware/one_gpu.yaml"),),
+    small=(),
+)
+REHEARSAL = Sizes(
+    device=torch.device("cpu"),
+    layers=2,
+    hidden=128,
+    intermediate=352,
+    heads=4,
+    kv_heads=2,
+    vocabulary=258,
+    children=(2, 2),
+    step_tokens=8,
+    token_budget=64,
+    new_shapes=3,
+    engine_trees=1,
+    gpu=("engine.kv_cache_gib=0.25", "model.dtype=float32", "sync.probe_tolerance=0.1"),
+    small=("prompts.num_problems=8", "engine.max_num_seqs=64", "metrics.wandb_project=null"),
+)
+
+
+def recipe(sizes: Sizes, folder: Path) -> Config:
+    """The recipe's learner and engine for this model, on one GPU or the CPU."""
+    file = str(ROOT / "conf/treerpo_qwen2.5_math_1.5b.yaml")
+    config = load([file, *sizes.gpu, f"model.path={folder}/model"])
+    lengths = (sizes.step_tokens,) * len(sizes.children)
+    config = replace(
+        config,
+        prompts=replace(config.prompts, max_prompt_tokens=sizes.step_tokens),
+        tree=replace(config.tree, num_children=sizes.children, step_tokens=lengths),
+        learner=replace(config.learner, token_budget=sizes.token_budget),
+    )
+    if sizes is REAL:
+        return config
+    return replace(
+        config,
+        learner=replace(config.learner, resources={"CPU": 1}),
+        engine=replace(config.engine, resources={"CPU": 1}, max_num_seqs=8),
+    )
+
+
+def made_policy(sizes: Sizes, folder: Path) -> Policy:
+    """The policy of the model that the part `model` made."""
+    return load_policy(
+        str(folder / "model"),
+        dtype=torch.float32,
+        device=sizes.device,
+        gradient_checkpointing=True,
+    )
+
+
+def make_learner(config: Config, sizes: Sizes) -> Learner:
+    """A learner with bf16 and one optimizer step a batch, which trains every tree."""
+    settings = replace(config.learner, minibatches=1, prune_threshold=-1.0)
+    return Learner(
+        model=replace(config.model, dtype="bfloat16"),
+        learner=settings,
+        loss=config.loss,
+        tree=config.tree,
+        max_staleness=1000,
+        max_tokens=config.max_model_tokens,
+        device=sizes.device,
+    )
+
+
+def random_tree(sizes: Sizes, seed: int) -> Tree:
+    """A random tree that is as large as it may be."""
+    rng = np.random.default_rng(seed)
+
+    def ids(length: int) -> np.ndarray:
+        return rng.integers(3, sizes.vocabulary, length).astype(np.int32)
+
+    steps: list[Step] = []
+    level = [NO_PARENT]
+    for children in sizes.children:
+        start = len(steps)
+        for parent in [each for each in level for _ in range(children)]:
+            steps.append(
+                Step(
+                    parent=parent,
+                    token_ids=ids(sizes.step_tokens),
+                    logprobs=np.full(sizes.step_tokens, -10, np.float32),
+                    versions=np.zeros(sizes.step_tokens, np.int32),
+                    stop=StopReason.BOUNDARY,
+                )
+            )
+        level = list(range(start, len(steps)))
+    return Tree.from_steps(ids(sizes.step_tokens), tuple(steps))
+
+
+def random_record(ticket: int, sizes: Sizes) -> TreeRecord:
+    """A tree half of whose answers are right."""
+    tree = random_tree(sizes, ticket)
+    verdicts = [Verdict.CORRECT if leaf % 2 else Verdict.WRONG for leaf in tree.leaves]
+    return TreeRecord(
+        ticket=ticket,
+        attempt=0,
+        prompt_id=str(ticket),
+        question="?",
+        answers=("0",),
+        seed=ticket,
+        engine=0,
+        grow_s=1.0,
+        finished_at_s=0.0,
+        tree=tree,
+        leaf_texts=("",) * len(verdicts),
+        verdicts=tuple(verdicts),
+    )
+
+
+def forest_of(prompt: int, steps: list[int]) -> Forest:
+    """A prompt with steps after it, each token of which is trained."""
+    lengths = [prompt, *steps]
+    starts = np.cumsum([0, *lengths[:-1]])
+    own = [np.arange(prompt, prompt + length) for length in steps]
+    source = [np.concatenate([[prompt - 1], np.arange(s, s + n - 1)]) for s, n in
+              zip(starts[1:], steps, strict=True)]  # fmt: skip
+    total = sum(lengths)
+    edges = sum(steps)
+    return Forest(
+        token_ids=np.arange(total) % 200 + 3,
+        position_ids=np.concatenate([np.arange(prompt), *own]),
+        segment_start=starts,
+        segment_length=np.array(lengths),
+        segment_parent=np.array([-1, *[0] * len(steps)]),
+        segment_depth=np.array([0, *[1] * len(steps)]),
+        source=np.concatenate(source),
+        target=(np.arange(total) % 200 + 3)[prompt:],
+        advantage=np.zeros(edges, np.float32),
+        behaviour_logprob=np.zeros(edges, np.float32),
+        step=np.repeat(np.arange(len(steps), dtype=np.int32), steps),
+        origin=np.arange(len(steps)),
+    )

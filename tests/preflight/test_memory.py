@@ -1,0 +1,325 @@
+"""What a run takes of its GPUs: counted by hand, measured, and refused where it does not fit."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.support.learning.learner_runs import make_config, make_learner
+from tests.support.learning.tiny_models import save_tiny_model
+from tests.support.learning.trees import full_tree
+from tests.support.project import ROOT, load_script
+from treerpo_ray.algo.packing import pack
+from treerpo_ray.config import Config, load
+from treerpo_ray.config.sections import LearnerConfig
+from treerpo_ray.preflight.machine import GIB, check_gpus
+from treerpo_ray.preflight.memory import (
+    MemoryPlan,
+    ModelSizes,
+    cache_bytes_a_token,
+    keys_and_pairs,
+    misfit,
+    number,
+)
+
+QWEN = {"model_type": "qwen2", "vocab_size": 151_936, "max_position_embeddings": 4096}
+CONFIGS = {
+    "0.5b": QWEN
+    | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+    | {"num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "1.5b": QWEN
+    | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
+    | {"num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "7b": QWEN
+    | {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28}
+    | {"num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False}
+    | {"vocab_size": 152_064},
+}
+"""The config.json of Qwen2.5 in three sizes, as far as memory depends on it."""
+COUNTS = {"0.5b": 494_032_768, "1.5b": 1_543_714_304, "7b": 7_615_616_512}
+RECIPES = sorted(path.stem for path in (ROOT / "conf").glob("*qwen*.yaml"))
+
+
+def model(size: str, folder: Path) -> tuple[int, ModelSizes]:
+    """Parameters and sizes of a model, from its config.json alone."""
+    (folder / "config.json").write_text(json.dumps(CONFIGS[size]))
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(config)
+    return made.num_parameters(), ModelSizes.of(config)
+
+
+def recipe(name: str, *arguments: str) -> Config:
+    return load([str(ROOT / f"conf/{name}.yaml"), *arguments])
+
+
+def hardware(name: str) -> list[str]:
+    """The hardware files that a recipe names."""
+    text = (ROOT / f"conf/{name}.yaml").read_text()
+    return sorted(set(re.findall(r"conf/hardware/\w+\.yaml", text)))
+
+
+@pytest.mark.parametrize("size", ["1.5b", "7b"])
+def test_the_parts_of_a_recipe_are_those_counted_by_hand(size: str, tmp_path: Path) -> None:
+    count, sizes = model(size, tmp_path)
+    assert count == COUNTS[size]
+    config = recipe(f"treerpo_qwen2.5_math_{size}")
+    plan = MemoryPlan.of(config, count, sizes)
+    counted = {"weights": 4, "gradients and AdamW": 12, "reference model": 2}
+    counted["copies in bfloat16"] = 2
+    assert {part: plan.worker[part] for part in counted} == pytest.approx(
+        {part: factor * count / GIB for part, factor in counted.items()}
+    )
+    # Keys and values of 28 layers, in bfloat16: 2 heads of 128, or 2 of 4 on each of two GPUs.
+    assert cache_bytes_a_token(config, sizes) == 2 * 2 * 28 * 2 * 128
+    # The entries of all layers alone, float32, and all that the engine may take.
+    entries = 4 * 28 * sizes.hidden * config.learner.token_budget / GIB
+    assert entries < plan.worker["activations"] < 6 * entries
+    gpu = config.engine.gpu_memory_gib
+    assert sum(plan.engine.values()) == pytest.approx(0.85 * gpu)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_fits_the_hardware_that_it_names(name: str, tmp_path: Path) -> None:
+    size = next(each for each in CONFIGS if name.endswith(each))
+    named, found = hardware(name), model(size, tmp_path)
+    assert found[0] == COUNTS[size]
+    assert misfit(recipe(name), *found) is None, "as it stands"
+    if size == "7b":
+        assert named == []
+        return
+    kinds = ["one_gpu"] if size == "0.5b" else ["autoscaled", "eight_gpus", "one_gpu"]
+    assert named == [f"conf/hardware/{file}.yaml" for file in kinds]
+    for file in named:
+        config = recipe(name, str(ROOT / file))
+        assert config.learner.gpu_memory_gib and config.engine.gpu_memory_gib
+        assert misfit(config, *found) is None, file
+
+
+def test_the_small_recipe_fits_the_smaller_gpu_that_its_head_speaks_of(tmp_path: Path) -> None:
+    name = "gsm8k_qwen2.5_0.5b"
+    head = (ROOT / f"conf/{name}.yaml").read_text()
+    [said] = re.findall(r"24 GB is enough: (.*)", head)
+    config = recipe(name, ONE_GPU, *said.split())
+    assert config.learner.gpu_memory_gib == config.engine.gpu_memory_gib == 22
+    assert misfit(config, *model("0.5b", tmp_path)) is None
+    assert misfit(recipe(name, ONE_GPU, *said.split()[:2]), *model("0.5b", tmp_path)) is not None
+
+
+@pytest.mark.parametrize("file", ["autoscaled", "eight_gpus", "one_gpu"])
+def test_a_model_whose_optimizer_is_too_large_is_refused_with_the_reason(
+    file: str, tmp_path: Path
+) -> None:
+    config = recipe("treerpo_qwen2.5_math_7b", str(ROOT / f"conf/hardware/{file}.yaml"))
+    found = model("7b", tmp_path)
+    told = r"^learner\.gpu_memory_gib=79: a worker of Qwen/Qwen2\.5-Math-7B needs 1\d\d\.\d GiB, "
+    told += r"14[2-5]\.\d of them .* until its learner is sharded"
+    assert re.match(told, misfit(config, *found))
+    by_name = misfit(config, 7e9, None)  # without a connection
+    assert "until its learner is sharded" in by_name
+
+
+ONE_GPU = str(ROOT / "conf/hardware/one_gpu.yaml")
+
+
+def test_keys_and_pairs_of_a_tree_are_those_counted_by_hand() -> None:
+    """A prompt of 10 tokens, 2 steps of 5 and 4 of 4: 36 tokens, on paths of 10, 15 and 19."""
+    shape = ["tree.num_children=[2, 2]", "tree.step_tokens=[5, 4]", "prompts.max_prompt_tokens=10"]
+    keys, pairs = keys_and_pairs(load(shape))
+    assert keys == pytest.approx((10 + 2 * 15 + 4 * 19) / 36)
+    assert pairs == pytest.approx((10 * 10 + 10 * 15 + 16 * 19) / 36)
+
+
+NO_GRADIENT_CHECKPOINTING = "learner.gradient_checkpointing=false"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["learner.gpu_memory_gib=33"], r"^learner\.gpu_memory_gib=33: .* lower learner\.token_b"),
+        ([NO_GRADIENT_CHECKPOINTING], r"activations: set learner\.gradient_checkpointing=true$"),
+        (["engine.gpu_memory_gib=4"], r"^engine\.gpu_memory_gib=4: an engine .* 2\.9 of them for"),
+        (["engine.kv_cache_gib=0.01"], r"^engine\.kv_cache_gib=0\.01 is 0\.01 GiB .* needs 0\.04"),
+        (
+            ["engine.gpu_memory_utilization=0.07"],
+            r"^engine\.gpu_memory_utilization=0\.07 of engine\.gpu_memory_gib=79 leaves 0\.00 GiB",
+        ),
+        (
+            [ONE_GPU, "engine.kv_cache_gib=40"],
+            r"^a GPU of 79 GiB .* cannot hold 1 worker\(s\) of .* and 1 engine\(s\) of 4\d\.\d GiB",
+        ),
+        (
+            [ONE_GPU, "engine.num_engines=8", "engine.resources.GPU=0.125"],
+            r"cannot hold 0 worker\(s\) of .* and 5 engine\(s\) of 1\d\.\d GiB",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_one_line_with_its_key(
+    overrides: list[str], told: str, tmp_path: Path
+) -> None:
+    line = misfit(recipe("treerpo_qwen2.5_math_1.5b", *overrides), *model("1.5b", tmp_path))
+    assert re.search(told, line) and "\n" not in line
+
+
+def test_what_nobody_named_is_not_checked(tmp_path: Path) -> None:
+    found = model("7b", tmp_path)
+    config = recipe("treerpo_qwen2.5_math_7b", "learner.gpu_memory_gib=null")
+    config = replace(config, engine=replace(config.engine, gpu_memory_gib=None))
+    assert misfit(config, *found) is None
+    on_cpu = load(["learner.gpu_memory_gib=1", "engine.gpu_memory_gib=1"])
+    assert misfit(on_cpu, *found) is None, "there is no GPU to fit"
+
+
+def test_the_table_has_every_part_in_80_columns(tmp_path: Path) -> None:
+    config = recipe("treerpo_qwen2.5_math_1.5b")
+    lines = MemoryPlan.of(config, *model("1.5b", tmp_path)).table(config)
+    assert all(len(line) + 12 <= 80 for line in lines)
+    rows = {line[:22].strip(): line[22:].split() for line in lines}
+    assert rows["GiB a GPU"] == ["1", "worker(s)", "1", "engine(s)"]
+    assert rows["weights"] == ["5.75", "2.88"]
+    assert rows["gradients and AdamW"] == ["17.25", "-"]
+    assert rows["of gpu_memory_gib"] == ["79.00", "79.00"]
+    assert rows["together"][1] == "67.15"
+    by_name = MemoryPlan.of(config, 1.5e9, None).table(config)
+    assert any(line.startswith("together, at least") for line in by_name)
+
+
+def test_a_small_model_has_units_in_which_no_part_is_zero() -> None:
+    config = load(["conf/quickstart.yaml"])
+    plan = MemoryPlan.of(
+        config, 870_000, ModelSizes.of(AutoConfig.from_pretrained(ROOT / config.model.path))
+    )
+    head, *rows = plan.table(config)
+    assert head.startswith("MiB ")
+    cells = [cell for row in rows for cell in row[22:].split() if cell != "-"]
+    assert len(cells) > 6 and all(float(cell) > 1 for cell in cells)
+    assert float(cells[0]) == pytest.approx(4 * 870_000 / 2**20, abs=0.01)
+    assert plan.engine_line().startswith("an engine takes 2") and " MiB: " in plan.engine_line()
+
+
+@pytest.mark.parametrize(
+    ("amount", "told"),
+    [(0, "0.0"), (0.0123, "0.012"), (0.28, "0.28"), (1, "1.0"), (12.34, "12.3")],
+)
+def test_a_number_that_is_not_zero_is_not_told_as_zero(amount: float, told: str) -> None:
+    assert number(amount) == told
+
+
+def test_a_command_shows_the_table_and_refuses(capfd, tmp_path: Path) -> None:
+    command = load_script("jobs/train.py").main
+    arguments = [str(ROOT / "conf/quickstart.yaml"), f"run.root={tmp_path}"]
+    arguments += ["learner.resources={GPU: 1}", "learner.gpu_memory_gib=0.5"]
+    assert command(["--dry-run", *arguments]) == 2
+    *plan, last = capfd.readouterr().err.splitlines()
+    assert any("of gpu_memory_gib" in line for line in plan)
+    assert last.startswith("error: learner.gpu_memory_gib=0.5: a worker of treerpo_ray/quickstart/")
+
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 1100,  # each token of the tree is another
+    "max_position_embeddings": 4096,
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_estimate_of_activations_is_what_an_update_takes(
+    dtype: str, checkpointing: bool, tmp_path: Path
+) -> None:
+    """On a CPU: a GPU keeps the same tensors, but for those inside of its attention kernels."""
+    path = save_tiny_model(tmp_path, "qwen2", **SIZES)
+    settings = LearnerConfig(gradient_checkpointing=checkpointing, token_budget=10**6)
+    config = make_config(path, settings)
+    shape = replace(config.tree, num_children=(4, 4), step_tokens=(48, 48))
+    config = replace(
+        config,
+        model=replace(config.model, dtype=dtype),
+        prompts=replace(config.prompts, max_prompt_tokens=64),
+        tree=shape,
+        gate=replace(config.gate, trees_per_step=1),
+        learner=settings,
+    )
+    tree = full_tree(4, 2, step_length=48, prompt_length=64)
+    forests = pack([tree], [np.tile([1.0, -1.0], len(tree) // 2)], 10**6)
+    learner = make_learner(config)
+    learner._optimize(forests, [None], 0.0)  # gradients and moments are there from then on
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        learner._optimize(forests, [None], 0.0)
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    sizes = ModelSizes.of(learner.policy.model.config)
+    parts = MemoryPlan.of(config, learner.policy.model.num_parameters(), sizes).worker
+    planned = (parts["activations"] + parts.get("copies in bfloat16", 0.0)) * GIB
+    assert 1.0 < planned / peak < 1.3
+
+
+GPUS = ["engine.resources={GPU: 0.5}", "learner.resources={GPU: 0.5}", "learner.gpu_memory_gib=79"]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "printed", "overrides", "told"),
+    [
+        ("13.0", "580.65.06, 81559", GPUS, None),
+        ("13.0", "581.1, 81559\n", GPUS, None),
+        (
+            "13.0",
+            "580.64.99, 81559",
+            GPUS,
+            r"^the NVIDIA driver 580\.64\.99 .* CUDA 13\.0 .* 580\.",
+        ),
+        ("12.9", "550.54.15, 81559", GPUS, None),
+        (
+            "12.9",
+            "470.82.01, 81559",
+            GPUS,
+            r"470\.82\.01 .* too old for CUDA 12\.9 .* 525\.60\.13",
+        ),
+        ("13.0", "580.65.06, 23034", GPUS, r"^learner\.gpu_memory_gib=79, but a .* 22\.5 GiB$"),
+        ("13.0", "470.82.01, 23034", [], None),  # of no concern to a run on CPUs
+        (None, "470.82.01, 81559", GPUS, None),  # that the build is for CPUs is told elsewhere
+        ("13.0", "No devices were found", GPUS, None),
+    ],
+)
+def test_gpus_that_cannot_be_used_are_one_line(
+    cuda, printed, overrides, told, tmp_path, monkeypatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho '{printed}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    if told is None:
+        check_gpus(load(overrides))
+        return
+    with pytest.raises(ValueError, match=told) as caught:
+        check_gpus(load(overrides))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_job_without_a_learner_is_planned_and_refused_by_its_engines_alone() -> None:
+    sizes = ModelSizes.of(AutoConfig.for_model(**CONFIGS["7b"]))
+    evaluation = ["engine.resources={GPU: 1}", "engine.kv_cache_gib=null", "model.dtype=bfloat16"]
+    evaluation += ["learner.resources={GPU: 1}", "learner.gpu_memory_gib=22"]
+    fits, small = (load([*evaluation, f"engine.gpu_memory_gib={gib}"]) for gib in (40, 12))
+    assert misfit(fits, 7.6e9, sizes, trains=False) is None
+    assert str(misfit(fits, 7.6e9, sizes)).startswith("learner.gpu_memory_gib=22: ")
+    told = misfit(small, 7.6e9, sizes, trains=False)
+    assert told is not None and told.startswith("engine.gpu_memory_gib=12: an engine of ")
+    plan = MemoryPlan.of(fits, 7.6e9, sizes)
+    total = sum(plan.engine.values())
+    assert plan.engine_line().startswith(f"an engine takes {total:.2f} GiB: weights 14.16, ")

@@ -1,0 +1,35 @@
+"""Settings that are hardly ever meant."""
+
+from tests.support.project import ROOT
+from treerpo_ray.config import load
+from treerpo_ray.preflight.unusual import unusual
+
+QUICKSTART = [
+    str(ROOT / "conf/quickstart.yaml"),
+    *("run.root=/runs", "run.num_steps=30", "learner.minibatches=2"),
+]
+
+
+def test_what_is_hardly_ever_meant_is_a_line_with_what_is_usual() -> None:
+    assert list(unusual(load(QUICKSTART))) == []
+    cases = {
+        "learner.learning_rate=0.5": "learner.learning_rate=0.5: usual are 1e-07 to 0.002",
+        "learner.learning_rate=1e-9": "usual are 1e-07 to 0.002",
+        "loss.clip_low=0": "loss.clip_low=0: usual are 0.05 to 0.5",
+        "loss.kl_coef=5": "loss.kl_coef=5: usual are 0 to 0.2",
+        "tree.temperature=0.05": "tree.temperature=0.05: usual are 0.3 to 1.5",
+        "learner.prune_threshold=1": "nothing would be trained",
+        "learner.warmup_steps=60": "the run has 60 optimizer steps",
+    }
+    for override, told in cases.items():
+        [line] = unusual(load([*QUICKSTART, override]))
+        assert line.startswith(override.partition("=")[0]) and told in line
+
+
+def test_no_file_of_the_project_has_what_is_hardly_ever_meant() -> None:
+    files = [*ROOT.glob("conf/*.yaml"), *ROOT.glob("conf/methods/*.yaml")]
+    for file in files:
+        if file.stem not in ("benchmarks", "sweep"):
+            base = [] if file.parent.name == "conf" else [str(ROOT / "conf/quickstart.yaml")]
+            found = list(unusual(load([*base, str(file), "run.root=/runs"])))
+            assert found == [], file

