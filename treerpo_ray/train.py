@@ -110,6 +110,7 @@ def restore(task: WorkerTask) -> Iterator["TrainWorker"]:
             max_staleness=config.gate.max_staleness,
             max_tokens=config.max_model_tokens,
             device=ray.train.torch.get_device(),
+            sets=config.prompts.sets,
             checkpoint=checkpoint,
         )
         worker = TrainWorker(

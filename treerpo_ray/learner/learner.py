@@ -7,7 +7,7 @@ Every worker holds the whole model and makes the same update.
 
 import json
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self, TypeVar
@@ -69,6 +69,7 @@ class Learner:
         max_staleness: Updates that a tree may be behind.
         max_tokens: Of the longest prompt with its answer, which engines have room for.
         device: Where this worker computes.
+        sets: Names of the data sets that are trained on, where several are mixed.
         checkpoint: Folder that `write` filled, to go on from; None starts from `model.path`.
     """
 
@@ -82,10 +83,12 @@ class Learner:
         max_staleness: int,
         max_tokens: int,
         device: torch.device,
+        sets: Collection[str] = (),
         checkpoint: Path | None = None,
     ) -> None:
         self.model, self.settings, self.loss, self.tree = model, learner, loss, tree
         self.max_staleness, self.max_tokens, self.device = max_staleness, max_tokens, device
+        self.sets = sets
         if device.type == "cpu":
             torch.set_num_threads(learner.cpu_threads)
         start = resolve_model_path(model.path)
@@ -162,7 +165,15 @@ class Learner:
             for tree, own, siblings in zip(trees, values, groups, strict=True)
         ]
         counted = [
-            count(record, own, siblings, form=form, pruning=pruning, baseline=baseline)
+            count(
+                record,
+                own,
+                siblings,
+                form=form,
+                pruning=pruning,
+                baseline=baseline,
+                sets=self.sets,
+            )
             for record, own, siblings in zip(records, values, groups, strict=True)
         ]
         stats = _summed(counted, BatchStats())

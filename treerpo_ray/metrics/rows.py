@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 Row = dict[str, float]
 """Metrics of one step by their name `area/name`, and the `step`."""
 METRICS_FILE = "metrics.jsonl"
+BY_SET = "reward/by_set/"
+"""What stands before the name of a data set in that of its mean reward, where several are mixed."""
 
 
 def latest_rows(folder: RunFolder) -> list[Row]:

@@ -307,8 +307,16 @@ def newest_run(root: str) -> str:
 
 def most_mixed_tree(run: Run, records: Sequence[TreeRecord]) -> TreeRecord:
     """The tree whose steps differ most in value: the one that has most to show."""
-    spreads = [np.nan_to_num(run.values(record).steps).std() for record in records]
-    return records[int(np.argmax(spreads))]
+    return records[int(np.argmax([_spread(run, record) for record in records]))]
+
+
+def is_mixed(run: Run, record: TreeRecord) -> bool:
+    """Whether steps of a tree differ in value; else its answers are all right or all wrong."""
+    return _spread(run, record) > 0
+
+
+def _spread(run: Run, record: TreeRecord) -> float:
+    return float(np.nan_to_num(run.values(record).steps).std())
 
 
 def worst_leaf(run: Run, record: TreeRecord) -> int:

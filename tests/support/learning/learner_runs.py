@@ -114,6 +114,7 @@ def make_learner(config: Config, checkpoint: Path | None = None) -> Learner:
         max_staleness=config.gate.max_staleness,
         max_tokens=config.max_model_tokens,
         device=CPU,
+        sets=config.prompts.sets,
         checkpoint=checkpoint,
     )
 

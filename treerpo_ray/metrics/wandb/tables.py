@@ -185,13 +185,15 @@ class Tables:
         return wandb.Html(page, inject=False)
 
     def _chosen(self, step: int) -> tuple[int, list[TreeRecord]]:
-        """The newest learner step with trees until that of the evaluation, and those to show."""
+        """The newest learner step with trees until that of the evaluation, and those to show: the
+        ones whose steps differ most in value; where none do, any."""
         saved = [each for each in saved_trees.saved_steps(self._folder) if each <= max(step, 1)]
         if not saved:
             raise ValueError("no trees are saved")
         records = saved_trees.saved(self._folder, saved[-1])
         spread = [float(np.nan_to_num(mean_backup(r.tree, r.rewards).steps).std()) for r in records]
-        most = sorted(range(len(records)), key=lambda i: -spread[i])[:MOST_TREES]
+        mixed = [index for index in range(len(records)) if spread[index] > 0]
+        most = sorted(mixed or range(len(records)), key=lambda i: -spread[i])[:MOST_TREES]
         return saved[-1], [records[index] for index in most]
 
     def _tree_rows(self, record: TreeRecord) -> list[list[Any]]:
