@@ -100,7 +100,7 @@ def hanging() -> Iterator[str]:
     """Root of runs on a store that hangs."""
     import fsspec
 
-    from tests.support.run_folders import HangingStore
+    from tests.support.saved_runs.run_folders import HangingStore
 
     fsspec.register_implementation("hanging", HangingStore, clobber=True)
     HangingStore.store.clear()

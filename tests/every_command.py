@@ -41,10 +41,10 @@ COVERED = {
     r"drain\.py": "tests/jobs/test_drain.py",
     r"jobs/compare\.py jobs": "tests/jobs/test_jobs.py",  # days, and its results are there
     r"^pip install": "tests/jobs/test_gpu_setup.py",
-    r"^source ": "",
+    r"^source |^ray metrics launch-prometheus": "",
 }
 """Commands that are not run here, and the tests that run what they do; nothing for those that are
-the tests themselves, need a GPU or set up the shell that this runs in."""
+the tests themselves, need a GPU or a download, or set up the shell that this runs in."""
 KINDS = {
     "--help": "help",
     "--dry-run|conf/hardware": "plan",  # there is no GPU: the plan is what can be seen of it

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.records import empty_step, make_record, plain, records
-from tests.support.trees import make_step, make_tree
+from tests.support.learning.records import empty_step, make_record, plain, records
+from tests.support.learning.trees import make_step, make_tree
 from treerpo_ray.algo.tree import ROOT, Tree
 from treerpo_ray.records import SCHEMA, Training, TreeRecord, from_table, to_table, with_training
 from treerpo_ray.verifier.verdict import Verdict

@@ -16,8 +16,8 @@ import ray
 import torch
 import torch.distributed as dist
 
-from tests.support.evaluations import EVALUATION
-from tests.support.records import tree_of
+from tests.support.answers.evaluations import EVALUATION
+from tests.support.learning.records import tree_of
 from treerpo_ray import train
 from treerpo_ray.config import Config, load
 from treerpo_ray.driver.outcome import finished_outcome

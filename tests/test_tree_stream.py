@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.learning.records import make_record, plain, records
+from tests.support.learning.trees import make_step, make_tree
 from tests.support.project import ROOT as ROOT_FOLDER
-from tests.support.records import make_record, plain, records
-from tests.support.trees import make_step, make_tree
 from treerpo_ray import tree_stream
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree
 from treerpo_ray.config import load
@@ -34,7 +34,7 @@ from treerpo_ray.verifier.verifier import VariableNotSet
 CONFIG = load(
     [
         *("run.root=memory://runs", "run.name=stream", "gate.trees_per_step=2"),
-        *("verifier.check=tests.support.unruly_answers", "verifier.num_workers=1"),
+        *("verifier.check=tests.support.answers.unruly_answers", "verifier.num_workers=1"),
         f"model.path={ROOT_FOLDER}/treerpo_ray/quickstart/model",
     ]
 )

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.trees import by_range, full_tree, make_tree, on_leaves, rewards, trees
+from tests.support.learning.trees import by_range, full_tree, make_tree, on_leaves, rewards, trees
 from treerpo_ray.algo.advantage_errors import TreeForm, advantage_errors
 from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
 from treerpo_ray.algo.backup import Values, mean_backup

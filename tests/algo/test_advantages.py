@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.trees import by_range, make_tree, on_leaves, rewards, shuffled, trees
+from tests.support.learning.trees import by_range, make_tree, on_leaves, rewards, shuffled, trees
 from treerpo_ray.algo.advantages import (
     WITHOUT_SIBLINGS,
     AdvantageForm,

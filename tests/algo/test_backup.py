@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.trees import full_tree, make_tree, on_leaves, rewards, shuffled, trees
+from tests.support.learning.trees import full_tree, make_tree, on_leaves, rewards, shuffled, trees
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.tree import ROOT, Tree
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.support.trees import make_tree
+from tests.support.learning.trees import make_tree
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.calibration import NUM_BINS, calibration_bins, calibration_error
 from treerpo_ray.algo.groups import step_groups

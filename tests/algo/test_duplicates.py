@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tests.support.trees import make_tree
+from tests.support.learning.trees import make_tree
 from treerpo_ray.algo.duplicates import count_duplicates
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree, error_step
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.trees import by_range, make_tree, on_leaves, rewards, trees
+from tests.support.learning.trees import by_range, make_tree, on_leaves, rewards, trees
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import GroupState, PruneRule, Pruning, StepGroups, step_groups
 from treerpo_ray.algo.standard_errors import standard_error_of_mean

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.support.trees import edge_contexts, make_tree, trees
+from tests.support.learning.trees import edge_contexts, make_tree, trees
 from treerpo_ray.algo.loss import LossInputs, LossOutput, LossSums, k3, policy_loss
 from treerpo_ray.algo.loss_config import LossConfig, Normalisation, Ratio
 from treerpo_ray.algo.packing import Forest, pack

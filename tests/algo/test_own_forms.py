@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from tests.support.trees import by_range, make_tree, on_leaves
+from tests.support.learning.trees import by_range, make_tree, on_leaves
 from treerpo_ray.algo.advantage_errors import advantage_errors
 from treerpo_ray.algo.advantages import (
     AdvantageForm,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.trees import (
+from tests.support.learning.trees import (
     by_range,
     edge_contexts,
     full_tree,

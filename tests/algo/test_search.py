@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.trees import trees
+from tests.support.learning.trees import trees
 from treerpo_ray.algo.search import (
     Path,
     SiblingGroup,

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from tests.support.trees import by_range, full_tree, make_tree, on_leaves, rewards, trees
+from tests.support.learning.trees import by_range, full_tree, make_tree, on_leaves, rewards, trees
 from treerpo_ray.algo.advantage_errors import advantage_errors
 from treerpo_ray.algo.advantages import AdvantageForm, all_advantages, step_advantages
 from treerpo_ray.algo.backup import mean_backup

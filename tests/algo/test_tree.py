@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from tests.support.trees import full_tree, make_step, make_tree, trees
+from tests.support.learning.trees import full_tree, make_step, make_tree, trees
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
 
 PARENTS = [-1, -1, 0, 0, 3]

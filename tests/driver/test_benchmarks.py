@@ -14,7 +14,7 @@ import ray
 import rich.console
 
 from tests.support.project import ROOT
-from tests.support.thread_actors import Handle, without_ray
+from tests.support.stages.thread_actors import Handle, without_ray
 from treerpo_ray.actor import make_actor
 from treerpo_ray.config.files import load, to_yaml
 from treerpo_ray.driver.benchmarks import (

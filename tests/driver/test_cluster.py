@@ -214,7 +214,7 @@ def test_nodes_that_are_not_there_yet_are_asked_for_and_waited_for(grown_cluster
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_rays_own_autoscaler_brings_the_nodes_that_a_run_starts_with() -> None:
-    command = [sys.executable, "-m", "tests.support.nodes_that_come"]
+    command = [sys.executable, "-m", "tests.support.stages.nodes_that_come"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500

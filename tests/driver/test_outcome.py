@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 
-from tests.support.evaluations import EVALUATION
+from tests.support.answers.evaluations import EVALUATION
 from treerpo_ray.config import Config
 from treerpo_ray.driver.outcome import RunResult, describe_outcome, summary_json
 

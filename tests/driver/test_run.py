@@ -11,7 +11,7 @@ import ray
 import ray.train
 import rich.console
 
-from tests.support.thread_actors import Handle, without_ray
+from tests.support.stages.thread_actors import Handle, without_ray
 from treerpo_ray.config import Config, load
 from treerpo_ray.config.sections import LearnerConfig, RunConfig
 from treerpo_ray.driver.run import run

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.fake_engines import (
+from tests.support.stages.fake_engines import (
     Fault,
     Fleet,
     make_config,
@@ -19,7 +19,7 @@ from tests.support.fake_engines import (
     serve_from_start,
     until,
 )
-from tests.support.virtual_time import run
+from tests.support.stages.virtual_time import run
 from treerpo_ray.engine.autoscaler import ScalingPolicy, first_to_leave
 from treerpo_ray.engine.pool import MAX_STARTS, EnginePool
 from treerpo_ray.engine.replica import ReplicaState

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from tests.support.virtual_time import run
+from tests.support.stages.virtual_time import run
 from treerpo_ray.engine.background import BackgroundTasks, Signal
 
 

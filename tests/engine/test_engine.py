@@ -12,7 +12,7 @@ import pytest
 import ray
 import torch
 
-from tests.support.tiny_models import save_tiny_model
+from tests.support.learning.tiny_models import save_tiny_model
 from treerpo_ray.actor import root_cause
 from treerpo_ray.algo.search import TreeShape, assemble
 from treerpo_ray.algo.tree import StopReason, Tree

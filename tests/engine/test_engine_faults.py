@@ -7,8 +7,8 @@ import psutil
 import pytest
 import torch
 
-from tests.support.engine_with_worker import EngineWithWorker
-from tests.support.fake_engines import Fleet, Handle
+from tests.support.stages.engine_with_worker import EngineWithWorker
+from tests.support.stages.fake_engines import Fleet, Handle
 from tests.support.whole_runs import assert_gone
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config.sections import GateConfig

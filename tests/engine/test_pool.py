@@ -7,7 +7,7 @@ import asyncio
 
 import pytest
 
-from tests.support.fake_engines import (
+from tests.support.stages.fake_engines import (
     ENDS,
     TREES,
     Fault,
@@ -21,7 +21,7 @@ from tests.support.fake_engines import (
     take,
     until,
 )
-from tests.support.virtual_time import run
+from tests.support.stages.virtual_time import run
 from treerpo_ray.engine.pool import MAX_STARTS, PoolTimes
 from treerpo_ray.engine.replica import ReplicaState
 from treerpo_ray.weight_sync import Manifest, Probe, WeightsLost

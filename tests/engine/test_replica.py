@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from tests.support.fake_engines import LOGPROB, make_replica
-from tests.support.virtual_time import run
+from tests.support.stages.fake_engines import LOGPROB, make_replica
+from tests.support.stages.virtual_time import run
 from treerpo_ray.engine.replica import Replica, ReplicaState, WeightVersion
 from treerpo_ray.weight_sync import Manifest, Probe
 

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from tests.support.fake_engines import make_replica
-from tests.support.virtual_time import run
+from tests.support.stages.fake_engines import make_replica
+from tests.support.stages.virtual_time import run
 from treerpo_ray.engine.router import Router
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.evaluations import EVALUATION
+from tests.support.answers.evaluations import EVALUATION
 from treerpo_ray.config.sections import EvaluateConfig
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation, save_evaluation
 from treerpo_ray.evaluate.scores import Score

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import ray
 
-from tests.support.evaluations import CUT, ERR, SLOW, C, W, graded
-from tests.support.run_folders import HangingStore
+from tests.support.answers.evaluations import CUT, ERR, SLOW, C, W, graded
+from tests.support.saved_runs.run_folders import HangingStore
 from treerpo_ray.config import Config, load
 from treerpo_ray.config.data import PromptsConfig
 from treerpo_ray.evaluate import grading

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import rich.console
 
-from tests.support.evaluations import C, W, graded
+from tests.support.answers.evaluations import C, W, graded
 from treerpo_ray.config import load
 from treerpo_ray.config.data import DataConfig
 from treerpo_ray.evaluate.evaluation import Evaluation, Graded, save_evaluation, save_samples

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from jobs.minimal import TreeRPO, train
-from tests.support.learner_runs import FREE, make_config, make_learner, mixed
+from tests.support.learning.learner_runs import FREE, make_config, make_learner, mixed
+from tests.support.learning.step_rows import gradients
+from tests.support.learning.tiny_models import save_tiny_model
 from tests.support.project import ROOT
-from tests.support.step_rows import gradients
-from tests.support.tiny_models import save_tiny_model
 from treerpo_ray.algo.tree import StopReason
 from treerpo_ray.config import Config, load
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.learner_runs import (
+from tests.support.learning.learner_runs import (
     DEPTH_TWO,
     FREE,
     State,
@@ -23,8 +23,14 @@ from tests.support.learner_runs import (
     run_updates,
     with_logprobs,
 )
-from tests.support.step_rows import bernoulli_by_hand, gradients, plain_model, row, row_gradients
-from tests.support.tiny_models import save_tiny_model
+from tests.support.learning.step_rows import (
+    bernoulli_by_hand,
+    gradients,
+    plain_model,
+    row,
+    row_gradients,
+)
+from tests.support.learning.tiny_models import save_tiny_model
 from tests.support.user_files import CREDIT
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.loss_config import LossConfig, Normalisation

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from tests.support.learner_runs import (
+from tests.support.learning.learner_runs import (
     FREE,
     Seen,
     State,
@@ -19,7 +19,7 @@ from tests.support.learner_runs import (
     run_updates,
     run_worker,
 )
-from tests.support.tiny_models import save_tiny_model
+from tests.support.learning.tiny_models import save_tiny_model
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.config import Config
 

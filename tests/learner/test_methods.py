@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.learner_runs import FREE, make_config, make_record, run_updates
-from tests.support.methods_by_hand import ROWS
-from tests.support.step_rows import gradients, plain_model, row
-from tests.support.tiny_models import save_tiny_model
+from tests.support.learning.learner_runs import FREE, make_config, make_record, run_updates
+from tests.support.learning.methods_by_hand import ROWS
+from tests.support.learning.step_rows import gradients, plain_model, row
+from tests.support.learning.tiny_models import save_tiny_model
 from treerpo_ray.algo.loss_config import Normalisation
 from treerpo_ray.config import Config, load
 from treerpo_ray.records import TreeRecord

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.forests import lay_out, random_tree, row_logits
-from tests.support.tiny_models import TIED, save_tiny_model
+from tests.support.learning.forests import lay_out, random_tree, row_logits
+from tests.support.learning.tiny_models import TIED, save_tiny_model
 from treerpo_ray.learner.policy import ForestTensors, Policy, load_policy
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.support.forests import TestTree, lay_out, random_tree, row_logits, uniform_tree
-from tests.support.tiny_models import TIED, save_tiny_model
+from tests.support.learning.forests import TestTree, lay_out, random_tree, row_logits, uniform_tree
+from tests.support.learning.tiny_models import TIED, save_tiny_model
 from treerpo_ray.learner import tree_attention as tree_attention_module
 from treerpo_ray.learner.policy import ForestTensors, Policy, load_policy
 from treerpo_ray.learner.tree_attention import BUCKET_COST, ForestLayout, tree_attention

@@ -10,7 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from tests.support.run_logs import run_config, write
+from tests.support.saved_runs.run_logs import run_config, write
 from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.metrics.run_log import Event, RunLog, last_step, latest_rows
 from treerpo_ray.run_folder.files import RunFolder

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support.run_logs import run_config
+from tests.support.saved_runs.run_logs import run_config
 from treerpo_ray.actor import make_actor
 from treerpo_ray.metrics import stage_metrics
 from treerpo_ray.metrics.run_log import NOTICES, Event, RunLog

@@ -16,12 +16,12 @@ import torch
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-from tests.support.offline_wandb import artifacts, metrics, runs
+from tests.support.learning.records import make_record, some_training
+from tests.support.learning.trees import make_tree
 from tests.support.planted_secrets import SECRETS, holds_secret
-from tests.support.records import make_record, some_training
-from tests.support.run_folders import contents
-from tests.support.run_logs import FakeWandb, run_config, write
-from tests.support.trees import make_tree
+from tests.support.saved_runs.offline_wandb import artifacts, metrics, runs
+from tests.support.saved_runs.run_folders import contents
+from tests.support.saved_runs.run_logs import FakeWandb, run_config, write
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.loss import LossSums
 from treerpo_ray.algo.tree import ROOT
@@ -29,13 +29,13 @@ from treerpo_ray.config import load
 from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.evaluate.evaluation import SAMPLES, Evaluation
 from treerpo_ray.learner.stats import BatchStats
-from treerpo_ray.metrics.offline_wandb import offline_records, offline_rows
 from treerpo_ray.metrics.output import console_for
-from treerpo_ray.metrics.panels import UNITS
 from treerpo_ray.metrics.run_log import RunLog, latest_rows
 from treerpo_ray.metrics.sources import version_of
-from treerpo_ray.metrics.tables import LATE_ROWS, Tables
-from treerpo_ray.metrics.wandb import WandbRun, group_of
+from treerpo_ray.metrics.wandb.offline import offline_records, offline_rows
+from treerpo_ray.metrics.wandb.panels import UNITS
+from treerpo_ray.metrics.wandb.run import WandbRun, group_of
+from treerpo_ray.metrics.wandb.tables import LATE_ROWS, Tables
 from treerpo_ray.records import to_table, with_training
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.checkpoints import Checkpoints
@@ -381,8 +381,8 @@ def test_a_wandb_that_does_not_finish_holds_up_the_end_only_for_a_while(tmp_path
 
 KILLED = """
 import os, signal, sys
-from tests.support.records import make_record
-from tests.support.run_logs import run_config, write
+from tests.support.learning.records import make_record
+from tests.support.saved_runs.run_logs import run_config, write
 from treerpo_ray.metrics.run_log import RunLog
 log = RunLog(run_config(sys.argv[1], 'p'))
 for step in range(3):
@@ -392,8 +392,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 RESUMED = """
 import sys
-from tests.support.records import make_record
-from tests.support.run_logs import run_config, write
+from tests.support.learning.records import make_record
+from tests.support.saved_runs.run_logs import run_config, write
 rows = [{'step': step, 'reward/mean': 0.1 * step, 'tokens/total': 10 * step} for step in (2, 3, 4)]
 write(run_config(sys.argv[1], 'p'), [*rows, {'step': 4, 'eval/pass_at_1': 0.5}])
 """
@@ -423,10 +423,10 @@ def test_the_real_wandb_has_one_history_of_an_offline_run_that_was_killed_and_re
 SHOWN = """
 import json, sys
 import pyarrow as pa
-from tests.support.records import make_record
-from tests.support.run_folders import contents
-from tests.support.run_logs import run_config, write
-from tests.support.trees import make_tree
+from tests.support.learning.records import make_record
+from tests.support.saved_runs.run_folders import contents
+from tests.support.saved_runs.run_logs import run_config, write
+from tests.support.learning.trees import make_tree
 from treerpo_ray.algo.tree import ROOT
 from treerpo_ray.config.files import to_yaml
 from treerpo_ray.evaluate.evaluation import SAMPLES
@@ -490,7 +490,7 @@ def test_the_real_wandb_has_tables_a_page_of_trees_and_artifacts_in_the_run_fold
 def test_the_real_wandb_writes_offline_files_without_a_key_or_a_connection(tmp_path, key):
     """In a process of its own: W&B starts a service and keeps global state."""
     script = (
-        "from tests.support.run_logs import run_config, write; import sys;"
+        "from tests.support.saved_runs.run_logs import run_config, write; import sys;"
         "write(run_config(sys.argv[1], 'p'), [{'step': 0, 'reward/mean': 0.5}])"
     )
     env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9"}
@@ -511,7 +511,7 @@ def test_the_real_wandb_writes_offline_files_without_a_key_or_a_connection(tmp_p
 
 def test_no_secret_of_the_environment_reaches_the_files_of_a_real_wandb(tmp_path):
     script = (
-        "from tests.support.run_logs import run_config, write; import sys;"
+        "from tests.support.saved_runs.run_logs import run_config, write; import sys;"
         "write(run_config(sys.argv[1], 'p'), [{'step': 0, 'reward/mean': 0.5}])"
     )
     subprocess.run(
@@ -528,7 +528,7 @@ def test_no_secret_of_the_environment_reaches_the_files_of_a_real_wandb(tmp_path
 
 def test_wandb_is_not_imported_when_it_is_off(tmp_path):
     script = (
-        "from tests.support.run_logs import run_config, write; import sys;"
+        "from tests.support.saved_runs.run_logs import run_config, write; import sys;"
         "write(run_config(sys.argv[1]), [{'step': 0}]); print('wandb' in sys.modules)"
     )
     done = subprocess.run(

@@ -11,10 +11,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.support.learner_runs import make_config, make_learner
+from tests.support.learning.learner_runs import make_config, make_learner
+from tests.support.learning.tiny_models import save_tiny_model
+from tests.support.learning.trees import full_tree
 from tests.support.project import ROOT, load_script
-from tests.support.tiny_models import save_tiny_model
-from tests.support.trees import full_tree
 from treerpo_ray.algo.packing import pack
 from treerpo_ray.config import Config, load
 from treerpo_ray.config.sections import LearnerConfig

@@ -11,8 +11,8 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+from tests.support.learning.tiny_models import SIZES, save_tiny_model
 from tests.support.project import ROOT
-from tests.support.tiny_models import SIZES, save_tiny_model
 from treerpo_ray.config import load
 from treerpo_ray.config.sections import ModelConfig
 from treerpo_ray.preflight.inputs import preflight

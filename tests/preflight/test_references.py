@@ -58,7 +58,7 @@ def test_a_data_set_without_any_answer_is_one_line_with_its_key() -> None:
     [
         ("treerpo_ray.verifier.boxed_answer", ("7", PROSE), ("2",)),
         ("treerpo_ray.quickstart.countdown_answer", ("1 2=3", "3"), ("2",)),
-        ("tests.support.false_self_test", (PROSE, PROSE), ()),  # which cannot tell
+        ("tests.support.answers.false_self_test", (PROSE, PROSE), ()),  # which cannot tell
     ],
 )
 def test_the_runs_own_verifier_is_asked(check, answers, no_answers) -> None:

@@ -10,9 +10,10 @@ from typing import ClassVar
 import datasets
 import pytest
 from huggingface_hub import constants
-from treerpo_ray.driver.model_check import check_model
 
-from treerpo_ray.config.sections import ModelConfig, PromptsConfig
+from treerpo_ray.config.data import PromptsConfig
+from treerpo_ray.config.sections import ModelConfig
+from treerpo_ray.preflight.model_check import check_model
 from treerpo_ray.prompts.hub import Unreachable, offline_because
 from treerpo_ray.prompts.problems import load_problems
 from treerpo_ray.prompts.prompt_set import load_tokenizer

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.answers.verdicts import verdicts_of
 from tests.support.project import ROOT
-from tests.support.verdicts import verdicts_of
 from treerpo_ray.config import load
 from treerpo_ray.preflight.inputs import load_inputs
 from treerpo_ray.quickstart import exercises

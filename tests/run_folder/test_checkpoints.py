@@ -15,8 +15,8 @@ import fsspec
 import pytest
 import torch
 
-from tests.support.run_folders import LossyStore, contents, files, full_disk
-from tests.support.small_disk import small_disk
+from tests.support.saved_runs.run_folders import LossyStore, contents, files, full_disk
+from tests.support.saved_runs.small_disk import small_disk
 from treerpo_ray.run_folder.checkpoints import (
     LIST_FILE,
     CheckpointContents,

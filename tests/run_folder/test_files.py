@@ -8,7 +8,7 @@ import fsspec
 import pyarrow as pa
 import pytest
 
-from tests.support.run_folders import LossyStore, contents, files, full_disk
+from tests.support.saved_runs.run_folders import LossyStore, contents, files, full_disk
 from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.run_folder.checkpoints import Checkpoints
 from treerpo_ray.run_folder.files import ROW_GROUP_BYTES, RunFolder, named_folder

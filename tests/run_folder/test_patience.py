@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from tests.support.small_disk import small_disk
+from tests.support.saved_runs.small_disk import small_disk
 from treerpo_ray.run_folder.disk import Refusal, disk_of, explain, free_bytes, refusal_of, size
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.patience import DiskRefused, Patience, PatienceTimes

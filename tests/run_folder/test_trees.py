@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.records import plain, tree_of
+from tests.support.learning.records import plain, tree_of
 from treerpo_ray.config import Config, load
 from treerpo_ray.prompts.mixture import one_set
 from treerpo_ray.records import TreeRecord, to_table

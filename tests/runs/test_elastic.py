@@ -26,7 +26,11 @@ ELASTIC = [
     *("engine.num_engines=1", "engine.max_engines=2", "engine.max_trees=4"),
     *("learner.num_workers=2", "learner.min_workers=1"),
     *("learner.resources={CPU: 0.5, train_slot: 1}", "evaluate.data.path=''"),
-    *("checkpoint.every=1", "run.num_steps=5000", "verifier.check=tests.support.slow_grades"),
+    *(
+        "checkpoint.every=1",
+        "run.num_steps=5000",
+        "verifier.check=tests.support.answers.slow_grades",
+    ),
 ]
 """12 trees are in flight, so that two engines of at most 4 are wanted throughout."""
 HEALTH = {

@@ -20,11 +20,11 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.notebooks import READ_A_RUN, complaints, execute
 from tests.support.planted_secrets import holds_secret
 from tests.support.project import ROOT, SMALL
 from tests.support.ray_tables import actors, failed_tasks
-from tests.support.small_disk import small_disk
+from tests.support.saved_runs.notebooks import READ_A_RUN, complaints, execute
+from tests.support.saved_runs.small_disk import small_disk
 from tests.support.whole_runs import (
     STRICT,
     assert_gone,

@@ -13,7 +13,7 @@ from tests.support.project import ROOT
 @pytest.mark.timeout(600)
 def test_weights_lie_where_the_learner_is_and_their_loss_is_told() -> None:
     """See `weights_on_nodes`: the engine's pool is on the driver's node, the engine on its own."""
-    command = [sys.executable, "-m", "tests.support.weights_on_nodes"]
+    command = [sys.executable, "-m", "tests.support.stages.weights_on_nodes"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.fake_engines import (
+from tests.support.stages.fake_engines import (
     ENDS,
     PROMPTS,
     SEED,
@@ -28,7 +28,7 @@ from tests.support.fake_engines import (
     until,
     whole_tree,
 )
-from tests.support.virtual_time import run
+from tests.support.stages.virtual_time import run
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.algo.tree import Tree
 from treerpo_ray.config import Config

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.support.project import ROOT as PROJECT
-from tests.support.small_run import (
+from tests.support.saved_runs.small_run import (
     NUM_STEPS,
     SAVED,
     grown_record,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from jobs.cluster.chaos import Kill, Victim, draw_schedule, recovery_s, serving, victims
-from tests.support.records import tree_of
-from tests.support.tiny_models import save_tiny_model
+from tests.support.learning.records import tree_of
+from tests.support.learning.tiny_models import save_tiny_model
 from treerpo_ray.config import load
 from treerpo_ray.learner.policy import load_policy
 from treerpo_ray.metrics.run_log import RunLog

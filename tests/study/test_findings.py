@@ -6,15 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.support.records import some_training
-from tests.support.small_run import (
+from tests.support.learning.records import some_training
+from tests.support.saved_runs.small_run import (
     NUM_STEPS,
     answers_to,
     save_trees,
     worked_record,
     write_small_run,
 )
-from tests.support.viewer import PROBLEMS
+from tests.support.saved_runs.viewer import PROBLEMS
 from treerpo_ray.records import Training
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.study.analysis import NotThere, Run

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from tests.support.notebooks import (
+from tests.support.learning.records import some_training
+from tests.support.saved_runs.notebooks import (
     BY_HAND,
     COMPARE,
     NOTEBOOKS,
@@ -17,15 +18,14 @@ from tests.support.notebooks import (
     execute,
     shown,
 )
-from tests.support.records import some_training
-from tests.support.small_run import (
+from tests.support.saved_runs.small_run import (
     NUM_STEPS,
     answers_to,
     save_trees,
     worked_record,
     write_small_run,
 )
-from tests.support.viewer import PROBLEMS
+from tests.support.saved_runs.viewer import PROBLEMS
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.study.analysis import Missing
 

@@ -1,6 +1,6 @@
 import pytest
 
-from tests.support.verdicts import verdicts_of
+from tests.support.answers.verdicts import verdicts_of
 from treerpo_ray.verifier.boxed_answer import SELF_TEST, check_answer, find_answer
 from treerpo_ray.verifier.verdict import Answer, Verdict
 from treerpo_ray.verifier.verifier import Verifier

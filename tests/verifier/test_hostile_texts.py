@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.hostile_texts import CODE, OPENERS, TOKENS, drawn_answers
-from tests.support.verdicts import verdicts_of
+from tests.support.answers.hostile_texts import CODE, OPENERS, TOKENS, drawn_answers
+from tests.support.answers.verdicts import verdicts_of
 from treerpo_ray.verifier.verdict import Answer, Verdict
 from treerpo_ray.verifier.verifier import Verifier
 
@@ -24,7 +24,7 @@ MEGABYTE = 2**20
 @pytest.fixture(scope="module")
 def audited():
     with Verifier(
-        check="tests.support.audited_math",
+        check="tests.support.answers.audited_math",
         num_workers=2,
         timeout_s=TIMEOUT_S,
         memory_mib=MEMORY_MIB,

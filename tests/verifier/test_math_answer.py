@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.answers.verdicts import verdicts_of
 from tests.support.project import ROOT
-from tests.support.verdicts import verdicts_of
 from treerpo_ray.verifier._math import equality as math_equality
 from treerpo_ray.verifier._math import value
 from treerpo_ray.verifier._math.equality import is_equal
@@ -574,6 +574,6 @@ def test_equal_answers_are_one_group_in_the_workers(verifier):
 def test_a_domain_that_finds_no_answers_groups_none():
     answers = [Answer(text="one", references=("1",), is_cut_off=False)] * 2
     with Verifier(
-        check="tests.support.false_self_test", num_workers=1, timeout_s=60.0, memory_mib=512
+        check="tests.support.answers.false_self_test", num_workers=1, timeout_s=60.0, memory_mib=512
     ) as domain:
         assert domain.group([answers]) == [None]

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.answers.verdicts import verdicts_of
 from tests.support.planted_secrets import holds_secret
 from tests.support.project import ROOT
-from tests.support.verdicts import verdicts_of
 from treerpo_ray.errors import UserCodeError
 from treerpo_ray.verifier.verdict import Answer, Verdict
 from treerpo_ray.verifier.verifier import Verifier
 
-UNRULY = "tests.support.unruly_answers"
-FALSE = "tests.support.false_self_test"
+UNRULY = "tests.support.answers.unruly_answers"
+FALSE = "tests.support.answers.false_self_test"
 TIMEOUT_S = 8.0
 """A machine that does other work as well answers in less; what hangs here does so for an hour."""
 PATIENCE_S = 300.0
@@ -289,7 +289,7 @@ def test_limits_must_be_positive(wrong):
 def test_a_failing_self_test_names_its_pair():
     with (
         Verifier(
-            check="tests.support.false_self_test",
+            check="tests.support.answers.false_self_test",
             num_workers=1,
             timeout_s=PATIENCE_S,
             memory_mib=64,

@@ -5,10 +5,15 @@ from dataclasses import replace
 
 import pytest
 
-from tests.support.paper_run import write_paper_run
-from tests.support.records import some_training
-from tests.support.small_run import answers_to, save_trees, worked_record, write_small_run
-from tests.support.viewer import CHROMIUM, PROBLEMS, chromium, client_of, served
+from tests.support.learning.records import some_training
+from tests.support.saved_runs.paper_run import write_paper_run
+from tests.support.saved_runs.small_run import (
+    answers_to,
+    save_trees,
+    worked_record,
+    write_small_run,
+)
+from tests.support.saved_runs.viewer import CHROMIUM, PROBLEMS, chromium, client_of, served
 from treerpo_ray.run_folder.files import RunFolder
 
 

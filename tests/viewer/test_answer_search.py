@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from tests.support.small_run import save_trees, worked_record, write_small_run
-from tests.support.viewer import WIDE, Screen
+from tests.support.saved_runs.small_run import save_trees, worked_record, write_small_run
+from tests.support.saved_runs.viewer import WIDE, Screen
 from treerpo_ray.viewer.reader import RunReader
 from treerpo_ray.viewer.search import AFTER, BEFORE
 

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from tests.support.small_run import (
+from tests.support.saved_runs.small_run import (
     SAVED,
     answers_to,
     save_trees,
     worked_record,
     write_small_run,
 )
-from tests.support.viewer import PROBLEMS
+from tests.support.saved_runs.viewer import PROBLEMS
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.study.problems import evaluation_sightings
 from treerpo_ray.viewer.answers import read_answers

@@ -7,8 +7,13 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from tests.support.small_run import answers_to, save_trees, worked_record, write_small_run
-from tests.support.viewer import PROBLEMS, WIDE, Screen, served
+from tests.support.saved_runs.small_run import (
+    answers_to,
+    save_trees,
+    worked_record,
+    write_small_run,
+)
+from tests.support.saved_runs.viewer import PROBLEMS, WIDE, Screen, served
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.run_folder.files import RunFolder

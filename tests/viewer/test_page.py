@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.paper_run import NUM_STEPS, QUESTION, SCRIPT
-from tests.support.viewer import PHONE, WIDE, Screen
+from tests.support.saved_runs.paper_run import NUM_STEPS, QUESTION, SCRIPT
+from tests.support.saved_runs.viewer import PHONE, WIDE, Screen
 from treerpo_ray.viewer.page import write_page
 from treerpo_ray.viewer.reader import RunReader
 

@@ -12,15 +12,15 @@ import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from omegaconf import OmegaConf
 
-from tests.support.paper_run import NUM_STEPS, paper_record
-from tests.support.records import some_training
-from tests.support.small_run import (
+from tests.support.learning.records import some_training
+from tests.support.saved_runs.paper_run import NUM_STEPS, paper_record
+from tests.support.saved_runs.small_run import (
     grown_record,
     save_trees,
     worked_record,
     write_small_run,
 )
-from tests.support.viewer import client_of
+from tests.support.saved_runs.viewer import client_of
 from treerpo_ray.config import Config
 from treerpo_ray.records import to_table
 from treerpo_ray.run_folder import trees as saved_trees

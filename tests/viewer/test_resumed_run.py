@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.small_run import answers_to, save_trees, worked_record, write_small_run
-from tests.support.viewer import PROBLEMS, WIDE, Screen, served
+from tests.support.saved_runs.small_run import (
+    answers_to,
+    save_trees,
+    worked_record,
+    write_small_run,
+)
+from tests.support.saved_runs.viewer import PROBLEMS, WIDE, Screen, served
 from treerpo_ray.metrics.run_log import num_redone
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder

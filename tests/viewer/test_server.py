@@ -13,15 +13,15 @@ from fnmatch import fnmatch
 import numpy as np
 import pytest
 
-from tests.support.paper_run import SCRIPT
 from tests.support.project import ROOT as PROJECT
-from tests.support.small_run import (
+from tests.support.saved_runs.paper_run import SCRIPT
+from tests.support.saved_runs.small_run import (
     metric_rows,
     save_trees,
     worked_record,
     write_small_run,
 )
-from tests.support.viewer import client_of
+from tests.support.saved_runs.viewer import client_of
 from treerpo_ray.algo.tree import Tree
 from treerpo_ray.errors import STOPPED
 from treerpo_ray.viewer.page import page

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from tests.support.paper_run import SCRIPT, paper_record
-from tests.support.records import some_training
-from tests.support.small_run import (
+from tests.support.learning.records import some_training
+from tests.support.saved_runs.paper_run import SCRIPT, paper_record
+from tests.support.saved_runs.small_run import (
     TOKENIZER,
     save_trees,
     worked_record,

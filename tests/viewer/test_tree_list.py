@@ -1,7 +1,7 @@
 """The list of trees: what it tells, filters and finds."""
 
-from tests.support.small_run import save_trees, worked_record, write_small_run
-from tests.support.viewer import WIDE, Screen, served
+from tests.support.saved_runs.small_run import save_trees, worked_record, write_small_run
+from tests.support.saved_runs.viewer import WIDE, Screen, served
 
 
 def test_the_list_of_trees_tells_the_same_without_tokens(ask, folder):

@@ -17,7 +17,7 @@ from treerpo_ray.actor import actor_method
 from treerpo_ray.metrics.diagnosis import UNHEALTHY, Diagnosis
 from treerpo_ray.metrics.health import StackDump, StageStatus
 from treerpo_ray.metrics.stage_metrics import FINISHED, StageMetrics
-from treerpo_ray.metrics.wandb import ID_FILE, SENT_FILE, WandbRun
+from treerpo_ray.metrics.wandb.run import ID_FILE, SENT_FILE, WandbRun
 from treerpo_ray.run_folder.files import RunFolder, Scalar, parse_lines
 from treerpo_ray.run_folder.lines import AppendLog, LogTimes
 

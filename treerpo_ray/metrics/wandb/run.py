@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from treerpo_ray.metrics.artifacts import Artifacts
-from treerpo_ray.metrics.offline_wandb import offline_rows
-from treerpo_ray.metrics.panels import TOKENS, define, shown
+from treerpo_ray.metrics.wandb.artifacts import Artifacts
+from treerpo_ray.metrics.wandb.offline import offline_rows
+from treerpo_ray.metrics.wandb.panels import TOKENS, define, shown
 from treerpo_ray.metrics.sources import version_of
-from treerpo_ray.metrics.tables import Tables
+from treerpo_ray.metrics.wandb.tables import Tables
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.writer import BackgroundWriter, OnFailure, Warn
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from treerpo_ray.config import Config
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 Row = dict[str, float]
 """See `run_log`."""
 ID_FILE = "wandb_id"

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from tests.support.trees import make_tree
+from tests.support.learning.trees import make_tree
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree
 from treerpo_ray.evaluate.evaluation import Evaluation
 from treerpo_ray.records import TreeRecord

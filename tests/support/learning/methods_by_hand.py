@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from statistics import fmean, stdev
 
-from tests.support.step_rows import REWARDS
+from tests.support.learning.step_rows import REWARDS
 from treerpo_ray.records import TreeRecord
 
 Row = tuple[int, float]

@@ -8,7 +8,7 @@ import numpy as np
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 
-from tests.support.small_run import TOKENIZER, metric_rows
+from tests.support.saved_runs.small_run import TOKENIZER, metric_rows
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import MetricsConfig, RunConfig

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests.support.tiny_models import VOCAB_SIZE
+from tests.support.learning.tiny_models import VOCAB_SIZE
 from treerpo_ray.algo.packing import Forest
 
 

@@ -1,6 +1,6 @@
 """Small pictures of the viewer, as the README shows them.
 
-python -m tests.support.screenshots RUN FOLDER
+python -m tests.support.saved_runs.screenshots RUN FOLDER
 
 Of the run's trees that is drawn which has most to show, and of the problems that training fixed the
 first.
@@ -13,7 +13,7 @@ from urllib.parse import urlencode
 
 from PIL import Image
 
-from tests.support.viewer import chromium, served
+from tests.support.saved_runs.viewer import chromium, served
 from treerpo_ray.viewer.reader import RunReader
 from treerpo_ray.viewer.tree_list import TreeSummary
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.support.tiny_models import VOCAB_SIZE
+from tests.support.learning.tiny_models import VOCAB_SIZE
 from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.algo.tree import Step, StopReason, Tree
 from treerpo_ray.config import Config

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 from hypothesis import strategies as st
 
-from tests.support.trees import make_step, make_tree, trees
+from tests.support.learning.trees import make_step, make_tree, trees
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
 from treerpo_ray.records import Training, TreeRecord
 from treerpo_ray.verifier.verdict import Grade, Verdict
