@@ -24,7 +24,7 @@ from treerpo_ray.study.analysis import Run
 @pytest.fixture(scope="module")
 def demo() -> ModuleType:
     """The demonstration as a module."""
-    return load_script("jobs/cluster/autoscale_demo.py")
+    return load_script("jobs/drills/autoscale_demo.py")
 
 
 def test_rays_autoscaler_takes_the_demonstrations_cluster(demo) -> None:
@@ -86,7 +86,7 @@ def test_a_signal_at_any_time_takes_the_demonstrations_cluster_down(demo, monkey
 def test_ray_starts_and_takes_away_nodes_as_trees_come_and_go(tmp_path) -> None:
     """The demonstration, smaller: many trees in hand, then no more than one engine grows, and a
     Ctrl-C once the second node has come and gone."""
-    command = [sys.executable, "jobs/cluster/autoscale_demo.py", f"run.root={tmp_path}"]
+    command = [sys.executable, "jobs/drills/autoscale_demo.py", f"run.root={tmp_path}"]
     smaller = [
         *("run.name=scaled", "run.num_steps=1000", "gate.trees_per_step=2"),
         *("engine.max_engines=2", "engine.max_trees=4", "engine.shrink_after_s=4"),

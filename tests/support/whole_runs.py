@@ -12,7 +12,7 @@ import psutil
 import rich.console
 
 from treerpo_ray.config import Config, load
-from treerpo_ray.driver.outcome import RunResult
+from treerpo_ray.driver.result import RunResult
 from treerpo_ray.driver.run import train
 from treerpo_ray.driver.start import contents_of
 from treerpo_ray.metrics.console import Console

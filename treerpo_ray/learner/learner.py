@@ -29,6 +29,7 @@ from treerpo_ray.learner.policy import DTYPES, ForestTensors, Policy, load_polic
 from treerpo_ray.learner.stats import BatchStats, count
 from treerpo_ray.prompts.prompt_set import resolve_model_path
 from treerpo_ray.records import Training, TreeRecord
+from treerpo_ray.run_folder.checkpoints import BYTES_A_PARAMETER
 from treerpo_ray.run_folder.files import MODEL_FOLDER
 
 
@@ -40,8 +41,6 @@ T = TypeVar("T")
 SumT = TypeVar("SumT", bound=_Addable)
 STATE_FILE = "learner.json"
 OPTIMIZER_FILE = "optimizer.pt"
-CHECKPOINT_BYTES = 12
-"""Of each parameter in a checkpoint: its weight and both of its moments, in float32."""
 BASELINE_STEPS = 10
 """Learner steps that the baseline of `past_baseline` is the mean of: many enough for a small error,
 few enough to follow a policy that learns."""
@@ -316,7 +315,7 @@ class Learner:
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes that `write` writes, about: the weights and both moments in float32."""
-        return CHECKPOINT_BYTES * sum(each.numel() for each in self.policy.model.parameters())
+        return BYTES_A_PARAMETER * sum(each.numel() for each in self.policy.model.parameters())
 
     def write(self, folder: Path) -> None:
         """Write everything that a resumed run needs."""

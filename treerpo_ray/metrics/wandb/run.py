@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from treerpo_ray.metrics.sources import version_of
 from treerpo_ray.metrics.wandb.artifacts import Artifacts
 from treerpo_ray.metrics.wandb.offline import offline_rows
 from treerpo_ray.metrics.wandb.panels import TOKENS, define, shown
-from treerpo_ray.metrics.sources import version_of
 from treerpo_ray.metrics.wandb.tables import Tables
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.writer import BackgroundWriter, OnFailure, Warn

@@ -1,7 +1,7 @@
 """Show autoscaling on one machine: a real run whose rollout nodes Ray starts and takes away.
 
-python jobs/cluster/autoscale_demo.py
-python jobs/cluster/autoscale_demo.py run.name=mine engine.max_engines=2  # as for train.py
+python jobs/drills/autoscale_demo.py
+python jobs/drills/autoscale_demo.py run.name=mine engine.max_engines=2  # as for train.py
 
 The head has room for the learner only. Engines ask for rollout nodes, which Ray's own autoscaler
 starts (as further Ray processes of this machine, the only part that is not as on a cloud). The
@@ -67,13 +67,13 @@ def show(overrides: list[str]) -> int:
     console = Console(config)
     with Stop().at_work(), autoscaling_cluster() as address:
         os.environ["RAY_ADDRESS"] = address
-        outcome = run(config, inputs, console)
+        result = run(config, inputs, console)
         start = time.monotonic()
         wait_until_idle(address)
         console.note(f"no rollout node is left {time.monotonic() - start:.0f} s after the run")
     draw(config.folder)
     console.note(f"nodes, engines and trees over time: {config.folder}/pool.png")
-    return 0 if outcome.is_complete else STOPPED
+    return 0 if result.is_complete else STOPPED
 
 
 def _ask_for_token() -> None:
