@@ -16,6 +16,8 @@ from tests.support.whole_runs import (
     assert_promises_kept,
     assert_versions_count_updates,
 )
+from treerpo_ray.config import Config
+from treerpo_ray.metrics.console import Console
 from treerpo_ray.run_folder.files import Scalar
 from treerpo_ray.stop import STOPPED, Stop
 from treerpo_ray.study.analysis import Run
@@ -62,21 +64,17 @@ def test_a_signal_at_any_time_takes_the_demonstrations_cluster_down(demo, monkey
             signal.raise_signal(signal.SIGTERM)
         return SimpleNamespace(is_complete=True)
 
-    def run(*_: object) -> object:
+    def train() -> object:
         with Stop().at_work():  # as a run has its own
             pass
         return do("the run")
 
     monkeypatch.setenv("RAY_ADDRESS", "set by the demonstration")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "else the demonstration sets one for all tests")
-    monkeypatch.setattr("treerpo_ray.preflight.machine.check_vllm", lambda config: None)
-    monkeypatch.setattr("treerpo_ray.preflight.inputs.load_inputs", lambda config: None)
-    monkeypatch.setattr("treerpo_ray.driver.run.run", run)
     monkeypatch.setattr(demo, "_start_head", lambda *_: do("the start") and "host:6379")
     monkeypatch.setattr(demo, "wait_until_idle", lambda address: do("the wait for idle nodes"))
     monkeypatch.setattr(demo, "_end_processes", lambda mark: done.append("taken down"))
     with pytest.raises(KeyboardInterrupt):
-        demo.show([])
+        demo.on_growing_cluster(train, Console(Config()))
     assert done[-2:] == [at, "taken down"]
 
 
