@@ -85,7 +85,9 @@ class WandbRun:
         self._tokens = 0.0
         self._number = 0
         """Of the row that was sent last."""
-        self._tables = Tables(RunFolder(config.folder), config)
+        self._tables = Tables(
+            folder=RunFolder(config.folder), has_trees=bool(config.metrics.save_trees_every)
+        )
         self._writer = BackgroundWriter(
             lambda _, reason: warn("wandb_stopped", f"{reason}; metrics.jsonl has all rows"),
             name="wandb",
@@ -183,7 +185,13 @@ class WandbRun:
                 f"{reason}; `wandb sync {self._folder}/wandb/offline-run-*` sends it later",
             )
         (self._folder / ID_FILE).write_text(self._run.id)  # in a sweep W&B's own
-        self._artifacts = Artifacts(RunFolder(self._config.folder), self._config, self._run)
+        self._artifacts = Artifacts(
+            folder=RunFolder(self._config.folder),
+            name=self._config.run.name,
+            model=self._config.model.path,
+            keep=self._config.checkpoint.keep,
+            run=self._run,
+        )
         self._artifacts.use_start()
         self._run.define_metric("step", hidden=True)
         self._run.define_metric(TOKENS)
