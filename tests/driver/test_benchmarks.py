@@ -31,8 +31,8 @@ from treerpo_ray.driver.benchmarks import (
 from treerpo_ray.evaluate.evaluation import Evaluation
 from treerpo_ray.evaluate.report import comparison, read_samples, table, with_mean
 from treerpo_ray.metrics.console import Console
-from treerpo_ray.metrics.health import StageStatus
-from treerpo_ray.metrics.run_log import Event
+from treerpo_ray.metrics.events import Event
+from treerpo_ray.metrics.stage_status import StageStatus
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.search.tree_pool import TreePool

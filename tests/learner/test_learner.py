@@ -35,8 +35,8 @@ from tests.support.user_files import CREDIT
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.loss_config import LossConfig, Normalisation
 from treerpo_ray.config import load
-from treerpo_ray.config.sections import MixedConfig
-from treerpo_ray.metrics.run_log import BY_SET
+from treerpo_ray.config.data import MixedConfig
+from treerpo_ray.metrics.rows import BY_SET
 from treerpo_ray.verifier.verdict import Grade, Verdict
 
 

@@ -14,7 +14,7 @@ from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import step_groups
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree
 from treerpo_ray.learner.stats import BatchStats, Sums, count
-from treerpo_ray.metrics.run_log import BY_SET
+from treerpo_ray.metrics.rows import BY_SET
 from treerpo_ray.records import RootValue, TreeRecord
 from treerpo_ray.verifier.verdict import Grade, Verdict
 

@@ -12,7 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support.saved_runs.run_logs import run_config
 from treerpo_ray.actor import make_actor
 from treerpo_ray.metrics import stage_metrics
-from treerpo_ray.metrics.run_log import NOTICES, Event, RunLog
+from treerpo_ray.metrics.events import NOTICES, Event
+from treerpo_ray.metrics.run_log import RunLog
 from treerpo_ray.metrics.stage_metrics import METRICS, NOTED, Kind, StageMetrics
 
 DASHBOARD = Path(stage_metrics.__file__).with_name("grafana.json")

@@ -22,7 +22,7 @@ from tests.support.saved_runs.small_run import (
 )
 from treerpo_ray.algo.tree import ROOT, StopReason
 from treerpo_ray.config.files import load, to_yaml
-from treerpo_ray.metrics.run_log import BY_SET
+from treerpo_ray.metrics.rows import BY_SET
 from treerpo_ray.records import to_table
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder

@@ -26,7 +26,8 @@ from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, Graded, save_evaluation, save_samples
 from treerpo_ray.evaluate.grading import grade_samples, summarise
 from treerpo_ray.metrics.console import Console
-from treerpo_ray.metrics.run_log import RunLog, RunLogApi
+from treerpo_ray.metrics.events import RunLogApi
+from treerpo_ray.metrics.run_log import RunLog
 from treerpo_ray.metrics.watchdog import Heartbeats, HeartbeatsApi, watch_over
 from treerpo_ray.preflight.memory import MemoryPlan, misfit
 from treerpo_ray.preflight.model_check import model_size, num_positions

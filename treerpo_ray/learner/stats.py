@@ -13,7 +13,7 @@ from treerpo_ray.algo.calibration import NUM_BINS, calibration_bins, calibration
 from treerpo_ray.algo.duplicates import count_duplicates
 from treerpo_ray.algo.groups import GroupState, Pruning, StepGroups
 from treerpo_ray.algo.standard_errors import standard_error_of_mean
-from treerpo_ray.metrics.run_log import BY_SET
+from treerpo_ray.metrics.rows import BY_SET
 from treerpo_ray.prompts.mixture import set_of
 from treerpo_ray.records import RootValue, TreeRecord
 from treerpo_ray.verifier.verdict import Verdict

@@ -22,7 +22,8 @@ from treerpo_ray.algo.groups import PruneRule, Pruning, step_groups
 from treerpo_ray.algo.tree import ROOT, Tree
 from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.errors import one_line
-from treerpo_ray.metrics.run_log import EVENTS_FILE, METRICS_FILE, latest_rows
+from treerpo_ray.metrics.events import EVENTS_FILE
+from treerpo_ray.metrics.rows import METRICS_FILE, latest_rows
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import CONFIG_FILE, MODEL_FOLDER, RunFolder

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from treerpo_ray.metrics.run_log import BY_SET
+from treerpo_ray.metrics.rows import BY_SET
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

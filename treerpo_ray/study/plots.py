@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from treerpo_ray.metrics.run_log import EVENTS_FILE
+from treerpo_ray.metrics.events import EVENTS_FILE
 from treerpo_ray.study.analysis import NotThere, Run
 from treerpo_ray.study.panels import Panel, panels_of
 
@@ -130,7 +130,7 @@ def _draw_panel(axes: Axes, panel: Panel, metrics: pd.DataFrame) -> None:
         low_high = metrics[interval].dropna()
         axes.vlines(low_high.index, *low_high.to_numpy().T, color=KEPT, linewidth=2, alpha=0.5)
     if len(drawn) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(fontsize=8, framealpha=0.8, edgecolor="none")  # lines may run behind it
     if panel.is_share:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set_ylim(-0.03, 1.03)

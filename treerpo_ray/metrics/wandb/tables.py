@@ -25,8 +25,6 @@ from treerpo_ray.run_folder.files import RunFolder
 if TYPE_CHECKING:
     import wandb
 
-    from treerpo_ray.config import Config
-
 
 log = logging.getLogger(__name__)
 
@@ -82,18 +80,17 @@ class Tables:
 
     Args:
         folder: The run folder.
-        config: The run's.
+        has_trees: Whether the run saves trees.
         make_page: Makes a page of trees.
     """
 
     def __init__(
-        self, folder: RunFolder, config: "Config", make_page: MakePage = viewer_page
+        self, *, folder: RunFolder, has_trees: bool, make_page: MakePage = viewer_page
     ) -> None:
-        self._folder, self._config, self._make_page = folder, config, make_page
+        self._folder, self._make_page = folder, make_page
         self._passed = -1.0
         """Step until which all that there is has been shown."""
         self._shown: set[str] = set()
-        has_trees = config.metrics.save_trees_every
         self._kinds = (SAMPLES, TREES, PAGE) if has_trees else (SAMPLES,)
         self._awaited, self._evaluated, self._rows_left = set(self._kinds), -1.0, LATE_ROWS
         """Kinds that are not there yet, of the evaluation at which step, and how long to look."""
@@ -179,7 +176,7 @@ class Tables:
 
         newest, records = self._chosen(step)
         refs = [f"{newest}:{record.ticket}" for record in records[:PAGE_TREES]]
-        page = self._make_page(self._config.folder, refs)
+        page = self._make_page(self._folder.place, refs)
         if (size := len(page.encode())) > MAX_PAGE_BYTES:
             raise ValueError(f"the page has {size} bytes")
         return wandb.Html(page, inject=False)

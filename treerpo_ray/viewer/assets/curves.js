@@ -116,7 +116,7 @@ function padded(low, high, isShare) {
   if (low === null || high === null) return [0, 1];
   const lack = LEAST_RANGE * Math.max(Math.abs(low), Math.abs(high)) - (high - low);
   const more = Math.max((high - low) * 0.08, lack / 2) || 0.08;
-  return isShare ? [Math.max(0, low - more), Math.min(1.02, high + more)] : [low - more, high + more];
+  return isShare ? [Math.max(-0.03, low - more), Math.min(1.03, high + more)] : [low - more, high + more];
 }
 
 function percent(share, digits) {
