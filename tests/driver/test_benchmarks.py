@@ -85,11 +85,13 @@ def test_a_run_is_found_by_its_name_and_code_of_its_model_is_not_run_unasked(
     folder = tmp_path / "treerpo_runs/mine"
     (folder / "model").mkdir(parents=True)
     (folder / "model/model.safetensors").write_text("")
-    (folder / "config.yaml").write_text("model: {trust_remote_code: true}\n")
+    text = "model: {trust_remote_code: true}\nrun: {root: /home/somebody/else, name: theirs}\n"
+    (folder / "config.yaml").write_text(text)
     assert place_of("mine") == str(folder) and place_of("gpt2") == "gpt2"
     config = configure(place_of("mine"), [], [])
     assert config.model.path == str(folder / "model")
-    assert config.run.name == "eval-mine" and not config.model.trust_remote_code
+    assert config.folder == f"{folder.parent}/eval-mine"  # beside it, wherever it was made
+    assert not config.model.trust_remote_code
     asked = configure(place_of("mine"), [], ["model.trust_remote_code=true"])
     trusted = configure(place_of("mine"), [], [], trusts_run=True)
     assert asked.model.trust_remote_code and trusted.model.trust_remote_code

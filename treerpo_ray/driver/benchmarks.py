@@ -72,6 +72,8 @@ def configure(
     if folder.exists(CONFIG_FILE):
         base = [_fetched(folder, CONFIG_FILE), f"model.path={_fetched(folder, _model_of(folder))}"]
         base += [] if trusts_run else ["model.trust_remote_code=false"]
+        if folder.is_local:  # beside the run, wherever it was made
+            base.append(f"run.root={PurePosixPath(folder.root).parent}")
     elif "://" not in model:
         base = [f"model.path={model}"]
     elif _is_model(folder):
