@@ -22,7 +22,7 @@ SUFFIXES = {
     Kind.COUNTER: ("_total",),
     Kind.HISTOGRAM: ("_bucket", "_count", "_sum"),
 }
-WAIT_S = 60.0
+WAIT_S = 600.0
 """Time for what was recorded to come to the endpoint; Ray hands it on every 10 s."""
 
 
@@ -178,8 +178,12 @@ def exported_labels(config):
     wanted = {f"ray_{metric.name}" for metric in METRICS}
     while time.monotonic() < end and not wanted <= {re.sub("_total$", "", n) for n in found}:
         time.sleep(0.5)
-        with urllib.request.urlopen(url, timeout=WAIT_S) as answer:
-            families = list(text_string_to_metric_families(answer.read().decode()))
+        try:
+            with urllib.request.urlopen(url, timeout=WAIT_S) as answer:
+                text = answer.read().decode()
+        except OSError:  # what answers there is still starting
+            continue
+        families = list(text_string_to_metric_families(text))
         found = {family.name: family for family in families if "treerpo" in family.name}
     return {
         sample.name: set(sample.labels) for family in found.values() for sample in family.samples
