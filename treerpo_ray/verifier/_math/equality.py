@@ -346,8 +346,8 @@ def _cells(text: str) -> tuple[bool, list[list[str]]] | None:
     """Whether a matrix is the determinant of one, and its rows; None: it is no matrix."""
     if found := MATRIX.fullmatch(text.strip()):
         kind, body = found.groups()
-        rows = re.split(r"\\\\(?:\[\w+\])?", re.sub(r"^\{[clr|]*\}", "", body.strip()))
-        return kind.lower() == "vmatrix", [row.split("&") for row in rows if row.strip()]
+        lines = re.split(r"\\\\(?:\[\w+\])?", re.sub(r"^\{[clr|]*\}", "", body.strip()))
+        return kind.lower() == "vmatrix", [line.split("&") for line in lines if line.strip()]
     rows = [_listed(row) for row in _listed(text)]
     return (False, rows) if rows and all(rows) else None
 
