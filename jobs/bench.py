@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job has only a
 import rich.console
 import rich.table
 
-from jobs.benches.comparison import ROUNDS
 from jobs.benches.learner import bench_learner
 from jobs.benches.logprobs import bench_logprobs
 from jobs.benches.packing import bench_packing
 from jobs.benches.rollout import bench_search, bench_verifier
+from jobs.benches.sides import ROUNDS
 from treerpo_ray.config import load
 
 ROOT = Path(__file__).resolve().parents[1]

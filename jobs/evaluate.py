@@ -13,6 +13,8 @@ stand in conf/benchmarks.yaml; all benchmarks are taken if none is named. Files 
 overrides (section.key=value) come after it. Prompt template, arguments of the chat template and
 stop strings are the run's; of a model they are prompts.chat_template_args.enable_thinking=false
 and the like.
+A run is graded by its own check. Where that is a file which is not here as it was, the code that
+the run brings along is shown and not run: --trust-run runs it, and code of the model's own, too.
 The scores go to stdout as a table and one line of JSON, and with every sample into
 run.root/run.name/eval: NAME.json and NAME.parquet. Their mean is over the paper's four benchmarks
 if those are among them, otherwise over all.
@@ -56,11 +58,13 @@ def evaluate(arguments: list[str]) -> int:
         from treerpo_ray.driver.benchmarks import configure, place_of, run_benchmarks
         from treerpo_ray.evaluate.report import plain, show, table, with_mean
         from treerpo_ray.preflight.machine import check_vllm
+        from treerpo_ray.preflight.trial import TRUST
 
-    model = place_of(rest[0])
-    config = configure(model, names, rest[1:])
+    trusts_run, model = TRUST in rest, place_of(rest[0])
+    own = [argument for argument in rest[1:] if argument != TRUST]
+    config = configure(model, names, own, trusts_run=trusts_run)
     check_vllm(config)
-    found = run_benchmarks(config, model, console)
+    found = run_benchmarks(config, model, console, trusts_run=trusts_run)
     scores = with_mean({name: each.scores for name, each in found.items()})
     one = next(iter(found.values()))
     if "--json" not in arguments:

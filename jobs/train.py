@@ -37,8 +37,8 @@ def train(arguments: list[str]) -> int:
 
         console.config = config = load(own)
         from treerpo_ray.driver.next_steps import next_steps
-        from treerpo_ray.driver.outcome import describe_outcome, summary_json
         from treerpo_ray.driver.plan import plan_lines
+        from treerpo_ray.driver.result import describe_result, summary_json
         from treerpo_ray.driver.run import run
         from treerpo_ray.driver.start import check_same_run
         from treerpo_ray.preflight.inputs import preflight
@@ -58,13 +58,13 @@ def train(arguments: list[str]) -> int:
         return 0
     check_vllm(config)
     inputs = found.inputs()
-    outcome = run(config, inputs, console)
-    console.note(describe_outcome(config, outcome))
-    if outcome.is_complete:
+    result = run(config, inputs, console)
+    console.note(describe_result(config, result))
+    if result.is_complete:
         for purpose, command in next_steps(config, own):
             console.print_command(purpose, command)
-    print(summary_json(config, outcome))
-    return 0 if outcome.is_complete else STOPPED
+    print(summary_json(config, result))
+    return 0 if result.is_complete else STOPPED
 
 
 def main(arguments: list[str]) -> int:

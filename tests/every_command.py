@@ -24,7 +24,7 @@ from pathlib import Path
 from tests.support.project import ROOT
 from treerpo_ray.config import Config, load
 from treerpo_ray.config.files import to_yaml
-from treerpo_ray.metrics.run_log import latest_rows
+from treerpo_ray.metrics.rows import latest_rows
 from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder
 
 SHORT = ("run.num_steps=2", "metrics.wandb_project=null")
@@ -32,11 +32,12 @@ COVERED = {
     r"bash jobs/test\.sh|bash jobs/first_gpu_run\.sh$|bash jobs/first_gpu_run\.sh machine": "",
     r"jobs/(first_gpu_run|gpu/first_run)\.": "tests/jobs/test_first_gpu_run.py",
     r"ray job submit|RAYJOB": "tests/jobs/test_jobs.py",
-    r"jobs/cluster/chaos\.py": "tests/jobs/test_chaos.py",
-    r"jobs/cluster/autoscale_demo\.py": "tests/jobs/test_autoscale_demo.py",
+    r"jobs/drills/chaos\.py": "tests/jobs/test_chaos.py",
+    r"jobs/drills/autoscale_demo\.py": "tests/jobs/test_autoscale_demo.py",
     r"jobs/notebook\.sh": "tests/jobs/test_notebook_script.py",
     r"jobs/requirements\.py": "tests/jobs/test_setup.py",
     r"^kubectl |^helm |^docker |^ray (exec|get-auth-token)": "tests/jobs/test_cluster_files.py",
+    r"^ray metrics ": "tests/metrics/test_stage_metrics.py",  # it downloads Prometheus
     r"drain\.py": "tests/jobs/test_drain.py",
     r"jobs/compare\.py jobs": "tests/jobs/test_jobs.py",  # days, and its results are there
     r"^pip install": "tests/jobs/test_gpu_setup.py",

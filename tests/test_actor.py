@@ -9,7 +9,8 @@ from ray.util.tracing.tracing_helper import _inject_tracing_into_class
 
 from treerpo_ray.engine.engine import Engine
 from treerpo_ray.engine.replica import EngineApi
-from treerpo_ray.metrics.run_log import RunLog, RunLogApi
+from treerpo_ray.metrics.events import RunLogApi
+from treerpo_ray.metrics.run_log import RunLog
 from treerpo_ray.metrics.watchdog import Heartbeats, HeartbeatsApi, StageApi
 from treerpo_ray.search.gate import Gate
 from treerpo_ray.search.tree_pool import TreePool

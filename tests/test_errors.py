@@ -1,6 +1,6 @@
 """What a command makes of an error."""
 
-from importlib.metadata import PackageNotFoundError
+import importlib.metadata
 
 import pytest
 
@@ -46,8 +46,8 @@ def test_a_python_without_the_project_is_told_where_one_is(capsys, monkeypatch) 
     assert capsys.readouterr().err == "error: No module named 'rich'\n"
 
     def version(name: str) -> str:
-        raise PackageNotFoundError(name)
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr("treerpo_ray.errors.version", version)
+    monkeypatch.setattr(importlib.metadata, "version", version)
     assert run_command(command, []) == 2
     assert "has not what the project needs; bash jobs/quickstart.sh" in capsys.readouterr().err

@@ -55,7 +55,7 @@ def test_a_signal_that_comes_twice_at_once_is_one() -> None:
     assert asked == [True]
 
 
-def test_what_must_not_be_interrupted_is_told_of_it_afterwards(monkeypatch) -> None:
+def test_what_must_not_be_interrupted_is_told_of_it_afterwards() -> None:
     stop, done = Stop(), []
     with stop.at_work(), pytest.raises(KeyboardInterrupt):
         with held_back():
@@ -64,8 +64,7 @@ def test_what_must_not_be_interrupted_is_told_of_it_afterwards(monkeypatch) -> N
             done.append(True)
         done.append(True)
     assert done == [True] and stop.is_asked
-    monkeypatch.setattr("treerpo_ray.stop.SAME_S", 0.0)
-    with stop.at_work(), pytest.raises(KeyboardInterrupt), held_back():
+    with stop.at_work(), pytest.raises(KeyboardInterrupt), held_back(same_s=0.0):
         signal.raise_signal(signal.SIGINT)
         done.append(True)
     assert done == [True], "a second one is not held back"

@@ -20,10 +20,10 @@ from tests.support.answers.evaluations import EVALUATION
 from tests.support.learning.records import tree_of
 from treerpo_ray import train
 from treerpo_ray.config import Config, load
-from treerpo_ray.driver.outcome import finished_outcome
+from treerpo_ray.driver.result import finished_result
 from treerpo_ray.evaluate.evaluation import save_evaluation
 from treerpo_ray.learner.stats import BatchStats
-from treerpo_ray.metrics.run_log import FATAL
+from treerpo_ray.metrics.events import FATAL
 from treerpo_ray.records import RootValue, TreeRecord, to_table
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
@@ -144,7 +144,7 @@ def test_the_model_of_a_run_that_was_stopped_does_not_pass_for_that_of_a_whole_o
     open_worker(config, step=1, left_over=[], grown=[])
     done.mkdir(parents=True)  # the last checkpoint, after which the driver is killed
     (done / "files.json").write_text("{}")
-    assert finished_outcome(config) is None
+    assert finished_result(config) is None
 
 
 def test_a_stop_that_came_while_the_group_was_started_ends_it_before_its_first_step(
@@ -174,7 +174,7 @@ def test_an_evaluation_on_the_way_does_not_pass_for_that_of_the_end(tmp_path: Pa
     save_evaluation(replace(EVALUATION, step=0, num_samples=4), folder)
     for num_samples, is_finished in ((1, False), (4, True)):
         save_evaluation(replace(EVALUATION, step=2, num_samples=num_samples), folder)
-        assert (finished_outcome(config) is not None) == is_finished
+        assert (finished_result(config) is not None) == is_finished
 
 
 def test_one_scorer_grades_all_evaluations_and_ends_with_the_worker(

@@ -17,7 +17,7 @@ from tests.support.project import ROOT as ROOT_FOLDER
 from treerpo_ray import tree_stream
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree
 from treerpo_ray.config import load
-from treerpo_ray.metrics.run_log import FATAL, Event
+from treerpo_ray.metrics.events import FATAL, Event
 from treerpo_ray.prompts.prompt_set import load_tokenizer
 from treerpo_ray.records import SCHEMA, TreeRecord, from_table
 from treerpo_ray.scoring import VerifierFailing

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OwnerDiedError, RayTaskError
 
 from treerpo_ray import weight_sync
-from treerpo_ray.metrics.run_log import Event
+from treerpo_ray.metrics.events import Event
 from treerpo_ray.run_folder.patience import DiskRefused, PatienceTimes
 from treerpo_ray.weight_sync import (
     ALIGNMENT,

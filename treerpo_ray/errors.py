@@ -1,9 +1,9 @@
 """Errors: on one line, of a run that failed, and what a command makes of them."""
 
+import importlib.metadata
 import re
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 
 from treerpo_ray.stop import STOPPED, ended_at_once
 
@@ -51,8 +51,8 @@ def _remedy(error: BaseException) -> str:
     if not isinstance(error, ModuleNotFoundError):
         return ""
     try:
-        version("treerpo_ray")
-    except PackageNotFoundError:
+        importlib.metadata.version("treerpo_ray")
+    except importlib.metadata.PackageNotFoundError:
         return (
             f": {sys.executable} has not what the project needs; bash jobs/quickstart.sh makes "
             ".venv, and `source .venv/bin/activate` takes it"

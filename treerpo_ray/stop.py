@@ -49,14 +49,15 @@ def _handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[Non
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
+def held_back(*, same_s: float = SAME_S) -> Iterator[None]:
     """Meanwhile a signal waits, and another one raises KeyboardInterrupt; afterwards they are
-    handled as before, whatever a library has put in their place below Python."""
+    handled as before, whatever a library has put in their place below Python. Several within
+    `same_s` seconds are one."""
     came: list[tuple[int, float]] = []
 
     def hold(number: int, frame: FrameType | None) -> None:
         came.append((number, time.monotonic()))
-        if came[-1][1] - came[0][1] >= SAME_S:
+        if came[-1][1] - came[0][1] >= same_s:
             raise KeyboardInterrupt
 
     try:

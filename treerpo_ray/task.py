@@ -10,8 +10,8 @@ from treerpo_ray.actor import actor_method, actor_stream
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import GateConfig
-from treerpo_ray.metrics.health import StackDump, StageStatus
-from treerpo_ray.metrics.run_log import RunLogApi
+from treerpo_ray.metrics.events import RunLogApi
+from treerpo_ray.metrics.stage_status import StackDump, StageStatus
 from treerpo_ray.metrics.watchdog import HeartbeatsApi
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import RootValue, TreeRecord

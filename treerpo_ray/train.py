@@ -21,10 +21,11 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
+import pyarrow as pa
 import ray
 import ray.train
 import ray.train.torch
@@ -34,20 +35,20 @@ import torch.distributed as dist
 from treerpo_ray.engine.types import EngineTotals
 from treerpo_ray.evaluate.evaluation import read_evaluation
 from treerpo_ray.evaluate.grading import evaluate
-from treerpo_ray.learner.learner import Learner, UpdateResult
+from treerpo_ray.learner.learner import Learner
 from treerpo_ray.learner.policy import DTYPES
 from treerpo_ray.learner.publisher import Publisher
-from treerpo_ray.metrics.health import IdleTimes
-from treerpo_ray.metrics.run_log import (
+from treerpo_ray.learner.update_result import UpdateResult
+from treerpo_ray.metrics.events import (
     FATAL,
     Event,
-    Row,
     check_failed,
-    latest,
     write_done,
     write_failed,
     write_waits,
 )
+from treerpo_ray.metrics.rows import Row, latest
+from treerpo_ray.metrics.stage_status import IdleTimes
 from treerpo_ray.metrics.watchdog import Heartbeat
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import RootValue, TreeRecord, from_table, with_training
@@ -76,16 +77,27 @@ def train(task: WorkerTask) -> None:
     """One train worker: every learner step, from restored state to the last."""
     with restore(task) as worker:  # learner, engines and gate at the same step
         for step in worker.steps():
-            trees = worker.next_trees(step)  # its part of this step's tickets, scored
-            update = worker.learner.update(trees, worker.progress)
-            worker.keep(step, update)
+            batch = worker.next_batch(step)  # its part of this step's trees, scored
+            update = worker.learner.update(batch.records, worker.progress)
+            worker.keep(step, batch, update)
             if update.has_updated:
                 worker.publish()  # every engine serves and proves the version
             worker.consume(step, update)  # then the gate lets the next tickets out
-            worker.report(update)
+            worker.report(batch, update)
             worker.checkpoint_if_due()
             worker.evaluate_if_due()  # a stop that comes meanwhile is for this step
         worker.finish()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A worker's trees of one learner step; times are Unix times in seconds."""
+
+    records: list[TreeRecord]
+    table: pa.Table
+    """The same, as they came."""
+    asked_at: float
+    arrived_at: float
 
 
 @contextmanager
@@ -111,6 +123,7 @@ def restore(task: WorkerTask) -> Iterator["TrainWorker"]:
             max_staleness=config.gate.max_staleness,
             max_tokens=config.max_model_tokens,
             device=ray.train.torch.get_device(),
+            sets=config.prompts.sets,
             checkpoint=checkpoint,
         )
         worker = TrainWorker(
@@ -253,29 +266,26 @@ class TrainWorker:
         while not self.is_last:
             yield self.step
 
-    def next_trees(self, step: int) -> list[TreeRecord]:
+    def next_batch(self, step: int) -> "Batch":
         """This worker's trees of a learner step, once they are there."""
-        self._started_at = time.time()
+        asked_at = time.time()
         self.heartbeat.at(f"waiting for the trees of step {step}", is_busy=False)
-        batch = self.batches.take()
-        if batch is None:
+        rows = self.batches.take()
+        if rows is None:
             raise RuntimeError(f"the tree stream ended before learner step {step}")
-        self._arrived_at = time.time()
-        self._table = from_worker_batch(batch)
-        records = from_table(self._table)
+        arrived_at, table = time.time(), from_worker_batch(rows)
+        records = from_table(table)
         self._check_tickets([record.ticket for record in records])
-        self._version_before = self.learner.version
         self.heartbeat.at(f"updating in step {step}")
-        return records
+        return Batch(records=records, table=table, asked_at=asked_at, arrived_at=arrived_at)
 
-    def keep(self, step: int, update: UpdateResult) -> None:
+    def keep(self, step: int, batch: "Batch", update: UpdateResult) -> None:
         """Have the trees of the step written to the run folder, every few steps, with what the
         learner made of them."""
-        self._updated_at = time.time()
         every, done = self.config.metrics.save_trees_every, step + 1
         if every and done % every == 0:
             name = saved_trees.name(done, self.rank)
-            table = with_training(self._table, update.trained.training())
+            table = with_training(batch.table, update.trained.training())
             with suppress(Exception):  # it was told of; what comes on top is left out
                 self.patience.until_written(name, self.writer.make_room)
             self.writer.put(name, lambda: self.folder.publish_table(name, table))
@@ -321,12 +331,12 @@ class TrainWorker:
         self._note("consumed", step=step, first=step * size, trees=size, version=version)
         return state
 
-    def report(self, update: UpdateResult) -> None:
+    def report(self, batch: "Batch", update: UpdateResult) -> None:
         """Write the step's row."""
         if not self.is_first:
             return
         # Of the wait, what a finished tree spent on scoring, and a scored one on its way here.
-        finished = max(self._started_at, update.stats.last_finished_s)
+        finished = max(batch.asked_at, update.stats.last_finished_s)
         scored = max(finished, update.stats.last_scored_s)
         asked = self.actors.pool.stats.remote(), self.actors.heartbeats.idle.remote()
         totals, idle = ray.get(asked[0]), ray.get(asked[1])
@@ -335,16 +345,16 @@ class TrainWorker:
         row: Row = {
             "step": self.step,
             "version": self.learner.version,
-            **update.stats.metrics(self._version_before),
+            **update.stats.metrics(self.learner.version - update.has_updated),
             **update.metrics,
-            "time/wait_s": self._arrived_at - self._started_at,
+            "time/wait_s": batch.arrived_at - batch.asked_at,
             "time/score_s": scored - finished,
-            "time/hop_s": self._arrived_at - scored,
-            "time/update_s": self._updated_at - self._arrived_at,
-            "time/sync_s": now - self._updated_at,
-            "time/step_s": now - self._started_at,
+            "time/hop_s": batch.arrived_at - scored,
+            "time/update_s": update.seconds,
+            "time/sync_s": now - batch.arrived_at - update.seconds,
+            "time/step_s": now - batch.asked_at,
             "tokens/total": self.sampled_tokens,
-            "tokens/per_s": update.stats.num_sampled_tokens / (now - self._started_at),
+            "tokens/per_s": update.stats.num_sampled_tokens / (now - batch.asked_at),
             **self.engines.since_last(totals),
             **{f"idle/{kind}_share": shares[kind] for kind in IDLE if kind in shares},
         }

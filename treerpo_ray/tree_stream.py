@@ -27,7 +27,7 @@ from treerpo_ray.algo.advantages import step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import LearnerConfig
-from treerpo_ray.metrics.run_log import FATAL, Event, RunLogApi, check_failed
+from treerpo_ray.metrics.events import FATAL, Event, RunLogApi, check_failed
 from treerpo_ray.metrics.watchdog import Heartbeat, HeartbeatsApi
 from treerpo_ray.prompts.prompt_set import load_tokenizer
 from treerpo_ray.records import SCHEMA, TreeRecord, to_table

@@ -97,6 +97,24 @@ def unpack(source: str) -> str:
         raise ValueError(f"not the packed source of a file: {error}") from error
 
 
+def is_here(name: str, source: str) -> bool:
+    """Whether the file of that name on this machine holds just that packed source."""
+    try:
+        here = read_source(name)
+    except ValueError:
+        return False
+    return here is not None and unpack(here) == unpack(source)
+
+
+def readable(source: str) -> str:
+    """Packed source as a terminal can show it, whoever wrote it."""
+    lines = unpack(source).expandtabs(4).splitlines()
+    return "\n".join(
+        "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
+        for line in lines
+    )
+
+
 def with_checksum(name: str, sources: Mapping[str, str]) -> str:
     """A file's name with the checksum of its source: two that differ have other names."""
     if name not in sources or not is_file(name):

@@ -21,8 +21,8 @@ import ray
 from jaxtyping import UInt8
 
 from treerpo_ray.actor import actor_method, make_actor
-from treerpo_ray.metrics.health import StackDump, StageStatus
-from treerpo_ray.metrics.run_log import RunLogApi, write_done, write_waits
+from treerpo_ray.metrics.events import RunLogApi, write_done, write_waits
+from treerpo_ray.metrics.stage_status import StackDump, StageStatus
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.patience import Patience, PatienceTimes
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from jobs.benches.comparison import Row, compared, random_tree, seconds
+from jobs.benches.sides import Row, compared, random_tree, seconds
 from treerpo_ray.algo.packing import pack
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.algo.tree import Tree

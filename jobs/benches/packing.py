@@ -8,7 +8,7 @@ from typing import Self
 import numpy as np
 import pyarrow as pa
 
-from jobs.benches.comparison import NUM_TREES, Row, compared, cpu_seconds, random_tree
+from jobs.benches.sides import NUM_TREES, Row, compared, cpu_seconds, random_tree
 from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import PruneRule, step_groups

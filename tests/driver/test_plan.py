@@ -93,7 +93,7 @@ def test_the_plan_counts_steps_tokens_trees_and_epochs(quickstart) -> None:
 
 
 def test_the_plan_counts_memory_and_resources(quickstart) -> None:
-    assert quickstart["memory"].split() == ["GiB", "2", "worker(s)", "3", "engine(s)"]
+    assert quickstart["memory"].split() == ["MiB", "2", "worker(s)", "3", "engine(s)"]
     needs = dict(part.rsplit(" ", 1) for part in quickstart["resources"].split(", "))
     assert 3 * 0.5 + 2 * 0.25 < float(needs["CPU"]) <= 3 * 0.5 + 2 * 0.25 + 0.5
     assert needs["train_slot"] == "2"
@@ -125,7 +125,7 @@ def test_the_plan_of_a_run_on_a_cluster_looks_at_that(monkeypatch) -> None:
     assert "there is    CPU 1, train_slot 0, 0.5 GiB of memory (the cluster)" in lines
     assert "missing     CPU 1.1, train_slot 2" in lines
     [memory] = [line for line in lines if "the largest node has 0.5" in line]
-    assert memory.startswith("missing     1 engine(s) take 0.3 GiB and 1 worker(s) ")
+    assert memory.startswith("missing     1 engine(s) take 0.28 GiB and 1 worker(s) ")
 
     def refuse(config: Config) -> cluster.Available:
         raise ValueError("RAY_ADDRESS=10.0.0.1:6379: nothing answers there")

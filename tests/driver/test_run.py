@@ -17,7 +17,7 @@ from treerpo_ray.config.sections import LearnerConfig, RunConfig
 from treerpo_ray.driver.run import run
 from treerpo_ray.driver.train_group import TrainGroup, restart_wait_s
 from treerpo_ray.metrics.console import Console
-from treerpo_ray.metrics.run_log import Event
+from treerpo_ray.metrics.events import Event
 from treerpo_ray.preflight.inputs import Inputs
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.run_folder.patience import DiskRefused

@@ -14,7 +14,8 @@ from treerpo_ray.config import Config
 from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.driver.supervisor import Supervisor
 from treerpo_ray.metrics.console import Console
-from treerpo_ray.metrics.run_log import FATAL, Event, RunLog, RunLogApi
+from treerpo_ray.metrics.events import FATAL, Event, RunLogApi
+from treerpo_ray.metrics.run_log import RunLog
 
 pytestmark = pytest.mark.ray
 

@@ -16,6 +16,8 @@ from tests.support.whole_runs import (
     assert_promises_kept,
     assert_versions_count_updates,
 )
+from treerpo_ray.config import Config
+from treerpo_ray.metrics.console import Console
 from treerpo_ray.run_folder.files import Scalar
 from treerpo_ray.stop import STOPPED, Stop
 from treerpo_ray.study.analysis import Run
@@ -24,7 +26,7 @@ from treerpo_ray.study.analysis import Run
 @pytest.fixture(scope="module")
 def demo() -> ModuleType:
     """The demonstration as a module."""
-    return load_script("jobs/cluster/autoscale_demo.py")
+    return load_script("jobs/drills/autoscale_demo.py")
 
 
 def test_rays_autoscaler_takes_the_demonstrations_cluster(demo) -> None:
@@ -62,21 +64,17 @@ def test_a_signal_at_any_time_takes_the_demonstrations_cluster_down(demo, monkey
             signal.raise_signal(signal.SIGTERM)
         return SimpleNamespace(is_complete=True)
 
-    def run(*_: object) -> object:
+    def train() -> object:
         with Stop().at_work():  # as a run has its own
             pass
         return do("the run")
 
     monkeypatch.setenv("RAY_ADDRESS", "set by the demonstration")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "else the demonstration sets one for all tests")
-    monkeypatch.setattr("treerpo_ray.preflight.machine.check_vllm", lambda config: None)
-    monkeypatch.setattr("treerpo_ray.preflight.inputs.load_inputs", lambda config: None)
-    monkeypatch.setattr("treerpo_ray.driver.run.run", run)
     monkeypatch.setattr(demo, "_start_head", lambda *_: do("the start") and "host:6379")
     monkeypatch.setattr(demo, "wait_until_idle", lambda address: do("the wait for idle nodes"))
     monkeypatch.setattr(demo, "_end_processes", lambda mark: done.append("taken down"))
     with pytest.raises(KeyboardInterrupt):
-        demo.show([])
+        demo.on_growing_cluster(train, Console(Config()))
     assert done[-2:] == [at, "taken down"]
 
 
@@ -86,7 +84,7 @@ def test_a_signal_at_any_time_takes_the_demonstrations_cluster_down(demo, monkey
 def test_ray_starts_and_takes_away_nodes_as_trees_come_and_go(tmp_path) -> None:
     """The demonstration, smaller: many trees in hand, then no more than one engine grows, and a
     Ctrl-C once the second node has come and gone."""
-    command = [sys.executable, "jobs/cluster/autoscale_demo.py", f"run.root={tmp_path}"]
+    command = [sys.executable, "jobs/drills/autoscale_demo.py", f"run.root={tmp_path}"]
     smaller = [
         *("run.name=scaled", "run.num_steps=1000", "gate.trees_per_step=2"),
         *("engine.max_engines=2", "engine.max_trees=4", "engine.shrink_after_s=4"),

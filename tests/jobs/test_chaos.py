@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jobs.cluster.chaos import Victim
+from jobs.drills.kills import Victim
 from tests.support.project import ROOT, load_script
 from tests.support.whole_runs import (
     assert_no_tree_was_finished_twice,
@@ -22,9 +22,8 @@ from treerpo_ray.config import load
 from treerpo_ray.study.analysis import Run
 
 
-def test_a_drill_ends_a_run_that_takes_too_long(monkeypatch, tmp_path) -> None:
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "else the drill sets one for all tests")
-    chaos = load_script("jobs/cluster/chaos.py")
+def test_a_drill_ends_a_run_that_takes_too_long(tmp_path) -> None:
+    chaos = load_script("jobs/drills/chaos.py")
     schedule = [(1, Victim.CORE), (2, Victim.NODE)]
     drill = chaos.Drill(
         config=load([f"run.root={tmp_path}"]), cluster=None, schedule=schedule, num_steps=3
@@ -38,7 +37,7 @@ def test_a_drill_ends_a_run_that_takes_too_long(monkeypatch, tmp_path) -> None:
 def test_a_signal_at_any_time_ends_a_drills_job_and_takes_its_cluster_down(monkeypatch, at) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "else the drill sets one for all tests")
     monkeypatch.setenv("RAY_ADDRESS", "set by the drill")
-    chaos = load_script("jobs/cluster/chaos.py")
+    chaos = load_script("jobs/drills/chaos.py")
     done: list[str] = []
 
     def do(what: str) -> None:
@@ -71,7 +70,7 @@ def test_a_run_keeps_its_promises_while_its_parts_are_killed(tmp_path) -> None:
     kinds = (Victim.HUNG_CORE, Victim.LEARNER, Victim.VERIFIER, Victim.NODE)
     done = subprocess.run(
         [
-            *(sys.executable, "jobs/cluster/chaos.py", "--kills", "4", "--steps", "6"),
+            *(sys.executable, "jobs/drills/chaos.py", "--kills", "4", "--steps", "6"),
             *("--victims", ",".join(kinds)),
             *(f"run.root={tmp_path}", "run.name=drill", "engine.request_timeout_s=30"),
         ],

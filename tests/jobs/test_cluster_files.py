@@ -363,5 +363,7 @@ def test_what_a_job_uploads_is_the_code_alone() -> None:
     }
     for needed in ("jobs/train.py", "conf/quickstart.yaml", "treerpo_ray/train.py"):
         assert Path(needed) in files
+    sources = (ROOT / "treerpo_ray").rglob("*.py")
+    assert {path.relative_to(ROOT) for path in sources} <= set(files), "else the job lacks some"
     assert any(path.match("treerpo_ray/quickstart/model/*.safetensors") for path in files)
     assert sum((ROOT / path).stat().st_size for path in files) < 30 * 2**20

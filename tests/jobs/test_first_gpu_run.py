@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -86,7 +85,6 @@ def test_the_attention_that_fails_in_cudnn_is_the_one_that_is_tried() -> None:
 @pytest.mark.engine
 @pytest.mark.slow
 def test_all_parts_run_on_a_cpu_in_tiny_sizes(tmp_path: Path) -> None:
-    start = time.monotonic()
     mark = {"TREERPO_TEST": str(tmp_path)}
     done = first_gpu_run("--rehearse", OUT=str(tmp_path), PATIENCE="10", **mark)  # a busy machine
     logs = "\n".join(file.read_text()[-3000:] for file in tmp_path.glob("*.log"))
@@ -104,4 +102,3 @@ def test_all_parts_run_on_a_cpu_in_tiny_sizes(tmp_path: Path) -> None:
     assert told["train"]["quickstart"]["sampled_tokens"] > 0
     assert "of gpu_memory_gib" in logs, "the recipe's plan"
     assert processes_with(f"TREERPO_TEST={tmp_path}") == [], "each run ends the Ray that it started"
-    assert sum(told[part]["seconds"] for part in SCRIPT.PARTS) < time.monotonic() - start

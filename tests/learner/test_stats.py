@@ -14,6 +14,7 @@ from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import step_groups
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree
 from treerpo_ray.learner.stats import BatchStats, Sums, count
+from treerpo_ray.metrics.rows import BY_SET
 from treerpo_ray.records import RootValue, TreeRecord
 from treerpo_ray.verifier.verdict import Grade, Verdict
 
@@ -82,6 +83,22 @@ def test_partial_credit_is_counted_by_hand() -> None:
     assert metrics["groups/signal_to_noise_depth_2"] == pytest.approx(2**0.5)
     _, plain = stats_of([record(make_tree(PARENTS), C, W, W, W)])
     assert plain.root_values == (RootValue(0, 0, 1 / 4),)
+
+
+def test_the_mean_reward_by_data_set_is_over_its_trees_that_have_one() -> None:
+    """Of `a` values 3/4 and 1/4, of `a/b` 1; one of `b` has no verdict, and `c` has no tree."""
+    ids = {"a/1": (C, C, C, W), "a/2": (C, W, W, W), "a/b/1": (C, C, C, C), "b/1": (C, E, C, C)}
+    total = BatchStats()
+    for name, verdicts in ids.items():
+        each = replace(record(make_tree([ROOT] * 4), *verdicts), prompt_id=name)
+        values = mean_backup(each.tree, each.rewards)
+        rules = {"form": AdvantageForm.DIFFERENCE, "pruning": by_range(0.1)}
+        groups = step_groups(each.tree, values)
+        assert not count(each, values, groups, **rules).valued  # not told where there is one set
+        total += count(each, values, groups, **rules, sets=("a", "a/b", "b", "c"))
+    shown = {name: value for name, value in total.metrics(0).items() if name.startswith(BY_SET)}
+    assert shown == {f"{BY_SET}a": 1 / 2, f"{BY_SET}a/b": 1.0}
+    assert total.metrics(0)["reward/mean"] == pytest.approx(2 / 3)
 
 
 def turned_down() -> TreeRecord:

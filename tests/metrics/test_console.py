@@ -13,7 +13,7 @@ from treerpo_ray.config import Config
 from treerpo_ray.config.sections import GateConfig, LearnerConfig, RunConfig
 from treerpo_ray.metrics.console import Console, duration, short
 from treerpo_ray.metrics.diagnosis import NOTHING_KEPT, RULES
-from treerpo_ray.metrics.run_log import Event
+from treerpo_ray.metrics.events import Event
 
 REPOSITORY = Path(__file__).parents[2]
 ROW = {

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
+from treerpo_ray.metrics.events import Event
 from treerpo_ray.metrics.output import JsonConsole, console_for
-from treerpo_ray.metrics.run_log import Event
 
 
 def test_the_options_choose_the_console_and_the_rest_is_left() -> None:

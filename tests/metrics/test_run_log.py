@@ -12,7 +12,9 @@ import pytest
 
 from tests.support.saved_runs.run_logs import run_config, write
 from treerpo_ray.config.sections import RunConfig
-from treerpo_ray.metrics.run_log import Event, RunLog, last_step, latest_rows
+from treerpo_ray.metrics.events import Event
+from treerpo_ray.metrics.rows import last_step, latest_rows
+from treerpo_ray.metrics.run_log import RunLog
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.lines import LogTimes
 

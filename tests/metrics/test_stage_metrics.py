@@ -12,7 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support.saved_runs.run_logs import run_config
 from treerpo_ray.actor import make_actor
 from treerpo_ray.metrics import stage_metrics
-from treerpo_ray.metrics.run_log import NOTICES, Event, RunLog
+from treerpo_ray.metrics.events import NOTICES, Event
+from treerpo_ray.metrics.run_log import RunLog
 from treerpo_ray.metrics.stage_metrics import METRICS, NOTED, Kind, StageMetrics
 
 DASHBOARD = Path(stage_metrics.__file__).with_name("grafana.json")
@@ -21,7 +22,7 @@ SUFFIXES = {
     Kind.COUNTER: ("_total",),
     Kind.HISTOGRAM: ("_bucket", "_count", "_sum"),
 }
-WAIT_S = 60.0
+WAIT_S = 600.0
 """Time for what was recorded to come to the endpoint; Ray hands it on every 10 s."""
 
 
@@ -134,10 +135,8 @@ def test_panels_have_the_units_of_their_metrics():
         for target in panel["targets"]:
             name = re.sub("_(total|bucket)$", "", re.findall(r"ray_\w+", target["expr"])[0])
             metric, unit = units[name], panel["fieldConfig"]["defaults"]["unit"]
-            is_share = " / " in target["expr"]
             per_s = metric.kind is Kind.COUNTER and "rate(" in target["expr"]
-            expected = "percentunit" if is_share else f"{metric.unit}/s" if per_s else metric.unit
-            assert unit == expected, panel["title"]
+            assert unit == (f"{metric.unit}/s" if per_s else metric.unit), panel["title"]
 
 
 def test_no_two_panels_lie_over_each_other():
@@ -179,8 +178,12 @@ def exported_labels(config):
     wanted = {f"ray_{metric.name}" for metric in METRICS}
     while time.monotonic() < end and not wanted <= {re.sub("_total$", "", n) for n in found}:
         time.sleep(0.5)
-        with urllib.request.urlopen(url, timeout=WAIT_S) as answer:
-            families = list(text_string_to_metric_families(answer.read().decode()))
+        try:
+            with urllib.request.urlopen(url, timeout=WAIT_S) as answer:
+                text = answer.read().decode()
+        except OSError:  # what answers there is still starting
+            continue
+        families = list(text_string_to_metric_families(text))
         found = {family.name: family for family in families if "treerpo" in family.name}
     return {
         sample.name: set(sample.labels) for family in found.values() for sample in family.samples

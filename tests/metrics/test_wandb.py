@@ -30,7 +30,8 @@ from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.evaluate.evaluation import SAMPLES, Evaluation
 from treerpo_ray.learner.stats import BatchStats
 from treerpo_ray.metrics.output import console_for
-from treerpo_ray.metrics.run_log import RunLog, latest_rows
+from treerpo_ray.metrics.rows import latest_rows
+from treerpo_ray.metrics.run_log import RunLog
 from treerpo_ray.metrics.sources import version_of
 from treerpo_ray.metrics.wandb.offline import offline_records, offline_rows
 from treerpo_ray.metrics.wandb.panels import UNITS
@@ -226,7 +227,11 @@ def test_a_resumed_run_sends_what_was_on_its_way_and_nothing_twice(tmp_path, fak
 def test_answers_and_trees_are_tables_each_once(tmp_path, fake_wandb):
     config = run_config(tmp_path, "p")
     folder = RunFolder(config.folder)
-    tables = Tables(folder, config, lambda place, refs: f"page of {place} {' '.join(refs)}")
+    tables = Tables(
+        folder=folder,
+        has_trees=True,
+        make_page=lambda place, refs: f"page of {place} {' '.join(refs)}",
+    )
     assert tables.due(0) == {}  # there is nothing yet
     row = {
         **{"problem": "a", "question": "1+1=?", "references": ["2", "two"], "text": "#### 2"},
@@ -255,7 +260,7 @@ def test_answers_and_trees_are_tables_each_once(tmp_path, fake_wandb):
     given = [None if math.isnan(each) else each for each in training.advantages]
     assert [line[advantages] for line in data] == given  # what the learner gave, as it is saved
     assert [line[columns.index("answer")] for line in data if line[-1]] == [*record.leaf_texts]
-    again = Tables(folder, config)  # after a resume
+    again = Tables(folder=folder, has_trees=True)  # after a resume
     again.pass_over(1)
     assert again.due(2) == {}
     (tmp_path / "small/eval/step=000003.parquet").write_bytes(b"torn")
@@ -273,7 +278,7 @@ def test_tables_are_looked_for_after_an_evaluation_alone(tmp_path, fake_wandb):
 
     for every in (0, 1):
         own = replace(config, metrics=replace(config.metrics, save_trees_every=every))
-        tables = Tables(Folder(config.folder), own)
+        tables = Tables(folder=Folder(config.folder), has_trees=bool(own.metrics.save_trees_every))
         tables.evaluated(1)
         looked.clear()
         for step in range(1, 4 * LATE_ROWS):

@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from tests.support.stages.hung_stage import Stage
-from treerpo_ray.metrics.health import StackDump, StageStatus
+from treerpo_ray.metrics.stage_status import StackDump, StageStatus
 from treerpo_ray.metrics.watchdog import Heartbeats, Stages, Watchdog
 from treerpo_ray.run_folder.files import RunFolder
 

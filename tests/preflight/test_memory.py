@@ -25,6 +25,7 @@ from treerpo_ray.preflight.memory import (
     cache_bytes_a_token,
     keys_and_pairs,
     misfit,
+    number,
 )
 
 QWEN = {"model_type": "qwen2", "vocab_size": 151_936, "max_position_embeddings": 4096}
@@ -187,6 +188,27 @@ def test_the_table_has_every_part_in_80_columns(tmp_path: Path) -> None:
     assert rows["together"][1] == "67.15"
     by_name = MemoryPlan.of(config, 1.5e9, None).table(config)
     assert any(line.startswith("together, at least") for line in by_name)
+
+
+def test_a_small_model_has_units_in_which_no_part_is_zero() -> None:
+    config = load(["conf/quickstart.yaml"])
+    plan = MemoryPlan.of(
+        config, 870_000, ModelSizes.of(AutoConfig.from_pretrained(ROOT / config.model.path))
+    )
+    head, *rows = plan.table(config)
+    assert head.startswith("MiB ")
+    cells = [cell for row in rows for cell in row[22:].split() if cell != "-"]
+    assert len(cells) > 6 and all(float(cell) > 1 for cell in cells)
+    assert float(cells[0]) == pytest.approx(4 * 870_000 / 2**20, abs=0.01)
+    assert plan.engine_line().startswith("an engine takes 2") and " MiB: " in plan.engine_line()
+
+
+@pytest.mark.parametrize(
+    ("amount", "told"),
+    [(0, "0.0"), (0.0123, "0.012"), (0.28, "0.28"), (1, "1.0"), (12.34, "12.3")],
+)
+def test_a_number_that_is_not_zero_is_not_told_as_zero(amount: float, told: str) -> None:
+    assert number(amount) == told
 
 
 def test_a_command_shows_the_table_and_refuses(capfd, tmp_path: Path) -> None:

@@ -1,14 +1,16 @@
 """The user's own code is tried before a start; a mistake is one line and the user's traceback."""
 
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.support.user_files import CHECK, CREDIT
 from treerpo_ray.config import load
+from treerpo_ray.config.files import to_yaml
 from treerpo_ray.errors import UserCodeError
-from treerpo_ray.preflight.trial import try_checks, try_credit
+from treerpo_ray.preflight.trial import TRUST, code_lines, try_checks, try_credit
 
 BODY = "def check_answer(text, references):\n    return text in references\n"
 TEST = 'SELF_TEST = [("a", ["a"], True)]\n'
@@ -40,6 +42,33 @@ def test_a_check_that_is_right_passes_and_says_whether_it_asks_for_rows(own_fold
     both = "verifier.checks={json.py: 1, treerpo_ray.verifier.math_answer: 3}"
     assert try_checks(load([both]).verifier) is False
     assert try_checks(load([]).verifier) is False
+
+
+def test_code_that_a_run_brings_along_is_shown_and_not_run_unasked(own_folder: Path) -> None:
+    """But where the file here holds the same it is the user's own."""
+
+    def lines(**trust: bool) -> list[str]:
+        kept = load([str(own_folder / "config.yaml")]).verifier
+        return code_lines(kept, "runs/theirs", trusts_run=trust.get("trusts_run", False))
+
+    file, escape = own_folder / "mine.py", "# \x1b[2J\n"
+    file.write_text(BODY + TEST + escape)
+    (own_folder / "config.yaml").write_text(to_yaml(load(["verifier.check=mine.py"])))
+    assert len(lines()) == 1
+    assert re.fullmatch(rf"graded by mine\.py \([0-9a-f]{{8}}\), which is {file}", lines()[0])
+    file.write_text(BODY + TEST)
+    for there in ("unlike the file here", "not here"):
+        with pytest.raises(UserCodeError, match=r"^runs/theirs is graded by code that it b") as no:
+            lines()
+        line, _, code = str(no.value).partition("\n")
+        assert f"), {there}. If you trust" in line and TRUST in line
+        assert code == (BODY + TEST + r"# \x1b[2J")
+        [told] = lines(trusts_run=True)
+        assert told.endswith("whose code runs/theirs brings along")
+        file.unlink(missing_ok=True)
+    assert code_lines(load([]).verifier, "any", trusts_run=False) == []
+    [told] = code_lines(load(["verifier.check=json.tool"]).verifier, "any", trusts_run=False)
+    assert told == "graded by the module json.tool, as it is installed here"
 
 
 @pytest.mark.parametrize(

@@ -89,3 +89,13 @@ def test_a_template_names_its_columns_and_must_ask_the_question() -> None:
     for column in ("messages", "gone", "reward_model.none"):
         with pytest.raises(ValueError, match=f"neither text nor a number in '{column}'"):
             Template(f"{{question}} {{{column}}}").fill("q", ROW)
+
+
+def test_what_data_sets_usually_call_a_column_is_proposed_and_not_what_only_sounds_alike() -> None:
+    row = {"solution": "We add. \\boxed{15}", "problem": "12+3="}
+    told = unknown_column("question", "question_column", "prompts", list(row), [row])
+    assert "did you mean prompts.question_column=problem? " in told
+    told = unknown_column("answer", "answer_column", "prompts", list(row), [row])
+    assert "did you mean prompts.answer_column=solution? " in told
+    told = unknown_column("id", "id_column", "prompts", list(row), [row])
+    assert "did you mean" not in told

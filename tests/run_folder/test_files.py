@@ -9,7 +9,6 @@ import pyarrow as pa
 import pytest
 
 from tests.support.saved_runs.run_folders import LossyStore, contents, files, full_disk
-from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.run_folder.checkpoints import Checkpoints
 from treerpo_ray.run_folder.files import ROW_GROUP_BYTES, RunFolder, named_folder
 
@@ -144,11 +143,10 @@ def test_a_row_of_a_table_of_large_rows_can_be_read_alone(folder: str) -> None:
 def test_a_name_is_that_of_a_run_in_the_folder_of_all_runs_unless_it_is_there_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("treerpo_ray.run_folder.files.RunConfig", lambda: RunConfig(root="/runs"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     named = {
         **{"mine": "mine", "quickstart": "/runs/quickstart", "./other": "./other"},
         **{"/away/run": "/away/run", "memory://bucket/run": "memory://bucket/run"},
     }
-    assert {place: named_folder(place) for place in named} == named
+    assert {place: named_folder(place, root="/runs") for place in named} == named

@@ -40,10 +40,11 @@ from tests.support.whole_runs import (
 from treerpo_ray.actor import make_actor
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.config import Config, load
-from treerpo_ray.driver.outcome import RunResult, finished_outcome
+from treerpo_ray.driver.result import RunResult, finished_result
 from treerpo_ray.engine.types import EngineSetup
 from treerpo_ray.evaluate.evaluation import save_evaluation
-from treerpo_ray.metrics.run_log import EVENTS_FILE, METRICS_FILE
+from treerpo_ray.metrics.events import EVENTS_FILE
+from treerpo_ray.metrics.rows import METRICS_FILE
 from treerpo_ray.metrics.stage_metrics import FINISHED, METRICS
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.search.tree_pool import TreePool
@@ -78,9 +79,9 @@ class InRay:
 def first_run(small_config, kept) -> tuple[tuple[Run, RunResult, str], InRay]:
     """`strict`, and what Ray told of it before anything else was run, and killed, there."""
     config = small_config("run.name=strict", "run.num_steps=3", *STRICT)
-    outcome, shown = run_training(config, kept)
+    result, shown = run_training(config, kept)
     time.sleep(TOLD_S)
-    return (Run(config.folder), outcome, shown), InRay(actors(), failed_tasks())
+    return (Run(config.folder), result, shown), InRay(actors(), failed_tasks())
 
 
 @pytest.fixture(scope="module")
@@ -103,15 +104,15 @@ def refilled(small_config, kept, strict) -> tuple[Run, Config]:
 
 
 def test_a_run_leaves_everything_that_its_folder_promises(strict) -> None:
-    run, outcome, shown = strict
+    run, result, shown = strict
     folder = Path(run.folder)
-    assert outcome.is_complete and outcome.before and outcome.after
+    assert result.is_complete and result.before and result.after
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoints", "config.yaml", "eval", "events.jsonl", "logs", "metrics.jsonl",
         "model", "starts", "trees",
     ]  # fmt: skip
     metrics = run.metrics()
-    assert metrics.loc[1:, "tokens/sampled"].sum() == outcome.sampled_tokens
+    assert metrics.loc[1:, "tokens/sampled"].sum() == result.sampled_tokens
     assert metrics.loc[1:, "version"].tolist() == [1, 2, 3]
     assert len(run.evaluations()) == 2
     trained = metrics.loc[1:, "tokens/trained"] / metrics.loc[1:, "tokens/sampled"]
@@ -206,10 +207,10 @@ def test_tickets_come_back_to_prompts_with_a_value_between_0_and_1(strict) -> No
 
 
 def test_a_finished_run_is_not_run_again(strict, small_config) -> None:
-    _, outcome, _ = strict
+    _, result, _ = strict
     config = small_config("run.name=strict", "run.num_steps=3", *STRICT)
-    again = finished_outcome(config)
-    assert again == outcome
+    again = finished_result(config)
+    assert again == result
 
 
 def test_engines_that_hold_the_weights_of_a_run_cannot_evaluate_the_start_of_another(
@@ -240,9 +241,9 @@ def test_a_lost_worker_is_made_good_from_the_checkpoint_and_no_evaluation_is_mis
         target=kill_train_worker_after_step, args=(config.folder, 2), daemon=True
     )
     killer.start()
-    outcome, shown = run_training(config, kept)
+    result, shown = run_training(config, kept)
     killer.join()
-    assert outcome.is_complete
+    assert result.is_complete
     assert shown.count("learner started") == 2
     assert shown.count("learner lost") == 1
     run = Run(config.folder)
@@ -293,15 +294,15 @@ def test_a_run_on_a_full_disk_waits_for_room_and_loses_nothing_nor_when_it_is_ma
 
         helper = threading.Thread(target=make_room, daemon=True)
         helper.start()
-        outcome, shown = run_training(config, kept)
+        result, shown = run_training(config, kept)
         helper.join()
-        assert outcome.is_complete
+        assert result.is_complete
         told = r"the disk \S+/disk of \S+/full is full: 10\.5 MB needed, \S+ MB free; waiting since"
         assert re.search(rf"write waits: checkpoint of step 2: {told}", shown)
         assert "write done: checkpoint of step 2, after" in shown
 
-        outcome, shown = run_training(small_config(*common, "run.num_steps=3"), kept)
-        assert outcome.is_complete
+        result, shown = run_training(small_config(*common, "run.num_steps=3"), kept)
+        assert result.is_complete
         assert "3/3" in shown and "2/3" not in shown  # only what is new
         run = Run(config.folder)
         assert (run.events().kind == "learner_started").sum() == 2
@@ -325,9 +326,9 @@ def test_a_run_in_which_nothing_can_be_learned_says_so_and_ends_well(
     )  # fmt: skip
     Path(config.folder).mkdir(parents=True)
     (Path(config.folder) / "trees").touch()  # so that no tree can be saved
-    outcome, shown = run_training(config, kept)
-    assert outcome.is_complete and outcome.sampled_tokens == 720
-    assert finished_outcome(config) == outcome
+    result, shown = run_training(config, kept)
+    assert result.is_complete and result.sampled_tokens == 720
+    assert finished_result(config) == result
     assert "write failed: trees/step=000001/rank-0.parquet: NotADirectoryError" in shown
     # Told once, of both steps, with what can be done.
     told = "warning at step 1: no step group was kept, so there was no update; take prompts of"
@@ -440,8 +441,8 @@ def test_after_its_head_and_its_driver_were_killed_the_same_command_goes_on_with
     newest = max((folder / "checkpoints").glob("step=*"))
     os.truncate(newest / "optimizer.pt", 100)
 
-    outcome, shown = run_training(load([*SMALL, *SETTINGS, f"run.root={tmp_path}"]), kept)
-    assert outcome.is_complete
+    result, shown = run_training(load([*SMALL, *SETTINGS, f"run.root={tmp_path}"]), kept)
+    assert result.is_complete
     assert "checkpoint passed over: step" in shown
     assert "optimizer.pt is corrupt" in shown
     assert_promises_kept(str(folder))

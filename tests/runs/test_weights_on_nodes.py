@@ -27,4 +27,6 @@ def test_weights_lie_where_the_learner_is_and_their_loss_is_told() -> None:
         "published for a lost node": "RayTaskError(ActorUnschedulableError)",  # and not waited for
         "moved with the learner": True,
         "published from another node": "whole",
+        "nodes that are alike": None,
+        "nodes that differ": True,
     }

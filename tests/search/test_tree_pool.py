@@ -34,7 +34,7 @@ from treerpo_ray.algo.tree import Tree
 from treerpo_ray.config import Config
 from treerpo_ray.engine.pool import MAX_STARTS
 from treerpo_ray.engine.types import Sampling
-from treerpo_ray.metrics.health import StackDump, stalled
+from treerpo_ray.metrics.stage_status import StackDump, stalled
 from treerpo_ray.prompts.mixture import one_set
 from treerpo_ray.records import RootValue, TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees

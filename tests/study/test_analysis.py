@@ -22,12 +22,21 @@ from tests.support.saved_runs.small_run import (
 )
 from treerpo_ray.algo.tree import ROOT, StopReason
 from treerpo_ray.config.files import load, to_yaml
+from treerpo_ray.metrics.rows import BY_SET
 from treerpo_ray.records import to_table
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
-from treerpo_ray.study.analysis import Run, most_mixed_tree, newest_run, path_changes, worst_leaf
+from treerpo_ray.study.analysis import (
+    Run,
+    is_mixed,
+    most_mixed_tree,
+    newest_run,
+    path_changes,
+    worst_leaf,
+)
+from treerpo_ray.study.panels import panels_of
 from treerpo_ray.study.plots import plot_curves, plot_kept_by_depth, plot_pool
-from treerpo_ray.study.tree_plots import MAX_LEAVES, plot_tree, plot_value_along_path
+from treerpo_ray.study.tree_plots import MAX_LEAVES, NOT_MIXED, plot_tree, plot_value_along_path
 from treerpo_ray.user_code import pack
 
 HALF_FORM = "def half(values):\n    return values / 2\n"
@@ -215,6 +224,16 @@ def test_the_newest_run_is_the_one_written_last(tmp_path):
     assert newest_run(str(tmp_path)) == newer != older
 
 
+def test_rewards_by_data_set_have_a_panel_where_there_are_several():
+    plain = {"reward/mean": [0.5], "loss/total": [0.1]}
+    titles = [panel.title for panel in panels_of(plain)]
+    assert titles == ["reward of the leaves", "loss"]
+    names = [f"{BY_SET}hard", f"{BY_SET}easy"]
+    mean, by_set, _ = panels_of(plain | {name: [0.5] for name in names})
+    assert mean.title == "reward of the leaves"
+    assert list(by_set.lines.items()) == [("easy", names[1]), ("hard", names[0])]
+
+
 def test_curves_draw_what_the_run_has(run, tmp_path):
     figure = plot_curves(run)
     figure.draw_without_rendering()
@@ -223,6 +242,8 @@ def test_curves_draw_what_the_run_has(run, tmp_path):
     assert "KL to the reference (nats a token)" not in titles
     pass_at_1 = figure.axes[titles.index("Pass@1 on held-out problems")]
     assert pass_at_1.lines[0].get_xdata().tolist() == [0, 6, 12]
+    low, high = figure.axes[titles.index("answer length (tokens)")].get_ylim()
+    assert high - low > 4  # half a token up and down, of 44, is noise
 
 
 def test_kept_groups_by_depth_add_up_over_the_run(run):
@@ -288,6 +309,17 @@ def test_a_wide_tree_is_drawn_along_one_path(run):
     texts = drawn_texts(plot_tree(run, record))
     assert len([text for text in texts if text.endswith("… 8 leaves")]) == 7
     assert len([text for text in texts if text.endswith(("correct", "wrong"))]) == 8
+
+
+def test_a_tree_that_is_not_mixed_is_told_as_such(run):
+    record = worked_record()
+    alike = replace(record, verdicts=(record.verdicts[1],) * 4)
+    assert is_mixed(run, record) and not is_mixed(run, alike)
+    for plot in (plot_tree, plot_value_along_path):
+        told = [
+            NOT_MIXED in plot(run, each).axes[0].get_title(loc="left") for each in (record, alike)
+        ]
+        assert told == [False, True]
 
 
 def test_any_text_can_be_drawn(run):

@@ -2,12 +2,10 @@
 
 import math
 import uuid
-from collections import Counter
 
 import pytest
 import torch
 
-from jobs.cluster.chaos import Kill, Victim, draw_schedule, recovery_s, serving, victims
 from tests.support.learning.records import tree_of
 from tests.support.learning.tiny_models import save_tiny_model
 from treerpo_ray.config import load
@@ -197,46 +195,6 @@ def test_a_last_version_that_is_not_the_learners_is_found(kind) -> None:
 
 def test_a_missing_row_is_found() -> None:
     assert faults(rows=good_rows()[:2]) == ["metrics are there of 2 steps, should be 3"]
-
-
-def test_a_schedule_is_fair_ascending_inside_the_run_and_always_the_same() -> None:
-    schedule = draw_schedule(24, 32, seed=0)
-    steps, drawn = zip(*schedule, strict=True)
-    assert Counter(drawn) == dict.fromkeys(Victim, 4)
-    assert list(steps) == sorted(steps) and steps[0] == 1 and steps[-1] < 31
-    assert schedule == draw_schedule(24, 32, seed=0) != draw_schedule(24, 32, seed=1)
-    two = draw_schedule(4, 32, seed=0, among=victims("node,hung core"))
-    assert Counter(victim for _, victim in two) == {Victim.NODE: 2, Victim.HUNG_CORE: 2}
-    with pytest.raises(ValueError, match="too few"):
-        draw_schedule(1, 2, seed=0)
-    with pytest.raises(ValueError, match="disk"):
-        victims("node,disk")
-
-
-def test_the_time_to_recovery_is_that_of_the_same_engine_after_the_kill() -> None:
-    events = [
-        event(1, "engine_serving", engine=0, pid=7),
-        event(2, "engine_serving", engine=1, pid=8),
-        event(4, "engine_lost", engine=0),
-        event(9, "engine_serving", engine=1, pid=9),
-        event(11, "engine_serving", engine=0, pid=10),
-    ]
-    kill = Kill(time=3.0, victim=Victim.CORE, pid=7, engine=0)
-    assert recovery_s(kill, events) == 8.0
-    assert recovery_s(kill, events[:-1]) is None
-    learner = Kill(time=3.0, victim=Victim.LEARNER, pid=1)
-    assert recovery_s(learner, [consumed(2, 0, 1), consumed(5, 1, 2)]) == 2.0
-
-
-def test_an_engine_that_was_lost_does_not_serve_until_it_says_so_again() -> None:
-    events = [
-        event(1, "engine_serving", engine=0, pid=7),
-        event(2, "engine_serving", engine=1, pid=8),
-        event(3, "engine_lost", engine=0),
-    ]
-    assert {engine: found["pid"] for engine, found in serving(events).items()} == {1: 8}
-    events.append(event(4, "engine_serving", engine=0, pid=9))
-    assert serving(events)[0]["pid"] == 9
 
 
 def test_a_row_without_any_engine_is_no_fault_but_the_last_one_must_have_one() -> None:

@@ -5,8 +5,6 @@ from ray._private.grpc_utils import init_grpc_channel
 from ray.core.generated import common_pb2, gcs_pb2, gcs_service_pb2
 from ray.core.generated import gcs_service_pb2_grpc as services
 
-SEVERAL = 100_000
-
 
 def _ask(service: str, method: str, **fields: object) -> object:
     with init_grpc_channel(ray.get_runtime_context().gcs_address) as channel:

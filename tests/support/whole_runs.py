@@ -12,11 +12,11 @@ import psutil
 import rich.console
 
 from treerpo_ray.config import Config, load
-from treerpo_ray.driver.outcome import RunResult
+from treerpo_ray.driver.result import RunResult
 from treerpo_ray.driver.run import train
 from treerpo_ray.driver.start import contents_of
 from treerpo_ray.metrics.console import Console
-from treerpo_ray.metrics.run_log import EVENTS_FILE
+from treerpo_ray.metrics.events import EVENTS_FILE
 from treerpo_ray.preflight.inputs import load_inputs
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder.files import RunFolder, Scalar

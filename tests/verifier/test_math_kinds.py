@@ -79,6 +79,15 @@ u-v>4 ~~ v-u<-4
 \left[\begin{array}{rr}4&9\\0&1\end{array}\right] ~~ \begin{pmatrix}4&9\\0&1\end{pmatrix}
 \left(\begin{array}{c}4\\9\end{array}\right) ~~ \begin{bmatrix}4\\9\end{bmatrix}
 \begin{pmatrix}4\\9\end{pmatrix} ~~ \left(\begin{pmatrix}4\\9\end{pmatrix}\right)
+[[4,9],[0,1]] ~~ \begin{pmatrix}4&9\\0&1\end{pmatrix}
+\begin{bmatrix}4\\9\end{bmatrix} ~~ [[4], [9]]
+""",
+    "times of the day": r"""
+7:45 p.m. ~~ 7:45 PM
+7:45 \text{ a.m.} ~~ 7:45 AM
+7 pm ~~ 7:00 \text{ p.m.}
+\text{7:45 PM} ~~ 7:45
+07:45 am ~~ 7:45 a.m.
 """,
     "intervals": r"""
 x>4 ~~ (4,\infty)
@@ -183,6 +192,15 @@ z''+z=0 ~~ z^{\prime\prime}+z=0
 }
 
 APART = {
+    "matrices and times": r"""
+[[4,9],[0,2]] ~~ \begin{pmatrix}4&9\\0&1\end{pmatrix}
+[[4,0],[9,1]] ~~ \begin{pmatrix}4&9\\0&1\end{pmatrix}
+[4,9] ~~ \begin{pmatrix}4\\9\end{pmatrix}
+[[4,9],[0,1]] ~~ \begin{vmatrix}4&9\\0&1\end{vmatrix}
+7:45 p.m. ~~ 7:45 a.m.
+7:45 p.m. ~~ 7:54 p.m.
+7 pm ~~ 8 pm
+""",
     "several values": r"""
 x=5 or x=9 ~~ x=-4 or x=9
 x=-4 or x=9 ~~ 9

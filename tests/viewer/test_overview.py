@@ -17,6 +17,8 @@ from tests.support.saved_runs.viewer import PROBLEMS, WIDE, Screen, served
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.run_folder.files import RunFolder
+from treerpo_ray.viewer.page import write_page
+from treerpo_ray.viewer.reader import RunReader
 
 MOST_NODES, MOST_BYTES = 600, 190_000
 """Of the first page and all that it loads, uncompressed."""
@@ -101,6 +103,26 @@ def test_curves_have_the_evaluations_intervals(browser, addresses):
         screen.wait("location.hash.startsWith('#trees?step=')")
 
 
+def test_trees_that_are_not_mixed_are_in_no_list_of_mixed_ones(browser, tmp_path):
+    """Two of three are all wrong; then all of them."""
+    folder, mixed = write_small_run(tmp_path), worked_record(5)
+    alike = [replace(worked_record(ticket), verdicts=(mixed.verdicts[1],) * 4) for ticket in (6, 7)]
+    save_trees(folder, 20, [*alike, mixed])
+    assert write_page(RunReader(folder), [], tmp_path / "mixed.html")[:1] == ["20:5"]
+    with served(folder) as address, Screen(browser, WIDE) as screen:
+        screen.open(address)
+        screen.wait("document.querySelectorAll('.newest a.tree-row').length === 1")
+        assert screen.texts(".newest .note") == ["1 of 3 trees has both right and wrong answers."]
+        save_trees(folder, 21, alike)
+        screen.open(address)
+        screen.wait("document.querySelector('.newest h2')?.textContent.includes('step 21')")
+        assert screen.page.locator(".newest a.tree-row").count() == 0
+        assert screen.texts(".newest .note") == [
+            "None of 2 trees has both right and wrong answers."
+        ]
+    assert write_page(RunReader(folder), [], tmp_path / "alike.html")[:2] == ["21:6", "21:7"]
+
+
 def test_what_is_said_of_each_line_has_the_colour_of_the_line(browser, tmp_path):
     folder = write_small_run(tmp_path)
     shares = {"idle/engines_share": 0.1, "idle/scoring_share": 0.9, "idle/learner_share": 0.4}
@@ -123,7 +145,11 @@ def test_what_is_said_of_each_line_has_the_colour_of_the_line(browser, tmp_path)
 
 
 COLORS_DRAWN = """canvas => {
-  const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+  const copy = Object.assign(document.createElement('canvas'), {
+    width: canvas.width, height: canvas.height,
+  }).getContext('2d', { willReadFrequently: true });  // else the browser warns
+  copy.drawImage(canvas, 0, 0);
+  const { data } = copy.getImageData(0, 0, canvas.width, canvas.height);
   const found = new Set();
   for (let i = 0; i < data.length; i += 4)
     if (data[i + 3] === 255) found.add(data.slice(i, i + 3).join());

@@ -15,7 +15,7 @@ from tests.support.saved_runs.small_run import (
     write_small_run,
 )
 from tests.support.saved_runs.viewer import PROBLEMS, WIDE, Screen, served
-from treerpo_ray.metrics.run_log import num_redone
+from treerpo_ray.metrics.rows import num_redone
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.viewer.reader import RunReader

@@ -102,3 +102,8 @@ class PromptsConfig(DataConfig):
     ticket draws a set by weight, and its prompts come in turn: none again before all others of
     its set, so that small sets begin again while large ones go on. `gate.revisit` draws by value
     alone."""
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """Names of the data sets, where several are mixed."""
+        return tuple(self.mix) if len(self.mix) > 1 else ()

@@ -26,12 +26,13 @@ from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, Graded, save_evaluation, save_samples
 from treerpo_ray.evaluate.grading import grade_samples, summarise
 from treerpo_ray.metrics.console import Console
-from treerpo_ray.metrics.run_log import RunLog, RunLogApi
+from treerpo_ray.metrics.events import RunLogApi
+from treerpo_ray.metrics.run_log import RunLog
 from treerpo_ray.metrics.watchdog import Heartbeats, HeartbeatsApi, watch_over
 from treerpo_ray.preflight.memory import MemoryPlan, misfit
 from treerpo_ray.preflight.model_check import model_size, num_positions
 from treerpo_ray.preflight.references import References, look_at_references
-from treerpo_ray.preflight.trial import try_checks
+from treerpo_ray.preflight.trial import code_lines, try_checks
 from treerpo_ray.prompts.problems import load_problems
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
 from treerpo_ray.run_folder.checkpoints import FOLDER as CHECKPOINTS
@@ -53,11 +54,14 @@ def place_of(model: str) -> str:
     return place if RunFolder(place).exists(CONFIG_FILE) else model
 
 
-def configure(model: str, names: Sequence[str], arguments: Sequence[str]) -> Config:
+def configure(
+    model: str, names: Sequence[str], arguments: Sequence[str], *, trusts_run: bool = False
+) -> Config:
     """Configuration of an evaluation of `model`: folder or URI of a model or run, or Hub id.
 
     A run's own configuration comes first, then PRESET, then `arguments`: files and overrides. What
-    a benchmark does not give of INHERITED is that of the run's prompts.
+    a benchmark does not give of INHERITED is that of the run's prompts. The run may be somebody
+    else's: unless it is trusted, the code that its model brings along is not run.
     What lies at a URI is fetched to this machine, where the engines must then be.
 
     Raises:
@@ -67,6 +71,9 @@ def configure(model: str, names: Sequence[str], arguments: Sequence[str]) -> Con
     folder = RunFolder(model)
     if folder.exists(CONFIG_FILE):
         base = [_fetched(folder, CONFIG_FILE), f"model.path={_fetched(folder, _model_of(folder))}"]
+        base += [] if trusts_run else ["model.trust_remote_code=false"]
+        if folder.is_local:  # beside the run, wherever it was made
+            base.append(f"run.root={PurePosixPath(folder.root).parent}")
     elif "://" not in model:
         base = [f"model.path={model}"]
     elif _is_model(folder):
@@ -189,19 +196,24 @@ def check_memory(config: Config) -> str:
     return MemoryPlan.of(config, number, sizes).engine_line()
 
 
-def run_benchmarks(config: Config, model: str, console: Console) -> dict[str, Evaluation]:
+def run_benchmarks(
+    config: Config, model: str, console: Console, *, trusts_run: bool = False
+) -> dict[str, Evaluation]:
     """Evaluate `model.path` on every benchmark of `config`, into its folder.
 
     Args:
         config: As `configure` made it.
         model: What that was given; every result names it as `source_of` does.
         console: Shows the progress.
+        trusts_run: As of `code_lines`.
 
     Raises:
         ValueError: an input is not as it must be, the cluster lacks resources, another job
             writes the folder, or it holds results of another model.
         RunFailed: something failed for good.
     """
+    for line in code_lines(config.verifier, model, trusts_run=trusts_run):
+        console.note(line)
     try:
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     except ValueError as error:

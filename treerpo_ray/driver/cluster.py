@@ -22,6 +22,7 @@ from ray.core.generated import gcs_service_pb2
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
 from treerpo_ray.config import Config
+from treerpo_ray.driver.versions import check_versions
 from treerpo_ray.errors import one_line
 from treerpo_ray.preflight.machine import GIB, check_gpus, machine_gib
 from treerpo_ray.preflight.placement import (
@@ -126,8 +127,8 @@ def connected(config: Config, *, trains: bool = True) -> Iterator[None]:
     """Connect to the cluster that the environment names, or start one here for the while.
 
     Raises:
-        ValueError: nothing answers at `RAY_ADDRESS`, the GPUs here cannot be used, or the run needs
-            more than the cluster has; names what and where to change it.
+        ValueError: nothing answers at `RAY_ADDRESS`, the GPUs here cannot be used, the run needs
+            more than the cluster has, or its nodes differ; names what and where to change it.
     """
     try:
         if address := os.environ.get("RAY_ADDRESS"):
@@ -149,6 +150,7 @@ def connected(config: Config, *, trains: bool = True) -> Iterator[None]:
                     include_dashboard=False,
                 )
         _await_cluster(config, trains=trains)
+        check_versions(stages(config, config.engine.most, trains=trains))
         yield
     finally:
         ray.shutdown()

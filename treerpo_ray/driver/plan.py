@@ -8,7 +8,7 @@ from treerpo_ray.config import Config
 from treerpo_ray.driver.cluster import Available, look_at_resources
 from treerpo_ray.preflight.inputs import DataSet, Preflight, num_parameters, set_name
 from treerpo_ray.preflight.machine import check_gpus, check_vllm
-from treerpo_ray.preflight.memory import MemoryPlan, most_tokens, needs_more_memory
+from treerpo_ray.preflight.memory import MemoryPlan, most_tokens, needs_more_memory, number
 from treerpo_ray.preflight.model_check import ModelFacts
 from treerpo_ray.preflight.placement import missing_resources, needed_resources
 from treerpo_ray.preflight.unusual import unusual
@@ -67,9 +67,10 @@ def _epochs(data: DataSet, trees: int) -> str:
     """How often a run of so many trees goes through its data sets."""
     assert data.prompts is not None
     if (mixture := data.prompts.mixture) is None:
-        return f", {trees / len(data.prompts):.1f} epochs"
+        return f", {number(trees / len(data.prompts))} epochs"
     sets = zip(map(set_name, data.parts), mixture.shares, mixture.sizes, strict=True)
-    return ", " + ", ".join(f"{trees * share / n:.1f} epochs of {name}" for name, share, n in sets)
+    parts = (f"{number(trees * share / size)} epochs of {name}" for name, share, size in sets)
+    return f", {', '.join(parts)}"
 
 
 def _shared_lines(found: Preflight) -> list[str]:
@@ -127,7 +128,7 @@ def _size_line(config: Config, facts: ModelFacts | None) -> str:
         return "parameters unknown"
     if facts is None:
         return f"about {size / 1e6:,.0f} M parameters, by its name"
-    return f"{size / 1e6:,.1f} M parameters"
+    return f"{size / 1e6:,.1f} M parameters" if size >= 1e5 else f"{size:,.0f} parameters"
 
 
 def _memory_lines(config: Config, facts: ModelFacts | None) -> list[str]:
@@ -153,7 +154,7 @@ def _missing_lines(
         lines.append(f"missing     {error}")
     else:
         has = [f"{name} {there.resources.get(name, 0.0):g}" for name in needed]
-        has.append(f"{there.memory_gib:.1f} GiB of memory")
+        has.append(f"{number(there.memory_gib)} GiB of memory")
         lines.append(f"there is    {', '.join(has)} ({there.where})")
         lacking = missing_resources(needed, there.resources)
         amounts = ", ".join(f"{name} {amount:g}" for name, amount in lacking.items())

@@ -17,10 +17,10 @@ import ray.train
 from treerpo_ray.actor import end_actors, make_actor, root_cause
 from treerpo_ray.config import Config
 from treerpo_ray.driver.cluster import connected
-from treerpo_ray.driver.outcome import (
+from treerpo_ray.driver.result import (
     RunResult,
-    collect_outcome,
-    finished_outcome,
+    collect_result,
+    finished_result,
 )
 from treerpo_ray.driver.start import (
     check_same_contents,
@@ -37,14 +37,9 @@ from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation, step_na
 from treerpo_ray.evaluate.examples import examples
 from treerpo_ray.evaluate.grading import evaluate
 from treerpo_ray.metrics.console import Console
-from treerpo_ray.metrics.run_log import (
-    RunLog,
-    RunLogApi,
-    check_failed,
-    last_step,
-    latest,
-    write_failed,
-)
+from treerpo_ray.metrics.events import RunLogApi, check_failed, write_failed
+from treerpo_ray.metrics.rows import last_step, latest
+from treerpo_ray.metrics.run_log import RunLog
 from treerpo_ray.metrics.watchdog import Heartbeats, StageApi, Watchdog, watch_over
 from treerpo_ray.preflight.inputs import Inputs
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
@@ -82,13 +77,13 @@ def run(
         changed = check_same_run(config)
         contents = contents_of(config, inputs.prompts, inputs.held_out)
         check_same_contents(config, contents)
-        outcome = finished_outcome(config)
+        result = finished_result(config)
         saved = Checkpoints(folder, config.checkpoint.keep).steps()
     if changed:
         console.note(f"since the last start: {', '.join(changed)}")
-    if outcome is not None:
+    if result is not None:
         console.note(f"the run {config.run.name} is complete; another run.name starts a new one")
-        return outcome
+        return result
     if saved:
         console.note(f"the run goes on from its checkpoint of learner step {saved[-1]}")
     stop = Stop()
@@ -154,7 +149,7 @@ def train(
         after = session.evaluate(steps_done) if is_complete else None
         if is_complete:
             session.show_examples(steps_done, "after training")
-    return collect_outcome(config, before, after, is_complete=is_complete)
+    return collect_result(config, before, after, is_complete=is_complete)
 
 
 class RunSession:

@@ -14,7 +14,7 @@ from treerpo_ray.config import Config
 from treerpo_ray.config.files import flat_settings, placeless, to_yaml
 from treerpo_ray.config.identity import differences, is_free
 from treerpo_ray.errors import RunFailed, one_line
-from treerpo_ray.metrics.run_log import METRICS_FILE
+from treerpo_ray.metrics.rows import METRICS_FILE
 from treerpo_ray.prompts.prompt_set import PromptSet, resolve_model_path
 from treerpo_ray.run_folder.checkpoints import Checkpoints
 from treerpo_ray.run_folder.disk import refusal_of

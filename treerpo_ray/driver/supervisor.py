@@ -11,7 +11,7 @@ import ray
 from treerpo_ray.actor import root_cause
 from treerpo_ray.config import Config
 from treerpo_ray.metrics.console import Console
-from treerpo_ray.metrics.run_log import FATAL, RunLogApi
+from treerpo_ray.metrics.events import FATAL, RunLogApi
 from treerpo_ray.metrics.watchdog import Heartbeat, HeartbeatsApi, Watchdog
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.driver.supervisor import Supervisor
 from treerpo_ray.driver.worker_entry import run_worker
 from treerpo_ray.errors import UserCodeError, one_line
-from treerpo_ray.metrics.run_log import Event
+from treerpo_ray.metrics.events import Event
 from treerpo_ray.preflight.inputs import Inputs
 from treerpo_ray.run_folder.patience import DiskRefused
 from treerpo_ray.task import STREAM, RunActors, WorkerTask

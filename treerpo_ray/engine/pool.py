@@ -21,7 +21,7 @@ from treerpo_ray.engine.background import BackgroundTasks, Signal
 from treerpo_ray.engine.replica import EngineActor, Replica, ReplicaState, WeightVersion
 from treerpo_ray.engine.router import Router
 from treerpo_ray.engine.types import EngineStats
-from treerpo_ray.metrics.run_log import Event, RunLogApi
+from treerpo_ray.metrics.events import Event, RunLogApi
 from treerpo_ray.weight_sync import Manifest, Probe, WeightsLost
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import Self
 
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import EngineConfig, ModelConfig
-from treerpo_ray.metrics.run_log import Row
+from treerpo_ray.metrics.rows import Row
 from treerpo_ray.prompts.prompt_set import resolve_model_path
 
 

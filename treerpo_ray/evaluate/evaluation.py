@@ -17,7 +17,7 @@ from treerpo_ray.algo.tree import StopReason
 from treerpo_ray.config.files import with_moved_modules
 from treerpo_ray.config.sections import EvaluateConfig
 from treerpo_ray.evaluate.scores import Samples, Score
-from treerpo_ray.metrics.run_log import Row
+from treerpo_ray.metrics.rows import Row
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.verifier.verdict import Verdict

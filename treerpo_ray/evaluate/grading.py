@@ -17,7 +17,7 @@ from treerpo_ray.evaluate.evaluation import (
     step_name,
 )
 from treerpo_ray.evaluate.scores import powers_of_two, scores
-from treerpo_ray.metrics.run_log import RunLogApi
+from treerpo_ray.metrics.events import RunLogApi
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder.files import RunFolder

@@ -6,8 +6,9 @@ Every worker holds the whole model and makes the same update.
 """
 
 import json
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self, TypeVar
@@ -15,20 +16,20 @@ from typing import Protocol, Self, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Float64
 
 from treerpo_ray.algo.advantages import has_baseline, step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import step_groups
 from treerpo_ray.algo.loss import LossInputs, LossSums, policy_loss
 from treerpo_ray.algo.loss_config import LossConfig
-from treerpo_ray.algo.packing import Forest, pack, unpack
-from treerpo_ray.algo.tree import Tree
+from treerpo_ray.algo.packing import Forest, pack
 from treerpo_ray.config.sections import LearnerConfig, ModelConfig, TreeConfig
 from treerpo_ray.learner.policy import DTYPES, ForestTensors, Policy, load_policy
 from treerpo_ray.learner.stats import BatchStats, count
+from treerpo_ray.learner.update_result import TrainedTrees, UpdateResult
 from treerpo_ray.prompts.prompt_set import resolve_model_path
-from treerpo_ray.records import Training, TreeRecord
+from treerpo_ray.records import TreeRecord
+from treerpo_ray.run_folder.checkpoints import BYTES_A_PARAMETER
 from treerpo_ray.run_folder.files import MODEL_FOLDER
 
 
@@ -40,23 +41,9 @@ T = TypeVar("T")
 SumT = TypeVar("SumT", bound=_Addable)
 STATE_FILE = "learner.json"
 OPTIMIZER_FILE = "optimizer.pt"
-CHECKPOINT_BYTES = 12
-"""Of each parameter in a checkpoint: its weight and both of its moments, in float32."""
 BASELINE_STEPS = 10
 """Learner steps that the baseline of `past_baseline` is the mean of: many enough for a small error,
 few enough to follow a policy that learns."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateResult:
-    """What a learner step did."""
-
-    has_updated: bool
-    """False if no step group of any worker was kept: nothing moved then."""
-    stats: BatchStats
-    metrics: dict[str, float]
-    trained: "TrainedTrees"
-    """This worker's."""
 
 
 class Learner:
@@ -70,6 +57,7 @@ class Learner:
         max_staleness: Updates that a tree may be behind.
         max_tokens: Of the longest prompt with its answer, which engines have room for.
         device: Where this worker computes.
+        sets: Names of the data sets that are trained on, where several are mixed.
         checkpoint: Folder that `write` filled, to go on from; None starts from `model.path`.
     """
 
@@ -83,10 +71,12 @@ class Learner:
         max_staleness: int,
         max_tokens: int,
         device: torch.device,
+        sets: Collection[str] = (),
         checkpoint: Path | None = None,
     ) -> None:
         self.model, self.settings, self.loss, self.tree = model, learner, loss, tree
         self.max_staleness, self.max_tokens, self.device = max_staleness, max_tokens, device
+        self.sets = sets
         if device.type == "cpu":
             torch.set_num_threads(learner.cpu_threads)
         start = resolve_model_path(model.path)
@@ -148,6 +138,7 @@ class Learner:
                 policy, or the gradient is not finite.
         """
         settings, form, pruning = self.settings, self.form, self.pruning
+        start = time.monotonic()
         # Trees come as they finish; their order decides minibatches and how sums are rounded.
         order = sorted(range(len(records)), key=lambda place: records[place].ticket)
         records = [records[place] for place in order]
@@ -163,7 +154,15 @@ class Learner:
             for tree, own, siblings in zip(trees, values, groups, strict=True)
         ]
         counted = [
-            count(record, own, siblings, form=form, pruning=pruning, baseline=baseline)
+            count(
+                record,
+                own,
+                siblings,
+                form=form,
+                pruning=pruning,
+                baseline=baseline,
+                sets=self.sets,
+            )
             for record, own, siblings in zip(records, values, groups, strict=True)
         ]
         stats = _summed(counted, BatchStats())
@@ -180,15 +179,15 @@ class Learner:
         total = _summed(_gathered(stats), BatchStats())
         if total.num_valued:
             self._past_values.append(total.value_sum / total.num_valued)
-        metrics = {"learner/learning_rate": rate, **self._loss_metrics(steps)}
+        metrics = self._loss_metrics(steps)
         trained = metrics.get("tokens/trained", 0.0)
         metrics["tokens/trained_share"] = trained / max(total.num_sampled_tokens, 1)
-        if has_baseline(form):
-            metrics["learner/baseline"] = baseline
+        baselines = {"learner/baseline": baseline} if has_baseline(form) else {}
         return UpdateResult(
             has_updated=has_updated,
             stats=total,
-            metrics=metrics,
+            metrics={"learner/learning_rate": rate, **metrics, **baselines},
+            seconds=time.monotonic() - start,
             trained=TrainedTrees(
                 order=order,
                 trees=trees,
@@ -316,7 +315,7 @@ class Learner:
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes that `write` writes, about: the weights and both moments in float32."""
-        return CHECKPOINT_BYTES * sum(each.numel() for each in self.policy.model.parameters())
+        return BYTES_A_PARAMETER * sum(each.numel() for each in self.policy.model.parameters())
 
     def write(self, folder: Path) -> None:
         """Write everything that a resumed run needs."""
@@ -354,39 +353,6 @@ class _Step:
     """Of the gradient; None if there was nothing to train on."""
     logprobs: list[torch.Tensor]
     """Of each forest's edges: `LossInputs.old_logprobs`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TrainedTrees:
-    """What an update made of its trees.
-
-    Args:
-        order: Place of each tree among those that were given.
-        trees: In the order in which they were trained.
-        advantages: Of each tree, one a step.
-        minibatches: Forests of each.
-        logprobs: Of each minibatch, forest and edge: `LossInputs.old_logprobs`.
-    """
-
-    order: Sequence[int]
-    trees: Sequence[Tree]
-    advantages: Sequence[Float64[np.ndarray, " _"]]
-    minibatches: Sequence[Sequence[Forest]]
-    logprobs: Sequence[Sequence[torch.Tensor]]
-
-    def training(self) -> tuple[Training, ...]:
-        """What was made of each tree, in the order in which they were given; the log-probabilities
-        are those before the first optimizer step of the update."""
-        size = len(self.trees) // len(self.minibatches)
-        by_token: list[np.ndarray] = []
-        for number, (forests, own) in enumerate(zip(self.minibatches, self.logprobs, strict=True)):
-            part = self.trees[number * size : (number + 1) * size]
-            by_token += unpack(part, forests, [values.cpu().numpy() for values in own])
-        found = {
-            place: Training(advantages=own, logprobs=values)
-            for place, own, values in zip(self.order, self.advantages, by_token, strict=True)
-        }
-        return tuple(found[place] for place in range(len(found)))
 
 
 def _all_reduce(tensor: torch.Tensor) -> None:

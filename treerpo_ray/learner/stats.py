@@ -1,7 +1,7 @@
 """Batch statistics: what the trees of a learner step say, as sums that add over workers."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +13,8 @@ from treerpo_ray.algo.calibration import NUM_BINS, calibration_bins, calibration
 from treerpo_ray.algo.duplicates import count_duplicates
 from treerpo_ray.algo.groups import GroupState, Pruning, StepGroups
 from treerpo_ray.algo.standard_errors import standard_error_of_mean
+from treerpo_ray.metrics.rows import BY_SET
+from treerpo_ray.prompts.mixture import set_of
 from treerpo_ray.records import RootValue, TreeRecord
 from treerpo_ray.verifier.verdict import Verdict
 
@@ -40,6 +42,10 @@ class BatchStats:
     """Trees whose root has a value: none of their leaves errored."""
     value_sum: float = 0.0
     """Sum of the root values."""
+    value_sums: Sums = field(default_factory=Sums)
+    """The same by data set, where several are mixed."""
+    valued: Counter[str] = field(default_factory=Counter)
+    """Trees that those are of."""
     num_with_correct: int = 0
     """Trees with at least one leaf that has the whole reward."""
     groups: Counter[str] = field(default_factory=Counter)
@@ -93,6 +99,7 @@ class BatchStats:
         return {
             "reward/mean": self.value_sum / max(self.num_valued, 1),
             "reward/any": self.num_with_correct / max(self.num_trees, 1),
+            **{f"{BY_SET}{name}": self.value_sums[name] / n for name, n in self.valued.items()},
             "groups/kept": kept,
             "groups/pruned": pruned,
             "groups/kept_share": kept / max(total, 1),
@@ -160,8 +167,15 @@ def count(
     form: Form,
     pruning: Pruning,
     baseline: float = 0.0,
+    sets: Collection[str] = (),
 ) -> BatchStats:
-    """Statistics of one tree with these values and step groups."""
+    """Statistics of one tree with these values and step groups.
+
+    Args:
+        record, values, step_groups: The tree.
+        form, pruning, baseline: As of its advantages.
+        sets: Names of the data sets, where several are mixed.
+    """
     tree, is_valued = record.tree, not np.isnan(values.root)
     groups, sums = _count_groups(step_groups, pruning)
     errors = advantage_errors(
@@ -176,10 +190,13 @@ def count(
     verdicts = Counter[str](record.verdicts)
     num_duplicates, num_later_siblings = count_duplicates(tree)
     oldest = tree.min_version
+    name = set_of(record.prompt_id, sets) if is_valued else None
     return BatchStats(
         num_trees=1,
         num_valued=int(is_valued),
         value_sum=values.root if is_valued else 0.0,
+        value_sums=Sums() if name is None else Sums({name: float(values.root)}),
+        valued=Counter() if name is None else Counter([name]),
         num_with_correct=int(Verdict.CORRECT in verdicts),
         groups=groups,
         group_sums=sums,

@@ -30,7 +30,8 @@ from treerpo_ray.errors import without_ids
 
 if TYPE_CHECKING:  # the first line should not wait for what these import
     from treerpo_ray.config import Config
-    from treerpo_ray.metrics.run_log import Event, Row
+    from treerpo_ray.metrics.events import Event
+    from treerpo_ray.metrics.rows import Row
     from treerpo_ray.run_folder.files import Scalar
 
 HEADER_EVERY = 20

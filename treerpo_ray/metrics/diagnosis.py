@@ -6,13 +6,12 @@ was over.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from treerpo_ray.config import Config
+from treerpo_ray.metrics.rows import Row
 
-Row = Mapping[str, float]
-"""See `run_log`."""
 UNHEALTHY, HEALTHY_AGAIN = "unhealthy", "healthy_again"
 """Kinds of events."""
 NEVER_IDLE = 0.1

@@ -17,7 +17,8 @@ from treerpo_ray.metrics.console import Console
 
 if TYPE_CHECKING:
     from treerpo_ray.config import Config
-    from treerpo_ray.metrics.run_log import Event, Row
+    from treerpo_ray.metrics.events import Event
+    from treerpo_ray.metrics.rows import Row
 
 QUIET, JSON = "--quiet", "--json"
 

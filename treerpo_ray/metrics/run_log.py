@@ -3,111 +3,29 @@
 `metrics.jsonl` has one row for each learner step and evaluation, `events.jsonl` what happened
 in between. Both only ever grow, by whole lines. A row's `step` counts the finished updates, so
 0 is the untrained model. After a resume the rows of the steps that are done once more come
-again; `latest_rows` leaves out those that they replace.
+again; `rows.latest_rows` leaves out those that they replace.
 """
 
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from treerpo_ray.actor import actor_method
-from treerpo_ray.metrics.diagnosis import UNHEALTHY, Diagnosis
-from treerpo_ray.metrics.health import StackDump, StageStatus
+from treerpo_ray.metrics.diagnosis import Diagnosis
+from treerpo_ray.metrics.events import EVENTS_FILE, NOTICES, Event
+from treerpo_ray.metrics.rows import METRICS_FILE, Row, latest, parse_rows
 from treerpo_ray.metrics.stage_metrics import FINISHED, StageMetrics
+from treerpo_ray.metrics.stage_status import StackDump, StageStatus
 from treerpo_ray.metrics.wandb.run import ID_FILE, SENT_FILE, WandbRun
 from treerpo_ray.run_folder.files import RunFolder, Scalar, parse_lines
 from treerpo_ray.run_folder.lines import AppendLog, LogTimes
 
 if TYPE_CHECKING:
     from treerpo_ray.config import Config
-    from treerpo_ray.config.sections import RunConfig
 
 
 log = logging.getLogger(__name__)
-
-Row = dict[str, float]
-"""Metrics of one step by their name `area/name`, and the `step`."""
-METRICS_FILE = "metrics.jsonl"
-EVENTS_FILE = "events.jsonl"
-FATAL = "fatal"
-"""Kind of an event that ends the run, with its `reason`."""
-NOTICES = {
-    *("engine_serving", "engine_lost", "engine_draining", "engine_left", "tree_moved"),
-    *(FATAL, UNHEALTHY, "waiting", "learner_started", "learner_lost"),
-    *("write_failed", "write_waits", "write_done"),
-    *("checkpoint_passed_over", "engine_work_failed", "check_failed"),
-}
-"""Events that whoever follows the run should see; what this module warns of comes with them."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
-    """Something that happened at a time, such as `Event(kind="engine_lost", fields={"engine": 1})`.
-
-    Raises:
-        ValueError: a field is called `kind` or `time`, as the event's own are.
-    """
-
-    kind: str
-    fields: Mapping[str, Scalar] = field(default_factory=dict)
-    time: float = field(default_factory=time.time)
-    """Unix time in seconds."""
-
-    def __post_init__(self) -> None:
-        if taken := {"kind", "time"} & self.fields.keys():
-            raise ValueError(f"event {self.kind}: the field name {min(taken)} is taken")
-
-
-def write_failed(what: str, reason: str) -> Event:
-    """Something of the run folder could not be written."""
-    return Event(kind="write_failed", fields={"what": what, "reason": reason})
-
-
-def write_waits(what: str, reason: str) -> Event:
-    """Something of the run waits for a disk or a store."""
-    return Event(kind="write_waits", fields={"what": what, "reason": reason})
-
-
-def write_done(what: str, seconds: float) -> Event:
-    """What waited is written, after so many seconds."""
-    return Event(kind="write_done", fields={"what": what, "seconds": seconds})
-
-
-def check_failed(reason: str) -> Event:
-    """A check gave an answer no verdict, with the traceback."""
-    return Event(kind="check_failed", fields={"reason": reason})
-
-
-class RunLogApi(Protocol):
-    """Actor of `RunLog`."""
-
-    @actor_method
-    def step(self, row: Row) -> None:
-        """See `RunLog`, as for all that follow."""
-
-    @actor_method
-    def event(self, event: Event) -> None: ...
-
-    @actor_method
-    def rows_since(self, num_rows: int) -> list[Row]: ...
-
-    @actor_method
-    def notices_since(self, num_notices: int) -> list[Event]: ...
-
-    @actor_method
-    def growth(self) -> tuple[int, int]: ...
-
-    @actor_method
-    def num_lines(self) -> tuple[int, int]: ...
-
-    @actor_method
-    def status(self, stacks: StackDump) -> StageStatus: ...
-
-    @actor_method
-    def close(self) -> None: ...
 
 
 class RunLog:
@@ -145,7 +63,7 @@ class RunLog:
             warn=self._warn,
             times=times,
         )
-        self._rows = _parse_rows(parse_lines(self._log.read(METRICS_FILE)))
+        self._rows = parse_rows(parse_lines(self._log.read(METRICS_FILE)))
         self._diagnosis = Diagnosis(config, latest(self._rows))
         self._trees_per_step = config.gate.trees_per_step
         self._finished: set[int] = set()
@@ -237,63 +155,6 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.close()
         self._log.close()
-
-
-def latest_rows(folder: RunFolder) -> list[Row]:
-    """The rows of a run folder by increasing step, one a step, as the last resume left them."""
-    return latest(written_rows(folder))
-
-
-def written_rows(folder: RunFolder) -> list[Row]:
-    """The rows of a run folder as they were written."""
-    return _parse_rows(folder.read_lines(METRICS_FILE))
-
-
-def latest(written: Sequence[Row]) -> list[Row]:
-    """Rows as they were written, without those that a resume replaced.
-
-    Rows of one step are merged. A row of an earlier step than the one before it tells of a
-    resume: what came after that step belongs to a timeline that was rolled back.
-    """
-    rows: list[Row] = []
-    for row in written:
-        if rows and row["step"] < rows[-1]["step"]:
-            rows = [kept for kept in rows if kept["step"] <= row["step"]]
-        if rows and row["step"] == rows[-1]["step"]:
-            rows[-1] = rows[-1] | row
-        else:
-            rows.append(row)
-    return rows
-
-
-def num_redone(written: Sequence[Row]) -> int:
-    """How many learner steps a resume has done once more, by the rows as they were written."""
-    newest, count = 0.0, 0
-    for row in written:
-        if "reward/mean" in row:
-            count += row["step"] <= newest
-            newest = max(newest, row["step"])
-    return count
-
-
-def last_step(run: "RunConfig", rows: Sequence[Row]) -> int:
-    """The learner step that ends a run, as far as the rows of those that are done tell.
-
-    It is `run.num_steps`, or before it the one that reached `run.max_sampled_tokens`.
-    """
-    limit, total = run.max_sampled_tokens, 0.0
-    for row in rows:
-        total += row.get("tokens/sampled", 0.0)
-        if limit is not None and total >= limit:
-            return int(row["step"])
-    return run.num_steps
-
-
-def _parse_rows(lines: list[dict[str, Scalar]]) -> list[Row]:
-    return [
-        {name: math.nan if value is None else float(value) for name, value in line.items()}
-        for line in lines
-    ]
 
 
 def _finite(value: Scalar) -> Scalar:

@@ -1,8 +1,11 @@
-"""Sources: which version of this project a result is of."""
+"""Sources: which version of this project a result is of, or a machine has."""
 
 import hashlib
 import subprocess
 from pathlib import Path
+
+CODE = "treerpo_ray/**/*.py"
+SETTINGS = "conf/**/*.yaml"
 
 
 def version_of(root: Path) -> str:
@@ -16,8 +19,14 @@ def version_of(root: Path) -> str:
     if (root / ".git").exists() and (commit := git("describe", "--always")):
         is_dirty = git("status", "--porcelain", "--", "treerpo_ray", "conf", "pyproject.toml")
         return commit + "-dirty" * bool(is_dirty)
+    return f"sources-{checksum_of(root, CODE, SETTINGS)}"
+
+
+def checksum_of(root: Path, *patterns: str) -> str:
+    """Of the files below `root` that fit one of the patterns, with their names; without patterns of
+    the code alone, which is the same where it is installed and in a clone."""
     listed = hashlib.sha256()
-    for path in sorted([*root.glob("treerpo_ray/**/*.py"), *root.glob("conf/**/*.yaml")]):
+    for path in sorted(file for pattern in patterns or (CODE,) for file in root.glob(pattern)):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         listed.update(f"{path.relative_to(root)} {digest}\n".encode())
-    return f"sources-{listed.hexdigest()[:12]}"
+    return listed.hexdigest()[:12]

@@ -191,6 +191,13 @@ METRICS = (
         sources={f"verdict/{verdict}": verdict.value for verdict in Verdict},
     ),
     StageMetric(
+        name="treerpo_verdict_error_share",
+        description="Share of the answers of the last learner step that the verifier errored on or "
+        "was too late with",
+        unit="percentunit",
+        sources={"verdict/error_share": ""},
+    ),
+    StageMetric(
         name="treerpo_reward",
         description="Mean reward of the trees of the last learner step",
         unit="none",

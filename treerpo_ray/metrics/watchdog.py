@@ -23,7 +23,7 @@ import ray
 
 from treerpo_ray.actor import actor_method
 from treerpo_ray.config import Config
-from treerpo_ray.metrics.health import IdleTimes, StackDump, StageStatus, stalled
+from treerpo_ray.metrics.stage_status import IdleTimes, StackDump, StageStatus, stalled
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.writer import BackgroundWriter
 

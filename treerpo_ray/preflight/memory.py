@@ -5,7 +5,7 @@ transformer with a gated MLP: what PyTorch keeps of a layer for the backward pas
 `tests/preflight/test_memory.py` measures it again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -101,25 +101,47 @@ class MemoryPlan:
         on_gpu = (config.learner.gpu_memory_gib, config.engine.gpu_memory_gib)
         if on_gpu != (None, None):
             rows.append(("of gpu_memory_gib", *on_gpu))
-        head = "GiB a GPU" if _uses_gpus(config) else "GiB"
+        unit, scale = _unit(value for _, *values in rows for value in values)
+        head = f"{unit} a GPU" if _uses_gpus(config) else unit
         fewest, most = config.engine.num_engines, config.engine.most
         engines = f"{fewest} engine(s)" if fewest == most else f"{fewest} to {most} engines"
         return [
             f"{head:22}{f'{config.learner.num_workers} worker(s)':>16}{engines:>18}",
-            *(f"{name:22}{_cell(worker):>16}{_cell(engine):>18}" for name, worker, engine in rows),
+            *(
+                f"{name:22}{_cell(worker, scale):>16}{_cell(engine, scale):>18}"
+                for name, worker, engine in rows
+            ),
         ]
 
     def engine_line(self) -> str:
         """What an engine takes, in one line, for a job that has no learner."""
+        total = sum(self.engine.values())
+        unit, scale = _unit([total])
         parts = ", ".join(
-            f"{part} {self.engine[part]:.2f}" for part in PARTS if part in self.engine
+            f"{part} {_cell(self.engine[part], scale)}" for part in PARTS if part in self.engine
         )
         at_least = "" if {ACTIVATIONS, CACHE} <= self.engine.keys() else "at least "
-        return f"an engine takes {at_least}{sum(self.engine.values()):.2f} GiB: {parts}"
+        return f"an engine takes {at_least}{_cell(total, scale)} {unit}: {parts}"
 
 
-def _cell(gib: float | None) -> str:
-    return "-" if gib is None else f"{gib:.2f}"
+def _unit(gib: Iterable[float | None]) -> tuple[str, int]:
+    """The unit in which the largest of some amounts has digits before its point, and how many of
+    them are a GiB."""
+    return ("GiB", 1) if max(each or 0.0 for each in gib) >= 1 else ("MiB", 1024)
+
+
+def _cell(gib: float | None, scale: int = 1) -> str:
+    return "-" if gib is None else number(gib * scale, 2)
+
+
+def number(amount: float, digits: int = 1) -> str:
+    """An amount with so many digits behind its point, or two that are not zero.
+
+    >>> number(12.34), number(0.0123), number(0)
+    ('12.3', '0.012', '0.0')
+    """
+    is_small = 0 < amount < 10.0 ** (1 - digits)
+    return f"{amount:.2g}" if is_small else f"{amount:.{digits}f}"
 
 
 def _uses_gpus(config: Config) -> bool:
@@ -246,21 +268,22 @@ def _worker_misfits(config: Config, parts: dict[str, float]) -> Iterator[str]:
     if has is None or needs <= has:
         return
     fixed = needs - parts.get(ACTIVATIONS, 0.0)
-    start = f"learner.gpu_memory_gib={has:g}: a worker of {config.model.path} needs {needs:.1f} GiB"
+    one = f"a worker of {config.model.path}"
+    start = f"learner.gpu_memory_gib={has:g}: {one} needs {number(needs)} GiB"
     if fixed > has:
         yield (
-            f"{start}, {fixed:.1f} of them for the whole model with its gradients and optimizer: "
-            "it cannot be trained on this GPU until its learner is sharded; take a smaller model "
-            "or a larger GPU"
+            f"{start}, {number(fixed)} of them for the whole model with its gradients and "
+            "optimizer: it cannot be trained on this GPU until its learner is sharded; take a "
+            "smaller model or a larger GPU"
         )
     elif not config.learner.gradient_checkpointing:
         yield (
-            f"{start}, {parts[ACTIVATIONS]:.1f} of them for activations: set "
+            f"{start}, {number(parts[ACTIVATIONS])} of them for activations: set "
             "learner.gradient_checkpointing=true"
         )
     else:
         yield (
-            f"{start}, {parts[ACTIVATIONS]:.1f} of them for activations: lower "
+            f"{start}, {number(parts[ACTIVATIONS])} of them for activations: lower "
             f"learner.token_budget={config.learner.token_budget}"
         )
 
@@ -274,9 +297,9 @@ def _engine_misfits(
     has = engine.gpu_memory_gib
     if has is not None and (needs := sum(parts.values())) > has:
         yield (
-            f"engine.gpu_memory_gib={has:g}: an engine of {config.model.path} needs {needs:.1f} "
-            f"GiB, {parts[WEIGHTS]:.1f} of them for its weights: raise engine.tensor_parallel or "
-            "lower engine.kv_cache_gib or engine.max_num_seqs"
+            f"engine.gpu_memory_gib={has:g}: an engine of {config.model.path} needs "
+            f"{number(needs)} GiB, {number(parts[WEIGHTS])} of them for its weights: raise "
+            "engine.tensor_parallel or lower engine.kv_cache_gib or engine.max_num_seqs"
         )
     elif cache is not None and needed is not None and cache < needed:
         where = (
@@ -286,8 +309,8 @@ def _engine_misfits(
             else f"engine.kv_cache_gib={engine.kv_cache_gib:g} is"
         )
         yield (
-            f"{where} {cache:.2f} GiB of KV cache, and one path of {path} tokens needs "
-            f"{needed:.2f}: raise it"
+            f"{where} {number(cache, 2)} GiB of KV cache, and one path of {path} tokens needs "
+            f"{number(needed, 2)}: raise it"
         )
 
 
@@ -308,9 +331,9 @@ def _shared_misfits(config: Config, plan: MemoryPlan) -> Iterator[str]:
             if is_together and total + max(asked, 0.0) > min(named):
                 yield (
                     f"a GPU of {min(named):g} GiB (learner.gpu_memory_gib, engine.gpu_memory_gib) "
-                    f"cannot hold {workers} worker(s) of {needs[0]:.1f} and {engines} engine(s) of "
-                    f"{needs[1]:.1f} GiB, as learner.resources.GPU={shares[0]:g} and "
-                    f"engine.resources.GPU={shares[1]:g} allow: lower learner.token_budget or "
+                    f"cannot hold {workers} worker(s) of {number(needs[0])} and {engines} "
+                    f"engine(s) of {number(needs[1])} GiB, as learner.resources.GPU={shares[0]:g} "
+                    f"and engine.resources.GPU={shares[1]:g} allow: lower learner.token_budget or "
                     "engine.kv_cache_gib, or give each a GPU of its own"
                 )
                 return
@@ -338,7 +361,7 @@ def needs_more_memory(config: Config, plan: MemoryPlan, has_gib: float, where: s
         f"learner.token_budget={config.learner.token_budget}": needs["learner"],
     }
     return (
-        f"{config.engine.num_engines} engine(s) take {needs['engine']:.1f} GiB and "
-        f"{config.learner.fewest_workers} worker(s) {needs['learner']:.1f}, and {where} has "
-        f"{has_gib:.1f}: lower {max(keys, key=lambda key: keys[key])}"
+        f"{config.engine.num_engines} engine(s) take {number(needs['engine'])} GiB and "
+        f"{config.learner.fewest_workers} worker(s) {number(needs['learner'])}, and {where} has "
+        f"{number(has_gib)}: lower {max(keys, key=lambda key: keys[key])}"
     )

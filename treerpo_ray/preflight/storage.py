@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from treerpo_ray.config import Config
 from treerpo_ray.errors import one_line
-from treerpo_ray.learner.learner import CHECKPOINT_BYTES
+from treerpo_ray.run_folder.checkpoints import BYTES_A_PARAMETER
 from treerpo_ray.run_folder.checkpoints import FOLDER as CHECKPOINTS
 from treerpo_ray.run_folder.disk import disk_of, free_bytes, size
 from treerpo_ray.run_folder.files import CONFIG_FILE, MODEL_FOLDER, RunFolder
@@ -57,7 +57,7 @@ class StoragePlan:
         place = Path(folder.root if folder.is_local else tempfile.gettempdir())
         there = [place / CHECKPOINTS, place / MODEL_FOLDER] if folder.is_local else []
         return cls(
-            checkpoint=int(CHECKPOINT_BYTES * num_parameters),
+            checkpoint=int(BYTES_A_PARAMETER * num_parameters),
             num_checkpoints=config.checkpoint.keep + 1,
             model=int(MODEL_BYTES * num_parameters),
             trees=TREE_BYTES * config.gate.trees_per_step * config.shape.max_sampled_tokens

@@ -5,6 +5,7 @@ pruning rule are tried on a small tree. What fails is one line with the user's o
 """
 
 from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 
@@ -17,8 +18,10 @@ from treerpo_ray.config.files import PACKAGE
 from treerpo_ray.config.sections import LearnerConfig, VerifierConfig
 from treerpo_ray.errors import UserCodeError, one_line
 from treerpo_ray.scoring import make_verifiers
-from treerpo_ray.user_code import file_hint, is_file, is_module
+from treerpo_ray.user_code import file_hint, is_file, is_here, is_module, readable, with_checksum
 
+TRUST = "--trust-run"
+"""Option of an evaluation with which it runs the code that a run brings along."""
 PARENTS = (ROOT, ROOT, ROOT, 0, 0, 1, 1)
 """Three steps, of which two have two leaves each below them."""
 REWARDS = (
@@ -55,6 +58,41 @@ def try_checks(settings: VerifierConfig) -> bool:
             except RuntimeError as error:
                 raise UserCodeError(one_line(error)) from error
         return any(verifier.wants_row for verifier in verifiers)
+
+
+def code_lines(settings: VerifierConfig, run: str, *, trusts_run: bool) -> list[str]:
+    """What of the user's code will grade, and where it is from, a line each.
+
+    The configuration of a run brings the source of its checks along. Somebody else's is not run
+    unasked: it counts as the user's own where the file that it names is here and the same.
+
+    Args:
+        settings: Name the checks.
+        run: What is evaluated, for messages.
+        trusts_run: Whether the code that it brings may be run.
+
+    Raises:
+        UserCodeError: it brings code that is not here; with that code, to be read.
+    """
+    lines = []
+    for name in settings.weights:
+        shown, source = with_checksum(name, settings.sources), settings.sources.get(name)
+        if name.startswith(f"{PACKAGE}."):
+            continue
+        if not is_file(name):
+            lines.append(f"graded by the module {name}, as it is installed here")
+        elif source is None or is_here(name, source):
+            lines.append(f"graded by {shown}, which is {Path(name).expanduser().absolute()}")
+        elif trusts_run:
+            lines.append(f"graded by {shown}, whose code {run} brings along")
+        else:
+            here = "unlike the file here" if Path(name).expanduser().exists() else "not here"
+            raise UserCodeError(
+                f"{run} is graded by code that it brings along: {shown}, {here}. If you trust "
+                f"what stands below, {TRUST} runs it; verifier.check=FILE.py takes a file of yours",
+                readable(source),
+            )
+    return lines
 
 
 def try_credit(settings: LearnerConfig) -> None:

@@ -20,6 +20,13 @@ QUESTION = "question"
 PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 MOST_SHOWN = 12
 """Names in a message."""
+NEAR = 0.7
+"""Likeness of names, from 0 to 1, from which on one is taken for a slip of the other."""
+USUAL = {
+    "question_column": ("problem", "prompt", "query", "input", "instruction"),
+    "answer_column": ("solution", "target", "output", "response", "final_answer"),
+}
+"""What data sets call a column, by the key that names it, the most usual first."""
 
 
 def top_level(column: str, names: Collection[str]) -> str | None:
@@ -83,11 +90,13 @@ def unknown_column(
     """
     inner = list(dict.fromkeys(path for row in sample for path in _places(row) if "." in path))
     free = [name for name in (*names, *inner) if name not in taken]
-    near = difflib.get_close_matches(column, free, n=1)
-    hint = f"did you mean {section}.{key}={near[0]}? " if near else ""
-    told = f"no column '{column}' ({key}); {hint}columns: {_listed(names)}"
     cells = {path: cell_of(row, path) for row in sample for path in _places(row)}
     chats = [path for path, cell in cells.items() if is_chat(cell)]
+    near = difflib.get_close_matches(column, free, n=1, cutoff=NEAR)
+    if not near and not chats:
+        near = [name for name in USUAL.get(key, ()) if name in free]
+    hint = f"did you mean {section}.{key}={near[0]}? " if near else ""
+    told = f"no column '{column}' ({key}); {hint}columns: {_listed(names)}"
     if key == "question_column" and chats:
         told += f"; {section}.{key}={chats[0]} reads the chats that are there"
     elif inner:

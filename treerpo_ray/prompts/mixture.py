@@ -8,6 +8,7 @@ with much weight begins again while a large one goes on, and none of them ends t
 All is a pure function of a ticket's number and the seed, so that a resumed run goes on as it was.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +55,17 @@ class Mixture:
         inside = (place - bounds[chosen]) / self.shares[chosen] + 1
         size = self.sizes[chosen]
         return self.start(chosen) + min(max(int(inside * size), 0), size - 1)
+
+
+def id_of(name: str, problem: str) -> str:
+    """Id of a problem of the set of that name."""
+    return f"{name}/{problem}"
+
+
+def set_of(problem: str, names: Iterable[str]) -> str | None:
+    """The set that a problem is of by its id, of those with these names; None: of none of them."""
+    found = [name for name in names if problem.startswith(id_of(name, ""))]
+    return max(found, key=len, default=None)
 
 
 def one_set(size: int) -> Mixture:

@@ -17,7 +17,7 @@ from treerpo_ray.config.data import PACKAGE_PARENT, DataConfig
 from treerpo_ray.errors import one_line
 from treerpo_ray.prompts.chats import with_system
 from treerpo_ray.prompts.hub import HUB_ID, Unreachable, is_unreachable, offline_because, refusal
-from treerpo_ray.prompts.mixture import Mixture, one_set
+from treerpo_ray.prompts.mixture import Mixture, id_of, one_set
 from treerpo_ray.prompts.problems import Problem
 from treerpo_ray.quickstart.exercises import MODELS, MODELS_FOLDER
 
@@ -56,7 +56,7 @@ class PromptSet:
     def mixed(cls, parts: Mapping[str, "PromptSet"], weights: Sequence[float]) -> "PromptSet":
         """Several sets as one, each problem with the name of its set before its id."""
         named = [
-            replace(problem, id=f"{name}/{problem.id}")
+            replace(problem, id=id_of(name, problem.id))
             for name, part in parts.items()
             for problem in part.problems
         ]

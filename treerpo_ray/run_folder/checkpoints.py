@@ -26,6 +26,8 @@ from treerpo_ray.run_folder.writer import BackgroundWriter, OnFailure, Warn
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+BYTES_A_PARAMETER = 12
+"""Of each parameter in a checkpoint: its weight and both of its moments, in float32."""
 FOLDER = "checkpoints"
 LIST_FILE = "files.json"
 """Digest of every file of a checkpoint; there last, so that its presence means it is whole."""

@@ -234,11 +234,11 @@ class RunFolder:
         return f"{self.root}/{name}" if name else self.root
 
 
-def named_folder(place: str) -> str:
+def named_folder(place: str, root: str | None = None) -> str:
     """The folder or URI that a user means: a name alone, if nothing here is called so, is that of
-    a run in the folder of all runs."""
+    a run in `root`, the folder of all runs unless another is given."""
     is_name = "/" not in place and not RunFolder(place).exists()
-    return f"{RunConfig().root}/{place}" if is_name else place
+    return f"{root or RunConfig().root}/{place}" if is_name else place
 
 
 def parse_lines(text: str) -> list[dict[str, Scalar]]:

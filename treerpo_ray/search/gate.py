@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from treerpo_ray.metrics.health import StackDump, StageStatus
+from treerpo_ray.metrics.stage_status import StackDump, StageStatus
 from treerpo_ray.prompts.mixture import Mixture, Turns
 from treerpo_ray.records import RootValue
 from treerpo_ray.search.curriculum import Curriculum, Measurement, from_state, to_state

@@ -22,8 +22,8 @@ from treerpo_ray.engine.engine import make_engine
 from treerpo_ray.engine.pool import TIMES, EnginePool, PoolTimes
 from treerpo_ray.engine.replica import EngineActor
 from treerpo_ray.engine.types import EngineSetup, EngineStats, Sampling
-from treerpo_ray.metrics.health import StackDump, StageStatus
-from treerpo_ray.metrics.run_log import RunLogApi
+from treerpo_ray.metrics.events import RunLogApi
+from treerpo_ray.metrics.stage_status import StackDump, StageStatus
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.search.gate import redrawn

@@ -22,7 +22,8 @@ from treerpo_ray.algo.groups import PruneRule, Pruning, step_groups
 from treerpo_ray.algo.tree import ROOT, Tree
 from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.errors import one_line
-from treerpo_ray.metrics.run_log import EVENTS_FILE, METRICS_FILE, latest_rows
+from treerpo_ray.metrics.events import EVENTS_FILE
+from treerpo_ray.metrics.rows import METRICS_FILE, latest_rows
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import CONFIG_FILE, MODEL_FOLDER, RunFolder
@@ -306,8 +307,16 @@ def newest_run(root: str) -> str:
 
 def most_mixed_tree(run: Run, records: Sequence[TreeRecord]) -> TreeRecord:
     """The tree whose steps differ most in value: the one that has most to show."""
-    spreads = [np.nan_to_num(run.values(record).steps).std() for record in records]
-    return records[int(np.argmax(spreads))]
+    return records[int(np.argmax([_spread(run, record) for record in records]))]
+
+
+def is_mixed(run: Run, record: TreeRecord) -> bool:
+    """Whether steps of a tree differ in value; else its answers are all right or all wrong."""
+    return _spread(run, record) > 0
+
+
+def _spread(run: Run, record: TreeRecord) -> float:
+    return float(np.nan_to_num(run.values(record).steps).std())
 
 
 def worst_leaf(run: Run, record: TreeRecord) -> int:

@@ -13,7 +13,7 @@ import torch
 
 from treerpo_ray.config import Config
 from treerpo_ray.learner.policy import DTYPES, load_policy
-from treerpo_ray.metrics.run_log import Row, latest_rows
+from treerpo_ray.metrics.rows import Row, latest_rows
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import MODEL_FOLDER, WHOLE_MODEL, RunFolder, Scalar
 from treerpo_ray.weight_sync import pack_weights

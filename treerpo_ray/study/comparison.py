@@ -25,7 +25,7 @@ from treerpo_ray.config.files import flat_settings, load, placeless, to_yaml
 from treerpo_ray.config.identity import Flat, check_file_name
 from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation
-from treerpo_ray.metrics.run_log import last_step, latest_rows
+from treerpo_ray.metrics.rows import last_step, latest_rows
 from treerpo_ray.metrics.sources import version_of
 from treerpo_ray.run_folder.files import RunFolder
 

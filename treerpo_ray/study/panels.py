@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from treerpo_ray.metrics.rows import BY_SET
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
@@ -74,4 +76,12 @@ def panels_of(metrics: Mapping[str, Iterable[float | None]]) -> tuple[Panel, ...
         own = [metrics[name] for name in panel.lines.values() if name in metrics]
         return any(not panel.is_off_at_zero or any(values) for values in own)
 
-    return tuple(panel for panel in PANELS if has_something(panel))
+    panels = (PANELS[0], *_by_set(metrics), *PANELS[1:])
+    return tuple(panel for panel in panels if has_something(panel))
+
+
+def _by_set(names: Iterable[str]) -> list[Panel]:
+    """The panel of rewards by data set, where several are mixed."""
+    sets = sorted(name.removeprefix(BY_SET) for name in names if name.startswith(BY_SET))
+    lines = {name: f"{BY_SET}{name}" for name in sets}
+    return [Panel(title="reward of the leaves by data set", lines=lines)] if sets else []

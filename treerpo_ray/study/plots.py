@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from treerpo_ray.metrics.run_log import EVENTS_FILE
+from treerpo_ray.metrics.events import EVENTS_FILE
 from treerpo_ray.study.analysis import NotThere, Run
 from treerpo_ray.study.panels import Panel, panels_of
 
@@ -15,6 +15,8 @@ KEPT, PRUNED, GRID = "#2a6f97", "#b8c0c8", "#eceff1"
 LINES = (KEPT, "#e08e2b", "#5b8c5a", "#8e5ea2")
 WIDTHS = (2.4, 1.5, 1.1)
 """Of the lines of a panel, so that of two with the same values both are seen."""
+LEAST_RANGE = 0.1
+"""Of an axis, as a share of what stands on it: less is noise, and should look like it."""
 MARKED_STEPS = 15
 """A line of at most so many points shows each of them."""
 
@@ -128,10 +130,14 @@ def _draw_panel(axes: Axes, panel: Panel, metrics: pd.DataFrame) -> None:
         low_high = metrics[interval].dropna()
         axes.vlines(low_high.index, *low_high.to_numpy().T, color=KEPT, linewidth=2, alpha=0.5)
     if len(drawn) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(fontsize=8, framealpha=0.8, edgecolor="none")  # lines may run behind it
     if panel.is_share:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set_ylim(-0.03, 1.03)
+    else:
+        low, high = axes.get_ylim()
+        lack = max(LEAST_RANGE * max(abs(low), abs(high)) - (high - low), 0.0)
+        axes.set_ylim(low - lack / 2, high + lack / 2)
     axes.set_title(panel.title, loc="left", fontsize=10)
     axes.set_xlim(metrics.index.min() - 0.5, metrics.index.max() + 0.5)
 

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from treerpo_ray.config import Config
-from treerpo_ray.driver.outcome import RunResult
+from treerpo_ray.driver.result import RunResult
 from treerpo_ray.driver.run import kept_engines, run
 from treerpo_ray.engine.types import EngineSetup
 from treerpo_ray.errors import RunFailed

@@ -16,7 +16,13 @@ from matplotlib.font_manager import findfont, get_font
 from treerpo_ray.algo.backup import Values
 from treerpo_ray.algo.tree import ROOT, Tree
 from treerpo_ray.records import TreeRecord
-from treerpo_ray.study.analysis import Run, most_mixed_tree, path_changes, worst_leaf
+from treerpo_ray.study.analysis import (
+    Run,
+    is_mixed,
+    most_mixed_tree,
+    path_changes,
+    worst_leaf,
+)
 from treerpo_ray.study.plots import KEPT, PRUNED, figure_grid
 from treerpo_ray.verifier.verdict import Verdict
 
@@ -27,6 +33,7 @@ VALUE_COLORS = LinearSegmentedColormap.from_list("value", ["#f6c1b1", "#fbf8ee",
 NO_VALUE = "#ffffff"
 MAX_LEAVES = 40
 """Leaves up to which a tree is drawn whole."""
+NOT_MIXED = "not mixed: all answers of this tree are worth the same"
 LINE_CHARS = 26
 """Longest line of a step's text in a drawing."""
 MAX_LINES = 3
@@ -65,9 +72,13 @@ def plot_tree(run: Run, record: TreeRecord | None = None) -> Figure:
         advantages=run.advantages(record),
         verdicts=record.verdicts,
     )
-    if len(record.tree.leaves) <= MAX_LEAVES:
-        return draw_tree(view)
-    return draw_tree(view, opened={ROOT, *record.tree.path(worst_leaf(run, record))})
+    opened = None
+    if len(record.tree.leaves) > MAX_LEAVES:
+        opened = {ROOT, *record.tree.path(worst_leaf(run, record))}
+    figure = draw_tree(view, opened)
+    if not is_mixed(run, record):
+        figure.axes[0].set_title(NOT_MIXED, loc="left", fontsize=10)
+    return figure
 
 
 def draw_tree(view: TreeView, opened: Set[int] | None = None) -> Figure:
@@ -116,11 +127,10 @@ def plot_value_along_path(
     axes.set(ylabel="value", ylim=(-0.06, 1.06), xlim=(-0.4, len(path) + 0.4))
     axes.get_xticklabels()[worst + 1].set_color(LOST if changes[worst] < 0 else "black")
     verdict = record.verdicts[tree.leaves.index(leaf)].value.replace("_", " ")
-    axes.set_title(
-        f"ticket {record.ticket}, from the prompt to leaf {leaf}: {verdict}",
-        loc="left",
-        fontsize=10,
-    )
+    title = f"ticket {record.ticket}, from the prompt to leaf {leaf}: {verdict}"
+    if not is_mixed(run, record):
+        title += f"\n{NOT_MIXED}"
+    axes.set_title(title, loc="left", fontsize=10)
     return figure
 
 

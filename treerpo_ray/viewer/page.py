@@ -6,7 +6,6 @@ scripts by their hashes, so that nothing else in it can run, and lets nothing be
 
 import base64
 import hashlib
-import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from pathlib import Path
 from treerpo_ray.study.problems import Change
 from treerpo_ray.viewer.reader import RunReader
 from treerpo_ray.viewer.server import ASSETS
-from treerpo_ray.viewer.tree_list import TreeSummary
 from treerpo_ray.viewer.wire import to_json
 
 IMPORT = re.compile(r'^import \{([^}]*)\} from "\./([a-z_]+)\.js";\n', re.MULTILINE)
@@ -33,7 +31,8 @@ MAX_FIXED = 4
 
 def write_page(reader: RunReader, refs: list[str], file: Path) -> list[str]:
     """Write a page with the trees `refs`, or if there are none those of the newest saved step that
-    have most to show and problems that training fixed, before and after; returns what it holds.
+    have both right and wrong answers, the most mixed ones (without any, those by ticket), and
+    problems that training fixed, before and after; returns what it holds.
 
     Raises:
         ValueError: a tree is not there, or the file cannot be written.
@@ -41,8 +40,10 @@ def write_page(reader: RunReader, refs: list[str], file: Path) -> list[str]:
     status = reader.status()
     if not refs and status.tree_steps:
         newest = status.tree_steps[-1]
-        mixed = sorted(reader.trees(newest), key=_distance_to_half)
-        refs = [f"{newest}:{tree.ticket}" for tree in mixed[:MAX_TREES]]
+        trees = reader.trees(newest)
+        mixed = [tree for tree in trees if 0 < tree.value < 1]
+        most = sorted(mixed or trees, key=lambda tree: abs(tree.value - 0.5) if mixed else 0)
+        refs = [f"{newest}:{tree.ticket}" for tree in most[:MAX_TREES]]
         change = reader.change()
         for problem in change.fixed[:MAX_FIXED] if change else ():
             refs += problem.refs
@@ -52,10 +53,6 @@ def write_page(reader: RunReader, refs: list[str], file: Path) -> list[str]:
     except OSError as error:
         raise ValueError(f"--html {file}: {error.strerror}") from error
     return refs
-
-
-def _distance_to_half(tree: TreeSummary) -> float:
-    return 1.0 if math.isnan(tree.value) else abs(tree.value - 0.5)
 
 
 def embedded(reader: RunReader, refs: list[str]) -> dict[str, object]:

@@ -10,7 +10,7 @@ from threading import RLock
 from typing import TypeVar
 
 from treerpo_ray.config.sections import RunConfig
-from treerpo_ray.metrics.run_log import METRICS_FILE, Row, latest, num_redone, written_rows
+from treerpo_ray.metrics.rows import METRICS_FILE, Row, latest, num_redone, written_rows
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder, named_folder

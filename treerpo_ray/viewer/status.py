@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from treerpo_ray.metrics.run_log import METRICS_FILE, Row
+from treerpo_ray.metrics.rows import METRICS_FILE, Row
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import WHOLE_MODEL, RunFolder
 from treerpo_ray.study.analysis import Run

@@ -17,7 +17,8 @@ from treerpo_ray.algo.tree import Step, StopReason, Tree
 from treerpo_ray.config import Config
 from treerpo_ray.config.data import PromptsConfig
 from treerpo_ray.config.sections import GateConfig, LearnerConfig, ModelConfig, TreeConfig
-from treerpo_ray.learner.learner import Learner, UpdateResult
+from treerpo_ray.learner.learner import Learner
+from treerpo_ray.learner.update_result import UpdateResult
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.verifier.verdict import Verdict
 
@@ -114,6 +115,7 @@ def make_learner(config: Config, checkpoint: Path | None = None) -> Learner:
         max_staleness=config.gate.max_staleness,
         max_tokens=config.max_model_tokens,
         device=CPU,
+        sets=config.prompts.sets,
         checkpoint=checkpoint,
     )
 

@@ -14,7 +14,8 @@ from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import MetricsConfig, RunConfig, TreeConfig
 from treerpo_ray.evaluate.evaluation import SAMPLES
-from treerpo_ray.metrics.run_log import Event, RunLog
+from treerpo_ray.metrics.events import Event
+from treerpo_ray.metrics.run_log import RunLog
 from treerpo_ray.quickstart.exercises import draw_exercises
 from treerpo_ray.records import TreeRecord, to_table
 from treerpo_ray.verifier.verdict import Verdict

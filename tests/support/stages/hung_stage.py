@@ -4,7 +4,7 @@ import time
 
 import ray
 
-from treerpo_ray.metrics.health import StackDump, StageStatus
+from treerpo_ray.metrics.stage_status import StackDump, StageStatus
 from treerpo_ray.metrics.watchdog import Heartbeat
 
 

@@ -19,7 +19,7 @@ NEEDED = [
 
 def main() -> None:
     told: dict[str, object] = {}
-    with load_script("jobs/cluster/autoscale_demo.py").autoscaling_cluster() as address:
+    with load_script("jobs/drills/autoscale_demo.py").autoscaling_cluster() as address:
         os.environ["RAY_ADDRESS"] = address
         with connected(load([*NEEDED, "engine.start_timeout_s=300"])):
             told["slots"] = ray.cluster_resources().get("rollout_slot")

@@ -5,7 +5,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import psutil
 import ray
@@ -14,7 +14,9 @@ from ray.cluster_utils import Cluster
 from ray.experimental import get_object_locations
 
 from treerpo_ray.actor import make_actor
+from treerpo_ray.driver.versions import check_versions
 from treerpo_ray.learner.publisher import Publisher
+from treerpo_ray.preflight.placement import Stage
 from treerpo_ray.weight_sync import Manifest, Probe, WeightSync
 
 STORE_BYTES = 100 * 2**20
@@ -150,9 +152,28 @@ def main() -> None:
     ray.get(learner.publish.remote(sync, 9))
     told["moved with the learner"] = ray.get(pool.nodes.remote()) == [back.node_id]
     told["published from another node"] = ray.get(pool.load.remote())
+    stages = [
+        Stage(key=f"{role}.resources", count=1, resources={role: 1})
+        for role in ("learner", "engine")
+    ]
+    told["nodes that are alike"] = refusal(lambda: check_versions(stages))
+    differing = refusal(lambda: check_versions(stages, look=lambda: {"node": own_node()}))
+    told["nodes that differ"] = "install the same on all nodes" in str(differing)
     ray.shutdown()
     cluster.shutdown()
     print(json.dumps(told))
+
+
+def own_node() -> str:
+    return ray.get_runtime_context().get_node_id()
+
+
+def refusal(check: Callable[[], None]) -> str | None:
+    try:
+        check()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def spilled_bytes(cluster: Cluster, node_id: str) -> int:

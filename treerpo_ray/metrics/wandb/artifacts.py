@@ -22,7 +22,6 @@ from treerpo_ray.run_folder.files import MODEL_FOLDER, WHOLE_MODEL, RunFolder
 if TYPE_CHECKING:
     import wandb
 
-    from treerpo_ray.config import Config
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +39,17 @@ class Artifacts:
 
     Args:
         folder: The run folder.
-        config: The run's.
+        name: Of the run.
+        model: What it began with, as `model.path` names it.
+        keep: Checkpoints that it keeps.
         run: That of W&B.
     """
 
-    def __init__(self, folder: RunFolder, config: "Config", run: "wandb.Run") -> None:
-        self._folder, self._config, self._run = folder, config, run
+    def __init__(
+        self, *, folder: RunFolder, name: str, model: str, keep: int, run: "wandb.Run"
+    ) -> None:
+        self._folder, self._name, self._model_path, self._run = folder, name, model, run
+        self._checkpoints = Checkpoints(folder, keep)
         self._done: set[str] = set()
 
     def use_start(self) -> None:
@@ -63,8 +67,7 @@ class Artifacts:
     def log_checkpoints(self) -> None:
         """Those that the run folder keeps, and the model at its end."""
         steps: list[int] = []
-        kept = Checkpoints(self._folder, self._config.checkpoint.keep)
-        self._try("checkpoints", lambda: steps.extend(kept.steps()))
+        self._try("checkpoints", lambda: steps.extend(self._checkpoints.steps()))
         for step in steps:
             self._log(name_of(step), partial(self._checkpoint, step))
         self._log(MODEL_FOLDER, self._model)
@@ -90,13 +93,13 @@ class Artifacts:
     def _named(self, kind: str, metadata: dict[str, object]) -> "wandb.Artifact":
         import wandb
 
-        name = _plain(self._config.run.name)[:MAX_NAME]
+        name = _plain(self._name)[:MAX_NAME]
         return wandb.Artifact(f"{name}-{kind}", type=kind, metadata=metadata)
 
     def _start(self) -> "wandb.Artifact":
         import wandb
 
-        path = self._config.model.path
+        path = self._model_path
         name = _plain(path).strip("_")[-MAX_NAME:]
         model = wandb.Artifact(name, type="model", metadata={"path": path})
         with model.new_file("path.txt") as file:

@@ -7,11 +7,11 @@ keys that files of all versions share, so that the unit is added here.
 
 from typing import TYPE_CHECKING
 
+from treerpo_ray.metrics.rows import Row
+
 if TYPE_CHECKING:
     import wandb
 
-Row = dict[str, float]
-"""See `run_log`."""
 TOKENS = "tokens/total"
 """Sampled tokens of the run until a row."""
 BY_TOKENS = ("eval", "reward")

@@ -14,10 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from treerpo_ray.metrics.rows import Row
+from treerpo_ray.metrics.sources import version_of
 from treerpo_ray.metrics.wandb.artifacts import Artifacts
 from treerpo_ray.metrics.wandb.offline import offline_rows
 from treerpo_ray.metrics.wandb.panels import TOKENS, define, shown
-from treerpo_ray.metrics.sources import version_of
 from treerpo_ray.metrics.wandb.tables import Tables
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.writer import BackgroundWriter, OnFailure, Warn
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 
 ROOT = Path(__file__).resolve().parents[3]
-Row = dict[str, float]
-"""See `run_log`."""
 ID_FILE = "wandb_id"
 """File in the run folder with the id under which a resumed run goes on."""
 SENT_FILE = "wandb_rows"
@@ -86,7 +85,9 @@ class WandbRun:
         self._tokens = 0.0
         self._number = 0
         """Of the row that was sent last."""
-        self._tables = Tables(RunFolder(config.folder), config)
+        self._tables = Tables(
+            folder=RunFolder(config.folder), has_trees=bool(config.metrics.save_trees_every)
+        )
         self._writer = BackgroundWriter(
             lambda _, reason: warn("wandb_stopped", f"{reason}; metrics.jsonl has all rows"),
             name="wandb",
@@ -184,7 +185,13 @@ class WandbRun:
                 f"{reason}; `wandb sync {self._folder}/wandb/offline-run-*` sends it later",
             )
         (self._folder / ID_FILE).write_text(self._run.id)  # in a sweep W&B's own
-        self._artifacts = Artifacts(RunFolder(self._config.folder), self._config, self._run)
+        self._artifacts = Artifacts(
+            folder=RunFolder(self._config.folder),
+            name=self._config.run.name,
+            model=self._config.model.path,
+            keep=self._config.checkpoint.keep,
+            run=self._run,
+        )
         self._artifacts.use_start()
         self._run.define_metric("step", hidden=True)
         self._run.define_metric(TOKENS)

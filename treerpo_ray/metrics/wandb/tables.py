@@ -25,8 +25,6 @@ from treerpo_ray.run_folder.files import RunFolder
 if TYPE_CHECKING:
     import wandb
 
-    from treerpo_ray.config import Config
-
 
 log = logging.getLogger(__name__)
 
@@ -82,18 +80,17 @@ class Tables:
 
     Args:
         folder: The run folder.
-        config: The run's.
+        has_trees: Whether the run saves trees.
         make_page: Makes a page of trees.
     """
 
     def __init__(
-        self, folder: RunFolder, config: "Config", make_page: MakePage = viewer_page
+        self, *, folder: RunFolder, has_trees: bool, make_page: MakePage = viewer_page
     ) -> None:
-        self._folder, self._config, self._make_page = folder, config, make_page
+        self._folder, self._make_page = folder, make_page
         self._passed = -1.0
         """Step until which all that there is has been shown."""
         self._shown: set[str] = set()
-        has_trees = config.metrics.save_trees_every
         self._kinds = (SAMPLES, TREES, PAGE) if has_trees else (SAMPLES,)
         self._awaited, self._evaluated, self._rows_left = set(self._kinds), -1.0, LATE_ROWS
         """Kinds that are not there yet, of the evaluation at which step, and how long to look."""
@@ -179,19 +176,21 @@ class Tables:
 
         newest, records = self._chosen(step)
         refs = [f"{newest}:{record.ticket}" for record in records[:PAGE_TREES]]
-        page = self._make_page(self._config.folder, refs)
+        page = self._make_page(self._folder.place, refs)
         if (size := len(page.encode())) > MAX_PAGE_BYTES:
             raise ValueError(f"the page has {size} bytes")
         return wandb.Html(page, inject=False)
 
     def _chosen(self, step: int) -> tuple[int, list[TreeRecord]]:
-        """The newest learner step with trees until that of the evaluation, and those to show."""
+        """The newest learner step with trees until that of the evaluation, and those to show: the
+        ones whose steps differ most in value; where none do, any."""
         saved = [each for each in saved_trees.saved_steps(self._folder) if each <= max(step, 1)]
         if not saved:
             raise ValueError("no trees are saved")
         records = saved_trees.saved(self._folder, saved[-1])
         spread = [float(np.nan_to_num(mean_backup(r.tree, r.rewards).steps).std()) for r in records]
-        most = sorted(range(len(records)), key=lambda i: -spread[i])[:MOST_TREES]
+        mixed = [index for index in range(len(records)) if spread[index] > 0]
+        most = sorted(mixed or range(len(records)), key=lambda i: -spread[i])[:MOST_TREES]
         return saved[-1], [records[index] for index in most]
 
     def _tree_rows(self, record: TreeRecord) -> list[list[Any]]:

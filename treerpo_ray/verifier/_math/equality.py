@@ -62,11 +62,15 @@ CHOICE_WITH_TEXT = re.compile(  # whose text is no other choice
 
 
 CLOCK = re.compile(r"0?(\d{1,2}):([0-5]\d)(?::([0-5]\d))?")
+TIME = re.compile(
+    r"(?:\\text\{\s*)?(?P<hour>\d{1,2})(?::(?P<minute>[0-5]\d))?(?::(?P<second>[0-5]\d))?"
+    r"(?:(?:\\text\{|\\mathrm\{|\\[,; ]|[~\s])*(?P<half>[ap])\.?\s*m\.?)?\s*\}?",
+    re.IGNORECASE,
+)
+"""Time of the day, with the half of it that is meant."""
 
 
 MATRIX = re.compile(r"\\begin\{([a-z]+)\}(.*)\\end\{\1\}", re.DOTALL)
-
-
 CONGRUENCE = re.compile(r"(.+?)\s*\(?\\[pb]?mod(?![a-z])\s*\{?([^{}]+?)\}?\)?", re.DOTALL)
 
 
@@ -156,6 +160,19 @@ def _is_same_words(a: str, b: str) -> bool | None:
         for words in (words_a, words_b)
     ]
     return parts[0] == parts[1]
+
+
+def _is_same_time(a: str, b: str) -> bool | None:
+    """Compare times of the day of which one at least says which half of it is meant."""
+    found_a, found_b = TIME.fullmatch(a.strip()), TIME.fullmatch(b.strip())
+    if not (found_a and found_b and (found_a["half"] or found_b["half"])):
+        return None
+    halves = {found["half"].lower() for found in (found_a, found_b) if found["half"]}
+    times = [
+        [int(found[part] or 0) for part in ("hour", "minute", "second")]
+        for found in (found_a, found_b)
+    ]
+    return len(halves) == 1 and times[0] == times[1]
 
 
 def _is_same_ratio(a: str, b: str) -> bool | None:
@@ -307,23 +324,40 @@ def _is_same_group(a: str, b: str) -> bool | None:
 
 
 def _is_same_matrix(a: str, b: str) -> bool | None:
-    matrices = [found for text in (a, b) if (found := MATRIX.fullmatch(text.strip()))]
-    if len(matrices) < 2:
-        return False if matrices else None
-    determinants, cells = [], []
-    for kind, body in map(re.Match.groups, matrices):
-        rows = re.split(r"\\\\(?:\[\w+\])?", re.sub(r"^\{[clr|]*\}", "", body.strip()))
-        determinants.append(kind.lower() == "vmatrix")
-        cells.append([row.split("&") for row in rows if row.strip()])
+    """Compare matrices cell by cell; one of them may be written as a list of its rows."""
+    if not any(MATRIX.fullmatch(text.strip()) for text in (a, b)):
+        return None
+    matrix_a, matrix_b = map(_cells, (a, b))
+    if matrix_a is None or matrix_b is None:
+        return False
+    (kind_a, rows_a), (kind_b, rows_b) = matrix_a, matrix_b
     return (
-        determinants[0] == determinants[1]
-        and [len(row) for row in cells[0]] == [len(row) for row in cells[1]]
+        kind_a == kind_b
+        and [len(row) for row in rows_a] == [len(row) for row in rows_b]
         and all(
             _is_same(x.strip(), y.strip())
-            for p, q in zip(*cells, strict=True)
+            for p, q in zip(rows_a, rows_b, strict=True)
             for x, y in zip(p, q, strict=True)
         )
     )
+
+
+def _cells(text: str) -> tuple[bool, list[list[str]]] | None:
+    """Whether a matrix is the determinant of one, and its rows; None: it is no matrix."""
+    if found := MATRIX.fullmatch(text.strip()):
+        kind, body = found.groups()
+        lines = re.split(r"\\\\(?:\[\w+\])?", re.sub(r"^\{[clr|]*\}", "", body.strip()))
+        return kind.lower() == "vmatrix", [line.split("&") for line in lines if line.strip()]
+    rows = [_listed(row) for row in _listed(text)]
+    return (False, rows) if rows and all(rows) else None
+
+
+def _listed(text: str) -> list[str]:
+    """What stands in square brackets, between commas; nothing if there are none around all."""
+    text = text.strip()
+    if text[:1] != "[" or closing(text, 0) != len(text) - 1 or text[-1] != "]":
+        return []
+    return split(text[1:-1], COMMA_OR_SEMICOLON)[::2]
 
 
 def _is_same_congruence(a: str, b: str) -> bool | None:
@@ -355,6 +389,7 @@ def _is_same_quantity(a: str, b: str) -> bool:
 RULES: tuple[Callable[[str, str], bool | None], ...] = (
     _is_same_base,
     _is_same_choice,
+    _is_same_time,
     _is_same_words,
     _is_same_ratio,
     _is_same_list,

@@ -160,7 +160,7 @@ function makeSide(tree, name, context, problem) {
   });
   const refs = problem?.refs ?? [tree.ref];
   const heading = choice(
-    name === "a" ? "before: step" : "after: step",
+    name === "a" ? "before: learner step" : "after: learner step",
     name,
     refs.map((ref) => [ref, stepOf(ref)]),
     tree.ref,

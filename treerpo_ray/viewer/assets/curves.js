@@ -5,6 +5,7 @@ import { element, number } from "./dom.js";
 const CHART_HEIGHT = 150;
 const COLORS = ["--line-1", "--line-2", "--line-3"];
 const WIDTHS = [2.4, 1.6, 1.2]; // so that of two lines with the same values both are seen
+const LEAST_RANGE = 0.1; // of an axis, as a share of what stands on it: less is noise
 const MARKED_STEPS = 40;
 
 /** Draw all panels into `root`; a click calls `chosen` with the learner step below it. */
@@ -31,9 +32,10 @@ function drawPanel(figure, panel, curves, chosen) {
   const shown = (value) => (isThere(value) ? (panel.is_share ? percent(value, 1) : sensible(value)) : "–");
   const output = element("output");
   const tellValues = (find, before = "") => {
-    const parts = lines.map(([label, name], n) => {
+    const parts = lines.flatMap(([label, name], n) => {
       const key = label ? element("i", { class: `key line-${n + 1}` }) : null;
-      return element("span", {}, n ? ", " : "", key, `${label ? `${label} ` : ""}${shown(find(name))}`);
+      const told = element("span", {}, key, `${label ? `${label} ` : ""}${shown(find(name))}`);
+      return n ? [", ", told] : [told]; // a line may break between two
     });
     const interval = ends.length ? ` [${ends.map((name) => shown(find(name))).join(", ")}]` : "";
     output.replaceChildren(before, ...parts, interval);
@@ -112,8 +114,9 @@ function color(name) {
 
 function padded(low, high, isShare) {
   if (low === null || high === null) return [0, 1];
-  const more = (high - low || Math.abs(high) || 1) * 0.08;
-  return isShare ? [Math.max(0, low - more), Math.min(1.02, high + more)] : [low - more, high + more];
+  const lack = LEAST_RANGE * Math.max(Math.abs(low), Math.abs(high)) - (high - low);
+  const more = Math.max((high - low) * 0.08, lack / 2) || 0.08;
+  return isShare ? [Math.max(-0.03, low - more), Math.min(1.03, high + more)] : [low - more, high + more];
 }
 
 function percent(share, digits) {

@@ -154,9 +154,10 @@ async function overview(root) {
     const newest = status.tree_steps.at(-1);
     trees.replaceChildren();
     if (newest === undefined) return;
-    const rows = mostMixed(await source.trees(newest), MOST_MIXED);
+    const { rows, text } = mostMixed(await source.trees(newest), MOST_MIXED);
     trees.replaceChildren(
       element("h2", {}, `The most mixed trees of step ${newest} `, element("a", { href: "#trees" }, "all trees")),
+      text ? element("p", { class: "note" }, `${text[0].toUpperCase()}${text.slice(1)}.`) : null,
       element("div", { class: "tree-list", role: "list" }, rows),
     );
   }

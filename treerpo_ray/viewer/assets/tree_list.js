@@ -379,7 +379,18 @@ function verdictText(verdicts) {
   return Object.entries(VERDICTS).filter(([name]) => verdicts[name]).map(([name, [, text]]) => `${verdicts[name]} ${text}`).join(", ");
 }
 
-/** A number of rows of the most mixed trees, for the overview. */
+/** Whether answers of a tree are worth more than others: some right and some wrong. */
+function isMixed(tree) {
+  return tree.value > 0 && tree.value < 1;
+}
+
+/** A number of rows of the most mixed trees, for the overview; and what is to be said of them. */
 export function mostMixed(trees, count) {
-  return [listHead(), ...filtered(trees, {}).slice(0, count).map((tree) => treeRow(tree))];
+  const found = filtered(trees.filter(isMixed), {});
+  const rows = found.slice(0, count).map((tree) => treeRow(tree));
+  const few = `${found.length || "none"} of ${trees.length} ${trees.length === 1 ? "tree" : "trees"} has both right and wrong answers`;
+  return {
+    rows: rows.length ? [listHead(), ...rows] : [],
+    text: found.length < Math.min(count, trees.length) ? few.replace("has", found.length > 1 ? "have" : "has") : "",
+  };
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from treerpo_ray.config import Config
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation
-from treerpo_ray.metrics.run_log import last_step, latest_rows
+from treerpo_ray.metrics.rows import last_step, latest_rows
 from treerpo_ray.run_folder.checkpoints import Checkpoints
 from treerpo_ray.run_folder.files import WHOLE_MODEL, RunFolder
 
@@ -26,7 +26,7 @@ class RunResult:
     """Whether the run did all its steps, and was not stopped before."""
 
 
-def finished_outcome(config: Config) -> RunResult | None:
+def finished_result(config: Config) -> RunResult | None:
     """What a run came to that the run folder holds complete; None if there is work left."""
     folder = RunFolder(config.folder)
     if not folder.exists(WHOLE_MODEL):
@@ -39,10 +39,10 @@ def finished_outcome(config: Config) -> RunResult | None:
         each is not None and each.is_of(config.evaluate) for each in (before, after)
     ):
         return None
-    return collect_outcome(config, before, after, is_complete=True)
+    return collect_result(config, before, after, is_complete=True)
 
 
-def collect_outcome(
+def collect_result(
     config: Config, before: Evaluation | None, after: Evaluation | None, *, is_complete: bool
 ) -> RunResult:
     """Result of a run whose metrics are in the run folder."""
@@ -57,17 +57,17 @@ def collect_outcome(
     )
 
 
-def summary_json(config: Config, outcome: RunResult) -> str:
+def summary_json(config: Config, result: RunResult) -> str:
     """The result as one line of JSON."""
-    before, after = outcome.before, outcome.after
+    before, after = result.before, result.after
 
-    def reward(result: Evaluation | None) -> float | None:
-        return None if result is None else round(result.mean_reward, 4)
+    def reward(one: Evaluation | None) -> float | None:
+        return None if one is None else round(one.mean_reward, 4)
 
     has_partial = any(each is not None and each.reward is not None for each in (before, after))
 
-    def interval(result: Evaluation | None) -> list[float] | None:
-        return None if result is None else [round(result.ci95_low, 4), round(result.ci95_high, 4)]
+    def interval(one: Evaluation | None) -> list[float] | None:
+        return None if one is None else [round(one.ci95_low, 4), round(one.ci95_high, 4)]
 
     return json.dumps(
         {
@@ -88,19 +88,19 @@ def summary_json(config: Config, outcome: RunResult) -> str:
             ),
             "length_before": None if before is None else round(before.length, 1),
             "length_after": None if after is None else round(after.length, 1),
-            "sampled_tokens": outcome.sampled_tokens,
-            "seconds": round(outcome.seconds, 1),
+            "sampled_tokens": result.sampled_tokens,
+            "seconds": round(result.seconds, 1),
         }
     )
 
 
-def describe_outcome(config: Config, outcome: RunResult) -> str:
+def describe_result(config: Config, result: RunResult) -> str:
     """The result in plain words."""
-    spent = f"{outcome.sampled_tokens:,} sampled tokens and {outcome.seconds:.0f} s of training"
-    if not outcome.is_complete:
+    spent = f"{result.sampled_tokens:,} sampled tokens and {result.seconds:.0f} s of training"
+    if not result.is_complete:
         return f"stopped with a checkpoint after {spent}; the same command goes on: {config.folder}"
-    before, after = outcome.before, outcome.after
-    if not outcome.num_updates:
+    before, after = result.before, result.after
+    if not result.num_updates:
         return (
             f"nothing was learned, with {spent}: in no step group was one answer worth more than "
             "another. Look at some, and at what the prompt, the length of an answer and the check "

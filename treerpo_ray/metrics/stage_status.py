@@ -1,4 +1,4 @@
-"""Health: what a stage says of itself, and stacks that its process writes in time if it hangs.
+"""Stage status: what a stage says of itself, and stacks that its process writes if it hangs.
 
 A C thread writes the stacks, whatever holds the interpreter.
 """

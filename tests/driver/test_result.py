@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from tests.support.answers.evaluations import EVALUATION
 from treerpo_ray.config import Config
-from treerpo_ray.driver.outcome import RunResult, describe_outcome, summary_json
+from treerpo_ray.driver.result import RunResult, describe_result, summary_json
 
 
 def result(**fields: float | None) -> RunResult:
@@ -18,11 +18,11 @@ def result(**fields: float | None) -> RunResult:
 
 def test_with_partial_credit_the_mean_reward_stands_before_the_share_of_whole_rewards() -> None:
     plain = result(before=None, after=None)
-    assert describe_outcome(Config(), plain).startswith("Pass@1 went from 25.0% to 50.0%")
+    assert describe_result(Config(), plain).startswith("Pass@1 went from 25.0% to 50.0%")
     assert "reward_before" not in json.loads(summary_json(Config(), plain))
     # Before, each reward was 0 or 1: then their mean is Pass@1.
     part = result(before=None, after=0.625)
-    assert describe_outcome(Config(), part).startswith(
+    assert describe_result(Config(), part).startswith(
         "the mean reward went from 0.250 to 0.625, Pass@1 went from 25.0% to 50.0%"
     )
     told = json.loads(summary_json(Config(), part))
@@ -32,6 +32,6 @@ def test_with_partial_credit_the_mean_reward_stands_before_the_share_of_whole_re
 
 def test_what_was_evaluated_has_its_name_and_a_run_without_an_update_says_so() -> None:
     plain = result(before=None, after=None)
-    assert " on 1 problems of held.jsonl (" in describe_outcome(Config(), plain)
-    told = describe_outcome(Config(), replace(plain, num_updates=0))
+    assert " on 1 problems of held.jsonl (" in describe_result(Config(), plain)
+    told = describe_result(Config(), replace(plain, num_updates=0))
     assert told.startswith("nothing was learned, with 9 sampled tokens and ") and "Pass" not in told

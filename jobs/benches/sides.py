@@ -1,4 +1,4 @@
-"""Comparison: two sides that do the same work, in turns, and trees for them to work on."""
+"""Sides: two that do the same work, in turns, and trees for them to work on."""
 
 import statistics
 import time

@@ -1,7 +1,7 @@
 """Show autoscaling on one machine: a real run whose rollout nodes Ray starts and takes away.
 
-python jobs/cluster/autoscale_demo.py
-python jobs/cluster/autoscale_demo.py run.name=mine engine.max_engines=2  # as for train.py
+python jobs/drills/autoscale_demo.py
+python jobs/drills/autoscale_demo.py run.name=mine engine.max_engines=2  # as for train.py
 
 The head has room for the learner only. Engines ask for rollout nodes, which Ray's own autoscaler
 starts (as further Ray processes of this machine, the only part that is not as on a cloud). The
@@ -20,12 +20,17 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
+if TYPE_CHECKING:
+    from treerpo_ray.driver.result import RunResult
+    from treerpo_ray.metrics.console import Console
 
 MARK = "TREERPO_AUTOSCALE_DEMO"
 """Variable that every process of the cluster inherits, so that none is left over."""
@@ -59,21 +64,30 @@ def show(overrides: list[str]) -> int:
     from treerpo_ray.metrics.console import Console
     from treerpo_ray.preflight.inputs import load_inputs
     from treerpo_ray.preflight.machine import check_vllm
-    from treerpo_ray.stop import STOPPED, Stop
+    from treerpo_ray.stop import STOPPED
 
     config = load([*SETTINGS, *overrides])
     check_vllm(config)
     inputs = load_inputs(config)
     console = Console(config)
+    result = on_growing_cluster(lambda: run(config, inputs, console), console)
+    draw(config.folder)
+    console.note(f"nodes, engines and trees over time: {config.folder}/pool.png")
+    return 0 if result.is_complete else STOPPED
+
+
+def on_growing_cluster(train: "Callable[[], RunResult]", console: "Console") -> "RunResult":
+    """Have a run trained on a cluster that comes and goes with it, until no rollout node is left;
+    a signal takes the cluster down."""
+    from treerpo_ray.stop import Stop
+
     with Stop().at_work(), autoscaling_cluster() as address:
         os.environ["RAY_ADDRESS"] = address
-        outcome = run(config, inputs, console)
+        result = train()
         start = time.monotonic()
         wait_until_idle(address)
         console.note(f"no rollout node is left {time.monotonic() - start:.0f} s after the run")
-    draw(config.folder)
-    console.note(f"nodes, engines and trees over time: {config.folder}/pool.png")
-    return 0 if outcome.is_complete else STOPPED
+    return result
 
 
 def _ask_for_token() -> None:

