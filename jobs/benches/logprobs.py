@@ -4,12 +4,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from jobs.benches.comparison import ROUNDS, Row, compared, cpu_seconds
 from torch import Tensor
 from torch.nn.functional import linear
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from jobs.benches.comparison import ROUNDS, Row, compared, cpu_seconds
 from treerpo_ray.config import Config
 from treerpo_ray.learner.head import LOGIT_BUDGET, Head
 from treerpo_ray.preflight.machine import GIB
@@ -23,7 +23,7 @@ Scores = tuple[Tensor, Tensor]
 
 
 def bench_logprobs(config: Config) -> list[Row]:
-    """CPU time, and peak of what PyTorch allocates beyond the inputs, of a forward and backward pass.
+    """CPU time, and peak of what PyTorch allocates on top of the inputs, of both passes.
 
     One other side makes all logits at once; the other makes as many at a time as ours, and again in
     the backward pass, by PyTorch's own checkpoints.
