@@ -27,6 +27,7 @@ from treerpo_ray.tree_stream import (
     from_worker_batch,
     has_signal,
     to_worker_batch,
+    trained_tokens,
 )
 from treerpo_ray.verifier.verdict import Verdict
 from treerpo_ray.verifier.verifier import VariableNotSet
@@ -163,18 +164,30 @@ def given_out(shares: WorkerBatches, *tickets: int) -> list[list[int]]:
 
 
 def test_shares_come_in_the_order_of_their_learner_steps() -> None:
-    shares = WorkerBatches(trees_per_step=4, size=2, first=8)
-    assert given_out(shares, 9, 8) == [[9, 8]]
+    learner = load([]).learner
+    shares = WorkerBatches(trees_per_step=4, size=2, first=8, learner=learner)
     # A redrawn tree is awaited, although the next step is complete.
-    assert given_out(shares, 11, 14, 12, 13, 15) == []
-    assert given_out(shares, 10) == [[11, 10], [14, 12], [13, 15]]
-    assert given_out(shares, 16, 17, 18, 19) == [[16, 17], [18, 19]]
+    assert given_out(shares, 9, 8, 11, 14, 12, 13, 15) == []
+    batches = given_out(shares, 10)
+    assert [len(batch) for batch in batches] == [2, 2, 2, 2]
+    assert sorted(batches[0] + batches[1]) == [8, 9, 10, 11]
+    assert sorted(batches[2] + batches[3]) == [12, 13, 14, 15]
 
 
 def test_a_step_none_of_whose_trees_has_come_holds_the_next_one_back() -> None:
-    shares = WorkerBatches(trees_per_step=2, size=2, first=1)
+    shares = WorkerBatches(trees_per_step=2, size=2, first=1, learner=load([]).learner)
     assert given_out(shares, 2, 3) == []
     assert given_out(shares, 0, 1) == [[0, 1], [2, 3]]
+
+
+def test_workers_get_about_as_much_to_train() -> None:
+    learner, right, wrong = load([]).learner, Verdict.CORRECT, Verdict.WRONG
+    shares = WorkerBatches(trees_per_step=4, size=2, first=0, learner=learner)
+    for ticket in range(4):  # those of the first two have something to train
+        shares.add(scored_tree(ticket, right, wrong if ticket < 2 else right))
+    batches = list(shares.complete())
+    assert [sum(trained_tokens(tree, learner) > 0 for tree in batch) for batch in batches] == [1, 1]
+    assert all(len(batch) == 2 for batch in batches)
 
 
 def test_a_tree_has_a_signal_if_any_group_is_kept() -> None:

@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from treerpo_ray.algo.advantages import step_advantages
 from treerpo_ray.algo.backup import mean_backup
+from treerpo_ray.algo.shares import balanced_shares
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.metrics.events import FATAL, Event, RunLogApi, check_failed
@@ -84,20 +85,22 @@ class Prefetcher:
 class WorkerBatches:
     """Puts trees together to the batches of workers, in the order of the learner steps.
 
-    Batches leave the pool one after the other, but a redrawn tree may come after trees of the
-    next batch: those are held until its own is complete.
+    Batches of a step are made once all its trees are there, so that all workers have about as much
+    to train. That costs no time: whoever began before would wait for the last one's gradients. A
+    redrawn tree may come after trees of the next step: those are held until its own is complete.
 
     Args:
         trees_per_step: Trees that a learner step consumes.
         size: Trees of a worker's batch.
         first: A ticket of the learner step that is due first.
+        learner: Decides what is trained.
     """
 
-    def __init__(self, *, trees_per_step: int, size: int, first: int) -> None:
-        self.trees_per_step, self.size = trees_per_step, size
+    def __init__(
+        self, *, trees_per_step: int, size: int, first: int, learner: LearnerConfig
+    ) -> None:
+        self.trees_per_step, self.size, self.learner = trees_per_step, size, learner
         self.due = first // self.trees_per_step
-        self.num_given = 0
-        """Trees of the step that is due that have been given out."""
         self.held: dict[int, list[TreeRecord]] = {}
 
     def add(self, tree: TreeRecord) -> None:
@@ -105,25 +108,34 @@ class WorkerBatches:
         self.held.setdefault(tree.ticket // self.trees_per_step, []).append(tree)
 
     def complete(self) -> Iterator[list[TreeRecord]]:
-        """Give out the batches that are due and complete."""
-        while len(trees := self.held.get(self.due, [])) >= self.size:
-            yield trees[: self.size]
-            del trees[: self.size]
-            self.num_given += self.size
-            if self.num_given == self.trees_per_step:
-                del self.held[self.due]
-                self.due, self.num_given = self.due + 1, 0
+        """Give out the batches of the steps that are due and complete."""
+        while len(self.held.get(self.due, [])) == self.trees_per_step:
+            trees = self.held.pop(self.due)
+            self.due += 1
+            sizes = [trained_tokens(tree, self.learner) for tree in trees]
+            for share in balanced_shares(sizes, self.trees_per_step // self.size):
+                yield [trees[place] for place in share]
 
 
 def has_signal(record: TreeRecord, learner: LearnerConfig) -> bool:
     """Whether the learner would train on any step of a scored tree."""
+    return bool(_is_trained(record, learner).any())
+
+
+def trained_tokens(record: TreeRecord, learner: LearnerConfig) -> int:
+    """Tokens of a scored tree that the learner would train on."""
+    return int(record.tree.lengths[_is_trained(record, learner)].sum())
+
+
+def _is_trained(record: TreeRecord, learner: LearnerConfig) -> np.ndarray:
+    """Of each step."""
     advantages = step_advantages(
         record.tree,
         mean_backup(record.tree, record.rewards),
         form=learner.form,
         pruning=learner.pruning,
     )
-    return not np.isnan(advantages).all()
+    return ~np.isnan(advantages)
 
 
 def to_worker_batch(trees: Sequence[TreeRecord]) -> pa.Table:
@@ -255,7 +267,10 @@ def _worker_batches(
             if batches is None:
                 size = ray.get(pool.worker_batch_size.remote())
                 batches = WorkerBatches(
-                    trees_per_step=config.gate.trees_per_step, size=size, first=trees[0].ticket
+                    trees_per_step=config.gate.trees_per_step,
+                    size=size,
+                    first=trees[0].ticket,
+                    learner=config.learner,
                 )
             heartbeat.at(f"scoring tickets {[tree.ticket for tree in trees]}")
             try:
