@@ -4,12 +4,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from jobs.benches.comparison import ROUNDS, Row, compared, cpu_seconds
 from torch import Tensor
 from torch.nn.functional import linear
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
+from jobs.benches.sides import ROUNDS, Row, compared, cpu_seconds
 from treerpo_ray.config import Config
 from treerpo_ray.learner.head import LOGIT_BUDGET, Head
 from treerpo_ray.preflight.machine import GIB
