@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,9 +8,16 @@ from hypothesis import strategies as st
 
 from tests.support.learning.trees import by_range, make_tree, on_leaves, rewards, trees
 from treerpo_ray.algo.backup import mean_backup
-from treerpo_ray.algo.groups import GroupState, PruneRule, Pruning, StepGroups, step_groups
+from treerpo_ray.algo.groups import (
+    GroupState,
+    PruneRule,
+    Pruning,
+    StepGroups,
+    count_duplicates,
+    step_groups,
+)
 from treerpo_ray.algo.standard_errors import standard_error_of_mean
-from treerpo_ray.algo.tree import ROOT, Tree
+from treerpo_ray.algo.tree import ROOT, StopReason, Tree, error_step
 
 
 def group_of(*values: float, errors: Sequence[float] = (), leaf_range: float = 1.0) -> StepGroups:
@@ -165,3 +173,34 @@ def test_a_difference_is_off_by_its_standard_error(num_children: int) -> None:
         off.append((found - (1 - 1 / num_children) * (true - 0.4)) ** 2)
         claimed.append(group.difference_errors**2)
     assert np.sqrt(np.mean(claimed) / np.mean(off)) == pytest.approx(1.0, abs=0.04)
+
+
+# Duplicates ------------------------------------------------------------------------------------
+
+
+def tree_of_texts(parents: list[int], texts: list[str]) -> Tree:
+    """A tree whose steps have the characters of these texts as tokens."""
+    steps = make_tree(parents, lengths=[len(text) for text in texts]).steps
+    own = [
+        replace(step, token_ids=np.array([*map(ord, text)], np.int32))
+        for step, text in zip(steps, texts, strict=True)
+    ]
+    return Tree.from_steps(np.array([1], np.int32), own)
+
+
+def test_siblings_with_the_same_tokens_are_duplicates_but_for_the_first() -> None:
+    assert count_duplicates(tree_of_texts([ROOT] * 4, ["a", "a", "b", "a"])) == (2, 3)
+    assert count_duplicates(tree_of_texts([ROOT] * 3, ["a", "aa", "b"])) == (0, 2)
+    assert count_duplicates(tree_of_texts([ROOT], ["a"])) == (0, 0)
+
+
+def test_cousins_with_the_same_tokens_are_none() -> None:
+    tree = tree_of_texts([ROOT, ROOT, 0, 0, 1, 1], ["a", "b", "c", "d", "c", "c"])
+    assert count_duplicates(tree) == (1, 1 + 1 + 1)
+
+
+def test_steps_that_a_sampler_turned_down_are_not_counted() -> None:
+    steps = [*tree_of_texts([ROOT] * 2, ["a", "a"]).steps, error_step(), error_step()]
+    tree = Tree.from_steps(np.array([1], np.int32), steps)
+    assert tree.stops[2:] == (StopReason.ERROR,) * 2
+    assert count_duplicates(tree) == (1, 1)

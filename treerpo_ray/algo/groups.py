@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float64, Int64, Shaped
 
 from treerpo_ray.algo.backup import Values
 from treerpo_ray.algo.standard_errors import ROUNDING, standard_error_of_mean
-from treerpo_ray.algo.tree import Tree
+from treerpo_ray.algo.tree import StopReason, Tree
 
 
 class GroupState(StrEnum):
@@ -197,3 +197,21 @@ def step_groups(tree: Tree, values: Values) -> list[StepGroups]:
         )
         for siblings in tree.siblings
     ]
+
+
+def count_duplicates(tree: Tree) -> tuple[int, int]:
+    """Steps that have the very tokens of an earlier sibling, and steps that have an earlier one.
+
+    All but one of those that are alike are tokens spent twice. A step that a sampler turned down is
+    nobody's sibling here.
+    """
+    tokens, size = tree.token_ids.tobytes(), tree.token_ids.itemsize
+    starts, ends = size * tree.starts, size * (tree.starts + tree.lengths)
+    steps = zip(tree.parents.tolist(), starts.tolist(), ends.tolist(), tree.stops, strict=True)
+    sampled = [
+        (parent, tokens[start:end])
+        for parent, start, end, stop in steps
+        if stop is not StopReason.ERROR
+    ]
+    num_first = len({parent for parent, _ in sampled})
+    return len(sampled) - len(set(sampled)), len(sampled) - num_first

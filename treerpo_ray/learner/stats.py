@@ -10,8 +10,7 @@ from treerpo_ray.algo.advantage_errors import advantage_errors
 from treerpo_ray.algo.advantages import Form
 from treerpo_ray.algo.backup import Values, reward_variance
 from treerpo_ray.algo.calibration import NUM_BINS, calibration_bins, calibration_error
-from treerpo_ray.algo.duplicates import count_duplicates
-from treerpo_ray.algo.groups import GroupState, Pruning, StepGroups
+from treerpo_ray.algo.groups import GroupState, Pruning, StepGroups, count_duplicates
 from treerpo_ray.algo.standard_errors import standard_error_of_mean
 from treerpo_ray.metrics.rows import BY_SET
 from treerpo_ray.prompts.mixture import set_of
