@@ -235,36 +235,17 @@ def test_results_come_back_and_make_a_table_and_a_plot(
     assert flat.pass_at_1.mean == pytest.approx(55)
     assert flat.ahead == {} and tree.ahead["flat"].mean == pytest.approx(20)
     assert np.isnan(tree.ahead["flat"].low)
-    # Step 10 and 20 CPU seconds are where the tree ends. 12,000 tokens are 2.5 steps of the flat
+    # Step 10 is where the tree ends. 12,000 tokens are 2.5 steps of the flat
     # run, of which three end in the window, and 1.25 of the tree's, of which two do.
-    assert flat.same_steps.mean == flat.same_cpu.mean == pytest.approx(4 * 9)
-    assert tree.same_steps.mean == tree.same_cpu.mean == pytest.approx(4 * 9.5)
-    assert (flat.cpu_s, tree.cpu_s) == pytest.approx((40, 20))
+    assert flat.same_steps.mean == pytest.approx(4 * 9)
+    assert tree.same_steps.mean == pytest.approx(4 * 9.5)
     table.write(tmp_path)
     write_plot(comparison, results, tmp_path)
     lines_of_table = json.loads((tmp_path / "table.json").read_text())["lines"]
     assert [line["same_steps"]["low"] is None for line in lines_of_table] == [False, True]
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     lines = (tmp_path / "curves.csv").read_text().splitlines()
-    assert len(lines) == 1 + 2 * 3 * 40
-
-
-def test_a_result_older_than_a_metric_has_no_place_on_its_axis(
-    comparison: Comparison, tmp_path: Path
-) -> None:
-    configs = comparison.configs([])
-    trials = [Trial(setting="short", arm=arm, seed=0) for arm in ("flat", "tree")]
-    old, new = (
-        replace(make_result(trial, 0.5), config=to_yaml(configs[trial])) for trial in trials
-    )
-    del old.curve["time/cpu_s"]
-    for result in (old, new):
-        write_result(result, tmp_path)
-    results = read_results(configs, tmp_path)
-    flat, tree = report(comparison, results).lines
-    assert np.isnan(flat.cpu_s) and np.isnan(flat.same_cpu.mean)
-    assert tree.same_cpu.mean == pytest.approx(4 * 19)
-    write_plot(comparison, results, tmp_path)
+    assert len(lines) == 1 + 2 * 2 * 40
 
 
 def test_the_training_reward_of_what_was_chosen_is_not_compared(
@@ -276,8 +257,8 @@ def test_the_training_reward_of_what_was_chosen_is_not_compared(
     chosen = to_yaml(comparison.configs(["gate.max_redraws=2"])[trials[1]])
     results = [plain, replace(make_result(trials[1], 0.5, num_steps=10), config=chosen)]
     flat, tree = report(comparison, results).lines
-    assert flat.same_steps.mean == flat.same_cpu.mean == pytest.approx(4 * 19)
-    assert tree.pass_at_1.mean == 50 and str(tree.same_steps) == str(tree.same_cpu) == ""
+    assert flat.same_steps.mean == pytest.approx(4 * 19)
+    assert tree.pass_at_1.mean == 50 and str(tree.same_steps) == ""
     write_plot(comparison, results[1:], tmp_path)
     assert not (tmp_path / "curves.csv").exists()
     write_plot(comparison, results, tmp_path)

@@ -22,14 +22,9 @@ WINDOW_TOKENS = 12_000
 """Sampled tokens, the last of them its own, over which a step's training reward is the mean."""
 MIN_PLOTTED = 3
 """Fewest seeds of an arm that is plotted."""
-CPU = "time/cpu_s"
-"""Its sum is the time axis: wall time says little on a machine that other work shares."""
-AXES = {
-    "learner steps": "step",
-    "sampled tokens": "tokens/sampled",
-    "CPU seconds of engine and learner": CPU,
-}
-"""Horizontal axes and the metric that each adds up."""
+AXES = {"learner steps": "step", "sampled tokens": "tokens/sampled"}
+"""Horizontal axes and the metric that each adds up. Time is none of them: on machines that other
+work shares it differs more between sessions, CPU time too, than between methods."""
 
 
 Point = tuple[str, str, str, str, str, str]
@@ -39,7 +34,7 @@ Point = tuple[str, str, str, str, str, str]
 def plot_comparison(
     comparison: Comparison, results: list[Result]
 ) -> tuple[Figure, list[Point]] | None:
-    """Training reward of each arm against learner steps, tokens and time, and all its points.
+    """Training reward of each arm against learner steps and tokens, and all its points.
 
     Drawn are the arms that have `MIN_PLOTTED` seeds, or the most. Arms that choose what they
     train on are left out; None if there is no other.
@@ -48,7 +43,7 @@ def plot_comparison(
     if not results:
         return None
     settings = [s for s in comparison.settings if any(r.trial.setting == s for r in results)]
-    figure = Figure(figsize=(12, 3.2 * len(settings)), layout="constrained")
+    figure = Figure(figsize=(9, 3.2 * len(settings)), layout="constrained")
     grid = figure.subplots(len(settings), len(AXES), squeeze=False)
     rows: list[Point] = []
     for axes_row, setting in zip(grid, settings, strict=True):

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from treerpo_ray.study.comparison import Comparison, Result
-from treerpo_ray.study.comparison_curves import CPU, is_chosen_mix, of_arm, places, rewards, total
+from treerpo_ray.study.comparison_curves import is_chosen_mix, of_arm, places, rewards, total
 from treerpo_ray.study.plots import KEPT, figure_grid
 
 
@@ -42,8 +42,6 @@ class Line:
     num_steps: float
     """Learner steps of a run, mean over seeds."""
     sampled_tokens: float
-    cpu_s: float
-    """CPU time of engines and learner in the learner steps; NaN if a result has none."""
     start: float
     pass_at_1: Interval
     ahead: dict[str, Interval]
@@ -51,8 +49,6 @@ class Line:
     same_steps: Interval
     """Training reward after as many learner steps as the arm with the fewest made; NaN for an arm
     that chooses what it trains on, which does not count among them."""
-    same_cpu: Interval
-    """Training reward after the CPU time of the run that took least; NaN as above."""
     length: Interval
     """Tokens of a held-out answer."""
 
@@ -125,12 +121,10 @@ def _line(
         num_seeds=len(own),
         num_steps=float(np.mean([len(result.curve["step"]) for result in own])),
         sampled_tokens=float(np.mean([sum(r.curve["tokens/sampled"]) for r in own])),
-        cpu_s=float(np.mean([total(result, CPU) for result in own])),
         start=100 * own[0].before.pass_at_1,
         pass_at_1=mean_interval(passed),
         ahead={name: difference_interval(passed, theirs) for name, theirs in others.items()},
-        same_steps=mean_interval(_rewards_at_least(own, here, "step")),
-        same_cpu=mean_interval(_rewards_at_least(own, here, CPU)),
+        same_steps=mean_interval(_rewards_at_fewest_steps(own, here)),
         length=mean_interval(np.array([result.after.length for result in own])),
     )
 
@@ -192,11 +186,9 @@ def print_table(table: Report) -> None:
         "seeds",
         "steps",
         "tokens",
-        "CPU",
         "Pass@1",
         *(f"ahead of {name}" for name in table.references),
         "same steps",
-        "same CPU",
         "length",
     ):
         shown.add_column(title, justify="left" if title in ("setting", "arm") else "right")
@@ -207,25 +199,21 @@ def print_table(table: Report) -> None:
             str(line.num_seeds),
             f"{line.num_steps:.0f}",
             f"{line.sampled_tokens / 1000:.0f} k",
-            f"{line.cpu_s:.0f} s",
             str(line.pass_at_1),
             *(str(line.ahead.get(name, "")) for name in table.references),
             str(line.same_steps),
-            str(line.same_cpu),
             f"{line.length.mean:.1f}",
         )
     rich.console.Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(shown)
 
 
-def _rewards_at_least(
-    own: list[Result], here: list[Result], metric: str
-) -> Float[np.ndarray, " seeds"]:
-    """Training reward in percent where the run with the least of `metric` in its setting ended."""
+def _rewards_at_fewest_steps(own: list[Result], here: list[Result]) -> Float[np.ndarray, " seeds"]:
+    """Training reward in percent where the run with the fewest steps in its setting ended."""
     if any(map(is_chosen_mix, own)):
         return np.full(len(own), np.nan)
-    least = np.nanmin([total(result, metric) for result in here if not is_chosen_mix(result)])
+    least = min(total(result, "step") for result in here if not is_chosen_mix(result))
     return np.array(
-        [100 * np.interp(least, places(result, metric), rewards(result)) for result in own]
+        [100 * np.interp(least, places(result, "step"), rewards(result)) for result in own]
     )
 
 
