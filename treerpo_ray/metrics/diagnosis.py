@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from treerpo_ray.config import Config
+from treerpo_ray.metrics.events import HEALTHY_AGAIN, UNHEALTHY
 from treerpo_ray.metrics.rows import Row
 
-UNHEALTHY, HEALTHY_AGAIN = "unhealthy", "healthy_again"
-"""Kinds of events."""
 NEVER_IDLE = 0.1
 """Share of its time that a learner may wait for trees and still is what the others wait for."""
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from treerpo_ray.actor import actor_method
-from treerpo_ray.metrics.diagnosis import UNHEALTHY
 from treerpo_ray.metrics.rows import Row
 from treerpo_ray.metrics.stage_status import StackDump, StageStatus
 from treerpo_ray.run_folder.files import Scalar
@@ -14,6 +13,8 @@ from treerpo_ray.run_folder.files import Scalar
 EVENTS_FILE = "events.jsonl"
 FATAL = "fatal"
 """Kind of an event that ends the run, with its `reason`."""
+UNHEALTHY, HEALTHY_AGAIN = "unhealthy", "healthy_again"
+"""Kinds of events."""
 NOTICES = {
     *("engine_serving", "engine_lost", "engine_draining", "engine_left", "tree_moved"),
     *(FATAL, UNHEALTHY, "waiting", "learner_started", "learner_lost"),
