@@ -18,6 +18,7 @@ from tests.support.stages.thread_actors import Handle, without_ray
 from treerpo_ray.actor import make_actor
 from treerpo_ray.config.files import load, to_yaml
 from treerpo_ray.driver.benchmarks import (
+    changed_settings,
     check_folder,
     check_length,
     check_memory,
@@ -353,3 +354,13 @@ def test_problems_that_only_one_evaluation_has_are_counted(evaluated, tmp_path) 
     compared = comparison(f"file://{root}/first/eval/one.json", str(tmp_path))
     rich.console.Console(file=shown, width=200).print(compared.tables)
     assert "2 of 3" in shown.getvalue()
+
+
+def test_an_evaluation_that_replaces_one_with_other_settings_says_what_they_are(tmp_path) -> None:
+    folder = RunFolder(str(tmp_path))
+    config = load(["evaluate.max_tokens=64"])
+    assert changed_settings(config, folder) == []
+    folder.publish_file("eval/config.yaml", to_yaml(config).encode())
+    assert changed_settings(config, folder) == []
+    other = load(["evaluate.max_tokens=46", "run.seed=3"])
+    assert changed_settings(other, folder) == ["evaluate.max_tokens=46 (was 64)"]

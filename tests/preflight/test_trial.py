@@ -152,6 +152,7 @@ def test_a_form_and_a_rule_are_tried_on_a_small_tree(own_folder: Path) -> None:
     (own_folder / "own.py").write_text(
         CREDIT
         + "def narrow(values):\n    return values[0]\n"
+        + "def mixed(values):\n    return values - values.mean(-1)\n"
         + "def log(values):\n    return np.where(values < 1, np.nan, values)\n"
         + "def typo(tree, values):\n    return values.step\n"
         + "def five(a, b, c, d, e):\n    return a\n"
@@ -164,7 +165,8 @@ def test_a_form_and_a_rule_are_tried_on_a_small_tree(own_folder: Path) -> None:
             load([f"learner.advantage=own.py:{name}", "learner.prune=own.py:spread"]).learner
         )
     for setting, words in (
-        ("advantage=own.py:narrow", "returned (3,), must be (1, 3)"),
+        ("advantage=own.py:narrow", "returned (2,), must be (1, 2)"),
+        ("advantage=own.py:mixed", "operands could not be broadcast together"),
         ("advantage=own.py:log", "no finite number for every step"),
         ("advantage=own.py:typo", "AttributeError: 'Values' object has no attribute 'step'"),
         ("advantage=own.py:five", "has 5 parameters; a form is called with (values), (tree,"),
@@ -178,7 +180,7 @@ def test_a_form_and_a_rule_are_tried_on_a_small_tree(own_folder: Path) -> None:
     ):
         line, trace = told(f"learner.{setting}")
         assert words in line and setting.split("=")[0] in line, (setting, line)
-        assert ('"own.py", line' in trace) == ("typo" in setting)
+        assert ('"own.py", line' in trace) == ("typo" in setting or "mixed" in setting)
 
 
 def test_errors_of_the_users_code_cross_processes() -> None:

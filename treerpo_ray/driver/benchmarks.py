@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from treerpo_ray.actor import make_actor, root_cause
 from treerpo_ray.config import Config
-from treerpo_ray.config.files import load, to_yaml
+from treerpo_ray.config.files import flat_settings, load, placeless, to_yaml
+from treerpo_ray.config.identity import differences
 from treerpo_ray.config.sections import RunConfig, VerifierConfig
 from treerpo_ray.driver.cluster import connected
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
@@ -230,6 +231,11 @@ def run_benchmarks(
     source = source_of(model)
     folder = RunFolder(config.folder)
     check_folder(folder, source)
+    if changed := changed_settings(config, folder):
+        console.note(
+            f"{folder.place} holds an earlier evaluation, of which what is evaluated again is "
+            f"replaced; since then: {', '.join(changed)}"
+        )
     stop = Stop()
     with stop.at_work(), only_writer(folder), output_to_log(folder):
         folder.publish_file(f"eval/{CONFIG_FILE}", to_yaml(config).encode())
@@ -245,6 +251,21 @@ def run_benchmarks(
             if stop.is_asked:  # what ends with the job fails of that, too
                 raise KeyboardInterrupt from error
             raise RunFailed(f"{root_cause(error)}; traces are in {config.folder}/logs") from error
+
+
+def changed_settings(config: Config, folder: RunFolder) -> list[str]:
+    """Of how answers are sampled and graded, what differs from the evaluation that a folder
+    holds; nothing if there is none."""
+    file = f"eval/{CONFIG_FILE}"
+    if not folder.exists(file):
+        return []
+    before, now = (
+        placeless(flat_settings(text)) for text in (folder.read_text(file), to_yaml(config))
+    )
+    own = {
+        key: value for key, value in now.items() if key.split(".")[0] in ("evaluate", "verifier")
+    }
+    return differences(before, own)
 
 
 def check_folder(folder: RunFolder, source: str) -> None:

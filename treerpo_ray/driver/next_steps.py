@@ -34,16 +34,19 @@ def next_steps(config: Config, arguments: Sequence[str]) -> list[tuple[str, str]
         return []  # a job's folder is gone after it, and the notebook's page needs one that is here
     run = _shown(config.folder)
     notebook = f"{_environment()}TREERPO_RUN={run} bash {_file('jobs/notebook.sh')}"
-    found = [("see the mistakes that it fixed", _viewer(run)), ("draw its figures", notebook)]
+    is_evaluated = bool(config.evaluate.data.path)
+    seen = "see the mistakes that it fixed" if is_evaluated else "see its trees"
+    found = [(seen, _viewer(run)), ("draw its figures", notebook)]
     evaluate = f"{_python()} {_file('jobs/evaluate.py')}"
-    if config.evaluate.data.path:
+    if is_evaluated:
         found.append(("evaluate it", f"{evaluate} {run} {shlex.join(_benchmark(config))}"))
     other = _other_method(config, arguments)
     if other is not None:
         method, words, folder = other
         train = f"{_python()} {_file('jobs/train.py')} {shlex.join(words)}"
-        compare = f"{evaluate} --compare {_shown(folder)} {run}"
-        found.append((f"train it with {method} and compare", f"{train} && {compare}"))
+        if is_evaluated:
+            train += f" && {evaluate} --compare {_shown(folder)} {run}"
+        found.append((f"train it with {method}{' and compare' if is_evaluated else ''}", train))
     if not _has_moved():
         return found
     return [(purpose, f"(cd {shlex.quote(str(ROOT))} && {line})") for purpose, line in found]

@@ -22,12 +22,13 @@ from treerpo_ray.user_code import file_hint, is_file, is_here, is_module, readab
 
 TRUST = "--trust-run"
 """Option of an evaluation with which it runs the code that a run brings along."""
-PARENTS = (ROOT, ROOT, ROOT, 0, 0, 1, 1)
-"""Three steps, of which two have two leaves each below them."""
+PARENTS = (ROOT, ROOT, 0, 0, 0, 1, 1, 1)
+"""Two steps with three leaves each below them: where there are as many groups as children, a form
+that mixes up the two would not be found out."""
 REWARDS = (
-    (np.nan, np.nan, 0.0, 1.0, 0.0, 1.0, 1.0),
-    (np.nan, np.nan, 0.5, 0.25, 0.75, 0.0, 0.0),
-    (np.nan, np.nan, 1.0, np.nan, 1.0, 0.0, 1.0),
+    (np.nan, np.nan, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0),
+    (np.nan, np.nan, 0.5, 0.25, 0.75, 0.0, 0.0, 0.0),
+    (np.nan, np.nan, 1.0, np.nan, 1.0, 0.0, 1.0, 0.0),
 )
 """Right and wrong; with partial credit; with a leaf that has no verdict."""
 

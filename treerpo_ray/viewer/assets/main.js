@@ -157,7 +157,7 @@ async function overview(root) {
     const { rows, text } = mostMixed(await source.trees(newest), MOST_MIXED);
     trees.replaceChildren(
       element("h2", {}, `The most mixed trees of step ${newest} `, element("a", { href: "#trees" }, "all trees")),
-      text ? element("p", { class: "note" }, `${text[0].toUpperCase()}${text.slice(1)}.`) : null,
+      ...(text ? [element("p", { class: "note" }, `${text[0].toUpperCase()}${text.slice(1)}.`)] : []),
       element("div", { class: "tree-list", role: "list" }, rows),
     );
   }
