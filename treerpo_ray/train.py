@@ -354,7 +354,6 @@ class TrainWorker:
             "time/sync_s": now - batch.arrived_at - update.seconds,
             "time/step_s": now - batch.asked_at,
             "tokens/total": self.sampled_tokens,
-            "tokens/per_s": update.stats.num_sampled_tokens / (now - batch.asked_at),
             **self.engines.since_last(totals),
             **{f"idle/{kind}_share": shares[kind] for kind in IDLE if kind in shares},
         }

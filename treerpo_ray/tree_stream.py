@@ -10,6 +10,7 @@ batch that is admitted always arrives (see `gate`).
 
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -44,6 +45,9 @@ WAIT_S = 10.0
 """Time after which the reader asks anew, and says that it waits."""
 SCORED_TREES = 16
 """Most trees scored at a time: more make fewer calls, fewer are scored sooner."""
+TOLD_S = 1.5
+"""Processes tell Ray of tasks that have ended once a second; of one that is ended before, the last
+task is shown as failed."""
 
 
 class Prefetcher:
@@ -66,9 +70,11 @@ class Prefetcher:
         return batch
 
     def await_end(self, limit_s: float) -> None:
-        """Wait until the stream that was told to end has done so, for so long at most."""
+        """Wait until the stream that was told to end has done so, for so long at most, and Ray has
+        been told."""
         with suppress(Exception):  # it is not told any more
             self._asked.result(limit_s)
+            time.sleep(TOLD_S)
 
     def _ask(self) -> None:
         self._asked: Future[pa.Table | None] = Future()

@@ -194,7 +194,7 @@ def test_without_a_connection_the_plan_has_what_is_known_and_a_line_for_each_tha
     steps, answers, tokens, updates, gpus = WORST[name]
     assert f"up to {steps} steps, {answers} answers and {tokens:,} tokens a question" in plan
     step = f"up to {128 * steps:,} requests and {128 * tokens:,} sampled tokens"
-    assert f"step        128 trees: {step}, 2 optimizer step(s)" in plan
+    assert f"step        128 trees: {step}, 2 optimizer steps" in plan
     assert f"up to {updates} optimizer steps" in plan
     assert gpus in plan
     size = 7e9 if "7b" in name else 1.5e9

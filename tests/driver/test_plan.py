@@ -84,7 +84,7 @@ def test_the_plan_counts_steps_tokens_trees_and_epochs(quickstart) -> None:
         "and 332 tokens a question"
     )
     assert quickstart["step"] == (
-        "24 trees: up to 384 requests and 7,968 sampled tokens, 2 optimizer step(s)"
+        "24 trees: up to 384 requests and 7,968 sampled tokens, 2 optimizer steps"
     )
     assert quickstart["staleness"] == "at most 2 versions: 72 trees in flight"
     assert quickstart["run length"] == (
@@ -149,11 +149,12 @@ def test_an_evaluation_that_asks_something_else_or_what_is_trained_is_unusual(tm
     assert plan(trained)["unusual"].startswith(
         "evaluate.data.path=quickstart:test: evaluated is the small task, not what is trained on"
     )
-    assert plan(trained, f"evaluate.data.path={tmp_path}/test.jsonl")["unusual"] == (
-        "evaluate.data.path: 1 of its 3 problems are trained on, too; what comes out tells little "
-        "of new ones"
-    )
-    assert "unusual" not in plan(trained, "evaluate.data.path=''")
+    assert (
+        "unusual     evaluate.data.path: 1 of its 3 problems are trained on, too; what comes out "
+        "tells little of new ones"
+    ) in plan_of(trained, f"evaluate.data.path={tmp_path}/test.jsonl")
+    lines = plan_of(trained, "evaluate.data.path=''")
+    assert not [line for line in lines if line.startswith("unusual     evaluate")]
 
 
 def test_a_budget_of_tokens_that_no_step_fills_says_so() -> None:

@@ -17,13 +17,14 @@ def stats(
     version: int = 1,
     busy_s: float = 0.0,
     total_s: float = 0.0,
+    sampled: int = 0,
 ) -> EngineStats:
     return EngineStats(
         start=start,
         num_requests=0,
         num_prompt_tokens=asked,
         num_cached_tokens=cached,
-        num_sampled_tokens=0,
+        num_sampled_tokens=sampled,
         cpu_s=cpu_s,
         version=version,
         busy_s=busy_s,
@@ -37,6 +38,14 @@ def test_the_idle_share_is_of_the_time_that_each_engine_was_there() -> None:
     new = stats("b", 0, 0, 0, busy_s=1, total_s=2)
     row = totals.since_last([stats("a", 0, 0, 0, busy_s=6, total_s=16), new])
     assert row["idle/engines_share"] == 1 - (3 + 1) / (6 + 2)
+
+
+def test_tokens_a_second_are_those_of_the_engines_over_the_time_between_two_rows() -> None:
+    times = iter([100.0, 104.0, 114.0])
+    totals = EngineTotals([stats("a", 0, 0, 0, sampled=1000)], clock=lambda: next(times))
+    assert totals.since_last([stats("a", 0, 0, 0, sampled=1400)])["tokens/per_s"] == 100
+    new = stats("b", 0, 0, 0, sampled=50)
+    assert totals.since_last([stats("a", 0, 0, 0, sampled=1500), new])["tokens/per_s"] == 15
 
 
 def test_each_engine_counts_from_the_last_row_or_from_its_own_start() -> None:

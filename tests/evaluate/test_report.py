@@ -31,7 +31,7 @@ from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.verifier.verdict import Grade, Verdict
 
 RIGHT, WRONG, HALF = (C, C), (W, W), (C, W)
-UNITS = ("A less B, points", "A less B, tokens")
+UNITS = ("A minus B, points", "A minus B, tokens")
 
 
 def evaluated(

@@ -33,3 +33,10 @@ def test_no_file_of_the_project_has_what_is_hardly_ever_meant() -> None:
             base = [] if file.parent.name == "conf" else [str(ROOT / "conf/quickstart.yaml")]
             found = list(unusual(load([*base, str(file), "run.root=/runs"])))
             assert found == [], file
+
+
+def test_own_data_for_the_small_model_of_the_project_is_unusual() -> None:
+    own = [*QUICKSTART, "prompts.path=mine.jsonl", "evaluate.data.path="]
+    [line] = unusual(load(own))
+    assert line.startswith("model.path=treerpo_ray/quickstart/model: the small model of the pro")
+    assert list(unusual(load([*own, "model.path=Qwen/Qwen2.5-0.5B"]))) == []

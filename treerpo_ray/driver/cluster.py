@@ -150,7 +150,6 @@ def connected(config: Config, *, trains: bool = True) -> Iterator[None]:
                     include_dashboard=False,
                 )
         _await_cluster(config, trains=trains)
-        check_versions(stages(config, config.engine.most, trains=trains))
         yield
     finally:
         ray.shutdown()
@@ -278,7 +277,7 @@ def _fault_of_head(host: str, port: int, end: float) -> str | None:
 
 
 def _await_cluster(config: Config, *, trains: bool) -> None:
-    """Check the cluster; one that grows by itself may still be starting its first nodes.
+    """Check the cluster and its nodes; one that grows by itself may still be starting its first.
 
     What is to be there from the start is asked of the autoscaler, which may have no node of its
     kind yet and would wait for a demand, as this would for a node.
@@ -289,7 +288,8 @@ def _await_cluster(config: Config, *, trains: bool) -> None:
     try:
         while True:
             try:
-                return _check_cluster(config, trains=trains)
+                _check_cluster(config, trains=trains)
+                break
             except ValueError as error:
                 if time.monotonic() >= end:
                     raise
@@ -300,6 +300,7 @@ def _await_cluster(config: Config, *, trains: bool) -> None:
                 request_resources(bundles=[s.resources for s in starting for _ in range(s.count)])
                 has_asked = True
             time.sleep(min(LOOK_EVERY_S, patience_s))
+        check_versions(stages(config, config.engine.most, trains=trains))
     finally:
         if has_asked:
             request_resources(bundles=[])  # from here on the stages ask themselves

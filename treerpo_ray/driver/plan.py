@@ -48,9 +48,11 @@ def plan_lines(
         f"tokens: up to {shape.max_steps:,} steps, {shape.max_leaves:,} answers and "
         f"{shape.max_sampled_tokens:,} tokens a question",
         f"step        {trees} trees: up to {trees * shape.max_steps:,} requests and "
-        f"{trees * shape.max_sampled_tokens:,} sampled tokens, {minibatches} optimizer step(s)",
+        f"{trees * shape.max_sampled_tokens:,} sampled tokens, "
+        f"{counted(minibatches, 'optimizer step')}",
         *_budget_lines(config),
-        f"staleness   at most {gate.max_staleness} versions: {in_flight} trees in flight",
+        f"staleness   at most {counted(gate.max_staleness, 'version')}: "
+        f"{in_flight} trees in flight",
         f"run length  {length}, up to {run.num_steps * minibatches:,} optimizer steps",
         *_memory_lines(config, found.model),
         f"disk        {found.storage}",
@@ -61,6 +63,11 @@ def plan_lines(
         *(f"unusual     {line}" for line in unusual(config)),
         *(f"unchecked   {line}" for line in found.unchecked),
     ]
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things: `1 version`, `2 versions`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _epochs(data: DataSet, trees: int) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from treerpo_ray.actor import first_line, root_cause
 from treerpo_ray.metrics.sources import checksum_of
 from treerpo_ray.preflight.machine import installed_gpus
 from treerpo_ray.preflight.placement import Stage, missing_resources
@@ -43,15 +44,15 @@ def versions_here() -> Versions:
 def check_versions(stages: Sequence[Stage], look: Callable[[], Versions] = versions_here) -> None:
     """Check that all nodes on which a stage may run have the same, those of the driver too.
 
-    Nodes that an autoscaler adds later are not seen. One that does not answer is told of, and left
-    to whoever starts there.
+    Nodes that an autoscaler adds later are not seen. One that leaves meanwhile or does not answer
+    is told of, and left to whoever starts there.
 
     Args:
         stages: Of the run.
         look: Tells the versions of the machine that it is called on.
 
     Raises:
-        ValueError: two differ; names them and what differs.
+        ValueError: two differ, or one lacks this project; names them and what differs.
     """
     nodes = [node for node in ray.nodes() if node["Alive"] and _may_run(stages, node)]
     if len(nodes) < 2:
@@ -68,7 +69,17 @@ def check_versions(stages: Sequence[Stage], look: Callable[[], Versions] = versi
     done, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
     for ref in late:
         log.warning("%s has not told its versions in %.0f s", asked[ref], ANSWER_S)
-    compare({asked[ref]: ray.get(ref) for ref in done}, here=look())
+    found: dict[str, Versions] = {}
+    for ref in done:
+        try:
+            found[asked[ref]] = ray.get(ref)
+        except ray.exceptions.RayTaskError as error:  # such as a node without this project
+            raise ValueError(
+                f"{asked[ref]} cannot tell its versions: {root_cause(error)}"
+            ) from error
+        except ray.exceptions.RayError as error:
+            log.warning("%s left before it told its versions: %s", asked[ref], first_line(error))
+    compare(found, here=look())
 
 
 def compare(nodes: Mapping[str, Versions], here: Versions) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -100,27 +100,36 @@ class EngineTotals:
 
     Args:
         stats: Those of the engines that are there; what they have done already counts for no row.
+        clock: Seconds since any time.
     """
 
-    def __init__(self, stats: Sequence[EngineStats]) -> None:
+    def __init__(
+        self, stats: Sequence[EngineStats], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock, self._looked_at = clock, clock()
         self._cpu_s = time.process_time()
         self._last = {engine.start: engine for engine in stats}
 
     def since_last(self, stats: Sequence[EngineStats]) -> Row:
         """What the engines did since the last row, with this process's CPU time, and serve now.
 
+        `tokens/per_s` is what they sampled, for trees and evaluations, over the time since then.
+
         Engines that finished no request, or were not there, have no rate and no share. One that has
         come since counts from its start; of one that has gone, what it did
         after the last row is not known.
         """
-        asked = cached = 0
+        asked = cached = sampled = 0
         busy_s = total_s = 0.0
         now_s = time.process_time()
         cpu_s, self._cpu_s = now_s - self._cpu_s, now_s
+        looked_at, self._looked_at = self._looked_at, self._clock()
+        seconds = max(self._looked_at - looked_at, 1e-9)
         for engine in stats:
             last = self._last.get(engine.start)
             asked += engine.num_prompt_tokens - (last.num_prompt_tokens if last else 0)
             cached += engine.num_cached_tokens - (last.num_cached_tokens if last else 0)
+            sampled += engine.num_sampled_tokens - (last.num_sampled_tokens if last else 0)
             cpu_s += engine.cpu_s - (last.cpu_s if last else 0.0)
             busy_s += engine.busy_s - (last.busy_s if last else 0.0)
             total_s += engine.total_s - (last.total_s if last else 0.0)
@@ -130,6 +139,7 @@ class EngineTotals:
             **({"engine/prefix_hit_rate": cached / asked} if asked else {}),
             **({"idle/engines_share": 1 - busy_s / total_s} if total_s else {}),
             "time/cpu_s": cpu_s,
+            "tokens/per_s": sampled / seconds,
             "engine/oldest_version": min(versions, default=math.nan),
             "engine/newest_version": max(versions, default=math.nan),
         }

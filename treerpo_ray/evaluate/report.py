@@ -125,7 +125,7 @@ class Comparison:
 
     @property
     def tables(self) -> rich.console.Group:
-        """Of each benchmark or mean the numbers of A, of B, and A less B."""
+        """Of each benchmark or mean the numbers of A, of B, and A minus B."""
         legend = [f"{side}: {name}" for side, name in zip("AB", self.names, strict=True)]
         parts: list[rich.console.RenderableType] = ["\n".join(legend)]
         for name, pairs in self.pairs.items():
@@ -140,7 +140,7 @@ class Comparison:
         """The same as JSON takes it."""
         scores = {
             name: {
-                key: {"A": asdict(p.ours), "B": asdict(p.theirs), "A-B": asdict(p.difference)}
+                key: {"A": _rounded(p.ours), "B": _rounded(p.theirs), "A-B": _rounded(p.difference)}
                 for key, p in each.items()
             }
             for name, each in self.pairs.items()
@@ -148,12 +148,16 @@ class Comparison:
         return {**dict(zip("AB", self.names, strict=True)), **self.sampling, "scores": scores}
 
 
+def _rounded(score: Score) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in asdict(score).items()}
+
+
 def _by_side(pairs: dict[str, Pair]) -> rich.table.Table:
     """Shares above lengths, each with its units."""
     shown = rich.table.Table(
         box=rich.box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), pad_edge=False
     )
-    for heading in ("", "A, %", "B, %", "A less B, points"):
+    for heading in ("", "A, %", "B, %", "A minus B, points"):
         shown.add_column(heading, justify="right" if heading else "left")
     shares, lengths = (
         {name: each for name, each in pairs.items() if (name in IN_TOKENS) is is_length}
@@ -163,7 +167,7 @@ def _by_side(pairs: dict[str, Pair]) -> rich.table.Table:
         shown.add_row(name, *_cells(name, pair))
     if lengths:
         shown.add_section()
-        shown.add_row("", "A, tokens", "B, tokens", "A less B, tokens", style="bold")
+        shown.add_row("", "A, tokens", "B, tokens", "A minus B, tokens", style="bold")
     for name, pair in lengths.items():
         shown.add_row(name, *_cells(name, pair))
     return shown

@@ -127,7 +127,7 @@ METRICS = (
     ),
     StageMetric(
         name="treerpo_tokens_per_second",
-        description="Sampled tokens of the last learner step over its time",
+        description="Tokens that all engines sampled since the last learner step, over the time",
         unit="tokens/s",
         sources={"tokens/per_s": ""},
     ),

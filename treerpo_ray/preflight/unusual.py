@@ -6,6 +6,7 @@ from operator import attrgetter
 from treerpo_ray.algo.groups import PruneRule
 from treerpo_ray.algo.loss_config import Ratio
 from treerpo_ray.config import Config
+from treerpo_ray.config.sections import ModelConfig
 from treerpo_ray.prompts.problems import QUICKSTART
 
 USUAL = {
@@ -30,6 +31,7 @@ def unusual(config: Config) -> Iterator[str]:
         value = attrgetter(key)(config)
         if not low <= value <= high:
             yield f"{key}={value:g}: usual are {low:g} to {high:g}"
+    yield from _foreign_task(config)
     yield from _foreign_evaluation(config)
     learner, run = config.learner, config.run
     is_share = isinstance(learner.prune, PruneRule) and learner.prune is not PruneRule.SIGNIFICANCE
@@ -43,6 +45,17 @@ def unusual(config: Config) -> Iterator[str]:
         yield (
             f"learner.warmup_steps={learner.warmup_steps}: the run has {num_updates} optimizer "
             "steps, and would never reach its learning rate"
+        )
+
+
+def _foreign_task(config: Config) -> Iterator[str]:
+    """Own data for the small model of the project, which knows its own tasks alone."""
+    sets = [data.path for data in config.prompts.mix.values()] or [config.prompts.path]
+    is_own = any(sets) and not any(path.startswith(QUICKSTART) for path in sets)
+    if is_own and config.model.path == ModelConfig().path:
+        yield (
+            f"model.path={config.model.path}: the small model of the project knows its own tasks "
+            "alone (quickstart:train); name one that can answer some of your questions"
         )
 
 
