@@ -28,7 +28,7 @@ class HealthConfig:
     """Of the distance of `loss/ratio` to 1: the mean policy ratio of all tokens."""
     max_kl: float | None = field(default=1.0, metadata=POSITIVE)
     """Of `loss/kl`, in nats a token, to the model that the run started from."""
-    min_entropy: float | None = field(default=0.003, metadata=POSITIVE)
+    min_entropy: float | None = field(default=0.01, metadata=POSITIVE)
     """Of `loss/entropy`, in nats a token."""
     max_grad_norm: float | None = field(default=100.0, metadata=POSITIVE)
     """Of `learner/grad_norm` before it is clipped, in units of `learner.clip_grad_norm`."""
