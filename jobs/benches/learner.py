@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from jobs.benches.sides import Row, compared, random_tree, seconds
+from jobs.benches.random_trees import random_tree
+from jobs.benches.sides import Row, compared, seconds
 from treerpo_ray.algo.packing import pack
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.algo.tree import Tree

@@ -8,7 +8,8 @@ from typing import Self
 import numpy as np
 import pyarrow as pa
 
-from jobs.benches.sides import NUM_TREES, Row, compared, cpu_seconds, random_tree
+from jobs.benches.random_trees import random_tree, scored_record
+from jobs.benches.sides import NUM_TREES, Row, compared, cpu_seconds
 from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import PruneRule, step_groups
@@ -18,7 +19,7 @@ from treerpo_ray.algo.standard_errors import standard_error_of_mean
 from treerpo_ray.algo.tree import ROOT
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import LearnerConfig
-from treerpo_ray.records import TreeRecord, from_table
+from treerpo_ray.records import from_table
 from treerpo_ray.tree_stream import from_worker_batch, to_worker_batch
 from treerpo_ray.verifier.verdict import Verdict
 
@@ -58,22 +59,7 @@ def packing_batch() -> pa.Table:
     for ticket in range(NUM_TREES):
         tree = random_tree(shape, 100, rng)
         is_right = rng.random(len(tree.leaves)) < rng.random()
-        records.append(
-            TreeRecord(
-                ticket=ticket,
-                attempt=0,
-                prompt_id=str(ticket),
-                question="?",
-                answers=("1",),
-                seed=ticket,
-                engine=0,
-                grow_s=1.0,
-                finished_at_s=1.0,
-                tree=tree,
-                leaf_texts=("the answer is 1",) * len(tree.leaves),
-                verdicts=tuple(Verdict.CORRECT if own else Verdict.WRONG for own in is_right),
-            )
-        )
+        records.append(scored_record(ticket, tree, is_right.tolist()))
     return to_worker_batch(records)
 
 

@@ -1,14 +1,9 @@
-"""Sides: two that do the same work, in turns, and trees for them to work on."""
+"""Sides: two that do the same work, in turns."""
 
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import numpy as np
-
-from treerpo_ray.algo.search import TreeShape
-from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
 
 ROUNDS = 5
 """Times that the two sides of a comparison take turns."""
@@ -73,26 +68,3 @@ def cpu_seconds(work: Callable[[], object]) -> float:
     end = time.process_time()
     del result
     return end - start
-
-
-def random_tree(shape: TreeShape, num_prompt: int, rng: np.random.Generator) -> Tree:
-    """A full tree of random bytes."""
-
-    def step(parent: int, depth: int) -> Step:
-        count = shape.step_tokens[depth]
-        return Step(
-            parent=parent,
-            token_ids=rng.integers(10, 200, count).astype(np.int32),
-            logprobs=np.full(count, -5, np.float32),
-            versions=np.zeros(count, np.int32),
-            stop=StopReason.BOUNDARY,
-        )
-
-    steps: list[Step] = []
-    level = [ROOT]
-    for depth, num_children in enumerate(shape.num_children):
-        first = len(steps)
-        steps += [step(parent, depth) for parent in level for _ in range(num_children)]
-        level = list(range(first, len(steps)))
-    prompt = rng.integers(10, 200, num_prompt).astype(np.int32)
-    return Tree.from_steps(prompt, tuple(steps))

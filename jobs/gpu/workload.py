@@ -6,14 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from jobs.benches.random_trees import random_tree, scored_record
 from treerpo_ray.algo.packing import Forest
-from treerpo_ray.algo.tree import ROOT as NO_PARENT
-from treerpo_ray.algo.tree import Step, StopReason, Tree
+from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config import Config, load
 from treerpo_ray.learner.learner import Learner
 from treerpo_ray.learner.policy import Policy, load_policy
 from treerpo_ray.records import TreeRecord
-from treerpo_ray.verifier.verdict import Verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -125,49 +124,14 @@ def make_learner(config: Config, sizes: Sizes) -> Learner:
     )
 
 
-def random_tree(sizes: Sizes, seed: int) -> Tree:
-    """A random tree that is as large as it may be."""
-    rng = np.random.default_rng(seed)
-
-    def ids(length: int) -> np.ndarray:
-        return rng.integers(3, sizes.vocabulary, length).astype(np.int32)
-
-    steps: list[Step] = []
-    level = [NO_PARENT]
-    for children in sizes.children:
-        start = len(steps)
-        for parent in [each for each in level for _ in range(children)]:
-            steps.append(
-                Step(
-                    parent=parent,
-                    token_ids=ids(sizes.step_tokens),
-                    logprobs=np.full(sizes.step_tokens, -10, np.float32),
-                    versions=np.zeros(sizes.step_tokens, np.int32),
-                    stop=StopReason.BOUNDARY,
-                )
-            )
-        level = list(range(start, len(steps)))
-    return Tree.from_steps(ids(sizes.step_tokens), tuple(steps))
-
-
 def random_record(ticket: int, sizes: Sizes) -> TreeRecord:
-    """A tree half of whose answers are right."""
-    tree = random_tree(sizes, ticket)
-    verdicts = [Verdict.CORRECT if leaf % 2 else Verdict.WRONG for leaf in tree.leaves]
-    return TreeRecord(
-        ticket=ticket,
-        attempt=0,
-        prompt_id=str(ticket),
-        question="?",
-        answers=("0",),
-        seed=ticket,
-        engine=0,
-        grow_s=1.0,
-        finished_at_s=0.0,
-        tree=tree,
-        leaf_texts=("",) * len(verdicts),
-        verdicts=tuple(verdicts),
+    """A tree as large as it may be, half of whose answers are right."""
+    shape = TreeShape(
+        num_children=sizes.children, step_tokens=(sizes.step_tokens,) * len(sizes.children)
     )
+    rng, tokens = np.random.default_rng(ticket), range(3, sizes.vocabulary)
+    tree = random_tree(shape, sizes.step_tokens, rng, tokens=tokens, logprob=-10.0)
+    return scored_record(ticket, tree, [bool(leaf % 2) for leaf in tree.leaves])
 
 
 def forest_of(prompt: int, steps: list[int]) -> Forest:

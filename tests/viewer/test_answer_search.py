@@ -44,9 +44,7 @@ def test_a_search_finds_the_answers_of_evaluations_that_have_a_text(ask):
 def test_answers_of_evaluations_stand_below_the_trees_that_were_found(browser, addresses):
     with Screen(browser, WIDE) as screen:
         screen.open(addresses["small"])
-        screen.page.keyboard.press("s")
-        screen.page.keyboard.type("#### 2")
-        screen.page.keyboard.press("Enter")
+        screen.search("#### 2")
         screen.wait("document.querySelectorAll('a.answer-row').length === 2")
         assert screen.texts(".evaluated .note") == [
             "2 held-out problems of the evaluations at learner steps 12, 0 have it in an answer"

@@ -24,9 +24,7 @@ def test_the_list_of_trees_tells_the_same_without_tokens(ask, folder):
 def test_answers_of_all_trees_are_searched_from_any_page_by_keyboard(browser, addresses):
     with Screen(browser, WIDE) as screen:
         screen.open(addresses["small"])
-        screen.page.keyboard.press("s")
-        screen.page.keyboard.type("#### 0")
-        screen.page.keyboard.press("Enter")
+        screen.search("#### 0")
         screen.wait("document.querySelectorAll('a.tree-row .found-text').length === 2")
         assert screen.texts(".told .note") == [
             "2 of 10 trees of 3 learner steps have “#### 0” in an answer"

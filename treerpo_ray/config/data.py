@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+PROJECT = Path(__file__).resolve().parents[2]
 """Folder that holds this package, and what is embedded in it."""
 
 
@@ -17,7 +17,7 @@ def as_found_here(path: str) -> str:
         return path
     try:
         place = Path(path).expanduser()
-        embedded = PACKAGE_PARENT / path
+        embedded = PROJECT / path
         is_embedded = embedded.exists() and place.absolute() == embedded
         is_here = place.exists() or bool(set(path) & set("*?["))
     except (OSError, RuntimeError, ValueError):  # no home, no name for a file

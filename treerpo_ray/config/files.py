@@ -19,7 +19,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from treerpo_ray.config.config import Config
-from treerpo_ray.config.data import INHERITED, PACKAGE_PARENT, DataConfig
+from treerpo_ray.config.data import INHERITED, PROJECT, DataConfig
 from treerpo_ray.config.identity import Flat, flatten, is_free, name_from
 from treerpo_ray.config.keys import is_text, kind_in_words, kind_of, known_keys, text_of
 from treerpo_ray.errors import one_line
@@ -223,7 +223,7 @@ def _placeless(value: object, key: str = "") -> object:
 
 def _part(argument: str) -> Container:
     if argument.endswith((".yaml", ".yml")):
-        places = (Path(argument), PACKAGE_PARENT / argument)  # else one of the project's own
+        places = (Path(argument), PROJECT / argument)  # else one of the project's own
         path = next((place for place in places if place.is_file()), None)
         if path is None:
             raise ValueError(f"{argument}: no such configuration file in {Path.cwd()}")

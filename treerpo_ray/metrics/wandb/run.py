@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from treerpo_ray.config.data import PROJECT
 from treerpo_ray.metrics.rows import Row
 from treerpo_ray.metrics.sources import version_of
 from treerpo_ray.metrics.wandb.artifacts import Artifacts
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from treerpo_ray.config import Config
 
 
-ROOT = Path(__file__).resolve().parents[3]
 ID_FILE = "wandb_id"
 """File in the run folder with the id under which a resumed run goes on."""
 SENT_FILE = "wandb_rows"
@@ -215,7 +215,7 @@ class WandbRun:
             id=id_file.read_text(),
             resume="allow",
             dir=str(self._folder),
-            config=_settings(self._config) | {"commit": version_of(ROOT)},
+            config=_settings(self._config) | {"commit": version_of(PROJECT)},
             mode=mode,
             # Metadata would hold the command line of a Ray worker, and with it Ray's password, and
             # its own look at git that of the folder which Ray runs it in.

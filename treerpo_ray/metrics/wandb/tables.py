@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from treerpo_ray.algo.backup import mean_backup
-from treerpo_ray.config.data import PACKAGE_PARENT
+from treerpo_ray.config.data import PROJECT
 from treerpo_ray.errors import one_line
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees
@@ -64,7 +64,7 @@ def viewer_page(place: str, refs: Sequence[str]) -> str:
         trees = [word for ref in refs for word in ("--tree", ref)]
         done = subprocess.run(
             [sys.executable, "-m", "treerpo_ray.viewer", place, "--html", str(file), *trees],
-            env=os.environ | {"PYTHONPATH": str(PACKAGE_PARENT)},
+            env=os.environ | {"PYTHONPATH": str(PROJECT)},
             cwd=folder,
             capture_output=True,
             text=True,
