@@ -173,7 +173,7 @@ class Home:
         """Run a command and look at what it did; returns what that was.
 
         Raises:
-            AssertionError: it did something else.
+            AssertionError, LookupError, ValueError: it did something else, or told nothing.
         """
         words = [PLACEHOLDERS.get(word, word) for word in command.words]
         words = [DATA.sub(rf"{self.folder}/\1.jsonl", word) for word in words]
@@ -295,9 +295,9 @@ def main(arguments: list[str]) -> int:
             except ModelMissing as missing:
                 told = f"waits for its model: {missing}"
                 later.append(command)
-            except AssertionError as error:
+            except (AssertionError, LookupError, OSError, ValueError) as error:
                 num_wrong += 1
-                told = f"WRONG: {error}"
+                told = f"WRONG: {type(error).__name__} {error}"
             print(f"{command.place}: {command.text}\n    {told}", end=" ")
             print(f"({time.monotonic() - start:.0f} s)", flush=True)
         num_wrong += len(later) if is_again else 0
