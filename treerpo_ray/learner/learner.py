@@ -18,6 +18,7 @@ from typing import Protocol, Self, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from treerpo_ray.algo.advantages import has_baseline, step_advantages
 from treerpo_ray.algo.backup import mean_backup
@@ -26,6 +27,7 @@ from treerpo_ray.algo.loss import LossInputs, LossSums, policy_loss
 from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.algo.packing import Forest, pack
 from treerpo_ray.config.sections import LearnerConfig, ModelConfig, TreeConfig
+from treerpo_ray.learner.moments import read_moments, write_moments
 from treerpo_ray.learner.policy import DTYPES, ForestTensors, Policy, load_policy
 from treerpo_ray.learner.sharding import Sharding
 from treerpo_ray.learner.stats import BatchStats, count
@@ -43,7 +45,8 @@ class _Addable(Protocol):
 T = TypeVar("T")
 SumT = TypeVar("SumT", bound=_Addable)
 STATE_FILE = "learner.json"
-OPTIMIZER_FILE = "optimizer.pt"
+MOMENTS_FOLDER = "moments"
+RNG_FILE = "rng.safetensors"
 BASELINE_STEPS = 10
 """Learner steps that the baseline of `past_baseline` is the mean of: many enough for a small error,
 few enough to follow a policy that learns."""
@@ -364,14 +367,21 @@ class Learner:
         return BYTES_A_PARAMETER * sum(each.numel() for each in self.policy.model.parameters())
 
     def write(self, folder: Path) -> None:
-        """Write everything that a resumed run needs."""
+        """Write everything that a resumed run needs.
+
+        Of a sharded learner all workers do so together, each its part, with the same number of
+        workers or another one to go on from it.
+
+        Raises:
+            OSError: a disk refuses; on all workers, if it refuses the moments.
+        """
+        is_sharded = self.sharding is not None
+        model = self.policy.model
+        write_moments(folder / MOMENTS_FOLDER, model, self.optimizer, is_sharded=is_sharded)
         self.policy.save_pretrained(folder / MODEL_FOLDER)
-        state = {
-            "optimizer": self.optimizer.state_dict()["state"],
-            "torch_rng": torch.get_rng_state(),
-        }
-        with (folder / OPTIMIZER_FILE).open("wb") as file:
-            torch.save(state, file)  # which would not say that the disk is full, if it opened it
+        if self.sharding is not None and not self.sharding.is_first:
+            return
+        save_file({"torch": torch.get_rng_state()}, folder / RNG_FILE)
         counts = {"version": self.version, "optimizer_steps": self.optimizer_steps}
         past = {"past_values": list(self._past_values)}
         (folder / STATE_FILE).write_text(json.dumps(counts | past))
@@ -381,12 +391,11 @@ class Learner:
 
         Rate, weight decay and the like are the configuration's, which may have been changed.
         """
-        state = torch.load(folder / OPTIMIZER_FILE, map_location=self.device, weights_only=True)
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
-        torch.set_rng_state(state["torch_rng"].cpu())
         counts = json.loads((folder / STATE_FILE).read_text())
         self.version, self.optimizer_steps = counts["version"], counts["optimizer_steps"]
+        moments = folder / MOMENTS_FOLDER
+        read_moments(moments, self.policy.model, self.optimizer, self.optimizer_steps)
+        torch.set_rng_state(load_file(folder / RNG_FILE)["torch"])
         self._past_values.extend(counts.get("past_values", []))  # older checkpoints have none
 
 

@@ -1,8 +1,8 @@
 """Sharding: a model whose weights, gradients and moments lie on all workers, a part on each.
 
-This is torch's FSDP2. Each layer is a unit: its weights are gathered for as long as it computes. What is not in a layer,
-as embedding, last norm and head, is one unit more. Weights are kept in float32; they are gathered
-in the type that is computed in, and gradients are summed up in float32.
+This is torch's FSDP2. Each layer is a unit: its weights are gathered for as long as it computes.
+What is not in a layer, as embedding, last norm and head, is one unit more. Weights are kept in
+float32; they are gathered in the type that is computed in, and gradients are summed up in float32.
 
 A gather needs all workers, so that all make the same number of passes in the same order.
 """
