@@ -180,7 +180,7 @@ class TrainWorker:
         """Of what the worker has started."""
         self.batches: Prefetcher
         self.patience = Patience(
-            self.folder,
+            folder=self.folder,
             waits=lambda what, reason: self._tell(write_waits(what, reason)),
             written=lambda what, seconds: self._tell(write_done(what, seconds)),
             is_told_to_stop=self._is_told_to_stop,
@@ -202,7 +202,7 @@ class TrainWorker:
         self.sampled_tokens = 0.0
         self.is_last = False
         self.trees_kept: int | None = None
-        self.writer = BackgroundWriter(self._warn, place=self.patience.place)
+        self.writer = BackgroundWriter(warn=self._warn, place=self.patience.place)
         self.saver = CheckpointSaver(
             checkpoints,
             every=self.config.checkpoint.every,
@@ -234,7 +234,7 @@ class TrainWorker:
         self.publish()
         self._await_engines()
         totals = ray.get(pool.stats.remote())
-        self.engines = EngineTotals(totals)
+        self.engines = EngineTotals(stats=totals)
         self.idle = ray.get(self.actors.heartbeats.idle.remote())
         session: int = ray.get(gate.restart.remote(self.step, _read_gate(checkpoint)))
         left_over = saved_trees.read(checkpoint, self.config.tree)
@@ -469,7 +469,9 @@ class TrainWorker:
         """Of every evaluation: its start takes time, and its own test may ask a paid judge."""
         tokenizer = self.learner.policy.tokenizer
         try:
-            scorer = Scorer(self.config.verifier, tokenizer, on_fault=self._check_failed)
+            scorer = Scorer(
+                settings=self.config.verifier, tokenizer=tokenizer, on_fault=self._check_failed
+            )
         except VariableNotSet as error:  # workers that start anew would only run into it again
             self._note(FATAL, reason=str(error))
             raise

@@ -256,7 +256,9 @@ def _worker_batches(
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     batches: WorkerBatches | None = None
     try:
-        scorer = Scorer(config.verifier, tokenizer, on_start=on_start, on_fault=on_fault)
+        scorer = Scorer(
+            settings=config.verifier, tokenizer=tokenizer, on_start=on_start, on_fault=on_fault
+        )
     except VariableNotSet as error:
         end_run(error)
         raise

@@ -264,7 +264,7 @@ class WeightSync:
     ) -> None:
         self.pool, self.probe_every = pool, probe_every
         self._patience = Patience(
-            RunFolder(folder),
+            folder=RunFolder(folder),
             waits=lambda what, reason: run_log.event.remote(write_waits(what, reason)),
             written=lambda what, seconds: run_log.event.remote(write_done(what, seconds)),
             is_told_to_stop=lambda: gate.is_told_to_stop.remote().future().result(),

@@ -234,7 +234,7 @@ def test_a_job_whose_engines_are_gone_says_so_and_ends(tmp_path: Path) -> None:
                 None,
                 console,
                 make_actor=make,
-                make_scorer=lambda verifier, tokenizer: io.BytesIO(),
+                make_scorer=lambda **settings: io.BytesIO(),
             )
         )
     assert "engine lost: engine 0" in shown.getvalue()

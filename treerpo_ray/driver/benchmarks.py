@@ -20,7 +20,7 @@ from treerpo_ray.config import Config
 from treerpo_ray.config.data import PROJECT
 from treerpo_ray.config.files import load, to_yaml
 from treerpo_ray.config.identity import differences
-from treerpo_ray.config.sections import RunConfig, VerifierConfig
+from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.driver.cluster import connected
 from treerpo_ray.driver.start import then_and_now
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
@@ -291,7 +291,7 @@ def evaluate_all(
     console: Console,
     *,
     make_actor: Callable[..., Callable[..., Any]] = make_actor,
-    make_scorer: Callable[[VerifierConfig, PreTrainedTokenizerBase], Scorer] = Scorer,
+    make_scorer: Callable[..., Scorer] = Scorer,
 ) -> Iterator[tuple[str, Evaluation]]:
     """Evaluate each benchmark on the Ray cluster that is connected, on the same engines."""
     run = config.run.name
@@ -317,7 +317,9 @@ def evaluate_all(
                 supervisor.run(lambda: ray.get(pool.start.remote()))
             with ExitStack() as ending:
                 with console.stage("starting the verifier"):
-                    scorer = ending.enter_context(closing(make_scorer(config.verifier, tokenizer)))
+                    scorer = ending.enter_context(
+                        closing(make_scorer(settings=config.verifier, tokenizer=tokenizer))
+                    )
                 for name, problems in prompts.items():
                     grade = partial(
                         _grade, config, name, problems, pool, scorer, console, heartbeats

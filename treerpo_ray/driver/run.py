@@ -235,7 +235,13 @@ class RunSession:
             with self.console.stage("starting the verifier"):
                 tokenizer = load_tokenizer(model.path, model.trust_remote_code)
                 self._scorer = self._ending.enter_context(
-                    closing(Scorer(self.config.verifier, tokenizer, on_fault=self._check_failed))
+                    closing(
+                        Scorer(
+                            settings=self.config.verifier,
+                            tokenizer=tokenizer,
+                            on_fault=self._check_failed,
+                        )
+                    )
                 )
         grade = partial(self._evaluate, self.inputs.held_out, self._scorer, step)
         return self.supervisor.run(grade)
@@ -261,7 +267,7 @@ class RunSession:
         size = len(held_out)
         with (
             evaluation_progress(config, self.console, actors.heartbeats, title, size) as advance,
-            closing(BackgroundWriter(self._warn)) as writer,
+            closing(BackgroundWriter(warn=self._warn)) as writer,
         ):
             return evaluate(
                 config,

@@ -54,7 +54,7 @@ class RunLog:
         make_wandb: Callable[..., WandbRun] = WandbRun,
         stage_metrics: StageMetrics | None = None,
     ) -> None:
-        self._stage_metrics = stage_metrics or StageMetrics(config.run.name)
+        self._stage_metrics = stage_metrics or StageMetrics(run=config.run.name)
         self._notices: list[Event] = []
         self._moved_at = time.monotonic()
         self._log = AppendLog(

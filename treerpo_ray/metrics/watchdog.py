@@ -63,7 +63,7 @@ class StageApi(Protocol):
 class Heartbeats:
     """Collects what the stages report; an actor, whose clock is the only one that counts."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._moved: dict[str, tuple[float, StageStatus]] = {}
         self._idle: dict[str, float] = {}
@@ -188,7 +188,9 @@ class Watchdog:
         report = "\n".join(lines) + "\n"
         faults: list[str] = []
         writer = BackgroundWriter(
-            lambda *why: faults.append(": ".join(why)), name="stall report", close_s=self._report_s
+            warn=lambda *why: faults.append(": ".join(why)),
+            name="stall report",
+            close_s=self._report_s,
         )
         own = self._folder
         writer.put(name, lambda: own.publish_file(name, report.encode() + _own_stacks()))

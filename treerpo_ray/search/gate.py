@@ -51,7 +51,7 @@ class Gate:
     ) -> None:
         self.mixture, self.trees_per_step = mixture, trees_per_step
         self.max_staleness, self.num_steps, self.seed = max_staleness, num_steps, seed
-        self._turns = Turns(mixture, seed)
+        self._turns = Turns(mixture=mixture, seed=seed)
         self.curriculum = Curriculum(share=revisit, seed=seed)
         self.steps_done = 0
         self.issued = 0

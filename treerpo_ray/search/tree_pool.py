@@ -100,7 +100,7 @@ class TreePool:
         self._failure: Exception | None = None
         self._last_progress = time.monotonic()
         """When a tree last ended to grow: with its only step group, in an evaluation."""
-        self._work = BackgroundTasks(self._fail)
+        self._work = BackgroundTasks(failed=self._fail)
 
     async def begin(
         self,

@@ -89,7 +89,7 @@ class WandbRun:
             folder=RunFolder(config.folder), has_trees=bool(config.metrics.save_trees_every)
         )
         self._writer = BackgroundWriter(
-            lambda _, reason: warn("wandb_stopped", f"{reason}; metrics.jsonl has all rows"),
+            warn=lambda _, reason: warn("wandb_stopped", f"{reason}; metrics.jsonl has all rows"),
             name="wandb",
             on_failure=OnFailure.STOP,
             max_waiting=max_waiting,
