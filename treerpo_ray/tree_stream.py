@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -33,7 +34,7 @@ from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.metrics.events import FATAL, Event, RunLogApi, check_failed
 from treerpo_ray.metrics.watchdog import Heartbeat, HeartbeatsApi
 from treerpo_ray.prompts.prompt_set import load_tokenizer
-from treerpo_ray.records import SCHEMA, TreeRecord, to_table
+from treerpo_ray.records import SCHEMA, TreeRecord, from_table, to_table
 from treerpo_ray.scoring import Scorer, VerifierFailing, with_noise
 from treerpo_ray.task import TreePoolApi
 from treerpo_ray.verifier.verifier import VariableNotSet
@@ -51,6 +52,31 @@ TOLD_S = 1.5
 task is shown as failed."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerBatch:
+    """A worker's trees of one learner step; times are Unix times in seconds."""
+
+    records: list[TreeRecord]
+    table: pa.Table
+    """The same, as they came."""
+    asked_at: float
+    arrived_at: float
+
+    def check(self, tickets: range, num_workers: int) -> None:
+        """Invariant: a step consumes its own tickets, each once, and a worker an equal share.
+
+        Args:
+            tickets: Those of the step.
+            num_workers: Workers of the group.
+
+        Raises:
+            RuntimeError: this is another batch.
+        """
+        own = [record.ticket for record in self.records]
+        if not len(own) == len(set(own) & set(tickets)) == len(tickets) // num_workers:
+            raise RuntimeError(f"tickets {own} are no worker batch of a learner step of {tickets}")
+
+
 class Prefetcher:
     """A worker's batches, the next of which is fetched while it trains on the one before.
 
@@ -64,11 +90,21 @@ class Prefetcher:
         self._batches: Iterator[pa.Table] = iter(batches)
         self._ask()
 
-    def take(self) -> pa.Table | None:
-        """The next batch, waiting for it; None if the stream has ended."""
+    def take(self) -> WorkerBatch:
+        """The next batch, waiting for it.
+
+        Raises:
+            RuntimeError: the stream has ended.
+        """
+        asked_at = time.time()
         batch = self._asked.result()
+        if batch is None:
+            raise RuntimeError("the stream of trees has ended")
         self._ask()
-        return batch
+        arrived_at, table = time.time(), from_worker_batch(batch)
+        return WorkerBatch(
+            records=from_table(table), table=table, asked_at=asked_at, arrived_at=arrived_at
+        )
 
     def await_end(self, limit_s: float) -> None:
         """Wait until the stream that was told to end has done so, for so long at most, and Ray has

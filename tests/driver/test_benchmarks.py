@@ -207,7 +207,10 @@ class PoolWithoutNodes:
         raise RuntimeError("the pool gave this evaluation up")
         yield
 
-    def status(self, stacks) -> StageStatus:
+    def arm(self, stacks) -> None:
+        pass
+
+    def status(self) -> StageStatus:
         return StageStatus(stage="engines", doing="waiting for a node", is_busy=False, age_s=9.0)
 
     def stop(self) -> None:

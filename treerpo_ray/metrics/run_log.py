@@ -17,7 +17,7 @@ from treerpo_ray.metrics.diagnosis import Diagnosis, Limits
 from treerpo_ray.metrics.events import EVENTS_FILE, NOTICES, Event
 from treerpo_ray.metrics.rows import METRICS_FILE, Row, latest, parse_rows
 from treerpo_ray.metrics.stage_metrics import FINISHED, StageMetrics
-from treerpo_ray.metrics.stage_status import StackDump, StageStatus
+from treerpo_ray.metrics.stage_status import StageStatus, WatchedStage
 from treerpo_ray.metrics.wandb.run import ID_FILE, SENT_FILE, WandbRun, WandbSettings
 from treerpo_ray.run_folder.files import RunFolder, Scalar, parse_lines
 from treerpo_ray.run_folder.lines import AppendLog, LogTimes
@@ -54,7 +54,7 @@ class RunLogSetup:
         )
 
 
-class RunLog:
+class RunLog(WatchedStage):
     """Writes the metrics and events of a run.
 
     A row is on disk before anything else sees it, unless the disk is late: then it waits in memory
@@ -144,9 +144,8 @@ class RunLog:
         self._notices.append(event)
         self._append(event)
 
-    def status(self, stacks: StackDump) -> StageStatus:
+    def status(self) -> StageStatus:
         """Whether rows and events get where they should, and when the last row came."""
-        stacks.arm()
         return StageStatus(
             stage="metrics",
             doing=f"{len(self._rows)} rows; last notices: {[n.kind for n in self._notices[-3:]]}",

@@ -23,7 +23,7 @@ import ray
 
 from treerpo_ray.actor import actor_method
 from treerpo_ray.config import Config
-from treerpo_ray.metrics.stage_status import IdleTimes, StackDump, StageStatus, stalled
+from treerpo_ray.metrics.stage_status import IdleTimes, StackDump, StageApi, StageStatus, stalled
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.writer import BackgroundWriter
 
@@ -50,14 +50,6 @@ class HeartbeatsApi(Protocol):
 
     @actor_method
     def idle(self) -> IdleTimes: ...
-
-
-class StageApi(Protocol):
-    """Actor of any stage that can be asked what it does."""
-
-    @actor_method
-    def status(self, stacks: StackDump) -> StageStatus:
-        """What it does, and since when; `stacks` are to be armed."""
 
 
 class Heartbeats:
@@ -212,7 +204,7 @@ class Stages:
     """Asks the stages of a run for their latest statuses; one that does not answer is busy.
 
     Args:
-        actors: Actor of each stage that has a method `status`, by the stage's name.
+        actors: Actor of each stage that can be asked, by the stage's name.
         heartbeats: Actor of `Heartbeats`, for the stages that cannot be asked.
         folder: Run folder, for the stacks of those that can.
         limit_s: `run.stall_timeout_s`.
@@ -237,7 +229,8 @@ class Stages:
         """The latest statuses."""
         for stage, actor in self._actors.items():
             if stage not in self._asked:
-                self._asked[stage] = actor.status.remote(self._stacks[stage])
+                actor.arm.remote(self._stacks[stage])
+                self._asked[stage] = actor.status.remote()
         if "heartbeats" not in self._asked:
             self._asked["heartbeats"] = self._heartbeats.statuses.remote()
         ray.wait(list(self._asked.values()), num_returns=len(self._asked), timeout=ANSWER_S)
