@@ -35,7 +35,7 @@ def train(arguments: list[str]) -> int:
     with console.stage("loading the libraries"):
         from treerpo_ray.config.files import load
 
-        console.config = config = load(own)
+        config = load(own)
         from treerpo_ray.driver.next_steps import next_steps
         from treerpo_ray.driver.plan import plan_lines
         from treerpo_ray.driver.result import describe_result, finished_result, summary_json

@@ -163,7 +163,7 @@ class TrainWorker:
         """Of what the worker has started."""
         self.batches: Prefetcher
         self.patience = Patience(
-            self.folder,
+            folder=self.folder,
             waits=lambda what, reason: self._tell(write_waits(what, reason)),
             written=lambda what, seconds: self._tell(write_done(what, seconds)),
             is_told_to_stop=self._is_told_to_stop,
@@ -185,7 +185,7 @@ class TrainWorker:
         self.sampled_tokens = 0.0
         self.is_last = False
         self.trees_kept: int | None = None
-        self.writer = BackgroundWriter(self._warn, place=self.patience.place)
+        self.writer = BackgroundWriter(warn=self._warn, place=self.patience.place)
         self.saver = CheckpointSaver(
             checkpoints,
             every=self.config.checkpoint.every,
@@ -217,7 +217,7 @@ class TrainWorker:
         self.publish()
         self._await_engines()
         totals = ray.get(pool.stats.remote())
-        self.engines = EngineTotals(totals)
+        self.engines = EngineTotals(stats=totals)
         self.idle = ray.get(self.actors.heartbeats.idle.remote())
         session: int = ray.get(gate.restart.remote(self.step, _read_gate(checkpoint)))
         left_over = saved_trees.read(checkpoint, self.config.tree)

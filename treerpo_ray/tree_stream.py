@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -204,11 +205,9 @@ def tree_stream(
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         stream = ray.data.read_datasource(
             ScoredTrees(
-                config=config,
-                pool=pool,
-                run_log=run_log,
-                heartbeats=heartbeats,
-                reader=uuid.uuid4().hex,
+                read=partial(
+                    _worker_batches, config, pool, run_log, heartbeats, reader=uuid.uuid4().hex
+                )
             ),
             override_num_blocks=1,
             num_cpus=resources.pop("CPU", 0),
@@ -231,28 +230,15 @@ def tree_stream(
 
 
 class ScoredTrees(Datasource):
-    """Reads finished trees from the tree pool, without end, and scores them.
+    """The scored trees of a run, as Ray Data reads them: by one task, without end.
 
     Args:
-        config: The run's.
-        pool: Actor of `TreePool`.
-        run_log: Actor of `RunLog`, told of a verifier that starts or fails.
-        heartbeats: Actor of `Heartbeats`.
-        reader: Name of this stream; the pool serves the newest alone.
+        read: Gives out the batches, in the process of the task.
     """
 
-    def __init__(
-        self,
-        *,
-        config: Config,
-        pool: TreePoolApi,
-        run_log: RunLogApi,
-        heartbeats: HeartbeatsApi,
-        reader: str,
-    ) -> None:
+    def __init__(self, *, read: Callable[[], Iterator[pa.Table]]) -> None:
         super().__init__()
-        self.config, self.pool, self.reader = config, pool, reader
-        self.run_log, self.heartbeats = run_log, heartbeats
+        self._read = read
 
     def get_read_tasks(
         self,
@@ -261,9 +247,8 @@ class ScoredTrees(Datasource):
         data_context: ray.data.DataContext | None = None,
     ) -> list[ReadTask]:
         """One task, whatever `parallelism`: there is one queue of finished trees."""
-        arguments = (self.config, self.pool, self.run_log, self.heartbeats, self.reader)
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(lambda: _worker_batches(*arguments), unknown)]
+        return [ReadTask(self._read, unknown)]
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Not known."""
@@ -273,6 +258,12 @@ class ScoredTrees(Datasource):
 def _worker_batches(
     config: Config, pool: TreePoolApi, run_log: RunLogApi, heartbeats: HeartbeatsApi, reader: str
 ) -> Iterator[pa.Table]:
+    """Take finished trees from the pool, score them and give them out, until the stream is ended.
+
+    `run_log` is told of a verifier that starts or fails; `reader` is the name of this stream, and
+    the pool serves the newest alone.
+    """
+
     def on_start(pid: int) -> None:
         run_log.event.remote(Event(kind="verifier_started", fields={"pid": pid}))
 
@@ -292,7 +283,9 @@ def _worker_batches(
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     batches: WorkerBatches | None = None
     try:
-        scorer = Scorer(config.verifier, tokenizer, on_start=on_start, on_fault=on_fault)
+        scorer = Scorer(
+            settings=config.verifier, tokenizer=tokenizer, on_start=on_start, on_fault=on_fault
+        )
     except VariableNotSet as error:
         end_run(error)
         raise

@@ -131,12 +131,12 @@ def test_an_evaluation_that_cannot_be_written_is_told_and_its_result_is_not_lost
     (tmp_path / "run").mkdir()
     (tmp_path / "run/eval").touch()  # so that nothing can be written there
     told: list[str] = []
-    with closing(BackgroundWriter(lambda name, reason: told.append(name))) as writer:
+    with closing(BackgroundWriter(warn=lambda name, reason: told.append(name))) as writer:
         result, rows = evaluate(tmp_path, writer, monkeypatch)
     assert result.pass_at_1 == pytest.approx(2 / 3) and rows == [result.row()]
     assert told == ["eval/step=000003.parquet", "eval/step=000003.json"]
     (tmp_path / "run/eval").unlink()
-    with closing(BackgroundWriter(lambda name, reason: told.append(name))) as writer:
+    with closing(BackgroundWriter(warn=lambda name, reason: told.append(name))) as writer:
         result, _ = evaluate(tmp_path, writer, monkeypatch)
     assert len(told) == 2
     assert read_evaluation(RunFolder(f"{tmp_path}/run"), 3) == result
@@ -147,7 +147,7 @@ def test_an_evaluation_does_not_wait_for_a_store_that_hangs(
 ) -> None:
     told: list[str] = []
     folder = RunFolder(f"{hanging}/run")
-    writer = BackgroundWriter(lambda name, reason: told.append(reason))
+    writer = BackgroundWriter(warn=lambda name, reason: told.append(reason))
     result, rows = evaluate(hanging, writer, monkeypatch)
     assert rows == [result.row()]
     assert read_evaluation(folder, 3) is None

@@ -16,7 +16,6 @@ from tests.support.whole_runs import (
     assert_promises_kept,
     assert_versions_count_updates,
 )
-from treerpo_ray.config import Config
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.run_folder.files import Scalar
 from treerpo_ray.stop import STOPPED, Stop
@@ -74,7 +73,7 @@ def test_a_signal_at_any_time_takes_the_demonstrations_cluster_down(demo, monkey
     monkeypatch.setattr(demo, "wait_until_idle", lambda address: do("the wait for idle nodes"))
     monkeypatch.setattr(demo, "_end_processes", lambda mark: done.append("taken down"))
     with pytest.raises(KeyboardInterrupt):
-        demo.on_growing_cluster(train, Console(Config()))
+        demo.on_growing_cluster(train, Console())
     assert done[-2:] == [at, "taken down"]
 
 

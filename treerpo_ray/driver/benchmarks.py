@@ -21,8 +21,9 @@ from treerpo_ray.config import Config
 from treerpo_ray.config.data import PROJECT
 from treerpo_ray.config.files import load, to_yaml
 from treerpo_ray.config.identity import differences
-from treerpo_ray.config.sections import RunConfig, VerifierConfig
+from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.driver.cluster import connected
+from treerpo_ray.driver.sources import version_of
 from treerpo_ray.driver.start import then_and_now
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
 from treerpo_ray.engine.types import EngineSetup, Sampling
@@ -31,7 +32,7 @@ from treerpo_ray.evaluate.evaluation import Evaluation, Graded, save_evaluation,
 from treerpo_ray.evaluate.grading import grade_samples, summarise
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.events import RunLogApi
-from treerpo_ray.metrics.run_log import RunLog
+from treerpo_ray.metrics.run_log import RunLog, RunLogSetup
 from treerpo_ray.metrics.watchdog import Heartbeats, HeartbeatsApi, watch_over
 from treerpo_ray.preflight.memory import MemoryPlan, misfit
 from treerpo_ray.preflight.model_check import model_size, num_positions
@@ -309,11 +310,13 @@ def evaluate_all(
     console: Console,
     *,
     make_actor: Callable[..., Callable[..., Any]] = make_actor,
-    make_scorer: Callable[[VerifierConfig, PreTrainedTokenizerBase], Scorer] = Scorer,
+    make_scorer: Callable[..., Scorer] = Scorer,
 ) -> Iterator[tuple[str, Evaluation]]:
     """Evaluate each benchmark on the Ray cluster that is connected, on the same engines."""
     run = config.run.name
-    run_log: RunLogApi = make_actor(RunLog, name=f"run log of {run}", concurrency=1)(config)
+    run_log: RunLogApi = make_actor(RunLog, name=f"run log of {run}", concurrency=1)(
+        setup=RunLogSetup.of(config, commit=version_of(PROJECT))
+    )
     pool: TreePoolApi = make_actor(TreePool, name=f"tree pool of {run}")(
         setup=EngineSetup.of(config), log_folder=config.log_folder
     )
@@ -335,7 +338,9 @@ def evaluate_all(
                 supervisor.run(lambda: ray.get(pool.start.remote()))
             with ExitStack() as ending:
                 with console.stage("starting the verifier"):
-                    scorer = ending.enter_context(closing(make_scorer(config.verifier, tokenizer)))
+                    scorer = ending.enter_context(
+                        closing(make_scorer(settings=config.verifier, tokenizer=tokenizer))
+                    )
                 for name, problems in prompts.items():
                     grade = partial(
                         _grade, config, name, problems, pool, scorer, console, heartbeats

@@ -16,12 +16,14 @@ import ray.train
 
 from treerpo_ray.actor import end_actors, make_actor, root_cause
 from treerpo_ray.config import Config
+from treerpo_ray.config.data import PROJECT
 from treerpo_ray.driver.cluster import connected
 from treerpo_ray.driver.result import (
     RunResult,
     collect_result,
     finished_result,
 )
+from treerpo_ray.driver.sources import version_of
 from treerpo_ray.driver.start import (
     check_same_contents,
     check_same_run,
@@ -39,8 +41,10 @@ from treerpo_ray.evaluate.grading import HeldOutEvaluator
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.events import RunLogApi, write_failed
 from treerpo_ray.metrics.rows import last_step, latest
-from treerpo_ray.metrics.run_log import RunLog
-from treerpo_ray.metrics.watchdog import Heartbeats, StageApi, Watchdog, watch_over
+from treerpo_ray.metrics.run_log import RunLog, RunLogSetup
+from treerpo_ray.metrics.stage_status import StageApi
+from treerpo_ray.metrics.step_table import StepTable
+from treerpo_ray.metrics.watchdog import Heartbeats, Watchdog, watch_over
 from treerpo_ray.preflight.inputs import Inputs
 from treerpo_ray.prompts.prompt_set import load_tokenizer
 from treerpo_ray.run_folder.checkpoints import Checkpoints
@@ -135,6 +139,7 @@ def train(
             the last checkpoint, and the same command goes on from it.
     """
     record_start(config, contents)
+    console.expect_steps(StepTable.of(config))
     was_evaluated = read_evaluation(RunFolder(config.folder), 0) is not None
     with RunSession(config=config, inputs=inputs, console=console, pool=pool, stop=stop) as session:
         session.start_engines()
@@ -178,7 +183,7 @@ class RunSession:
             self._ending.callback(end_actors, own, END_ACTORS_S)
             run_log: RunLogApi = make_actor(
                 RunLog, name=f"run log of {config.run.name}", concurrency=1
-            )(config)
+            )(setup=RunLogSetup.of(config, commit=version_of(PROJECT)))
             self._at_end(run_log.close.remote, "the run log")
             if pool is None:
                 pool = _make_pool(config)
@@ -263,7 +268,7 @@ class RunSession:
         title = f"evaluating on {size} problems"
         with (
             evaluation_progress(config, self.console, actors.heartbeats, title, size) as advance,
-            closing(BackgroundWriter(self._warn)) as writer,
+            closing(BackgroundWriter(warn=self._warn)) as writer,
         ):
             return evaluator.evaluate(step=step, version=version, advance=advance, writer=writer)
 

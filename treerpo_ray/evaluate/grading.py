@@ -66,7 +66,9 @@ class HeldOutEvaluator:
         self.config, self.prompts, self.pool, self.run_log = config, prompts, pool, run_log
         self.folder = RunFolder(config.folder)
         try:
-            self._scorer = start_scorer(config.verifier, tokenizer, on_fault=self._check_failed)
+            self._scorer = start_scorer(
+                settings=config.verifier, tokenizer=tokenizer, on_fault=self._check_failed
+            )
         except VariableNotSet as error:
             ray.get(run_log.event.remote(Event(kind=FATAL, fields={"reason": str(error)})))
             raise

@@ -25,9 +25,9 @@ from treerpo_ray.config.data import PROJECT
 from treerpo_ray.config.files import flat_settings, load, placeless, to_yaml
 from treerpo_ray.config.identity import Flat, check_file_name
 from treerpo_ray.config.sections import RunConfig
+from treerpo_ray.driver.sources import version_of
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation
 from treerpo_ray.metrics.rows import last_step, latest_rows
-from treerpo_ray.metrics.sources import version_of
 from treerpo_ray.run_folder.files import RunFolder
 
 log = logging.getLogger(__name__)
