@@ -273,9 +273,7 @@ class Crowded:
 
 @pytest.mark.parametrize("node", ["here", "there"])
 @pytest.mark.parametrize("error", [OutOfDiskError("full"), ObjectStoreFullError("full")])
-def test_room_for_weights_is_waited_for_with_an_event_and_a_status_that_moves(
-    error, node
-) -> None:
+def test_room_for_weights_is_waited_for_with_an_event_and_a_status_that_moves(error, node) -> None:
     run = Crowded(error, node=node, num_full=3)
     run.publish()
     assert len(run.served[0]) == 2
