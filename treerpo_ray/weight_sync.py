@@ -10,7 +10,7 @@ import hashlib
 import os
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -22,7 +22,7 @@ from jaxtyping import UInt8
 
 from treerpo_ray.actor import actor_method, make_actor
 from treerpo_ray.metrics.events import RunLogApi, write_done, write_waits
-from treerpo_ray.metrics.stage_status import StackDump, StageStatus
+from treerpo_ray.metrics.stage_status import StageStatus, WatchedStage
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.patience import Patience, PatienceTimes
 
@@ -226,6 +226,22 @@ class WeightStoreApi(Protocol):
         """See `WeightStore`."""
 
 
+def _store_on(node: str) -> WeightStoreApi:
+    return make_actor(WeightStore, name="weight store", node=node)()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectStores:
+    """Ray's stores of objects, one on each node, as a process reaches them."""
+
+    here: str
+    """Ray's id of the node of the process."""
+    put: Callable[[object], ray.ObjectRef] = ray.put
+    """Puts a value in the store of that node."""
+    on: Callable[[str], WeightStoreApi] = _store_on
+    """Makes what puts in the store of another node."""
+
+
 def _keep(store: WeightStoreApi, chunk: ray.ObjectRef) -> ray.ObjectRef:
     try:
         return store.keep.remote([chunk]).future().result()
@@ -233,7 +249,7 @@ def _keep(store: WeightStoreApi, chunk: ray.ObjectRef) -> ray.ObjectRef:
         raise (error.cause if isinstance(error, ray.exceptions.RayTaskError) else error) from None
 
 
-class WeightSync:
+class WeightSync(WatchedStage):
     """Takes weights from the learner's first worker and returns once every engine proved them.
 
     The bytes go from that worker's node to the engines and nowhere else. When that node is lost
@@ -250,6 +266,7 @@ class WeightSync:
         folder: Run folder.
         probe_every: Syncs between comparisons of log-probabilities; the first is compared.
         times: How long each part of a wait lasts.
+        object_stores: Where chunks are kept; those of the cluster that this actor is of.
     """
 
     def __init__(
@@ -261,10 +278,14 @@ class WeightSync:
         folder: str,
         probe_every: int,
         times: PatienceTimes | None = None,
+        object_stores: ObjectStores | None = None,
     ) -> None:
         self.pool, self.probe_every = pool, probe_every
+        self._object_stores = object_stores or ObjectStores(
+            here=ray.get_runtime_context().get_node_id()
+        )
         self._patience = Patience(
-            RunFolder(folder),
+            folder=RunFolder(folder),
             waits=lambda what, reason: run_log.event.remote(write_waits(what, reason)),
             written=lambda what, seconds: run_log.event.remote(write_done(what, seconds)),
             is_told_to_stop=lambda: gate.is_told_to_stop.remote().future().result(),
@@ -324,11 +345,11 @@ class WeightSync:
 
     async def _own(self, chunk: ray.ObjectRef, node: str, what: str) -> ray.ObjectRef:
         """The same chunk, as one of this actor or of the weight store on its node."""
-        if node == ray.get_runtime_context().get_node_id():
-            put = partial(ray.put, await chunk)
+        if node == self._object_stores.here:
+            put = partial(self._object_stores.put, await chunk)
         else:
             if node not in self._stores:
-                self._stores = {node: make_actor(WeightStore, name="weight store", node=node)()}
+                self._stores = {node: self._object_stores.on(node)}
             put = partial(_keep, self._stores[node], chunk)
         # In a thread, where `ray.get` would warn: meanwhile this actor is asked for its status.
         return await asyncio.to_thread(self._patience.until_written, what, put)
@@ -336,9 +357,8 @@ class WeightSync:
     def _move(self, doing: str) -> None:
         self._doing, self._moved_at = doing, time.monotonic()
 
-    async def status(self, stacks: StackDump) -> StageStatus:
+    async def status(self) -> StageStatus:
         """What is published, and since when."""
-        stacks.arm()
         return StageStatus(
             stage="weight sync",
             doing=self._doing or "waiting for a version",
