@@ -197,5 +197,13 @@ def test_what_a_worker_on_another_machine_wrote_comes_to_the_first(runs: Runs) -
     torch.testing.assert_close(state.moments, left.moments, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize(("count", "expected"), [(4, [0, 0, 2, 2]), (2, [0, 1]), (1, [0])])
+def test_one_worker_of_each_machine_opens_what_all_of_it_read(
+    runs: Runs, count: int, expected: list[int]
+) -> None:
+    for rank in range(count):
+        assert torch.load(runs.folder / f"{count}" / f"opened-{rank}.pt") == expected
+
+
 def test_a_worker_that_is_killed_as_it_writes_leaves_no_checkpoint(runs: Runs) -> None:
     assert list((runs.folder / "killed" / "checkpoints").iterdir()) == []

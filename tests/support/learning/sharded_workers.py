@@ -3,7 +3,8 @@
 import errno
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from tests.support.learning.learner_runs import State, make_learner
 from treerpo_ray.config import Config
 from treerpo_ray.learner.learner import Learner
-from treerpo_ray.learner.together import Together
+from treerpo_ray.learner.together import Together, once_a_machine
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder.checkpoints import CheckpointContents, Checkpoints, CheckpointSaver
 from treerpo_ray.run_folder.files import RunFolder
@@ -109,7 +110,7 @@ def save(together: Together, place: Path) -> list[str]:
     told: list[str] = []
     folder = RunFolder(str(place))
     patience = Patience(
-        folder,
+        folder=folder,
         waits=lambda what, reason: told.append(f"{what} waits: {reason}"),
         written=lambda what, seconds: told.append(f"{what} is written"),
         is_told_to_stop=lambda: False,
@@ -149,6 +150,29 @@ def befall(fault: str) -> None:
     setattr(dcp.HuggingFaceStorageWriter, "write_data", faulty)  # noqa: B010
 
 
+def opened_by(rank: int, num_workers: int) -> list[int]:
+    """Who opened what each worker sees, of two machines with half of the workers each; all of it is
+    open until the last one is done."""
+    is_open: list[int] = []
+
+    @contextmanager
+    def open_here() -> Iterator[int]:
+        is_open.append(rank)
+        yield rank
+        is_open.clear()
+
+    half = -(-num_workers // 2)
+    machine, is_first_here = f"machine-{rank // half}", rank % half == 0
+    with once_a_machine(open_here, machine, is_first_here=is_first_here) as seen:
+        assert (is_open == [rank]) == is_first_here
+        dist.barrier()
+        assert (is_open == [rank]) == is_first_here
+    assert not is_open
+    found = [0] * num_workers
+    dist.all_gather_object(found, seen)
+    return found
+
+
 def run_workers(num_workers: int, folder: Path, cases: dict[str, Case]) -> list[dict[str, Found]]:
     """What each of so many workers found of each case; a case whose fault is `killed` is the last,
     and nothing is found of it."""
@@ -181,6 +205,7 @@ def _work(rank: int, num_workers: int, folder: Path, cases: dict[str, Case]) -> 
     home.mkdir()
     os.chdir(home)
     found: dict[str, Found] = {}
+    torch.save(opened_by(rank, num_workers), folder / f"opened-{rank}.pt")
     for name, case in cases.items():
         if case.fault == "killed":
             torch.save(found, folder / f"{rank}.pt")
