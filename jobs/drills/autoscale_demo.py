@@ -61,6 +61,7 @@ def show(overrides: list[str]) -> int:
     _ask_for_token()
     from treerpo_ray.config import load
     from treerpo_ray.driver.run import run
+    from treerpo_ray.driver.start import look_at_folder
     from treerpo_ray.metrics.console import Console
     from treerpo_ray.preflight.inputs import load_inputs
     from treerpo_ray.preflight.machine import check_vllm
@@ -68,9 +69,9 @@ def show(overrides: list[str]) -> int:
 
     config = load([*SETTINGS, *overrides])
     check_vllm(config)
-    inputs = load_inputs(config)
+    earlier, inputs = look_at_folder(config), load_inputs(config)
     console = Console()
-    result = on_growing_cluster(lambda: run(config, inputs, console), console)
+    result = on_growing_cluster(lambda: run(config, inputs, earlier, console), console)
     draw(config.folder)
     console.note(f"nodes, engines and trees over time: {config.folder}/pool.png")
     return 0 if result.is_complete else STOPPED

@@ -15,6 +15,7 @@ from tests.support.stages.thread_actors import Handle, without_ray
 from treerpo_ray.config import load
 from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.driver.run import run
+from treerpo_ray.driver.start import look_at_folder
 from treerpo_ray.driver.train_group import TrainGroup, restart_wait_s
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.events import Event
@@ -139,6 +140,6 @@ def test_a_run_that_has_a_checkpoint_says_from_which_step_it_goes_on(tmp_path, m
             (folder / "files.json").write_text("{}")
         console, shown = make_console()
         with pytest.raises(ValueError, match="ray://"):
-            run(config, inputs, console)
+            run(config, inputs, look_at_folder(config), console)
         told = f"the run goes on from its checkpoint of learner step {step}"
         assert (told in shown.getvalue()) == (step is not None)

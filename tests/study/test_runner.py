@@ -45,7 +45,9 @@ class Sessions:
         self.started.append([])
         yield "pool"
 
-    def run(self, config: Config, inputs: object, console: object, pool: str) -> SimpleNamespace:
+    def run(
+        self, config: Config, inputs: object, earlier: object, console: object, pool: str
+    ) -> SimpleNamespace:
         self.started[-1].append(config.run.name)
         if config.run.name == self.failing:
             self.failing = ""
