@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OwnerDiedError, RayTaskError
 
-from treerpo_ray import weight_sync
 from treerpo_ray.metrics.events import Event
 from treerpo_ray.run_folder.patience import DiskRefused, PatienceTimes
 from treerpo_ray.weight_sync import (
@@ -23,6 +22,7 @@ from treerpo_ray.weight_sync import (
     ChunkFiles,
     LoadProof,
     Manifest,
+    ObjectStores,
     Probe,
     WeightsLost,
     WeightSync,
@@ -201,18 +201,12 @@ def test_chunks_that_are_lost_on_their_way_are_told_as_such() -> None:
 class Crowded:
     """A weight sync, and the other actors of a run; no store of Ray has room `num_full` times."""
 
-    def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, error: Exception, *, node: str, num_full: float
-    ) -> None:
+    def __init__(self, error: Exception, *, node: str, num_full: float) -> None:
         self.error, self.num_full, self.is_told_to_stop = error, num_full, False
         self.events: list[Event] = []
         self.doing: list[str] = []
         self.served: list[list[object]] = []
-        here = SimpleNamespace(get_node_id=lambda: "here")
-        monkeypatch.setattr(weight_sync.ray, "get_runtime_context", lambda: here)
-        monkeypatch.setattr(weight_sync.ray, "put", self.put)
         store = SimpleNamespace(keep=SimpleNamespace(remote=self.keep))
-        monkeypatch.setattr(weight_sync, "make_actor", lambda *_, **__: lambda: store)
         stop = SimpleNamespace(remote=lambda: self.answer(lambda: self.is_told_to_stop))
         self.sync = WeightSync(
             pool=SimpleNamespace(serve=SimpleNamespace(remote=self.serve)),
@@ -221,6 +215,7 @@ class Crowded:
             folder="/run",
             probe_every=1,
             times=PatienceTimes(retry=0.01, look=0.005),
+            object_stores=ObjectStores(here="here", put=self.put, on={"there": store}.__getitem__),
         )
         self.node = node
 
@@ -278,10 +273,8 @@ class Crowded:
 
 @pytest.mark.parametrize("node", ["here", "there"])
 @pytest.mark.parametrize("error", [OutOfDiskError("full"), ObjectStoreFullError("full")])
-def test_room_for_weights_is_waited_for_with_an_event_and_a_status_that_moves(
-    monkeypatch, error, node
-) -> None:
-    run = Crowded(monkeypatch, error, node=node, num_full=3)
+def test_room_for_weights_is_waited_for_with_an_event_and_a_status_that_moves(error, node) -> None:
+    run = Crowded(error, node=node, num_full=3)
     run.publish()
     assert len(run.served[0]) == 2
     assert [event.kind for event in run.events] == ["write_waits", "write_done"]
@@ -294,8 +287,8 @@ def test_room_for_weights_is_waited_for_with_an_event_and_a_status_that_moves(
 
 
 @pytest.mark.parametrize("node", ["here", "there"])
-def test_a_stop_ends_the_wait_for_room_for_weights(monkeypatch, node) -> None:
-    run = Crowded(monkeypatch, OutOfDiskError("full"), node=node, num_full=float("inf"))
+def test_a_stop_ends_the_wait_for_room_for_weights(node) -> None:
+    run = Crowded(OutOfDiskError("full"), node=node, num_full=float("inf"))
     run.is_told_to_stop = True
     with pytest.raises(DiskRefused, match=r"^the weights of version 4 is not written, since"):
         run.publish()

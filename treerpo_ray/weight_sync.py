@@ -10,7 +10,7 @@ import hashlib
 import os
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -226,6 +226,22 @@ class WeightStoreApi(Protocol):
         """See `WeightStore`."""
 
 
+def _store_on(node: str) -> WeightStoreApi:
+    return make_actor(WeightStore, name="weight store", node=node)()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectStores:
+    """Ray's stores of objects, one on each node, as a process reaches them."""
+
+    here: str
+    """Ray's id of the node of the process."""
+    put: Callable[[object], ray.ObjectRef] = ray.put
+    """Puts a value in the store of that node."""
+    on: Callable[[str], WeightStoreApi] = _store_on
+    """Makes what puts in the store of another node."""
+
+
 def _keep(store: WeightStoreApi, chunk: ray.ObjectRef) -> ray.ObjectRef:
     try:
         return store.keep.remote([chunk]).future().result()
@@ -250,6 +266,7 @@ class WeightSync(WatchedStage):
         folder: Run folder.
         probe_every: Syncs between comparisons of log-probabilities; the first is compared.
         times: How long each part of a wait lasts.
+        object_stores: Where chunks are kept; those of the cluster that this actor is of.
     """
 
     def __init__(
@@ -261,8 +278,12 @@ class WeightSync(WatchedStage):
         folder: str,
         probe_every: int,
         times: PatienceTimes | None = None,
+        object_stores: ObjectStores | None = None,
     ) -> None:
         self.pool, self.probe_every = pool, probe_every
+        self._object_stores = object_stores or ObjectStores(
+            here=ray.get_runtime_context().get_node_id()
+        )
         self._patience = Patience(
             folder=RunFolder(folder),
             waits=lambda what, reason: run_log.event.remote(write_waits(what, reason)),
@@ -324,11 +345,11 @@ class WeightSync(WatchedStage):
 
     async def _own(self, chunk: ray.ObjectRef, node: str, what: str) -> ray.ObjectRef:
         """The same chunk, as one of this actor or of the weight store on its node."""
-        if node == ray.get_runtime_context().get_node_id():
-            put = partial(ray.put, await chunk)
+        if node == self._object_stores.here:
+            put = partial(self._object_stores.put, await chunk)
         else:
             if node not in self._stores:
-                self._stores = {node: make_actor(WeightStore, name="weight store", node=node)()}
+                self._stores = {node: self._object_stores.on(node)}
             put = partial(_keep, self._stores[node], chunk)
         # In a thread, where `ray.get` would warn: meanwhile this actor is asked for its status.
         return await asyncio.to_thread(self._patience.until_written, what, put)

@@ -18,29 +18,30 @@ POLL_S = 2.0
 PROC = Path("/proc")
 
 
-def is_noticed(where: str) -> bool:
+def is_noticed(where: str, metadata: str) -> bool:
     """Whether the machine is about to go; not, as long as nobody says so."""
     try:
         if where == "aws":
             ttl = {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
-            token = {"X-aws-ec2-metadata-token": _fetch("/latest/api/token", ttl, "PUT")}
-            return bool(_fetch("/latest/meta-data/spot/instance-action", token))
-        path = "/computeMetadata/v1/instance/preempted"
-        return where == "pod" or _fetch(path, {"Metadata-Flavor": "Google"}) == "TRUE"
+            token = {"X-aws-ec2-metadata-token": _fetch(f"{metadata}/latest/api/token", ttl, "PUT")}
+            return bool(_fetch(f"{metadata}/latest/meta-data/spot/instance-action", token))
+        preempted = f"{metadata}/computeMetadata/v1/instance/preempted"
+        return where == "pod" or _fetch(preempted, {"Metadata-Flavor": "Google"}) == "TRUE"
     except (OSError, HTTPException):  # without a notice AWS answers 404
         return False
 
 
-def _fetch(path: str, headers: dict[str, str], method: str = "GET") -> str:
-    request = Request(METADATA + path, headers=headers, method=method)
+def _fetch(url: str, headers: dict[str, str], method: str = "GET") -> str:
+    request = Request(url, headers=headers, method=method)
     with build_opener(ProxyHandler({})).open(request, timeout=5) as reply:
         return str(reply.read().decode())
 
 
-def node_ids() -> list[str]:
-    """Ids of the Ray nodes of this machine, from the command lines of their raylets."""
+def node_ids(processes: Path) -> list[str]:
+    """Ids of the Ray nodes of this machine, from the command lines of their raylets, as its folder
+    of processes has them."""
     found = []
-    for path in PROC.glob("[0-9]*/cmdline"):
+    for path in processes.glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().decode(errors="replace").split("\0")
         except OSError:
@@ -50,19 +51,26 @@ def node_ids() -> list[str]:
     return found
 
 
-def main(where: str) -> None:
-    """Wait for the notice, drain, and wait until Ray has ended the drained node."""
-    seconds = NOTICE_S[where]
-    while not is_noticed(where):
-        time.sleep(POLL_S)
+def drain(
+    where: str,
+    seconds: int,
+    *,
+    metadata: str = METADATA,
+    processes: Path = PROC,
+    poll_s: float = POLL_S,
+) -> None:
+    """Wait for the notice, drain, and wait until Ray has ended the drained node, which it gets
+    `seconds` for."""
+    while not is_noticed(where, metadata):
+        time.sleep(poll_s)
     end = time.monotonic() + seconds
-    for node_id in node_ids():
+    for node_id in node_ids(processes):
         reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", f"{where} ends"]
         deadline = ["--deadline-remaining-seconds", str(seconds)]
         subprocess.run(["ray", "drain-node", "--node-id", node_id, *reason, *deadline], check=False)
-    while node_ids() and time.monotonic() < end:
+    while node_ids(processes) and time.monotonic() < end:
         time.sleep(0.5)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    drain(sys.argv[1], NOTICE_S[sys.argv[1]])

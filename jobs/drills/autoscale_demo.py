@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,7 +58,7 @@ SETTINGS = [
 
 def show(overrides: list[str]) -> int:
     """Run the demonstration; returns the exit status. A signal takes the cluster down."""
-    _ask_for_token()
+    ask_for_token(os.environ)
     from treerpo_ray.config import load
     from treerpo_ray.driver.run import run
     from treerpo_ray.driver.start import look_at_folder
@@ -77,24 +77,10 @@ def show(overrides: list[str]) -> int:
     return 0 if result.is_complete else STOPPED
 
 
-def on_growing_cluster(train: "Callable[[], RunResult]", console: "Console") -> "RunResult":
-    """Have a run trained on a cluster that comes and goes with it, until no rollout node is left;
-    a signal takes the cluster down."""
-    from treerpo_ray.stop import Stop
-
-    with Stop().at_work(), autoscaling_cluster() as address:
-        os.environ["RAY_ADDRESS"] = address
-        result = train()
-        start = time.monotonic()
-        wait_until_idle(address)
-        console.note(f"no rollout node is left {time.monotonic() - start:.0f} s after the run")
-    return result
-
-
-def _ask_for_token() -> None:
+def ask_for_token(environment: "MutableMapping[str, str]") -> None:
     """Let only who knows a random token talk to Ray, whose nodes listen on every interface."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    environment.setdefault("RAY_AUTH_MODE", "token")
+    environment.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def draw(folder: str) -> None:
@@ -105,18 +91,28 @@ def draw(folder: str) -> None:
     plot_pool(Run(folder)).savefig(f"{folder}/pool.png", dpi=120)
 
 
-@contextmanager
-def autoscaling_cluster() -> Iterator[str]:
-    """A head with an autoscaler and no rollout node; yields its address."""
-    mark = uuid.uuid4().hex
-    with tempfile.TemporaryDirectory(prefix="tr", ignore_cleanup_errors=True) as folder:
-        try:
-            yield _start_head(folder, mark)
-        finally:
-            _end_processes(f"{MARK}={mark}")
+def head_environment(given: Mapping[str, str], mark: str) -> dict[str, str]:
+    """That of the head's processes, and so of all nodes: what this command was given, and a mark
+    by which they are found."""
+    return {
+        **given,
+        MARK: mark,
+        "PATH": f"{Path(sys.executable).parent}:{given['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    }
 
 
-def _start_head(folder: str, mark: str) -> str:
+def start_head(folder: str, environment: Mapping[str, str]) -> str:
+    """Start a head that works in `folder`; returns its address.
+
+    Raises:
+        RuntimeError: it did not start; with what Ray says.
+    """
     listeners = (
         "port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port",
         "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port",
@@ -131,20 +127,23 @@ def _start_head(folder: str, mark: str) -> str:
         *(f"--temp-dir={folder}", f"--autoscaling-config={config}", "--disable-usage-stats"),
         *(f"--{name}={port}" for name, port in ports.items()),
     ]
-    environment = {
-        MARK: mark,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "RAY_FAKE_CLUSTER": "1",
-        "RAY_enable_autoscaler_v2": "1",
-        "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
-        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
-        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-    }
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the head did not start: {done.stderr or done.stdout}")
     return address
+
+
+@contextmanager
+def autoscaling_cluster(
+    start: Callable[[str, Mapping[str, str]], str] = start_head,
+) -> Iterator[str]:
+    """A head with an autoscaler and no rollout node, as `start` starts it; yields its address."""
+    mark = uuid.uuid4().hex
+    with tempfile.TemporaryDirectory(prefix="tr", ignore_cleanup_errors=True) as folder:
+        try:
+            yield start(folder, head_environment(os.environ, mark))
+        finally:
+            _end_processes(f"{MARK}={mark}")
 
 
 def _cluster_config(address: str) -> dict[str, object]:
@@ -193,20 +192,41 @@ def wait_until_idle(address: str) -> None:
     Raises:
         TimeoutError: a node was not taken away.
     """
-    import ray
-
-    from treerpo_ray.driver.cluster import init_ray
+    from treerpo_ray.driver.cluster import session
     from treerpo_ray.engine.autoscaler import see_nodes
 
-    init_ray(address=address, logging_level=logging.WARNING)
-    try:
+    with session(address=address, logging_level=logging.WARNING):
         deadline = time.monotonic() + IDLE_WAIT_S
         while see_nodes().num_alive > 1:
             if time.monotonic() > deadline:
                 raise TimeoutError("an idle rollout node was not taken away")
             time.sleep(0.5)
-    finally:
-        ray.shutdown()
+
+
+def on_growing_cluster(
+    train: "Callable[[], RunResult]",
+    console: "Console",
+    start: Callable[[str, Mapping[str, str]], str] = start_head,
+    wait: Callable[[str], object] = wait_until_idle,
+) -> "RunResult":
+    """Have a run trained on a cluster that comes and goes with it, until no rollout node is left;
+    a signal takes the cluster down.
+
+    Args:
+        train: Trains on the cluster that `RAY_ADDRESS` names.
+        console: Told how long the last rollout node stayed.
+        start: Starts the head of the cluster.
+        wait: Waits until its rollout nodes are gone.
+    """
+    from treerpo_ray.stop import Stop
+
+    with Stop().at_work(), autoscaling_cluster(start) as address:
+        os.environ["RAY_ADDRESS"] = address
+        result = train()
+        trained = time.monotonic()
+        wait(address)
+        console.note(f"no rollout node is left {time.monotonic() - trained:.0f} s after the run")
+    return result
 
 
 def free_ports(number: int) -> list[int]:

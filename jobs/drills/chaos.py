@@ -17,8 +17,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -188,12 +188,13 @@ def add_node(cluster: Cluster) -> None:
 
 
 @contextmanager
-def small_cluster() -> Iterator[Cluster]:
-    """A head with the learners and one engine, and a node with the other."""
+def small_cluster(make: Callable[[], Cluster] = Cluster) -> Iterator[Cluster]:
+    """A head with the learners and one engine, and a node with the other, of a cluster that `make`
+    makes and that has none yet."""
     # Ray listens on every interface: only who knows the token may talk to this one.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    cluster = Cluster()
+    cluster = make()
     try:
         with held_back():  # half of Ray is hard to end
             cluster.add_node(
@@ -207,6 +208,25 @@ def small_cluster() -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.shutdown()
+
+
+def train_on_cluster(
+    command: list[str],
+    cluster: AbstractContextManager[Cluster],
+    work: Callable[[Cluster, subprocess.Popen[bytes]], object],
+) -> int:
+    """Start a job on a cluster and do `work` with both; returns the job's exit status.
+
+    Whatever comes, a signal too, the job is ended after that, and the cluster is taken down.
+    """
+    with Stop().at_work(), cluster as there:
+        job = subprocess.Popen(command, stdout=sys.stderr)
+        try:
+            work(there, job)
+        finally:
+            job.kill()  # does nothing once it has ended
+            job.wait()
+    return job.returncode
 
 
 def unrepaired(kills: list[Kill], recoveries: list[float | None], end: float) -> list[str]:
@@ -285,25 +305,25 @@ def drill(arguments: list[str]) -> int:
     config = load(arguments)
     start, limit_s = time.monotonic(), 60 * options.minutes
     schedule = draw_schedule(options.kills, options.steps, config.run.seed, options.victims)
-    with Stop().at_work(), small_cluster() as cluster:
-        command = [sys.executable, str(ROOT / "jobs/train.py"), *arguments]
-        training = subprocess.Popen(command, stdout=sys.stderr)
+    command = [sys.executable, str(ROOT / "jobs/train.py"), *arguments]
+    kills: list[Kill] = []
+
+    def kill(cluster: Cluster, training: subprocess.Popen[bytes]) -> None:
         run = Drill(config=config, cluster=cluster, schedule=schedule, num_steps=options.steps)
-        try:
-            run.run(training, start + limit_s)
-        finally:
-            training.kill()  # does nothing once it has ended
-            training.wait()
+        run.run(training, start + limit_s)
+        kills.extend(run.kills)
+
+    status = train_on_cluster(command, small_cluster(), kill)
     seconds = time.monotonic() - start
-    kills, events = run.kills, RunFolder(config.folder).read_lines(EVENTS_FILE)
+    events = RunFolder(config.folder).read_lines(EVENTS_FILE)
     times = [float(str(event["time"])) for event in events] or [0.0]
     recoveries = [recovery_s(kill, events) for kill in kills]
     done = [as_int(event["step"]) + 1 for event in events if event["kind"] == "consumed"]
     as_run = replace(config, run=replace(config.run, num_steps=max(done, default=1)))
     problems = [*faults(as_run, events), *unrepaired(kills, recoveries, times[-1])]
     problems += left_over(kills)
-    if training.returncode != STOPPED:
-        problems.append(f"the job ended with status {training.returncode}")
+    if status != STOPPED:
+        problems.append(f"the job ended with status {status}")
     if len(kills) < len(schedule):
         problems.append(f"{len(kills)} kills, should be {len(schedule)}")
     if seconds > limit_s:

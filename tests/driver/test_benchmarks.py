@@ -325,8 +325,10 @@ def test_a_job_leaves_scores_and_samples_of_every_benchmark(evaluated) -> None:
         )
     scores = with_mean({name: found[f"first/{name}"].scores for name in ("one", "two")})
     assert list(scores) == ["one", "two", "mean of one, two"]
-    title, shown = table(scores, found["first/one"].sampling).renderables
-    assert title.startswith("4 answers a problem, temperature ")
+    title, shown = table(
+        scores, model="first", verifier="graded", sampling=found["first/one"].sampling
+    ).renderables
+    assert title.startswith("first\n4 answers a problem, temperature ")
     assert shown.row_count == len(found["first/one"].scores) == len(scores["mean of one, two"])
 
 

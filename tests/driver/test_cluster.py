@@ -7,13 +7,16 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 
 import grpc
 import pytest
+import ray
 import torch
 from ray._private import services
 from ray.core.generated.gcs_service_pb2 import CheckAliveReply
@@ -23,66 +26,81 @@ from ray.core.generated.gcs_service_pb2_grpc import (
 )
 
 from tests.support.project import ROOT
-from treerpo_ray.config import Config, load
-from treerpo_ray.driver import cluster
-from treerpo_ray.driver.cluster import await_head, local_resources, look_at_resources
-from treerpo_ray.preflight.placement import (
-    missing_resources,
-    needed_resources,
+from treerpo_ray.config import load
+from treerpo_ray.driver.cluster import (
+    Capacity,
+    await_head,
+    check_capacity,
+    local_resources,
+    look_at_resources,
+    places_held,
+    session,
 )
+from treerpo_ray.preflight.machine import machine_gib
+from treerpo_ray.preflight.placement import Node, Stage, missing_resources, needed_resources
 from treerpo_ray.stop import Stop
 
 CPU = "engine.resources={CPU: 0.5}"
 GPU = "engine.resources={CPU: 0.5, GPU: 1}"
 
 
-def test_role_slots_are_declared_on_a_cluster_of_ones_own(monkeypatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+def test_role_slots_are_declared_on_a_cluster_of_ones_own() -> None:
     config = load(
         ["engine.num_engines=2", "engine.resources={rollout_slot: 1, GPU: 2, special: 1}"]
     )
-    have = local_resources(config)
+    have = local_resources(config, cpus=6, gpus=1)
     assert have == {"CPU": 6, "GPU": 1, "rollout_slot": 2}
     assert missing_resources(needed_resources(config, 2), have) == {"GPU": 3, "special": 2}
+
+
+def test_without_an_address_there_is_what_this_machine_has(monkeypatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = load(["engine.resources={CPU: 1, rollout_slot: 1}"])
+    found = look_at_resources(config)
+    cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    assert found.where == "this machine"
+    assert found.resources == local_resources(config, cpus=cpus, gpus=gpus)
+    assert found.memory_gib == machine_gib()
 
 
 def test_a_cluster_of_ones_own_has_role_slots_for_all_engines_that_the_pool_may_grow_to() -> None:
     config = load(
         ["engine.resources={rollout_slot: 2}", "engine.max_engines=3", "engine.max_trees=4"]
     )
-    assert local_resources(config)["rollout_slot"] == 6
+    assert local_resources(config, cpus=1, gpus=0)["rollout_slot"] == 6
+
+
+class GrownCluster:
+    """A cluster as Ray tells of it, whose autoscaler adds the nodes that it is asked for if it has
+    their kind."""
+
+    def __init__(self, *kinds: dict[str, float]) -> None:
+        self.kinds = kinds
+        self.nodes = [Node({"CPU": 1.0}, {})]
+        self.asked: list[list[dict[str, float]]] = []
+
+    def request(self, *, bundles: list[dict[str, float]]) -> None:
+        self.asked.append(bundles)
+        for bundle in bundles:
+            fitting = [kind for kind in self.kinds if missing_resources(bundle, kind) == {}]
+            self.nodes.extend(Node(kind, {}) for kind in fitting[:1])
+
+    def look(self) -> Capacity:
+        resources: Counter[str] = Counter()
+        for node in self.nodes:
+            resources.update(node.resources)
+        return Capacity(resources=dict(resources), most=None, nodes=self.nodes)
+
+    def places_held(self) -> AbstractContextManager[None]:
+        return places_held(
+            load(GROWING), trains=True, look=self.look, request=self.request, look_every_s=0.01
+        )
 
 
 @pytest.fixture
-def grown_cluster(monkeypatch: pytest.MonkeyPatch):
-    """A cluster as Ray tells of it, whose autoscaler adds the nodes that it is asked for if it has
-    their kind; returns what it was asked."""
-    asked: list[list[dict[str, float]]] = []
-    nodes = [{"Alive": True, "Resources": {"CPU": 1.0}, "Labels": {}}]
-
-    def start(kinds: list[dict[str, float]]) -> list[list[dict[str, float]]]:
-        def request(*, bundles: list[dict[str, float]]) -> None:
-            asked.append(bundles)
-            for bundle in bundles:
-                fitting = [kind for kind in kinds if missing_resources(bundle, kind) == {}]
-                nodes.extend({"Alive": True, "Resources": k, "Labels": {}} for k in fitting[:1])
-
-        def resources() -> dict[str, float]:
-            names = {name for node in nodes for name in node["Resources"]}
-            return {n: sum(node["Resources"].get(n, 0.0) for node in nodes) for n in names}
-
-        monkeypatch.setenv("RAY_ADDRESS", "head:6379")
-        monkeypatch.setattr(cluster, "request_resources", request)
-        monkeypatch.setattr(cluster, "LOOK_EVERY_S", 0.01)
-        monkeypatch.setattr(cluster.ray, "cluster_resources", resources)
-        monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes)
-        monkeypatch.setattr(cluster, "check_versions", lambda stages: None)  # none is a real one
-        found = cluster.ray_state
-        monkeypatch.setattr(found, "get_max_resources_from_cluster_config", lambda: None)
-        return asked
-
-    return start
+def of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows is told to use a cluster that is there."""
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
 
 
 GROWING = [
@@ -93,13 +111,14 @@ GROWING = [
 ]
 
 
-def test_nodes_that_are_not_there_yet_are_asked_for_and_waited_for(grown_cluster) -> None:
+@pytest.mark.usefixtures("of_a_cluster")
+def test_nodes_that_are_not_there_yet_are_asked_for_and_waited_for() -> None:
     """Those of the fewest workers and of the scoring; engines ask for their own later."""
-    asked = grown_cluster([{"CPU": 8.0, "train_slot": 1.0, "score_slot": 1.0}])
-    cluster._await_cluster(load(GROWING), trains=True)
-    first, last = asked
-    assert first == [{"CPU": 2, "train_slot": 1}, {"CPU": 4, "score_slot": 1}]
-    assert last == [], "nothing is held for a run that ends by itself"
+    grown = GrownCluster({"CPU": 8.0, "train_slot": 1.0, "score_slot": 1.0})
+    starting = [{"CPU": 2, "train_slot": 1}, {"CPU": 4, "score_slot": 1}]
+    with grown.places_held():
+        assert grown.asked == [starting], "they do not leave meanwhile"
+    assert grown.asked == [starting, []], "nothing is held for a run that ends by itself"
 
 
 @pytest.mark.ray
@@ -127,11 +146,22 @@ def test_rays_own_autoscaler_brings_the_nodes_that_a_run_starts_with() -> None:
         ({"CPU": 1.0, "train_slot": 1.0, "score_slot": 1.0}, r"lacks .*learner.*, verifier"),
     ],
 )
-def test_what_no_node_type_holds_is_one_line_after_a_while(grown_cluster, kind, told) -> None:
-    asked = grown_cluster([kind])
-    with pytest.raises(ValueError, match=told):
-        cluster._await_cluster(load(GROWING), trains=True)
-    assert asked[-1] == []
+@pytest.mark.usefixtures("of_a_cluster")
+def test_what_no_node_type_holds_is_one_line_after_a_while(kind, told) -> None:
+    grown = GrownCluster(kind)
+    with pytest.raises(ValueError, match=told), grown.places_held():
+        pass
+    assert grown.asked[-1] == []
+
+
+def test_what_an_autoscaler_says_that_it_may_add_counts_and_needs_no_place_yet() -> None:
+    starting = [Stage(key="learner.resources", count=2, resources={"CPU": 4.0})]
+    there = Capacity(resources={"CPU": 1.0}, most={"CPU": 8.0}, nodes=[Node({"CPU": 1.0}, {})])
+    check_capacity(starting, there)
+    with pytest.raises(ValueError, match=r"^the cluster lacks \{'CPU': 1.0\} .*learner.resources"):
+        check_capacity(starting, replace(there, most={"CPU": 7.0}))
+    with pytest.raises(ValueError, match=r"learner\.resources"):
+        check_capacity(starting, replace(there, resources={"CPU": 8.0}, most=None))
 
 
 def test_a_cluster_that_does_not_answer_is_one_line_after_a_while(caplog) -> None:
@@ -217,28 +247,19 @@ def test_no_cluster_on_this_machine_is_one_line(monkeypatch) -> None:
         await_head("auto", patience_s=0)
 
 
-def use(config: Config) -> None:
-    with cluster.connected(config):
-        pass
-
-
-@pytest.mark.parametrize("begin", [look_at_resources, use])
-def test_a_signal_while_a_session_of_ray_begins_is_heeded_once_it_can_be_ended(
-    begin, monkeypatch
-) -> None:
+def test_a_signal_while_a_session_of_ray_begins_is_heeded_once_it_can_be_ended() -> None:
     """Ray would put a handler of its own in the place of ours."""
     done: list[str] = []
 
-    def init(**_: object) -> None:
-        cluster.utils.set_sigterm_handler(signal.SIG_DFL)
+    def begin(**_: object) -> None:
+        ray._private.utils.set_sigterm_handler(signal.SIG_DFL)
         signal.raise_signal(signal.SIGTERM)
         done.append("begun")
 
-    monkeypatch.setenv("RAY_ADDRESS", "host:6379")
-    monkeypatch.setattr(cluster, "await_head", lambda *_, **__: None)
-    monkeypatch.setattr(cluster, "_await_cluster", lambda *_, **__: None)
-    monkeypatch.setattr(cluster.ray, "init", init)
-    monkeypatch.setattr(cluster.ray, "shutdown", lambda: done.append("ended"))
-    with Stop().at_work(), pytest.raises(KeyboardInterrupt):
-        begin(load([]))
+    with (
+        Stop().at_work(),
+        pytest.raises(KeyboardInterrupt),
+        session(begin, lambda: done.append("ended")),
+    ):
+        done.append("used")
     assert done == ["begun", "ended"]

@@ -1,7 +1,7 @@
 """The plan of a run: its numbers are those of the configuration, the data and the model."""
 
 import json
-import os
+from collections.abc import Callable
 
 import pytest
 from safetensors import safe_open
@@ -30,10 +30,12 @@ def plan_of(*overrides: str) -> list[str]:
     return plan_lines(config, preflight(config))
 
 
-def plan(*overrides: str) -> dict[str, str]:
+def plan(
+    *overrides: str, look: Callable[[Config], cluster.Available] = cluster.look_at_resources
+) -> dict[str, str]:
     """The lines of a plan by their first words."""
     config = load([*QUICKSTART, *overrides])
-    lines = plan_lines(config, preflight(config))
+    lines = plan_lines(config, preflight(config), look)
     assert all("\n" not in line for line in lines)
     return {line[:12].strip(): line[12:] for line in lines}
 
@@ -107,13 +109,15 @@ def test_the_plan_of_a_pool_that_may_grow_says_from_where_to_where() -> None:
     assert "train_slot 2" in shown["resources"].split(", ")
 
 
-def test_the_plan_says_what_this_machine_lacks(monkeypatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
-    monkeypatch.setattr(cluster, "machine_gib", lambda: 40.0)
-    shown = plan()
+def test_the_plan_says_what_this_machine_lacks() -> None:
+    def large(config: Config) -> cluster.Available:
+        have = cluster.local_resources(config, cpus=64, gpus=0)
+        return cluster.Available(where="this machine", resources=have, memory_gib=40.0)
+
+    shown = plan(look=large)
     assert shown["missing"] == "nothing"
     assert shown["there is"] == "CPU 64, train_slot 2, 40.0 GiB of memory (this machine)"
-    assert plan("engine.resources.special=2")["missing"] == "special 6"
+    assert plan("engine.resources.special=2", look=large)["missing"] == "special 6"
 
 
 def test_the_plan_of_a_run_on_a_cluster_looks_at_that(monkeypatch) -> None:

@@ -35,19 +35,12 @@ def test_rays_autoscaler_takes_the_demonstrations_cluster(demo) -> None:
     assert config["available_node_types"]["rollout"]["labels"] == {"role": "rollout"}
 
 
-def test_the_demonstrations_nodes_ask_for_a_token_of_their_own(demo, monkeypatch, tmp_path) -> None:
-    started: list[dict[str, str]] = []
-
-    def start(command: list[str], env: dict[str, str], **_: object) -> object:
-        started.append(env)
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(demo.subprocess, "run", start)
+def test_the_demonstrations_nodes_ask_for_a_token_of_their_own(demo) -> None:
+    started = []
     for _ in range(2):
-        with monkeypatch.context() as environment:
-            environment.setattr(os, "environ", {"PATH": "/bin"})
-            demo._ask_for_token()
-            demo._start_head(str(tmp_path), "mark")
+        given = {"PATH": "/bin"}
+        demo.ask_for_token(given)
+        started.append(demo.head_environment(given, "mark"))
     assert {env["RAY_AUTH_MODE"] for env in started} == {"token"}
     assert len({env["RAY_AUTH_TOKEN"] for env in started}) == 2
     assert all(len(env["RAY_AUTH_TOKEN"]) == 64 for env in started)
@@ -55,6 +48,8 @@ def test_the_demonstrations_nodes_ask_for_a_token_of_their_own(demo, monkeypatch
 
 @pytest.mark.parametrize("at", ["the start", "the run", "the wait for idle nodes"])
 def test_a_signal_at_any_time_takes_the_demonstrations_cluster_down(demo, monkeypatch, at) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "set by the demonstration")
+    heads: list[subprocess.Popen] = []
     done: list[str] = []
 
     def do(what: str) -> object:
@@ -63,18 +58,22 @@ def test_a_signal_at_any_time_takes_the_demonstrations_cluster_down(demo, monkey
             signal.raise_signal(signal.SIGTERM)
         return SimpleNamespace(is_complete=True)
 
+    def start(folder: str, environment: dict[str, str]) -> str:
+        heads.append(subprocess.Popen(["sleep", "600"], env=environment))
+        do("the start")
+        return "host:6379"
+
     def train() -> object:
         with Stop().at_work():  # as a run has its own
             pass
         return do("the run")
 
-    monkeypatch.setenv("RAY_ADDRESS", "set by the demonstration")
-    monkeypatch.setattr(demo, "_start_head", lambda *_: do("the start") and "host:6379")
-    monkeypatch.setattr(demo, "wait_until_idle", lambda address: do("the wait for idle nodes"))
-    monkeypatch.setattr(demo, "_end_processes", lambda mark: done.append("taken down"))
     with pytest.raises(KeyboardInterrupt):
-        demo.on_growing_cluster(train, Console())
-    assert done[-2:] == [at, "taken down"]
+        demo.on_growing_cluster(
+            train, Console(), start, lambda address: do("the wait for idle nodes")
+        )
+    assert done[-1] == at
+    assert [head.wait(60) for head in heads] == [-signal.SIGKILL], "taken down"
 
 
 @pytest.mark.ray

@@ -38,26 +38,29 @@ def test_a_signal_at_any_time_ends_a_drills_job_and_takes_its_cluster_down(monke
     monkeypatch.setenv("RAY_AUTH_TOKEN", "else the drill sets one for all tests")
     monkeypatch.setenv("RAY_ADDRESS", "set by the drill")
     chaos = load_script("jobs/drills/chaos.py")
-    done: list[str] = []
+    done: list[object] = []
+    jobs: list[subprocess.Popen] = []
 
     def do(what: str) -> None:
         done.append(what)
         if what == at and done.count(what) == 1:
             signal.raise_signal(signal.SIGTERM)
 
+    def work(cluster: object, job: subprocess.Popen) -> None:
+        jobs.append(job)
+        do("the job")
+
+    def shutdown() -> None:
+        done.extend(job.returncode for job in jobs)
+        done.append("taken down")
+
     cluster = SimpleNamespace(
-        address="host:6379",
-        add_node=lambda **_: do("a node"),
-        shutdown=lambda: done.append("taken down"),
+        address="host:6379", add_node=lambda **_: do("a node"), shutdown=shutdown
     )
-    job = SimpleNamespace(kill=lambda: done.append("killed"), wait=lambda: None)
-    monkeypatch.setattr(chaos, "Cluster", lambda: cluster)
-    monkeypatch.setattr(chaos.Drill, "run", lambda *_: do("the job"))
-    monkeypatch.setattr(chaos, "subprocess", SimpleNamespace(Popen=lambda *_, **__: job))
     with pytest.raises(KeyboardInterrupt):
-        chaos.drill([])
+        chaos.train_on_cluster(["sleep", "60"], chaos.small_cluster(lambda: cluster), work)
     nodes = ["a node", "a node"]  # both are there before any is ended
-    more = [] if at == "a node" else ["the job", "killed"]
+    more = [] if at == "a node" else ["the job", -signal.SIGKILL]
     assert done == [*nodes, *more, "taken down"]
 
 

@@ -3,6 +3,8 @@
 import shutil
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import ModuleType
 
@@ -16,10 +18,15 @@ AWS = "/latest/meta-data/spot/instance-action"
 GCP = "/computeMetadata/v1/instance/preempted"
 
 
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """The script as a module."""
+    return load_script("jobs/cluster/drain.py")
+
+
 @pytest.fixture
-def drain(monkeypatch, tmp_path) -> ModuleType:
-    """The script on a machine with one raylet, which ends when `ray` is called."""
-    module = load_script("jobs/cluster/drain.py")
+def drain(script, monkeypatch, tmp_path) -> Callable[..., None]:
+    """What it does, on a machine with one raylet, which ends when `ray` is called."""
     raylet = (
         "/lib/ray/core/src/ray/raylet/raylet",
         f"--node_id={NODE_ID}",
@@ -34,14 +41,13 @@ def drain(monkeypatch, tmp_path) -> ModuleType:
     ray.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >> {tmp_path}/calls\nrm -r {tmp_path}/12\n')
     ray.chmod(0o755)
     monkeypatch.setenv("PATH", f"{ray.parent}:/usr/bin:/bin")
-    monkeypatch.setattr(module, "PROC", tmp_path)
-    monkeypatch.setattr(module, "POLL_S", 0.02)
-    return module
+    return partial(script.drain, processes=tmp_path, poll_s=0.02)
 
 
 @pytest.fixture
-def metadata(drain, monkeypatch):
-    """A metadata service: what it answers by path, and the requests that it has seen."""
+def metadata(monkeypatch):
+    """A metadata service: its address, what it answers by path, and the requests that it has
+    seen."""
     answers: dict[str, str] = {}
     seen: list[tuple[str, str]] = []
 
@@ -68,9 +74,8 @@ def metadata(drain, monkeypatch):
 
     with HTTPServer(("127.0.0.1", 0), Service) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        monkeypatch.setattr(drain, "METADATA", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # it is not for this address
-        yield answers, seen
+        yield f"http://127.0.0.1:{server.server_port}", answers, seen
         server.shutdown()
 
 
@@ -89,44 +94,41 @@ def drained(folder) -> dict[str, object]:
     ],
 )
 def test_a_machine_is_drained_once_its_cloud_gives_notice(
-    drain, metadata, tmp_path, where, path, before, notice
+    script, drain, metadata, tmp_path, where, path, before, notice
 ) -> None:
-    answers, seen = metadata
+    address, answers, seen = metadata
     if before:
         answers[path] = before
-    script = threading.Thread(target=drain.main, args=(where,), daemon=True)
-    script.start()
+    work = partial(drain, where, script.NOTICE_S[where], metadata=address)
+    waiting = threading.Thread(target=work, daemon=True)
+    waiting.start()
     while [asked for _, asked in seen].count(path) < 3:
         time.sleep(0.01)
     assert not (tmp_path / "calls").exists()
     answers[path] = notice
-    script.join(timeout=300)
-    assert not script.is_alive()
+    waiting.join(timeout=300)
+    assert not waiting.is_alive()
     params = drained(tmp_path)
     assert params["node_id"] == NODE_ID
     assert params["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
-    assert params["deadline_remaining_seconds"] == drain.NOTICE_S[where]
+    assert params["deadline_remaining_seconds"] == script.NOTICE_S[where]
 
 
-def test_no_notice_is_taken_from_a_metadata_service_that_is_not_there(drain, monkeypatch) -> None:
-    monkeypatch.setattr(drain, "METADATA", "http://127.0.0.1:1")
-    assert not drain.is_noticed("aws") and not drain.is_noticed("gcp")
+def test_no_notice_is_taken_from_a_metadata_service_that_is_not_there(script) -> None:
+    nowhere = "http://127.0.0.1:1"
+    assert not script.is_noticed("aws", nowhere) and not script.is_noticed("gcp", nowhere)
 
 
-def test_a_pod_is_drained_at_once_and_waits_until_its_node_has_ended(
-    drain, monkeypatch, tmp_path
-) -> None:
-    monkeypatch.setitem(drain.NOTICE_S, "pod", 3600)  # longer than a test may take
-    drain.main("pod")
+def test_a_pod_is_drained_at_once_and_waits_until_its_node_has_ended(drain, tmp_path) -> None:
+    drain("pod", 3600)  # longer than a test may take
     assert drained(tmp_path)["node_id"] == NODE_ID
 
 
 def test_a_pod_without_a_node_ends_and_one_that_is_not_drained_in_time_does_too(
-    drain, monkeypatch, tmp_path
+    drain, tmp_path
 ) -> None:
     (tmp_path / "bin/ray").write_text("#!/bin/sh\nexit 1\n")
-    monkeypatch.setitem(drain.NOTICE_S, "pod", 1)
-    drain.main("pod")
+    drain("pod", 1)
     shutil.rmtree(tmp_path / "12")
     (tmp_path / "bin/ray").unlink()
-    drain.main("pod")
+    drain("pod", 1)

@@ -99,6 +99,13 @@ def test_a_crossing_is_told_once_until_it_is_over_and_then_anew(key) -> None:
         assert (first, over, again) == (4, 10, 13)
 
 
+def test_a_policy_that_is_certain_and_right_is_not_warned_of() -> None:
+    certain = {"loss/entropy": 0.001}
+    assert found(Config(), *[certain | {"reward/mean": 0.95}] * 20) == []
+    told = found(Config(), *[certain | {"reward/mean": 0.85}] * 20)
+    assert kinds(told) == [("unhealthy", "min_entropy", 3)]
+
+
 def test_a_finding_has_the_mean_of_the_window_and_what_it_is_compared_with() -> None:
     config = Config(health=HealthConfig(window=2, max_kl=0.5))
     [finding] = found(config, {"loss/kl": 0.2}, {"loss/kl": 0.7}, {"loss/kl": 0.9})

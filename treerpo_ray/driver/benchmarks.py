@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import re
 import shutil
 import tempfile
 import traceback
@@ -40,7 +41,13 @@ from treerpo_ray.preflight.trial import code_lines, try_checks
 from treerpo_ray.prompts.problems import load_problems
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
 from treerpo_ray.run_folder.checkpoints import FOLDER as CHECKPOINTS
-from treerpo_ray.run_folder.files import CONFIG_FILE, MODEL_FOLDER, RunFolder, named_folder
+from treerpo_ray.run_folder.files import (
+    CONFIG_FILE,
+    MODEL_FOLDER,
+    RunFolder,
+    did_you_mean,
+    named_folder,
+)
 from treerpo_ray.run_folder.lock import only_writer
 from treerpo_ray.run_folder.logs import output_to_log
 from treerpo_ray.scoring import Scorer
@@ -110,6 +117,16 @@ def _model_of(run: RunFolder) -> str:
         if _is_model(run, name):
             return name
     raise ValueError(f"{run}: the run has written neither a model nor a checkpoint yet")
+
+
+def what_is_evaluated(model: str) -> str:
+    """The model in words: of a run also whether it is that of its end or of which step."""
+    folder = RunFolder(model)
+    if not folder.exists(CONFIG_FILE):
+        return model
+    name = _model_of(folder)
+    step = re.search(r"step=(\d+)", name)
+    return f"{model}, {f'its checkpoint of step {int(step[1])}' if step else 'its final model'}"
 
 
 def source_of(model: str) -> str:
@@ -224,7 +241,8 @@ def run_benchmarks(
         if "/" in model or RunFolder(model).exists():
             raise
         raise ValueError(
-            f"{model}: neither a folder here nor a run in {RunConfig().root}; {error}"
+            f"{model}: neither a folder here nor a run in {RunConfig().root}"
+            f"{did_you_mean(model) or f'; {error}'}"
         ) from error
     check_length(config)
     console.note(check_memory(config))

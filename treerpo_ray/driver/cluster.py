@@ -5,8 +5,8 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -71,11 +71,9 @@ RUNTIME_ENV = {
 """Settings of Ray's own libraries, in all processes of a job."""
 
 
-def local_resources(config: Config) -> dict[str, float]:
-    """What a cluster started here would have; role slots are declared as far as needed."""
-    import torch
-
-    cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+def local_resources(config: Config, *, cpus: int, gpus: int) -> dict[str, float]:
+    """What a cluster started on a machine of so many CPUs and GPUs would have; role slots are
+    declared as far as needed."""
     return {"CPU": cpus, "GPU": gpus, **_local_slots(config)}
 
 
@@ -102,12 +100,15 @@ def look_at_resources(config: Config) -> Available:
     """
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        found = local_resources(config)
+        import torch
+
+        cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+        found = local_resources(config, cpus=cpus, gpus=gpus)
         return Available(where="this machine", resources=found, memory_gib=machine_gib())
     await_head(address, patience_s=0.0)
-    try:
+    with ExitStack() as ends:
         try:
-            init_ray(logging_level=logging.ERROR)
+            ends.enter_context(session(logging_level=logging.ERROR))
         except (ConnectionError, RuntimeError) as error:  # such as a token that is not right
             raise ValueError(f"RAY_ADDRESS={address}: {one_line(error)}") from error
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -118,8 +119,6 @@ def look_at_resources(config: Config) -> Available:
             resources=ray.cluster_resources(),
             memory_gib=max(memory, default=0) / GIB,
         )
-    finally:
-        ray.shutdown()
 
 
 @contextmanager
@@ -130,49 +129,54 @@ def connected(config: Config, *, trains: bool = True) -> Iterator[None]:
         ValueError: nothing answers at `RAY_ADDRESS`, the GPUs here cannot be used, the run needs
             more than the cluster has, or its nodes differ; names what and where to change it.
     """
-    try:
-        if address := os.environ.get("RAY_ADDRESS"):
-            await_head(address)
-            _init(config)
-        else:
-            check_gpus(config)
-            # Ray listens on every interface, and who may talk to it may run code. Unless told
-            # otherwise it asks for a token: one that only the processes of this run know.
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-            # Ray warns of that, with the words to turn it off, which nobody should.
-            logging.getLogger(TOKEN_WARNING).setLevel(logging.ERROR)
-            with _replaced(services, "ConsolePopen", _Apart):
-                _init(
-                    config,
-                    address="local",
-                    resources=_local_slots(config),
-                    labels=config.engine.labels,
-                    include_dashboard=False,
-                )
-        _await_cluster(config, trains=trains)
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _init(config: Config, **where: Any) -> None:
-    """Connect to Ray or start it for a run; `where` as of `ray.init`."""
-    init_ray(
+    begin: Callable[..., object] = ray.init
+    where: dict[str, Any] = {}
+    if address := os.environ.get("RAY_ADDRESS"):
+        await_head(address)
+    else:
+        check_gpus(config)
+        # Ray listens on every interface, and who may talk to it may run code. Unless told
+        # otherwise it asks for a token: one that only the processes of this run know.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # Ray warns of that, with the words to turn it off, which nobody should.
+        logging.getLogger(TOKEN_WARNING).setLevel(logging.ERROR)
+        begin = _init_here
+        where |= {"resources": _local_slots(config), "labels": config.engine.labels}
+    with session(
+        begin,
         logging_level=logging.WARNING,
         runtime_env=RUNTIME_ENV,
         job_config=ray.job_config.JobConfig(metadata={"treerpo_run": config.run.name}),
         **where,
-    )
+    ):
+        with places_held(config, trains=trains):
+            check_versions(stages(config, config.engine.most, trains=trains))
+        yield
 
 
-def init_ray(**settings: Any) -> None:
-    """`ray.init`, for every process that begins a session of Ray.
+@contextmanager
+def session(
+    begin: Callable[..., object] = ray.init,
+    end: Callable[[], object] = ray.shutdown,
+    **settings: Any,
+) -> Iterator[None]:
+    """A session of Ray, as every process begins one, with these settings of `ray.init`.
 
-    A signal is heeded once that is done, as half of Ray is hard to end. Ray's own handler of
+    A signal is heeded once it has begun, as half of Ray is hard to end. Ray's own handler of
     SIGTERM would end the driver at once: it is left out.
     """
-    with held_back(), _replaced(utils, "set_sigterm_handler", lambda handler: None):
-        ray.init(log_to_driver=False, **settings)
+    try:
+        with held_back(), _replaced(utils, "set_sigterm_handler", lambda handler: None):
+            begin(log_to_driver=False, **settings)
+        yield
+    finally:
+        end()
+
+
+def _init_here(**settings: Any) -> None:
+    """Start Ray on this machine and connect to it."""
+    with _replaced(services, "ConsolePopen", _Apart):
+        ray.init(address="local", include_dashboard=False, **settings)
 
 
 class _Apart(services.ConsolePopen):
@@ -276,19 +280,60 @@ def _fault_of_head(host: str, port: int, end: float) -> str | None:
     return None
 
 
-def _await_cluster(config: Config, *, trains: bool) -> None:
-    """Check the cluster and its nodes; one that grows by itself may still be starting its first.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """What a cluster can hold."""
+
+    resources: Mapping[str, float]
+    """Of all nodes that are there."""
+    most: Mapping[str, float] | None
+    """What it says that it may grow to; few autoscalers do (Ray's own for VMs and Kubernetes do
+    not)."""
+    nodes: Sequence[Node]
+
+
+def look_at_capacity() -> Capacity:
+    """That of the cluster that this process is connected to."""
+    return Capacity(
+        resources=ray.cluster_resources(),
+        most=ray_state.get_max_resources_from_cluster_config(),
+        nodes=[Node(n["Resources"], n["Labels"]) for n in ray.nodes() if n["Alive"]],
+    )
+
+
+@contextmanager
+def places_held(
+    config: Config,
+    *,
+    trains: bool,
+    look: Callable[[], Capacity] = look_at_capacity,
+    request: Callable[..., object] = request_resources,
+    look_every_s: float = LOOK_EVERY_S,
+) -> Iterator[None]:
+    """Wait until all that the run starts with has a place on the cluster, and keep its nodes for
+    the while; a cluster that grows by itself may still be starting its first.
 
     What is to be there from the start is asked of the autoscaler, which may have no node of its
     kind yet and would wait for a demand, as this would for a node.
+
+    Args:
+        config: Of the run.
+        trains: Whether it has a learner.
+        look: Tells what the cluster can hold.
+        request: Asks its autoscaler for `bundles` of resources, in the place of those before.
+        look_every_s: Time between two looks.
+
+    Raises:
+        ValueError: something has no place; names what is lacking and whose it is.
     """
     patience_s = config.engine.start_timeout_s if _may_grow(config) else 0.0
     end = time.monotonic() + patience_s
+    starting = _starting_stages(config, trains=trains)
     has_asked = False
     try:
         while True:
             try:
-                _check_cluster(config, trains=trains)
+                check_capacity(starting, look())
                 break
             except ValueError as error:
                 if time.monotonic() >= end:
@@ -296,14 +341,13 @@ def _await_cluster(config: Config, *, trains: bool) -> None:
                 left_s = end - time.monotonic()
                 log.warning("waiting for nodes, for %.0f s more: %s", left_s, error)
             if not has_asked:
-                starting = _starting_stages(config, trains=trains)
-                request_resources(bundles=[s.resources for s in starting for _ in range(s.count)])
+                request(bundles=[s.resources for s in starting for _ in range(s.count)])
                 has_asked = True
-            time.sleep(min(LOOK_EVERY_S, patience_s))
-        check_versions(stages(config, config.engine.most, trains=trains))
+            time.sleep(min(look_every_s, patience_s))
+        yield
     finally:
         if has_asked:
-            request_resources(bundles=[])  # from here on the stages ask themselves
+            request(bundles=[])  # from here on the stages ask themselves
 
 
 def _may_grow(config: Config) -> bool:
@@ -313,24 +357,23 @@ def _may_grow(config: Config) -> bool:
 def _starting_stages(config: Config, *, trains: bool) -> list[Stage]:
     """What must have a place before the run starts.
 
-    Few autoscalers tell Ray what they could add (its own for VMs and Kubernetes do not), so the
-    engines of a pool that may grow are taken on trust on a cluster that was there before: they
-    wait for nodes, say so, and fail the start after `engine.start_timeout_s`.
+    Few autoscalers say what they could add, so the engines of a pool that may grow are taken on
+    trust on a cluster that was there before: they wait for nodes, say so, and fail the start after
+    `engine.start_timeout_s`.
     """
     num_engines = 0 if _may_grow(config) else config.engine.num_engines
     learner = replace(config.learner, num_workers=config.learner.fewest_workers)
     return stages(replace(config, learner=learner), num_engines, trains=trains)
 
 
-def _check_cluster(config: Config, *, trains: bool) -> None:
-    """Check that what the run starts with has a place.
+def check_capacity(starting: Sequence[Stage], capacity: Capacity) -> None:
+    """Check that what a run starts with has a place.
 
     Raises:
         ValueError: it has not; names what is lacking and whose it is.
     """
-    starting = _starting_stages(config, trains=trains)
-    limits, scaled = ray.cluster_resources(), ray_state.get_max_resources_from_cluster_config()
-    limits |= {name: max(limits.get(name, 0), most) for name, most in (scaled or {}).items()}
+    limits = dict(capacity.resources)
+    limits |= {name: max(limits.get(name, 0), n) for name, n in (capacity.most or {}).items()}
     if lacking := missing_resources(total(starting), limits):
         keys = [s.key for s in starting if s.count and s.resources.keys() & lacking.keys()]
         raise ValueError(
@@ -338,6 +381,5 @@ def _check_cluster(config: Config, *, trains: bool) -> None:
             "them or engine.num_engines or learner.num_workers, add nodes, or set "
             "engine.max_engines where an autoscaler adds them"
         )
-    if scaled is None:
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        check_places(starting, [Node(node["Resources"], node["Labels"]) for node in nodes])
+    if capacity.most is None:
+        check_places(starting, capacity.nodes)

@@ -15,6 +15,8 @@ from treerpo_ray.config.health import HealthConfig
 from treerpo_ray.metrics.events import HEALTHY_AGAIN, UNHEALTHY
 from treerpo_ray.metrics.rows import Row
 
+SETTLED_REWARD = 0.9
+"""Mean reward from which a policy may be certain of what it says."""
 NEVER_IDLE = 0.1
 """Share of its time that a learner may wait for trees and still is what the others wait for."""
 
@@ -123,6 +125,12 @@ def _ratio_drift(steps: Steps, rule: Rule) -> float | None:
     return None if mean is None else abs(mean - 1)
 
 
+def _entropy(steps: Steps, rule: Rule) -> float | None:
+    """Of a policy that is wrong now and then: one that is certain and right is what is wanted."""
+    reward, mean = steps.mean("reward/mean"), steps.mean(rule.metric)
+    return None if mean is None or reward is None or reward > SETTLED_REWARD else mean
+
+
 def _clipped_norms(steps: Steps, rule: Rule) -> float | None:
     mean = steps.mean(rule.metric)
     return None if mean is None else mean / steps.limits.clip_grad_norm
@@ -198,6 +206,7 @@ RULES = (
         what="the policy is nearly certain of every token, so that siblings come to the same",
         remedy="raise loss.entropy_coef, loss.clip_high or tree.temperature",
         is_low=True,
+        measure=_entropy,
     ),
     Rule(
         key="max_grad_norm",

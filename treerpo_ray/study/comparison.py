@@ -255,7 +255,9 @@ def _unlike(result: Result, config: Config, default: Flat) -> list[str]:
     ours = placeless(flat_settings(to_yaml(config)))
     theirs = placeless(default | flat_settings(result.config))
     # How many steps its tokens come to is found out by the run; folders may have been moved.
-    known = ours.keys() - {"run.root", "run.name", *LENGTH}
+    # What `health` says is only told of.
+    known = {key for key in ours if not key.startswith("health.")}
+    known -= {"run.root", "run.name", *LENGTH}
     unlike = sorted(name for name in known if ours[name] != theirs.get(name))
     if result.start and start_of(config) not in ("", result.start):
         unlike.append("weights at the start")
