@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.loss_config import Normalisation
 from treerpo_ray.config import files
@@ -22,7 +22,7 @@ from treerpo_ray.config.files import MOVED_MODULES, describe, load, to_yaml, wit
 from treerpo_ray.evaluate.evaluation import Evaluation
 from treerpo_ray.user_code import RAY_JOB, load_module, unpack
 
-CONF = ROOT / "conf"
+CONF = PROJECT / "conf"
 ALONE = ["tree.num_children=[1]", "tree.step_tokens=[9]"]
 FILES = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml") if path.stem != "sweep")
 
@@ -382,7 +382,7 @@ def test_values_that_do_not_go_together_are_refused(arguments: list[str], told: 
 def test_an_answer_is_as_long_as_before_where_only_the_branches_change(
     arguments: list[str], step_tokens: tuple[int, ...]
 ) -> None:
-    found = load([str(ROOT / a) if a.endswith(".yaml") else a for a in arguments])
+    found = load([str(PROJECT / a) if a.endswith(".yaml") else a for a in arguments])
     assert found.tree.step_tokens == step_tokens
 
 
@@ -580,7 +580,7 @@ def test_paths_are_whole_before_processes_with_other_working_folders_see_them(
             "~nobody/x",
         ):
             assert found(key, path) == path
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(PROJECT)
     assert Config().model.path == found("model.path", "treerpo_ray/quickstart/model")
     assert Config().model.path == "treerpo_ray/quickstart/model", "as it is found from anywhere"
 

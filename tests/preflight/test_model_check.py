@@ -12,14 +12,14 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from tests.support.learning.tiny_models import SIZES, save_tiny_model
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 from treerpo_ray.config import load
 from treerpo_ray.config.sections import ModelConfig
 from treerpo_ray.preflight.inputs import preflight
 from treerpo_ray.preflight.model_check import check_model
 
-SOURCE = ROOT / "treerpo_ray/quickstart/model"
-SETTINGS = [str(ROOT / "conf/quickstart.yaml"), "prompts.num_problems=20"]
+SOURCE = PROJECT / "treerpo_ray/quickstart/model"
+SETTINGS = [str(PROJECT / "conf/quickstart.yaml"), "prompts.num_problems=20"]
 LONGEST = 80
 """Tokens of the longest path."""
 Spoil = Callable[[Path], object]

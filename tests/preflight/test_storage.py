@@ -8,11 +8,11 @@ import fsspec
 import fsspec.implementations.memory
 import pytest
 
-from tests.support.project import ROOT, load_script
+from tests.support.project import PROJECT, load_script
 from treerpo_ray.config import load
 from treerpo_ray.preflight.storage import check_folder
 
-QUICKSTART = [str(ROOT / "conf/quickstart.yaml"), "run.root=/runs"]
+QUICKSTART = [str(PROJECT / "conf/quickstart.yaml"), "run.root=/runs"]
 
 
 def check(*overrides: str) -> None:

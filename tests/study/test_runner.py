@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 from treerpo_ray.config import Config
 from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation, save_evaluation
@@ -66,7 +66,7 @@ class Sessions:
 
 @pytest.fixture
 def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comparison:
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(PROJECT)
     (tmp_path / "two.yaml").write_text(FILE)
     return read_comparison(str(tmp_path / "two.yaml"))
 
