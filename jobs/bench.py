@@ -18,6 +18,7 @@ import rich.table
 from jobs.benches.learner import bench_learner
 from jobs.benches.logprobs import bench_logprobs
 from jobs.benches.packing import bench_packing, bench_records
+from jobs.benches.request_logprobs import bench_request_logprobs
 from jobs.benches.rollout import bench_search, bench_verifier
 from jobs.benches.sides import ROUNDS
 from treerpo_ray.config import load
@@ -28,6 +29,7 @@ BENCHES = {
     "records": bench_records,
     "learner": bench_learner,
     "logprobs": bench_logprobs,
+    "request_logprobs": bench_request_logprobs,
     "verifier": bench_verifier,
     "search": bench_search,
 }
