@@ -8,7 +8,7 @@ import pytest
 from tests.support.project import PROJECT
 from treerpo_ray.config import load
 from treerpo_ray.config.data import PromptsConfig
-from treerpo_ray.config.sections import VerifierConfig
+from treerpo_ray.config.verifier import VerifierConfig
 from treerpo_ray.driver.benchmarks import configure, load_benchmarks, look_at_benchmarks
 from treerpo_ray.driver.plan import plan_lines
 from treerpo_ray.preflight.inputs import preflight
