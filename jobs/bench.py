@@ -17,7 +17,7 @@ import rich.table
 
 from jobs.benches.learner import bench_learner
 from jobs.benches.logprobs import bench_logprobs
-from jobs.benches.packing import bench_packing
+from jobs.benches.packing import bench_packing, bench_records
 from jobs.benches.rollout import bench_search, bench_verifier
 from jobs.benches.sides import ROUNDS
 from treerpo_ray.config import load
@@ -25,6 +25,7 @@ from treerpo_ray.config import load
 ROOT = Path(__file__).resolve().parents[1]
 BENCHES = {
     "packing": bench_packing,
+    "records": bench_records,
     "learner": bench_learner,
     "logprobs": bench_logprobs,
     "verifier": bench_verifier,

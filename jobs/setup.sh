@@ -40,12 +40,25 @@ https://astral.sh/uv/install.sh | sh), pyenv (pyenv install 3.11) or apt (sudo a
 ppa:deadsnakes/ppa && sudo apt install python3.11-venv) and call this again, or set PYTHON"
 }
 
+# What pip is at by its log $1: of the packages that it installs, which it does without a word, how
+# many are there.
+progress() {
+    local all there
+    if grep -q '^compiling' "$1" || ! all=$(grep -m 1 '^Installing collected packages' "$1"); then
+        tail -n 1 "$1" | sed 's/^ *//'
+        return
+    fi
+    all=$(tr -cd , <<<"$all" | wc -c)
+    there=$(find "$venv"/lib/python*/site-packages -maxdepth 1 -name '*.dist-info' | wc -l)
+    echo "installing: $there of about $((all + 1)) packages are there"
+}
+
 # pip install with these arguments; every few seconds a line says what it is at.
 install() {
     local log=$venv/setup.log ticker status=0 start=$SECONDS
     (
         while sleep "${TREERPO_TICK_S:-5}" && kill -0 $$ 2>/dev/null; do
-            printf '%5d s: %.68s\n' $((SECONDS - start)) "$(tail -n 1 "$log" | sed 's/^ *//')" >&2
+            printf '%5d s: %.68s\n' $((SECONDS - start)) "$(progress "$log")" >&2
         done
     ) &
     ticker=$!

@@ -35,10 +35,10 @@ def train(arguments: list[str]) -> int:
     with console.stage("loading the libraries"):
         from treerpo_ray.config.files import load
 
-        console.config = config = load(own)
+        config = load(own)
         from treerpo_ray.driver.next_steps import next_steps
         from treerpo_ray.driver.plan import plan_lines
-        from treerpo_ray.driver.result import describe_result, summary_json
+        from treerpo_ray.driver.result import describe_result, finished_result, summary_json
         from treerpo_ray.driver.run import run
         from treerpo_ray.driver.start import check_same_run
         from treerpo_ray.preflight.inputs import preflight
@@ -55,13 +55,15 @@ def train(arguments: list[str]) -> int:
     console.print_plan(plan)
     found.check_memory()
     if "--dry-run" in arguments:
+        if finished_result(config) is not None:
+            console.note(f"{config.folder} holds this run complete: it would not be trained again")
         return 0
     check_vllm(config)
     inputs = found.inputs()
     result = run(config, inputs, console)
     console.note(describe_result(config, result))
     if result.is_complete:
-        for purpose, command in next_steps(config, own):
+        for purpose, command in next_steps(config, own, result.sampled_tokens):
             console.print_command(purpose, command)
     print(summary_json(config, result))
     return 0 if result.is_complete else STOPPED

@@ -11,7 +11,8 @@ from treerpo_ray.engine.engine import Engine
 from treerpo_ray.engine.replica import EngineApi
 from treerpo_ray.metrics.events import RunLogApi
 from treerpo_ray.metrics.run_log import RunLog
-from treerpo_ray.metrics.watchdog import Heartbeats, HeartbeatsApi, StageApi
+from treerpo_ray.metrics.stage_status import StageApi
+from treerpo_ray.metrics.watchdog import Heartbeats, HeartbeatsApi
 from treerpo_ray.search.gate import Gate
 from treerpo_ray.search.tree_pool import TreePool
 from treerpo_ray.task import GateApi, TreePoolApi, WeightSyncApi

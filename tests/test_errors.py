@@ -1,10 +1,13 @@
 """What a command makes of an error."""
 
 import importlib.metadata
+import subprocess
+import sys
 
 import pytest
 
-from treerpo_ray.errors import STOPPED, RunFailed, run_command
+from tests.support.project import ROOT as PROJECT_FOLDER
+from treerpo_ray.errors import STOPPED, UNREAD, RunFailed, run_command
 
 
 @pytest.mark.parametrize(
@@ -28,6 +31,33 @@ def test_an_error_becomes_a_line_and_a_status(
 
 def test_a_command_gets_its_arguments_and_gives_its_own_status() -> None:
     assert run_command(len, ["a", "b"]) == 2
+
+
+UNREAD_COMMAND = """
+import sys
+from treerpo_ray.errors import run_command
+def say(arguments):
+    for number in range(100_000):
+        print(number)
+    return 0
+sys.exit(run_command(say, []))
+"""
+
+
+def test_a_command_whose_reader_has_gone_ends_without_a_word() -> None:
+    """As in `--help | head`."""
+    with subprocess.Popen(
+        [sys.executable, "-c", UNREAD_COMMAND],
+        cwd=PROJECT_FOLDER,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as command:
+        assert command.stdout is not None and command.stderr is not None
+        assert command.stdout.readline() == "0\n"
+        command.stdout.close()
+        assert command.stderr.read() == ""
+    assert command.returncode == UNREAD
 
 
 def test_what_nobody_foresaw_keeps_its_trace() -> None:

@@ -32,14 +32,14 @@ def add(share: ErrorShare, *verdicts: Verdict) -> None:
 
 
 def test_a_few_errors_at_the_start_do_not_end_a_run() -> None:
-    share = ErrorShare(0.1)
+    share = ErrorShare(max_share=0.1)
     add(share, *[Verdict.TIMED_OUT] * 20)  # 0.1 of MIN_ANSWERS
     with pytest.raises(VerifierFailing):
         add(share, Verdict.ERRORED)
 
 
 def test_errors_are_counted_over_the_newest_answers_only() -> None:
-    share = ErrorShare(0.1)
+    share = ErrorShare(max_share=0.1)
     for _ in range(3):
         add(share, *[Verdict.ERRORED] * 20, *[Verdict.WRONG] * 980)
     add(share, *[Verdict.ERRORED] * 20, *[Verdict.UNANSWERED] * (WINDOW - 20))
@@ -49,14 +49,14 @@ def test_errors_are_counted_over_the_newest_answers_only() -> None:
 
 
 def test_what_is_no_error_of_the_verifier_does_not_count() -> None:
-    share = ErrorShare(0.0)
+    share = ErrorShare(max_share=0.0)
     add(share, *[verdict for verdict in Verdict if verdict.is_reward] * 500)
     with pytest.raises(VerifierFailing):
         add(share, Verdict.TIMED_OUT)
 
 
 def test_the_message_is_one_printable_line_with_count_share_key_and_examples() -> None:
-    share = ErrorShare(0.5)
+    share = ErrorShare(max_share=0.5)
     add(share, *[Verdict.TIMED_OUT] * (MIN_ANSWERS // 2))
     with pytest.raises(VerifierFailing) as caught:
         add(share, Verdict.TIMED_OUT)
@@ -83,7 +83,9 @@ def test_what_a_check_raised_is_told_with_the_end_of_the_run(tmp_path) -> None:
     many = MIN_ANSWERS // 10 + 5
     record = make_record(make_tree([ROOT] * many, lengths=[1] * many), ())
     told: list[str] = []
-    with closing(Scorer(config.verifier, tokenizer, on_fault=told.append)) as scorer:
+    with closing(
+        Scorer(settings=config.verifier, tokenizer=tokenizer, on_fault=told.append)
+    ) as scorer:
         failing = r"allows; a check raised \"KeyError: 'nope'\"; errored: answer "
         with pytest.raises(VerifierFailing, match=failing):
             scorer.score([record])

@@ -18,18 +18,15 @@ import torch.distributed as dist
 
 from tests.support.answers.evaluations import EVALUATION
 from tests.support.learning.records import tree_of
-from treerpo_ray import train
 from treerpo_ray.config import Config, load
 from treerpo_ray.driver.result import finished_result
 from treerpo_ray.evaluate.evaluation import save_evaluation
 from treerpo_ray.learner.stats import BatchStats
-from treerpo_ray.metrics.events import FATAL
 from treerpo_ray.records import RootValue, TreeRecord, to_table
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.task import RunActors, WorkerTask
 from treerpo_ray.train import TrainWorker
-from treerpo_ray.verifier.verifier import VariableNotSet
 
 LIMIT_S = 60.0
 """Time after which what a test waits for does not come any more."""
@@ -177,40 +174,19 @@ def test_an_evaluation_on_the_way_does_not_pass_for_that_of_the_end(tmp_path: Pa
         assert (finished_result(config) is not None) == is_finished
 
 
-def test_one_scorer_grades_all_evaluations_and_ends_with_the_worker(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_evaluator_grades_all_evaluations_and_ends_with_the_worker(tmp_path: Path) -> None:
     """Its start takes time in which all wait, and asks a paid judge again."""
-    started: list[SimpleNamespace] = []
-    graded_by: list[object] = []
-    closed: list[int] = []
-
-    def start(*arguments: object, **named: object) -> SimpleNamespace:
-        number = len(started)
-        started.append(SimpleNamespace(close=lambda: closed.append(number)))
-        return started[-1]
-
-    monkeypatch.setattr(train, "Scorer", start)
-    monkeypatch.setattr(train, "evaluate", lambda *given, **named: graded_by.append(given[4]))
-    worker = make_worker(config_of(tmp_path), FakeActors({}), step=1)
-    worker.learner.policy.tokenizer = None
-    with worker.ending:
-        for _ in range(3):
-            worker._evaluate_on(None)
-        assert graded_by == started * 3 and len(started) == 1 and not closed
-    assert closed == [0]
-
-
-def test_a_variable_that_the_workers_node_lacks_ends_the_run(tmp_path: Path) -> None:
-    fakes = FakeActors({})
     config = config_of(tmp_path)
-    own = replace(config, verifier=replace(config.verifier, env=("NO_SUCH_KEY",)))
-    worker = make_worker(own, fakes, step=1)
-    worker.learner.policy.tokenizer = None
-    with pytest.raises(VariableNotSet):
-        worker._evaluate_on(None)
-    [event] = fakes.arguments["event"]
-    assert event.kind == FATAL and "NO_SUCH_KEY" in event.fields["reason"]
+    worker = make_worker(config, FakeActors({}), step=1)
+    worker.learner.policy.tokenizer, worker.held_out = None, ()
+    with worker.ending:
+        evaluator = worker._evaluator
+        assert worker._evaluator is evaluator
+        assert evaluator.config.evaluate == config.evaluate.interim
+        [verifier] = evaluator._scorer.verifiers
+        assert verifier.grade([]) == []
+    with pytest.raises(RuntimeError, match="the verifier is closed"):
+        verifier.grade([])
 
 
 def one_step(worker: TrainWorker) -> None:
@@ -361,11 +337,11 @@ def test_a_stop_that_comes_during_an_evaluation_ends_the_run_with_the_step_befor
         if not is_first:
             flag.fill_(told)
 
-    def evaluate(held_out: object) -> None:
+    def evaluate(**_: object) -> None:
         fakes.answers["is_told_to_stop"] = bool(told)
 
     monkeypatch.setattr(dist, "broadcast", of_the_first)
-    monkeypatch.setattr(worker, "_evaluate_on", evaluate)
+    worker._evaluator = SimpleNamespace(evaluate=evaluate)
     worker.evaluate_if_due()
     assert not worker.is_last
     told = 1

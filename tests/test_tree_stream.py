@@ -1,6 +1,7 @@
 """The tree stream scores what the pool gives, and hands whole batches to workers; no Ray."""
 
 import faulthandler
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,10 +20,11 @@ from treerpo_ray.algo.tree import ROOT, StopReason, Tree
 from treerpo_ray.config import load
 from treerpo_ray.metrics.events import FATAL, Event
 from treerpo_ray.prompts.prompt_set import load_tokenizer
-from treerpo_ray.records import SCHEMA, TreeRecord, from_table
+from treerpo_ray.records import SCHEMA, TreeRecord, from_table, to_table
 from treerpo_ray.scoring import VerifierFailing
 from treerpo_ray.tree_stream import (
     Prefetcher,
+    WorkerBatch,
     WorkerBatches,
     from_worker_batch,
     has_signal,
@@ -202,7 +204,7 @@ def test_a_tree_has_a_signal_if_any_group_is_kept() -> None:
 
 
 class Shard:
-    """Gives one table for each number; an exception among them is raised."""
+    """Gives a batch of one tree for each ticket; an exception among them is raised."""
 
     def __init__(self, *items: int | Exception) -> None:
         self.items, self.asked = items, threading.Semaphore(0)
@@ -215,18 +217,32 @@ class Shard:
             self.asked.release()
             if isinstance(item, Exception):
                 raise item
-            yield pa.table({"number": [item]})
+            yield to_worker_batch([tree_of(item, "right")])
 
 
-def number(share: pa.Table | None) -> int:
-    assert share is not None
-    return share["number"][0].as_py()
+def number(batch: WorkerBatch) -> int:
+    assert batch.asked_at <= batch.arrived_at and to_table(batch.records).equals(batch.table)
+    return batch.records[0].ticket
 
 
-def test_shares_come_in_order_and_none_follows_the_last() -> None:
-    shares = Prefetcher(Shard(3, 1, 2))
-    assert [number(shares.take()) for _ in range(3)] == [3, 1, 2]
-    assert shares.take() is None
+def test_batches_come_in_order_and_that_none_follows_the_last_is_an_error() -> None:
+    batches = Prefetcher(Shard(3, 1, 2))
+    assert [number(batches.take()) for _ in range(3)] == [3, 1, 2]
+    with pytest.raises(RuntimeError, match="the stream of trees has ended"):
+        batches.take()
+
+
+@pytest.mark.parametrize("tickets", [[4, 5], [4, 4], [4, 8], [4], [4, 5, 6]])
+def test_a_batch_must_be_an_equal_share_of_its_own_steps_tickets_each_once(
+    tickets: list[int],
+) -> None:
+    trees = [tree_of(ticket, "right") for ticket in tickets]
+    batch = WorkerBatch(records=trees, table=to_table(trees), asked_at=0.0, arrived_at=0.0)
+    if tickets == [4, 5]:
+        batch.check(range(4, 8), 2)
+        return
+    with pytest.raises(RuntimeError, match=re.escape(f"tickets {tickets} are no worker batch")):
+        batch.check(range(4, 8), 2)
 
 
 def test_the_end_of_a_stream_is_waited_for_whatever_it_ends_of_and_not_for_ever() -> None:

@@ -220,7 +220,7 @@ class Crowded:
         self.node = node
 
     def put(self, value: object) -> object:
-        status = asyncio.run(self.sync.status(SimpleNamespace(arm=lambda: None)))
+        status = asyncio.run(self.sync.status())
         self.doing.append(status.doing)
         if self.num_full > 0:
             self.num_full -= 1

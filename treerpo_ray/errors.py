@@ -1,11 +1,17 @@
 """Errors: on one line, of a run that failed, and what a command makes of them."""
 
 import importlib.metadata
+import os
 import re
+import select
+import signal
 import sys
 from collections.abc import Callable
 
 from treerpo_ray.stop import STOPPED, ended_at_once
+
+UNREAD = 128 + signal.SIGPIPE
+"""Exit status where the reader of stdout has gone: what a shell makes of the signal for it."""
 
 
 def one_line(error: BaseException) -> str:
@@ -74,8 +80,28 @@ def run_command(
 
     Returns:
         The command's own status; 2 for wrong input or a package that is not installed, 1 for a
-        run that failed, STOPPED for an interrupt.
+        run that failed, STOPPED for an interrupt, UNREAD if nobody reads stdout any more.
     """
+    try:
+        try:
+            return _status(command, arguments, stopped)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_unread():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes
+        return UNREAD
+
+
+def _is_unread() -> bool:
+    """Whether the reader of stdout has gone, as in `--help | head`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _status(command: Callable[[list[str]], int], arguments: list[str], stopped: str) -> int:
     try:
         with ended_at_once():
             return command(arguments)

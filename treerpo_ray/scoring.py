@@ -36,7 +36,7 @@ class VerifierFailing(RuntimeError):
 class ErrorShare:
     """Counts answers without a verdict; `max_share` of the newest may be such."""
 
-    def __init__(self, max_share: float) -> None:
+    def __init__(self, *, max_share: float) -> None:
         self.max_share = max_share
         self._has_failed: deque[bool] = deque(maxlen=WINDOW)
         self._examples: deque[str] = deque(maxlen=NUM_EXAMPLES)
@@ -110,15 +110,15 @@ class Scorer:
 
     def __init__(
         self,
+        *,
         settings: VerifierConfig,
         tokenizer: "PreTrainedTokenizerBase",
-        *,
         on_start: Callable[[int], None] = lambda pid: None,
         on_fault: Callable[[str], None] = log.warning,
     ) -> None:
         self.tokenizer = tokenizer
         self.weights = tuple(settings.weights.values())
-        self.error_share = ErrorShare(settings.max_error_share)
+        self.error_share = ErrorShare(max_share=settings.max_error_share)
 
         def tell(reason: str) -> None:
             self.error_share.fault = reason.strip().rpartition("\n")[2]

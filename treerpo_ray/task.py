@@ -11,7 +11,7 @@ from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import GateConfig
 from treerpo_ray.metrics.events import RunLogApi
-from treerpo_ray.metrics.stage_status import StackDump, StageStatus
+from treerpo_ray.metrics.stage_status import StageApi
 from treerpo_ray.metrics.watchdog import HeartbeatsApi
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import RootValue, TreeRecord
@@ -39,7 +39,7 @@ GateState = NewType("GateState", str)
 """What a gate must know to issue the same tickets from a learner step on; its own business."""
 
 
-class GateApi(Protocol):
+class GateApi(StageApi, Protocol):
     """Actor of `Gate`."""
 
     @actor_method
@@ -51,9 +51,6 @@ class GateApi(Protocol):
 
     @actor_method
     def restart(self, step: int, state: GateState | None) -> int: ...
-
-    @actor_method
-    def status(self, stacks: StackDump) -> StageStatus: ...
 
     @actor_method
     def done(self) -> int: ...
@@ -68,7 +65,7 @@ class GateApi(Protocol):
     def close(self) -> None: ...
 
 
-class TreePoolApi(Protocol):
+class TreePoolApi(StageApi, Protocol):
     """Actor of `TreePool`."""
 
     @actor_method
@@ -122,9 +119,6 @@ class TreePoolApi(Protocol):
     def unconsumed(self, first: int) -> list[TreeRecord]: ...
 
     @actor_method
-    def status(self, stacks: StackDump) -> StageStatus: ...
-
-    @actor_method
     def take(self, reader: str, max_trees: int, wait_s: float) -> list[TreeRecord] | None: ...
 
     @actor_stream
@@ -133,7 +127,7 @@ class TreePoolApi(Protocol):
     ) -> AsyncIterator[TreeRecord]: ...
 
 
-class WeightSyncApi(Protocol):
+class WeightSyncApi(StageApi, Protocol):
     """Actor of `WeightSync`."""
 
     @actor_method
@@ -141,9 +135,6 @@ class WeightSyncApi(Protocol):
         self, manifest: "Manifest", chunks: list[ray.ObjectRef], probe: "Probe", node: str
     ) -> None:
         """See `WeightSync`, as for all that follow."""
-
-    @actor_method
-    def status(self, stacks: StackDump) -> StageStatus: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

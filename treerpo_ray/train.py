@@ -21,11 +21,10 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
-import pyarrow as pa
 import ray
 import ray.train
 import ray.train.torch
@@ -34,15 +33,13 @@ import torch.distributed as dist
 
 from treerpo_ray.engine.types import EngineTotals
 from treerpo_ray.evaluate.evaluation import read_evaluation
-from treerpo_ray.evaluate.grading import evaluate
+from treerpo_ray.evaluate.grading import HeldOutEvaluator
 from treerpo_ray.learner.learner import Learner
 from treerpo_ray.learner.policy import DTYPES
 from treerpo_ray.learner.publisher import Publisher
 from treerpo_ray.learner.update_result import UpdateResult
 from treerpo_ray.metrics.events import (
-    FATAL,
     Event,
-    check_failed,
     write_done,
     write_failed,
     write_waits,
@@ -50,17 +47,14 @@ from treerpo_ray.metrics.events import (
 from treerpo_ray.metrics.rows import Row, latest
 from treerpo_ray.metrics.stage_status import IdleTimes
 from treerpo_ray.metrics.watchdog import Heartbeat
-from treerpo_ray.prompts.prompt_set import PromptSet
-from treerpo_ray.records import RootValue, TreeRecord, from_table, with_training
+from treerpo_ray.records import RootValue, TreeRecord, with_training
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.checkpoints import CheckpointContents, Checkpoints, CheckpointSaver
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.patience import Patience
 from treerpo_ray.run_folder.writer import BackgroundWriter
-from treerpo_ray.scoring import Scorer
 from treerpo_ray.task import STREAM, GateState, WorkerTask
-from treerpo_ray.tree_stream import Prefetcher, from_worker_batch
-from treerpo_ray.verifier.verifier import VariableNotSet
+from treerpo_ray.tree_stream import Prefetcher, WorkerBatch
 
 GATE_FILE = "gate.json"
 """State of the gate, in a checkpoint."""
@@ -87,17 +81,6 @@ def train(task: WorkerTask) -> None:
             worker.checkpoint_if_due()
             worker.evaluate_if_due()  # a stop that comes meanwhile is for this step
         worker.finish()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """A worker's trees of one learner step; times are Unix times in seconds."""
-
-    records: list[TreeRecord]
-    table: pa.Table
-    """The same, as they came."""
-    asked_at: float
-    arrived_at: float
 
 
 @contextmanager
@@ -180,7 +163,7 @@ class TrainWorker:
         """Of what the worker has started."""
         self.batches: Prefetcher
         self.patience = Patience(
-            self.folder,
+            folder=self.folder,
             waits=lambda what, reason: self._tell(write_waits(what, reason)),
             written=lambda what, seconds: self._tell(write_done(what, seconds)),
             is_told_to_stop=self._is_told_to_stop,
@@ -202,7 +185,7 @@ class TrainWorker:
         self.sampled_tokens = 0.0
         self.is_last = False
         self.trees_kept: int | None = None
-        self.writer = BackgroundWriter(self._warn, place=self.patience.place)
+        self.writer = BackgroundWriter(warn=self._warn, place=self.patience.place)
         self.saver = CheckpointSaver(
             checkpoints,
             every=self.config.checkpoint.every,
@@ -234,7 +217,7 @@ class TrainWorker:
         self.publish()
         self._await_engines()
         totals = ray.get(pool.stats.remote())
-        self.engines = EngineTotals(totals)
+        self.engines = EngineTotals(stats=totals)
         self.idle = ray.get(self.actors.heartbeats.idle.remote())
         session: int = ray.get(gate.restart.remote(self.step, _read_gate(checkpoint)))
         left_over = saved_trees.read(checkpoint, self.config.tree)
@@ -266,20 +249,15 @@ class TrainWorker:
         while not self.is_last:
             yield self.step
 
-    def next_batch(self, step: int) -> "Batch":
+    def next_batch(self, step: int) -> WorkerBatch:
         """This worker's trees of a learner step, once they are there."""
-        asked_at = time.time()
         self.heartbeat.at(f"waiting for the trees of step {step}", is_busy=False)
-        rows = self.batches.take()
-        if rows is None:
-            raise RuntimeError(f"the tree stream ended before learner step {step}")
-        arrived_at, table = time.time(), from_worker_batch(rows)
-        records = from_table(table)
-        self._check_tickets([record.ticket for record in records])
+        batch, size = self.batches.take(), self.config.gate.trees_per_step
+        batch.check(range(step * size, (step + 1) * size), self.num_workers)
         self.heartbeat.at(f"updating in step {step}")
-        return Batch(records=records, table=table, asked_at=asked_at, arrived_at=arrived_at)
+        return batch
 
-    def keep(self, step: int, batch: "Batch", update: UpdateResult) -> None:
+    def keep(self, step: int, batch: WorkerBatch, update: UpdateResult) -> None:
         """Have the trees of the step written to the run folder, every few steps, with what the
         learner made of them."""
         every, done = self.config.metrics.save_trees_every, step + 1
@@ -331,7 +309,7 @@ class TrainWorker:
         self._note("consumed", step=step, first=step * size, trees=size, version=version)
         return state
 
-    def report(self, batch: "Batch", update: UpdateResult) -> None:
+    def report(self, batch: WorkerBatch, update: UpdateResult) -> None:
         """Write the step's row."""
         if not self.is_first:
             return
@@ -400,7 +378,12 @@ class TrainWorker:
             self.heartbeat.at("waiting for the evaluation", is_busy=False)
         elif not (unless_done and read_evaluation(self.folder, self.step)):
             self._await_engines()
-            self._evaluate_on(self.held_out)
+            self._evaluator.evaluate(
+                step=self.step,
+                version=self.learner.version,
+                advance=lambda num_problems: self.heartbeat.at("evaluating"),
+                writer=self.writer,
+            )
         self.is_last = self._agreed(self.is_first and self._is_told_to_stop())
         if self.is_last and self.is_first and not self.saver.has(self.step):
             self.checkpoint_if_due()
@@ -442,38 +425,18 @@ class TrainWorker:
             self.heartbeat.at(f"waiting for the engines to serve version {self.learner.version}")
         self.publisher.wait()
 
-    def _check_tickets(self, tickets: list[int]) -> None:
-        """Invariant: this step consumes its own tickets, each once, and an equal share of them."""
-        size = self.config.gate.trees_per_step
-        own = range(self.step * size, (self.step + 1) * size)
-        if len(set(tickets) & set(own)) != size // self.num_workers:
-            raise RuntimeError(
-                f"tickets {tickets} are no worker batch of learner step {self.step}: {own}"
-            )
-
-    def _evaluate_on(self, held_out: PromptSet) -> None:
-        evaluate(
-            replace(self.config, evaluate=self.config.evaluate.interim),
-            held_out,
-            self.actors.pool,
-            self.actors.run_log,
-            self._scorer,
-            step=self.step,
-            version=self.learner.version,
-            advance=lambda num_problems: self.heartbeat.at("evaluating"),
-            writer=self.writer,
-        )
-
     @cached_property
-    def _scorer(self) -> Scorer:
-        """Of every evaluation: its start takes time, and its own test may ask a paid judge."""
-        tokenizer = self.learner.policy.tokenizer
-        try:
-            scorer = Scorer(self.config.verifier, tokenizer, on_fault=self._check_failed)
-        except VariableNotSet as error:  # workers that start anew would only run into it again
-            self._note(FATAL, reason=str(error))
-            raise
-        return self.ending.enter_context(closing(scorer))
+    def _evaluator(self) -> HeldOutEvaluator:
+        """Of every evaluation on the way."""
+        assert self.held_out is not None
+        evaluator = HeldOutEvaluator(
+            config=replace(self.config, evaluate=self.config.evaluate.interim),
+            prompts=self.held_out,
+            pool=self.actors.pool,
+            run_log=self.actors.run_log,
+            tokenizer=self.learner.policy.tokenizer,
+        )
+        return self.ending.enter_context(closing(evaluator))
 
     def _is_settled(self, num_lines: int, trees_kept: int | None) -> bool:
         """Whether the run folder has so many rows and events, and the trees of that step."""
@@ -485,9 +448,6 @@ class TrainWorker:
 
     def _warn(self, what: str, reason: str) -> None:
         self._tell(write_failed(what, reason))
-
-    def _check_failed(self, reason: str) -> None:
-        self._tell(check_failed(reason))
 
     def _tell(self, event: Event) -> None:
         self.actors.run_log.event.remote(event)

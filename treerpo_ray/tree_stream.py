@@ -15,6 +15,8 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing, suppress
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +34,7 @@ from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.metrics.events import FATAL, Event, RunLogApi, check_failed
 from treerpo_ray.metrics.watchdog import Heartbeat, HeartbeatsApi
 from treerpo_ray.prompts.prompt_set import load_tokenizer
-from treerpo_ray.records import SCHEMA, TreeRecord, to_table
+from treerpo_ray.records import SCHEMA, TreeRecord, from_table, to_table
 from treerpo_ray.scoring import Scorer, VerifierFailing, with_noise
 from treerpo_ray.task import TreePoolApi
 from treerpo_ray.verifier.verifier import VariableNotSet
@@ -50,6 +52,31 @@ TOLD_S = 1.5
 task is shown as failed."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerBatch:
+    """A worker's trees of one learner step; times are Unix times in seconds."""
+
+    records: list[TreeRecord]
+    table: pa.Table
+    """The same, as they came."""
+    asked_at: float
+    arrived_at: float
+
+    def check(self, tickets: range, num_workers: int) -> None:
+        """Invariant: a step consumes its own tickets, each once, and a worker an equal share.
+
+        Args:
+            tickets: Those of the step.
+            num_workers: Workers of the group.
+
+        Raises:
+            RuntimeError: this is another batch.
+        """
+        own = [record.ticket for record in self.records]
+        if not len(own) == len(set(own) & set(tickets)) == len(tickets) // num_workers:
+            raise RuntimeError(f"tickets {own} are no worker batch of a learner step of {tickets}")
+
+
 class Prefetcher:
     """A worker's batches, the next of which is fetched while it trains on the one before.
 
@@ -63,11 +90,21 @@ class Prefetcher:
         self._batches: Iterator[pa.Table] = iter(batches)
         self._ask()
 
-    def take(self) -> pa.Table | None:
-        """The next batch, waiting for it; None if the stream has ended."""
+    def take(self) -> WorkerBatch:
+        """The next batch, waiting for it.
+
+        Raises:
+            RuntimeError: the stream has ended.
+        """
+        asked_at = time.time()
         batch = self._asked.result()
+        if batch is None:
+            raise RuntimeError("the stream of trees has ended")
         self._ask()
-        return batch
+        arrived_at, table = time.time(), from_worker_batch(batch)
+        return WorkerBatch(
+            records=from_table(table), table=table, asked_at=asked_at, arrived_at=arrived_at
+        )
 
     def await_end(self, limit_s: float) -> None:
         """Wait until the stream that was told to end has done so, for so long at most, and Ray has
@@ -168,11 +205,9 @@ def tree_stream(
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         stream = ray.data.read_datasource(
             ScoredTrees(
-                config=config,
-                pool=pool,
-                run_log=run_log,
-                heartbeats=heartbeats,
-                reader=uuid.uuid4().hex,
+                read=partial(
+                    _worker_batches, config, pool, run_log, heartbeats, reader=uuid.uuid4().hex
+                )
             ),
             override_num_blocks=1,
             num_cpus=resources.pop("CPU", 0),
@@ -195,28 +230,15 @@ def tree_stream(
 
 
 class ScoredTrees(Datasource):
-    """Reads finished trees from the tree pool, without end, and scores them.
+    """The scored trees of a run, as Ray Data reads them: by one task, without end.
 
     Args:
-        config: The run's.
-        pool: Actor of `TreePool`.
-        run_log: Actor of `RunLog`, told of a verifier that starts or fails.
-        heartbeats: Actor of `Heartbeats`.
-        reader: Name of this stream; the pool serves the newest alone.
+        read: Gives out the batches, in the process of the task.
     """
 
-    def __init__(
-        self,
-        *,
-        config: Config,
-        pool: TreePoolApi,
-        run_log: RunLogApi,
-        heartbeats: HeartbeatsApi,
-        reader: str,
-    ) -> None:
+    def __init__(self, *, read: Callable[[], Iterator[pa.Table]]) -> None:
         super().__init__()
-        self.config, self.pool, self.reader = config, pool, reader
-        self.run_log, self.heartbeats = run_log, heartbeats
+        self._read = read
 
     def get_read_tasks(
         self,
@@ -225,9 +247,8 @@ class ScoredTrees(Datasource):
         data_context: ray.data.DataContext | None = None,
     ) -> list[ReadTask]:
         """One task, whatever `parallelism`: there is one queue of finished trees."""
-        arguments = (self.config, self.pool, self.run_log, self.heartbeats, self.reader)
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(lambda: _worker_batches(*arguments), unknown)]
+        return [ReadTask(self._read, unknown)]
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Not known."""
@@ -237,6 +258,12 @@ class ScoredTrees(Datasource):
 def _worker_batches(
     config: Config, pool: TreePoolApi, run_log: RunLogApi, heartbeats: HeartbeatsApi, reader: str
 ) -> Iterator[pa.Table]:
+    """Take finished trees from the pool, score them and give them out, until the stream is ended.
+
+    `run_log` is told of a verifier that starts or fails; `reader` is the name of this stream, and
+    the pool serves the newest alone.
+    """
+
     def on_start(pid: int) -> None:
         run_log.event.remote(Event(kind="verifier_started", fields={"pid": pid}))
 
@@ -256,7 +283,9 @@ def _worker_batches(
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     batches: WorkerBatches | None = None
     try:
-        scorer = Scorer(config.verifier, tokenizer, on_start=on_start, on_fault=on_fault)
+        scorer = Scorer(
+            settings=config.verifier, tokenizer=tokenizer, on_start=on_start, on_fault=on_fault
+        )
     except VariableNotSet as error:
         end_run(error)
         raise

@@ -22,7 +22,7 @@ from jaxtyping import UInt8
 
 from treerpo_ray.actor import actor_method, make_actor
 from treerpo_ray.metrics.events import RunLogApi, write_done, write_waits
-from treerpo_ray.metrics.stage_status import StackDump, StageStatus
+from treerpo_ray.metrics.stage_status import StageStatus, WatchedStage
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.patience import Patience, PatienceTimes
 
@@ -249,7 +249,7 @@ def _keep(store: WeightStoreApi, chunk: ray.ObjectRef) -> ray.ObjectRef:
         raise (error.cause if isinstance(error, ray.exceptions.RayTaskError) else error) from None
 
 
-class WeightSync:
+class WeightSync(WatchedStage):
     """Takes weights from the learner's first worker and returns once every engine proved them.
 
     The bytes go from that worker's node to the engines and nowhere else. When that node is lost
@@ -285,7 +285,7 @@ class WeightSync:
             here=ray.get_runtime_context().get_node_id()
         )
         self._patience = Patience(
-            RunFolder(folder),
+            folder=RunFolder(folder),
             waits=lambda what, reason: run_log.event.remote(write_waits(what, reason)),
             written=lambda what, seconds: run_log.event.remote(write_done(what, seconds)),
             is_told_to_stop=lambda: gate.is_told_to_stop.remote().future().result(),
@@ -357,9 +357,8 @@ class WeightSync:
     def _move(self, doing: str) -> None:
         self._doing, self._moved_at = doing, time.monotonic()
 
-    async def status(self, stacks: StackDump) -> StageStatus:
+    async def status(self) -> StageStatus:
         """What is published, and since when."""
-        stacks.arm()
         return StageStatus(
             stage="weight sync",
             doing=self._doing or "waiting for a version",

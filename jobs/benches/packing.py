@@ -1,6 +1,7 @@
 """Packing: from the Arrow batch of a learner step to its forests, arrays against lists."""
 
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Self
@@ -22,6 +23,10 @@ from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.records import from_table
 from treerpo_ray.tree_stream import from_worker_batch, to_worker_batch
 from treerpo_ray.verifier.verdict import Verdict
+
+PAPER_TREES, PAPER_STEP_TOKENS = 128, 147
+"""A batch of the paper's recipe (128 trees of 8, 8 and 8 children), with the mean length of a step
+at which it samples 11 M tokens."""
 
 
 def bench_packing(_: Config) -> list[Row]:
@@ -51,12 +56,50 @@ def bench_packing(_: Config) -> list[Row]:
     ]
 
 
-def packing_batch() -> pa.Table:
+def bench_records(_: Config) -> list[Row]:
+    """The same of a batch of the paper's size on one worker: time, and memory at its peak.
+
+    128 trees of answers of 441 tokens are the 11 M sampled tokens of a step with the base model.
+    """
+    table, learner = packing_batch(PAPER_TREES, PAPER_STEP_TOKENS), LearnerConfig()
+    work = partial(batch_to_forests, table, learner)
+    name = (
+        f"records: {PAPER_TREES} trees, {PAPER_TREES * 584 * PAPER_STEP_TOKENS / 1e6:.0f} M tokens"
+    )
+    lists = partial(plain_forests, table, learner)
+    return [
+        compared(
+            f"{name}, Arrow to forests (CPU time)",
+            ("arrays", partial(cpu_seconds, work)),
+            ("rows as lists", partial(cpu_seconds, lists)),
+            rounds=2,  # lists take long
+        ),
+        compared(
+            f"{name}, memory on top of the batch",
+            ("arrays", partial(peak_gib, work)),
+            ("the batch three times", lambda: 3 * table.nbytes / 2**30),
+            unit="GiB",
+            rounds=1,  # it is the same each time
+        ),
+    ]
+
+
+def peak_gib(work: Callable[[], object]) -> float:
+    """Most memory that Python and NumPy hold more than before while `work` is done."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1] / 2**30
+    finally:
+        tracemalloc.stop()
+
+
+def packing_batch(num_trees: int = NUM_TREES, step_tokens: int = 384) -> pa.Table:
     """The batch of one worker: trees whose answers are right or wrong at random."""
     rng = np.random.default_rng(0)
-    shape = TreeShape(num_children=(8, 8, 8), step_tokens=(384, 384, 384))
+    shape = TreeShape(num_children=(8, 8, 8), step_tokens=(step_tokens,) * 3)
     records = []
-    for ticket in range(NUM_TREES):
+    for ticket in range(num_trees):
         tree = random_tree(shape, 100, rng)
         is_right = rng.random(len(tree.leaves)) < rng.random()
         records.append(scored_record(ticket, tree, is_right.tolist()))

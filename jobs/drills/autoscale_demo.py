@@ -69,7 +69,7 @@ def show(overrides: list[str]) -> int:
     config = load([*SETTINGS, *overrides])
     check_vllm(config)
     inputs = load_inputs(config)
-    console = Console(config)
+    console = Console()
     result = on_growing_cluster(lambda: run(config, inputs, console), console)
     draw(config.folder)
     console.note(f"nodes, engines and trees over time: {config.folder}/pool.png")

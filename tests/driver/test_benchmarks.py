@@ -207,7 +207,10 @@ class PoolWithoutNodes:
         raise RuntimeError("the pool gave this evaluation up")
         yield
 
-    def status(self, stacks) -> StageStatus:
+    def arm(self, stacks) -> None:
+        pass
+
+    def status(self) -> StageStatus:
         return StageStatus(stage="engines", doing="waiting for a node", is_busy=False, age_s=9.0)
 
     def stop(self) -> None:
@@ -223,7 +226,7 @@ def test_a_job_whose_engines_are_gone_says_so_and_ends(tmp_path: Path) -> None:
     limits = ["run.stall_timeout_s=2", "engine.request_timeout_s=1", "engine.load_timeout_s=0.5"]
     config = configure(MODEL, ["quickstart"], [*limits, f"run.root={tmp_path}"])
     shown = io.StringIO()
-    console = Console(None, rich.console.Console(file=shown, width=200))
+    console = Console(console=rich.console.Console(file=shown, width=200))
     prompts = PromptSet(problems=(), token_ids=(), num_too_long=0)
     with without_ray(), pytest.raises(RuntimeError, match=r"nothing moved for \d+ s: evaluation"):
         dict(
@@ -234,7 +237,7 @@ def test_a_job_whose_engines_are_gone_says_so_and_ends(tmp_path: Path) -> None:
                 None,
                 console,
                 make_actor=make,
-                make_scorer=lambda verifier, tokenizer: io.BytesIO(),
+                make_scorer=lambda **settings: io.BytesIO(),
             )
         )
     assert "engine lost: engine 0" in shown.getvalue()
@@ -290,7 +293,7 @@ def evaluated(ray_cluster, tmp_path_factory) -> tuple[Path, dict[str, Evaluation
              "engine.kv_cache_gib=0.125"],
         )  # fmt: skip
         tokenizer = load_tokenizer(MODEL, False)
-        console = Console(None, rich.console.Console(file=io.StringIO()))
+        console = Console(console=rich.console.Console(file=io.StringIO()))
         prompts = load_benchmarks(config, tokenizer)
         found |= {
             f"{name}/{key}": each
@@ -322,8 +325,10 @@ def test_a_job_leaves_scores_and_samples_of_every_benchmark(evaluated) -> None:
         )
     scores = with_mean({name: found[f"first/{name}"].scores for name in ("one", "two")})
     assert list(scores) == ["one", "two", "mean of one, two"]
-    title, shown = table(scores, found["first/one"].sampling).renderables
-    assert title.startswith("4 answers a problem, temperature ")
+    title, shown = table(
+        scores, model="first", verifier="graded", sampling=found["first/one"].sampling
+    ).renderables
+    assert title.startswith("first\n4 answers a problem, temperature ")
     assert shown.row_count == len(found["first/one"].scores) == len(scores["mean of one, two"])
 
 

@@ -1,5 +1,6 @@
 """The commands that a finished run ends with."""
 
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ from treerpo_ray.driver.benchmarks import configure
 from treerpo_ray.driver.next_steps import STARTED_IN, next_steps
 from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder
 
+TOKENS = 370_000
+OTHER = "train it with GRPO on as many tokens, and compare"
+
 
 @pytest.fixture(autouse=True)
 def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,7 +29,7 @@ def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def steps(*arguments: str) -> dict[str, str]:
-    return dict(next_steps(load(list(arguments)), arguments))
+    return dict(next_steps(load(list(arguments)), arguments, TOKENS))
 
 
 def test_a_finished_run_ends_with_four_commands_of_one_line_each(tmp_path: Path) -> None:
@@ -43,8 +47,9 @@ def test_a_finished_run_ends_with_four_commands_of_one_line_each(tmp_path: Path)
             "evaluate.top_p=1.0",
         ),
         (
-            "train it with GRPO and compare",
+            OTHER,
             f"python jobs/train.py conf/quickstart.yaml run.root={tmp_path} conf/methods/grpo.yaml "
+            f"run.num_steps=54 run.max_sampled_tokens={TOKENS} "
             f"&& python jobs/evaluate.py --compare {tmp_path}/quickstart-grpo "
             f"{tmp_path}/quickstart",
         ),
@@ -87,7 +92,7 @@ def test_the_evaluation_samples_as_the_run_does_whatever_its_held_out_data(
         ]
     )
     RunFolder(config.folder).publish_file(CONFIG_FILE, to_yaml(config).encode())
-    words = shlex.split(dict(next_steps(config, ["conf/quickstart.yaml"]))["evaluate it"])
+    words = shlex.split(dict(next_steps(config, ["conf/quickstart.yaml"], TOKENS))["evaluate it"])
     assert words[:5] == ["python", "jobs/evaluate.py", str(run), "--benchmarks", "held_out"]
     read: Config = configure(words[2], [words[4]], words[5:])
     assert read.evaluate.benchmarks == {"held_out": config.evaluate.data}
@@ -96,12 +101,17 @@ def test_the_evaluation_samples_as_the_run_does_whatever_its_held_out_data(
     assert read.evaluate.max_tokens == config.max_evaluated_tokens
 
 
-def test_the_other_method_is_a_run_of_its_own() -> None:
-    named = steps("conf/quickstart.yaml", "run.name=mine")["train it with GRPO and compare"]
-    assert named.split(" && ")[0].endswith("conf/methods/grpo.yaml run.name=mine-grpo")
+def test_the_other_method_is_a_run_of_its_own_on_as_many_tokens() -> None:
+    """A tree of [4, 4] steps of 23 tokens has at most 460 of them, 8 answers of 46 have 368."""
+    named = steps("conf/quickstart.yaml", "run.name=mine", "run.num_steps=30")[OTHER]
+    length = f"run.max_sampled_tokens={TOKENS}"
+    assert math.ceil(1.2 * 30 * 460 / 368) == 45
+    assert named.split(" && ")[0].endswith(
+        f"conf/methods/grpo.yaml run.name=mine-grpo run.num_steps=45 {length}"
+    )
     tree = steps("conf/quickstart.yaml", "conf/methods/grpo.yaml")
-    assert "train it with TreeRPO and compare" in tree
-    assert " jobs/train.py conf/quickstart.yaml && " in tree["train it with TreeRPO and compare"]
+    back = tree["train it with TreeRPO on as many tokens, and compare"].split(" && ")[0]
+    assert back.endswith(f" jobs/train.py conf/quickstart.yaml {length}"), "35 steps are fewer"
 
 
 def test_the_commands_do_where_the_user_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +125,7 @@ def test_the_commands_do_where_the_user_is(tmp_path: Path, monkeypatch: pytest.M
     assert viewer.startswith(f"(cd {ROOT} && python -m treerpo_ray.viewer ")
     assert f" bash {ROOT}/jobs/notebook.sh" in found["draw its figures"]
     assert found["evaluate it"].startswith(f"python {ROOT}/jobs/evaluate.py ")
-    assert f" {ROOT}/conf/methods/grpo.yaml && " in found["train it with GRPO and compare"]
+    assert f" {ROOT}/conf/methods/grpo.yaml run." in found[OTHER]
 
 
 def test_another_environment_than_the_active_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +142,7 @@ def test_a_ray_job_whose_folder_goes_and_a_run_in_a_store_have_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = load(["conf/quickstart.yaml", "run.root=memory://runs"])
-    assert next_steps(config, ["conf/quickstart.yaml"]) == []
+    assert next_steps(config, ["conf/quickstart.yaml"], TOKENS) == []
     config = load(["conf/quickstart.yaml"])
     monkeypatch.setenv(RAY_JOB, "{}")
-    assert next_steps(config, ["conf/quickstart.yaml"]) == []
+    assert next_steps(config, ["conf/quickstart.yaml"], TOKENS) == []

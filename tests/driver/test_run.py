@@ -12,8 +12,8 @@ import ray.train
 import rich.console
 
 from tests.support.stages.thread_actors import Handle, without_ray
-from treerpo_ray.config import Config, load
-from treerpo_ray.config.sections import LearnerConfig, RunConfig
+from treerpo_ray.config import load
+from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.driver.run import run
 from treerpo_ray.driver.train_group import TrainGroup, restart_wait_s
 from treerpo_ray.metrics.console import Console
@@ -25,9 +25,7 @@ from treerpo_ray.run_folder.patience import DiskRefused
 
 def make_console() -> tuple[Console, io.StringIO]:
     shown = io.StringIO()
-    return Console(
-        Config(run=RunConfig(num_steps=9)), rich.console.Console(file=shown, width=120)
-    ), shown
+    return Console(console=rich.console.Console(file=shown, width=120)), shown
 
 
 LOST = {0: OSError("the store is gone")}

@@ -15,14 +15,17 @@ from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.driver.supervisor import Supervisor
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.events import FATAL, Event, RunLogApi
-from treerpo_ray.metrics.run_log import RunLog
+from treerpo_ray.metrics.run_log import RunLog, RunLogSetup
+from treerpo_ray.metrics.step_table import StepTable
 
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture
 def run_log(small_config, ray_cluster) -> Iterator[RunLogApi]:
-    actor = make_actor(RunLog, concurrency=1)(small_config("run.name=followed"))
+    actor = make_actor(RunLog, concurrency=1)(
+        setup=RunLogSetup.of(small_config("run.name=followed"), commit="0a1b2c3")
+    )
     ray.get(actor.step.remote({"step": 1.0, "reward/mean": 0.111}))
     yield actor
     ray.kill(actor)
@@ -32,9 +35,8 @@ def supervisor(
     run_log: RunLogApi, failure: str | None = None, **settings: float
 ) -> tuple[Supervisor, io.StringIO]:
     shown = io.StringIO()
-    console = Console(
-        Config(run=RunConfig(num_steps=3)), rich.console.Console(file=shown, width=120)
-    )
+    console = Console(console=rich.console.Console(file=shown, width=120))
+    console.expect_steps(StepTable.of(Config(run=RunConfig(num_steps=3))))
     return Supervisor(
         run_log=run_log, console=console, watchdog=SimpleNamespace(failure=failure), **settings
     ), shown

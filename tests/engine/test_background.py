@@ -14,7 +14,7 @@ def test_what_fails_is_told_once_and_the_rest_goes_on() -> None:
 
     async def scenario() -> None:
         told: list[BaseException] = []
-        tasks = BackgroundTasks(told.append)
+        tasks = BackgroundTasks(failed=told.append)
         result = tasks.start(asyncio.sleep(5, 7))
         tasks.spawn(fail())
         assert await result == 7
@@ -30,7 +30,7 @@ def test_what_is_awaited_fails_at_its_caller_alone() -> None:
     async def scenario() -> None:
         told: list[BaseException] = []
         with pytest.raises(KeyError):
-            await BackgroundTasks(told.append).start(fail())
+            await BackgroundTasks(failed=told.append).start(fail())
         assert told == []
 
     run(scenario())
@@ -39,7 +39,7 @@ def test_what_is_awaited_fails_at_its_caller_alone() -> None:
 def test_all_is_cancelled_together_which_is_no_failure_and_later_work_runs() -> None:
     async def scenario() -> None:
         told: list[BaseException] = []
-        tasks = BackgroundTasks(told.append)
+        tasks = BackgroundTasks(failed=told.append)
         waiting = tasks.start(asyncio.sleep(1000))
         tasks.spawn(asyncio.sleep(1000))
         tasks.cancel()

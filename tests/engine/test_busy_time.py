@@ -7,7 +7,7 @@ from treerpo_ray.engine.busy_time import BusyTime
 
 def test_work_that_overlaps_counts_once_and_what_goes_on_counts_until_now() -> None:
     now = 5.0
-    time = BusyTime(lambda: now)
+    time = BusyTime(clock=lambda: now)
     now = 7.0
     with ExitStack() as first, ExitStack() as second:
         first.enter_context(time.work())
@@ -24,7 +24,7 @@ def test_work_that_overlaps_counts_once_and_what_goes_on_counts_until_now() -> N
 
 def test_work_that_fails_ends() -> None:
     now = 0.0
-    time = BusyTime(lambda: now)
+    time = BusyTime(clock=lambda: now)
     try:
         with time.work():
             now = 2.0

@@ -33,7 +33,7 @@ def stats(
 
 
 def test_the_idle_share_is_of_the_time_that_each_engine_was_there() -> None:
-    totals = EngineTotals([stats("a", 0, 0, 0, busy_s=3, total_s=10)])
+    totals = EngineTotals(stats=[stats("a", 0, 0, 0, busy_s=3, total_s=10)])
     assert "idle/engines_share" not in totals.since_last([])
     new = stats("b", 0, 0, 0, busy_s=1, total_s=2)
     row = totals.since_last([stats("a", 0, 0, 0, busy_s=6, total_s=16), new])
@@ -42,14 +42,14 @@ def test_the_idle_share_is_of_the_time_that_each_engine_was_there() -> None:
 
 def test_tokens_a_second_are_those_of_the_engines_over_the_time_between_two_rows() -> None:
     times = iter([100.0, 104.0, 114.0])
-    totals = EngineTotals([stats("a", 0, 0, 0, sampled=1000)], clock=lambda: next(times))
+    totals = EngineTotals(stats=[stats("a", 0, 0, 0, sampled=1000)], clock=lambda: next(times))
     assert totals.since_last([stats("a", 0, 0, 0, sampled=1400)])["tokens/per_s"] == 100
     new = stats("b", 0, 0, 0, sampled=50)
     assert totals.since_last([stats("a", 0, 0, 0, sampled=1500), new])["tokens/per_s"] == 15
 
 
 def test_each_engine_counts_from_the_last_row_or_from_its_own_start() -> None:
-    totals = EngineTotals([stats("a", 100, 50, 10), stats("b", 100, 50, 10)])
+    totals = EngineTotals(stats=[stats("a", 100, 50, 10), stats("b", 100, 50, 10)])
     row = totals.since_last([stats("a", 200, 140, 15), stats("b", 100, 50, 11, version=0)])
     assert row["engine/prefix_hit_rate"] == 90 / 100
     assert row["time/cpu_s"] == pytest.approx(6, abs=1)

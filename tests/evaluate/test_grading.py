@@ -14,10 +14,13 @@ from treerpo_ray.config import Config, load
 from treerpo_ray.config.data import PromptsConfig
 from treerpo_ray.evaluate import grading
 from treerpo_ray.evaluate.evaluation import Evaluation, Graded, read_evaluation
+from treerpo_ray.evaluate.grading import HeldOutEvaluator
 from treerpo_ray.evaluate.intervals import share
+from treerpo_ray.metrics.events import FATAL, Event
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.writer import BackgroundWriter
+from treerpo_ray.verifier.verifier import VariableNotSet
 
 
 def config() -> Config:
@@ -108,17 +111,17 @@ def evaluate(
         )
     )
     scorer = SimpleNamespace(score=list, group=lambda records: [None] * len(records))
-    result = grading.evaluate(
-        load([f"run.root={root}", "run.name=run", "evaluate.num_samples=3"]),
-        None,
-        pool,
-        SimpleNamespace(step=SimpleNamespace(remote=rows.append)),
-        scorer,
-        step=3,
-        version=2,
-        advance=lambda num_problems: None,
-        writer=writer,
+    evaluator = HeldOutEvaluator(
+        config=load([f"run.root={root}", "run.name=run", "evaluate.num_samples=3"]),
+        prompts=None,
+        pool=pool,
+        run_log=SimpleNamespace(step=SimpleNamespace(remote=rows.append)),
+        tokenizer=None,
+        start_scorer=lambda settings, tokenizer, on_fault: scorer,
     )
+    advanced: list[int] = []
+    result = evaluator.evaluate(step=3, version=2, advance=advanced.append, writer=writer)
+    assert advanced == [1]
     return result, rows
 
 
@@ -128,12 +131,12 @@ def test_an_evaluation_that_cannot_be_written_is_told_and_its_result_is_not_lost
     (tmp_path / "run").mkdir()
     (tmp_path / "run/eval").touch()  # so that nothing can be written there
     told: list[str] = []
-    with closing(BackgroundWriter(lambda name, reason: told.append(name))) as writer:
+    with closing(BackgroundWriter(warn=lambda name, reason: told.append(name))) as writer:
         result, rows = evaluate(tmp_path, writer, monkeypatch)
     assert result.pass_at_1 == pytest.approx(2 / 3) and rows == [result.row()]
     assert told == ["eval/step=000003.parquet", "eval/step=000003.json"]
     (tmp_path / "run/eval").unlink()
-    with closing(BackgroundWriter(lambda name, reason: told.append(name))) as writer:
+    with closing(BackgroundWriter(warn=lambda name, reason: told.append(name))) as writer:
         result, _ = evaluate(tmp_path, writer, monkeypatch)
     assert len(told) == 2
     assert read_evaluation(RunFolder(f"{tmp_path}/run"), 3) == result
@@ -144,7 +147,7 @@ def test_an_evaluation_does_not_wait_for_a_store_that_hangs(
 ) -> None:
     told: list[str] = []
     folder = RunFolder(f"{hanging}/run")
-    writer = BackgroundWriter(lambda name, reason: told.append(reason))
+    writer = BackgroundWriter(warn=lambda name, reason: told.append(reason))
     result, rows = evaluate(hanging, writer, monkeypatch)
     assert rows == [result.row()]
     assert read_evaluation(folder, 3) is None
@@ -152,3 +155,20 @@ def test_an_evaluation_does_not_wait_for_a_store_that_hangs(
     assert writer.close() is None
     assert told == []
     assert read_evaluation(folder, 3) == result
+
+
+def test_a_variable_that_a_check_needs_and_this_node_lacks_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    told: list[Event] = []
+    with pytest.raises(VariableNotSet):
+        HeldOutEvaluator(
+            config=load(["verifier.env=[NO_SUCH_KEY]"]),
+            prompts=None,
+            pool=None,
+            run_log=SimpleNamespace(event=SimpleNamespace(remote=told.append)),
+            tokenizer=None,
+        )
+    [event] = told
+    assert event.kind == FATAL and "NO_SUCH_KEY" in event.fields["reason"]

@@ -89,9 +89,23 @@ def test_the_mean_is_over_the_papers_benchmarks_if_they_are_there_and_says_so(
     arms = [found[name].scores["pass@1"] for name in PAPER]
     high = sum((arm.high - arm.value) ** 2 for arm in arms) ** 0.5 / 4
     assert mean["pass@1"].high == pytest.approx(mean["pass@1"].value + high)
-    assert "mean of math500, olympiadbench, minerva, aime24 (11)" in drawn(
-        table(scores, "2 answers a problem")
+    shown = drawn(
+        table(
+            scores,
+            model="mine, its checkpoint of step 24",
+            verifier="my.judge",
+            sampling="2 answers a problem",
+        ),
+        width=80,
     )
+    assert max(map(len, shown.splitlines())) <= 80
+    assert shown.splitlines()[:2] == [
+        "mine, its checkpoint of step 24",
+        "2 answers a problem, graded by my.judge",
+    ]
+    for name in answers:
+        assert f"{name} ({len(answers[name])})" in shown
+    assert "mean of" in shown and "(11)" in shown
     json.dumps(plain(scores), allow_nan=False)
 
 
@@ -290,4 +304,7 @@ def test_partial_credit_is_kept_with_the_samples_and_in_their_mean(tmp_path: Pat
     assert first.is_correct.tolist() == [1.0, 0.0] and second.reward is None
     same = comparison(f"{tmp_path}/eval/own.json", f"{tmp_path}/eval/own.parquet")
     assert less(same, "own", "reward") == 0 and "reward" in drawn(same.tables)
-    assert "37.5" in drawn(table({"own": result.scores}, result.sampling))
+    shown = table(
+        {"own": result.scores}, model="own", verifier="my.judge", sampling=result.sampling
+    )
+    assert "37.5" in drawn(shown)

@@ -16,7 +16,6 @@ from tests.support.whole_runs import (
     assert_promises_kept,
     assert_versions_count_updates,
 )
-from treerpo_ray.config import Config
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.run_folder.files import Scalar
 from treerpo_ray.stop import STOPPED, Stop
@@ -71,7 +70,7 @@ def test_a_signal_at_any_time_takes_the_demonstrations_cluster_down(demo, monkey
 
     with pytest.raises(KeyboardInterrupt):
         demo.on_growing_cluster(
-            train, Console(Config()), start, lambda address: do("the wait for idle nodes")
+            train, Console(), start, lambda address: do("the wait for idle nodes")
         )
     assert done[-1] == at
     assert [head.wait(60) for head in heads] == [-signal.SIGKILL], "taken down"

@@ -145,6 +145,7 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
     for word in ("tokens a question", "trees in flight", "staleness", "memory", "missing"):
         assert word in done.stderr
     assert list(tmp_path.iterdir()) == []
+    assert "complete" not in done.stderr
 
 
 def test_the_plan_is_json_for_programs_and_nothing_for_whoever_wants_quiet(

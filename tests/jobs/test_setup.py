@@ -18,7 +18,8 @@ case "$*" in
 *jobs/requirements.py*) printf '%s' "$PLAYED_STATE" ;;
 *"--dry-run"*) exit 0 ;;
 *" uninstall "*|*compileall*) echo "$*" >> "$PLAYED_LOG" ;;
-*"-m pip"*) echo "$*" >> "$PLAYED_LOG"; echo '  Downloading torch'; sleep "${PLAYED_S:-0}"
+*"-m pip"*) echo "$*" >> "$PLAYED_LOG"; echo "${PLAYED_TOLD:-  Downloading torch}"
+    sleep "${PLAYED_S:-0}"
     exit "${PLAYED_STATUS:-0}" ;;
 *distribution*) exit "${PLAYED_FOREIGN:-0}" ;;
 esac
@@ -118,6 +119,13 @@ def test_while_pip_works_lines_say_what_it_is_at(tmp_path: Path) -> None:
     first, *ticks, last = done.told.splitlines()
     assert first.startswith("installing dev into") and last.startswith("installed in ")
     assert ticks and all(tick.endswith("s: Downloading torch") for tick in ticks)
+    for name in ("a-1.dist-info", "b-2.dist-info"):
+        (tmp_path / f"shared/lib/python3.11/site-packages/{name}").mkdir(parents=True)
+    told = "Installing collected packages: a, b, c\n  Successfully uninstalled b-1"
+    state["PLAYED_TOLD"] = told  # the last that pip says until all are there
+    done = Setup(tmp_path, "dev", **state, PLAYED_S="3", TREERPO_TICK_S="0.5")
+    ticks = done.told.splitlines()[1:-1]
+    assert ticks and all(t.endswith("installing: 2 of about 3 packages are there") for t in ticks)
     done = Setup(tmp_path, "dev", **state, PLAYED_STATUS="1")
     assert done.status == 2 and f"all that it said is in {place}/setup.log" in done.told
 

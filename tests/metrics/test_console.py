@@ -11,9 +11,10 @@ import rich.console
 from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import GateConfig, LearnerConfig, RunConfig
-from treerpo_ray.metrics.console import Console, duration, short
+from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.diagnosis import NOTHING_KEPT, RULES
 from treerpo_ray.metrics.events import Event
+from treerpo_ray.metrics.step_table import StepTable, duration, short
 
 REPOSITORY = Path(__file__).parents[2]
 ROW = {
@@ -59,7 +60,9 @@ def run_of(num_steps=10, tokens=None, *, kl=0.1, staleness=1, threshold=0.1) -> 
 def console(is_terminal=False, width=80, config=None, clock=None):
     text = io.StringIO()
     to = rich.console.Console(file=text, force_terminal=is_terminal, width=width, color_system=None)
-    return Console(config or run_of(), to, clock or Clock()), text
+    printer = Console(console=to, clock=clock or Clock())
+    printer.expect_steps(StepTable.of(config or run_of()))
+    return printer, text
 
 
 def cells(line: str) -> str:
@@ -163,7 +166,8 @@ def test_every_warning_fits_into_a_few_lines_of_80_columns_and_ends_with_a_remed
 def test_a_quiet_console_shows_warnings_alone():
     text = io.StringIO()
     to = rich.console.Console(file=text, width=200, color_system=None)
-    printer = Console(run_of(), to, is_quiet=True)
+    printer = Console(console=to, is_quiet=True)
+    printer.expect_steps(StepTable.of(run_of()))
     with printer.stage("starting Ray"):
         printer.note("prose")
     with printer.training():
@@ -190,7 +194,7 @@ def test_colours_are_left_out_where_the_environment_says_so(monkeypatch, variabl
     if variable:
         monkeypatch.setenv(variable, "1")
     text = io.StringIO()
-    printer = Console(run_of(), rich.console.Console(file=text, force_terminal=True, width=80))
+    printer = Console(console=rich.console.Console(file=text, force_terminal=True, width=80))
     printer.warn("prose")
     assert ("\x1b[33m" in text.getvalue()) == (variable is None)
 
@@ -345,7 +349,8 @@ def test_progress_on_a_terminal_ends_in_one_plain_line(total):
 
 
 def test_stdout_stays_free(capsys):
-    printer = Console(run_of())
+    printer = Console()
+    printer.expect_steps(StepTable.of(run_of()))
     printer.note("hello")
     printer.print_step(ROW)
     assert capsys.readouterr().out == ""

@@ -8,7 +8,7 @@ import pytest
 from treerpo_ray.config import Config, load
 from treerpo_ray.config.files import describe
 from treerpo_ray.config.health import HealthConfig
-from treerpo_ray.metrics.diagnosis import NOTHING_KEPT, RULES, Diagnosis, Finding
+from treerpo_ray.metrics.diagnosis import NOTHING_KEPT, RULES, Diagnosis, Finding, Limits
 
 HEALTHY = {
     "reward/mean": 0.5,
@@ -56,7 +56,7 @@ SICK: dict[str, dict[str, float]] = {
 
 def found(config: Config, *rows: dict[str, float]) -> list[Finding]:
     """What is told of healthy steps with these differences."""
-    diagnosis = Diagnosis(config)
+    diagnosis = Diagnosis(Limits.of(config))
     steps = [HEALTHY | {"step": float(number)} | row for number, row in enumerate(rows, 1)]
     return [finding for row in steps for finding in diagnosis.look(row)]
 
@@ -99,6 +99,13 @@ def test_a_crossing_is_told_once_until_it_is_over_and_then_anew(key) -> None:
         assert (first, over, again) == (4, 10, 13)
 
 
+def test_a_policy_that_is_certain_and_right_is_not_warned_of() -> None:
+    certain = {"loss/entropy": 0.001}
+    assert found(Config(), *[certain | {"reward/mean": 0.95}] * 20) == []
+    told = found(Config(), *[certain | {"reward/mean": 0.85}] * 20)
+    assert kinds(told) == [("unhealthy", "min_entropy", 3)]
+
+
 def test_a_finding_has_the_mean_of_the_window_and_what_it_is_compared_with() -> None:
     config = Config(health=HealthConfig(window=2, max_kl=0.5))
     [finding] = found(config, {"loss/kl": 0.2}, {"loss/kl": 0.7}, {"loss/kl": 0.9})
@@ -137,7 +144,7 @@ def test_answers_without_a_common_step_share_no_prefix() -> None:
 def test_the_window_is_of_steps_that_have_the_metric() -> None:
     """As the hit rate, which a step has in which a request ended."""
     names = [name for name in HEALTHY if name != "engine/prefix_hit_rate"]
-    diagnosis, told = Diagnosis(Config()), []
+    diagnosis, told = Diagnosis(Limits.of(Config())), []
     for step in range(1, 9):
         row = {name: HEALTHY[name] for name in names} | {"step": float(step)}
         row |= {"engine/prefix_hit_rate": 0.0} if step % 2 else {}
@@ -147,7 +154,7 @@ def test_the_window_is_of_steps_that_have_the_metric() -> None:
 
 def test_steps_without_an_update_fill_no_window_of_the_loss() -> None:
     without = {name: value for name, value in HEALTHY.items() if not name.startswith("loss/")}
-    diagnosis = Diagnosis(Config())
+    diagnosis = Diagnosis(Limits.of(Config()))
     for step in range(1, 9):
         assert list(diagnosis.look(without | {"step": float(step)})) == []
 
@@ -155,10 +162,10 @@ def test_steps_without_an_update_fill_no_window_of_the_loss() -> None:
 def test_a_resumed_run_tells_anew_what_is_still_so_and_counts_no_step_twice() -> None:
     sick = SICK["max_cut_off_share"]
     rows = [HEALTHY | sick | {"step": float(step)} for step in (1, 2, 3)]
-    resumed = Diagnosis(Config(), [*rows, {"step": 3.0, "eval/pass_at_1": 0.5}])
+    resumed = Diagnosis(Limits.of(Config()), past=[*rows, {"step": 3.0, "eval/pass_at_1": 0.5}])
     assert list(resumed.look({"step": 3.0, "eval/pass_at_1": 0.5})) == []
     assert [each.step for each in resumed.look(HEALTHY | sick | {"step": 3.0})] == [3]
-    two_left = Diagnosis(Config(), rows)
+    two_left = Diagnosis(Limits.of(Config()), past=rows)
     # Steps 2 and 3 are done once more, and there is one before them.
     assert list(two_left.look(HEALTHY | {"step": 1.0, "length/cut_off_share": 0.0})) == []
 

@@ -10,17 +10,16 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from tests.support.saved_runs.run_logs import run_config, write
+from tests.support.saved_runs.run_logs import run_config, run_log_of, write
 from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.metrics.events import Event
 from treerpo_ray.metrics.rows import last_step, latest_rows
-from treerpo_ray.metrics.run_log import RunLog
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.lines import LogTimes
 
 
 def test_a_row_is_on_disk_as_soon_as_it_is_logged(tmp_path):
-    run_log = RunLog(run_config(tmp_path))
+    run_log = run_log_of(run_config(tmp_path))
     run_log.step({"step": 1, "reward/mean": 0.25})
     (row,) = map(json.loads, (tmp_path / "small/metrics.jsonl").read_text().splitlines())
     assert (row["step"], row["reward/mean"]) == (1, 0.25)
@@ -36,7 +35,7 @@ def test_not_a_number_is_null_on_disk_and_nan_when_read(tmp_path):
 
 
 def test_a_row_without_a_step_is_refused_and_leaves_no_line(tmp_path):
-    run_log = RunLog(run_config(tmp_path))
+    run_log = run_log_of(run_config(tmp_path))
     with pytest.raises(KeyError, match="step"):
         run_log.step({"reward/mean": 0.5})
     assert run_log.rows_since(0) == []
@@ -45,7 +44,7 @@ def test_a_row_without_a_step_is_refused_and_leaves_no_line(tmp_path):
 def test_rows_since_counts_the_rows_of_earlier_sessions(tmp_path):
     config = run_config(tmp_path)
     write(config, [{"step": 1}, {"step": 2}])
-    run_log = RunLog(config)
+    run_log = run_log_of(config)
     num_rows = len(run_log.rows_since(0))
     run_log.step({"step": 3})
     assert num_rows == 2
@@ -79,7 +78,7 @@ def test_a_line_that_a_crash_cut_short_is_dropped_by_reader_and_writer(tmp_path)
 
 
 def test_events_are_flat_lines(tmp_path):
-    run_log = RunLog(run_config(tmp_path))
+    run_log = run_log_of(run_config(tmp_path))
     run_log.event(Event(kind="ticket_issued", fields={"ticket": 7, "is_again": False}, time=1.5))
     run_log.event(Event(kind="version", fields={"version": 1, "mismatch": math.nan}, time=2.0))
     assert RunFolder(str(tmp_path / "small")).read_lines("events.jsonl") == [
@@ -95,7 +94,7 @@ def test_an_event_field_may_not_hide_the_kind_or_the_time():
 
 def test_rows_and_events_of_a_run_on_a_store_are_continued():
     config = run_config(f"memory://{uuid.uuid4().hex}")
-    run_log = RunLog(config)
+    run_log = run_log_of(config)
     run_log.step({"step": 1})
     run_log.event(Event(kind="run_ended"))
     run_log.close()
@@ -107,7 +106,7 @@ def test_rows_and_events_of_a_run_on_a_store_are_continued():
 
 def test_a_store_that_takes_nothing_is_an_error_that_names_where_the_rows_are(monkeypatch):
     times = LogTimes(patience=900.0, disk_close=900.0)  # however slow the disk of the test is
-    run_log = RunLog(run_config(f"memory://{uuid.uuid4().hex}"), times=times)
+    run_log = run_log_of(run_config(f"memory://{uuid.uuid4().hex}"), times=times)
 
     def refuse(*args, **kwargs):
         raise ConnectionError("store is away")
@@ -129,7 +128,7 @@ def test_a_run_ends_with_the_step_that_reaches_its_tokens_or_with_the_last_of_it
 
 
 def test_a_limit_that_is_crossed_is_an_event_and_a_notice_and_its_end_an_event_alone(tmp_path):
-    run_log = RunLog(run_config(tmp_path))
+    run_log = run_log_of(run_config(tmp_path))
     for step, kept in ((1, 3), (2, 0), (3, 0), (4, 5)):
         run_log.step({"step": step, "reward/mean": 0.5, "groups/kept": kept})
     [notice] = run_log.notices_since(0)
@@ -144,7 +143,7 @@ def test_a_limit_that_is_crossed_is_an_event_and_a_notice_and_its_end_an_event_a
 def test_growth_counts_each_tree_of_the_next_learner_step_once(tmp_path):
     config = run_config(tmp_path)
     config = replace(config, gate=replace(config.gate, trees_per_step=3))
-    run_log = RunLog(config)
+    run_log = run_log_of(config)
     assert run_log.growth() == (1, 0)
     for ticket in (0, 4, 0, 2, 3):  # one was grown anew, others are of the step after
         run_log.event(Event(kind="tree_finished", fields={"ticket": ticket}))

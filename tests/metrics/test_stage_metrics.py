@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support.saved_runs.run_logs import run_config
+from tests.support.saved_runs.run_logs import COMMIT, run_config, run_log_of
 from treerpo_ray.actor import make_actor
 from treerpo_ray.metrics import stage_metrics
 from treerpo_ray.metrics.events import NOTICES, Event
-from treerpo_ray.metrics.run_log import RunLog
+from treerpo_ray.metrics.run_log import RunLog, RunLogSetup
 from treerpo_ray.metrics.stage_metrics import METRICS, NOTED, Kind, StageMetrics
 
 DASHBOARD = Path(stage_metrics.__file__).with_name("grafana.json")
@@ -53,7 +53,9 @@ ROW = {"version": 5.0, **dict.fromkeys(OF_ROWS, 0.5), "step": 7.0}
 
 def test_a_metric_is_recorded_of_each_row_and_event_by_its_tag(tmp_path):
     kept = Kept()
-    run_log = RunLog(run_config(tmp_path), stage_metrics=StageMetrics("small", kept.make))
+    run_log = run_log_of(
+        run_config(tmp_path), stage_metrics=StageMetrics(run="small", make=kept.make)
+    )
     for event in EVENTS:
         run_log.event(event)
     run_log.step(ROW)
@@ -69,7 +71,7 @@ def test_a_metric_is_recorded_of_each_row_and_event_by_its_tag(tmp_path):
 
 def test_trees_are_finished_until_the_step_that_consumes_them(tmp_path):
     kept, config = Kept(), run_config(tmp_path)
-    run_log = RunLog(config, stage_metrics=StageMetrics("small", kept.make))
+    run_log = run_log_of(config, stage_metrics=StageMetrics(run="small", make=kept.make))
     for ticket in range(config.gate.trees_per_step + 1):
         run_log.event(Event(kind="tree_finished", fields={"ticket": ticket, "engine": 0}))
     before = kept["treerpo_trees", "finished"]
@@ -79,7 +81,7 @@ def test_trees_are_finished_until_the_step_that_consumes_them(tmp_path):
 
 def test_what_is_not_finite_and_nothing_more_of_a_counter_is_left_out():
     kept = Kept()
-    metrics = StageMetrics("small", kept.make)
+    metrics = StageMetrics(run="small", make=kept.make)
     metrics.row({"step": float("nan"), "verdict/errored": 0.0, "reward/mean": 0.0})
     assert kept == {("treerpo_reward", ""): 0.0}
 
@@ -88,8 +90,8 @@ def test_what_fails_of_them_ends_them_and_not_the_run_log(tmp_path, caplog):
     def record(value, tags):
         raise RuntimeError("the agent is gone")
 
-    metrics = StageMetrics("small", lambda metric: record)
-    run_log = RunLog(run_config(tmp_path), stage_metrics=metrics)
+    metrics = StageMetrics(run="small", make=lambda metric: record)
+    run_log = run_log_of(run_config(tmp_path), stage_metrics=metrics)
     run_log.step(ROW)
     run_log.event(EVENTS[0])
     assert len(run_log.rows_since(0)) == 1
@@ -170,7 +172,7 @@ def exported_labels(config):
     that the actor of a run's log records."""
     import ray
 
-    run_log = make_actor(RunLog)(config)
+    run_log = make_actor(RunLog)(setup=RunLogSetup.of(config, commit=COMMIT))
     ray.get([*(run_log.event.remote(event) for event in EVENTS), run_log.step.remote(ROW)])
     node = ray.nodes()[0]
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"

@@ -21,7 +21,7 @@ from tests.support.learning.trees import make_tree
 from tests.support.planted_secrets import SECRETS, holds_secret
 from tests.support.saved_runs.offline_wandb import artifacts, metrics, runs
 from tests.support.saved_runs.run_folders import contents
-from tests.support.saved_runs.run_logs import FakeWandb, run_config, write
+from tests.support.saved_runs.run_logs import COMMIT, FakeWandb, run_config, run_log_of, write
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.loss import LossSums
 from treerpo_ray.algo.tree import ROOT
@@ -31,11 +31,9 @@ from treerpo_ray.evaluate.evaluation import SAMPLES, Evaluation
 from treerpo_ray.learner.stats import BatchStats
 from treerpo_ray.metrics.output import console_for
 from treerpo_ray.metrics.rows import latest_rows
-from treerpo_ray.metrics.run_log import RunLog
-from treerpo_ray.metrics.sources import version_of
 from treerpo_ray.metrics.wandb.offline import offline_records, offline_rows
 from treerpo_ray.metrics.wandb.panels import UNITS
-from treerpo_ray.metrics.wandb.run import WandbRun, group_of
+from treerpo_ray.metrics.wandb.run import WandbRun, WandbSettings, group_of
 from treerpo_ray.metrics.wandb.tables import LATE_ROWS, Tables
 from treerpo_ray.records import to_table, with_training
 from treerpo_ray.run_folder import trees as saved_trees
@@ -62,7 +60,7 @@ def test_wandb_gets_the_configuration_the_sources_and_the_rows(tmp_path, fake_wa
     assert fake_wandb.is_finished
     assert fake_wandb.settings["mode"] is None
     shown = fake_wandb.settings["config"]
-    assert shown["run"]["name"] == "small" and shown["commit"] == version_of(REPOSITORY)
+    assert shown["run"]["name"] == "small" and shown["commit"] == COMMIT
     assert "check" in shown["verifier"] and "sources" not in shown["verifier"] | shown["learner"]
 
 
@@ -315,7 +313,7 @@ def test_the_evaluation_of_a_runs_end_takes_the_place_of_the_interim_one(tmp_pat
 def test_a_broken_wandb_warns_once_and_loses_nothing(tmp_path, fake_wandb):
     fake_wandb.error = RuntimeError("no such entity")
     config = run_config(tmp_path, "p")
-    run_log = RunLog(config)
+    run_log = run_log_of(config)
     for step in range(5):
         run_log.step({"step": step})
     run_log.close()
@@ -331,7 +329,7 @@ def test_a_wandb_that_does_not_answer_is_written_offline_and_told_once(
     tmp_path, fake_wandb, message
 ):
     fake_wandb.error_online = ConnectionError(message)
-    run_log = RunLog(run_config(tmp_path, "p"))
+    run_log = run_log_of(run_config(tmp_path, "p"))
     for step in range(3):
         run_log.step({"step": step})
     run_log.close()
@@ -352,7 +350,12 @@ def test_the_warning_of_a_failure_is_out_when_the_run_is_closed(tmp_path, fake_w
         threading.Event().wait(0.2)
         told.append(kind)
 
-    run = WandbRun(run_config(tmp_path, "p"), folder=tmp_path, rows=[], warn=warn)
+    run = WandbRun(
+        settings=WandbSettings.of(run_config(tmp_path, "p"), commit=COMMIT),
+        folder=tmp_path,
+        rows=[],
+        warn=warn,
+    )
     assert is_failing.wait(600)
     run.close()
     assert told == ["wandb_stopped"]
@@ -361,7 +364,7 @@ def test_the_warning_of_a_failure_is_out_when_the_run_is_closed(tmp_path, fake_w
 def test_a_hanging_wandb_delays_nothing(tmp_path, fake_wandb):
     fake_wandb.hold.clear()
     config = run_config(tmp_path, "p")
-    run_log = RunLog(config, make_wandb=partial(WandbRun, max_waiting=2, close_s=900.0))
+    run_log = run_log_of(config, make_wandb=partial(WandbRun, max_waiting=2, close_s=900.0))
     run_log.step({"step": 0})
     assert fake_wandb.is_logging.wait(600)
     for step in range(1, 5):
@@ -376,7 +379,7 @@ def test_a_hanging_wandb_delays_nothing(tmp_path, fake_wandb):
 
 def test_a_wandb_that_does_not_finish_holds_up_the_end_only_for_a_while(tmp_path, fake_wandb):
     fake_wandb.hold.clear()
-    run_log = RunLog(run_config(tmp_path, "p"), make_wandb=partial(WandbRun, close_s=0.1))
+    run_log = run_log_of(run_config(tmp_path, "p"), make_wandb=partial(WandbRun, close_s=0.1))
     run_log.step({"step": 0})
     run_log.close()
     fake_wandb.hold.set()
@@ -387,9 +390,8 @@ def test_a_wandb_that_does_not_finish_holds_up_the_end_only_for_a_while(tmp_path
 KILLED = """
 import os, signal, sys
 from tests.support.learning.records import make_record
-from tests.support.saved_runs.run_logs import run_config, write
-from treerpo_ray.metrics.run_log import RunLog
-log = RunLog(run_config(sys.argv[1], 'p'))
+from tests.support.saved_runs.run_logs import run_config, run_log_of, write
+log = run_log_of(run_config(sys.argv[1], 'p'))
 for step in range(3):
     log.step({'step': step, 'reward/mean': 0.1 * step, 'tokens/total': 10 * step})
 assert log._wandb._writer.settle(600)
@@ -398,7 +400,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 RESUMED = """
 import sys
 from tests.support.learning.records import make_record
-from tests.support.saved_runs.run_logs import run_config, write
+from tests.support.saved_runs.run_logs import run_config, run_log_of, write
 rows = [{'step': step, 'reward/mean': 0.1 * step, 'tokens/total': 10 * step} for step in (2, 3, 4)]
 write(run_config(sys.argv[1], 'p'), [*rows, {'step': 4, 'eval/pass_at_1': 0.5}])
 """
@@ -430,7 +432,7 @@ import json, sys
 import pyarrow as pa
 from tests.support.learning.records import make_record
 from tests.support.saved_runs.run_folders import contents
-from tests.support.saved_runs.run_logs import run_config, write
+from tests.support.saved_runs.run_logs import run_config, run_log_of, write
 from tests.support.learning.trees import make_tree
 from treerpo_ray.algo.tree import ROOT
 from treerpo_ray.config.files import to_yaml

@@ -23,7 +23,7 @@ def status(stage: str, age_s: float, is_busy: bool = True) -> StageStatus:
 
 def test_ages_are_told_by_the_clock_of_the_one_that_collects() -> None:
     now = 100.0
-    watch = Heartbeats(lambda: now)
+    watch = Heartbeats(clock=lambda: now)
     watch.moved(status("scoring", 0.0))
     watch.moved(status("learner 0", 0.0))
     now = 107.0
@@ -34,7 +34,7 @@ def test_ages_are_told_by_the_clock_of_the_one_that_collects() -> None:
 
 def test_the_idle_time_of_a_stage_is_what_it_has_waited_for_others_until_now() -> None:
     now = 100.0
-    watch = Heartbeats(lambda: now)
+    watch = Heartbeats(clock=lambda: now)
     for at, is_busy in ((100.0, False), (103.0, True), (110.0, False)):
         now = at
         watch.moved(status("scoring", 0.0, is_busy))

@@ -16,7 +16,7 @@ def sets_of(prompts: list[int], mixture: Mixture) -> list[int]:
 
 
 def test_one_set_takes_turns_as_it_did_before_there_were_several() -> None:
-    turns = Turns(one_set(7), seed=3)
+    turns = Turns(mixture=one_set(7), seed=3)
     for number in (0, 1, 6, 7, 20, 700):
         epoch, place = divmod(number, 7)
         expected = np.random.default_rng((3, epoch)).permutation(7)[place]
@@ -25,7 +25,7 @@ def test_one_set_takes_turns_as_it_did_before_there_were_several() -> None:
 
 
 def test_each_set_gets_its_share_and_none_of_its_prompts_comes_again_before_all_others() -> None:
-    turns, number = Turns(THREE, seed=1), 3 * BLOCK + 17
+    turns, number = Turns(mixture=THREE, seed=1), 3 * BLOCK + 17
     prompts = [turns.prompt(n) for n in range(number)]
     assert min(prompts) >= 0 and max(prompts) < sum(THREE.sizes)
     found = sets_of(prompts, THREE)
@@ -43,11 +43,14 @@ def test_each_set_gets_its_share_and_none_of_its_prompts_comes_again_before_all_
 
 def test_a_turn_is_a_function_of_number_and_seed_alone() -> None:
     numbers = (0, 5, BLOCK - 1, BLOCK, 5 * BLOCK + 3)
-    inorder, fresh = Turns(THREE, seed=4), [Turns(THREE, seed=4).prompt(n) for n in numbers]
+    inorder, fresh = (
+        Turns(mixture=THREE, seed=4),
+        [Turns(mixture=THREE, seed=4).prompt(n) for n in numbers],
+    )
     assert [inorder.prompt(n) for n in numbers] == fresh
     assert [inorder.prompt(n) for n in reversed(numbers)] == fresh[::-1]
-    assert [Turns(THREE, seed=5).prompt(n) for n in range(50)] != [
-        Turns(THREE, seed=4).prompt(n) for n in range(50)
+    assert [Turns(mixture=THREE, seed=5).prompt(n) for n in range(50)] != [
+        Turns(mixture=THREE, seed=4).prompt(n) for n in range(50)
     ]
 
 

@@ -300,7 +300,7 @@ class Saving:
             step=0,
             warn=lambda *told: self.told.append(told),
             patience=Patience(
-                RunFolder(str(folder)),
+                folder=RunFolder(str(folder)),
                 waits=lambda *told: self.waited.append(told),
                 written=lambda what, seconds: self.written.append(what),
                 is_told_to_stop=lambda: self.is_told_to_stop,

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.saved_runs.run_folders import LossyStore, contents, files, full_disk
 from treerpo_ray.run_folder.checkpoints import Checkpoints
-from treerpo_ray.run_folder.files import ROW_GROUP_BYTES, RunFolder, named_folder
+from treerpo_ray.run_folder.files import ROW_GROUP_BYTES, RunFolder, did_you_mean, named_folder
 
 
 def test_a_published_folder_is_where_it_is_said_to_be_and_takes_the_old_ones_place(
@@ -150,3 +150,13 @@ def test_a_name_is_that_of_a_run_in_the_folder_of_all_runs_unless_it_is_there_it
         **{"/away/run": "/away/run", "memory://bucket/run": "memory://bucket/run"},
     }
     assert {place: named_folder(place, root="/runs") for place in named} == named
+
+
+def test_a_name_that_is_none_is_answered_with_the_run_that_is_most_like_it(tmp_path: Path) -> None:
+    for name in ("quickstart", "quickstart-grpo", "no run"):
+        RunFolder(f"{tmp_path}/{name}").publish_file("config.yaml", b"")
+    (tmp_path / "no run/config.yaml").unlink()
+    hints = {"quikstart-grpo": "; did you mean quickstart-grpo?", "no rum": "", "countdown": ""}
+    hints[f"{tmp_path}/quickstrt/"] = "; did you mean quickstart?"
+    assert {place: did_you_mean(place, str(tmp_path)) for place in hints} == hints
+    assert did_you_mean("quickstart", f"{tmp_path}/gone") == ""

@@ -34,7 +34,7 @@ def test_a_second_job_is_refused_before_anything_starts_and_names_the_folder(
     tmp_path: Path,
 ) -> None:
     config = load([f"run.root={tmp_path}", "run.name=shared"])
-    console = Console(1, rich.console.Console(file=io.StringIO()))
+    console = Console(console=rich.console.Console(file=io.StringIO()))
     was_started = ray.is_initialized()  # by tests that ran before
     told = f"^another job writes {tmp_path}/shared; wait for it or choose another run.name$"
     with only_writer(RunFolder(config.folder)), pytest.raises(ValueError, match=told):

@@ -84,7 +84,7 @@ class Waiting:
         self.told, self.written, self.moves = [], [], []
         self.is_told_to_stop = threading.Event()
         self.patience = Patience(
-            RunFolder(str(folder)),
+            folder=RunFolder(str(folder)),
             waits=lambda *told: self.told.append(told),
             written=lambda what, seconds: self.written.append(what),
             is_told_to_stop=self.is_told_to_stop.is_set,
@@ -184,7 +184,7 @@ def test_trees_wait_for_a_full_disk_and_none_is_left_out(tmp_path: Path) -> None
         written.append(number)
 
     writer = BackgroundWriter(
-        lambda *told: left_out.append(told), max_waiting=2, retry_s=0.01, place=tmp_path
+        warn=lambda *told: left_out.append(told), max_waiting=2, retry_s=0.01, place=tmp_path
     )
     waiting.once_told(lambda: disk.update(room=1))
     for number in range(9):

@@ -30,7 +30,7 @@ class Writer(BackgroundWriter):
     def __init__(self, sink: Sink, on_failure: OnFailure, settings: dict) -> None:
         warn = lambda *told: sink.told.append(told)  # noqa: E731
         given = {"retry_s": 0.01, "close_s": 0.3, "caught_up": sink.caught_up.set} | settings
-        super().__init__(warn, on_failure=on_failure, **given)
+        super().__init__(warn=warn, on_failure=on_failure, **given)
         self.sink = sink
 
     def hand_over(self, name: str, **how: bool) -> None:
@@ -187,7 +187,7 @@ def test_a_sink_that_fails_at_the_end_is_told_once_though_telling_writes_to_it()
         writer.put("the warning", refuse)
 
     is_held = threading.Event()
-    writer = BackgroundWriter(warn)
+    writer = BackgroundWriter(warn=warn)
     writer.put("first", is_held.wait)
     writer.put("second", refuse)
     closing = threading.Thread(target=writer.close, daemon=True)

@@ -211,7 +211,7 @@ def test_tickets_of_several_sets_follow_their_mixture_and_come_again_as_they_wer
     def make() -> Gate:
         return Gate(mixture=mixture, trees_per_step=4, max_staleness=1, num_steps=50, seed=2)
 
-    turns = Turns(mixture, seed=2)
+    turns = Turns(mixture=mixture, seed=2)
     prompts = [make().ticket(number).prompt for number in range(60)]
     assert prompts == [turns.prompt(number) for number in range(60)]
     assert sum(prompt < 3 for prompt in prompts) > 20, "not by their sizes"

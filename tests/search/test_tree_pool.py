@@ -34,7 +34,7 @@ from treerpo_ray.algo.tree import Tree
 from treerpo_ray.config import Config
 from treerpo_ray.engine.pool import MAX_STARTS
 from treerpo_ray.engine.types import Sampling
-from treerpo_ray.metrics.stage_status import StackDump, stalled
+from treerpo_ray.metrics.stage_status import stalled
 from treerpo_ray.prompts.mixture import one_set
 from treerpo_ray.records import RootValue, TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees
@@ -522,20 +522,18 @@ def test_trees_that_still_wait_on_their_engine_move_with_those_that_it_has_finis
     async def scenario(fleet: Fleet) -> None:
         pool = await make_pool(make_config(), fleet)
         await serve_from_start(pool)
-        dump = StackDump(stage="engines", folder="memory://none", limit_s=LIMIT_S)
         fleet.started[0][0].fault = Fault("grow", "busy")
         evaluation = pool.evaluate(PROMPTS, FLAT, SAMPLING, SEED)
         await anext(evaluation)
         for tree in pool.growing:
             assert tree.is_on_engine
             tree.last_progress -= 2 * LIMIT_S
-        status = await pool.status(dump)
+        status = await pool.status()
         assert "on engine 0: 0 step groups, the last 1" in status.doing and status.is_busy
         assert stalled([status], LIMIT_S) == []
         await evaluation.aclose()
         await until(lambda: not pool.growing)
-        assert not (await pool.status(dump)).is_busy
-        dump.disarm()
+        assert not (await pool.status()).is_busy
         await pool.stop()
 
     run(scenario(Fleet()))

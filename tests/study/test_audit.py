@@ -8,9 +8,9 @@ import torch
 
 from tests.support.learning.records import tree_of
 from tests.support.learning.tiny_models import save_tiny_model
+from tests.support.saved_runs.run_logs import run_log_of
 from treerpo_ray.config import load
 from treerpo_ray.learner.policy import load_policy
-from treerpo_ray.metrics.run_log import RunLog
 from treerpo_ray.records import to_table
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
@@ -124,7 +124,7 @@ def test_wrong_tickets_and_weights_in_a_run_folder_are_found(place, tmp_path) ->
             *(f"gate.trees_per_step={SIZE}", "metrics.wandb_project=null"),
         ]
     )
-    run_log = RunLog(config)
+    run_log = run_log_of(config)
     for row in good_rows():
         run_log.step(row)
     run_log.close()

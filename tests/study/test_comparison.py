@@ -1,8 +1,6 @@
 """Comparison: which runs it has, how long they are, and what its table says."""
 
 import json
-import re
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +11,6 @@ from tests.support.project import ROOT
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config.files import to_yaml
 from treerpo_ray.evaluate.evaluation import Evaluation
-from treerpo_ray.metrics.sources import version_of
 from treerpo_ray.study.comparison import (
     CURVE,
     Comparison,
@@ -125,36 +122,6 @@ def test_all_runs_spend_the_same_time_on_checkpoints_unless_the_comparison_says_
     for base, every in (([], 20), (["checkpoint.every=3"], 3)):
         runs = replace(comparison, base=[*comparison.base, *base]).configs([])
         assert {config.checkpoint.every for config in runs.values()} == {every}
-
-
-def test_outside_a_clone_the_version_tells_code_and_settings_and_nothing_else(
-    tmp_path: Path,
-) -> None:
-    def version(**changes: str) -> str:
-        files = {"treerpo_ray/algo/loss.py": "1", "conf/a.yaml": "b: 2"} | changes
-        root = tmp_path / str(len(list(tmp_path.iterdir())))
-        for name, text in files.items():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_text(text)
-        return version_of(root)
-
-    first = version()
-    assert re.fullmatch("sources-[0-9a-f]{12}", first)
-    assert first == version() == version(**{"runs/log.py": "", "treerpo_ray/model/weights": "w"})
-    changed = [{"conf/a.yaml": "b: 3"}, {"treerpo_ray/algo/loss.py": "2"}, {"conf/c.yaml": ""}]
-    assert len({first, *(version(**change) for change in changed)}) == 4
-
-
-def test_of_a_clone_the_version_is_the_commit(tmp_path: Path) -> None:
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
-    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
-        subprocess.run([*git, *command], check=True)
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    clean = version_of(tmp_path)
-    assert len(clean) >= 4 and commit.startswith(clean)
-    (tmp_path / "conf").mkdir()
-    (tmp_path / "conf/new.yaml").touch()
-    assert version_of(tmp_path) == f"{clean}-dirty"
 
 
 def test_the_seeds_of_all_arms_begin_where_the_comparison_says(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ GONE_S = 1500.0
 def run_training(config: Config, pool: TreePoolApi | None = None) -> tuple[RunResult, str]:
     """Train in the cluster that is connected; returns what the terminal showed too."""
     shown = io.StringIO()
-    console = Console(config, rich.console.Console(file=shown, width=120))
+    console = Console(console=rich.console.Console(file=shown, width=120))
     inputs = load_inputs(config)
     contents = contents_of(config, inputs.prompts, inputs.held_out)
     return train(config, inputs, contents, console, Stop(), pool), shown.getvalue()

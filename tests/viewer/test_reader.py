@@ -25,7 +25,7 @@ from treerpo_ray.config import Config
 from treerpo_ray.records import to_table
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
-from treerpo_ray.study.analysis import Run
+from treerpo_ray.study.analysis import NotThere, Run
 from treerpo_ray.user_code import pack
 from treerpo_ray.viewer.__main__ import bind, main
 from treerpo_ray.viewer.reader import RunReader
@@ -152,7 +152,7 @@ def test_a_run_is_found_by_its_name_and_a_wrong_one_is_one_line(folder, monkeypa
     assert "--port 0 takes a free one" in errors[-1]
 
 
-def test_no_python_that_a_run_folder_brings_along_is_run(tmp_path):
+def test_no_python_that_a_run_folder_brings_along_is_run(tmp_path, monkeypatch):
     """Its configuration has the source of the functions that make and prune its advantages."""
     folder, taken = write_small_run(tmp_path), tmp_path / "taken"
     source = f"open({str(taken)!r}, 'w').close()\n{OWN_CREDIT}"
@@ -184,8 +184,15 @@ def test_no_python_that_a_run_folder_brings_along_is_run(tmp_path):
     assert known["groups"] == ask("trees?step=21")[0]["groups"]
     assert main([folder, "--html", str(tmp_path / "page.html")]) == 0
     assert not taken.exists()
-    Run(folder).advantages(record)  # whoever asks for it has it run
+    run = Run(folder)
+    for compute in (run.advantages, run.advantage_errors, lambda record: run.pruning):
+        with pytest.raises(NotThere, match=r"brings own\.py:(form|rule) .*trusts_code=True"):
+            compute(record)
+    assert not taken.exists()
+    Run(folder, trusts_code=True).advantages(record)
     assert taken.exists()
+    monkeypatch.chdir(tmp_path)  # where the file is as it was, so that it is the user's own
+    assert Run(folder).pruning.rule is not None
 
 
 @pytest.mark.parametrize(

@@ -292,7 +292,8 @@ def _explain(error: OmegaConfBaseException, argument: str = "") -> str:
         near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
         hint = f"; did you mean {' or '.join(near)}?" if near else "; --help lists them all"
         return f"unknown key {key}{hint}"
-    return f"{key}: {str(error).splitlines()[0]}" if key else str(error).splitlines()[0]
+    reason = str(error).splitlines()[0]
+    return f"{key}: {reason}" if key and key != argument.partition("=")[0] else reason
 
 
 @cache
@@ -318,7 +319,7 @@ def describe() -> str:
         notes = _field_notes(kind)
         lines += [
             f"  {section}.{name} = {json.dumps(default)}\n      {notes[name]}"
-            f"{' (May change.)' * is_free(f'{section}.{name}')}"
+            f"{' (A run may be resumed with another.)' * is_free(f'{section}.{name}')}"
             for name, default in defaults[section].items()
         ]
     return "\n".join(lines)

@@ -29,7 +29,7 @@ class HealthConfig:
     max_kl: float | None = field(default=1.0, metadata=POSITIVE)
     """Of `loss/kl`, in nats a token, to the model that the run started from."""
     min_entropy: float | None = field(default=0.01, metadata=POSITIVE)
-    """Of `loss/entropy`, in nats a token."""
+    """Of `loss/entropy`, in nats a token, while `reward/mean` is at most 0.9."""
     max_grad_norm: float | None = field(default=100.0, metadata=POSITIVE)
     """Of `learner/grad_norm` before it is clipped, in units of `learner.clip_grad_norm`."""
     min_kept_share: float | None = field(default=0.05, metadata=POSITIVE_SHARE)

@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import re
 import shutil
 import tempfile
 import traceback
@@ -20,8 +21,9 @@ from treerpo_ray.config import Config
 from treerpo_ray.config.data import PROJECT
 from treerpo_ray.config.files import load, to_yaml
 from treerpo_ray.config.identity import differences
-from treerpo_ray.config.sections import RunConfig, VerifierConfig
+from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.driver.cluster import connected
+from treerpo_ray.driver.sources import version_of
 from treerpo_ray.driver.start import then_and_now
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
 from treerpo_ray.engine.types import EngineSetup, Sampling
@@ -30,7 +32,7 @@ from treerpo_ray.evaluate.evaluation import Evaluation, Graded, save_evaluation,
 from treerpo_ray.evaluate.grading import grade_samples, summarise
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.events import RunLogApi
-from treerpo_ray.metrics.run_log import RunLog
+from treerpo_ray.metrics.run_log import RunLog, RunLogSetup
 from treerpo_ray.metrics.watchdog import Heartbeats, HeartbeatsApi, watch_over
 from treerpo_ray.preflight.memory import MemoryPlan, misfit
 from treerpo_ray.preflight.model_check import model_size, num_positions
@@ -39,7 +41,13 @@ from treerpo_ray.preflight.trial import code_lines, try_checks
 from treerpo_ray.prompts.problems import load_problems
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
 from treerpo_ray.run_folder.checkpoints import FOLDER as CHECKPOINTS
-from treerpo_ray.run_folder.files import CONFIG_FILE, MODEL_FOLDER, RunFolder, named_folder
+from treerpo_ray.run_folder.files import (
+    CONFIG_FILE,
+    MODEL_FOLDER,
+    RunFolder,
+    did_you_mean,
+    named_folder,
+)
 from treerpo_ray.run_folder.lock import only_writer
 from treerpo_ray.run_folder.logs import output_to_log
 from treerpo_ray.scoring import Scorer
@@ -109,6 +117,16 @@ def _model_of(run: RunFolder) -> str:
         if _is_model(run, name):
             return name
     raise ValueError(f"{run}: the run has written neither a model nor a checkpoint yet")
+
+
+def what_is_evaluated(model: str) -> str:
+    """The model in words: of a run also whether it is that of its end or of which step."""
+    folder = RunFolder(model)
+    if not folder.exists(CONFIG_FILE):
+        return model
+    name = _model_of(folder)
+    step = re.search(r"step=(\d+)", name)
+    return f"{model}, {f'its checkpoint of step {int(step[1])}' if step else 'its final model'}"
 
 
 def source_of(model: str) -> str:
@@ -223,7 +241,8 @@ def run_benchmarks(
         if "/" in model or RunFolder(model).exists():
             raise
         raise ValueError(
-            f"{model}: neither a folder here nor a run in {RunConfig().root}; {error}"
+            f"{model}: neither a folder here nor a run in {RunConfig().root}"
+            f"{did_you_mean(model) or f'; {error}'}"
         ) from error
     check_length(config)
     console.note(check_memory(config))
@@ -291,11 +310,13 @@ def evaluate_all(
     console: Console,
     *,
     make_actor: Callable[..., Callable[..., Any]] = make_actor,
-    make_scorer: Callable[[VerifierConfig, PreTrainedTokenizerBase], Scorer] = Scorer,
+    make_scorer: Callable[..., Scorer] = Scorer,
 ) -> Iterator[tuple[str, Evaluation]]:
     """Evaluate each benchmark on the Ray cluster that is connected, on the same engines."""
     run = config.run.name
-    run_log: RunLogApi = make_actor(RunLog, name=f"run log of {run}", concurrency=1)(config)
+    run_log: RunLogApi = make_actor(RunLog, name=f"run log of {run}", concurrency=1)(
+        setup=RunLogSetup.of(config, commit=version_of(PROJECT))
+    )
     pool: TreePoolApi = make_actor(TreePool, name=f"tree pool of {run}")(
         setup=EngineSetup.of(config), log_folder=config.log_folder
     )
@@ -317,7 +338,9 @@ def evaluate_all(
                 supervisor.run(lambda: ray.get(pool.start.remote()))
             with ExitStack() as ending:
                 with console.stage("starting the verifier"):
-                    scorer = ending.enter_context(closing(make_scorer(config.verifier, tokenizer)))
+                    scorer = ending.enter_context(
+                        closing(make_scorer(settings=config.verifier, tokenizer=tokenizer))
+                    )
                 for name, problems in prompts.items():
                     grade = partial(
                         _grade, config, name, problems, pool, scorer, console, heartbeats

@@ -1,6 +1,7 @@
 """Next steps: what can be done with a finished run, as commands to copy into a shell."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -18,16 +19,24 @@ from treerpo_ray.config.sections import RAY_JOB
 
 STARTED_IN = "TREERPO_STARTED_IN"
 """Variable with the folder of the shell that called a script which has gone to PROJECT since."""
+LENGTH = ("run.num_steps=", "run.max_sampled_tokens=")
+"""Beginnings of the overrides that say how long a run is."""
+SPARE_STEPS = 1.2
+"""Learner steps of another method for each that would do if its answers were as long as may be:
+shorter ones take more, and the tokens end the run."""
 HELD_OUT = "held_out"
 """Name of the benchmark that is the run's own held-out data."""
 
 
-def next_steps(config: Config, arguments: Sequence[str]) -> list[tuple[str, str]]:
+def next_steps(
+    config: Config, arguments: Sequence[str], sampled_tokens: int
+) -> list[tuple[str, str]]:
     """What for, and a command that does it, from the folder in which this one was called.
 
     Args:
         config: Of a finished run.
         arguments: Files and overrides that it was made of.
+        sampled_tokens: That it took; another method is proposed to train on as many.
     """
     if RAY_JOB in os.environ or "://" in config.folder:
         return []  # a job's folder is gone after it, and the notebook's page needs one that is here
@@ -39,13 +48,14 @@ def next_steps(config: Config, arguments: Sequence[str]) -> list[tuple[str, str]
     evaluate = f"{_python()} {_file('jobs/evaluate.py')}"
     if is_evaluated:
         found.append(("evaluate it", f"{evaluate} {run} {shlex.join(_benchmark(config))}"))
-    other = _other_method(config, arguments)
+    other = _other_method(config, arguments, sampled_tokens)
     if other is not None:
         method, words, folder = other
         train = f"{_python()} {_file('jobs/train.py')} {shlex.join(words)}"
         if is_evaluated:
             train += f" && {evaluate} --compare {_shown(folder)} {run}"
-        found.append((f"train it with {method}{' and compare' if is_evaluated else ''}", train))
+        purpose = f"train it with {method} on as many tokens"
+        found.append((f"{purpose}, and compare" if is_evaluated else purpose, train))
     if not _has_moved():
         return found
     return [(purpose, f"(cd {shlex.quote(str(PROJECT))} && {line})") for purpose, line in found]
@@ -119,20 +129,32 @@ def _yaml(value: object) -> str:
     return f"{value}" if is_plain else json.dumps(value)  # which is YAML, too
 
 
-def _other_method(config: Config, arguments: Sequence[str]) -> tuple[str, list[str], str] | None:
+def _other_method(
+    config: Config, arguments: Sequence[str], sampled_tokens: int
+) -> tuple[str, list[str], str] | None:
     """Another method, the arguments that train the same with it, and the folder of that run."""
     if config.learner.advantage is AdvantageForm.STANDARD:
         title, suffix = "TreeRPO", "treerpo"
         words = [word for word in arguments if Path(word).parent.name != "methods"]
     else:
         title, suffix, words = "GRPO", "grpo", [*arguments, _file("conf/methods/grpo.yaml")]
-    if any(word.startswith("run.name=") for word in words):
-        words = [word for word in words if not word.startswith("run.name=")]
+    words = [word for word in words if not word.startswith(("run.name=", *LENGTH))]
+    if any(word.startswith("run.name=") for word in arguments):
         words.append(f"run.name={config.run.name}-{suffix}")
     try:
+        other = load(words)
+        words += _as_long(config, other, sampled_tokens)
         other = load(words)
     except ValueError:
         return None  # a method that these settings do not go with
     if other.learner.advantage is config.learner.advantage or other.folder == config.folder:
         return None
     return title, words, other.folder
+
+
+def _as_long(config: Config, other: Config, sampled_tokens: int) -> list[str]:
+    """Overrides that end another run at as many tokens, whatever a learner step of it takes."""
+    ratio = config.shape.max_sampled_tokens / other.shape.max_sampled_tokens
+    num_steps = math.ceil(SPARE_STEPS * config.run.num_steps * ratio)
+    length = [f"run.max_sampled_tokens={sampled_tokens}"]
+    return [f"run.num_steps={num_steps}", *length] if num_steps > other.run.num_steps else length

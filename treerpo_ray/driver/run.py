@@ -16,12 +16,14 @@ import ray.train
 
 from treerpo_ray.actor import end_actors, make_actor, root_cause
 from treerpo_ray.config import Config
+from treerpo_ray.config.data import PROJECT
 from treerpo_ray.driver.cluster import connected
 from treerpo_ray.driver.result import (
     RunResult,
     collect_result,
     finished_result,
 )
+from treerpo_ray.driver.sources import version_of
 from treerpo_ray.driver.start import (
     check_same_contents,
     check_same_run,
@@ -35,20 +37,21 @@ from treerpo_ray.engine.types import EngineSetup, Sampling
 from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation, step_name
 from treerpo_ray.evaluate.examples import examples
-from treerpo_ray.evaluate.grading import evaluate
+from treerpo_ray.evaluate.grading import HeldOutEvaluator
 from treerpo_ray.metrics.console import Console
-from treerpo_ray.metrics.events import RunLogApi, check_failed, write_failed
+from treerpo_ray.metrics.events import RunLogApi, write_failed
 from treerpo_ray.metrics.rows import last_step, latest
-from treerpo_ray.metrics.run_log import RunLog
-from treerpo_ray.metrics.watchdog import Heartbeats, StageApi, Watchdog, watch_over
+from treerpo_ray.metrics.run_log import RunLog, RunLogSetup
+from treerpo_ray.metrics.stage_status import StageApi
+from treerpo_ray.metrics.step_table import StepTable
+from treerpo_ray.metrics.watchdog import Heartbeats, Watchdog, watch_over
 from treerpo_ray.preflight.inputs import Inputs
-from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
+from treerpo_ray.prompts.prompt_set import load_tokenizer
 from treerpo_ray.run_folder.checkpoints import Checkpoints
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.lock import only_writer
 from treerpo_ray.run_folder.logs import output_to_log
 from treerpo_ray.run_folder.writer import BackgroundWriter
-from treerpo_ray.scoring import Scorer
 from treerpo_ray.search.gate import Gate
 from treerpo_ray.search.tree_pool import TreePool
 from treerpo_ray.stop import Stop
@@ -136,6 +139,7 @@ def train(
             the last checkpoint, and the same command goes on from it.
     """
     record_start(config, contents)
+    console.expect_steps(StepTable.of(config))
     was_evaluated = read_evaluation(RunFolder(config.folder), 0) is not None
     with RunSession(config=config, inputs=inputs, console=console, pool=pool, stop=stop) as session:
         session.start_engines()
@@ -179,7 +183,7 @@ class RunSession:
             self._ending.callback(end_actors, own, END_ACTORS_S)
             run_log: RunLogApi = make_actor(
                 RunLog, name=f"run log of {config.run.name}", concurrency=1
-            )(config)
+            )(setup=RunLogSetup.of(config, commit=version_of(PROJECT)))
             self._at_end(run_log.close.remote, "the run log")
             if pool is None:
                 pool = _make_pool(config)
@@ -192,7 +196,7 @@ class RunSession:
                 run_log=self.actors.run_log, console=console, watchdog=watchdog
             )
             self._ending.callback(self.supervisor.show_last)
-            self._scorer: Scorer | None = None
+            self._evaluator: HeldOutEvaluator | None = None
             self._ending = self._ending.pop_all()
 
     def _at_end(self, stop: "Callable[[], ray.ObjectRef[None]]", name: str) -> None:
@@ -230,15 +234,18 @@ class RunSession:
         None without held-out problems."""
         if self.inputs.held_out is None:
             return None
-        if self._scorer is None:
+        if self._evaluator is None:
             model = self.config.model
             with self.console.stage("starting the verifier"):
-                tokenizer = load_tokenizer(model.path, model.trust_remote_code)
-                self._scorer = self._ending.enter_context(
-                    closing(Scorer(self.config.verifier, tokenizer, on_fault=self._check_failed))
+                evaluator = HeldOutEvaluator(
+                    config=self.config,
+                    prompts=self.inputs.held_out,
+                    pool=self.actors.pool,
+                    run_log=self.actors.run_log,
+                    tokenizer=load_tokenizer(model.path, model.trust_remote_code),
                 )
-        grade = partial(self._evaluate, self.inputs.held_out, self._scorer, step)
-        return self.supervisor.run(grade)
+                self._evaluator = self._ending.enter_context(closing(evaluator))
+        return self.supervisor.run(partial(self._evaluate, self._evaluator, step))
 
     def show_examples(self, step: int, when: str) -> None:
         """Show a right and a wrong answer of the evaluation at `step`, where there are such."""
@@ -249,7 +256,7 @@ class RunSession:
             for line in example.lines(self.console.width):
                 self.console.note(line)
 
-    def _evaluate(self, held_out: PromptSet, scorer: Scorer, step: int) -> Evaluation:
+    def _evaluate(self, evaluator: HeldOutEvaluator, step: int) -> Evaluation:
         config, actors = self.config, self.actors
         result = read_evaluation(RunFolder(config.folder), step)
         if result is not None and result.is_of(config.evaluate):
@@ -257,26 +264,13 @@ class RunSession:
         version = ray.get(actors.pool.version.remote())
         if step == 0 and version:
             raise RuntimeError("engines that served a run cannot evaluate the start of another")
-        title = f"evaluating on {len(held_out)} problems"
-        size = len(held_out)
+        size = len(evaluator.prompts)
+        title = f"evaluating on {size} problems"
         with (
             evaluation_progress(config, self.console, actors.heartbeats, title, size) as advance,
-            closing(BackgroundWriter(self._warn)) as writer,
+            closing(BackgroundWriter(warn=self._warn)) as writer,
         ):
-            return evaluate(
-                config,
-                held_out,
-                actors.pool,
-                actors.run_log,
-                scorer,
-                step=step,
-                version=version,
-                advance=advance,
-                writer=writer,
-            )
-
-    def _check_failed(self, reason: str) -> None:
-        self.actors.run_log.event.remote(check_failed(reason))
+            return evaluator.evaluate(step=step, version=version, advance=advance, writer=writer)
 
     def _warn(self, what: str, reason: str) -> None:
         self.actors.run_log.event.remote(write_failed(what, reason))

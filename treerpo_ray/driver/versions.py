@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from treerpo_ray.actor import first_line, root_cause
 from treerpo_ray.config.data import PROJECT
-from treerpo_ray.metrics.sources import checksum_of
+from treerpo_ray.driver.sources import checksum_of
 from treerpo_ray.preflight.machine import installed_gpus
 from treerpo_ray.preflight.placement import Node, Stage, fits
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Wait:
     """A wait under way, which is told of when it takes long."""
 
@@ -56,7 +56,7 @@ class Waits:
         task = asyncio.ensure_future(result)
         if not is_quiet:
             every_s = self._report_every_s
-            self._told[task] = Wait(name, start, start + every_s, every_s)
+            self._told[task] = Wait(name=name, start=start, due=start + every_s, gap_s=every_s)
         try:
             while not task.done():
                 left = max(start, moved_at()) + timeout_s - asyncio.get_running_loop().time()

@@ -14,7 +14,7 @@ class BackgroundTasks:
         failed: Told what a task of `spawn` has raised, once for each.
     """
 
-    def __init__(self, failed: Callable[[BaseException], None]) -> None:
+    def __init__(self, *, failed: Callable[[BaseException], None]) -> None:
         self._failed = failed
         self._tasks: set[asyncio.Task[Any]] = set()
 

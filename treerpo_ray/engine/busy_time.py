@@ -12,7 +12,7 @@ class BusyTime:
         clock: Seconds since any time.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._began = clock, clock()
         self._num_works, self._changed, self._busy = 0, self._began, 0.0
 

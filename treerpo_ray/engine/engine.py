@@ -160,7 +160,7 @@ class Engine:
         held: list[SiblingGroup],
     ) -> AsyncIterator[SiblingGroup]:
         """Grow a tree from the groups held; yields groups as they finish, parents first."""
-        sampler = _Sampler(self, sampling, len(prompt_ids))
+        sampler = _Sampler(engine=self, sampling=sampling, num_prompt_tokens=len(prompt_ids))
         async for group in grow(prompt_ids, shape, sampler, seed=seed, held=held):
             yield group
 
@@ -325,7 +325,7 @@ def make_engine(
     return EngineActor(api=cast(EngineApi, actor), kill=partial(ray.kill, actor))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Sampler:
     """An engine with its way to draw after a prompt, as the search wants it."""
 

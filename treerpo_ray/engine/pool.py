@@ -87,7 +87,7 @@ class EnginePool:
             report=lambda seconds, what: self.note("waiting", seconds=round(seconds), what=what),
             report_every_s=times.report_every_s,
         )
-        self._background = BackgroundTasks(self._work_failed)
+        self._background = BackgroundTasks(failed=self._work_failed)
 
     # What there is -------------------------------------------------------------------------------
 

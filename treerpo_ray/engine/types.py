@@ -104,7 +104,7 @@ class EngineTotals:
     """
 
     def __init__(
-        self, stats: Sequence[EngineStats], clock: Callable[[], float] = time.monotonic
+        self, *, stats: Sequence[EngineStats], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._clock, self._looked_at = clock, clock()
         self._cpu_s = time.process_time()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import ray
 
@@ -17,61 +18,97 @@ from treerpo_ray.evaluate.evaluation import (
     step_name,
 )
 from treerpo_ray.evaluate.scores import powers_of_two, scores
-from treerpo_ray.metrics.events import RunLogApi
+from treerpo_ray.metrics.events import FATAL, Event, RunLogApi, check_failed
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.writer import BackgroundWriter
 from treerpo_ray.scoring import Scorer
 from treerpo_ray.task import TreePoolApi
+from treerpo_ray.verifier.verifier import VariableNotSet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 GRADE_TREES = 32
 """Problems that are graded at a time, while the engines go on."""
 
 
-def evaluate(
-    config: Config,
-    prompts: PromptSet,
-    pool: TreePoolApi,
-    run_log: RunLogApi,
-    scorer: Scorer,
-    *,
-    step: int,
-    version: int,
-    advance: Callable[[int], None],
-    writer: BackgroundWriter,
-) -> Evaluation:
-    """Evaluate during training, into the run folder; engines must serve `version` already.
+class HeldOutEvaluator:
+    """Evaluates a run on its held-out problems, into its run folder.
 
-    The metrics have the result even where its files cannot be written.
+    It holds one verifier until it is closed: a start takes time in which all wait, and asks a paid
+    judge again.
 
     Args:
         config: The run's configuration.
         prompts: The held-out problems.
         pool: Actor of `TreePool`.
         run_log: Actor of `RunLog`.
-        scorer: Grades the answers.
-        step: Learner steps done.
-        version: Version of the weights that is evaluated.
-        advance: Told how many more problems are done.
-        writer: Writes the files, and tells of those that cannot be written.
+        tokenizer: Of the model.
+        start_scorer: Starts what grades the answers.
+
+    Raises:
+        VariableNotSet: `verifier.env` names a variable that is not set here; the run log is told
+            that the run ends of it, since workers that start anew would only run into it again.
     """
-    start = time.monotonic()
-    graded = grade_samples(config, prompts, pool, scorer, advance)
-    result = summarise(
-        config,
-        graded,
-        data=config.evaluate.data,
-        model=config.model.path,
-        step=step,
-        version=version,
-        seconds=time.monotonic() - start,
-    )
-    name, folder = step_name(step), RunFolder(config.folder)
-    writer.put(f"eval/{name}.parquet", lambda: save_samples(graded, folder, name))
-    writer.put(f"eval/{name}.json", lambda: save_evaluation(result, folder))
-    ray.get(run_log.step.remote(result.row()))
-    return result
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        prompts: PromptSet,
+        pool: TreePoolApi,
+        run_log: RunLogApi,
+        tokenizer: "PreTrainedTokenizerBase",
+        start_scorer: Callable[..., Scorer] = Scorer,
+    ) -> None:
+        self.config, self.prompts, self.pool, self.run_log = config, prompts, pool, run_log
+        self.folder = RunFolder(config.folder)
+        try:
+            self._scorer = start_scorer(
+                settings=config.verifier, tokenizer=tokenizer, on_fault=self._check_failed
+            )
+        except VariableNotSet as error:
+            ray.get(run_log.event.remote(Event(kind=FATAL, fields={"reason": str(error)})))
+            raise
+
+    def evaluate(
+        self, *, step: int, version: int, advance: Callable[[int], None], writer: BackgroundWriter
+    ) -> Evaluation:
+        """Evaluate what the engines serve.
+
+        The metrics have the result even where its files cannot be written.
+
+        Args:
+            step: Learner steps done.
+            version: Version of the weights, which engines must serve already.
+            advance: Told how many more problems are done.
+            writer: Writes the files, and tells of those that cannot be written.
+        """
+        config, start = self.config, time.monotonic()
+        graded = grade_samples(config, self.prompts, self.pool, self._scorer, advance)
+        result = summarise(
+            config,
+            graded,
+            data=config.evaluate.data,
+            model=config.model.path,
+            step=step,
+            version=version,
+            seconds=time.monotonic() - start,
+        )
+        name = step_name(step)
+        writer.put(f"eval/{name}.parquet", lambda: save_samples(graded, self.folder, name))
+        writer.put(f"eval/{name}.json", lambda: save_evaluation(result, self.folder))
+        ray.get(self.run_log.step.remote(result.row()))
+        return result
+
+    def close(self) -> None:
+        """End the verifier."""
+        self._scorer.close()
+
+    def _check_failed(self, reason: str) -> None:
+        self.run_log.event.remote(check_failed(reason))
 
 
 def grade_samples(
@@ -83,7 +120,12 @@ def grade_samples(
 ) -> list[Graded]:
     """Sample `evaluate.num_samples` answers to each problem and grade them, in order of problems.
 
-    The arguments are those of `evaluate`.
+    Args:
+        config: With the settings of the evaluation.
+        prompts: The problems.
+        pool: Actor of `TreePool`, which samples.
+        scorer: Grades the answers.
+        advance: Told how many more problems are done.
     """
     settings = config.evaluate
     shape = TreeShape(

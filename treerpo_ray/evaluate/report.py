@@ -23,13 +23,15 @@ from treerpo_ray.evaluate.scores import (
     paired,
     powers_of_two,
 )
-from treerpo_ray.run_folder.files import RunFolder, named_folder
+from treerpo_ray.run_folder.files import RunFolder, did_you_mean, named_folder
 from treerpo_ray.verifier.verdict import Verdict
 
 log = logging.getLogger(__name__)
 
 IN_TOKENS = ("length", "median_length")
 """Scores that are no shares."""
+COLUMNS = 3
+"""Benchmarks beside each other: with their intervals they fit 80 characters."""
 PAPER = ("math500", "olympiadbench", "minerva", "aime24")
 """Benchmarks of the mean that TreeRPO's paper reports (arXiv 2506.05183, table 1)."""
 SETTINGS = {
@@ -66,15 +68,34 @@ def averaged(names: Iterable[str]) -> tuple[str, ...]:
     return chosen if len(chosen) > 1 else ()
 
 
-def table(scores: dict[str, dict[str, Score]], sampling: str) -> rich.console.Group:
-    """A column a benchmark or mean, a row a score with its interval.
+def table(
+    scores: dict[str, dict[str, Score]], *, model: str, verifier: str, sampling: str
+) -> rich.console.Group:
+    """A row a score with its interval, a column a benchmark or mean; as many tables below each
+    other as they need in a terminal.
 
     Args:
         scores: By benchmark and name.
-        sampling: How all the answers were sampled, in words.
+        model: What was evaluated, in words.
+        verifier: What graded the answers.
+        sampling: How all of them were sampled, in words.
     """
-    title = f"{sampling}\nvalue [95 % interval over problems]; shares in %, lengths in tokens"
-    shown = rich.table.Table()
+    title = (
+        f"{model}\n{sampling}, graded by {verifier}\n"
+        "value [95 % interval over problems]; shares in %, lengths in tokens"
+    )
+    parts: list[rich.console.RenderableType] = [title]
+    names = list(scores)
+    for first in range(0, len(names), COLUMNS):
+        chosen = {name: scores[name] for name in names[first : first + COLUMNS]}
+        parts.append(_scores_table(chosen))
+    return rich.console.Group(*parts)
+
+
+def _scores_table(scores: dict[str, dict[str, Score]]) -> rich.table.Table:
+    shown = rich.table.Table(
+        box=rich.box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), pad_edge=False, title=""
+    )
     shown.add_column("")
     for name, found in scores.items():
         size = max(score.num_problems for score in found.values())
@@ -82,7 +103,7 @@ def table(scores: dict[str, dict[str, Score]], sampling: str) -> rich.console.Gr
     for key in dict.fromkeys(key for found in scores.values() for key in found):
         cells = (cell(key, found[key]) if key in found else "" for found in scores.values())
         shown.add_row(key, *cells)
-    return rich.console.Group(title, shown)
+    return shown
 
 
 def cell(name: str, score: Score, sign: str = "") -> str:
@@ -251,7 +272,7 @@ def _label(place: str, file: str) -> str:
 
 def find(place: str) -> dict[str, str]:
     """Files of samples by benchmark; see `comparison`."""
-    place = named_folder(place)
+    named, place = place, named_folder(place)
     if place.endswith((".json", ".parquet")):
         folder, name = _split(place)
         files = [f"{_stem(name)}.parquet"]
@@ -261,7 +282,8 @@ def find(place: str) -> dict[str, str]:
         steps = [file for file in files if _stem(file).startswith("step=")]
         files = [file for file in files if file not in steps[:-1]]
     if not files or not folder.exists(files[0]):
-        raise ValueError(f"{place}: there are no samples of an evaluation (eval/*.parquet)")
+        hint = did_you_mean(named) if not folder.exists() else ""
+        raise ValueError(f"{place}: there are no samples of an evaluation (eval/*.parquet){hint}")
     return {_benchmark(folder.uri(file)): folder.uri(file) for file in files}
 
 

@@ -11,7 +11,6 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import rich.console
@@ -27,16 +26,15 @@ from rich.progress import (
 from rich.text import Text
 
 from treerpo_ray.errors import without_ids
+from treerpo_ray.metrics.step_table import MISSING, StepTable, duration
 
 if TYPE_CHECKING:  # the first line should not wait for what these import
-    from treerpo_ray.config import Config
     from treerpo_ray.metrics.events import Event
     from treerpo_ray.metrics.rows import Row
     from treerpo_ray.run_folder.files import Scalar
 
 HEADER_EVERY = 20
 """Lines after which the names of the columns are repeated."""
-MISSING = "-"
 INDENT = 12
 """Where the text of a plan's line begins, behind its title."""
 IDS = {"pid", "core", "node"}
@@ -62,55 +60,6 @@ SENTENCES = {
 """What is told of an event, by its kind; of another one, or one that lacks a field, all fields."""
 
 
-def short(count: float) -> str:
-    """A count in at most five characters, such as 987, 12.3k or 1.23M.
-
-    >>> [short(n) for n in (0, 987, 1149.4, 370_210, 999_960, 12_345_678)]
-    ['0', '987', '1.15k', '370k', '1.00M', '12.3M']
-    """
-    size, unit = float(count), ""
-    for next_unit in "kMBT":
-        if size < 999.5:
-            break
-        size, unit = size / 1000, next_unit
-    digits = 0 if not unit or size >= 99.95 else 1 if size >= 9.995 else 2
-    return f"{size:.{digits}f}{unit}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Column:
-    """A metric of the table, right-aligned."""
-
-    title: str
-    metric: str
-    form: Callable[[float], str]
-    width: int
-
-    def cell(self, row: "Row") -> str:
-        """What stands in the line of a step."""
-        text = self.form(row[self.metric]) if self.metric in row else MISSING
-        return f"{text:>{self.width}}"
-
-
-def columns(config: "Config") -> list[Column]:
-    """Those that can move in a run; all of them, with step and times, take 78 characters."""
-    has_kl = config.loss.kl_coef > 0
-    can_be_stale = config.gate.max_staleness > 0
-    prunes = config.learner.prune_threshold >= 0
-    found = [
-        Column(title="reward", metric="reward/mean", form="{:.3f}".format, width=6),
-        Column(title="kept", metric="groups/kept_share", form="{:.0%}".format, width=4),
-        Column(title="loss", metric="loss/total", form="{:+.4f}".format, width=7),
-        Column(title="kl", metric="loss/kl", form="{:.4f}".format, width=6),
-        Column(title="mismatch", metric="mismatch/mean", form="{:.4f}".format, width=8),
-        Column(title="stale", metric="staleness/mean", form="{:.2f}".format, width=5),
-        Column(title="tok/s", metric="tokens/per_s", form=short, width=5),
-        Column(title="tokens", metric="tokens/total", form=short, width=6),
-    ]
-    left_out = {"kl": not has_kl, "stale": not can_be_stale, "kept": not prunes}
-    return [column for column in found if not left_out.get(column.title)]
-
-
 class _Terminal(rich.console.Console):
     """Standard error; where nobody reads it any more, the run goes on unseen."""
 
@@ -123,7 +72,6 @@ class Console:
     """Terminal of a run, or of an evaluation without one; plain lines where stderr is no terminal.
 
     Args:
-        config: That of the run whose steps are shown.
         console: Where to; standard error if not given.
         clock: Seconds since any time.
         is_quiet: Whether warnings are all that is shown.
@@ -131,10 +79,9 @@ class Console:
 
     def __init__(
         self,
-        config: "Config | None" = None,
+        *,
         console: rich.console.Console | None = None,
         clock: Callable[[], float] = time.monotonic,
-        *,
         is_quiet: bool = False,
     ) -> None:
         self._is_quiet = is_quiet
@@ -149,12 +96,16 @@ class Console:
         self._last_evaluation_s = 0.0
         self._sampling = ""
         self._stage: tuple[str, float] | None = None
-        self.config = config
+        self._table: StepTable | None = None
 
     @property
     def width(self) -> int:
         """Columns of the terminal; 80 where there is none."""
         return self._console.width
+
+    def expect_steps(self, table: StepTable) -> None:
+        """Show learner steps, as the run has them that begins."""
+        self._table = table
 
     def expect_evaluation(self, seconds: float) -> None:
         """Count an evaluation of that length into the time left."""
@@ -166,17 +117,12 @@ class Console:
             self._print_evaluation(row)
         if "reward/mean" not in row:
             return
-        assert self.config is not None  # only runs have steps
-        shown = columns(self.config)
-        width = max(4, len(f"{self.config.run.num_steps}") * 2 + 1)
+        assert self._table is not None  # only runs have steps
         if self._num_lines % HEADER_EVERY == 0:
-            titles = " ".join(f"{column.title:>{column.width}}" for column in shown)
-            self._print(f"{'step':>{width}} {titles} {'time':>6} {'left':>6}", style="bold")
+            self._print(f"{self._table.titles} {'time':>6} {'left':>6}", style="bold")
         self._num_lines += 1
-        cells = " ".join(column.cell(row) for column in shown)
-        step = f"{row['step']:.0f}/{self.config.run.num_steps}"
-        elapsed = duration(self._clock() - self._started_at)
-        self._print(f"{step:>{width}} {cells} {elapsed:>6} {self._time_left(row):>6}")
+        elapsed, left = duration(self._clock() - self._started_at), self._time_left(row)
+        self._print(f"{self._table.line(row)} {elapsed:>6} {left:>6}")
 
     def _print_evaluation(self, row: "Row") -> None:
         """The score, and how it was sampled where that is not as in the line before."""
@@ -287,10 +233,10 @@ class Console:
         """So many trees of a learner step are finished."""
         if self._live is None or (not num_finished and step != self._growing):
             return  # the bar has something to show once there is a tree
-        assert self.config is not None  # only runs have steps
+        assert self._table is not None  # only runs have steps
         bar, task = self._live
         if step != self._growing:
-            total = self.config.gate.trees_per_step
+            total = self._table.trees_per_step
             bar.reset(task, total=total, description=f"trees of step {step}")
             self._growing = step
         bar.update(task, completed=num_finished)
@@ -310,17 +256,12 @@ class Console:
     def _time_left(self, row: "Row") -> str:
         """Steps at the pace since the first row that was printed, evaluations in between too, and
         the evaluation at the end; unknown at that row, whose step took its time to begin."""
-        assert self.config is not None
+        assert self._table is not None
         if self._first is None or row["step"] <= self._first["step"]:
             self._first = row
             return MISSING
         pace = (row["time"] - self._first["time"]) / (row["step"] - self._first["step"])
-        run = self.config.run
-        steps = max(0.0, run.num_steps - row["step"])
-        if run.max_sampled_tokens and row.get("tokens/total"):
-            tokens_left = max(0.0, run.max_sampled_tokens - row["tokens/total"])
-            steps = min(steps, tokens_left / row["tokens/total"] * row["step"])
-        return duration(pace * steps + self._last_evaluation_s)
+        return duration(pace * self._table.steps_left(row) + self._last_evaluation_s)
 
     def _wrapped(self, text: str, indent: str = "") -> str:
         """Text broken between words for a terminal; spaces at its start stay."""
@@ -385,12 +326,3 @@ def _progress_bar(console: rich.console.Console) -> Progress:
         redirect_stdout=is_shown,
         redirect_stderr=is_shown,
     )
-
-
-def duration(seconds: float) -> str:
-    """Time in at most six characters, up to 99 hours."""
-    if seconds < 9.95:
-        return f"{seconds:.1f}s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"

@@ -8,11 +8,15 @@ was over.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from treerpo_ray.config import Config
+from treerpo_ray.config.health import HealthConfig
 from treerpo_ray.metrics.events import HEALTHY_AGAIN, UNHEALTHY
 from treerpo_ray.metrics.rows import Row
 
+SETTLED_REWARD = 0.9
+"""Mean reward from which a policy may be certain of what it says."""
 NEVER_IDLE = 0.1
 """Share of its time that a learner may wait for trees and still is what the others wait for."""
 
@@ -42,6 +46,26 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What is healthy in a run, and what some of it is measured by."""
+
+    health: HealthConfig
+    clip_grad_norm: float
+    max_staleness: int
+    has_siblings: bool
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """Of a run."""
+        return cls(
+            health=config.health,
+            clip_grad_norm=config.learner.clip_grad_norm,
+            max_staleness=config.gate.max_staleness,
+            has_siblings=len(config.tree.num_children) > 1,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
     """A limit of the section `health`, and what is told beyond it."""
 
@@ -63,11 +87,11 @@ class Steps:
     """The newest learner steps of a run, and its first ones.
 
     Args:
-        config: The run's.
+        limits: Those of the run.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
         self.rows: list[Row] = []
         self.first: list[float] = []
         """The mismatch of the first steps that have one."""
@@ -75,21 +99,21 @@ class Steps:
     def add(self, row: Row) -> None:
         """The next step; one that a resume repeats takes the place of all from it on."""
         self.rows = [past for past in self.rows if past["step"] < row["step"]]
-        self.rows = [*self.rows, row][-max(KEPT_STEPS, self.config.health.window) :]
-        if "mismatch/mean" in row and len(self.first) < self.config.health.window:
+        self.rows = [*self.rows, row][-max(KEPT_STEPS, self.limits.health.window) :]
+        if "mismatch/mean" in row and len(self.first) < self.limits.health.window:
             self.first.append(row["mismatch/mean"])
 
     def mean(self, metric: str) -> float | None:
         """Over the newest steps that have it, as many as the window; None if they are fewer, or the
         newest of all has not."""
-        size = self.config.health.window
+        size = self.limits.health.window
         values = [row[metric] for row in self.rows if metric in row][-size:]
         has_it = metric in self.rows[-1] and len(values) == size
         return sum(values) / size if has_it else None
 
 
 def _mismatch_growth(steps: Steps, rule: Rule) -> float | None:
-    limit, mean = steps.config.health.max_mismatch, steps.mean(rule.metric)
+    limit, mean = steps.limits.health.max_mismatch, steps.mean(rule.metric)
     if mean is None:
         return None
     least = (limit or 1.0) / 10  # below, rounding alone makes multiples
@@ -101,15 +125,21 @@ def _ratio_drift(steps: Steps, rule: Rule) -> float | None:
     return None if mean is None else abs(mean - 1)
 
 
+def _entropy(steps: Steps, rule: Rule) -> float | None:
+    """Of a policy that is wrong now and then: one that is certain and right is what is wanted."""
+    reward, mean = steps.mean("reward/mean"), steps.mean(rule.metric)
+    return None if mean is None or reward is None or reward > SETTLED_REWARD else mean
+
+
 def _clipped_norms(steps: Steps, rule: Rule) -> float | None:
     mean = steps.mean(rule.metric)
-    return None if mean is None else mean / steps.config.learner.clip_grad_norm
+    return None if mean is None else mean / steps.limits.clip_grad_norm
 
 
 def _bound_share(steps: Steps, rule: Rule) -> float | None:
     """Of a learner that never waits: where it waits, trees are old for being long in coming."""
     mean, idle = steps.mean(rule.metric), steps.mean("idle/learner_share")
-    bound = steps.config.gate.max_staleness
+    bound = steps.limits.max_staleness
     if mean is None or idle is None or bound < 2:  # with 1, the next trees grow beside the update
         return None
     return mean / bound if idle <= NEVER_IDLE else 0.0
@@ -122,13 +152,13 @@ def _kept_share(steps: Steps, rule: Rule) -> float | None:
 
 def _trained_share(steps: Steps, rule: Rule) -> float | None:
     """Of groups that are kept: else that is told."""
-    kept, limit = steps.mean("groups/kept_share"), steps.config.health.min_kept_share
+    kept, limit = steps.mean("groups/kept_share"), steps.limits.health.min_kept_share
     return steps.mean(rule.metric) if kept is not None and kept >= (limit or 0.0) else None
 
 
 def _tree_hits(steps: Steps, rule: Rule) -> float | None:
     """Of trees alone: answers without a common step share no more than a prompt."""
-    return steps.mean(rule.metric) if len(steps.config.tree.num_children) > 1 else None
+    return steps.mean(rule.metric) if steps.limits.has_siblings else None
 
 
 RULES = (
@@ -176,6 +206,7 @@ RULES = (
         what="the policy is nearly certain of every token, so that siblings come to the same",
         remedy="raise loss.entropy_coef, loss.clip_high or tree.temperature",
         is_low=True,
+        measure=_entropy,
     ),
     Rule(
         key="max_grad_norm",
@@ -267,12 +298,12 @@ class Diagnosis:
     """Looks at the rows of a run as they come.
 
     Args:
-        config: The run's.
+        limits: Those of the run.
         past: Rows of the sessions before; what is beyond a limit since then is told anew.
     """
 
-    def __init__(self, config: Config, past: Sequence[Row] = ()) -> None:
-        self._steps, self._limits = Steps(config), config.health
+    def __init__(self, limits: Limits, *, past: Sequence[Row] = ()) -> None:
+        self._steps = Steps(limits)
         self._told: set[str] = set()
         for row in past:
             if "reward/mean" in row:
@@ -284,7 +315,7 @@ class Diagnosis:
             return
         self._steps.add(row)
         for rule in (NOTHING_KEPT, *RULES):
-            limit = getattr(self._limits, rule.key) if rule.key else 1.0
+            limit = getattr(self._steps.limits.health, rule.key) if rule.key else 1.0
             value = rule.measure(self._steps, rule)
             if limit is None or value is None or math.isnan(value):
                 continue

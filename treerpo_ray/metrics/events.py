@@ -7,7 +7,7 @@ from typing import Protocol
 
 from treerpo_ray.actor import actor_method
 from treerpo_ray.metrics.rows import Row
-from treerpo_ray.metrics.stage_status import StackDump, StageStatus
+from treerpo_ray.metrics.stage_status import StageApi
 from treerpo_ray.run_folder.files import Scalar
 
 EVENTS_FILE = "events.jsonl"
@@ -62,7 +62,7 @@ def check_failed(reason: str) -> Event:
     return Event(kind="check_failed", fields={"reason": reason})
 
 
-class RunLogApi(Protocol):
+class RunLogApi(StageApi, Protocol):
     """Actor of `RunLog`."""
 
     @actor_method
@@ -83,9 +83,6 @@ class RunLogApi(Protocol):
 
     @actor_method
     def num_lines(self) -> tuple[int, int]: ...
-
-    @actor_method
-    def status(self, stacks: StackDump) -> StageStatus: ...
 
     @actor_method
     def close(self) -> None: ...

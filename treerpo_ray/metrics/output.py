@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, TextIO
 from treerpo_ray.metrics.console import Console
 
 if TYPE_CHECKING:
-    from treerpo_ray.config import Config
     from treerpo_ray.metrics.events import Event
     from treerpo_ray.metrics.rows import Row
 
@@ -41,18 +40,17 @@ class JsonConsole(Console):
     `plan`, `command`, `stage` and `progress`.
 
     Args:
-        config: As of `Console`.
         file: Where to; standard output if not given.
         clock: Seconds since any time.
     """
 
     def __init__(
         self,
-        config: "Config | None" = None,
+        *,
         file: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(config, clock=clock, is_quiet=True)
+        super().__init__(clock=clock, is_quiet=True)
         self._file = file or sys.stdout
 
     def print_step(self, row: "Row") -> None:

@@ -10,14 +10,15 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
 
-from treerpo_ray.metrics.diagnosis import Diagnosis
+from treerpo_ray.metrics.diagnosis import Diagnosis, Limits
 from treerpo_ray.metrics.events import EVENTS_FILE, NOTICES, Event
 from treerpo_ray.metrics.rows import METRICS_FILE, Row, latest, parse_rows
 from treerpo_ray.metrics.stage_metrics import FINISHED, StageMetrics
-from treerpo_ray.metrics.stage_status import StackDump, StageStatus
-from treerpo_ray.metrics.wandb.run import ID_FILE, SENT_FILE, WandbRun
+from treerpo_ray.metrics.stage_status import StageStatus, WatchedStage
+from treerpo_ray.metrics.wandb.run import ID_FILE, SENT_FILE, WandbRun, WandbSettings
 from treerpo_ray.run_folder.files import RunFolder, Scalar, parse_lines
 from treerpo_ray.run_folder.lines import AppendLog, LogTimes
 
@@ -28,8 +29,33 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class RunLog:
-    """Writes the metrics and events of the run that `config` describes.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunLogSetup:
+    """What is written down, and where."""
+
+    name: str
+    """Of the run."""
+    folder: str
+    """Of the run."""
+    trees_per_step: int
+    limits: Limits
+    wandb: WandbSettings | None
+    """None: there is no copy on W&B."""
+
+    @classmethod
+    def of(cls, config: "Config", *, commit: str) -> Self:
+        """Of a run, by sources of that version."""
+        return cls(
+            name=config.run.name,
+            folder=config.folder,
+            trees_per_step=config.gate.trees_per_step,
+            limits=Limits.of(config),
+            wandb=WandbSettings.of(config, commit=commit),
+        )
+
+
+class RunLog(WatchedStage):
+    """Writes the metrics and events of a run.
 
     A row is on disk before anything else sees it, unless the disk is late: then it waits in memory
     and the run goes on. W&B can neither stop nor delay the run. For an object store the files lie
@@ -37,7 +63,7 @@ class RunLog:
     writer at a time (`lock`).
 
     Args:
-        config: The run's.
+        setup: What is written, and where.
         times: How long disk and store are waited for.
         make_wandb: Makes the copy on W&B, if there is to be one.
         stage_metrics: Told of all for Ray's metrics endpoint; those of the Ray that this process
@@ -49,29 +75,30 @@ class RunLog:
 
     def __init__(
         self,
-        config: "Config",
+        *,
+        setup: RunLogSetup,
         times: LogTimes | None = None,
         make_wandb: Callable[..., WandbRun] = WandbRun,
         stage_metrics: StageMetrics | None = None,
     ) -> None:
-        self._stage_metrics = stage_metrics or StageMetrics(config.run.name)
+        self._stage_metrics = stage_metrics or StageMetrics(run=setup.name)
         self._notices: list[Event] = []
         self._moved_at = time.monotonic()
         self._log = AppendLog(
-            folder=RunFolder(config.folder),
+            folder=RunFolder(setup.folder),
             names=(METRICS_FILE, EVENTS_FILE, ID_FILE, SENT_FILE),
             warn=self._warn,
             times=times,
         )
         self._rows = parse_rows(parse_lines(self._log.read(METRICS_FILE)))
-        self._diagnosis = Diagnosis(config, latest(self._rows))
-        self._trees_per_step = config.gate.trees_per_step
+        self._diagnosis = Diagnosis(setup.limits, past=latest(self._rows))
+        self._trees_per_step = setup.trees_per_step
         self._finished: set[int] = set()
         """Tickets of the trees that are finished and not consumed yet, in this session."""
         self._wandb: WandbRun | None = None
-        if config.metrics.wandb_project is not None:
+        if setup.wandb is not None:
             self._wandb = make_wandb(
-                config, folder=self._log.path, rows=list(self._rows), warn=self._warn
+                settings=setup.wandb, folder=self._log.path, rows=list(self._rows), warn=self._warn
             )
 
     def __repr__(self) -> str:
@@ -117,9 +144,8 @@ class RunLog:
         self._notices.append(event)
         self._append(event)
 
-    def status(self, stacks: StackDump) -> StageStatus:
+    def status(self) -> StageStatus:
         """Whether rows and events get where they should, and when the last row came."""
-        stacks.arm()
         return StageStatus(
             stage="metrics",
             doing=f"{len(self._rows)} rows; last notices: {[n.kind for n in self._notices[-3:]]}",

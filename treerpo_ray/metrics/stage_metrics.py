@@ -246,7 +246,7 @@ class StageMetrics:
         make: Makes what records a metric.
     """
 
-    def __init__(self, run: str, make: Callable[[StageMetric], Record] = in_ray) -> None:
+    def __init__(self, *, run: str, make: Callable[[StageMetric], Record] = in_ray) -> None:
         self._run = run
         self._by_source: dict[str, tuple[StageMetric, Record]] = {}
         self._by_event: dict[str, tuple[StageMetric, Record]] = {}

@@ -9,6 +9,9 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
+
+from treerpo_ray.actor import actor_method
 
 EARLY = 0.9
 """Share of the limit after which a process writes its stacks, to have done so when it is over."""
@@ -66,6 +69,26 @@ class StageStatus:
     def __str__(self) -> str:
         state = "busy" if self.is_busy else "idle"
         return f"{self.stage} ({state} for {self.age_s:.0f} s{self.where}): {self.doing}"
+
+
+class StageApi(Protocol):
+    """Actor of any stage that can be asked what it does."""
+
+    @actor_method
+    def arm(self, stacks: StackDump) -> None:
+        """Have its process write its stacks, unless this is asked again before."""
+
+    @actor_method
+    def status(self) -> StageStatus:
+        """What it does, and since when."""
+
+
+class WatchedStage:
+    """A stage whose process writes its stacks where it hangs."""
+
+    def arm(self, stacks: StackDump) -> None:
+        """See `StackDump`."""
+        stacks.arm()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ import ray
 
 from treerpo_ray.actor import actor_method
 from treerpo_ray.config import Config
-from treerpo_ray.metrics.stage_status import IdleTimes, StackDump, StageStatus, stalled
+from treerpo_ray.metrics.stage_status import IdleTimes, StackDump, StageApi, StageStatus, stalled
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.writer import BackgroundWriter
 
@@ -52,18 +52,10 @@ class HeartbeatsApi(Protocol):
     def idle(self) -> IdleTimes: ...
 
 
-class StageApi(Protocol):
-    """Actor of any stage that can be asked what it does."""
-
-    @actor_method
-    def status(self, stacks: StackDump) -> StageStatus:
-        """What it does, and since when; `stacks` are to be armed."""
-
-
 class Heartbeats:
     """Collects what the stages report; an actor, whose clock is the only one that counts."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._moved: dict[str, tuple[float, StageStatus]] = {}
         self._idle: dict[str, float] = {}
@@ -188,7 +180,9 @@ class Watchdog:
         report = "\n".join(lines) + "\n"
         faults: list[str] = []
         writer = BackgroundWriter(
-            lambda *why: faults.append(": ".join(why)), name="stall report", close_s=self._report_s
+            warn=lambda *why: faults.append(": ".join(why)),
+            name="stall report",
+            close_s=self._report_s,
         )
         own = self._folder
         writer.put(name, lambda: own.publish_file(name, report.encode() + _own_stacks()))
@@ -210,7 +204,7 @@ class Stages:
     """Asks the stages of a run for their latest statuses; one that does not answer is busy.
 
     Args:
-        actors: Actor of each stage that has a method `status`, by the stage's name.
+        actors: Actor of each stage that can be asked, by the stage's name.
         heartbeats: Actor of `Heartbeats`, for the stages that cannot be asked.
         folder: Run folder, for the stacks of those that can.
         limit_s: `run.stall_timeout_s`.
@@ -235,7 +229,8 @@ class Stages:
         """The latest statuses."""
         for stage, actor in self._actors.items():
             if stage not in self._asked:
-                self._asked[stage] = actor.status.remote(self._stacks[stage])
+                actor.arm.remote(self._stacks[stage])
+                self._asked[stage] = actor.status.remote()
         if "heartbeats" not in self._asked:
             self._asked["heartbeats"] = self._heartbeats.statuses.remote()
         ray.wait(list(self._asked.values()), num_returns=len(self._asked), timeout=ANSWER_S)

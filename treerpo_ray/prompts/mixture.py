@@ -81,7 +81,7 @@ class Turns:
         seed: Seed of the draws and of the permutations.
     """
 
-    def __init__(self, mixture: Mixture, seed: int) -> None:
+    def __init__(self, *, mixture: Mixture, seed: int) -> None:
         self.mixture, self.seed = mixture, seed
         self._before = [np.zeros(len(mixture.sizes), np.int64)]
         """Tickets of each set before each block."""

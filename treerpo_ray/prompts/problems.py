@@ -256,10 +256,15 @@ def _columns(part: Rows, config: DataConfig, template: Template | None, section:
             continue
         told = unknown_column(column, key, section, part.names, part.sample, taken=wanted.keys())
         raise ValueError(f"{part.name}: {told}" if part.name else told)
-    return _Columns(config.question_column, answer, config.answer_mark, template)
+    return _Columns(
+        question=config.question_column,
+        answer=answer,
+        mark=config.answer_mark,
+        template=template,
+    )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Columns:
     """Where the parts of a problem stand in a row."""
 

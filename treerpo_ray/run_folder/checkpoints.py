@@ -240,7 +240,7 @@ class CheckpointSaver:
         self._saved = self._before = step
         """The newest one, and the one before, which is the newest again where this one fails."""
         self._error: Exception | None = None
-        self._writer = BackgroundWriter(warn, name="checkpoints", on_failure=OnFailure.DROP)
+        self._writer = BackgroundWriter(warn=warn, name="checkpoints", on_failure=OnFailure.DROP)
 
     def is_due(self, step: int) -> bool:
         """Whether it is time for the checkpoint of `step`."""

@@ -5,6 +5,7 @@ What is published is whole or not there: it is written beside its place, synced 
 object store uploaded with what tells of it last, and compared.
 """
 
+import difflib
 import glob
 import io
 import json
@@ -240,6 +241,19 @@ def named_folder(place: str, root: str | None = None) -> str:
     a run in `root`, the folder of all runs unless another is given."""
     is_name = "/" not in place and not RunFolder(place).exists()
     return f"{root or RunConfig().root}/{place}" if is_name else place
+
+
+def did_you_mean(place: str, root: str | None = None) -> str:
+    """What to add to a message about a place where no run is: the name that is most like it.
+
+    Args:
+        place: As of `named_folder`.
+        root: The folder of all runs, unless that of the defaults.
+    """
+    found = RunFolder(root or RunConfig().root).glob(f"*/{CONFIG_FILE}")
+    names = [name.removesuffix(f"/{CONFIG_FILE}") for name in found]
+    near = difflib.get_close_matches(place.rstrip("/").rpartition("/")[2], names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def parse_lines(text: str) -> list[dict[str, Scalar]]:

@@ -69,7 +69,7 @@ class AppendLog:
         self._uploaded_sizes: dict[str, int] = {}
         self._is_uploaded = folder.is_local
         self._disk = BackgroundWriter(
-            lambda _, reason: warn("log_delayed", f"{reason}; {self._waiting()} wait"),
+            warn=lambda _, reason: warn("log_delayed", f"{reason}; {self._waiting()} wait"),
             name="lines",
             place=self.path,
             caught_up=lambda: warn("log_caught_up", str(self.path)),
@@ -79,7 +79,7 @@ class AppendLog:
         self._store: BackgroundWriter | None = None
         if not folder.is_local:
             self._store = BackgroundWriter(
-                lambda _, reason: warn("upload_delayed", reason),
+                warn=lambda _, reason: warn("upload_delayed", reason),
                 name="uploads",
                 caught_up=lambda: warn("upload_caught_up", folder.root),
                 retry_s=self._times.upload_every,

@@ -55,8 +55,8 @@ class Patience:
 
     def __init__(
         self,
-        folder: RunFolder,
         *,
+        folder: RunFolder,
         waits: Warn,
         written: Callable[[str, float], object],
         is_told_to_stop: Callable[[], bool],

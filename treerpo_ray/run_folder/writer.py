@@ -29,7 +29,7 @@ class OnFailure(Enum):
     """It is left out, and so is all that comes after it."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Job:
     name: str
     work: Work
@@ -55,8 +55,8 @@ class BackgroundWriter:
 
     def __init__(
         self,
-        warn: Warn,
         *,
+        warn: Warn,
         name: str = "files",
         on_failure: OnFailure = OnFailure.RETRY,
         caught_up: Callable[[], object] = lambda: None,
@@ -97,7 +97,7 @@ class BackgroundWriter:
             if num_waiting >= self._max_waiting:
                 self._leave_out(name, f"left out: {num_waiting} before it still wait")
                 return
-            self._jobs.append(_Job(name, work))
+            self._jobs.append(_Job(name=name, work=work))
             self._changed.notify_all()
 
     def settle(
@@ -143,7 +143,7 @@ class BackgroundWriter:
             if self._is_stopped:
                 return self._fault
             if last is not None:
-                self._jobs.append(_Job("the end", last))
+                self._jobs.append(_Job(name="the end", work=last))
             self._is_closing = True
             self._changed.notify_all()
         self._thread.join(self._close_s)

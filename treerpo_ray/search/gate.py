@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from treerpo_ray.metrics.stage_status import StackDump, StageStatus
+from treerpo_ray.metrics.stage_status import StageStatus, WatchedStage
 from treerpo_ray.prompts.mixture import Mixture, Turns
 from treerpo_ray.records import RootValue
 from treerpo_ray.search.curriculum import Curriculum, Measurement, from_state, to_state
@@ -26,7 +26,7 @@ from treerpo_ray.task import GateState, Ticket
 log = logging.getLogger(__name__)
 
 
-class Gate:
+class Gate(WatchedStage):
     """Issues tickets in order; see the module text for the rule.
 
     Args:
@@ -51,7 +51,7 @@ class Gate:
     ) -> None:
         self.mixture, self.trees_per_step = mixture, trees_per_step
         self.max_staleness, self.num_steps, self.seed = max_staleness, num_steps, seed
-        self._turns = Turns(mixture, seed)
+        self._turns = Turns(mixture=mixture, seed=seed)
         self.curriculum = Curriculum(share=revisit, seed=seed)
         self.steps_done = 0
         self.issued = 0
@@ -131,9 +131,8 @@ class Gate:
         self._moved.set()
         return self.session
 
-    def status(self, stacks: StackDump) -> StageStatus:
+    def status(self) -> StageStatus:
         """What the gate waits for, and since when."""
-        stacks.arm()
         return StageStatus(
             stage="gate",
             doing=f"issued {self.issued} tickets and lets out {self.limit}; waits for learner "

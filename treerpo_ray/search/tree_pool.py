@@ -23,7 +23,7 @@ from treerpo_ray.engine.pool import TIMES, EnginePool, PoolTimes
 from treerpo_ray.engine.replica import EngineActor
 from treerpo_ray.engine.types import EngineSetup, EngineStats, Sampling
 from treerpo_ray.metrics.events import RunLogApi
-from treerpo_ray.metrics.stage_status import StackDump, StageStatus
+from treerpo_ray.metrics.stage_status import StageStatus, WatchedStage
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.search.gate import redrawn
@@ -34,7 +34,7 @@ from treerpo_ray.weight_sync import Manifest, Probe
 log = logging.getLogger(__name__)
 
 
-class TreePool:
+class TreePool(WatchedStage):
     """The stage between gate and tree stream; an actor with asynchronous methods.
 
     It serves one run at a time: `begin` it, then `start`.
@@ -100,7 +100,7 @@ class TreePool:
         self._failure: Exception | None = None
         self._last_progress = time.monotonic()
         """When a tree last ended to grow: with its only step group, in an evaluation."""
-        self._work = BackgroundTasks(self._fail)
+        self._work = BackgroundTasks(failed=self._fail)
 
     async def begin(
         self,
@@ -254,9 +254,8 @@ class TreePool:
         held = [*self._saved.values(), *self._taken.values(), *self._finished.values(), *growing]
         return [tree for tree in held if tree.ticket >= first]
 
-    async def status(self, stacks: StackDump) -> StageStatus:
+    async def status(self) -> StageStatus:
         """What is in flight, and since when nothing has moved."""
-        stacks.arm()
         on_engines = [tree for tree in self.growing if tree.is_on_engine]
         shown = "; ".join(tree.state() for tree in on_engines) or "waiting for tickets"
         finished = f"finished and not taken: {sorted(self._finished)}"

@@ -28,6 +28,7 @@ from treerpo_ray.metrics.rows import METRICS_FILE, latest_rows
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import CONFIG_FILE, MODEL_FOLDER, RunFolder
+from treerpo_ray.user_code import is_file, is_here, split_function
 
 TOKENIZER_FILE = "tokenizer.json"
 ShownT = TypeVar("ShownT")
@@ -52,14 +53,16 @@ class Run:
 
     Args:
         folder: Path or URI.
+        trusts_code: Whether a form of advantages or a rule of pruning is run that the folder
+            brings along and that is not here as the file that it was; somebody may have sent it.
 
     Raises:
         ValueError: the folder is missing or holds no run; methods raise `NotThere` for a part of
-            the run that is not there (yet).
+            the run that is not there (yet), or that needs code which is not trusted.
     """
 
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
+    def __init__(self, folder: str, *, trusts_code: bool = False) -> None:
+        self.folder, self.trusts_code = folder, trusts_code
         self._files = RunFolder(folder)
         self._trees_of = lru_cache(1)(self._read_trees)
         self._baselines: dict[int, float] = {}
@@ -166,6 +169,7 @@ class Run:
         return float(self._baselines[step])
 
     def _scheme(self, record: TreeRecord) -> "_Scheme":
+        self._check_code(self._learner.advantage)
         form = self._learner.form
         baseline = self._baseline(record) if has_baseline(form) else 0.0
         return {"form": form, "pruning": self.pruning, "baseline": baseline}
@@ -185,7 +189,20 @@ class Run:
     @property
     def pruning(self) -> Pruning:
         """Which step groups are kept."""
+        self._check_code(self._learner.prune)
         return self._learner.pruning
+
+    def _check_code(self, name: str) -> None:
+        """Raise NotThere for a function that the folder brings along, unless that may be run."""
+        if self.trusts_code or name not in self.own_code:
+            return
+        file, _ = split_function(name)
+        source = self._learner.sources.get(file)
+        if is_file(file) and source is not None and not is_here(file, source):
+            raise NotThere(
+                f"{self.folder} brings {name} along, which is not here as it was and is not run; "
+                "if you trust it: Run(folder, trusts_code=True)"
+            )
 
     @cached_property
     def _learner(self) -> LearnerConfig:

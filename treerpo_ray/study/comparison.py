@@ -25,9 +25,9 @@ from treerpo_ray.config.data import PROJECT
 from treerpo_ray.config.files import flat_settings, load, placeless, to_yaml
 from treerpo_ray.config.identity import Flat, check_file_name
 from treerpo_ray.config.sections import RunConfig
+from treerpo_ray.driver.sources import version_of
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation
 from treerpo_ray.metrics.rows import last_step, latest_rows
-from treerpo_ray.metrics.sources import version_of
 from treerpo_ray.run_folder.files import RunFolder
 
 log = logging.getLogger(__name__)
@@ -255,7 +255,9 @@ def _unlike(result: Result, config: Config, default: Flat) -> list[str]:
     ours = placeless(flat_settings(to_yaml(config)))
     theirs = placeless(default | flat_settings(result.config))
     # How many steps its tokens come to is found out by the run; folders may have been moved.
-    known = ours.keys() - {"run.root", "run.name", *LENGTH}
+    # What `health` says is only told of.
+    known = {key for key in ours if not key.startswith("health.")}
+    known -= {"run.root", "run.name", *LENGTH}
     unlike = sorted(name for name in known if ours[name] != theirs.get(name))
     if result.start and start_of(config) not in ("", result.start):
         unlike.append("weights at the start")

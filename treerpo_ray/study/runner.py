@@ -75,7 +75,7 @@ class Trials:
         config = self.configs[trial]
         check_vllm(config)
         inputs = load_inputs(config)
-        console = Console(config)
+        console = Console()
         console.note(f"{title}: {trial.setting}, {trial.arm}, seed {trial.seed}")
         # The start is the same for all arms: it is evaluated once for each setting, before the
         # engines have served a run.

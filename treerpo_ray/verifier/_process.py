@@ -52,7 +52,7 @@ class WorkerProcess:
         env: Names of variables that it gets beside ENVIRONMENT.
     """
 
-    def __init__(self, settings: Settings, env: tuple[str, ...]) -> None:
+    def __init__(self, *, settings: Settings, env: tuple[str, ...]) -> None:
         self.connection, theirs = Pipe()
         self.trace_fd = os.memfd_create("trace")
         """File in memory that it writes to where it hangs or crashes."""

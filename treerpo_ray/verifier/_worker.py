@@ -75,7 +75,7 @@ def serve(fd: int, trace_fd: int) -> None:
             refused = f"{settings.check} {error}{file_hint(settings.check)}"
             return _send(connection, {"refused": refused, "trace": ""})
         network = None if check.is_async else deny_network()
-        memory = _Memory(settings.memory_mib * 2**20)
+        memory = _Memory(allowance=settings.memory_mib * 2**20)
         greeting = {
             "is_async": check.is_async,
             "wanted": check.wanted,
@@ -92,7 +92,7 @@ def serve(fd: int, trace_fd: int) -> None:
 class _Memory:
     """What the process may map beside what its imports have; the kernel holds it to it."""
 
-    def __init__(self, allowance: int) -> None:
+    def __init__(self, *, allowance: int) -> None:
         self._half = _address_space() + allowance // 2
         limit = _address_space() + allowance
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

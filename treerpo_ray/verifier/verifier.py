@@ -260,7 +260,7 @@ class Verifier:
             self._on_fault(f"{self._settings.check}: an answer has no verdict{hint}:\n{trace}")
 
     def _start(self) -> None:
-        worker = WorkerProcess(self._settings, self._env)
+        worker = WorkerProcess(settings=self._settings, env=self._env)
         self._workers.append(worker)
         self._on_start(worker.process.pid)
 

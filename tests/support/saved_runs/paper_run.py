@@ -8,11 +8,11 @@ import numpy as np
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 
+from tests.support.saved_runs.run_logs import run_log_of
 from tests.support.saved_runs.small_run import TOKENIZER, metric_rows
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import MetricsConfig, RunConfig
-from treerpo_ray.metrics.run_log import RunLog
 from treerpo_ray.records import TreeRecord, to_table
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
@@ -47,7 +47,7 @@ def write_paper_run(
         run=RunConfig(name=name, root=str(root), num_steps=40),
         metrics=MetricsConfig(wandb_project=None),
     )
-    run_log = RunLog(config)
+    run_log = run_log_of(config)
     for row in metric_rows():
         run_log.step(row)
     run_log.close()

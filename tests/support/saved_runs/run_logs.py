@@ -7,7 +7,9 @@ import types
 
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import MetricsConfig, RunConfig
-from treerpo_ray.metrics.run_log import RunLog
+from treerpo_ray.metrics.run_log import RunLog, RunLogSetup
+
+COMMIT = "0a1b2c3"
 
 
 def run_config(root, project=None):
@@ -16,8 +18,12 @@ def run_config(root, project=None):
     )
 
 
+def run_log_of(config, **settings):
+    return RunLog(setup=RunLogSetup.of(config, commit=COMMIT), **settings)
+
+
 def write(config, rows):
-    run_log = RunLog(config)
+    run_log = run_log_of(config)
     for row in rows:
         run_log.step(row)
     run_log.close()

@@ -10,12 +10,12 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 
 from tests.support.project import ROOT as PROJECT
+from tests.support.saved_runs.run_logs import run_log_of
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import MetricsConfig, RunConfig, TreeConfig
 from treerpo_ray.evaluate.evaluation import SAMPLES
 from treerpo_ray.metrics.events import Event
-from treerpo_ray.metrics.run_log import RunLog
 from treerpo_ray.quickstart.exercises import draw_exercises
 from treerpo_ray.records import TreeRecord, to_table
 from treerpo_ray.verifier.verdict import Verdict
@@ -35,7 +35,7 @@ def write_small_run(root, name="small"):
         tree=TreeConfig(num_children=NUM_CHILDREN, step_tokens=STEP_CHARS),
         metrics=MetricsConfig(wandb_project=None),
     )
-    run_log = RunLog(config)
+    run_log = run_log_of(config)
     for row in metric_rows():
         run_log.step(row)
     run_log.event(Event(kind="run_started", time=1000.0))

@@ -4,15 +4,14 @@ import time
 
 import ray
 
-from treerpo_ray.metrics.stage_status import StackDump, StageStatus
+from treerpo_ray.metrics.stage_status import StackDump, StageStatus, WatchedStage
 from treerpo_ray.metrics.watchdog import Heartbeat
 
 
-class Stage:
+class Stage(WatchedStage):
     """An actor of a stage that answers until it is told to sleep."""
 
-    def status(self, stacks: StackDump) -> StageStatus:
-        stacks.arm()
+    def status(self) -> StageStatus:
         return StageStatus(stage="gate", doing="waiting", is_busy=False)
 
     def sleep(self, stacks: StackDump) -> None:

@@ -5,18 +5,16 @@ that was resumed, each a folder of its own where they are offline, are one histo
 synced: no row is there twice, and none is missing that was on its way when the run was killed.
 """
 
-import dataclasses
 import os
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from treerpo_ray.config.data import PROJECT
 from treerpo_ray.metrics.rows import Row
-from treerpo_ray.metrics.sources import version_of
 from treerpo_ray.metrics.wandb.artifacts import Artifacts
 from treerpo_ray.metrics.wandb.offline import offline_rows
 from treerpo_ray.metrics.wandb.panels import TOKENS, define, shown
@@ -47,12 +45,46 @@ def group_of(name: str, seed: int) -> str:
     return shorter or name
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WandbSettings:
+    """What a run on W&B is of, and under which names."""
+
+    project: str
+    name: str
+    group: str
+    run_folder: str
+    model: str
+    """Path of that which it begins with."""
+    keep: int
+    """Checkpoints that stay."""
+    has_trees: bool
+    """Whether trees are saved, of which some are shown."""
+    shown: Mapping[str, object]
+    """What W&B shows as the run's configuration."""
+
+    @classmethod
+    def of(cls, config: "Config", *, commit: str) -> Self | None:
+        """Of a run, by sources of that version; None if it is not to be there."""
+        if config.metrics.wandb_project is None:
+            return None
+        return cls(
+            project=config.metrics.wandb_project,
+            name=config.run.name,
+            group=group_of(config.run.name, config.run.seed),
+            run_folder=config.folder,
+            model=config.model.path,
+            keep=config.checkpoint.keep,
+            has_trees=bool(config.metrics.save_trees_every),
+            shown=_without_code(config) | {"commit": commit},
+        )
+
+
 class WandbRun:
     """One W&B run, served in the background; offline unless a key is known and W&B answers, and
     never asking for a key.
 
     Args:
-        config: The run's; it is shown on W&B, with the version of the sources as `commit`.
+        settings: What it is of.
         folder: Local folder for the offline files, the id of the run and what W&B has of it.
         rows: Those of the sessions before. What W&B does not have of them is sent; a row that
             repeats one of them after a resume is left out, so that no axis runs backwards.
@@ -64,15 +96,16 @@ class WandbRun:
 
     def __init__(
         self,
-        config: "Config",
         *,
+        settings: WandbSettings,
         folder: Path,
         rows: Sequence[Row],
         warn: Warn,
         max_waiting: int = 1000,
         close_s: float = 60.0,
     ) -> None:
-        self._config, self._folder = config, folder
+        self._settings, self._folder = settings, folder
+        self._run_folder = RunFolder(settings.run_folder)
         self._warn = warn
         self._run: wandb.Run | None = None
         self._artifacts: Artifacts | None = None
@@ -85,11 +118,9 @@ class WandbRun:
         self._tokens = 0.0
         self._number = 0
         """Of the row that was sent last."""
-        self._tables = Tables(
-            folder=RunFolder(config.folder), has_trees=bool(config.metrics.save_trees_every)
-        )
+        self._tables = Tables(folder=self._run_folder, has_trees=settings.has_trees)
         self._writer = BackgroundWriter(
-            lambda _, reason: warn("wandb_stopped", f"{reason}; metrics.jsonl has all rows"),
+            warn=lambda _, reason: warn("wandb_stopped", f"{reason}; metrics.jsonl has all rows"),
             name="wandb",
             on_failure=OnFailure.STOP,
             max_waiting=max_waiting,
@@ -134,7 +165,7 @@ class WandbRun:
         handed = [line.split() for line in whole]
         sent = {int(number) for number, mode in handed if mode == "online"}
         if any(mode == "offline" for _, mode in handed):
-            found = offline_rows(RunFolder(self._config.folder), id_file.read_text())
+            found = offline_rows(self._run_folder, id_file.read_text())
             sent |= {int(row["_step"]) for row in found}
         return sent
 
@@ -186,10 +217,10 @@ class WandbRun:
             )
         (self._folder / ID_FILE).write_text(self._run.id)  # in a sweep W&B's own
         self._artifacts = Artifacts(
-            folder=RunFolder(self._config.folder),
-            name=self._config.run.name,
-            model=self._config.model.path,
-            keep=self._config.checkpoint.keep,
+            folder=self._run_folder,
+            name=self._settings.name,
+            model=self._settings.model,
+            keep=self._settings.keep,
             run=self._run,
         )
         self._artifacts.use_start()
@@ -209,13 +240,13 @@ class WandbRun:
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:12])
         return wandb.init(
-            project=self._config.metrics.wandb_project,
-            name=self._config.run.name,
-            group=group_of(self._config.run.name, self._config.run.seed),
+            project=self._settings.project,
+            name=self._settings.name,
+            group=self._settings.group,
             id=id_file.read_text(),
             resume="allow",
             dir=str(self._folder),
-            config=_settings(self._config) | {"commit": version_of(PROJECT)},
+            config=dict(self._settings.shown),
             mode=mode,
             # Metadata would hold the command line of a Ray worker, and with it Ray's password, and
             # its own look at git that of the folder which Ray runs it in.
@@ -233,9 +264,9 @@ def _is_evaluation(row: Row) -> bool:
     return "eval/pass_at_1" in row
 
 
-def _settings(config: "Config") -> dict[str, object]:
+def _without_code(config: "Config") -> dict[str, object]:
     """A configuration without the user's code, which is nobody's but the run folder's."""
     return {
         section: {key: value for key, value in keys.items() if key != "sources"}
-        for section, keys in dataclasses.asdict(config).items()
+        for section, keys in asdict(config).items()
     }

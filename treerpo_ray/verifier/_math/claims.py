@@ -20,7 +20,7 @@ MAX_NAME_CHARS = 80
 ROUNDING = Fraction(999, 1000)  # of the last place: rounded or cut off
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Claim:
     name: str
     """What the values are of; "" if the first member is a value itself."""
@@ -63,9 +63,10 @@ def _claim(text: str) -> _Claim | None:
         name, first_sign = values.pop(0), signs[0]
         signs = signs[1:]
         if first_sign == APPROX:
-            return _Claim(name, (), tuple(values))
+            return _Claim(name=name, exact=(), approximate=tuple(values))
     num_exact = signs.index(APPROX) + 1 if APPROX in signs else len(values)
-    return _Claim(name, tuple(values[:num_exact]), tuple(values[num_exact:]))
+    exact, approximate = tuple(values[:num_exact]), tuple(values[num_exact:])
+    return _Claim(name=name, exact=exact, approximate=approximate)
 
 
 def _is_name(text: str) -> bool:

@@ -41,7 +41,7 @@ AND = re.compile(r"\\land(?![a-z])")
 INFINITE = r"\infty"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Bound:
     """An end of an interval as it is written, and its place among the others."""
 
@@ -133,8 +133,8 @@ def _bound(text: str, *, is_closed: bool) -> Bound:
     spelt = key(text)
     if spelt.lstrip("+-") == INFINITE:
         sign = "-" if spelt[0] == "-" else ""
-        return Bound(f"{sign}{INFINITE}", is_closed, float(f"{sign}inf"))
-    return Bound(text.strip(), is_closed, real_value(text))
+        return Bound(text=f"{sign}{INFINITE}", is_closed=is_closed, place=float(f"{sign}inf"))
+    return Bound(text=text.strip(), is_closed=is_closed, place=real_value(text))
 
 
 def _interval(text: str) -> list[Interval] | None:

@@ -77,7 +77,9 @@ def ratio_of_differences(a: tuple[str, str], b: tuple[str, str]) -> float | None
         bits = _bits(differences)
         ratios, firsts = [], []
         for probe in range(len(SCALES)):  # a factorial in an equation has no value at these
-            first, second = (_Evaluation(bits, probe).value(term) for term in differences)
+            first, second = (
+                _Evaluation(bits=bits, probe=probe).value(term) for term in differences
+            )
             if _is_zero(first, bits) or _is_zero(second, bits):
                 return None
             ratios.append(first / second)
@@ -98,7 +100,7 @@ def real_value(text: str) -> Fraction | None:
         return None
     try:
         bits = _bits([term])
-        value = _Evaluation(bits, 0).value(term)
+        value = _Evaluation(bits=bits, probe=0).value(term)
     except NoValue:
         return None
     if not _is_real(value, bits):
@@ -116,7 +118,7 @@ def _is_same(a: Term, b: Term) -> bool:
         return False
     for probe in probes:
         try:
-            first, second = (_Evaluation(bits, probe).value(term) for term in (a, b))
+            first, second = (_Evaluation(bits=bits, probe=probe).value(term) for term in (a, b))
         except NoValue:
             if probes is WHOLE_PROBES:
                 continue
@@ -156,7 +158,7 @@ def _bits(terms: Sequence[Term]) -> int:
     probes = _probes(*terms)
     for term in terms:
         for probe in probes if _has_unknown(term) else probes[:1]:
-            rough = _Evaluation(FIRST_BITS, probe)
+            rough = _Evaluation(bits=FIRST_BITS, probe=probe)
             try:
                 rough.value(term)
             except NoValue:
@@ -187,7 +189,7 @@ class _Evaluation:
     `size` then counts the bits of its numbers and powers, `num_functions` what is no arithmetic.
     """
 
-    def __init__(self, bits: int, probe: int) -> None:
+    def __init__(self, *, bits: int, probe: int) -> None:
         self.size = 0
         self.num_functions = 0
         self._bits, self._probe = bits, probe

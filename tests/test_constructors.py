@@ -1,0 +1,82 @@
+"""Constructors: whoever makes an object says what is what.
+
+A constructor takes by position at most the one thing that the object is of, as in
+`RunFolder(place)` and `Router(replicas)`; a function, a number and what has a default go by their
+names. A dataclass of more than two fields takes all of them by name.
+"""
+
+import ast
+from collections.abc import Iterator
+
+from tests.support.project import ROOT
+
+PLAIN = {
+    "Checkpoints": "a folder, and how many of them it keeps",
+    "Policy": "a model and its tokenizer, as everywhere in transformers",
+}
+PLAIN_DATA = {
+    "Interval": "low and high, as in mathematics",
+    "StoreUpdate": "made by vLLM, of a dictionary",
+}
+"""Classes whose order is plain, and why."""
+NUMBERS = {"bool", "int", "float"}
+
+
+def modules() -> Iterator[ast.Module]:
+    for folder in ("treerpo_ray", "jobs"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            yield ast.parse(path.read_text())
+
+
+def classes() -> Iterator[ast.ClassDef]:
+    """All but errors, which are raised with a message."""
+    for module in modules():
+        for node in ast.walk(module):
+            bases = [ast.unparse(base) for base in getattr(node, "bases", ())]
+            if isinstance(node, ast.ClassDef) and not any(base.endswith("Error") for base in bases):
+                yield node
+
+
+def constructors() -> Iterator[tuple[str, ast.arguments]]:
+    """By the names of their classes."""
+    for node in classes():
+        for made in node.body:
+            if isinstance(made, ast.FunctionDef) and made.name == "__init__":
+                yield node.name, made.args
+
+
+def types_of_functions() -> set[str]:
+    """How they are written: `Callable`, and names such as `Warn` that stand for one."""
+    return {"Callable"} | {
+        ast.unparse(node.targets[0])
+        for module in modules()
+        for node in module.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("Callable[")
+    }
+
+
+def test_a_constructor_takes_by_position_at_most_what_the_object_is_of() -> None:
+    functions = types_of_functions()
+    assert "Warn" in functions and len(list(constructors())) > 40
+
+    def is_plain(taken: ast.arguments) -> bool:
+        own = [*taken.posonlyargs, *taken.args][1:]
+        kinds = [ast.unparse(each.annotation) for each in own if each.annotation]
+        return (
+            len(own) <= 1
+            and not taken.defaults
+            and not any(kind in NUMBERS or kind.partition("[")[0] in functions for kind in kinds)
+        )
+
+    assert {name for name, taken in constructors() if not is_plain(taken)} == PLAIN.keys()
+
+
+def test_a_dataclass_of_more_than_two_fields_takes_them_by_name() -> None:
+    found: dict[str, bool] = {}
+    for node in classes():
+        how = [ast.unparse(each) for each in node.decorator_list]
+        fields = [each for each in node.body if isinstance(each, ast.AnnAssign)]
+        if len(fields) > 2 and any(each.startswith("dataclass") for each in how):
+            found[node.name] = any("kw_only=True" in each for each in how)
+    assert len(found) > 80
+    assert {name for name, is_by_name in found.items() if not is_by_name} == PLAIN_DATA.keys()
