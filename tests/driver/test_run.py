@@ -11,7 +11,6 @@ import ray
 import ray.train
 import rich.console
 
-from tests.support.stages.thread_actors import Handle, without_ray
 from treerpo_ray.config import load
 from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.driver.run import run
@@ -53,10 +52,13 @@ def fit(
             return None
         return ray.train.WorkerGroupError("a worker failed", failures)
 
+    def remote(call: Callable[..., object]) -> SimpleNamespace:
+        return SimpleNamespace(remote=call)
+
     actors = SimpleNamespace(
-        gate=Handle(SimpleNamespace(done=lambda: done[-1])),
-        run_log=Handle(SimpleNamespace(event=events.append)),
-        heartbeats=Handle(SimpleNamespace(forget=lambda stage: None)),
+        gate=SimpleNamespace(done=remote(lambda: done[-1])),
+        run_log=SimpleNamespace(event=remote(events.append)),
+        heartbeats=SimpleNamespace(forget=remote(lambda stage: None)),
     )
     group = TrainGroup(
         limits=LearnerConfig(max_failures=max_failures),
@@ -67,12 +69,12 @@ def fit(
         ),
         is_stopping=is_stopping,
         sleep=waits.append,
+        get=lambda answer: answer,
     )
-    with without_ray():
-        try:
-            return group.fit(), waits, events
-        except ray.train.TrainingFailedError:
-            return None, waits, events
+    try:
+        return group.fit(), waits, events
+    except ray.train.TrainingFailedError:
+        return None, waits, events
 
 
 def test_a_group_that_fails_again_without_progress_is_waited_for_longer_and_longer() -> None:
