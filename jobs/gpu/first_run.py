@@ -34,9 +34,9 @@ from jobs.gpu.measures import (
     top_kernels,
 )
 from jobs.gpu.workload import (
+    PROJECT,
     REAL,
     REHEARSAL,
-    ROOT,
     Sizes,
     made_policy,
     make_learner,
@@ -50,7 +50,7 @@ from treerpo_ray.preflight.memory import MemoryPlan, ModelSizes
 
 TORCH_ALONE = ("machine", "model", "attention", "learner")
 """Parts that run where Ray and vLLM are not installed."""
-QUICKSTART = ROOT / "treerpo_ray/quickstart/model"
+QUICKSTART = PROJECT / "treerpo_ray/quickstart/model"
 
 
 Tell = Callable[..., None]
@@ -266,9 +266,11 @@ def train(sizes: Sizes, folder: Path, tell: Tell) -> None:
     common += ["sync.probe_every=1", "gate.trees_per_step=6"]
     steps = 1 if sizes is REHEARSAL else 3
     _run(
-        "quickstart", [str(ROOT / "conf/quickstart.yaml"), *common, f"run.num_steps={steps}"], tell
+        "quickstart",
+        [str(PROJECT / "conf/quickstart.yaml"), *common, f"run.num_steps={steps}"],
+        tell,
     )
-    recipe = [str(ROOT / "conf/treerpo_qwen2.5_math_1.5b.yaml"), *common]
+    recipe = [str(PROJECT / "conf/treerpo_qwen2.5_math_1.5b.yaml"), *common]
     recipe += [f"model.path={folder}/model", "prompts.path=quickstart:train"]
     recipe += ["prompts.question_column=question", "prompts.answer_column=answer"]
     recipe += ["gate.trees_per_step=8", "tree.step_tokens=[64, 64, 64]", "run.num_steps=2"]
@@ -280,7 +282,7 @@ def train(sizes: Sizes, folder: Path, tell: Tell) -> None:
 def _run(name: str, arguments: list[str], tell: Tell) -> None:
     start = time.monotonic()
     command = [sys.executable, "jobs/train.py", *arguments, f"run.name={name}"]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
     tell(**{f"{name}_s": round(time.monotonic() - start, 1)})
     if done.returncode:
         raise RuntimeError(f"the {name} run ended with status {done.returncode}; see train.log")

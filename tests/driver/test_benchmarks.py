@@ -12,7 +12,7 @@ import pytest
 import ray
 import rich.console
 
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 from tests.support.stages.pool_without_nodes import PoolWithoutNodes
 from treerpo_ray.actor import make_actor
 from treerpo_ray.config.files import load, to_yaml
@@ -36,7 +36,7 @@ from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.search.tree_pool import TreePool
 from treerpo_ray.task import TreePoolApi
 
-MODEL = str(ROOT / "treerpo_ray/quickstart/model")
+MODEL = str(PROJECT / "treerpo_ray/quickstart/model")
 
 
 def test_the_preset_has_the_papers_sampling_and_its_benchmarks() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from jobs.gpu import measures
 from jobs.gpu.workload import REHEARSAL, forest_of
-from tests.support.project import ROOT, load_script
+from tests.support.project import PROJECT, load_script
 from tests.support.whole_runs import processes_with
 from treerpo_ray.learner.tree_attention import ForestLayout
 
@@ -18,7 +18,7 @@ SCRIPT = load_script("jobs/gpu/first_run.py")
 
 
 def first_gpu_run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = ["bash", str(ROOT / "jobs/first_gpu_run.sh"), *arguments]
+    command = ["bash", str(PROJECT / "jobs/first_gpu_run.sh"), *arguments]
     environment = os.environ | variables
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 

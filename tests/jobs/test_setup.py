@@ -9,7 +9,7 @@ from importlib.metadata import Distribution
 from pathlib import Path
 
 from jobs import requirements
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 
 PLAYED = """#!/bin/sh
 # A Python of an environment that says of itself what the test wants, and notes what pip is told.
@@ -42,7 +42,7 @@ class Setup:
         log.unlink(missing_ok=True)
         script.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(
-            ROOT / "jobs/setup.sh", script
+            PROJECT / "jobs/setup.sh", script
         )  # whatever goes wrong, here nothing is installed
         clean = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PLAYED_LOG": str(log)}
         words = f"set -euo pipefail; source '{script}' {extras}; "
@@ -77,7 +77,7 @@ def test_what_an_environment_lacks_is_installed_and_nothing_is_where_it_lacks_no
 
 def test_bytecode_is_written_for_the_processes_of_a_run(tmp_path: Path) -> None:
     place = python_at(tmp_path / "shared", PLAYED + 'echo "${PYTHONDONTWRITEBYTECODE-unset}" >&2')
-    command = f"source {ROOT}/jobs/setup.sh cpu; python"
+    command = f"source {PROJECT}/jobs/setup.sh cpu; python"
     done = subprocess.run(
         ["bash", "-c", command],
         env=os.environ | {"TREERPO_VENV": str(place), "PYTHONDONTWRITEBYTECODE": "1"},
@@ -151,7 +151,7 @@ def test_a_machine_without_the_right_python_is_told_how_to_get_it(tmp_path: Path
 
 def test_requirements_of_this_environment_are_all_there() -> None:
     """Not played."""
-    command = [sys.executable, "-I", str(ROOT / "jobs/requirements.py"), "dev"]
+    command = [sys.executable, "-I", str(PROJECT / "jobs/requirements.py"), "dev"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert {line.partition("\t")[0] for line in done.stdout.splitlines()} <= {"elsewhere"}
 
@@ -204,9 +204,9 @@ def test_requirements_look_into_extras_versions_and_places() -> None:
 
 def test_every_folder_of_code_is_a_package_and_none_is_left_out_by_git() -> None:
     """Linters, set-up and Ray's upload all leave out what git ignores."""
-    sources = list((ROOT / "treerpo_ray").rglob("*.py"))
+    sources = list((PROJECT / "treerpo_ray").rglob("*.py"))
     assert [path for path in sources if not (path.parent / "__init__.py").exists()] == []
-    if (ROOT / ".git").exists():  # not so where only the files were copied
+    if (PROJECT / ".git").exists():  # not so where only the files were copied
         command = ["git", "check-ignore", "--no-index", *map(str, sources)]
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        found = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
         assert (found.stdout, found.returncode) == ("", 1)

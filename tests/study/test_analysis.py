@@ -9,7 +9,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from tests.support.project import ROOT as PROJECT
+from tests.support.project import PROJECT
 from tests.support.saved_runs.small_run import (
     NUM_STEPS,
     SAVED,

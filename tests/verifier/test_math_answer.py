@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.answers.verdicts import verdicts_of
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 from treerpo_ray.verifier._math import value
 from treerpo_ray.verifier._math.equality import Comparison, is_equal, is_same_structure
 from treerpo_ray.verifier._math.expression import read
@@ -17,7 +17,7 @@ from treerpo_ray.verifier.math_answer import SELF_TEST, check_answer, find_answe
 from treerpo_ray.verifier.verdict import Answer, Verdict
 from treerpo_ray.verifier.verifier import Verifier
 
-DATA = ROOT.parent / "shared" / "data"
+DATA = PROJECT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(
     not DATA.is_dir(), reason="the shared data folder is not beside this checkout"
 )

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
+from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
 import ray
@@ -28,7 +29,8 @@ class PublishedPolicy(Protocol):
 class Publisher:
     """Publishes versions of the weights, and does what is to be done once they are served.
 
-    All of it is done in order and beside the caller, who may go on and change the weights.
+    All of it is done in order and beside the caller, who may go on and change the weights: by one
+    thread, until it is closed.
 
     Args:
         send: Has the engines serve what lies on a node; see `WeightSync.publish`.
@@ -59,6 +61,10 @@ class Publisher:
         self.dtype, self.chunk_bytes = dtype, chunk_bytes
         self._last: Future[Any] = Future()
         self._last.set_result(None)
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        # A daemon, which no thread of an executor is: a publication that hangs must not keep a
+        # worker alive that has failed.
+        threading.Thread(target=_serve, args=(self._queue,), name="publisher", daemon=True).start()
 
     def publish(self, policy: PublishedPolicy, version: int) -> str:
         """Begin to publish `policy` as `version`; returns the digest of its first chunk.
@@ -86,8 +92,7 @@ class Publisher:
         """
         done: Future[T] = Future()
         before, self._last = self._last, done
-        # A daemon: a publication that hangs must not keep a worker alive that has failed.
-        threading.Thread(target=_work, args=(before, work, done), daemon=True).start()
+        self._queue.put(partial(_work, before, work, done))
         return done
 
     @property
@@ -98,6 +103,15 @@ class Publisher:
     def wait(self) -> None:
         """Wait until all is done; raises what failed first."""
         self._last.result()
+
+    def close(self) -> None:
+        """End its thread, once all is done that it was given; does not wait for that."""
+        self._queue.put(None)
+
+
+def _serve(queue: "SimpleQueue[Callable[[], None] | None]") -> None:
+    while (work := queue.get()) is not None:
+        work()
 
 
 def _work(before: Future[Any], work: Callable[[], T], done: Future[T]) -> None:
