@@ -151,7 +151,7 @@ def learner(sizes: Sizes, folder: Path, tell: Tell) -> None:
     kernels = head.kernels
     changes: dict[str, Callable[[], object]] = {
         "few_buckets": partial(setattr, tree_attention, "BUCKET_COST", 2**20),
-        "large_pieces_of_logits": partial(head.LOGIT_BUDGET.update, cpu=2**28, cuda=2**28),
+        "large_pieces_of_logits": partial(setattr, made.policy, "logit_budget", 2**28),
         "head_not_compiled": partial(setattr, head, "kernels", lambda _: kernels("cpu")),
         "foreach_optimizer": optimizer,
         "with_cudnn": partial(torch.backends.cuda.enable_cudnn_sdp, True),
@@ -159,7 +159,7 @@ def learner(sizes: Sizes, folder: Path, tell: Tell) -> None:
     for name, change in changes.items():
         if name == "with_cudnn":  # the last: planning for each new shape, it may not end in time
             tell(status="ok", with_cudnn="not finished")
-        bucket_cost, budget = tree_attention.BUCKET_COST, dict(head.LOGIT_BUDGET)
+        bucket_cost = tree_attention.BUCKET_COST
         change()
         try:
             made.update(records)
@@ -167,7 +167,7 @@ def learner(sizes: Sizes, folder: Path, tell: Tell) -> None:
         except RuntimeError as error:  # too little memory, or gradients that are not finite
             tell(**{name: f"{type(error).__name__}: {error}"[:300]})
         tree_attention.BUCKET_COST, head.kernels = bucket_cost, kernels
-        head.LOGIT_BUDGET.update(budget)
+        made.policy.logit_budget = None
 
 
 # Parts that need vLLM and Ray ------------------------------------------------------------------

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.support.learning.forests import TestTree, lay_out, random_tree, row_logits, uniform_tree
 from tests.support.learning.tiny_models import TIED, save_tiny_model
-from treerpo_ray.learner import tree_attention as tree_attention_module
 from treerpo_ray.learner.policy import ForestTensors, Policy, load_policy
 from treerpo_ray.learner.tree_attention import BUCKET_COST, ForestLayout, tree_attention
 
@@ -46,8 +45,10 @@ def edge_loss(logprobs: Tensor, entropy: Tensor, forest: ForestTensors) -> Tenso
     return (ratio * forest.advantage - 0.1 * entropy.square()).sum() / 100
 
 
-def packed_loss(policy: Policy, trees: list[TestTree]) -> Tensor:
-    forest = ForestTensors.from_forest(lay_out(trees), CPU)
+def packed_loss(policy: Policy, trees: list[TestTree], bucket_cost: int = BUCKET_COST) -> Tensor:
+    packed = lay_out(trees)
+    layout = ForestLayout.from_forest(packed, CPU, bucket_cost)
+    forest = replace(ForestTensors.from_forest(packed, CPU), layout=layout)
     return edge_loss(*policy.edge_logprobs(forest, TEMPERATURE), forest)
 
 
@@ -69,18 +70,14 @@ def assert_same_gradients(model: nn.Module, reference: nn.Module) -> None:
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("bucket_cost", [0, BUCKET_COST])
 def test_loss_and_every_gradient_of_a_forest_equal_those_of_rows(
-    model_path: str,
-    bucket_cost: int,
-    gradient_checkpointing: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    model_path: str, bucket_cost: int, gradient_checkpointing: bool
 ) -> None:
-    monkeypatch.setattr(tree_attention_module, "BUCKET_COST", bucket_cost)
     trees = ragged_trees()
     assert any(len(segment.tokens) == 1 for tree in trees for segment in tree if segment.edges)
     policy = load(model_path, gradient_checkpointing=gradient_checkpointing)
     reference = load_plain(model_path)
 
-    loss, expected = packed_loss(policy, trees), row_loss(reference, trees)
+    loss, expected = packed_loss(policy, trees, bucket_cost), row_loss(reference, trees)
     loss.backward()
     expected.backward()
 
@@ -167,9 +164,7 @@ def test_a_level_of_equal_segments_is_one_bucket_without_padding() -> None:
     assert layout.longest_path == 30 + 2 * 23
 
 
-def test_a_bucket_more_is_made_only_where_it_saves_more_padding_than_it_costs(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_bucket_more_is_made_only_where_it_saves_more_padding_than_it_costs() -> None:
     rng = np.random.default_rng(0)
     prompts = [uniform_tree(rng, prompt=n, step=1, num_children=1, depth=0) for n in (10, 40, 41)]
     forest = lay_out(prompts)
@@ -181,8 +176,7 @@ def test_a_bucket_more_is_made_only_where_it_saves_more_padding_than_it_costs(
         (41**2 - 10**2 - 1, [1, 2]),
         (41**2 - 10**2 + 1, [3]),
     ]:
-        monkeypatch.setattr(tree_attention_module, "BUCKET_COST", cost)
-        layout = ForestLayout.from_forest(forest, CPU)
+        layout = ForestLayout.from_forest(forest, CPU, cost)
         assert [len(bucket.query_index) for bucket in layout.buckets] == members
 
 

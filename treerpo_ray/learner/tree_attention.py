@@ -67,8 +67,16 @@ class ForestLayout:
     """Tokens from the start of a prompt to the end of its longest path."""
 
     @classmethod
-    def from_forest(cls, forest: Forest, device: torch.device) -> "ForestLayout":
-        """Lay out `forest`; the work is proportional to the tokens of all paths."""
+    def from_forest(
+        cls, forest: Forest, device: torch.device, bucket_cost: int | None = None
+    ) -> "ForestLayout":
+        """Lay out `forest`; the work is proportional to the tokens of all paths.
+
+        Args:
+            forest: Of trees to be trained on.
+            device: Of the model.
+            bucket_cost: In query-key pairs; by default `BUCKET_COST`.
+        """
         paths: list[Int64[np.ndarray, " _"]] = []
         for start, length, parent in zip(
             forest.segment_start, forest.segment_length, forest.segment_parent, strict=True
@@ -80,7 +88,9 @@ class ForestLayout:
         buckets: list[Bucket] = []
         output_index = np.zeros(len(forest.token_ids), dtype=np.int64)
         num_rows = 0
-        for members in _group_by_shape(forest.segment_length, num_keys):
+        for members in _group_by_shape(
+            forest.segment_length, num_keys, BUCKET_COST if bucket_cost is None else bucket_cost
+        ):
             lengths = forest.segment_length[members]
             bucket = _make_bucket([paths[member] for member in members], lengths, device)
             width = bucket.query_index.shape[1]
@@ -97,11 +107,13 @@ class ForestLayout:
 
 
 def _group_by_shape(
-    num_queries: Int64[np.ndarray, " segments"], num_keys: Int64[np.ndarray, " segments"]
+    num_queries: Int64[np.ndarray, " segments"],
+    num_keys: Int64[np.ndarray, " segments"],
+    bucket_cost: int,
 ) -> list[Int64[np.ndarray, " _"]]:
     """Split segments, in order of their key counts, where that makes the padded total least.
 
-    The total is the sum over buckets of members x widest query x longest key + BUCKET_COST.
+    The total is the sum over buckets of members x widest query x longest key + `bucket_cost`.
     """
     shapes, shape_of, counts = np.unique(
         np.stack([num_keys, num_queries], axis=1), axis=0, return_inverse=True, return_counts=True
@@ -112,7 +124,7 @@ def _group_by_shape(
     for end in range(1, len(shapes) + 1):
         widest = np.maximum.accumulate(queries[:end][::-1])[::-1]
         members = np.cumsum(counts[:end][::-1])[::-1]
-        total = least[:end] + members * widest * keys[end - 1] + BUCKET_COST
+        total = least[:end] + members * widest * keys[end - 1] + bucket_cost
         first[end] = total.argmin()
         least[end] = total.min()
     ends = [len(shapes)]
