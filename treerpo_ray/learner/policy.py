@@ -25,8 +25,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from treerpo_ray.algo.packing import Forest
 from treerpo_ray.errors import one_line
+from treerpo_ray.learner.forest_layout import ForestLayout
 from treerpo_ray.learner.head import Head
-from treerpo_ray.learner.tree_attention import TREE_ATTENTION, ForestLayout
+from treerpo_ray.learner.tree_attention import TREE_ATTENTION
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
