@@ -308,12 +308,12 @@ def drill(arguments: list[str]) -> int:
     command = [sys.executable, str(PROJECT / "jobs/train.py"), *arguments]
     kills: list[Kill] = []
 
-    def kill(cluster: Cluster, training: subprocess.Popen[bytes]) -> None:
+    def work(cluster: Cluster, training: subprocess.Popen[bytes]) -> None:
         run = Drill(config=config, cluster=cluster, schedule=schedule, num_steps=options.steps)
         run.run(training, start + limit_s)
         kills.extend(run.kills)
 
-    status = train_on_cluster(command, small_cluster(), kill)
+    status = train_on_cluster(command, small_cluster(), work)
     seconds = time.monotonic() - start
     events = RunFolder(config.folder).read_lines(EVENTS_FILE)
     times = [float(str(event["time"])) for event in events] or [0.0]

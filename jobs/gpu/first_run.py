@@ -44,7 +44,8 @@ from jobs.gpu.workload import (
     recipe,
 )
 from treerpo_ray.config import Config, load
-from treerpo_ray.learner import head, tree_attention
+from treerpo_ray.learner import forest_layout, head
+from treerpo_ray.learner.forest_layout import FLASH
 from treerpo_ray.preflight.machine import GIB, check_gpus, installed_gpus
 from treerpo_ray.preflight.memory import MemoryPlan, ModelSizes
 
@@ -121,12 +122,17 @@ def attention(sizes: Sizes, folder: Path, tell: Tell) -> None:
         if not cudnn and not finite:
             raise RuntimeError("the gradient of masked attention is not finite even without cuDNN")
     torch.backends.cuda.enable_cudnn_sdp(False)
+    finite = low_scores_have_gradients(sizes, FLASH)
+    tell(all_paths_in_one_call={"low_scores_have_gradients": finite})
+    if not finite:
+        raise RuntimeError("the gradient of attention over all paths in one call is not finite")
     policy = made_policy(sizes, folder)  # which turns cuDNN off, too
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     mean, largest = packed_against_rows(sizes, policy)
     tell(packed_against_rows={"mean": mean, "max": largest})
     if not mean < 0.05:
         raise RuntimeError(f"packed trees are {mean:.3g} nats a token off their rows")
+    tell(new_shape_s_all_paths_in_one_call=seconds_a_shape(sizes, FLASH))
     for cudnn in (False, True):  # the slow one last
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
         tell(**{f"new_shape_s_{'with' if cudnn else 'without'}_cudnn": seconds_a_shape(sizes)})
@@ -150,8 +156,8 @@ def learner(sizes: Sizes, folder: Path, tell: Tell) -> None:
 
     kernels = head.kernels
     changes: dict[str, Callable[[], object]] = {
-        "few_buckets": partial(setattr, tree_attention, "BUCKET_COST", 2**20),
-        "large_pieces_of_logits": partial(head.LOGIT_BUDGET.update, cpu=2**28, cuda=2**28),
+        "buckets_with_masks": partial(setattr, forest_layout, "FLASH", None),
+        "large_pieces_of_logits": partial(setattr, made.policy, "logit_budget", 2**28),
         "head_not_compiled": partial(setattr, head, "kernels", lambda _: kernels("cpu")),
         "foreach_optimizer": optimizer,
         "with_cudnn": partial(torch.backends.cuda.enable_cudnn_sdp, True),
@@ -159,15 +165,15 @@ def learner(sizes: Sizes, folder: Path, tell: Tell) -> None:
     for name, change in changes.items():
         if name == "with_cudnn":  # the last: planning for each new shape, it may not end in time
             tell(status="ok", with_cudnn="not finished")
-        bucket_cost, budget = tree_attention.BUCKET_COST, dict(head.LOGIT_BUDGET)
+        flash = forest_layout.FLASH
         change()
         try:
             made.update(records)
             tell(**{name: measured(made, records)})
         except RuntimeError as error:  # too little memory, or gradients that are not finite
             tell(**{name: f"{type(error).__name__}: {error}"[:300]})
-        tree_attention.BUCKET_COST, head.kernels = bucket_cost, kernels
-        head.LOGIT_BUDGET.update(budget)
+        forest_layout.FLASH, head.kernels = flash, kernels
+        made.policy.logit_budget = None
 
 
 # Parts that need vLLM and Ray ------------------------------------------------------------------

@@ -3,8 +3,11 @@
 import shutil
 import uuid
 from pathlib import Path
+from typing import ClassVar
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from treerpo_ray.config import Config, load
 from treerpo_ray.config.files import to_yaml
@@ -12,6 +15,7 @@ from treerpo_ray.driver.start import (
     check_same_contents,
     contents_of,
     look_at_folder,
+    reading,
     record_start,
 )
 from treerpo_ray.errors import RunFailed
@@ -225,15 +229,27 @@ class OfAStore(Exception):
     """What a store raises that has errors of its own."""
 
 
+class RefusingStore(MemoryFileSystem):
+    """A store that lets nothing be read as long as it has a `fault`."""
+
+    protocol = "refusing"
+    store = {}  # noqa: RUF012 - fsspec's own form
+    pseudo_dirs = [""]  # noqa: RUF012
+    fault: ClassVar[Exception | None] = None
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
+        if self.fault is not None:
+            raise self.fault
+        return super().cat_file(path, start, end)
+
+
 @pytest.mark.parametrize("error", [PermissionError("no\nkey"), TimeoutError(), OfAStore("no key")])
 def test_a_store_that_refuses_to_be_read_is_one_line(monkeypatch, error) -> None:
-    root = f"memory://{uuid.uuid4().hex}"
+    fsspec.register_implementation("refusing", RefusingStore, clobber=True)
+    root = f"refusing://{uuid.uuid4().hex}"
     started(root)
-
-    def refuse(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(RunFolder, "read_bytes", refuse)
+    look_at_folder(again(root))
+    monkeypatch.setattr(RefusingStore, "fault", error)
     with pytest.raises(RunFailed) as caught:
         look_at_folder(again(root))
     told = str(caught.value)
@@ -241,9 +257,7 @@ def test_a_store_that_refuses_to_be_read_is_one_line(monkeypatch, error) -> None
     assert "\n" not in told
 
 
-def test_a_mistake_of_ours_is_not_taken_for_the_stores(monkeypatch) -> None:
-    root = f"memory://{uuid.uuid4().hex}"
-    started(root)
-    monkeypatch.setattr(RunFolder, "read_bytes", lambda: None)
-    with pytest.raises(TypeError):
-        look_at_folder(again(root))
+def test_a_mistake_of_ours_is_not_taken_for_the_stores() -> None:
+    folder = RunFolder(started(f"memory://{uuid.uuid4().hex}").folder)
+    with pytest.raises(TypeError), reading(folder):
+        folder.read_bytes()

