@@ -3,7 +3,8 @@
 - A constructor takes by position at most the one thing that the object is of, as in
   `RunFolder(place)` and `Router(replicas)`; a function, a number and what has a default go by their
   names. A dataclass of more than two fields takes all of them by name.
-- A folder holds at most a dozen modules.
+- A folder holds at most a dozen modules, a class is one noun of at most 400 lines, and a function
+  fits on a screen.
 - The mathematics can be used without a cluster and without an engine.
 - What a test changes is handed in: none replaces a part of the project.
 """
@@ -99,6 +100,20 @@ def test_a_folder_holds_at_most_a_dozen_modules() -> None:
                 folders[place] = folders.get(place, 0) + 1
     assert len(folders) > 30
     assert {place: count for place, count in folders.items() if count > MOST_MODULES} == {}
+
+
+MOST_LINES = {ast.ClassDef: 400, ast.FunctionDef: 60, ast.AsyncFunctionDef: 60}
+
+
+def test_a_function_fits_on_a_screen_and_a_class_has_at_most_400_lines() -> None:
+    sizes: dict[str, int] = {}
+    for module in modules():
+        for node in ast.walk(module):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                size = (node.end_lineno or 0) - node.lineno + 1
+                sizes[f"{node.name} {size}"] = size - MOST_LINES[type(node)]
+    assert len(sizes) > 1000
+    assert [name for name, excess in sizes.items() if excess > 0] == []
 
 
 IMPORT_ALL_WITHOUT_RAY_AND_VLLM = """
