@@ -6,13 +6,15 @@
 - A folder holds at most a dozen modules, a class is one noun of at most 400 lines, and a function
   fits on a screen.
 - The mathematics can be used without a cluster and without an engine.
-- What a test changes is handed in: none replaces a part of the project.
+- What a test changes is handed in: none replaces a part of the project. What two test files need
+  is in `tests/support`: none imports another.
 """
 
 import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 
 from tests.support.project import PROJECT
 
@@ -28,10 +30,11 @@ PLAIN_DATA = {
 NUMBERS = {"bool", "int", "float"}
 
 
-def modules() -> Iterator[ast.Module]:
-    for folder in ("treerpo_ray", "jobs"):
-        for path in sorted((PROJECT / folder).rglob("*.py")):
-            yield ast.parse(path.read_text())
+@cache
+def modules() -> tuple[ast.Module, ...]:
+    folders = (PROJECT / "treerpo_ray", PROJECT / "jobs")
+    paths = (path for folder in folders for path in sorted(folder.rglob("*.py")))
+    return tuple(ast.parse(path.read_text()) for path in paths)
 
 
 def classes() -> Iterator[ast.ClassDef]:
@@ -167,3 +170,12 @@ def test_no_test_replaces_a_part_of_the_project() -> None:
             first = target.strip("'\"").split(".")[0]
             assert first not in own_names(module) | OWN, f"{path}: {target}"
     assert num_replaced > 20, "of other people's code"
+
+
+def test_no_test_file_imports_another() -> None:
+    files = sorted((PROJECT / "tests").rglob("test_*.py"))
+    assert len(files) > 100
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = (isinstance(node, ast.ImportFrom) and node.module) or ""
+            assert not module.rpartition(".")[2].startswith("test_"), f"{path}: {module}"
