@@ -70,7 +70,7 @@ class Pace:
 class _Engine:
     """An engine of a simulation; `progress` counts the tokens that each of its trees has got."""
 
-    def __init__(self, rate: float, fill: float) -> None:
+    def __init__(self, *, rate: float, fill: float) -> None:
         self.rate, self.fill = rate, fill
         self.at_s = self.progress = self.busy_s = 0.0
         self.trees: list[tuple[float, int]] = []
@@ -131,7 +131,7 @@ class Simulation:
         # So many trees fill an engine: then each is as fast as one that is alone.
         fill = measured.engine_rate * measured.tree_s / float(np.mean(measured.tree_tokens))
         rate = measured.engine_rate
-        self.engines = [_Engine(rate, max(fill, 1.0)) for _ in range(num_engines)]
+        self.engines = [_Engine(rate=rate, fill=max(fill, 1.0)) for _ in range(num_engines)]
         self.tokens = np.random.default_rng(0).choice(measured.tree_tokens, 2**14).tolist()
         self.events: list[tuple[float, int, int]] = []
         """Time, engine or kind, and `changes` of the engine."""
