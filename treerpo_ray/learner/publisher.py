@@ -19,8 +19,8 @@ T = TypeVar("T")
 class PublishedPolicy(Protocol):
     """What is published of a policy."""
 
-    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Weights under their names in a checkpoint."""
+    def named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """Weights under their names in a checkpoint, floating ones in this type."""
 
     def sequence_logprobs(self, token_ids: list[int]) -> torch.Tensor:
         """Log-probability (nats, temperature 1) of each token after the first."""
@@ -72,7 +72,7 @@ class Publisher:
         A copy of the weights is made before this returns.
         """
         manifest, chunks = pack_weights(
-            policy.named_weights(),
+            policy.named_weights(self.dtype),
             version=version,
             dtype=self.dtype,
             chunk_bytes=self.chunk_bytes,
