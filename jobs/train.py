@@ -38,16 +38,14 @@ def train(arguments: list[str]) -> int:
         config = load(own)
         from treerpo_ray.driver.next_steps import next_steps
         from treerpo_ray.driver.plan import plan_lines
-        from treerpo_ray.driver.result import describe_result, finished_result, summary_json
+        from treerpo_ray.driver.result import describe_result, summary_json
         from treerpo_ray.driver.run import run
-        from treerpo_ray.driver.start import check_same_run
+        from treerpo_ray.driver.start import look_at_folder
         from treerpo_ray.preflight.inputs import preflight
         from treerpo_ray.preflight.machine import check_vllm
-        from treerpo_ray.preflight.storage import check_folder
 
     with console.stage("checking model and data"):
-        check_folder(config)
-        check_same_run(config)  # before all that takes longer
+        earlier = look_at_folder(config)
         found = preflight(config)
         if "--dry-run" not in arguments:
             found.check_looked_up()
@@ -55,12 +53,12 @@ def train(arguments: list[str]) -> int:
     console.print_plan(plan)
     found.check_memory()
     if "--dry-run" in arguments:
-        if finished_result(config) is not None:
+        if earlier.result is not None:
             console.note(f"{config.folder} holds this run complete: it would not be trained again")
         return 0
     check_vllm(config)
     inputs = found.inputs()
-    result = run(config, inputs, console)
+    result = run(config, inputs, earlier, console)
     console.note(describe_result(config, result))
     if result.is_complete:
         for purpose, command in next_steps(config, own, result.sampled_tokens):

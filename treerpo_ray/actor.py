@@ -25,6 +25,18 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+class Get(Protocol):
+    """As `ray.get`: gives what a reference stands for, once it is there."""
+
+    def __call__(self, ref: "ray.ObjectRef[R]", /) -> R: ...
+
+
+class Put(Protocol):
+    """As `ray.put`: keeps a value and gives a reference to it."""
+
+    def __call__(self, value: object, /) -> "ray.ObjectRef": ...
+
+
 class ActorMethod(Protocol[P, R]):
     """A method of an actor; asynchronous or not, its caller gets a reference to the result."""
 

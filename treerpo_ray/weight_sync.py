@@ -20,7 +20,7 @@ import numpy as np
 import ray
 from jaxtyping import UInt8
 
-from treerpo_ray.actor import actor_method, make_actor
+from treerpo_ray.actor import Put, actor_method, make_actor
 from treerpo_ray.metrics.events import RunLogApi, write_done, write_waits
 from treerpo_ray.metrics.stage_status import StageStatus, WatchedStage
 from treerpo_ray.run_folder.files import RunFolder
@@ -236,7 +236,7 @@ class ObjectStores:
 
     here: str
     """Ray's id of the node of the process."""
-    put: Callable[[object], ray.ObjectRef] = ray.put
+    put: Put = ray.put
     """Puts a value in the store of that node."""
     on: Callable[[str], WeightStoreApi] = _store_on
     """Makes what puts in the store of another node."""

@@ -14,7 +14,9 @@ from tests.support.learning.tiny_models import save_tiny_model
 from treerpo_ray.learner.layers import layers_of
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, as it traces
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # torch's own
 def test_compiled_layers_make_the_same_updates_and_one_program_serves_all_forests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

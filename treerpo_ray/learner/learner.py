@@ -18,18 +18,20 @@ from typing import Protocol, Self, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from jaxtyping import Float64
 from safetensors.torch import load_file, save_file
 
 from treerpo_ray.algo.advantages import has_baseline, step_advantages
-from treerpo_ray.algo.backup import mean_backup
-from treerpo_ray.algo.groups import step_groups
+from treerpo_ray.algo.backup import Values, mean_backup
+from treerpo_ray.algo.groups import StepGroups, step_groups
 from treerpo_ray.algo.loss import LossInputs, LossSums, policy_loss
 from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.algo.packing import Forest, pack
+from treerpo_ray.algo.tree import Tree
 from treerpo_ray.config.sections import LearnerConfig, ModelConfig, TreeConfig
-from treerpo_ray.learner.moments import read_moments, write_moments
 from treerpo_ray.learner.policy import DTYPES, ForestTensors, Policy, load_policy
-from treerpo_ray.learner.sharding import Sharding
+from treerpo_ray.learner.shards.moments import read_moments, write_moments
+from treerpo_ray.learner.shards.sharding import Sharding
 from treerpo_ray.learner.stats import BatchStats, count
 from treerpo_ray.learner.update_result import TrainedTrees, UpdateResult
 from treerpo_ray.prompts.prompt_set import resolve_model_path
@@ -166,8 +168,7 @@ class Learner:
             RuntimeError: a tree is staler than `gate.max_staleness` allows or newer than the
                 policy, or the gradient is not finite.
         """
-        settings, form, pruning = self.settings, self.form, self.pruning
-        start = time.monotonic()
+        form, pruning, start = self.form, self.pruning, time.monotonic()
         # Trees come as they finish; their order decides minibatches and how sums are rounded.
         order = sorted(range(len(records)), key=lambda place: records[place].ticket)
         records = [records[place] for place in order]
@@ -182,25 +183,9 @@ class Learner:
             )
             for tree, own, siblings in zip(trees, values, groups, strict=True)
         ]
-        counted = [
-            count(
-                record,
-                own,
-                siblings,
-                form=form,
-                pruning=pruning,
-                baseline=baseline,
-                sets=self.sets,
-            )
-            for record, own, siblings in zip(records, values, groups, strict=True)
-        ]
-        stats = _summed(counted, BatchStats())
+        stats = self._count(records, values, groups, baseline)
         self._check_staleness(stats)
-        size = len(trees) // settings.minibatches
-        minibatches = [
-            pack(trees[i : i + size], advantages[i : i + size], settings.token_budget)
-            for i in range(0, len(trees), size)
-        ]
+        minibatches = self._minibatches(trees, advantages)
         steps = self._optimizer_steps(minibatches, progress)
         has_updated = any(step.norm is not None for step in steps)
         self.version += has_updated
@@ -225,6 +210,38 @@ class Learner:
                 logprobs=[step.logprobs for step in steps],
             ),
         )
+
+    def _count(
+        self,
+        records: Sequence[TreeRecord],
+        values: Sequence[Values],
+        groups: Sequence[Sequence[StepGroups]],
+        baseline: float,
+    ) -> BatchStats:
+        """Statistics of this worker's trees."""
+        counted = [
+            count(
+                record,
+                own,
+                siblings,
+                form=self.form,
+                pruning=self.pruning,
+                baseline=baseline,
+                sets=self.sets,
+            )
+            for record, own, siblings in zip(records, values, groups, strict=True)
+        ]
+        return _summed(counted, BatchStats())
+
+    def _minibatches(
+        self, trees: Sequence[Tree], advantages: Sequence[Float64[np.ndarray, " _"]]
+    ) -> list[list[Forest]]:
+        """Forests of each optimizer step; all of them have equally many trees."""
+        size, budget = len(trees) // self.settings.minibatches, self.settings.token_budget
+        return [
+            pack(trees[i : i + size], advantages[i : i + size], budget)
+            for i in range(0, len(trees), size)
+        ]
 
     def _check_staleness(self, stats: BatchStats) -> None:
         """Invariant: admission bounds the age of every token; versions count updates."""

@@ -26,11 +26,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from treerpo_ray.algo.packing import Forest
 from treerpo_ray.errors import one_line
-from treerpo_ray.learner.export import write_weights
+from treerpo_ray.learner.forest_layout import ForestLayout
 from treerpo_ray.learner.head import Head
 from treerpo_ray.learner.layers import compile_layers, layers_of, recompute_layers
-from treerpo_ray.learner.sharding import Sharding, whole
-from treerpo_ray.learner.tree_attention import TREE_ATTENTION, ForestLayout
+from treerpo_ray.learner.shards.export import write_weights
+from treerpo_ray.learner.shards.sharding import Sharding, whole
+from treerpo_ray.learner.tree_attention import TREE_ATTENTION
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,18 +84,21 @@ class Policy:
         model: With tree attention; in main memory, if it is to be sharded.
         tokenizer: Is saved with it.
         sharding: How the model is to be sharded; None: this process has the whole of it.
+        logit_budget: Logits that are alive at a time; by default `LOGIT_BUDGET` of the head.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
+        *,
         sharding: Sharding | None = None,
+        logit_budget: int | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.sharding = sharding
-        self._scores = _Scores(model)
+        self._scores = _Scores(model, logit_budget=logit_budget)
         if sharding is not None:
             sharding.apply(self._scores, [*layers_of(model, "learner.shard")])
         # Tree attention gives masks. With one, cuDNN's kernels (Hopper and newer) return NaN as
@@ -207,9 +211,9 @@ class _Scores(nn.Module):
     A pass through model and head is one call, as FSDP needs it to have their weights at hand.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, logit_budget: int | None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.logit_budget = model, logit_budget
 
     def forward(
         self,
@@ -226,7 +230,7 @@ class _Scores(nn.Module):
             input_ids=token_ids, position_ids=position_ids, layout=layout, use_cache=False
         )
         hidden = output.last_hidden_state[0].index_select(0, source)
-        return Head.of(self.model).score(hidden, row, target, temperature)
+        return Head.of(self.model, self.logit_budget).score(hidden, row, target, temperature)
 
 
 def _layer_name(weight: str) -> str:
@@ -279,7 +283,7 @@ def load_policy(
         recompute_layers(model)
     if max_tokens is not None:
         fix_rotary(model, max_tokens)
-    return Policy(model, tokenizer, sharding)
+    return Policy(model, tokenizer, sharding=sharding)
 
 
 def _load(

@@ -4,11 +4,13 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
+from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
 import ray
 import torch
 
+from treerpo_ray.actor import Get, Put
 from treerpo_ray.weight_sync import Manifest, Probe, pack_weights
 
 T = TypeVar("T")
@@ -27,7 +29,8 @@ class PublishedPolicy(Protocol):
 class Publisher:
     """Publishes versions of the weights, and does what is to be done once they are served.
 
-    All of it is done in order and beside the caller, who may go on and change the weights.
+    All of it is done in order and beside the caller, who may go on and change the weights: by one
+    thread, until it is closed.
 
     Args:
         send: Has the engines serve what lies on a node; see `WeightSync.publish`.
@@ -37,6 +40,8 @@ class Publisher:
         chunk_bytes: Size of a chunk.
         until_written: As of `Patience`: puts a chunk in Ray's store, whose memory and disk may be
             full.
+        get: Waits until the engines serve it.
+        put: Puts a chunk in Ray's store.
     """
 
     def __init__(
@@ -48,12 +53,18 @@ class Publisher:
         dtype: torch.dtype,
         chunk_bytes: int,
         until_written: Callable[[str, Callable[[], ray.ObjectRef]], ray.ObjectRef],
+        get: Get = ray.get,
+        put: Put = ray.put,
     ) -> None:
-        self._until_written = until_written
+        self._until_written, self._get, self._put = until_written, get, put
         self.send, self.node, self.probe_ids = send, node, probe_ids
         self.dtype, self.chunk_bytes = dtype, chunk_bytes
         self._last: Future[Any] = Future()
         self._last.set_result(None)
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        # A daemon, which no thread of an executor is: a publication that hangs must not keep a
+        # worker alive that has failed.
+        threading.Thread(target=_serve, args=(self._queue,), name="publisher", daemon=True).start()
 
     def publish(self, policy: PublishedPolicy, version: int) -> str:
         """Begin to publish `policy` as `version`; returns the digest of its first chunk.
@@ -69,8 +80,8 @@ class Publisher:
         logprobs = policy.sequence_logprobs(self.probe_ids).tolist()
         probe = Probe(token_ids=self.probe_ids, logprobs=logprobs)
         what = f"weights of version {version}"
-        refs = [self._until_written(what, partial(ray.put, chunk)) for chunk in chunks]
-        self.then(lambda: ray.get(self.send(manifest, refs, probe, self.node)))
+        refs = [self._until_written(what, partial(self._put, chunk)) for chunk in chunks]
+        self.then(lambda: self._get(self.send(manifest, refs, probe, self.node)))
         return manifest.digests[0]
 
     def then(self, work: Callable[[], T]) -> Future[T]:
@@ -81,8 +92,7 @@ class Publisher:
         """
         done: Future[T] = Future()
         before, self._last = self._last, done
-        # A daemon: a publication that hangs must not keep a worker alive that has failed.
-        threading.Thread(target=_work, args=(before, work, done), daemon=True).start()
+        self._queue.put(partial(_work, before, work, done))
         return done
 
     @property
@@ -93,6 +103,15 @@ class Publisher:
     def wait(self) -> None:
         """Wait until all is done; raises what failed first."""
         self._last.result()
+
+    def close(self) -> None:
+        """End its thread, once all is done that it was given; does not wait for that."""
+        self._queue.put(None)
+
+
+def _serve(queue: "SimpleQueue[Callable[[], None] | None]") -> None:
+    while (work := queue.get()) is not None:
+        work()
 
 
 def _work(before: Future[Any], work: Callable[[], T], done: Future[T]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from treerpo_ray.verifier._math.claims import is_same_claim, name_and_value
 from treerpo_ray.verifier._math.final_answer import MAX_ANSWER_CHARS
+from treerpo_ray.verifier._math.matrices import is_same_matrix
 from treerpo_ray.verifier._math.notation import (
     closing,
     key,
@@ -70,7 +71,6 @@ TIME = re.compile(
 """Time of the day, with the half of it that is meant."""
 
 
-MATRIX = re.compile(r"\\begin\{([a-z]+)\}(.*)\\end\{\1\}", re.DOTALL)
 CONGRUENCE = re.compile(r"(.+?)\s*\(?\\[pb]?mod(?![a-z])\s*\{?([^{}]+?)\}?\)?", re.DOTALL)
 
 
@@ -105,10 +105,10 @@ def is_equal(answer: str, reference: str) -> bool:
 
 def _is_same(a: str, b: str) -> bool:
     """Compare spellings, then structures; `b` is the reference."""
-    return bool(a) if key(a) == key(b) else _is_same_structure(a, b)
+    return bool(a) if key(a) == key(b) else is_same_structure(a, b)
 
 
-def _is_same_structure(a: str, b: str) -> bool:
+def is_same_structure(a: str, b: str) -> bool:
     """The first rule that is about such answers decides."""
     if max(nesting(a), nesting(b)) > MAX_NESTING:
         return False
@@ -324,40 +324,7 @@ def _is_same_group(a: str, b: str) -> bool | None:
 
 
 def _is_same_matrix(a: str, b: str) -> bool | None:
-    """Compare matrices cell by cell; one of them may be written as a list of its rows."""
-    if not any(MATRIX.fullmatch(text.strip()) for text in (a, b)):
-        return None
-    matrix_a, matrix_b = map(_cells, (a, b))
-    if matrix_a is None or matrix_b is None:
-        return False
-    (kind_a, rows_a), (kind_b, rows_b) = matrix_a, matrix_b
-    return (
-        kind_a == kind_b
-        and [len(row) for row in rows_a] == [len(row) for row in rows_b]
-        and all(
-            _is_same(x.strip(), y.strip())
-            for p, q in zip(rows_a, rows_b, strict=True)
-            for x, y in zip(p, q, strict=True)
-        )
-    )
-
-
-def _cells(text: str) -> tuple[bool, list[list[str]]] | None:
-    """Whether a matrix is the determinant of one, and its rows; None: it is no matrix."""
-    if found := MATRIX.fullmatch(text.strip()):
-        kind, body = found.groups()
-        lines = re.split(r"\\\\(?:\[\w+\])?", re.sub(r"^\{[clr|]*\}", "", body.strip()))
-        return kind.lower() == "vmatrix", [line.split("&") for line in lines if line.strip()]
-    rows = [_listed(row) for row in _listed(text)]
-    return (False, rows) if rows and all(rows) else None
-
-
-def _listed(text: str) -> list[str]:
-    """What stands in square brackets, between commas; nothing if there are none around all."""
-    text = text.strip()
-    if text[:1] != "[" or closing(text, 0) != len(text) - 1 or text[-1] != "]":
-        return []
-    return split(text[1:-1], COMMA_OR_SEMICOLON)[::2]
+    return is_same_matrix(a, b, _is_same)
 
 
 def _is_same_congruence(a: str, b: str) -> bool | None:

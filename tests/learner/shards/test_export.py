@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.support.learning.tiny_models import save_tiny_model
-from treerpo_ray.learner.export import write_weights
+from treerpo_ray.learner.shards.export import write_weights
 
 
 @pytest.mark.parametrize(("architecture", "file_bytes"), [("llama", 2**16), ("qwen2", 2**30)])
