@@ -177,11 +177,14 @@ def test_a_checkpoint_with_the_whole_model_resumes_on_two_workers(runs: Runs) ->
         assert_near(seen["from_whole"].states[0], runs.alone["resumed"].states[-1])
 
 
-def test_a_disk_that_is_full_for_one_worker_is_waited_for(runs: Runs) -> None:
+def test_a_disk_that_is_full_for_any_worker_is_waited_for(runs: Runs) -> None:
     for count in (4, 2):
         told = runs.workers[count][0]["untied"].told
-        assert " is full: " in told[0]
-        assert told[1:] == ["checkpoint of step 1 is written", "placed"]
+        assert told.pop(1).startswith("checkpoint of step 1 waits: the disk ")
+        assert told == [
+            *("refused: write_data", "refused: save_file"),
+            *("checkpoint of step 1 is written", "placed"),
+        ]
         checkpoint = runs.folder / f"from-{count}" / name_of(1)
         assert len(list((checkpoint / MOMENTS_FOLDER).iterdir())) == count
     assert runs.workers[1][0]["untied"].told == ["placed"]

@@ -18,6 +18,7 @@ from torch import Tensor
 from tests.support.learning.learner_runs import State, make_learner
 from treerpo_ray.config import Config
 from treerpo_ray.learner.learner import Learner
+from treerpo_ray.learner.shards import export
 from treerpo_ray.learner.together import Together, once_a_machine
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder.checkpoints import CheckpointContents, Checkpoints, CheckpointSaver
@@ -42,8 +43,8 @@ class Case:
     """Run folder in which a checkpoint and the model are left; a relative one is of the first
     worker alone, as the others have another working folder."""
     fault: str = ""
-    """What befalls the second worker as it writes its part: `full`, a disk that is full at the
-    first attempt, or `killed`."""
+    """What befalls the second worker as it writes its moments: `full`, a disk that is full at the
+    first attempt, as the first worker's is for weights at the next one, or `killed`."""
 
     def whole(self) -> "Case":
         """The same by a learner that has the whole model."""
@@ -79,6 +80,8 @@ def run_case(case: Case, rank: int = 0, num_workers: int = 1) -> Found:
     together = Together(learner)
     weights, logprobs, told = {}, None, []
     if rank == 0:
+        if case.fault == "full":
+            befall("full", export, "save_file")
         with together.leading():
             weights = dict(together.named_weights(torch.float32))
             logprobs = together.sequence_logprobs(PROBE)
@@ -86,7 +89,7 @@ def run_case(case: Case, rank: int = 0, num_workers: int = 1) -> Found:
                 told = save(together, case.end)
     else:
         if rank == 1 and case.fault:
-            befall(case.fault)
+            befall(case.fault, dcp.HuggingFaceStorageWriter, "write_data")
         together.follow()
     return Found(
         states=states,
@@ -124,8 +127,16 @@ def save(together: Together, place: Path) -> list[str]:
         warn=lambda what, reason: told.append(f"{what}: {reason}"),
         patience=patience,
     )
+
+    def attempt(staging: Path) -> None:
+        try:
+            together.write(staging)
+        except OSError as error:
+            told.append(f"refused: {error.filename}")
+            raise
+
     contents = CheckpointContents(
-        write=together.write,
+        write=attempt,
         before_place=lambda staging: None,
         is_settled=lambda: True,
         placed=lambda: told.append("placed"),
@@ -137,17 +148,17 @@ def save(together: Together, place: Path) -> list[str]:
     return told
 
 
-def befall(fault: str) -> None:
-    """Have a fault come upon this process as it writes the moments."""
-    plain: Callable[..., object] = dcp.HuggingFaceStorageWriter.write_data
+def befall(fault: str, place: object, name: str) -> None:
+    """Have a fault come upon this process as it calls what `place` has under a name."""
+    plain: Callable[..., object] = getattr(place, name)
 
-    def faulty(*arguments: object) -> object:
+    def faulty(*arguments: object, **named: object) -> object:
         if fault == "killed":
             os._exit(1)
-        setattr(dcp.HuggingFaceStorageWriter, "write_data", plain)  # noqa: B010  # the next attempt
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "part")
+        setattr(place, name, plain)  # the next attempt
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
 
-    setattr(dcp.HuggingFaceStorageWriter, "write_data", faulty)  # noqa: B010
+    setattr(place, name, faulty)
 
 
 def opened_by(rank: int, num_workers: int) -> list[int]:
