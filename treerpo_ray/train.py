@@ -98,8 +98,8 @@ def restore(task: WorkerTask) -> Iterator["TrainWorker"]:
     )
     heartbeat.at("restoring its state")
     checkpoints = Checkpoints(RunFolder(config.folder), config.checkpoint.keep)
-    node, is_first_here = ray.get_runtime_context().get_node_id(), context.get_local_rank() == 0
-    with once_a_machine(checkpoints.newest, node, is_first_here=is_first_here) as found:
+    node = ray.get_runtime_context().get_node_id()
+    with once_a_machine(checkpoints.newest, node) as found:
         step, checkpoint = found or (0, None)
         learner = Learner(
             model=config.model,

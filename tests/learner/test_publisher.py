@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -39,6 +40,20 @@ def test_all_is_done_in_order_by_one_thread_beside_the_caller() -> None:
     assert not ours.is_under_way
     assert [result.result() for result in results] == [number for number, _ in done] == [*range(5)]
     assert len({thread for _, thread in done} | {threading.get_ident()}) == 2
+    ours.close()
+
+
+def test_what_is_done_is_let_go_at_once() -> None:
+    """It holds a version of the weights in Ray's store."""
+
+    class Version:
+        pass
+
+    ours, gone, version = publisher(), threading.Event(), Version()
+    weakref.finalize(version, gone.set)
+    ours.then(lambda version=version: None).result()
+    del version
+    assert gone.wait(LIMIT_S)
     ours.close()
 
 

@@ -112,6 +112,8 @@ class Publisher:
 def _serve(queue: "SimpleQueue[Callable[[], None] | None]") -> None:
     while (work := queue.get()) is not None:
         work()
+        # It holds weights in Ray's store, which else stay there until there is more to do.
+        del work
 
 
 def _work(before: Future[Any], work: Callable[[], T], done: Future[T]) -> None:

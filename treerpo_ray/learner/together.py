@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -82,25 +82,26 @@ class Together:
 
 
 @contextmanager
-def once_a_machine(
-    opened: Callable[[], AbstractContextManager[T]], machine: str, *, is_first_here: bool
-) -> Iterator[T]:
+def once_a_machine(opened: Callable[[], AbstractContextManager[T]], machine: str) -> Iterator[T]:
     """Open what all workers of a machine read, such as files from a store, once on each machine.
 
     Args:
-        opened: Opens it; it is closed once all workers are done with it.
+        opened: Opens it, by the first worker of each machine; it is closed once all workers are
+            done with it.
         machine: Name of this one.
-        is_first_here: Whether this worker opens it for those of its machine.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         with opened() as alone:
             yield alone
         return
-    found: list[tuple[str, T] | None] = [None] * dist.get_world_size()
+    machines = [machine] * dist.get_world_size()
+    dist.all_gather_object(machines, machine)
+    first = machines.index(machine)
     with ExitStack() as stack:
-        own = (machine, stack.enter_context(opened())) if is_first_here else None
+        own = stack.enter_context(opened()) if first == dist.get_rank() else None
+        found: list[T | None] = [None] * len(machines)
         dist.all_gather_object(found, own)
-        yield next(each[1] for each in found if each is not None and each[0] == machine)
+        yield cast(T, found[first])
         dist.barrier()
 
 

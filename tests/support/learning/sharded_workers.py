@@ -174,7 +174,7 @@ def opened_by(rank: int, num_workers: int) -> list[int]:
 
     half = -(-num_workers // 2)
     machine, is_first_here = f"machine-{rank // half}", rank % half == 0
-    with once_a_machine(open_here, machine, is_first_here=is_first_here) as seen:
+    with once_a_machine(open_here, machine) as seen:
         assert (is_open == [rank]) == is_first_here
         dist.barrier()
         assert (is_open == [rank]) == is_first_here
