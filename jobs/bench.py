@@ -1,6 +1,6 @@
 """Benchmarks: each part against something real, side by side in one run; ratios are what counts.
 
-python jobs/bench.py                    # all of them, about seven minutes on two cores
+python jobs/bench.py                    # all of them, two to three minutes on two cores
 python jobs/bench.py packing learner    # some
 Prints a table, and as the last line JSON.
 """
