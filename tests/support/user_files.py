@@ -45,14 +45,14 @@ def check_answer(text, references):
             while True:
                 HOARD.append(bytes(2**24))
         case ["forge", number]:
-            for fd in range(3, 64):
+            for fd in range(3, 4096):
                 try:
                     os.write(fd, b"\\x00\\x00\\x00\\x02{}" if number == "short" else b"\\xff" * 64)
                 except OSError:
                     pass
             time.sleep(3600)
         case ["close"]:
-            os.closerange(3, 64)
+            os.closerange(3, 4096)
             time.sleep(3600)
         case ["child", file]:
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
