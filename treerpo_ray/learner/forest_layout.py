@@ -127,15 +127,20 @@ class ForestLayout:
         """Tokens of the forest."""
         return int(self.lengths.sum())
 
+    @property
+    def num_keys(self) -> Int64[np.ndarray, " segments"]:
+        """Tokens of each segment's path."""
+        return np.array([len(path) for path in self.paths])
+
     @cached_property
     def varlen(self) -> "VarlenPaths":
         """For a call over all paths."""
-        return VarlenPaths.of(self.paths, self.lengths, self.device)
+        return VarlenPaths.of(self)
 
     @cached_property
     def buckets(self) -> "Buckets":
         """For padded batches."""
-        return Buckets.of(self.paths, self.lengths, self.device, self.bucket_cost)
+        return Buckets.of(self)
 
     def attend(
         self,
@@ -165,24 +170,19 @@ class VarlenPaths:
     most_keys: int
 
     @classmethod
-    def of(
-        cls,
-        paths: tuple[Int64[np.ndarray, " _"], ...],
-        lengths: Int64[np.ndarray, " segments"],
-        device: torch.device,
-    ) -> "VarlenPaths":
+    def of(cls, layout: ForestLayout) -> "VarlenPaths":
         """Those of a layout."""
-        num_keys = np.array([len(path) for path in paths])
 
         def ends(counts: np.ndarray) -> Int32[Tensor, " _"]:
-            return torch.from_numpy(np.append(0, counts.cumsum()).astype(np.int32)).to(device)
+            found = np.append(0, counts.cumsum()).astype(np.int32)
+            return torch.from_numpy(found).to(layout.device)
 
         return cls(
-            key_index=torch.from_numpy(np.concatenate(paths)).to(device),
-            query_ends=ends(lengths),
-            key_ends=ends(num_keys),
-            most_queries=int(lengths.max()),
-            most_keys=int(num_keys.max()),
+            key_index=torch.from_numpy(np.concatenate(layout.paths)).to(layout.device),
+            query_ends=ends(layout.lengths),
+            key_ends=ends(layout.num_keys),
+            most_queries=int(layout.lengths.max()),
+            most_keys=layout.longest_path,
         )
 
     def attend(
@@ -267,24 +267,18 @@ class Buckets:
     """Row of each token in the buckets' padded outputs."""
 
     @classmethod
-    def of(
-        cls,
-        paths: tuple[Int64[np.ndarray, " _"], ...],
-        lengths: Int64[np.ndarray, " segments"],
-        device: torch.device,
-        cost: int,
-    ) -> "Buckets":
-        """Those of a layout; `cost` of one more in query-key pairs."""
-        num_keys = np.array([len(path) for path in paths])
+    def of(cls, layout: ForestLayout) -> "Buckets":
+        """Those of a layout."""
+        paths, lengths, num_keys = layout.paths, layout.lengths, layout.num_keys
         output_index = np.zeros(int(lengths.sum()), dtype=np.int64)
         made, queries, keys = [], [], []
         num_rows = 0
-        for members in _group_by_shape(lengths, num_keys, cost):
+        for members in _group_by_shape(lengths, num_keys, layout.bucket_cost):
             own_paths = [paths[member] for member in members]
             query_index, key_index = _padded(own_paths, lengths[members])
             width, longest = query_index.shape[1], key_index.shape[1]
             context = num_keys[members] - lengths[members]
-            made.append(_make_bucket(width, longest, context, device))
+            made.append(_make_bucket(width, longest, context, layout.device))
             for row, (path, length) in enumerate(zip(own_paths, lengths[members], strict=True)):
                 own = path[len(path) - length :]
                 output_index[own] = num_rows + row * width + np.arange(length)
@@ -293,7 +287,7 @@ class Buckets:
             keys.append(key_index.ravel())
 
         def tensor(parts: list[np.ndarray]) -> Int64[Tensor, " _"]:
-            return torch.from_numpy(np.concatenate(parts)).to(device)
+            return torch.from_numpy(np.concatenate(parts)).to(layout.device)
 
         return cls(
             members=tuple(made),

@@ -243,6 +243,12 @@ def named_folder(place: str, root: str | None = None) -> str:
     return f"{root or RunConfig().root}/{place}" if is_name else place
 
 
+def run_names(root: str) -> list[str]:
+    """Names of the runs in a folder, in order."""
+    found = RunFolder(root).glob(f"*/{CONFIG_FILE}")
+    return [name.removesuffix(f"/{CONFIG_FILE}") for name in found]
+
+
 def did_you_mean(place: str, root: str | None = None) -> str:
     """What to add to a message about a place where no run is: the name that is most like it.
 
@@ -250,8 +256,7 @@ def did_you_mean(place: str, root: str | None = None) -> str:
         place: As of `named_folder`.
         root: The folder of all runs, unless that of the defaults.
     """
-    found = RunFolder(root or RunConfig().root).glob(f"*/{CONFIG_FILE}")
-    names = [name.removesuffix(f"/{CONFIG_FILE}") for name in found]
+    names = run_names(root or RunConfig().root)
     near = difflib.get_close_matches(place.rstrip("/").rpartition("/")[2], names, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 

@@ -13,7 +13,13 @@ from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.metrics.rows import METRICS_FILE, Row, latest, num_redone, written_rows
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees
-from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder, did_you_mean, named_folder
+from treerpo_ray.run_folder.files import (
+    CONFIG_FILE,
+    RunFolder,
+    did_you_mean,
+    named_folder,
+    run_names,
+)
 from treerpo_ray.study.analysis import Run
 from treerpo_ray.study.sightings import (
     Change,
@@ -189,8 +195,7 @@ def _run_at(place: str) -> Run:
     folder, root = named_folder(place), RunConfig().root
     if RunFolder(folder).exists(CONFIG_FILE):
         return Run(folder)
-    found = RunFolder(root).glob(f"*/{CONFIG_FILE}")
-    names = ", ".join(name.removesuffix(f"/{CONFIG_FILE}") for name in found)
+    names = ", ".join(run_names(root))
     raise ValueError(
         f"{place} is no run: it has no {CONFIG_FILE}; give a folder, a URI or the name of one of "
         f"the runs in {root}: {names or 'there are none'}{did_you_mean(place)}"

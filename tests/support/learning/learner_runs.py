@@ -191,21 +191,27 @@ def run_updates(
     return seen
 
 
-def run_worker(rank: int, folder: Path, cases: dict[str, tuple[Config, Updates]]) -> None:
-    """One of two workers: writes what it saw of each case to `folder`/`rank`.pt.
-
-    A case goes on from the checkpoint `start-NAME` in `folder`, if there is one, and leaves its
-    own at `end-NAME`.
-    """
+def join_group(rank: int, num_workers: int, folder: Path, limit_s: float) -> None:
+    """Make this process a worker of a group, whose members that disagree fail, after `limit_s`, and
+    do not wait for ever."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),  # workers that disagree fail, and do not wait for ever
+        world_size=num_workers,
+        timeout=timedelta(seconds=limit_s),
     )
+
+
+def run_worker(rank: int, folder: Path, cases: dict[str, tuple[Config, Updates]]) -> None:
+    """One of two workers: writes what it saw of each case to `folder`/`rank`.pt.
+
+    A case goes on from the checkpoint `start-NAME` in `folder`, if there is one, and leaves its
+    own at `end-NAME`.
+    """
+    join_group(rank, 2, folder, 60)
     seen = {}
     for name, case in cases.items():
         start = folder / f"start-{name}"

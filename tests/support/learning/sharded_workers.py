@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing
 from torch import Tensor
 
-from tests.support.learning.learner_runs import State, make_learner
+from tests.support.learning.learner_runs import State, join_group, make_learner
 from treerpo_ray.config import Config
 from treerpo_ray.learner.learner import Learner
 from treerpo_ray.learner.shards import export
@@ -203,15 +202,7 @@ def run_workers(num_workers: int, folder: Path, cases: dict[str, Case]) -> list[
 
 
 def _work(rank: int, num_workers: int, folder: Path, cases: dict[str, Case]) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=num_workers,
-        timeout=timedelta(seconds=LIMIT_S),
-    )
+    join_group(rank, num_workers, folder, LIMIT_S)
     home = folder / f"home-{rank}"
     home.mkdir()
     os.chdir(home)
