@@ -20,6 +20,7 @@ from jobs.benches.logprobs import bench_logprobs
 from jobs.benches.packing import bench_packing, bench_records
 from jobs.benches.rollout import bench_search, bench_verifier
 from jobs.benches.sides import ROUNDS
+from jobs.benches.weights import bench_weights
 from treerpo_ray.config import load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +31,7 @@ BENCHES = {
     "logprobs": bench_logprobs,
     "verifier": bench_verifier,
     "search": bench_search,
+    "weights": bench_weights,
 }
 
 
