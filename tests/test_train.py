@@ -27,6 +27,7 @@ from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.task import RunActors, WorkerTask
 from treerpo_ray.train import TrainWorker
+from treerpo_ray.weight_files import FileMaps
 
 LIMIT_S = 60.0
 """Time after which what a test waits for does not come any more."""
@@ -81,7 +82,6 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         return answer
 
     monkeypatch.setattr(ray, "get", get)
-    monkeypatch.setattr(ray, "put", lambda value: value)
 
 
 def make_worker(config: Config, fakes: FakeActors, *, step: int) -> TrainWorker:
@@ -244,9 +244,10 @@ def test_weights_that_are_on_their_way_are_not_those_of_the_next_update(tmp_path
     one_step(worker)
     weight.zero_()
     until_called(fakes, "publish")
-    _, chunks, _, node = fakes.arguments["publish"]
-    assert node == "node", "where the chunks lie"
-    assert chunks[0].view("float32")[:2].tolist() == [1, 1]
+    _, place, _, node = fakes.arguments["publish"]
+    assert node == "node", "where they lie"
+    chunk = FileMaps().read(place.path, *place.parts[0])
+    assert chunk.view("float32")[:2].tolist() == [1, 1]
     is_served.set()
     worker.publisher.wait()
 

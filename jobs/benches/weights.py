@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -12,6 +13,8 @@ import torch
 from jobs.benches.sides import Row, compared_rounds
 from treerpo_ray.actor import actor_method
 from treerpo_ray.config import Config
+from treerpo_ray.weight_files import HeldFile, WeightFiles
+from treerpo_ray.weight_store import WeightStore
 
 SIZES = {"10 M": 10**7, "100 M": 10**8, "500 M": 5 * 10**8}
 """Parameters."""
@@ -28,21 +31,21 @@ class Times:
 
     pack: float
     """Cast and digest."""
-    carry: float
-    """From there to a file that the engine's worker can open."""
+    hand_on: float
+    """Have the node's store keep the file, and an engine find it."""
     receive: float
-    """Map it, digest it and write the parameters, while the engine is paused."""
+    """Digest it and write the parameters, while the engine is paused."""
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.pack + self.carry + self.receive
+        return self.pack + self.hand_on + self.receive
 
 
 PARTS: tuple[tuple[str, float, Callable[[Times], float]], ...] = (
     ("packed to proved", MAX_COPIES, lambda times: times.total),
     ("packed", 1.0, lambda times: times.pack),
-    ("carried", 1.0, lambda times: times.carry),
+    ("handed on", 1.0, lambda times: times.hand_on),
     ("received, while paused", MAX_PAUSED_COPIES, lambda times: times.receive),
 )
 """Of a sync, with the copies that each is compared with."""
@@ -71,7 +74,7 @@ class SyncPath:
     """
 
     def __init__(self, num_parameters: int, sent_as: torch.dtype, chunk_bytes: int) -> None:
-        from treerpo_ray.engine.vllm_worker import StoreTransfer
+        from treerpo_ray.engine.vllm_worker import StoreInit, StoreTransfer
 
         torch.set_num_threads(1)
         rows = 4 * WIDTH
@@ -85,7 +88,8 @@ class SyncPath:
         names = dict(zip(self.weights, loaded, strict=True))
         self.transfer = StoreTransfer.__new__(StoreTransfer)  # there is no engine to make it for
         self.transfer.model = Parameters(names)
-        self.transfer._chunks = []
+        self.transfer.init_transfer_engine(StoreInit())
+        self.files, self.store = WeightFiles(), WeightStore()
 
     def copy(self) -> float:
         """CPU seconds of one copy of the bytes of a version, between pages that are there."""
@@ -96,29 +100,37 @@ class SyncPath:
     async def sync(self) -> Times:
         """Bring a version from `weights` to `parameters`; raises unless it is proved."""
         from treerpo_ray.engine.vllm_worker import StoreUpdate
-        from treerpo_ray.weight_sync import ChunkFiles, LoadProof, pack_weights
+        from treerpo_ray.weight_sync import LoadProof, pack_weights
 
         clock = [time.process_time()]
-        manifest, chunks = pack_weights(
-            self.weights.items(), version=1, dtype=self.sent_as, chunk_bytes=self.chunk_bytes
+        file = self.files.begin()
+        manifest, _ = pack_weights(
+            self.weights.items(),
+            version=1,
+            dtype=self.sent_as,
+            chunk_bytes=self.chunk_bytes,
+            allocate=file.part,
         )
+        packed = file.seal()
         clock.append(time.process_time())
-        put = [ray.put(chunk) for chunk in chunks]
-        del chunks
-        owned = [ray.put(await chunk) for chunk in put]  # as the weight store does
-        del put
-        with ChunkFiles() as files:
-            paths = await files.fetch(manifest, owned)
+        await self.store.hold(packed)
+        file.release()
+        with closing(HeldFile(await self.store.place(packed.stamp, []))) as held:
             clock.append(time.process_time())
             self.transfer.digests = ()
-            for number, path in enumerate(paths):
-                update = StoreUpdate(path=path, **manifest.update_info(number))  # type: ignore[arg-type]
+            for number, (offset, num_bytes) in enumerate(held.place.parts):
+                info = manifest.update_info(number)
+                update = StoreUpdate(
+                    path=held.place.path,
+                    offset=offset,
+                    num_bytes=num_bytes,
+                    **info,  # type: ignore[arg-type]
+                )
                 self.transfer.receive_weights(update)
-            self.transfer._chunks = []
             clock.append(time.process_time())
         LoadProof(version=1, digests=(self.transfer.digests,)).check(manifest)
-        pack, carry, receive = np.diff(clock).tolist()
-        return Times(pack=pack, carry=carry, receive=receive)
+        pack, hand_on, receive = np.diff(clock).tolist()
+        return Times(pack=pack, hand_on=hand_on, receive=receive)
 
 
 class SyncPathApi(Protocol):

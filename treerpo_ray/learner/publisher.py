@@ -6,9 +6,11 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import ray
 import torch
 
+from treerpo_ray.weight_files import FilePlace, WeightFile, WeightFiles
 from treerpo_ray.weight_sync import Manifest, Probe, pack_weights
 
 T = TypeVar("T")
@@ -35,23 +37,23 @@ class Publisher:
         probe_ids: Tokens of the probe.
         dtype: Floating type of the weights that are sent.
         chunk_bytes: Size of a chunk.
-        until_written: As of `Patience`: puts a chunk in Ray's store, whose memory and disk may be
-            full.
+        until_written: As of `Patience`: gets memory for a chunk, which there may be none of.
     """
 
     def __init__(
         self,
         *,
-        send: Callable[[Manifest, list[ray.ObjectRef], Probe, str], ray.ObjectRef[None]],
+        send: Callable[[Manifest, FilePlace, Probe, str], ray.ObjectRef[None]],
         node: str,
         probe_ids: list[int],
         dtype: torch.dtype,
         chunk_bytes: int,
-        until_written: Callable[[str, Callable[[], ray.ObjectRef]], ray.ObjectRef],
+        until_written: Callable[[str, Callable[[], np.ndarray]], np.ndarray],
     ) -> None:
         self._until_written = until_written
         self.send, self.node, self.probe_ids = send, node, probe_ids
         self.dtype, self.chunk_bytes = dtype, chunk_bytes
+        self._files = WeightFiles()
         self._last: Future[Any] = Future()
         self._last.set_result(None)
 
@@ -60,18 +62,22 @@ class Publisher:
 
         A copy of the weights is made before this returns.
         """
-        manifest, chunks = pack_weights(
+        file, what = self._files.begin(), f"weights of version {version}"
+        manifest, _ = pack_weights(
             policy.named_weights(),
             version=version,
             dtype=self.dtype,
             chunk_bytes=self.chunk_bytes,
+            allocate=lambda num_bytes: self._until_written(what, partial(file.part, num_bytes)),
         )
         logprobs = policy.sequence_logprobs(self.probe_ids).tolist()
         probe = Probe(token_ids=self.probe_ids, logprobs=logprobs)
-        what = f"weights of version {version}"
-        refs = [self._until_written(what, partial(ray.put, chunk)) for chunk in chunks]
-        self.then(lambda: ray.get(self.send(manifest, refs, probe, self.node)))
+        self.then(partial(self._send, manifest, file, file.seal(), probe))
         return manifest.digests[0]
+
+    def _send(self, manifest: Manifest, file: WeightFile, place: FilePlace, probe: Probe) -> None:
+        ray.get(self.send(manifest, place, probe, self.node))
+        file.release()  # not if that failed: who knows who is still to read it
 
     def then(self, work: Callable[[], T]) -> Future[T]:
         """Have `work` done once all before it is; it is left out if any of that failed.
