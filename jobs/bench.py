@@ -18,17 +18,19 @@ import rich.table
 from jobs.benches.learner import bench_learner
 from jobs.benches.logprobs import bench_logprobs
 from jobs.benches.packing import bench_packing, bench_records
+from jobs.benches.request_logprobs import bench_request_logprobs
 from jobs.benches.rollout import bench_search, bench_verifier
 from jobs.benches.sides import ROUNDS
 from jobs.benches.weights import bench_weights
 from treerpo_ray.config import load
 
-ROOT = Path(__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[1]
 BENCHES = {
     "packing": bench_packing,
     "records": bench_records,
     "learner": bench_learner,
     "logprobs": bench_logprobs,
+    "request_logprobs": bench_request_logprobs,
     "verifier": bench_verifier,
     "search": bench_search,
     "weights": bench_weights,
@@ -40,7 +42,7 @@ def main(arguments: list[str]) -> int:
     if unknown := set(arguments) - BENCHES.keys():
         print(f"{__doc__}\nunknown: {', '.join(unknown)}", file=sys.stderr)
         return 2
-    config = load([str(ROOT / "conf/quickstart.yaml")])
+    config = load([str(PROJECT / "conf/quickstart.yaml")])
     rows = [row for name in arguments or BENCHES for row in BENCHES[name](config)]
     table = rich.table.Table(title=f"median of {ROUNDS} rounds, both sides in turns")
     for title in ("what", "ours", "cost", "other", "cost", "ours costs less by"):

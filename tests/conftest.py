@@ -15,7 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other core is for the other process
 
 from tests.support.planted_secrets import SECRETS
-from tests.support.project import ROOT, SMALL
+from tests.support.project import PROJECT, SMALL
 from treerpo_ray.config import Config, load
 
 os.environ |= SECRETS
@@ -89,7 +89,7 @@ def ray_cluster() -> Iterator[None]:
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
-        runtime_env={"env_vars": RUNTIME_ENV["env_vars"] | {"PYTHONPATH": str(ROOT)}},
+        runtime_env={"env_vars": RUNTIME_ENV["env_vars"] | {"PYTHONPATH": str(PROJECT)}},
     )
     yield
     ray.shutdown()

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 from treerpo_ray.config import Config, load
 from treerpo_ray.config.files import to_yaml
 from treerpo_ray.metrics.rows import latest_rows
@@ -109,10 +109,10 @@ class Command:
 def written_commands() -> list[Command]:
     """All commands in README files, and at the heads of configuration files and jobs."""
     found = []
-    for path in (ROOT / "README.md", ROOT / "jobs/cluster/README.md"):
+    for path in (PROJECT / "README.md", PROJECT / "jobs/cluster/README.md"):
         for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL):
             found += _commands_in(block, path)
-    for path in [*ROOT.glob("conf/**/*.yaml"), *ROOT.glob("jobs/**/*")]:
+    for path in [*PROJECT.glob("conf/**/*.yaml"), *PROJECT.glob("jobs/**/*")]:
         if path.suffix in (".yaml", ".sh", ".py"):
             found += _commands_in(_head(path.read_text()), path)
     return found
@@ -131,15 +131,15 @@ def _commands_in(text: str, path: Path) -> Iterator[Command]:
     for line in text.splitlines():
         words = re.sub(r"\s+#.*", "", line).strip()
         if re.match(r"(python|bash|ray|pip|source|kubectl|helm|docker) \S", words):
-            yield Command(text=re.sub(r"\s+", " ", words), place=str(path.relative_to(ROOT)))
+            yield Command(text=re.sub(r"\s+", " ", words), place=str(path.relative_to(PROJECT)))
 
 
 def configuration(words: list[str]) -> Config:
     """The configuration of a training, cut to a few steps."""
     own = [word for word in words if "=" in word or word.endswith(".yaml")]
-    own = [str(ROOT / word) if word.startswith("conf/") else word for word in own]
+    own = [str(PROJECT / word) if word.startswith("conf/") else word for word in own]
     if "jobs/quickstart.sh" in words:
-        own.insert(0, str(ROOT / "conf/quickstart.yaml"))
+        own.insert(0, str(PROJECT / "conf/quickstart.yaml"))
     return load([*own, *SHORT])
 
 
@@ -166,7 +166,7 @@ class Home:
     def run(self, words: list[str]) -> subprocess.CompletedProcess[str]:
         """Run a command in the project's folder, as this home's user."""
         return subprocess.run(
-            words, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False
+            words, cwd=PROJECT, env=self.environment, capture_output=True, text=True, check=False
         )
 
     def do(self, command: Command) -> str:

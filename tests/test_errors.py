@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.support.project import ROOT as PROJECT_FOLDER
+from tests.support.project import PROJECT
 from treerpo_ray.errors import STOPPED, UNREAD, RunFailed, run_command
 
 
@@ -48,7 +48,7 @@ def test_a_command_whose_reader_has_gone_ends_without_a_word() -> None:
     """As in `--help | head`."""
     with subprocess.Popen(
         [sys.executable, "-c", UNREAD_COMMAND],
-        cwd=PROJECT_FOLDER,
+        cwd=PROJECT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

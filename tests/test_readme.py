@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 from treerpo_ray.config import load
 from treerpo_ray.preflight.trial import try_checks, try_credit
 
-README = (ROOT / "README.md").read_text()
+README = (PROJECT / "README.md").read_text()
 REWARD, CREDIT = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
@@ -28,7 +28,7 @@ def test_the_example_of_a_reward_passes_its_own_test_and_asks_for_the_row(
 
 
 def test_the_example_of_a_reward_for_code_passes_its_own_test() -> None:
-    assert try_checks(load([f"verifier.check={ROOT}/conf/rewards/unit_tests.py"]).verifier)
+    assert try_checks(load([f"verifier.check={PROJECT}/conf/rewards/unit_tests.py"]).verifier)
 
 
 def test_the_example_of_credit_is_a_form_and_a_rule(
@@ -43,4 +43,4 @@ def test_every_file_and_folder_that_the_readme_links_to_is_there() -> None:
     named = re.findall(r"\]\(([^)#]+)\)", README)
     assert len(named) > 3
     for path in named:
-        assert path.startswith("http") or (ROOT / path).exists(), path
+        assert path.startswith("http") or (PROJECT / path).exists(), path

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.learning.records import make_record
 from tests.support.learning.trees import make_tree
-from tests.support.project import ROOT as PROJECT
+from tests.support.project import PROJECT
 from treerpo_ray.algo.tree import ROOT
 from treerpo_ray.config import load
 from treerpo_ray.prompts.prompt_set import load_tokenizer

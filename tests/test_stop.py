@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 from treerpo_ray.stop import SIGNALS, STOPPED, Stop, held_back
 
 
@@ -124,7 +124,7 @@ sys.exit(run_command({"start": start, "work": work}[sys.argv[1]], sys.argv[2:], 
 def started(*arguments: str, **settings: object) -> subprocess.Popen[str]:
     command = subprocess.Popen(
         [sys.executable, "-c", COMMAND, *arguments],
-        cwd=ROOT,
+        cwd=PROJECT,
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,

@@ -4,7 +4,7 @@ Whole runs test the rest.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import ray
 import torch
 import torch.distributed as dist
 
@@ -27,7 +26,7 @@ from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.task import RunActors, WorkerTask
 from treerpo_ray.train import TrainWorker
-from treerpo_ray.weight_files import FileMaps
+from treerpo_ray.weights.files import FileMaps
 
 LIMIT_S = 60.0
 """Time after which what a test waits for does not come any more."""
@@ -71,20 +70,21 @@ class FakeLearner:
         return SimpleNamespace(has_updated=True, stats=stats, metrics={})
 
 
-@pytest.fixture(autouse=True)
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """References are what they refer to, or events that are waited for."""
-
-    def get(answer: object) -> object:
-        if isinstance(answer, threading.Event):
-            assert answer.wait(LIMIT_S)
-            return None
-        return answer
-
-    monkeypatch.setattr(ray, "get", get)
+def answered(answer: object) -> object:
+    """What a reference refers to: itself, once it is set if it is an event."""
+    if isinstance(answer, threading.Event):
+        assert answer.wait(LIMIT_S)
+        return None
+    return answer
 
 
-def make_worker(config: Config, fakes: FakeActors, *, step: int) -> TrainWorker:
+def make_worker(
+    config: Config,
+    fakes: FakeActors,
+    *,
+    step: int,
+    get: Callable[[object], object] = answered,
+) -> TrainWorker:
     """A first worker at a learner step, whose version is its number."""
     actors = RunActors(gate=fakes, pool=fakes, weight_sync=fakes, run_log=fakes, heartbeats=fakes)
     return TrainWorker(
@@ -96,6 +96,7 @@ def make_worker(config: Config, fakes: FakeActors, *, step: int) -> TrainWorker:
         learner=FakeLearner(step),
         checkpoints=SimpleNamespace(passed_over={}),
         heartbeat=SimpleNamespace(at=lambda doing, is_busy=True: None),
+        get=get,
     )
 
 
@@ -372,17 +373,16 @@ def test_a_publication_that_failed_is_found_by_a_step_that_publishes_nothing(
 
 
 def test_a_publication_that_fails_ends_the_next_step_and_the_gate_does_not_hear_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     fakes = FakeActors({})
-    worker = make_worker(config_of(tmp_path, num_steps=9), fakes, step=0)
 
     def get(answer: object) -> object:
         if fakes.calls[-1] == "publish":
             raise RuntimeError("no engine took it over")
         return answer
 
-    monkeypatch.setattr(ray, "get", get)
+    worker = make_worker(config_of(tmp_path, num_steps=9), fakes, step=0, get=get)
     one_step(worker)
     with pytest.raises(RuntimeError, match="no engine took it over"):
         one_step(worker)

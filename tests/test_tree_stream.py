@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from tests.support.learning.records import make_record, plain, records
 from tests.support.learning.trees import make_step, make_tree
-from tests.support.project import ROOT as ROOT_FOLDER
-from treerpo_ray import tree_stream
+from tests.support.project import PROJECT
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree
 from treerpo_ray.config import load
 from treerpo_ray.metrics.events import FATAL, Event
@@ -30,6 +29,7 @@ from treerpo_ray.tree_stream import (
     has_signal,
     to_worker_batch,
     trained_tokens,
+    worker_batches,
 )
 from treerpo_ray.verifier.verdict import Verdict
 from treerpo_ray.verifier.verifier import VariableNotSet
@@ -38,7 +38,7 @@ CONFIG = load(
     [
         *("run.root=memory://runs", "run.name=stream", "gate.trees_per_step=2"),
         *("verifier.check=tests.support.answers.unruly_answers", "verifier.num_workers=1"),
-        f"model.path={ROOT_FOLDER}/treerpo_ray/quickstart/model",
+        f"model.path={PROJECT}/treerpo_ray/quickstart/model",
     ]
 )
 TOKENIZER = load_tokenizer(CONFIG.model.path, trust_remote_code=False)
@@ -61,9 +61,8 @@ class Handle:
 
 
 @pytest.fixture
-def stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., SimpleNamespace]]:
+def stream() -> Iterator[Callable[..., SimpleNamespace]]:
     """Streams what the pool gives, one list after the other; the result has `shares`, `events`."""
-    monkeypatch.setattr(tree_stream.ray, "get", lambda value: value)
 
     def run(*given: list[TreeRecord], config=CONFIG) -> SimpleNamespace:
         found, rest = SimpleNamespace(events=[], redrawn=[], moved=[]), iter([*given, None])
@@ -72,8 +71,13 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., SimpleName
             worker_batch_size=lambda: 2,
             redraw=lambda reader, tree: found.redrawn.append(tree),
         )
-        found.shares = tree_stream._worker_batches(
-            config, pool, Handle(event=found.events.append), Handle(moved=found.moved.append), "me"
+        found.shares = worker_batches(
+            config,
+            pool=pool,
+            run_log=Handle(event=found.events.append),
+            heartbeats=Handle(moved=found.moved.append),
+            reader="me",
+            get=lambda answer: answer,
         )
         return found
 

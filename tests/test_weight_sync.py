@@ -15,7 +15,6 @@ from ray.exceptions import ActorDiedError, ObjectStoreFullError, OutOfDiskError,
 
 from treerpo_ray.metrics.events import Event
 from treerpo_ray.run_folder.patience import DiskRefused, PatienceTimes
-from treerpo_ray.weight_files import FilePlace, WeightsLost
 from treerpo_ray.weight_sync import (
     ALIGNMENT,
     BLOCK,
@@ -26,6 +25,7 @@ from treerpo_ray.weight_sync import (
     WeightSync,
     pack_weights,
 )
+from treerpo_ray.weights.files import FilePlace, WeightsLost
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 KEPT = [torch.int64, torch.uint8, torch.bool]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from treerpo_ray.algo.tree import StopReason
-from treerpo_ray.config.sections import VerifierConfig
+from treerpo_ray.config.verifier import VerifierConfig
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.verifier.verdict import Answer, Grade, Verdict, weighted
 from treerpo_ray.verifier.verifier import Verifier

@@ -31,6 +31,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
+from treerpo_ray.actor import Get
 from treerpo_ray.engine.types import EngineTotals
 from treerpo_ray.evaluate.evaluation import read_evaluation
 from treerpo_ray.evaluate.grading import HeldOutEvaluator
@@ -140,6 +141,7 @@ class TrainWorker:
         learner: The learner after these steps.
         checkpoints: Of the run.
         heartbeat: Told what it does.
+        get: Waits for what an actor answers.
     """
 
     def __init__(
@@ -153,7 +155,9 @@ class TrainWorker:
         learner: Learner,
         checkpoints: Checkpoints,
         heartbeat: Heartbeat,
+        get: Get = ray.get,
     ) -> None:
+        self._get = get
         self.config, self.actors, self.held_out = task.config, task.actors, task.held_out
         self.rank, self.num_workers, self.is_first = rank, num_workers, rank == 0
         self.step, self.learner, self.checkpoints = step, learner, checkpoints
@@ -176,7 +180,9 @@ class TrainWorker:
             dtype=DTYPES[self.config.model.dtype],
             chunk_bytes=self.config.sync.chunk_mib * 2**20,
             until_written=self.patience.until_written,
+            get=get,
         )
+        self.ending.callback(self.publisher.close)
         self.engines: EngineTotals
         self.idle: IdleTimes
         """Those at the last row."""
@@ -202,7 +208,7 @@ class TrainWorker:
         Args:
             checkpoint: Folder of the one that the learner was restored from.
         """
-        ray.get(self.actors.heartbeats.forget.remote("learner"))
+        self._get(self.actors.heartbeats.forget.remote("learner"))
         self.folder.withdraw_model()  # of a run that was stopped: it tells of a whole one
         for step, fault in self.checkpoints.passed_over.items():
             self._note("checkpoint_passed_over", step=step, fault=fault)
@@ -213,13 +219,13 @@ class TrainWorker:
         gate, pool, version = self.actors.gate, self.actors.pool, self.learner.version
         first = self.step * self.config.gate.trees_per_step
         # What grows on once the engines have turned back would be of weights that never were.
-        grown: list[TreeRecord] = ray.get(pool.recall.remote(first))
+        grown: list[TreeRecord] = self._get(pool.recall.remote(first))
         self.publish()
         self._await_engines()
-        totals = ray.get(pool.stats.remote())
+        totals = self._get(pool.stats.remote())
         self.engines = EngineTotals(stats=totals)
-        self.idle = ray.get(self.actors.heartbeats.idle.remote())
-        session: int = ray.get(gate.restart.remote(self.step, _read_gate(checkpoint)))
+        self.idle = self._get(self.actors.heartbeats.idle.remote())
+        session: int = self._get(gate.restart.remote(self.step, _read_gate(checkpoint)))
         left_over = saved_trees.read(checkpoint, self.config.tree)
         saved = saved_trees.usable(
             [*left_over, *grown], step=self.step, version=version, gate=self.config.gate
@@ -233,11 +239,11 @@ class TrainWorker:
             saved_trees=len(saved),
             pid=os.getpid(),
         )
-        ray.get(pool.grow_tickets.remote(gate, session, first, self.num_workers, saved))
+        self._get(pool.grow_tickets.remote(gate, session, first, self.num_workers, saved))
 
     def steps(self) -> Iterator[int]:
         """The learner steps that are due, until the gate or the budget says that one was last."""
-        rows = ray.get(self.actors.run_log.rows_since.remote(0))
+        rows = self._get(self.actors.run_log.rows_since.remote(0))
         self.sampled_tokens = sum(
             row.get("tokens/sampled", 0.0) for row in latest(rows) if row["step"] <= self.step
         )
@@ -305,7 +311,7 @@ class TrainWorker:
 
     def _consumed(self, step: int, version: int, root_values: tuple[RootValue, ...]) -> GateState:
         size = self.config.gate.trees_per_step
-        state: GateState = ray.get(self.actors.gate.consumed.remote(step, root_values))
+        state: GateState = self._get(self.actors.gate.consumed.remote(step, root_values))
         self._note("consumed", step=step, first=step * size, trees=size, version=version)
         return state
 
@@ -317,7 +323,7 @@ class TrainWorker:
         finished = max(batch.asked_at, update.stats.last_finished_s)
         scored = max(finished, update.stats.last_scored_s)
         asked = self.actors.pool.stats.remote(), self.actors.heartbeats.idle.remote()
-        totals, idle = ray.get(asked[0]), ray.get(asked[1])
+        totals, idle = self._get(asked[0]), self._get(asked[1])
         shares, self.idle = idle.shares_since(self.idle), idle
         now = time.time()
         row: Row = {
@@ -335,7 +341,7 @@ class TrainWorker:
             **self.engines.since_last(totals),
             **{f"idle/{kind}_share": shares[kind] for kind in IDLE if kind in shares},
         }
-        ray.get(self.actors.run_log.step.remote(row))
+        self._get(self.actors.run_log.step.remote(row))
 
     def checkpoint_if_due(self) -> None:
         """Save a checkpoint; training goes on while it is put in its place, but for the last."""
@@ -348,14 +354,14 @@ class TrainWorker:
 
         def write(folder: Path) -> None:
             self.learner.write(folder)
-            trees = ray.get(self.actors.pool.unconsumed.remote(first))
+            trees = self._get(self.actors.pool.unconsumed.remote(first))
             saved_trees.write(folder, trees, self.config.tree)
 
         def before_place(folder: Path) -> None:
             nonlocal num_lines
             # No checkpoint tells of a step that the gate holds for due.
             (folder / GATE_FILE).write_text(consumed.result())
-            num_lines = ray.get(self.actors.run_log.num_lines.remote())[0]
+            num_lines = self._get(self.actors.run_log.num_lines.remote())[0]
 
         contents = CheckpointContents(
             write=write,
@@ -391,7 +397,9 @@ class TrainWorker:
     def finish(self) -> None:
         """End the stream of trees, and write the model, once all else is written."""
         if self.is_first:
-            ray.get([self.actors.gate.close.remote(), self.actors.pool.end_stream.remote()])
+            closing_gate = self.actors.gate.close.remote()
+            self._get(self.actors.pool.end_stream.remote())
+            self._get(closing_gate)
         self.heartbeat.at("writing the model")
         with suppress(Exception):  # it was told of; the end of the writer leaves it out
             self.patience.until_written("trees", lambda: self.writer.flush(WRITE_S))
@@ -413,7 +421,7 @@ class TrainWorker:
         return max(self.step / run.num_steps, spent)
 
     def _is_told_to_stop(self) -> bool:
-        return ray.get(self.actors.gate.is_told_to_stop.remote())
+        return self._get(self.actors.gate.is_told_to_stop.remote())
 
     def _is_over(self) -> bool:
         """Whether the steps that are done are all of the run."""
@@ -435,12 +443,13 @@ class TrainWorker:
             pool=self.actors.pool,
             run_log=self.actors.run_log,
             tokenizer=self.learner.policy.tokenizer,
+            get=self._get,
         )
         return self.ending.enter_context(closing(evaluator))
 
     def _is_settled(self, num_lines: int, trees_kept: int | None) -> bool:
         """Whether the run folder has so many rows and events, and the trees of that step."""
-        if ray.get(self.actors.run_log.num_lines.remote())[1] < num_lines:
+        if self._get(self.actors.run_log.num_lines.remote())[1] < num_lines:
             return False
         if trees_kept is None:
             return True
@@ -453,7 +462,7 @@ class TrainWorker:
         self.actors.run_log.event.remote(event)
 
     def _note(self, kind: str, **fields: str | float) -> None:
-        ray.get(self.actors.run_log.event.remote(Event(kind=kind, fields=fields)))
+        self._get(self.actors.run_log.event.remote(Event(kind=kind, fields=fields)))
 
     def barrier(self) -> None:
         """Wait for the other workers."""

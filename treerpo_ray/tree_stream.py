@@ -26,6 +26,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from treerpo_ray.actor import Get
 from treerpo_ray.algo.advantages import step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.shares import balanced_shares
@@ -206,7 +207,12 @@ def tree_stream(
         stream = ray.data.read_datasource(
             ScoredTrees(
                 read=partial(
-                    _worker_batches, config, pool, run_log, heartbeats, reader=uuid.uuid4().hex
+                    worker_batches,
+                    config,
+                    pool=pool,
+                    run_log=run_log,
+                    heartbeats=heartbeats,
+                    reader=uuid.uuid4().hex,
                 )
             ),
             override_num_blocks=1,
@@ -255,13 +261,28 @@ class ScoredTrees(Datasource):
         return None
 
 
-def _worker_batches(
-    config: Config, pool: TreePoolApi, run_log: RunLogApi, heartbeats: HeartbeatsApi, reader: str
+def worker_batches(
+    config: Config,
+    *,
+    pool: TreePoolApi,
+    run_log: RunLogApi,
+    heartbeats: HeartbeatsApi,
+    reader: str,
+    get: Get = ray.get,
 ) -> Iterator[pa.Table]:
     """Take finished trees from the pool, score them and give them out, until the stream is ended.
 
-    `run_log` is told of a verifier that starts or fails; `reader` is the name of this stream, and
-    the pool serves the newest alone.
+    Args:
+        config: Of the run.
+        pool: Actor of `TreePool`.
+        run_log: Actor of `RunLog`; told of a verifier that starts or fails.
+        heartbeats: Actor of `Heartbeats`; told what the scoring does.
+        reader: Name of this stream; the pool serves the newest alone.
+        get: Waits for what the actors answer.
+
+    Raises:
+        VariableNotSet, VerifierFailing: the verifier cannot start, or fails too often; the run log
+            is told that the run ends of it.
     """
 
     def on_start(pid: int) -> None:
@@ -271,7 +292,7 @@ def _worker_batches(
         run_log.event.remote(check_failed(reason))
 
     def end_run(error: Exception) -> None:
-        ray.get(run_log.event.remote(Event(kind=FATAL, fields={"reason": str(error)})))
+        get(run_log.event.remote(Event(kind=FATAL, fields={"reason": str(error)})))
 
     heartbeat = Heartbeat(
         heartbeats=heartbeats,
@@ -292,7 +313,7 @@ def _worker_batches(
     with closing(scorer):
         while True:
             heartbeat.at("waiting for finished trees", is_busy=False)
-            trees = ray.get(pool.take.remote(reader, SCORED_TREES, WAIT_S))
+            trees = get(pool.take.remote(reader, SCORED_TREES, WAIT_S))
             if trees is None:
                 heartbeat.close()
                 return
@@ -300,7 +321,7 @@ def _worker_batches(
                 log.info("waiting for finished trees")
                 continue
             if batches is None:
-                size = ray.get(pool.worker_batch_size.remote())
+                size = get(pool.worker_batch_size.remote())
                 batches = WorkerBatches(
                     trees_per_step=config.gate.trees_per_step,
                     size=size,
@@ -316,7 +337,7 @@ def _worker_batches(
             for graded in scored:
                 tree = with_noise(graded, config.verifier, config.run.seed)
                 if _is_redrawn(tree, config):
-                    ray.get(pool.redraw.remote(reader, tree))
+                    get(pool.redraw.remote(reader, tree))
                 else:
                     batches.add(tree)
             heartbeat.at("handing trees on", is_busy=False)

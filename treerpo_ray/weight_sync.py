@@ -26,8 +26,8 @@ from treerpo_ray.metrics.events import RunLogApi, write_done, write_waits
 from treerpo_ray.metrics.stage_status import StageStatus, WatchedStage
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.patience import DiskRefused, Patience, PatienceTimes
-from treerpo_ray.weight_files import FilePlace, WeightsLost
-from treerpo_ray.weight_store import WeightStoreApi, put, store_on
+from treerpo_ray.weights.files import FilePlace, WeightsLost
+from treerpo_ray.weights.store import WeightStoreApi, put, store_on
 
 if TYPE_CHECKING:  # manifests go through actors that have no use for it
     import torch

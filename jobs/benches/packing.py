@@ -8,18 +8,19 @@ from typing import Self
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from jobs.benches.random_trees import random_tree, scored_record
 from jobs.benches.sides import NUM_TREES, Row, compared, cpu_seconds
-from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
-from treerpo_ray.algo.backup import mean_backup
-from treerpo_ray.algo.groups import PruneRule, step_groups
-from treerpo_ray.algo.packing import Forest, pack
+from treerpo_ray.algo.advantages import AdvantageForm
+from treerpo_ray.algo.groups import PruneRule
+from treerpo_ray.algo.packing import Forest
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.algo.standard_errors import standard_error_of_mean
 from treerpo_ray.algo.tree import ROOT
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import LearnerConfig
+from treerpo_ray.learner.learner import Learner
 from treerpo_ray.records import from_table
 from treerpo_ray.tree_stream import from_worker_batch, to_worker_batch
 from treerpo_ray.verifier.verdict import Verdict
@@ -29,7 +30,7 @@ PAPER_TREES, PAPER_STEP_TOKENS = 128, 147
 at which it samples 11 M tokens."""
 
 
-def bench_packing(_: Config) -> list[Row]:
+def bench_packing(config: Config) -> list[Row]:
     """CPU time from the Arrow batch of a learner step to its packed forests, statistics included.
 
     The other side goes row by row through Python lists, group by group and step by step.
@@ -37,9 +38,9 @@ def bench_packing(_: Config) -> list[Row]:
     Raises:
         AssertionError: the forests of the two sides differ in any number.
     """
-    table, learner = packing_batch(), LearnerConfig()
+    table, learner = packing_batch(), packing_learner(config)
     ours = batch_to_forests(table, learner)
-    plain = plain_forests(table, learner)
+    plain = plain_forests(table, learner.settings)
     assert len(ours) == len(plain)
     for mine, theirs in zip(ours, plain, strict=True):
         for field in fields(Forest):
@@ -50,23 +51,23 @@ def bench_packing(_: Config) -> list[Row]:
             ("arrays", partial(cpu_seconds, partial(batch_to_forests, table, learner))),
             (
                 "rows as lists",
-                partial(cpu_seconds, partial(plain_forests, table, learner)),
+                partial(cpu_seconds, partial(plain_forests, table, learner.settings)),
             ),
         )
     ]
 
 
-def bench_records(_: Config) -> list[Row]:
+def bench_records(config: Config) -> list[Row]:
     """The same of a batch of the paper's size on one worker: time, and memory at its peak.
 
     128 trees of answers of 441 tokens are the 11 M sampled tokens of a step with the base model.
     """
-    table, learner = packing_batch(PAPER_TREES, PAPER_STEP_TOKENS), LearnerConfig()
+    table, learner = packing_batch(PAPER_TREES, PAPER_STEP_TOKENS), packing_learner(config)
     work = partial(batch_to_forests, table, learner)
     name = (
         f"records: {PAPER_TREES} trees, {PAPER_TREES * 584 * PAPER_STEP_TOKENS / 1e6:.0f} M tokens"
     )
-    lists = partial(plain_forests, table, learner)
+    lists = partial(plain_forests, table, learner.settings)
     return [
         compared(
             f"{name}, Arrow to forests (CPU time)",
@@ -106,21 +107,31 @@ def packing_batch(num_trees: int = NUM_TREES, step_tokens: int = 384) -> pa.Tabl
     return to_worker_batch(records)
 
 
-def batch_to_forests(batch: pa.Table, learner: LearnerConfig) -> list[Forest]:
-    """What the worker and its learner do with a batch before the first forward pass."""
-    from treerpo_ray.learner.stats import count
+class PackingLearner(Learner):
+    """A learner that ends an update before the first forward pass."""
 
-    form, pruning = learner.form, learner.pruning
+    def _optimizer_steps(self, minibatches: list[list[Forest]], progress: float) -> list:
+        return []
+
+
+def packing_learner(config: Config) -> PackingLearner:
+    """One of the default settings; its model has nothing to do."""
+    return PackingLearner(
+        model=config.model,
+        learner=LearnerConfig(),
+        loss=config.loss,
+        tree=config.tree,
+        max_staleness=0,
+        max_tokens=config.max_model_tokens,
+        device=torch.device("cpu"),
+    )
+
+
+def batch_to_forests(batch: pa.Table, learner: PackingLearner) -> list[Forest]:
+    """What the worker and its learner do with a batch before the first forward pass."""
     records = from_table(from_worker_batch(batch))
-    values = [mean_backup(record.tree, record.rewards) for record in records]
-    groups = [step_groups(r.tree, own) for r, own in zip(records, values, strict=True)]
-    advantages = [
-        step_advantages(record.tree, own, form=form, pruning=pruning, groups=siblings)
-        for record, own, siblings in zip(records, values, groups, strict=True)
-    ]
-    for record, own, siblings in zip(records, values, groups, strict=True):
-        count(record, own, siblings, form=form, pruning=pruning)
-    return pack([record.tree for record in records], advantages, learner.token_budget)
+    [forests] = learner.update(records).trained.minibatches
+    return list(forests)
 
 
 def plain_forests(batch: pa.Table, learner: LearnerConfig) -> list[Forest]:

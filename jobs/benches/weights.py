@@ -13,8 +13,8 @@ import torch
 from jobs.benches.sides import Row, compared_rounds
 from treerpo_ray.actor import actor_method
 from treerpo_ray.config import Config
-from treerpo_ray.weight_files import HeldFile, WeightFiles
-from treerpo_ray.weight_store import WeightStore
+from treerpo_ray.weights.files import HeldFile, WeightFiles
+from treerpo_ray.weights.store import WeightStore
 
 SIZES = {"10 M": 10**7, "100 M": 10**8, "500 M": 5 * 10**8}
 """Parameters."""

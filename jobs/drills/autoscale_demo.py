@@ -25,8 +25,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+PROJECT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(PROJECT))
 
 if TYPE_CHECKING:
     from treerpo_ray.driver.result import RunResult
@@ -46,7 +46,7 @@ NO_COMMANDS = (
 )
 """Keys of a cluster file that say how nodes are set up."""
 SETTINGS = [
-    str(ROOT / "conf/quickstart.yaml"),
+    str(PROJECT / "conf/quickstart.yaml"),
     *("run.name=autoscale", "run.num_steps=40", "gate.trees_per_step=6"),
     *("engine.num_engines=1", f"engine.max_engines={MAX_NODES}", "engine.max_trees=16"),
     *("engine.shrink_after_s=10", "engine.kv_cache_gib=0.125"),
@@ -61,6 +61,7 @@ def show(overrides: list[str]) -> int:
     ask_for_token(os.environ)
     from treerpo_ray.config import load
     from treerpo_ray.driver.run import run
+    from treerpo_ray.driver.start import look_at_folder
     from treerpo_ray.metrics.console import Console
     from treerpo_ray.preflight.inputs import load_inputs
     from treerpo_ray.preflight.machine import check_vllm
@@ -68,9 +69,9 @@ def show(overrides: list[str]) -> int:
 
     config = load([*SETTINGS, *overrides])
     check_vllm(config)
-    inputs = load_inputs(config)
+    earlier, inputs = look_at_folder(config), load_inputs(config)
     console = Console()
-    result = on_growing_cluster(lambda: run(config, inputs, console), console)
+    result = on_growing_cluster(lambda: run(config, inputs, earlier, console), console)
     draw(config.folder)
     console.note(f"nodes, engines and trees over time: {config.folder}/pool.png")
     return 0 if result.is_complete else STOPPED
@@ -97,7 +98,7 @@ def head_environment(given: Mapping[str, str], mark: str) -> dict[str, str]:
         **given,
         MARK: mark,
         "PATH": f"{Path(sys.executable).parent}:{given['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(PROJECT),
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD_ID,

@@ -38,7 +38,7 @@ from treerpo_ray.run_folder.files import RunFolder, Scalar
 from treerpo_ray.stop import STOPPED, Stop, held_back
 from treerpo_ray.study.audit import Fields, as_int, faults
 
-ROOT = Path(__file__).resolve().parents[2]
+PROJECT = Path(__file__).resolve().parents[2]
 HEALTH = {
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 1000,
@@ -299,21 +299,21 @@ def drill(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     options = parser.parse_args(arguments)
     arguments = [
-        *(str(ROOT / "conf/quickstart.yaml"), f"run.name=chaos-{time.time_ns()}", *SMALL),
+        *(str(PROJECT / "conf/quickstart.yaml"), f"run.name=chaos-{time.time_ns()}", *SMALL),
         *(f"run.num_steps={ENDLESS}", *options.overrides),
     ]
     config = load(arguments)
     start, limit_s = time.monotonic(), 60 * options.minutes
     schedule = draw_schedule(options.kills, options.steps, config.run.seed, options.victims)
-    command = [sys.executable, str(ROOT / "jobs/train.py"), *arguments]
+    command = [sys.executable, str(PROJECT / "jobs/train.py"), *arguments]
     kills: list[Kill] = []
 
-    def kill(cluster: Cluster, training: subprocess.Popen[bytes]) -> None:
+    def work(cluster: Cluster, training: subprocess.Popen[bytes]) -> None:
         run = Drill(config=config, cluster=cluster, schedule=schedule, num_steps=options.steps)
         run.run(training, start + limit_s)
         kills.extend(run.kills)
 
-    status = train_on_cluster(command, small_cluster(), kill)
+    status = train_on_cluster(command, small_cluster(), work)
     seconds = time.monotonic() - start
     events = RunFolder(config.folder).read_lines(EVENTS_FILE)
     times = [float(str(event["time"])) for event in events] or [0.0]

@@ -33,9 +33,9 @@ from jobs.gpu.measures import (
     top_kernels,
 )
 from jobs.gpu.workload import (
+    PROJECT,
     REAL,
     REHEARSAL,
-    ROOT,
     Sizes,
     made_policy,
     make_learner,
@@ -43,13 +43,14 @@ from jobs.gpu.workload import (
     recipe,
 )
 from treerpo_ray.config import Config, load
-from treerpo_ray.learner import head, tree_attention
+from treerpo_ray.learner import forest_layout, head
+from treerpo_ray.learner.forest_layout import FLASH
 from treerpo_ray.preflight.machine import GIB, check_gpus, installed_gpus
 from treerpo_ray.preflight.memory import MemoryPlan, ModelSizes
 
 TORCH_ALONE = ("machine", "model", "attention", "learner")
 """Parts that run where Ray and vLLM are not installed."""
-QUICKSTART = ROOT / "treerpo_ray/quickstart/model"
+QUICKSTART = PROJECT / "treerpo_ray/quickstart/model"
 
 
 Tell = Callable[..., None]
@@ -120,12 +121,17 @@ def attention(sizes: Sizes, folder: Path, tell: Tell) -> None:
         if not cudnn and not finite:
             raise RuntimeError("the gradient of masked attention is not finite even without cuDNN")
     torch.backends.cuda.enable_cudnn_sdp(False)
+    finite = low_scores_have_gradients(sizes, FLASH)
+    tell(all_paths_in_one_call={"low_scores_have_gradients": finite})
+    if not finite:
+        raise RuntimeError("the gradient of attention over all paths in one call is not finite")
     policy = made_policy(sizes, folder)  # which turns cuDNN off, too
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     mean, largest = packed_against_rows(sizes, policy)
     tell(packed_against_rows={"mean": mean, "max": largest})
     if not mean < 0.05:
         raise RuntimeError(f"packed trees are {mean:.3g} nats a token off their rows")
+    tell(new_shape_s_all_paths_in_one_call=seconds_a_shape(sizes, FLASH))
     for cudnn in (False, True):  # the slow one last
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
         tell(**{f"new_shape_s_{'with' if cudnn else 'without'}_cudnn": seconds_a_shape(sizes)})
@@ -149,8 +155,8 @@ def learner(sizes: Sizes, folder: Path, tell: Tell) -> None:
 
     kernels = head.kernels
     changes: dict[str, Callable[[], object]] = {
-        "few_buckets": partial(setattr, tree_attention, "BUCKET_COST", 2**20),
-        "large_pieces_of_logits": partial(head.LOGIT_BUDGET.update, cpu=2**28, cuda=2**28),
+        "buckets_with_masks": partial(setattr, forest_layout, "FLASH", None),
+        "large_pieces_of_logits": partial(setattr, made.policy, "logit_budget", 2**28),
         "head_not_compiled": partial(setattr, head, "kernels", lambda _: kernels("cpu")),
         "foreach_optimizer": optimizer,
         "with_cudnn": partial(torch.backends.cuda.enable_cudnn_sdp, True),
@@ -158,15 +164,15 @@ def learner(sizes: Sizes, folder: Path, tell: Tell) -> None:
     for name, change in changes.items():
         if name == "with_cudnn":  # the last: planning for each new shape, it may not end in time
             tell(status="ok", with_cudnn="not finished")
-        bucket_cost, budget = tree_attention.BUCKET_COST, dict(head.LOGIT_BUDGET)
+        flash = forest_layout.FLASH
         change()
         try:
             made.update(records)
             tell(**{name: measured(made, records)})
         except RuntimeError as error:  # too little memory, or gradients that are not finite
             tell(**{name: f"{type(error).__name__}: {error}"[:300]})
-        tree_attention.BUCKET_COST, head.kernels = bucket_cost, kernels
-        head.LOGIT_BUDGET.update(budget)
+        forest_layout.FLASH, head.kernels = flash, kernels
+        made.policy.logit_budget = None
 
 
 # Parts that need vLLM and Ray ------------------------------------------------------------------
@@ -181,8 +187,8 @@ def engine(sizes: Sizes, folder: Path, tell: Tell) -> None:
 async def _engine(config: Config, sizes: Sizes, tell: Tell) -> None:
     from treerpo_ray.engine.engine import Engine
     from treerpo_ray.engine.types import EngineSetup, Sampling
-    from treerpo_ray.weight_files import WeightFiles
     from treerpo_ray.weight_sync import Probe, pack_weights
+    from treerpo_ray.weights.files import WeightFiles
 
     setup = EngineSetup.of(config)
 
@@ -265,9 +271,11 @@ def train(sizes: Sizes, folder: Path, tell: Tell) -> None:
     common += ["sync.probe_every=1", "gate.trees_per_step=6"]
     steps = 1 if sizes is REHEARSAL else 3
     _run(
-        "quickstart", [str(ROOT / "conf/quickstart.yaml"), *common, f"run.num_steps={steps}"], tell
+        "quickstart",
+        [str(PROJECT / "conf/quickstart.yaml"), *common, f"run.num_steps={steps}"],
+        tell,
     )
-    recipe = [str(ROOT / "conf/treerpo_qwen2.5_math_1.5b.yaml"), *common]
+    recipe = [str(PROJECT / "conf/treerpo_qwen2.5_math_1.5b.yaml"), *common]
     recipe += [f"model.path={folder}/model", "prompts.path=quickstart:train"]
     recipe += ["prompts.question_column=question", "prompts.answer_column=answer"]
     recipe += ["gate.trees_per_step=8", "tree.step_tokens=[64, 64, 64]", "run.num_steps=2"]
@@ -279,7 +287,7 @@ def train(sizes: Sizes, folder: Path, tell: Tell) -> None:
 def _run(name: str, arguments: list[str], tell: Tell) -> None:
     start = time.monotonic()
     command = [sys.executable, "jobs/train.py", *arguments, f"run.name={name}"]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
     tell(**{f"{name}_s": round(time.monotonic() - start, 1)})
     if done.returncode:
         raise RuntimeError(f"the {name} run ended with status {done.returncode}; see train.log")

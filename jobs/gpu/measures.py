@@ -1,6 +1,7 @@
 """Measures of the first GPU run: attention kernels, exactness of packing, time and memory."""
 
 import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,9 +14,9 @@ from jobs.gpu.workload import (
 )
 from treerpo_ray.algo.packing import pack
 from treerpo_ray.learner import tree_attention
+from treerpo_ray.learner.forest_layout import ForestLayout, VarlenKernel
 from treerpo_ray.learner.learner import Learner
 from treerpo_ray.learner.policy import ForestTensors, Policy
-from treerpo_ray.learner.tree_attention import ForestLayout
 from treerpo_ray.preflight.machine import GIB
 from treerpo_ray.records import TreeRecord
 
@@ -36,10 +37,13 @@ def masked_kernel(sizes: Sizes) -> str:
     return SDPBackend(torch._fused_sdp_choice(query, key, value, mask)).name
 
 
-def attend(sizes: Sizes, prompt: int, step: int, score: float) -> list[torch.Tensor]:
-    """Gradients of a prompt and one step after it, whose scores are all `score`."""
+def attend(
+    sizes: Sizes, prompt: int, step: int, score: float, kernel: VarlenKernel | None
+) -> list[torch.Tensor]:
+    """Gradients of a prompt and one step after it, whose scores are all `score`; without a kernel
+    for all paths masks are made."""
     forest = forest_of(prompt, [step])
-    layout = ForestLayout.from_forest(forest, sizes.device)
+    layout = replace(ForestLayout.from_forest(forest, sizes.device), kernel=kernel)
     tokens, size = prompt + step, abs(score * sizes.head_dim**0.5) ** 0.5
     states = []
     for heads, sign in ((sizes.heads, np.sign(score)), (sizes.kv_heads, 1), (sizes.kv_heads, 1)):
@@ -54,19 +58,19 @@ def attend(sizes: Sizes, prompt: int, step: int, score: float) -> list[torch.Ten
     return [state.grad for state in states if state.grad is not None]
 
 
-def low_scores_have_gradients(sizes: Sizes) -> bool:
+def low_scores_have_gradients(sizes: Sizes, kernel: VarlenKernel | None = None) -> bool:
     """Whether the gradient is finite that is NaN in some versions of cuDNN."""
-    gradients = attend(sizes, ALL_KEYS - 64, 64, LOW - float(np.log(ALL_KEYS)))
+    gradients = attend(sizes, ALL_KEYS - 64, 64, LOW - float(np.log(ALL_KEYS)), kernel)
     return all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
-def seconds_a_shape(sizes: Sizes) -> float:
+def seconds_a_shape(sizes: Sizes, kernel: VarlenKernel | None = None) -> float:
     """Forward and backward pass of attention over shapes that were never met."""
     rng = np.random.default_rng(time.time_ns() % 2**32)
-    attend(sizes, 100, 10, 1.0)
+    attend(sizes, 100, 10, 1.0, kernel)
     start = time.monotonic()
     for _ in range(sizes.new_shapes):
-        attend(sizes, int(rng.integers(64, 1100)), int(rng.integers(1, 384)), 1.0)
+        attend(sizes, int(rng.integers(64, 1100)), int(rng.integers(1, 384)), 1.0, kernel)
     _wait(sizes.device)
     return round((time.monotonic() - start) / sizes.new_shapes, 4)
 

@@ -14,7 +14,7 @@ from treerpo_ray.learner.learner import Learner
 from treerpo_ray.learner.policy import Policy, load_policy
 from treerpo_ray.records import TreeRecord
 
-ROOT = Path(__file__).resolve().parents[2]
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ REAL = Sizes(  # Qwen2.5-Math-1.5B
     token_budget=24_576,
     new_shapes=20,
     engine_trees=8,
-    gpu=(str(ROOT / "conf/hardware/one_gpu.yaml"),),
+    gpu=(str(PROJECT / "conf/hardware/one_gpu.yaml"),),
     small=(),
 )
 REHEARSAL = Sizes(
@@ -82,7 +82,7 @@ REHEARSAL = Sizes(
 
 def recipe(sizes: Sizes, folder: Path) -> Config:
     """The recipe's learner and engine for this model, on one GPU or the CPU."""
-    file = str(ROOT / "conf/treerpo_qwen2.5_math_1.5b.yaml")
+    file = str(PROJECT / "conf/treerpo_qwen2.5_math_1.5b.yaml")
     config = load([file, *sizes.gpu, f"model.path={folder}/model"])
     lengths = (sizes.step_tokens,) * len(sizes.children)
     config = replace(

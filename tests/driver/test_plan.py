@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from safetensors import safe_open
 
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 from treerpo_ray.config import Config, load
 from treerpo_ray.driver import cluster
 from treerpo_ray.driver.plan import plan_lines
@@ -14,7 +14,7 @@ from treerpo_ray.preflight.inputs import load_inputs, preflight
 from treerpo_ray.prompts.mixture import Mixture
 
 QUICKSTART = [
-    str(ROOT / "conf/quickstart.yaml"),
+    str(PROJECT / "conf/quickstart.yaml"),
     *("run.root=/runs", "run.name=planned", "run.num_steps=30", "gate.trees_per_step=24"),
     *("tree.num_children=[4, 3]", "tree.step_tokens=[23, 20]", "gate.max_staleness=2"),
     *("prompts.num_problems=90", "evaluate.data.num_problems=40", "engine.num_engines=3"),
@@ -46,7 +46,7 @@ def quickstart() -> dict[str, str]:
 
 
 def saved_parameters() -> int:
-    [path] = (ROOT / "treerpo_ray/quickstart/model").glob("*.safetensors")
+    [path] = (PROJECT / "treerpo_ray/quickstart/model").glob("*.safetensors")
     with safe_open(path, "np") as weights:
         return sum(weights.get_tensor(name).size for name in weights.keys())  # noqa: SIM118
 

@@ -3,15 +3,19 @@
 import shutil
 import uuid
 from pathlib import Path
+from typing import ClassVar
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from treerpo_ray.config import Config, load
 from treerpo_ray.config.files import to_yaml
 from treerpo_ray.driver.start import (
     check_same_contents,
-    check_same_run,
     contents_of,
+    look_at_folder,
+    reading,
     record_start,
 )
 from treerpo_ray.errors import RunFailed
@@ -53,7 +57,7 @@ def test_a_start_with_other_settings_is_refused_with_both_values_and_a_free_name
 ) -> None:
     started(root)
     with pytest.raises(ValueError) as caught:
-        check_same_run(again(root, override))
+        look_at_folder(again(root, override))
     told, key = str(caught.value), override.partition("=")[0]
     assert "\n" not in told
     assert f"{root}/one holds a run with other settings: {key}=" in told and "(was " in told
@@ -68,12 +72,12 @@ def test_a_start_with_code_of_the_users_that_was_edited_is_refused_and_each_keep
     form.write_text("def form(values): return values\n")
     named = [f"verifier.check={check}", f"learner.advantage={form}:form"]
     config = started(root, *named)
-    assert check_same_run(again(root, *named)) == []
+    assert look_at_folder(again(root, *named)).changed == []
     check.write_text("TWO = 2\n")
     form.write_text("def form(values): return 2 * values\n")
     edited = again(root, *named)
     with pytest.raises(ValueError, match=r"other settings: .* edited, .* has been edited; g"):
-        check_same_run(edited)
+        look_at_folder(edited)
     record_start(edited, {})
     folder = RunFolder(config.folder)
     assert folder.read_text("starts/000001-2-my reward.py") == "ONE = '${run.seed}'\n"
@@ -86,7 +90,7 @@ def test_a_start_with_code_of_the_users_that_was_edited_is_refused_and_each_keep
     with pytest.raises(ValueError, match="no such file"):
         load([str(tmp_path / "config.yaml"), named[0]])
     with pytest.raises(ValueError, match=r"holds a run with other settings: .*learner\.adv"):
-        check_same_run(again(root))
+        look_at_folder(again(root))
 
 
 def test_a_start_on_data_or_weights_that_were_made_anew_under_the_same_name_is_refused(
@@ -118,9 +122,9 @@ def test_a_start_on_data_or_weights_that_were_made_anew_under_the_same_name_is_r
 
 def test_what_may_change_is_told_and_the_same_settings_are_not(root: str) -> None:
     config = started(root)
-    assert check_same_run(config) == check_same_run(again(root)) == []
+    assert look_at_folder(config).changed == look_at_folder(again(root)).changed == []
     changed = ["run.num_steps=99", "engine.num_engines=2", "engine.max_trees=3"]
-    assert check_same_run(again(root, *changed)) == [
+    assert look_at_folder(again(root, *changed)).changed == [
         *("run.num_steps=99 (was 36)", "engine.num_engines=2 (was 1)"),
         "engine.max_trees=3 (was null)",
     ]
@@ -138,7 +142,7 @@ def test_each_start_keeps_its_configuration(root: str) -> None:
 
 def test_a_start_that_came_to_nothing_binds_nobody(root: str) -> None:
     record_start(again(root), {})
-    assert check_same_run(again(root, "run.seed=1")) == ["run.seed=1 (was 0)"]
+    assert look_at_folder(again(root, "run.seed=1")).changed == ["run.seed=1 (was 0)"]
 
 
 @pytest.mark.parametrize("what", ["checkpoints/step=000003/files.json", "eval/step=000000.json"])
@@ -146,7 +150,7 @@ def test_any_result_makes_it_a_run(root: str, what: str) -> None:
     record_start(again(root), {})
     RunFolder(f"{root}/one").publish_file(what, b"{}")
     with pytest.raises(ValueError, match=r"run\.seed=1 \(was 0\)"):
-        check_same_run(again(root, "run.seed=1"))
+        look_at_folder(again(root, "run.seed=1"))
 
 
 def test_the_name_that_is_proposed_is_free_and_the_weights_that_are_there_are_named(root) -> None:
@@ -155,15 +159,15 @@ def test_the_name_that_is_proposed_is_free_and_the_weights_that_are_there_are_na
     RunFolder(f"{root}/one").publish_file("checkpoints/step=000003/model/config.json", b"{}")
     told = rf"run\.name=one-3 \(from its weights: model\.path={root}/one/checkpoints/step=000003/"
     with pytest.raises(ValueError, match=told):
-        check_same_run(again(root, "run.seed=1"))
+        look_at_folder(again(root, "run.seed=1"))
 
 
 def test_a_run_is_not_made_shorter_than_it_is(root: str) -> None:
     started(root)
     RunFolder(f"{root}/one").publish_file("checkpoints/step=000030/files.json", b"{}")
-    assert check_same_run(again(root, "run.num_steps=30")) == ["run.num_steps=30 (was 36)"]
+    assert look_at_folder(again(root, "run.num_steps=30")).changed == ["run.num_steps=30 (was 36)"]
     with pytest.raises(ValueError, match=r"done 30 learner steps, more than run\.num_steps=29"):
-        check_same_run(again(root, "run.num_steps=29"))
+        look_at_folder(again(root, "run.num_steps=29"))
 
 
 def test_a_folder_of_an_earlier_version_is_the_same_run_where_what_is_new_has_its_default(
@@ -175,16 +179,16 @@ def test_a_folder_of_an_earlier_version_is_the_same_run_where_what_is_new_has_it
     lines = [line for line in text.splitlines() if "max_redraws" not in line]
     old = "\n".join(lines).replace("gate:", "gone:\n  key: 1\ngate:")
     (tmp_path / "one/config.yaml").write_text(old)
-    assert check_same_run(config) == []
+    assert look_at_folder(config).changed == []
     with pytest.raises(ValueError, match=r"gate\.max_redraws=2 \(was 0\)"):
-        check_same_run(again(str(tmp_path), "gate.max_redraws=2"))
+        look_at_folder(again(str(tmp_path), "gate.max_redraws=2"))
 
 
 def test_many_settings_are_counted(tmp_path: Path) -> None:
     started(str(tmp_path))
     many = [*("run.seed=1", "tree.temperature=0.5", "gate.max_staleness=0", "loss.kl_coef=1")]
     with pytest.raises(ValueError, match=r"learner\.weight_decay=0\.5 \(was 0\.0\) and 1 more;"):
-        check_same_run(again(str(tmp_path), *many, "learner.weight_decay=0.5"))
+        look_at_folder(again(str(tmp_path), *many, "learner.weight_decay=0.5"))
 
 
 def test_the_same_files_found_from_elsewhere_are_the_same_run(
@@ -209,7 +213,7 @@ def test_the_same_files_found_from_elsewhere_are_the_same_run(
     monkeypatch.chdir("/")
     for name in ("relative", "home"):
         again = load([quick, f"run.root={root}", f"run.name={name}", f"model.path={model}"])
-        assert check_same_run(again) == []
+        assert look_at_folder(again).changed == []
     for job in ("_ray_pkg_0123", "_ray_pkg_4567"):
         unpacked = tmp_path / "session_x/runtime_resources/working_dir_files" / job
         (unpacked / "models/mine").mkdir(parents=True)
@@ -218,32 +222,42 @@ def test_the_same_files_found_from_elsewhere_are_the_same_run(
         again = load([quick, f"run.root={root}", "run.name=job", "model.path=models/mine"])
         assert again.model.path == str(unpacked / "models/mine")
         assert config is None or config.model.path == again.model.path
-        assert check_same_run(again) == []
+        assert look_at_folder(again).changed == []
 
 
 class OfAStore(Exception):
     """What a store raises that has errors of its own."""
 
 
+class RefusingStore(MemoryFileSystem):
+    """A store that lets nothing be read as long as it has a `fault`."""
+
+    protocol = "refusing"
+    store = {}  # noqa: RUF012 - fsspec's own form
+    pseudo_dirs = [""]  # noqa: RUF012
+    fault: ClassVar[Exception | None] = None
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
+        if self.fault is not None:
+            raise self.fault
+        return super().cat_file(path, start, end)
+
+
 @pytest.mark.parametrize("error", [PermissionError("no\nkey"), TimeoutError(), OfAStore("no key")])
 def test_a_store_that_refuses_to_be_read_is_one_line(monkeypatch, error) -> None:
-    root = f"memory://{uuid.uuid4().hex}"
+    fsspec.register_implementation("refusing", RefusingStore, clobber=True)
+    root = f"refusing://{uuid.uuid4().hex}"
     started(root)
-
-    def refuse(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(RunFolder, "read_bytes", refuse)
+    look_at_folder(again(root))
+    monkeypatch.setattr(RefusingStore, "fault", error)
     with pytest.raises(RunFailed) as caught:
-        check_same_run(again(root))
+        look_at_folder(again(root))
     told = str(caught.value)
     assert told.startswith(f"{root}/one cannot be read: {type(error).__name__}: ")
     assert "\n" not in told
 
 
-def test_a_mistake_of_ours_is_not_taken_for_the_stores(monkeypatch) -> None:
-    root = f"memory://{uuid.uuid4().hex}"
-    started(root)
-    monkeypatch.setattr(RunFolder, "read_bytes", lambda: None)
-    with pytest.raises(TypeError):
-        check_same_run(again(root))
+def test_a_mistake_of_ours_is_not_taken_for_the_stores() -> None:
+    folder = RunFolder(started(f"memory://{uuid.uuid4().hex}").folder)
+    with pytest.raises(TypeError), reading(folder):
+        folder.read_bytes()

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import ray
 
 from tests.support.answers.evaluations import CUT, ERR, SLOW, C, W, graded
 from tests.support.saved_runs.run_folders import HangingStore
@@ -98,11 +97,10 @@ def test_an_evaluation_without_a_single_verdict_is_an_error(records: list[TreeRe
 
 
 def evaluate(
-    root: str | Path, writer: BackgroundWriter, monkeypatch: pytest.MonkeyPatch
+    root: str | Path, writer: BackgroundWriter
 ) -> tuple[Evaluation, list[dict[str, float]]]:
     """Evaluate answers that are graded already, at step 3; returns the result and the rows."""
     rows: list[dict[str, float]] = []
-    monkeypatch.setattr(ray, "get", lambda value: value)
     pool = SimpleNamespace(
         evaluate=SimpleNamespace(
             options=lambda num_returns: SimpleNamespace(
@@ -118,6 +116,7 @@ def evaluate(
         run_log=SimpleNamespace(step=SimpleNamespace(remote=rows.append)),
         tokenizer=None,
         start_scorer=lambda settings, tokenizer, on_fault: scorer,
+        get=lambda answer: answer,
     )
     advanced: list[int] = []
     result = evaluator.evaluate(step=3, version=2, advance=advanced.append, writer=writer)
@@ -126,29 +125,29 @@ def evaluate(
 
 
 def test_an_evaluation_that_cannot_be_written_is_told_and_its_result_is_not_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/eval").touch()  # so that nothing can be written there
     told: list[str] = []
     with closing(BackgroundWriter(warn=lambda name, reason: told.append(name))) as writer:
-        result, rows = evaluate(tmp_path, writer, monkeypatch)
+        result, rows = evaluate(tmp_path, writer)
     assert result.pass_at_1 == pytest.approx(2 / 3) and rows == [result.row()]
     assert told == ["eval/step=000003.parquet", "eval/step=000003.json"]
     (tmp_path / "run/eval").unlink()
     with closing(BackgroundWriter(warn=lambda name, reason: told.append(name))) as writer:
-        result, _ = evaluate(tmp_path, writer, monkeypatch)
+        result, _ = evaluate(tmp_path, writer)
     assert len(told) == 2
     assert read_evaluation(RunFolder(f"{tmp_path}/run"), 3) == result
 
 
 def test_an_evaluation_does_not_wait_for_a_store_that_hangs(
-    hanging: str, monkeypatch: pytest.MonkeyPatch
+    hanging: str,
 ) -> None:
     told: list[str] = []
     folder = RunFolder(f"{hanging}/run")
     writer = BackgroundWriter(warn=lambda name, reason: told.append(reason))
-    result, rows = evaluate(hanging, writer, monkeypatch)
+    result, rows = evaluate(hanging, writer)
     assert rows == [result.row()]
     assert read_evaluation(folder, 3) is None
     HangingStore.hold.set()
@@ -157,10 +156,7 @@ def test_an_evaluation_does_not_wait_for_a_store_that_hangs(
     assert read_evaluation(folder, 3) == result
 
 
-def test_a_variable_that_a_check_needs_and_this_node_lacks_ends_the_run(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(ray, "get", lambda value: value)
+def test_a_variable_that_a_check_needs_and_this_node_lacks_ends_the_run() -> None:
     told: list[Event] = []
     with pytest.raises(VariableNotSet):
         HeldOutEvaluator(
@@ -169,6 +165,7 @@ def test_a_variable_that_a_check_needs_and_this_node_lacks_ends_the_run(
             pool=None,
             run_log=SimpleNamespace(event=SimpleNamespace(remote=told.append)),
             tokenizer=None,
+            get=lambda answer: answer,
         )
     [event] = told
     assert event.kind == FATAL and "NO_SUCH_KEY" in event.fields["reason"]

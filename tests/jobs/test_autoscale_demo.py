@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from tests.support.project import ROOT, load_script
+from tests.support.project import PROJECT, load_script
 from tests.support.whole_runs import (
     Job,
     assert_no_tree_was_finished_twice,
@@ -90,7 +90,9 @@ def test_ray_starts_and_takes_away_nodes_as_trees_come_and_go(tmp_path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
     shown = tmp_path / "shown"
     with shown.open("w") as output:
-        process = subprocess.Popen([*command, *smaller], cwd=ROOT, env=environment, stderr=output)
+        process = subprocess.Popen(
+            [*command, *smaller], cwd=PROJECT, env=environment, stderr=output
+        )
     job = Job(process, tmp_path / "scaled")
     try:
         job.wait("second node that comes and goes, and two steps", has_shrunk_and_trained)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from jobs.drills.kills import Victim
-from tests.support.project import ROOT, load_script
+from tests.support.project import PROJECT, load_script
 from tests.support.whole_runs import (
     assert_no_tree_was_finished_twice,
     assert_promises_kept,
@@ -77,7 +77,7 @@ def test_a_run_keeps_its_promises_while_its_parts_are_killed(tmp_path) -> None:
             *("--victims", ",".join(kinds)),
             *(f"run.root={tmp_path}", "run.name=drill", "engine.request_timeout_s=30"),
         ],
-        cwd=ROOT,
+        cwd=PROJECT,
         capture_output=True,
         text=True,
     )

@@ -17,15 +17,15 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 
 from tests.support import kuberay_schema
-from tests.support.project import ROOT, load_script
+from tests.support.project import PROJECT, load_script
 from treerpo_ray.config import Config, load
 from treerpo_ray.preflight.placement import missing_resources, needed_resources
 
-FOLDER = ROOT / "jobs/cluster"
+FOLDER = PROJECT / "jobs/cluster"
 DRAIN = "jobs/cluster/drain.py"
 VM_FILES = ("aws.yaml", "gcp.yaml")
 KUBERNETES_FILES = ("raycluster.yaml", "rayjob.yaml")
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+METADATA = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
 INSTRUCTION = re.compile(r"([A-Z]+) (.+)")
 
 
@@ -80,7 +80,7 @@ def config_of(command) -> Config:
     """The configuration of a command inside the image, from the same files in here."""
     assert command[0] == "python"
     here = [
-        str(ROOT / Path(word).relative_to(image_folder())) if word.startswith("/home/") else word
+        str(PROJECT / Path(word).relative_to(image_folder())) if word.startswith("/home/") else word
         for word in command[1:]
     ]
     script, *arguments = here
@@ -320,24 +320,24 @@ def test_one_image_of_this_version_is_used_everywhere() -> None:
         groups = (spec["headGroupSpec"], *spec["workerGroupSpecs"])
         images |= {group["template"]["spec"]["containers"][0]["image"] for group in groups}
     [image] = images
-    assert image.endswith(f"/treerpo_ray:{PROJECT['version']}-gpu")
+    assert image.endswith(f"/treerpo_ray:{METADATA['version']}-gpu")
     assert f"-t {image} ." in (FOLDER / "Dockerfile").read_text()
 
 
 def test_the_image_has_the_pinned_ray_and_python_and_installs_the_project() -> None:
-    [ray] = [need for need in PROJECT["dependencies"] if need.startswith("ray[")]
+    [ray] = [need for need in METADATA["dependencies"] if need.startswith("ray[")]
     pinned = version("ray")
     assert ray.endswith(f"=={pinned.rpartition('.')[0]}.*")
-    assert PROJECT["requires-python"] == "==3.11.*"
+    assert METADATA["requires-python"] == "==3.11.*"
     steps = dockerfile()
     assert steps[0] == ("FROM", f"rayproject/ray:{pinned}-py311")
     assert {name for name, _ in steps} <= {"FROM", "USER", "RUN", "WORKDIR", "COPY", "ENV"}
     for name in KUBERNETES_FILES:
         assert kuberay_spec(name)["rayVersion"] == pinned
     copied = [value.split()[1:-1] for name, value in steps if name == "COPY"]
-    assert all((ROOT / source).exists() for sources in copied for source in sources)
+    assert all((PROJECT / source).exists() for sources in copied for source in sources)
     extras = re.search(r'pip install --no-cache-dir "\.\[(.+)\]"', str(steps))[1].split(",")
-    assert "gpu" in extras and set(extras) <= set(PROJECT["optional-dependencies"])
+    assert "gpu" in extras and set(extras) <= set(METADATA["optional-dependencies"])
     # Root installs what the system needs and nothing runs as root.
     assert [value for name, value in steps if name == "USER"] == ["root", "ray"]
 
@@ -352,18 +352,18 @@ def test_the_image_asks_the_nvidia_runtime_for_the_gpus_of_its_host() -> None:
 
 
 def test_what_a_job_uploads_is_the_code_alone() -> None:
-    environment = yaml.safe_load((ROOT / "jobs/cluster/runtime_env.yaml").read_text())
+    environment = yaml.safe_load((PROJECT / "jobs/cluster/runtime_env.yaml").read_text())
     RuntimeEnv(env_vars=environment["env_vars"], excludes=environment["excludes"])
     sent: list[Path] = []
-    excludes = [_get_excludes(ROOT, environment["excludes"])]
-    _dir_travel(ROOT, excludes, sent.append, include_gitignore=True)
-    files = [path.relative_to(ROOT) for path in sent if path.is_file()]
+    excludes = [_get_excludes(PROJECT, environment["excludes"])]
+    _dir_travel(PROJECT, excludes, sent.append, include_gitignore=True)
+    files = [path.relative_to(PROJECT) for path in sent if path.is_file()]
     assert {path.parts[0] for path in files} <= {
         *("conf", "jobs", "treerpo_ray", "pyproject.toml", "README.md", ".gitignore"),
     }
     for needed in ("jobs/train.py", "conf/quickstart.yaml", "treerpo_ray/train.py"):
         assert Path(needed) in files
-    sources = (ROOT / "treerpo_ray").rglob("*.py")
-    assert {path.relative_to(ROOT) for path in sources} <= set(files), "else the job lacks some"
+    sources = (PROJECT / "treerpo_ray").rglob("*.py")
+    assert {path.relative_to(PROJECT) for path in sources} <= set(files), "else the job lacks some"
     assert any(path.match("treerpo_ray/quickstart/model/*.safetensors") for path in files)
-    assert sum((ROOT / path).stat().st_size for path in files) < 30 * 2**20
+    assert sum((PROJECT / path).stat().st_size for path in files) < 30 * 2**20

@@ -1,7 +1,7 @@
 """The commands that the project writes down; `python -m tests.every_command` runs them."""
 
 from tests.every_command import KINDS, Home, configuration, written_commands
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 from treerpo_ray.config.files import to_yaml
 
 
@@ -10,7 +10,7 @@ def test_of_every_written_command_it_is_said_what_it_must_do_or_which_test_runs_
     assert len(commands) > 60
     assert [each for each in commands if each.covering is None and each.kind is None] == []
     for test in {each.covering for each in commands if each.covering}:
-        assert (ROOT / test).exists(), test
+        assert (PROJECT / test).exists(), test
     assert all(hasattr(Home, kind) for kind in KINDS.values())
 
 

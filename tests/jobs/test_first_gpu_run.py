@@ -10,15 +10,15 @@ import torch
 
 from jobs.gpu import measures
 from jobs.gpu.workload import REHEARSAL, forest_of
-from tests.support.project import ROOT, load_script
+from tests.support.project import PROJECT, load_script
 from tests.support.whole_runs import processes_with
-from treerpo_ray.learner.tree_attention import ForestLayout
+from treerpo_ray.learner.forest_layout import ForestLayout
 
 SCRIPT = load_script("jobs/gpu/first_run.py")
 
 
 def first_gpu_run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = ["bash", str(ROOT / "jobs/first_gpu_run.sh"), *arguments]
+    command = ["bash", str(PROJECT / "jobs/first_gpu_run.sh"), *arguments]
     environment = os.environ | variables
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
@@ -70,13 +70,13 @@ def test_the_attention_that_fails_in_cudnn_is_the_one_that_is_tried() -> None:
     sizes, tokens = REHEARSAL, measures.ALL_KEYS
     assert tokens % 128 == 64
     layout = ForestLayout.from_forest(forest_of(tokens - 64, [64]), torch.device("cpu"))
-    assert max(bucket.key_index.shape[1] for bucket in layout.buckets) == tokens
+    assert max(bucket.num_keys for bucket in layout.buckets.members) == tokens
     scores = measures.LOW - torch.tensor(float(tokens)).log()
     width = abs(float(scores) * sizes.head_dim**0.5) ** 0.5
     logits = torch.full((tokens,), -(width**2) / sizes.head_dim**0.5)
     assert float(logits.logsumexp(0)) == pytest.approx(-120, abs=0.01)
     # Scores that are all alike: the output is the mean of the values, whatever the score.
-    query, key, value = measures.attend(sizes, tokens - 64, 64, float(scores))
+    query, key, value = measures.attend(sizes, tokens - 64, 64, float(scores), None)
     assert float(key.abs().max()) < 0.5 and float(query.abs().max()) < 0.5
     assert value[0, 0, 0].sum() > value[0, 0, -1].sum() > 0
 
@@ -95,7 +95,7 @@ def test_all_parts_run_on_a_cpu_in_tiny_sizes(tmp_path: Path) -> None:
         assert json.loads((tmp_path / f"{part}.json").read_text())["status"] == "ok"
     assert told["attention"]["without_cudnn"]["low_scores_have_gradients"]
     assert told["attention"]["packed_against_rows"]["max"] < 0.05
-    changes = ["as_is", "few_buckets", "large_pieces_of_logits", "head_not_compiled"]
+    changes = ["as_is", "buckets_with_masks", "large_pieces_of_logits", "head_not_compiled"]
     changes += ["foreach_optimizer", "with_cudnn"]
     assert all(told["learner"][name]["s_a_forest"] > 0 for name in changes)
     assert told["engine"]["cached_share"] > 0.3 and told["engine"]["off_1"] < 0.01

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from tests.support.gpus import asks_for_gpus, gpu_fault
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 
 
 def test_sh(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = ["bash", str(ROOT / "jobs/test.sh"), *arguments]
+    command = ["bash", str(PROJECT / "jobs/test.sh"), *arguments]
     environment = os.environ | variables
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 

@@ -16,7 +16,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from jobs.drills.autoscale_demo import free_ports
-from tests.support.project import ROOT, SMALL, load_script
+from tests.support.project import PROJECT, SMALL, load_script
 
 SCRIPT = [sys.executable, "jobs/train.py"]
 TINY = [
@@ -32,7 +32,7 @@ WITH_TOKEN = {"Authorization": f"Bearer {TOKEN}"}
 
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*SCRIPT, *arguments], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run([*SCRIPT, *arguments], cwd=PROJECT, capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -80,7 +80,9 @@ def logs_of(client: JobSubmissionClient, entrypoint: str) -> list[str]:
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
-            job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(ROOT)})
+            job = client.submit_job(
+                entrypoint=entrypoint, runtime_env={"working_dir": str(PROJECT)}
+            )
             break
         except RuntimeError as error:  # the head's agent comes up after the job server
             assert "No available agent" in str(error) and time.monotonic() < deadline
@@ -151,7 +153,7 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
 def test_the_plan_is_json_for_programs_and_nothing_for_whoever_wants_quiet(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dry = ["--dry-run", str(ROOT / "conf/quickstart.yaml"), f"run.root={tmp_path}"]
+    dry = ["--dry-run", str(PROJECT / "conf/quickstart.yaml"), f"run.root={tmp_path}"]
     assert script.main(["--json", *dry]) == 0
     shown = capsys.readouterr()
     assert shown.err == ""
@@ -186,7 +188,7 @@ def test_help_explains_every_section() -> None:
 def test_a_users_mistake_is_one_clear_line(
     script: ModuleType, override: str, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert script.main(["--dry-run", str(ROOT / "conf/quickstart.yaml"), override]) == 2
+    assert script.main(["--dry-run", str(PROJECT / "conf/quickstart.yaml"), override]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
     assert lines[-1].startswith("error: ") and expected in lines[-1]
 
@@ -224,7 +226,7 @@ def test_nobody_without_its_token_joins_the_ray_that_a_job_starts(tmp_path: Path
     environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
     done = subprocess.run(
         [sys.executable, "-c", OUTSIDER],
-        cwd=ROOT,
+        cwd=PROJECT,
         env=environment | {"HOME": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -239,7 +241,7 @@ def test_nobody_without_its_token_joins_the_ray_that_a_job_starts(tmp_path: Path
 def test_the_first_line_comes_before_anything_that_takes_time(command: list[str]) -> None:
     """Python notes every module that it imports, and what that takes, on the same stream."""
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", *command], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-X", "importtime", *command], cwd=PROJECT, capture_output=True, text=True
     )
     before, _, after = done.stderr.partition("loading the libraries ...")
     assert " treerpo_ray.config.config\n" in after and done.returncode == 2

@@ -12,16 +12,16 @@ from jobs.minimal import TreeRPO, train
 from tests.support.learning.learner_runs import FREE, make_config, make_learner, mixed
 from tests.support.learning.step_rows import gradients
 from tests.support.learning.tiny_models import save_tiny_model
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 from treerpo_ray.algo.tree import StopReason
 from treerpo_ray.config import Config, load
 
-METHODS = sorted(path.stem for path in (ROOT / "conf/methods").glob("*.yaml"))
+METHODS = sorted(path.stem for path in (PROJECT / "conf/methods").glob("*.yaml"))
 
 
 @cache
 def method(name: str) -> Config:
-    return load([str(ROOT / "conf/quickstart.yaml"), str(ROOT / f"conf/methods/{name}.yaml")])
+    return load([str(PROJECT / "conf/quickstart.yaml"), str(PROJECT / f"conf/methods/{name}.yaml")])
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_the_command_trains_and_prints_a_line_a_step(capsys: pytest.CaptureFixtu
     train(
         load(
             [
-                str(ROOT / "conf/quickstart.yaml"),
+                str(PROJECT / "conf/quickstart.yaml"),
                 *("run.num_steps=2", "gate.trees_per_step=4", "prompts.num_problems=16"),
             ]
         )

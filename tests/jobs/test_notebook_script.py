@@ -5,7 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 
 PLAYED = """#!/bin/sh
 # A Python that has all that it needs, and notes what it is told.
@@ -22,7 +22,7 @@ def show(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     for folder in (scripts, tools):
         folder.mkdir(parents=True, exist_ok=True)
     for name in ("setup.sh", "notebook.sh"):
-        shutil.copy(ROOT / "jobs" / name, scripts / name)
+        shutil.copy(PROJECT / "jobs" / name, scripts / name)
     (tools / "python").write_text(PLAYED)
     (tools / "python").chmod(0o755)
     environment = {"PATH": os.environ["PATH"], "TREERPO_VENV": str(tmp_path / "venv")}
@@ -63,6 +63,6 @@ def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path) -> None:
 
 
 def test_the_notebook_that_the_script_runs_is_there() -> None:
-    script = (ROOT / "jobs/notebook.sh").read_text()
+    script = (PROJECT / "jobs/notebook.sh").read_text()
     [named] = {word for word in script.split() if word.endswith(".ipynb") and "/" in word}
-    assert (ROOT / named).is_file()
+    assert (PROJECT / named).is_file()

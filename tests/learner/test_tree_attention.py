@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.support.learning.forests import TestTree, lay_out, random_tree, row_logits, uniform_tree
+from tests.support.learning.plain_varlen import PLAIN
 from tests.support.learning.tiny_models import TIED, save_tiny_model
-from treerpo_ray.learner import tree_attention as tree_attention_module
+from treerpo_ray.learner.forest_layout import FLASH, ForestLayout, VarlenKernel
 from treerpo_ray.learner.policy import ForestTensors, Policy, load_policy
-from treerpo_ray.learner.tree_attention import BUCKET_COST, ForestLayout, tree_attention
+from treerpo_ray.learner.tree_attention import tree_attention
 
 CPU = torch.device("cpu")
 TEMPERATURE = 0.6
@@ -46,8 +47,16 @@ def edge_loss(logprobs: Tensor, entropy: Tensor, forest: ForestTensors) -> Tenso
     return (ratio * forest.advantage - 0.1 * entropy.square()).sum() / 100
 
 
-def packed_loss(policy: Policy, trees: list[TestTree]) -> Tensor:
-    forest = ForestTensors.from_forest(lay_out(trees), CPU)
+def packed_loss(
+    policy: Policy,
+    trees: list[TestTree],
+    bucket_cost: int | None = None,
+    kernel: VarlenKernel | None = FLASH,
+) -> Tensor:
+    packed = lay_out(trees)
+    layout = ForestLayout.from_forest(packed, CPU, bucket_cost)
+    layout = replace(layout, kernel=kernel)
+    forest = replace(ForestTensors.from_forest(packed, CPU), layout=layout)
     return edge_loss(*policy.edge_logprobs(forest, TEMPERATURE), forest)
 
 
@@ -67,20 +76,21 @@ def assert_same_gradients(model: nn.Module, reference: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
-@pytest.mark.parametrize("bucket_cost", [0, BUCKET_COST])
+@pytest.mark.parametrize(
+    ("bucket_cost", "kernel"), [(0, None), (None, None), (None, PLAIN)], ids=["0", "cpu", "varlen"]
+)
 def test_loss_and_every_gradient_of_a_forest_equal_those_of_rows(
     model_path: str,
-    bucket_cost: int,
+    bucket_cost: int | None,
+    kernel: VarlenKernel | None,
     gradient_checkpointing: bool,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tree_attention_module, "BUCKET_COST", bucket_cost)
     trees = ragged_trees()
     assert any(len(segment.tokens) == 1 for tree in trees for segment in tree if segment.edges)
     policy = load(model_path, gradient_checkpointing=gradient_checkpointing)
     reference = load_plain(model_path)
 
-    loss, expected = packed_loss(policy, trees), row_loss(reference, trees)
+    loss, expected = packed_loss(policy, trees, bucket_cost, kernel), row_loss(reference, trees)
     loss.backward()
     expected.backward()
 
@@ -158,18 +168,18 @@ def test_a_level_of_equal_segments_is_one_bucket_without_padding() -> None:
     rng = np.random.default_rng(0)
     trees = [uniform_tree(rng, prompt=30, step=23, num_children=6, depth=2) for _ in range(24)]
     layout = ForestLayout.from_forest(lay_out(trees), CPU)
-    assert [(*bucket.query_index.shape, *bucket.key_index.shape) for bucket in layout.buckets] == [
+    assert [
+        (b.num_segments, b.num_queries, b.num_segments, b.num_keys) for b in layout.buckets.members
+    ] == [
         (24, 30, 24, 30),
         (24 * 6, 23, 24 * 6, 53),
         (24 * 36, 23, 24 * 36, 76),
     ]
-    assert all(bucket.mask.shape[0] == 1 for bucket in layout.buckets)
+    assert all(bucket.mask.shape[0] == 1 for bucket in layout.buckets.members)
     assert layout.longest_path == 30 + 2 * 23
 
 
-def test_a_bucket_more_is_made_only_where_it_saves_more_padding_than_it_costs(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_bucket_more_is_made_only_where_it_saves_more_padding_than_it_costs() -> None:
     rng = np.random.default_rng(0)
     prompts = [uniform_tree(rng, prompt=n, step=1, num_children=1, depth=0) for n in (10, 40, 41)]
     forest = lay_out(prompts)
@@ -181,9 +191,8 @@ def test_a_bucket_more_is_made_only_where_it_saves_more_padding_than_it_costs(
         (41**2 - 10**2 - 1, [1, 2]),
         (41**2 - 10**2 + 1, [3]),
     ]:
-        monkeypatch.setattr(tree_attention_module, "BUCKET_COST", cost)
-        layout = ForestLayout.from_forest(forest, CPU)
-        assert [len(bucket.query_index) for bucket in layout.buckets] == members
+        layout = ForestLayout.from_forest(forest, CPU, cost)
+        assert [bucket.num_segments for bucket in layout.buckets.members] == members
 
 
 def test_a_path_longer_than_the_sliding_window_is_refused_and_a_shorter_one_is_exact(

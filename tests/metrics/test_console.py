@@ -3,11 +3,11 @@ import io
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import rich.console
 
+from tests.support.project import PROJECT
 from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import GateConfig, LearnerConfig, RunConfig
@@ -16,7 +16,6 @@ from treerpo_ray.metrics.diagnosis import NOTHING_KEPT, RULES
 from treerpo_ray.metrics.events import Event
 from treerpo_ray.metrics.step_table import StepTable, duration, short
 
-REPOSITORY = Path(__file__).parents[2]
 ROW = {
     "step": 2,
     "time": 1000.0,
@@ -371,7 +370,7 @@ def test_a_terminal_that_is_gone_does_not_end_the_run(tmp_path):
         [sys.executable, "-c", code],
         stderr=written,
         stdout=subprocess.PIPE,
-        cwd=REPOSITORY,
+        cwd=PROJECT,
         text=True,
     )
     os.close(written)

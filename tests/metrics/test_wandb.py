@@ -19,6 +19,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from tests.support.learning.records import make_record, some_training
 from tests.support.learning.trees import make_tree
 from tests.support.planted_secrets import SECRETS, holds_secret
+from tests.support.project import PROJECT
 from tests.support.saved_runs.offline_wandb import artifacts, metrics, runs
 from tests.support.saved_runs.run_folders import contents
 from tests.support.saved_runs.run_logs import COMMIT, FakeWandb, run_config, run_log_of, write
@@ -40,8 +41,6 @@ from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.checkpoints import Checkpoints
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.verifier.verdict import Verdict
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -149,7 +148,7 @@ def test_in_a_sweep_the_run_has_the_id_that_wandb_gives_it(tmp_path, fake_wandb,
 
 def test_the_sweep_is_one_that_wandb_takes_and_all_its_runs_can_be_loaded(tmp_path):
     """With the words that W&B's own agent makes of it."""
-    sweep = yaml.safe_load((REPOSITORY / "conf/sweep.yaml").read_text())
+    sweep = yaml.safe_load((PROJECT / "conf/sweep.yaml").read_text())
     assert sweep["method"] in ("grid", "random", "bayes")
     evaluated = Evaluation.__dataclass_fields__.keys()
     assert sweep["metric"]["name"].removeprefix("eval/") in evaluated
@@ -163,7 +162,7 @@ def test_the_sweep_is_one_that_wandb_takes_and_all_its_runs_can_be_loaded(tmp_pa
             made = create_sweep_command_args({"args": args})
             words = [word for part in sweep["command"] for word in made.get(part[2:-1], [part])]
             assert words[:2] == ["${interpreter}", "${program}"]
-            assert (REPOSITORY / sweep["program"]).is_file()
+            assert (PROJECT / sweep["program"]).is_file()
             _, given = console_for(words[2:])
             config = load([*given, f"run.root={tmp_path}"])
             assert f"{attrgetter(key)(config)}" == f"{value}"
@@ -411,7 +410,7 @@ def test_the_real_wandb_has_one_history_of_an_offline_run_that_was_killed_and_re
     env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "WANDB_MODE": "offline"}
     for script in (KILLED, RESUMED):
         command = [sys.executable, "-c", script, str(tmp_path)]
-        subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, check=False)
+        subprocess.run(command, env=env, cwd=PROJECT, capture_output=True, check=False)
     parts = sorted((tmp_path / "small/wandb").glob("offline-run-*/*.wandb"))
     found = [list(offline_records(part.read_bytes())) for part in parts]
     assert len(parts) == 2
@@ -465,7 +464,7 @@ def test_the_real_wandb_has_tables_a_page_of_trees_and_artifacts_in_the_run_fold
     env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "WANDB_MODE": "offline"}
     done = subprocess.run(
         [sys.executable, "-c", SHOWN, str(tmp_path)],
-        env=env, cwd=REPOSITORY, capture_output=True, text=True,
+        env=env, cwd=PROJECT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     [part] = (tmp_path / "small/wandb").glob("offline-run-*/*.wandb")
@@ -507,7 +506,7 @@ def test_the_real_wandb_writes_offline_files_without_a_key_or_a_connection(tmp_p
         capture_output=True,
         text=True,
         env=env,
-        cwd=REPOSITORY,
+        cwd=PROJECT,
     )
     assert done.returncode == 0, done.stderr
     assert "wandb_stopped" not in done.stderr
@@ -525,7 +524,7 @@ def test_no_secret_of_the_environment_reaches_the_files_of_a_real_wandb(tmp_path
         [sys.executable, "-c", script, str(tmp_path)],
         check=True,
         env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "WANDB_MODE": "offline"} | SECRETS,
-        cwd=REPOSITORY,
+        cwd=PROJECT,
     )
     files = [path for path in (tmp_path / "small").rglob("*") if path.is_file()]
     assert any(b"reward/mean" in path.read_bytes() for path in files if path.suffix == ".wandb")
@@ -542,6 +541,6 @@ def test_wandb_is_not_imported_when_it_is_off(tmp_path):
         [sys.executable, "-c", script, str(tmp_path)],
         capture_output=True,
         text=True,
-        cwd=REPOSITORY,
+        cwd=PROJECT,
     )
     assert done.stdout.strip() == "False", done.stderr

@@ -7,13 +7,13 @@ import sys
 import pytest
 from transformers import AutoConfig
 
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 from treerpo_ray.config import Config, load
 from treerpo_ray.preflight.inputs import Inputs, load_inputs, preflight
 from treerpo_ray.quickstart.exercises import MODELS, MODELS_FOLDER
 from treerpo_ray.quickstart.make_model import RECIPES
 
-QUICKSTART = [str(ROOT / "conf/quickstart.yaml"), "run.root=/runs"]
+QUICKSTART = [str(PROJECT / "conf/quickstart.yaml"), "run.root=/runs"]
 
 
 def inputs(*overrides: str) -> Inputs:
@@ -73,7 +73,7 @@ def test_a_model_with_code_of_its_own_is_refused_and_the_code_not_run(
     monkeypatch.setattr(modules, str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     folder, marker = tmp_path / "model", tmp_path / "marker"
-    shutil.copytree(ROOT / "treerpo_ray/quickstart/model", folder)
+    shutil.copytree(PROJECT / "treerpo_ray/quickstart/model", folder)
     odd = {"AutoConfig": "odd.Config", "AutoModelForCausalLM": "odd.Model"}
     named = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(named | {"model_type": "odd", "auto_map": odd}))

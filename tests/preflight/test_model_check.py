@@ -12,14 +12,14 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from tests.support.learning.tiny_models import SIZES, save_tiny_model
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 from treerpo_ray.config import load
 from treerpo_ray.config.sections import ModelConfig
 from treerpo_ray.preflight.inputs import preflight
 from treerpo_ray.preflight.model_check import check_model
 
-SOURCE = ROOT / "treerpo_ray/quickstart/model"
-SETTINGS = [str(ROOT / "conf/quickstart.yaml"), "prompts.num_problems=20"]
+SOURCE = PROJECT / "treerpo_ray/quickstart/model"
+SETTINGS = [str(PROJECT / "conf/quickstart.yaml"), "prompts.num_problems=20"]
 LONGEST = 80
 """Tokens of the longest path."""
 Spoil = Callable[[Path], object]
@@ -313,14 +313,3 @@ def test_a_template_that_writes_nothing_makes_no_empty_prompts(folder: Path) -> 
     (folder / "chat_template.jinja").write_text("{{ '' }}")
     with pytest.raises(ValueError, match=r"^prompts\.path=\S+: the prompt of '.+' has no tokens"):
         look(folder)
-
-
-def test_a_run_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for root in (tmp_path / "file", tmp_path / "file/below"):
-        with pytest.raises(ValueError, match=r"^run\.root=\S+: .*file is a file, not a folder"):
-            look(SOURCE, f"run.root={root}")
-    with pytest.raises(ValueError, match=r"^run\.root=nosuch://bucket: "):
-        look(SOURCE, "run.root=nosuch://bucket")
-    look(SOURCE, f"run.root={tmp_path}/new/deep")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 from treerpo_ray.config import load
 from treerpo_ray.config.data import PromptsConfig
-from treerpo_ray.config.sections import VerifierConfig
+from treerpo_ray.config.verifier import VerifierConfig
 from treerpo_ray.driver.benchmarks import configure, load_benchmarks, look_at_benchmarks
 from treerpo_ray.driver.plan import plan_lines
 from treerpo_ray.preflight.inputs import preflight
@@ -18,7 +18,7 @@ from treerpo_ray.prompts.prompt_set import load_tokenizer
 
 PROSE = "First we add both sides. Then what is left over is the number of ways that there are."
 WORKED = r"We take 4 from 19, which leaves us with $\boxed{15}$. That is all there is to it."
-MODEL = str(ROOT / "treerpo_ray/quickstart/model")
+MODEL = str(PROJECT / "treerpo_ray/quickstart/model")
 
 
 def problems(*answers: str) -> list[Problem]:
@@ -78,7 +78,7 @@ def test_the_plan_and_the_benchmarks_tell_of_them(tmp_path) -> None:
     held_out = write(tmp_path / "held_out.jsonl", WORKED, "3")
     config = load(
         [
-            str(ROOT / "conf/quickstart.yaml"),
+            str(PROJECT / "conf/quickstart.yaml"),
             *(f"prompts.path={train}", f"evaluate.data.path={held_out}", f"run.root={tmp_path}"),
         ]
     )

@@ -2,20 +2,32 @@
 
 import sys
 import threading
+from pathlib import Path
 
 import fsspec
 import fsspec.implementations.memory
 import pytest
 
-from tests.support.project import ROOT, load_script
+from tests.support.project import PROJECT, load_script
 from treerpo_ray.config import load
 from treerpo_ray.preflight.storage import check_folder
 
-QUICKSTART = [str(ROOT / "conf/quickstart.yaml"), "run.root=/runs"]
+QUICKSTART = [str(PROJECT / "conf/quickstart.yaml"), "run.root=/runs"]
 
 
 def check(*overrides: str) -> None:
     check_folder(load([*QUICKSTART, *overrides]))
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for root in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(ValueError, match=r"^run\.root=\S+: .*file is a file, not a folder"):
+            check(f"run.root={root}")
+    with pytest.raises(ValueError, match=r"^run\.root=nosuch://bucket: "):
+        check("run.root=nosuch://bucket")
+    check(f"run.root={tmp_path}/new/deep")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_run_inside_the_folder_of_another_one_is_refused(tmp_path) -> None:

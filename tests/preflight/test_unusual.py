@@ -1,11 +1,11 @@
 """Settings that are hardly ever meant."""
 
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 from treerpo_ray.config import load
 from treerpo_ray.preflight.unusual import unusual
 
 QUICKSTART = [
-    str(ROOT / "conf/quickstart.yaml"),
+    str(PROJECT / "conf/quickstart.yaml"),
     *("run.root=/runs", "run.num_steps=30", "learner.minibatches=2"),
 ]
 
@@ -27,10 +27,10 @@ def test_what_is_hardly_ever_meant_is_a_line_with_what_is_usual() -> None:
 
 
 def test_no_file_of_the_project_has_what_is_hardly_ever_meant() -> None:
-    files = [*ROOT.glob("conf/*.yaml"), *ROOT.glob("conf/methods/*.yaml")]
+    files = [*PROJECT.glob("conf/*.yaml"), *PROJECT.glob("conf/methods/*.yaml")]
     for file in files:
         if file.stem not in ("benchmarks", "sweep"):
-            base = [] if file.parent.name == "conf" else [str(ROOT / "conf/quickstart.yaml")]
+            base = [] if file.parent.name == "conf" else [str(PROJECT / "conf/quickstart.yaml")]
             found = list(unusual(load([*base, str(file), "run.root=/runs"])))
             assert found == [], file
 

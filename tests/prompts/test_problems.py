@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 from treerpo_ray.config.data import PromptsConfig
 from treerpo_ray.prompts.hub import Unreachable
 from treerpo_ray.prompts.problems import DataReport, Problem, load_problems
 
-DATA = ROOT.parent / "shared" / "data"
+DATA = PROJECT.parent / "shared" / "data"
 ROWS = [
     {"question": "one and one?", "answer": "2", "name": "a"},
     {"question": "two and two?", "answer": 4, "name": "b"},

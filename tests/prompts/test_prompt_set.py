@@ -9,7 +9,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 from treerpo_ray.config.data import DataConfig, PromptsConfig
 from treerpo_ray.prompts.chats import Message
 from treerpo_ray.prompts.hub import Unreachable
@@ -216,7 +216,7 @@ def test_a_relative_model_path_is_found_here_first_and_then_beside_the_package(
 ):
     monkeypatch.chdir(tmp_path)
     relative = os.path.join("treerpo_ray", "quickstart")
-    assert resolve_model_path(relative) == str(ROOT / relative)
+    assert resolve_model_path(relative) == str(PROJECT / relative)
     (tmp_path / relative).mkdir(parents=True)
     assert resolve_model_path(relative) == str(tmp_path / relative)
     assert resolve_model_path(str(tmp_path)) == str(tmp_path)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.answers.verdicts import verdicts_of
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 from treerpo_ray.config import load
 from treerpo_ray.preflight.inputs import load_inputs
 from treerpo_ray.quickstart import exercises
@@ -13,7 +13,7 @@ from treerpo_ray.quickstart.countdown_answer import SELF_TEST, check_answer, eva
 from treerpo_ray.verifier.verdict import Answer, Verdict
 from treerpo_ray.verifier.verifier import Verifier
 
-FILE = ROOT / "conf/countdown.yaml"
+FILE = PROJECT / "conf/countdown.yaml"
 REFERENCE = ("12 3 25=40",)
 
 

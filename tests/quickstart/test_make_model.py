@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 from treerpo_ray.config import load
 from treerpo_ray.quickstart import exercises
 from treerpo_ray.quickstart import make_model as script
@@ -13,7 +13,7 @@ from treerpo_ray.quickstart.tokenizer import make_tokenizer
 
 SMALL = script.Recipe(num_layers=1, hidden_size=32, num_steps=20, batch_size=8)
 
-CONF = ROOT / "conf"
+CONF = PROJECT / "conf"
 TASK_FILES = [
     ("countdown.yaml",),
     ("quickstart.yaml", "tasks/wordy4.yaml"),

@@ -11,6 +11,7 @@ import rich.console
 
 from treerpo_ray.config import load
 from treerpo_ray.driver.run import run
+from treerpo_ray.driver.start import look_at_folder
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.preflight.inputs import Inputs
 from treerpo_ray.prompts.prompt_set import PromptSet
@@ -35,10 +36,11 @@ def test_a_second_job_is_refused_before_anything_starts_and_names_the_folder(
 ) -> None:
     config = load([f"run.root={tmp_path}", "run.name=shared"])
     console = Console(console=rich.console.Console(file=io.StringIO()))
+    earlier = look_at_folder(config)
     was_started = ray.is_initialized()  # by tests that ran before
     told = f"^another job writes {tmp_path}/shared; wait for it or choose another run.name$"
     with only_writer(RunFolder(config.folder)), pytest.raises(ValueError, match=told):
-        run(config, NOTHING, console)
+        run(config, NOTHING, earlier, console)
     assert ray.is_initialized() == was_started
     assert [path.name for path in (tmp_path / "shared").iterdir()] == [FILE]
 

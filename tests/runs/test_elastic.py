@@ -12,7 +12,7 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
-from tests.support.project import ROOT, SMALL
+from tests.support.project import PROJECT, SMALL
 from tests.support.whole_runs import (
     Job,
     assert_no_tree_was_finished_twice,
@@ -45,7 +45,7 @@ HEALTH = {
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A head without room for engines or workers; their nodes are the test's to add."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     head = {
         "num_cpus": 1,
         "include_dashboard": False,
@@ -87,7 +87,7 @@ def test_nodes_of_workers_and_engines_come_and_go_and_cost_no_ticket(cluster, tm
     command = [sys.executable, "jobs/train.py", *SMALL, f"run.root={tmp_path}", "run.name=nodes"]
     shown = tmp_path / "shown"
     with shown.open("w") as output:
-        process = subprocess.Popen([*command, *ELASTIC], cwd=ROOT, stderr=output)
+        process = subprocess.Popen([*command, *ELASTIC], cwd=PROJECT, stderr=output)
     job = Job(process, tmp_path / "nodes")
     try:
         job.wait_for_workers(1)  # with one engine: a second of both is wanted, but has no node yet

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.gpus import asks_for_gpus, gpu_fault
-from tests.support.project import ROOT, SMALL
+from tests.support.project import PROJECT, SMALL
 from treerpo_ray.study.analysis import Run
 
 
@@ -27,12 +27,12 @@ def gpu(request: pytest.FixtureRequest) -> None:
 @pytest.mark.timeout(1200)
 def test_a_run_on_one_gpu_proves_its_weights_and_learns(gpu: None, tmp_path: Path) -> None:
     """As a command, on a cluster of its own: what that lacks is one line and not a wait."""
-    hardware = [str(ROOT / "conf/hardware/one_gpu.yaml"), "engine.kv_cache_gib=1"]
+    hardware = [str(PROJECT / "conf/hardware/one_gpu.yaml"), "engine.kv_cache_gib=1"]
     hardware += ["engine.gpu_memory_gib=null", "learner.gpu_memory_gib=null"]  # of any size
     own = [f"run.root={tmp_path}", "run.name=gpu", "run.num_steps=3", "sync.probe_every=1"]
     done = subprocess.run(
         [sys.executable, "jobs/train.py", *SMALL, *hardware, *own],
-        cwd=ROOT,
+        cwd=PROJECT,
         env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
         capture_output=True,
         text=True,

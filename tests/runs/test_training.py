@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.planted_secrets import holds_secret
-from tests.support.project import ROOT, SMALL
+from tests.support.project import PROJECT, SMALL
 from tests.support.ray_tables import actors, failed_tasks
 from tests.support.saved_runs.notebooks import READ_A_RUN, complaints, execute
 from tests.support.saved_runs.small_disk import small_disk
@@ -160,7 +160,7 @@ def test_the_exported_model_is_what_was_trained(strict) -> None:
     run, _, _ = strict
     folder = Path(run.folder) / "model"
     model = AutoModelForCausalLM.from_pretrained(folder)
-    start = AutoModelForCausalLM.from_pretrained(ROOT / "treerpo_ray/quickstart/model")
+    start = AutoModelForCausalLM.from_pretrained(PROJECT / "treerpo_ray/quickstart/model")
     pairs = zip(model.parameters(), start.parameters(), strict=True)
     assert any(not torch.equal(ours, theirs) for ours, theirs in pairs)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -409,9 +409,10 @@ def start_run(root: Path) -> subprocess.Popen[str]:
     """`jobs/train.py` with a cluster of its own, for the run that `strict` is without a break."""
     return subprocess.Popen(
         [sys.executable, "jobs/train.py", *SMALL, *SETTINGS, f"run.root={root}"],
-        cwd=ROOT,
+        cwd=PROJECT,
         # Ray's processes wait so long for a head that is gone before they end; else a minute.
-        env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_gcs_rpc_server_reconnect_timeout_s": "3"},
+        env=os.environ
+        | {"PYTHONPATH": str(PROJECT), "RAY_gcs_rpc_server_reconnect_timeout_s": "3"},
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 
 
 @pytest.mark.ray
@@ -14,7 +14,7 @@ from tests.support.project import ROOT
 def test_weights_lie_where_the_learner_is_and_their_loss_is_told() -> None:
     """See `weights_on_nodes`: the engine's pool is on the driver's node, the engine on its own."""
     command = [sys.executable, "-m", "tests.support.stages.weights_on_nodes"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {
         "its node's store has the learner's file": True,

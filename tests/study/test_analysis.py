@@ -9,7 +9,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from tests.support.project import ROOT as PROJECT
+from tests.support.project import PROJECT
 from tests.support.saved_runs.small_run import (
     NUM_STEPS,
     SAVED,
@@ -363,6 +363,6 @@ def test_a_form_of_the_users_is_run_from_the_source_in_the_folder(tmp_path):
     )
     folder = write_small_run(tmp_path)
     Path(folder, "config.yaml").write_text(to_yaml(replace(config, learner=learner)))
-    run = Run(folder)
+    run = Run(folder, trusts_code=True)
     expected = [np.nan, 0.5, 0.0, np.nan, np.nan, np.nan]
     np.testing.assert_allclose(run.advantages(worked_record()), expected)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config.files import to_yaml
 from treerpo_ray.evaluate.evaluation import Evaluation
@@ -41,7 +41,7 @@ arms:
 
 @pytest.fixture
 def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comparison:
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(PROJECT)
     path = tmp_path / "two.yaml"
     path.write_text(FILE)
     return read_comparison(str(path))

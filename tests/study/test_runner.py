@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 from treerpo_ray.config import Config
 from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation, save_evaluation
@@ -45,7 +45,9 @@ class Sessions:
         self.started.append([])
         yield "pool"
 
-    def run(self, config: Config, inputs: object, console: object, pool: str) -> SimpleNamespace:
+    def run(
+        self, config: Config, inputs: object, earlier: object, console: object, pool: str
+    ) -> SimpleNamespace:
         self.started[-1].append(config.run.name)
         if config.run.name == self.failing:
             self.failing = ""
@@ -64,7 +66,7 @@ class Sessions:
 
 @pytest.fixture
 def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comparison:
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(PROJECT)
     (tmp_path / "two.yaml").write_text(FILE)
     return read_comparison(str(tmp_path / "two.yaml"))
 

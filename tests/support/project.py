@@ -4,9 +4,9 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).resolve().parents[2]
+PROJECT = Path(__file__).resolve().parents[2]
 SMALL = [
-    str(ROOT / "conf/quickstart.yaml"),
+    str(PROJECT / "conf/quickstart.yaml"),
     "prompts.num_problems=64",
     "evaluate.data.num_problems=12",
     "evaluate.num_samples=2",
@@ -22,7 +22,7 @@ SMALL = [
 
 def load_script(path: str) -> ModuleType:
     """A script of the project, such as `jobs/train.py`, as a module of its own."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    spec = importlib.util.spec_from_file_location(Path(path).stem, PROJECT / path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

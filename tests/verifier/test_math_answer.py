@@ -9,16 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.answers.verdicts import verdicts_of
-from tests.support.project import ROOT
-from treerpo_ray.verifier._math import equality as math_equality
+from tests.support.project import PROJECT
 from treerpo_ray.verifier._math import value
-from treerpo_ray.verifier._math.equality import is_equal
+from treerpo_ray.verifier._math.equality import Comparison, is_equal, is_same_structure
 from treerpo_ray.verifier._math.expression import read
 from treerpo_ray.verifier.math_answer import SELF_TEST, check_answer, find_answer
 from treerpo_ray.verifier.verdict import Answer, Verdict
 from treerpo_ray.verifier.verifier import Verifier
 
-DATA = ROOT.parent / "shared" / "data"
+DATA = PROJECT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(
     not DATA.is_dir(), reason="the shared data folder is not beside this checkout"
 )
@@ -549,19 +548,20 @@ def test_every_reference_answer_equals_itself(verifier, name):
         ("gsm8k_test.jsonl", 351, set()),
     ],
 )
-def test_every_reference_answer_equals_itself_in_value(monkeypatch, name, num_answers, unreadable):
+def test_every_reference_answer_equals_itself_in_value(name, num_answers, unreadable):
     """Without the look at the spelling that settles these pairs before anything is read."""
-    monkeypatch.setattr(math_equality, "_is_same", math_equality._is_same_structure)
     compared: set[str] = set()
 
     def is_same_value(a: str, b: str) -> bool:
         compared.add(a)
         return value.is_same_value(a, b)
 
-    monkeypatch.setattr(math_equality, "is_same_value", is_same_value)
+    in_value = Comparison(
+        parts=lambda a, b: is_same_structure(a, b, in_value), values=is_same_value
+    )
     gold = {row["answer"] for row in problems(name) if row["answer"]}
     assert len(gold) == num_answers
-    assert all(is_equal(answer, answer) for answer in gold)
+    assert all(is_equal(answer, answer, in_value) for answer in gold)
     assert {text for text in compared if read(text) is None} == unreadable
 
 

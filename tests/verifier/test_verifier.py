@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.answers.verdicts import verdicts_of
 from tests.support.planted_secrets import holds_secret
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 from treerpo_ray.errors import UserCodeError
 from treerpo_ray.verifier.verdict import Answer, Verdict
 from treerpo_ray.verifier.verifier import Verifier
@@ -219,7 +219,7 @@ if {in_thread}:
 else:
     work()
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment
     ) as parent:
@@ -240,7 +240,7 @@ def test_the_main_module_is_not_run_again_in_a_worker(tmp_path):
         '    answer = Answer(text="a", references=("a",), is_cut_off=False)\n'
         "    print(verifier.grade([answer])[0].verdict.value)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-X", "dev", str(script)],
         capture_output=True,
@@ -302,4 +302,4 @@ def test_a_failing_self_test_names_its_pair():
 def test_importing_the_verifier_loads_none_of_the_heavy_packages():
     heavy = "{'torch', 'ray', 'vllm', 'transformers', 'sympy', 'math_verify'}"
     code = f"import sys, treerpo_ray.verifier.verifier; sys.exit(bool({heavy} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0

@@ -12,7 +12,7 @@ from tests.support.saved_runs.small_run import (
 )
 from tests.support.saved_runs.viewer import PROBLEMS
 from treerpo_ray.run_folder.files import RunFolder
-from treerpo_ray.study.problems import evaluation_sightings
+from treerpo_ray.study.sightings import evaluation_sightings
 from treerpo_ray.viewer.answers import read_answers
 from treerpo_ray.viewer.page import write_page
 from treerpo_ray.viewer.reader import RunReader

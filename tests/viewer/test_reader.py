@@ -134,11 +134,13 @@ def test_a_run_at_a_uri_reads_like_a_local_one(folder):
         assert to_json(look(remote)) == to_json(look(local))
 
 
-def test_a_run_is_found_by_its_name_and_a_wrong_one_is_one_line(folder, monkeypatch, capsys):
-    config = type("Root", (), {"root": str(Path(folder).parent)})
-    for module in ("viewer.reader", "run_folder.files"):
-        monkeypatch.setattr(f"treerpo_ray.{module}.RunConfig", config)
-    assert [RunReader(place).status().folder for place in ("small", folder)] == [folder] * 2
+def test_a_run_is_found_by_its_name_and_a_wrong_one_is_one_line(
+    folder, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "treerpo_runs").symlink_to(Path(folder).parent)
+    found = [RunReader(place).status().folder for place in ("small", folder)]
+    assert found == [f"{tmp_path}/treerpo_runs/small", folder]
     with pytest.raises(ValueError, match=r"^tiny is no run: it has no config.yaml; .*: small$"):
         RunReader("tiny")
     assert main(["tiny"]) == 2

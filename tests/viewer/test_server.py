@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 import numpy as np
 import pytest
 
-from tests.support.project import ROOT as PROJECT
+from tests.support.project import PROJECT
 from tests.support.saved_runs.paper_run import SCRIPT
 from tests.support.saved_runs.small_run import (
     metric_rows,

@@ -27,8 +27,8 @@ from treerpo_ray.config.sections import (
     RunConfig,
     SyncConfig,
     TreeConfig,
-    VerifierConfig,
 )
+from treerpo_ray.config.verifier import VerifierConfig
 
 # `abfs://container@account` and its kin name a place with an at sign, without a secret.
 USER = re.compile(r"(?<![\w+.-])(?!(?:abfss?|wasbs?)://[^/@:]*@)[a-z][\w+.-]*://[^/@\s]+@", re.I)

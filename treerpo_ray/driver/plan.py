@@ -10,8 +10,10 @@ from treerpo_ray.preflight.inputs import DataSet, Preflight, num_parameters, set
 from treerpo_ray.preflight.machine import check_gpus, check_vllm
 from treerpo_ray.preflight.memory import MemoryPlan, most_tokens, needs_more_memory, number
 from treerpo_ray.preflight.model_check import ModelFacts
+from treerpo_ray.preflight.pace import lines as pace_lines
 from treerpo_ray.preflight.placement import missing_resources, needed_resources
 from treerpo_ray.preflight.unusual import unusual
+from treerpo_ray.run_folder.files import RunFolder
 
 SHOWN_CHARS = 150
 """Of the beginning and of the end of a prompt."""
@@ -53,6 +55,7 @@ def plan_lines(
         *_budget_lines(config),
         f"staleness   at most {counted(gate.max_staleness, 'version')}: "
         f"{in_flight} trees in flight",
+        *(f"pace        {line}" for line in pace_lines(config, RunFolder(config.folder))),
         f"run length  {length}, up to {run.num_steps * minibatches:,} optimizer steps",
         *_memory_lines(config, found.model),
         f"disk        {found.storage}",

@@ -21,12 +21,11 @@ from treerpo_ray.driver.cluster import connected
 from treerpo_ray.driver.result import (
     RunResult,
     collect_result,
-    finished_result,
 )
 from treerpo_ray.driver.sources import version_of
 from treerpo_ray.driver.start import (
+    EarlierStarts,
     check_same_contents,
-    check_same_run,
     contents_of,
     reading,
     record_start,
@@ -47,7 +46,6 @@ from treerpo_ray.metrics.step_table import StepTable
 from treerpo_ray.metrics.watchdog import Heartbeats, Watchdog, watch_over
 from treerpo_ray.preflight.inputs import Inputs
 from treerpo_ray.prompts.prompt_set import load_tokenizer
-from treerpo_ray.run_folder.checkpoints import Checkpoints
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.lock import only_writer
 from treerpo_ray.run_folder.logs import output_to_log
@@ -63,32 +61,39 @@ END_ACTORS_S = 10.0
 
 
 def run(
-    config: Config, inputs: Inputs, console: Console, pool: TreePoolApi | None = None
+    config: Config,
+    inputs: Inputs,
+    earlier: EarlierStarts,
+    console: Console,
+    pool: TreePoolApi | None = None,
 ) -> RunResult:
     """Run, resume or just report what `config` describes, on the cluster that is there.
 
-    `pool` is that of `kept_engines`, for one run of several that share engines.
+    Args:
+        config: The run's.
+        inputs: What was loaded for it.
+        earlier: What was found in its folder.
+        console: Shows what happens.
+        pool: That of `kept_engines`, for one run of several that share engines.
 
     Raises:
         ValueError: the cluster lacks resources for it, another job writes its folder, or the
-            folder holds a run with other settings or other input.
+            folder holds a run of other input.
         RunFailed: something failed for good; the same command goes on from the last checkpoint.
         KeyboardInterrupt: a signal ended it at once; the same command goes on, too.
     """
     folder = RunFolder(config.folder)
     with reading(folder):
-        changed = check_same_run(config)
         contents = contents_of(config, inputs.prompts, inputs.held_out)
         check_same_contents(config, contents)
-        result = finished_result(config)
-        saved = Checkpoints(folder, config.checkpoint.keep).steps()
-    if changed:
-        console.note(f"since the last start: {', '.join(changed)}")
-    if result is not None:
+    if earlier.changed:
+        console.note(f"since the last start: {', '.join(earlier.changed)}")
+    if earlier.result is not None:
         console.note(f"the run {config.run.name} is complete; another run.name starts a new one")
-        return result
-    if saved:
-        console.note(f"the run goes on from its checkpoint of learner step {saved[-1]}")
+        return earlier.result
+    if earlier.checkpoints:
+        last = earlier.checkpoints[-1]
+        console.note(f"the run goes on from its checkpoint of learner step {last}")
     stop = Stop()
     with stop.at_work(), only_writer(folder), output_to_log(folder):
         try:

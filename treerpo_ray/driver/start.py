@@ -8,13 +8,16 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from treerpo_ray.config import Config
 from treerpo_ray.config.files import flat_settings, placeless, to_yaml
 from treerpo_ray.config.identity import Flat, differences, is_free
+from treerpo_ray.driver.result import RunResult, finished_result
 from treerpo_ray.errors import RunFailed, one_line
 from treerpo_ray.metrics.rows import METRICS_FILE
+from treerpo_ray.preflight.storage import check_folder
 from treerpo_ray.prompts.prompt_set import PromptSet, resolve_model_path
 from treerpo_ray.run_folder.checkpoints import Checkpoints
 from treerpo_ray.run_folder.disk import refusal_of
@@ -49,19 +52,34 @@ def reading(folder: RunFolder) -> Iterator[None]:
         raise
 
 
-def check_same_run(config: Config) -> list[str]:
-    """Compare a start with what its folder holds.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EarlierStarts:
+    """What the earlier starts of a run have left in its folder."""
 
-    Returns:
-        The settings that have changed since the last start, which may; nothing if it is the first.
+    changed: list[str]
+    """Settings that have changed since the last of them, which may."""
+    checkpoints: list[int]
+    """The learner steps that there are checkpoints of."""
+    result: RunResult | None
+    """None: there is work left."""
+
+
+def look_at_folder(config: Config) -> EarlierStarts:
+    """Look at the run folder, before all that takes longer.
 
     Raises:
-        ValueError: the folder holds results of a run with other settings, or a longer one.
+        ValueError: the folder cannot be written, or holds results of a run with other settings or
+            of a longer one.
         RunFailed: it cannot be read.
     """
+    check_folder(config)
     folder = RunFolder(config.folder)
     with reading(folder):
-        return _changes(config, folder)
+        return EarlierStarts(
+            changed=_changes(config, folder),
+            checkpoints=Checkpoints(folder, config.checkpoint.keep).steps(),
+            result=finished_result(config),
+        )
 
 
 def then_and_now(kept: str, config: Config) -> tuple[Flat, Flat]:

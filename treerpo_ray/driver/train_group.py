@@ -8,7 +8,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from treerpo_ray.actor import root_cause
+from treerpo_ray.actor import Get, root_cause
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.driver.supervisor import Supervisor
@@ -73,6 +73,7 @@ class TrainGroup:
         supervisor: Follows the wait before a start.
         is_stopping: Whether the run is told to stop.
         sleep: Waits so many seconds.
+        get: Waits for what an actor answers.
     """
 
     def __init__(
@@ -84,7 +85,9 @@ class TrainGroup:
         supervisor: Supervisor,
         is_stopping: Callable[[], bool],
         sleep: Callable[[float], None] = time.sleep,
+        get: Get = ray.get,
     ) -> None:
+        self._get = get
         self.limits, self.fit_once = limits, fit_once
         self.actors, self.supervisor, self.sleep = actors, supervisor, sleep
         self.is_stopping = is_stopping
@@ -106,7 +109,7 @@ class TrainGroup:
                 raise KeyboardInterrupt
             self.supervisor.console.begin_stage(f"starting {number} train worker(s)")
             error = self.fit_once()
-            done = ray.get(self.actors.gate.done.remote())
+            done = self._get(self.actors.gate.done.remote())
             if error is None:
                 return done
             wrong_input = _wrong_input(error)
@@ -117,13 +120,13 @@ class TrainGroup:
             wait_s = 0.0 if is_over else restart_wait_s(failures)
             lost: dict[str, str | float] = {"step": done, "failures": failures, "wait_s": wait_s}
             lost["cause"] = root_cause(error)
-            ray.get(self.actors.run_log.event.remote(Event(kind="learner_lost", fields=lost)))
+            self._get(self.actors.run_log.event.remote(Event(kind="learner_lost", fields=lost)))
             if is_over:
                 self.supervisor.show_last()
                 if self.is_stopping():
                     raise KeyboardInterrupt from error
                 raise wrong_input or error
-            ray.get(self.actors.heartbeats.forget.remote("learner"))
+            self._get(self.actors.heartbeats.forget.remote("learner"))
             self.supervisor.run(partial(self.sleep, wait_s))
 
 

@@ -38,6 +38,7 @@ def engine_args(setup: EngineSetup) -> "AsyncEngineArgs":
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
+    from treerpo_ray.engine.bulk_logprobs import SCHEDULER
     from treerpo_ray.engine.vllm_worker import BACKEND
 
     model, engine, longest = setup.model, setup.engine, setup.max_tokens
@@ -57,6 +58,7 @@ def engine_args(setup: EngineSetup) -> "AsyncEngineArgs":
         enable_prefix_caching=True,
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,
+        scheduler_cls=SCHEDULER,
         worker_extension_cls="treerpo_ray.engine.vllm_worker.WorkerExtension",
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
     )

@@ -28,12 +28,12 @@ from treerpo_ray.algo.search import SiblingGroup, TreeShape, grow
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, error_step
 from treerpo_ray.engine._stop_strings import end_across_steps
 from treerpo_ray.engine._vllm_args import engine_args, environment
-from treerpo_ray.engine.busy_time import BusyTime
 from treerpo_ray.engine.replica import EngineActor, EngineApi
 from treerpo_ray.engine.types import EngineSetup, EngineStats, Sampling
+from treerpo_ray.metrics.busy_time import BusyTime
 from treerpo_ray.prompts.prompt_set import end_token_ids, load_tokenizer
-from treerpo_ray.weight_files import FilePlace, HeldFile
 from treerpo_ray.weight_sync import LoadProof, Manifest
+from treerpo_ray.weights.files import FilePlace, HeldFile
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput
@@ -118,6 +118,7 @@ class Engine:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from treerpo_ray.engine.bulk_logprobs import take_in_bulk
         from treerpo_ray.engine.vllm_worker import ACTOR_VARIABLE
 
         os.environ[ACTOR_VARIABLE] = str(os.getpid())
@@ -128,6 +129,7 @@ class Engine:
         start = 0 if self._log is None else self._log.stat().st_size
         try:
             self._llm: AsyncLLM = AsyncLLM.from_engine_args(self.vllm_args())
+            take_in_bulk(self._llm.output_processor)
             await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
         except Exception as error:  # vLLM's own may not even be pickled
             if isinstance(error, ValidationError):  # its text has several lines on each fault
@@ -233,13 +235,14 @@ class Engine:
         versions = np.zeros(len(ids), np.int32)
         for span in done.weight_versions or []:
             versions[span.start : span.end] = _version(span.version)
-        assert isinstance(done.logprobs, FlatLogprobs)  # as requested
+        found = done.logprobs  # an array, unless the request had stop strings
+        logprobs = found.logprobs if isinstance(found, FlatLogprobs) else found
         # vLLM names the stop string that it ended at, or else the token.
         is_end = int(ids[-1]) in self._end_ids or isinstance(done.stop_reason, str)
         return Step(
             parent=ROOT,
             token_ids=ids,
-            logprobs=np.asarray(done.logprobs.logprobs, np.float32),
+            logprobs=np.array(logprobs, np.float32),
             versions=versions,
             stop=StopReason.END_OF_TEXT if is_end else StopReason.BOUNDARY,
         )

@@ -26,7 +26,7 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from treerpo_ray.weight_files import FileMaps
+from treerpo_ray.weights.files import FileMaps
 
 BACKEND = "treerpo_store"
 ACTOR_VARIABLE = "TREERPO_ENGINE_ACTOR"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from treerpo_ray.actor import Get
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config import Config
 from treerpo_ray.config.data import DataConfig
@@ -47,6 +48,7 @@ class HeldOutEvaluator:
         run_log: Actor of `RunLog`.
         tokenizer: Of the model.
         start_scorer: Starts what grades the answers.
+        get: Waits for what the actors answer.
 
     Raises:
         VariableNotSet: `verifier.env` names a variable that is not set here; the run log is told
@@ -62,7 +64,9 @@ class HeldOutEvaluator:
         run_log: RunLogApi,
         tokenizer: "PreTrainedTokenizerBase",
         start_scorer: Callable[..., Scorer] = Scorer,
+        get: Get = ray.get,
     ) -> None:
+        self._get = get
         self.config, self.prompts, self.pool, self.run_log = config, prompts, pool, run_log
         self.folder = RunFolder(config.folder)
         try:
@@ -70,7 +74,7 @@ class HeldOutEvaluator:
                 settings=config.verifier, tokenizer=tokenizer, on_fault=self._check_failed
             )
         except VariableNotSet as error:
-            ray.get(run_log.event.remote(Event(kind=FATAL, fields={"reason": str(error)})))
+            get(run_log.event.remote(Event(kind=FATAL, fields={"reason": str(error)})))
             raise
 
     def evaluate(
@@ -87,7 +91,9 @@ class HeldOutEvaluator:
             writer: Writes the files, and tells of those that cannot be written.
         """
         config, start = self.config, time.monotonic()
-        graded = grade_samples(config, self.prompts, self.pool, self._scorer, advance)
+        graded = grade_samples(
+            config, self.prompts, self.pool, self._scorer, advance, get=self._get
+        )
         result = summarise(
             config,
             graded,
@@ -100,7 +106,7 @@ class HeldOutEvaluator:
         name = step_name(step)
         writer.put(f"eval/{name}.parquet", lambda: save_samples(graded, self.folder, name))
         writer.put(f"eval/{name}.json", lambda: save_evaluation(result, self.folder))
-        ray.get(self.run_log.step.remote(result.row()))
+        self._get(self.run_log.step.remote(result.row()))
         return result
 
     def close(self) -> None:
@@ -117,6 +123,7 @@ def grade_samples(
     pool: TreePoolApi,
     scorer: Scorer,
     advance: Callable[[int], None],
+    get: Get = ray.get,
 ) -> list[Graded]:
     """Sample `evaluate.num_samples` answers to each problem and grade them, in order of problems.
 
@@ -126,6 +133,7 @@ def grade_samples(
         pool: Actor of `TreePool`, which samples.
         scorer: Grades the answers.
         advance: Told how many more problems are done.
+        get: Waits for a tree of the pool.
     """
     settings = config.evaluate
     shape = TreeShape(
@@ -145,7 +153,7 @@ def grade_samples(
         waiting.clear()
 
     for tree in trees:
-        waiting.append(ray.get(tree))
+        waiting.append(get(tree))
         advance(1)
         if len(waiting) == GRADE_TREES:
             grade()

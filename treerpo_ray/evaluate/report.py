@@ -48,7 +48,7 @@ SETTINGS = {
 """What two evaluations must share to be compared: fields of theirs, and the settings behind."""
 WITHOUT: dict[str, object] = {"prompt_template": "", "chat_template_args": {}, "stop": []}
 """Values of what evaluations of earlier versions did not have."""
-Problem = tuple[str, str]
+ProblemKey = tuple[str, str]
 """Id and question, by which problems of two evaluations are the same."""
 
 
@@ -120,7 +120,11 @@ def number(name: str, value: float, sign: str = "") -> str:
 
 def plain(scores: dict[str, dict[str, Score]]) -> dict[str, dict[str, dict[str, float]]]:
     """Scores by benchmark and name as JSON takes them."""
-    return {name: {key: asdict(s) for key, s in each.items()} for name, each in scores.items()}
+    return {name: {key: _plain(s) for key, s in each.items()} for name, each in scores.items()}
+
+
+def _plain(score: Score) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in asdict(score).items()}
 
 
 def show(shown: rich.console.Group) -> None:
@@ -161,16 +165,12 @@ class Comparison:
         """The same as JSON takes it."""
         scores = {
             name: {
-                key: {"A": _rounded(p.ours), "B": _rounded(p.theirs), "A-B": _rounded(p.difference)}
+                key: {"A": _plain(p.ours), "B": _plain(p.theirs), "A-B": _plain(p.difference)}
                 for key, p in each.items()
             }
             for name, each in self.pairs.items()
         }
         return {**dict(zip("AB", self.names, strict=True)), **self.sampling, "scores": scores}
-
-
-def _rounded(score: Score) -> dict[str, float]:
-    return {name: round(value, 6) for name, value in asdict(score).items()}
 
 
 def _by_side(pairs: dict[str, Pair]) -> rich.table.Table:
@@ -326,7 +326,7 @@ def _evaluation(file: str) -> dict[str, Any]:
 
 
 def compare(
-    ours: dict[Problem, Samples], theirs: dict[Problem, Samples], *, seed: int
+    ours: dict[ProblemKey, Samples], theirs: dict[ProblemKey, Samples], *, seed: int
 ) -> dict[str, Pair]:
     """Both and their differences by score, over the problems that both have.
 
@@ -343,10 +343,10 @@ def compare(
     return paired(*sides, pass_ks=ks, num_samples=counts[0], seed=seed)
 
 
-def read_samples(path: str) -> dict[Problem, Samples]:
+def read_samples(path: str) -> dict[ProblemKey, Samples]:
     """Samples of each problem in a file (path or URI) that `save_samples` wrote."""
     folder, name = _split(path)
-    rows: dict[Problem, list[dict]] = {}
+    rows: dict[ProblemKey, list[dict]] = {}
     for row in folder.read_table(name).to_pylist():
         rows.setdefault((row["problem"], row["question"]), []).append(row)
     return {problem: _samples(own) for problem, own in rows.items()}

@@ -43,9 +43,11 @@ class Head:
     bias: Float[Tensor, " vocabulary"] | None
     scale: float
     cap: float | None
+    logit_budget: int | None = None
+    """Logits that are alive at a time; by default `LOGIT_BUDGET`."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Self:
+    def of(cls, model: PreTrainedModel, logit_budget: int | None = None) -> Self:
         """That of a causal model; its parameters are the model's own.
 
         Raises:
@@ -64,6 +66,7 @@ class Head:
             bias=head.bias,
             scale=scale / (getattr(config, "logits_scaling", None) or 1.0),
             cap=getattr(config, "final_logit_softcapping", None) or None,
+            logit_budget=logit_budget,
         )
 
     def score(
@@ -91,7 +94,8 @@ class Head:
             slope=self.scale / temperature,
             bound=None if self.cap is None else self.cap / temperature,
         )
-        found = _Scores.apply(hidden, self.weight, self.bias, row, target, tempering, dtype)
+        budget = LOGIT_BUDGET[device] if self.logit_budget is None else self.logit_budget
+        found = _Scores.apply(hidden, self.weight, self.bias, row, target, tempering, dtype, budget)
         return cast(tuple[Tensor, Tensor], found)
 
 
@@ -109,6 +113,7 @@ class _Context(Protocol):
 
     tempering: Tempering
     dtype: torch.dtype
+    budget: int
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
 
@@ -128,12 +133,13 @@ class _Scores(torch.autograd.Function):
         target: Tensor,
         tempering: Tempering,
         dtype: torch.dtype,
+        budget: int,
     ) -> tuple[Tensor, Tensor]:
         """Pieces of rows, each over the whole vocabulary."""
         device = hidden.device
         row_sums = kernels(device.type).row_sums
         states, weights, biases = _cast(hidden, weight, bias, dtype)
-        num_pieces = -(-len(hidden) * len(weight) // LOGIT_BUDGET[device.type])
+        num_pieces = -(-len(hidden) * len(weight) // budget)
         of_target = torch.zeros(len(row), device=device)
         sums: list[tuple[Tensor, Tensor]] = []
         start = 0
@@ -146,7 +152,7 @@ class _Scores(torch.autograd.Function):
             start += len(piece)
         log_total, entropy = (torch.cat(parts) for parts in zip(*sums, strict=True))
         ctx.save_for_backward(hidden, weight, bias, row, target, log_total, entropy)
-        ctx.tempering, ctx.dtype = tempering, dtype
+        ctx.tempering, ctx.dtype, ctx.budget = tempering, dtype, budget
         return of_target - log_total[row], entropy[row]
 
     @staticmethod
@@ -169,7 +175,7 @@ class _Scores(torch.autograd.Function):
         to_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
         to_weight = torch.empty_like(weight) if needs_weight else None
         to_bias = torch.empty_like(bias) if needs_bias else None
-        width = _width(len(hidden), LOGIT_BUDGET[device.type])
+        width = _width(len(hidden), ctx.budget)
         for start in range(0, len(weight), width):
             piece = slice(start, start + width)
             product = linear(states, weights[piece], None if biases is None else biases[piece])
@@ -184,7 +190,7 @@ class _Scores(torch.autograd.Function):
                 to_hidden += of_product @ weights[piece]
         if to_hidden is not None:
             to_hidden = to_hidden.to(hidden.dtype)
-        return to_hidden, to_weight, to_bias, None, None, None, None
+        return to_hidden, to_weight, to_bias, None, None, None, None, None
 
 
 def _cast(

@@ -25,8 +25,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from treerpo_ray.algo.packing import Forest
 from treerpo_ray.errors import one_line
+from treerpo_ray.learner.forest_layout import ForestLayout
 from treerpo_ray.learner.head import Head
-from treerpo_ray.learner.tree_attention import TREE_ATTENTION, ForestLayout
+from treerpo_ray.learner.tree_attention import TREE_ATTENTION
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +76,18 @@ class Policy:
     Args:
         model: With tree attention.
         tokenizer: Is saved with it.
+        logit_budget: Logits that are alive at a time; by default `LOGIT_BUDGET` of the head.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        logit_budget: int | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.logit_budget = logit_budget
         # Tree attention gives masks. With one, cuDNN's kernels (Hopper and newer) return NaN as
         # gradients of queries whose keys are 64 modulo 128, and plan anew for each shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -93,7 +101,7 @@ class Policy:
         """
         hidden = self._hidden(forest.token_ids, forest.position_ids, forest.layout)
         hidden = hidden.index_select(0, forest.source)
-        head = Head.of(self.model)
+        head = Head.of(self.model, self.logit_budget)
         return head.score(hidden, forest.edge_source, forest.target, temperature)
 
     @torch.no_grad()
@@ -105,7 +113,8 @@ class Policy:
         ids = torch.tensor([token_ids], device=self.model.device)
         positions = torch.arange(len(token_ids), device=self.model.device)
         hidden = self._hidden(ids, positions[None], None)
-        return Head.of(self.model).score(hidden[:-1], positions[:-1], ids[0, 1:], 1.0)[0]
+        head = Head.of(self.model, self.logit_budget)
+        return head.score(hidden[:-1], positions[:-1], ids[0, 1:], 1.0)[0]
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Weights in layer order under their names in a checkpoint; tied weights come once."""

@@ -4,14 +4,16 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
+from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import ray
 import torch
 
-from treerpo_ray.weight_files import FilePlace, WeightFile, WeightFiles
+from treerpo_ray.actor import Get
 from treerpo_ray.weight_sync import Manifest, Probe, pack_weights
+from treerpo_ray.weights.files import FilePlace, WeightFile, WeightFiles
 
 T = TypeVar("T")
 
@@ -29,7 +31,8 @@ class PublishedPolicy(Protocol):
 class Publisher:
     """Publishes versions of the weights, and does what is to be done once they are served.
 
-    All of it is done in order and beside the caller, who may go on and change the weights.
+    All of it is done in order and beside the caller, who may go on and change the weights: by one
+    thread, until it is closed.
 
     Args:
         send: Has the engines serve what lies on a node; see `WeightSync.publish`.
@@ -38,6 +41,7 @@ class Publisher:
         dtype: Floating type of the weights that are sent.
         chunk_bytes: Size of a chunk.
         until_written: As of `Patience`: gets memory for a chunk, which there may be none of.
+        get: Waits until the engines serve it.
     """
 
     def __init__(
@@ -49,13 +53,18 @@ class Publisher:
         dtype: torch.dtype,
         chunk_bytes: int,
         until_written: Callable[[str, Callable[[], np.ndarray]], np.ndarray],
+        get: Get = ray.get,
     ) -> None:
-        self._until_written = until_written
+        self._until_written, self._get = until_written, get
         self.send, self.node, self.probe_ids = send, node, probe_ids
         self.dtype, self.chunk_bytes = dtype, chunk_bytes
         self._files = WeightFiles()
         self._last: Future[Any] = Future()
         self._last.set_result(None)
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        # A daemon, which no thread of an executor is: a publication that hangs must not keep a
+        # worker alive that has failed.
+        threading.Thread(target=_serve, args=(self._queue,), name="publisher", daemon=True).start()
 
     def publish(self, policy: PublishedPolicy, version: int) -> str:
         """Begin to publish `policy` as `version`; returns the digest of its first chunk.
@@ -76,7 +85,7 @@ class Publisher:
         return manifest.digests[0]
 
     def _send(self, manifest: Manifest, file: WeightFile, place: FilePlace, probe: Probe) -> None:
-        ray.get(self.send(manifest, place, probe, self.node))
+        self._get(self.send(manifest, place, probe, self.node))
         file.release()  # not if that failed: who knows who is still to read it
 
     def then(self, work: Callable[[], T]) -> Future[T]:
@@ -87,8 +96,7 @@ class Publisher:
         """
         done: Future[T] = Future()
         before, self._last = self._last, done
-        # A daemon: a publication that hangs must not keep a worker alive that has failed.
-        threading.Thread(target=_work, args=(before, work, done), daemon=True).start()
+        self._queue.put(partial(_work, before, work, done))
         return done
 
     @property
@@ -99,6 +107,15 @@ class Publisher:
     def wait(self) -> None:
         """Wait until all is done; raises what failed first."""
         self._last.result()
+
+    def close(self) -> None:
+        """End its thread, once all is done that it was given; does not wait for that."""
+        self._queue.put(None)
+
+
+def _serve(queue: "SimpleQueue[Callable[[], None] | None]") -> None:
+    while (work := queue.get()) is not None:
+        work()
 
 
 def _work(before: Future[Any], work: Callable[[], T], done: Future[T]) -> None:

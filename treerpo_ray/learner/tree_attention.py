@@ -1,9 +1,8 @@
 """Tree attention: a transformers attention function that computes a packed forest exactly.
 
-Each segment (a prompt or a step) attends to its ancestors' tokens and, causally, to its own. No
-mask over tokens x tokens exists: segments of like shape form a bucket, one padded batch of
-queries against the gathered keys of their paths. Importing this module registers the function
-under the name `TREE_ATTENTION`; a forest's layout travels to it as the model's `layout` argument:
+Each segment (a prompt or a step) attends to its ancestors' tokens and, causally, to its own. A
+forest's layout says which those are, and computes them; importing this module registers the
+function under the name `TREE_ATTENTION`, and a layout travels to it as the model's argument:
 
     model(input_ids=..., position_ids=..., layout=layout, use_cache=False)
 
@@ -11,24 +10,17 @@ Without a layout it is plain causal attention over one row.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import pairwise
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from treerpo_ray.algo.packing import Forest
+from treerpo_ray.learner.forest_layout import ForestLayout
 
 TREE_ATTENTION = "tree"
 """Name of the attention implementation, as in `from_pretrained(attn_implementation=...)`."""
-
-
-BUCKET_COST = 2**14
-"""Cost of one more bucket in query-key pairs: the calls it adds against the padding it saves."""
 
 
 LEFT_OUT = {
@@ -39,112 +31,6 @@ LEFT_OUT = {
     "block_indices": "choice of keys (sparse attention)",
 }
 """Arguments of the attention interface that are not computed here, and what they are."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bucket:
-    """Segments of like shape as one padded batch.
-
-    A padded query reads token 0 and its output is dropped; a padded key lies behind the causal
-    limit of every real query. So neither needs a mask of its own.
-    """
-
-    query_index: Int64[Tensor, "segments queries"]
-    key_index: Int64[Tensor, "segments keys"]
-    """Tokens of the segment's path: its ancestors' and its own."""
-    mask: Bool[Tensor, "#segments 1 queries keys"]
-    """Causal limit; shared where all contexts in the bucket are equally long."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ForestLayout:
-    """Who attends to whom in a packed forest, on the model's device."""
-
-    buckets: tuple[Bucket, ...]
-    output_index: Int64[Tensor, " tokens"]
-    """Row of each token in the buckets' padded outputs, one bucket after the other."""
-    longest_path: int
-    """Tokens from the start of a prompt to the end of its longest path."""
-
-    @classmethod
-    def from_forest(cls, forest: Forest, device: torch.device) -> "ForestLayout":
-        """Lay out `forest`; the work is proportional to the tokens of all paths."""
-        paths: list[Int64[np.ndarray, " _"]] = []
-        for start, length, parent in zip(
-            forest.segment_start, forest.segment_length, forest.segment_parent, strict=True
-        ):
-            own = np.arange(start, start + length)
-            paths.append(own if parent < 0 else np.concatenate([paths[parent], own]))
-        num_keys = np.array([len(path) for path in paths])
-
-        buckets: list[Bucket] = []
-        output_index = np.zeros(len(forest.token_ids), dtype=np.int64)
-        num_rows = 0
-        for members in _group_by_shape(forest.segment_length, num_keys):
-            lengths = forest.segment_length[members]
-            bucket = _make_bucket([paths[member] for member in members], lengths, device)
-            width = bucket.query_index.shape[1]
-            for row, member in enumerate(members):
-                own = paths[member][num_keys[member] - forest.segment_length[member] :]
-                output_index[own] = num_rows + row * width + np.arange(len(own))
-            num_rows += len(members) * width
-            buckets.append(bucket)
-        return cls(
-            buckets=tuple(buckets),
-            output_index=torch.from_numpy(output_index).to(device),
-            longest_path=int(num_keys.max()),
-        )
-
-
-def _group_by_shape(
-    num_queries: Int64[np.ndarray, " segments"], num_keys: Int64[np.ndarray, " segments"]
-) -> list[Int64[np.ndarray, " _"]]:
-    """Split segments, in order of their key counts, where that makes the padded total least.
-
-    The total is the sum over buckets of members x widest query x longest key + BUCKET_COST.
-    """
-    shapes, shape_of, counts = np.unique(
-        np.stack([num_keys, num_queries], axis=1), axis=0, return_inverse=True, return_counts=True
-    )
-    keys, queries = shapes.T
-    least = np.zeros(len(shapes) + 1)
-    first = np.zeros(len(shapes) + 1, dtype=np.int64)
-    for end in range(1, len(shapes) + 1):
-        widest = np.maximum.accumulate(queries[:end][::-1])[::-1]
-        members = np.cumsum(counts[:end][::-1])[::-1]
-        total = least[:end] + members * widest * keys[end - 1] + BUCKET_COST
-        first[end] = total.argmin()
-        least[end] = total.min()
-    ends = [len(shapes)]
-    while ends[-1]:
-        ends.append(int(first[ends[-1]]))
-    shape_of = shape_of.reshape(-1)
-    return [
-        np.flatnonzero((start <= shape_of) & (shape_of < end))
-        for start, end in pairwise(reversed(ends))
-    ]
-
-
-def _make_bucket(
-    paths: list[Int64[np.ndarray, " _"]],
-    lengths: Int64[np.ndarray, " members"],
-    device: torch.device,
-) -> Bucket:
-    """Pad the paths of some segments, whose last `lengths` tokens are their own, into one batch."""
-    query_index = np.zeros((len(paths), lengths.max()), dtype=np.int64)
-    key_index = np.zeros((len(paths), max(len(path) for path in paths)), dtype=np.int64)
-    for row, (path, length) in enumerate(zip(paths, lengths, strict=True)):
-        query_index[row, :length] = path[len(path) - length :]
-        key_index[row, : len(path)] = path
-    context = np.array([len(path) for path in paths]) - lengths
-    if (context == context[0]).all():
-        context = context[:1]
-    limit = context[:, None, None, None] + np.arange(query_index.shape[1])[:, None]
-    return Bucket(
-        query_index=torch.from_numpy(query_index).to(device),
-        key_index=torch.from_numpy(key_index).to(device),
-        mask=torch.from_numpy(np.arange(key_index.shape[1]) <= limit).to(device),
-    )
 
 
 def tree_attention(
@@ -161,9 +47,6 @@ def tree_attention(
     **parts: object,
 ) -> tuple[Float[Tensor, "1 tokens heads value_dim"], None]:
     """Attend along each segment's path (the transformers attention interface).
-
-    Grouped queries are folded into the query axis, so keys are gathered once for each key head
-    and a masked batch still fits the fused kernels.
 
     Raises:
         ValueError: The model's attention has a part that is not computed here, or the input does
@@ -183,43 +66,11 @@ def tree_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True
         )
         return output.transpose(1, 2).contiguous(), None
-    if len(layout.output_index) != num_tokens:
-        raise ValueError(
-            f"the layout is for {len(layout.output_index)} tokens, the input has {num_tokens}"
-        )
+    size = layout.num_tokens
+    if size != num_tokens:
+        raise ValueError(f"the layout is for {size} tokens, the input has {num_tokens}")
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
-    outputs = [_attend_bucket(bucket, query, key, value, scaling) for bucket in layout.buckets]
-    return torch.cat(outputs).index_select(0, layout.output_index)[None], None
-
-
-def _attend_bucket(
-    bucket: Bucket,
-    query: Float[Tensor, "tokens heads dim"],
-    key: Float[Tensor, "tokens kv_heads dim"],
-    value: Float[Tensor, "tokens kv_heads value_dim"],
-    scaling: float | None,
-) -> Float[Tensor, "rows heads value_dim"]:
-    """Padded outputs of one bucket, segment after segment."""
-    (num_segments, width), num_kv_heads = bucket.query_index.shape, key.shape[1]
-    num_groups = query.shape[1] // num_kv_heads
-    # index_select, not [...]: its backward pass adds rows in parallel.
-    queries = query.index_select(0, bucket.query_index.flatten())
-    queries = queries.view(num_segments, width, num_kv_heads, num_groups, -1)
-    keys, values = (
-        states.index_select(0, bucket.key_index.flatten())
-        .view(*bucket.key_index.shape, num_kv_heads, -1)
-        .transpose(1, 2)
-        for states in (key, value)
-    )
-    output = scaled_dot_product_attention(
-        queries.permute(0, 2, 3, 1, 4).reshape(num_segments, num_kv_heads, num_groups * width, -1),
-        keys,
-        values,
-        attn_mask=bucket.mask.repeat(1, 1, num_groups, 1),
-        scale=scaling,
-    )
-    output = output.reshape(num_segments, num_kv_heads, num_groups, width, -1)
-    return output.permute(0, 3, 1, 2, 4).reshape(num_segments * width, query.shape[1], -1)
+    return layout.attend(query, key, value, scaling)[None], None
 
 
 def _refuse_unsupported(

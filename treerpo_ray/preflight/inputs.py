@@ -15,7 +15,7 @@ from treerpo_ray.preflight.machine import machine_gib
 from treerpo_ray.preflight.memory import MemoryPlan, misfit, needs_more_memory
 from treerpo_ray.preflight.model_check import ModelFacts, check_model
 from treerpo_ray.preflight.references import References, look_at_references
-from treerpo_ray.preflight.storage import StoragePlan, check_folder
+from treerpo_ray.preflight.storage import StoragePlan
 from treerpo_ray.preflight.trial import try_checks, try_credit
 from treerpo_ray.prompts.hub import Unreachable
 from treerpo_ray.prompts.problems import DataReport, Problem, load_together
@@ -127,13 +127,12 @@ def load_inputs(config: Config) -> Inputs:
 
 
 def preflight(config: Config, memory_gib: Callable[[], float] = machine_gib) -> Preflight:
-    """Look at data, tokenizer, model, verifier and run folder; `memory_gib` tells the memory here.
+    """Look at data, tokenizer, model and verifier; `memory_gib` tells the memory here.
 
     Raises:
-        ValueError: a data set, a column, the tokenizer, the delimiter, the model, the verifier or
-            the run folder is not as it must be.
+        ValueError: a data set, a column, the tokenizer, the delimiter, the model or the verifier is
+            not as it must be.
     """
-    check_folder(config)
     try_credit(config.learner)
     keeps_rows = try_checks(config.verifier)
     unchecked: list[str] = []

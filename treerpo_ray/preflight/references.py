@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from treerpo_ray.config.data import DataConfig
-from treerpo_ray.config.sections import VerifierConfig
+from treerpo_ray.config.verifier import VerifierConfig
 from treerpo_ray.prompts.problems import QUICKSTART, Problem
 from treerpo_ray.scoring import make_verifiers
 from treerpo_ray.verifier.verifier import Verifier

@@ -15,7 +15,8 @@ from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import Pruning
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
 from treerpo_ray.config.files import PACKAGE
-from treerpo_ray.config.sections import LearnerConfig, VerifierConfig
+from treerpo_ray.config.sections import LearnerConfig
+from treerpo_ray.config.verifier import VerifierConfig
 from treerpo_ray.errors import UserCodeError, one_line
 from treerpo_ray.scoring import make_verifiers
 from treerpo_ray.user_code import file_hint, is_file, is_here, is_module, readable, with_checksum

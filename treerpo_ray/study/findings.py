@@ -13,8 +13,8 @@ import pandas as pd
 
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.study.analysis import NotThere, Run
-from treerpo_ray.study.problems import (
-    Problem,
+from treerpo_ray.study.sightings import (
+    MetProblem,
     answer_rows,
     change_between,
     evaluated_steps,
@@ -185,7 +185,7 @@ def before_after(run: Run, problem: str | None = None) -> BeforeAfter:
     )
 
 
-def _answers(folder: RunFolder, step: int, problem: Problem) -> tuple[Answer, ...]:
+def _answers(folder: RunFolder, step: int, problem: MetProblem) -> tuple[Answer, ...]:
     return tuple(
         Answer(text=row["text"], verdict=row["verdict"], reward=reward_of(row))
         for row in answer_rows(folder, step, problem.problem)

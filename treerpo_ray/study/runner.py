@@ -8,6 +8,7 @@ from pathlib import Path
 from treerpo_ray.config import Config
 from treerpo_ray.driver.result import RunResult
 from treerpo_ray.driver.run import kept_engines, run
+from treerpo_ray.driver.start import EarlierStarts, look_at_folder
 from treerpo_ray.engine.types import EngineSetup
 from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, save_evaluation
@@ -34,7 +35,9 @@ class Trials:
         *,
         configs: Mapping[Trial, Config],
         folder: Path,
-        run: Callable[[Config, Inputs, Console, TreePoolApi | None], RunResult] = run,
+        run: Callable[
+            [Config, Inputs, EarlierStarts, Console, TreePoolApi | None], RunResult
+        ] = run,
         kept_engines: Callable[[Config], AbstractContextManager[TreePoolApi]] = kept_engines,
     ) -> None:
         self.folder, self.configs = folder, configs
@@ -74,7 +77,7 @@ class Trials:
     def _run(self, trial: Trial, title: str) -> Result:
         config = self.configs[trial]
         check_vllm(config)
-        inputs = load_inputs(config)
+        earlier, inputs = look_at_folder(config), load_inputs(config)
         console = Console()
         console.note(f"{title}: {trial.setting}, {trial.arm}, seed {trial.seed}")
         # The start is the same for all arms: it is evaluated once for each setting, before the
@@ -84,7 +87,7 @@ class Trials:
         setup = EngineSetup.of(config)
         if self._started is None or start is None or not self._started.can_serve(setup):
             self._restart(setup)
-        if not self._run_on(config, inputs, console, self._pool).is_complete:
+        if not self._run_on(config, inputs, earlier, console, self._pool).is_complete:
             raise KeyboardInterrupt
         return result_of(trial, config)
 

@@ -7,7 +7,7 @@ import numpy as np
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.tree import ROOT, StopReason
 from treerpo_ray.run_folder.files import RunFolder
-from treerpo_ray.study.problems import answer_rows, reward_of
+from treerpo_ray.study.sightings import answer_rows, reward_of
 from treerpo_ray.verifier.verdict import Verdict
 from treerpo_ray.viewer.tree_list import shape
 from treerpo_ray.viewer.tree_view import TreeView

@@ -10,7 +10,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from treerpo_ray.study.problems import Change
+from treerpo_ray.study.sightings import Change
 from treerpo_ray.viewer.reader import RunReader
 from treerpo_ray.viewer.server import ASSETS
 from treerpo_ray.viewer.wire import to_json

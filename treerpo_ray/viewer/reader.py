@@ -15,9 +15,9 @@ from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder, did_you_mean, named_folder
 from treerpo_ray.study.analysis import Run
-from treerpo_ray.study.problems import (
+from treerpo_ray.study.sightings import (
     Change,
-    Problem,
+    MetProblem,
     Sighting,
     change_between,
     evaluated_steps,
@@ -132,7 +132,7 @@ class RunReader:
         )
         return change_between(first, last)
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[MetProblem]:
         """Problems that were met at several learner steps, those that gained most first."""
         sightings: list[Sighting] = []
         for step in evaluated_steps(self._folder):

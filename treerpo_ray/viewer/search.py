@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from treerpo_ray.records import check_readable
 from treerpo_ray.run_folder.files import RunFolder
-from treerpo_ray.study.problems import MAX_QUESTION, evaluation_file
+from treerpo_ray.study.sightings import MAX_QUESTION, evaluation_file
 
 COLUMNS = ("ticket", "finished_at_s", "leaf", "leaf_text")
 BEFORE, AFTER = 50, 110

@@ -8,7 +8,7 @@ from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import WHOLE_MODEL, RunFolder
 from treerpo_ray.study.analysis import Run
 from treerpo_ray.study.panels import Panel, panels_of
-from treerpo_ray.study.problems import evaluated_steps, evaluation_file
+from treerpo_ray.study.sightings import evaluated_steps, evaluation_file
 
 LOCAL_POLL_S, STORE_POLL_S = 2, 20
 """Time between two looks at a run, which in an object store cost money."""

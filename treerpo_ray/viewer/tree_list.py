@@ -14,7 +14,7 @@ from treerpo_ray.algo.groups import GroupState, Pruning
 from treerpo_ray.algo.tree import Tree
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
-from treerpo_ray.study.problems import MAX_QUESTION
+from treerpo_ray.study.sightings import MAX_QUESTION
 from treerpo_ray.viewer.credit import group_states
 
 COLUMNS = (

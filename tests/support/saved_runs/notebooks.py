@@ -8,16 +8,16 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-from tests.support.project import ROOT
+from tests.support.project import PROJECT
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 BY_HAND, READ_A_RUN, COMPARE = NOTEBOOKS
 
 
 def execute(path: Path, **environment: str) -> nbformat.NotebookNode:
     """A notebook after its run; a cell that fails is an error."""
     notebook = nbformat.read(path, as_version=4)
-    env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    env = os.environ | {"PYTHONPATH": str(PROJECT)} | environment
     where = {"metadata": {"path": str(path.parent)}}
     NotebookClient(notebook, timeout=600, resources=where).execute(env=env)
     return notebook

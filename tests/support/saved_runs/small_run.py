@@ -9,7 +9,7 @@ import pyarrow.parquet
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 
-from tests.support.project import ROOT as PROJECT
+from tests.support.project import PROJECT
 from tests.support.saved_runs.run_logs import run_log_of
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree
 from treerpo_ray.config import Config

@@ -7,7 +7,7 @@ import numpy as np
 import ray
 
 from treerpo_ray.actor import actor_method, make_actor
-from treerpo_ray.weight_files import FileMaps, FilePlace, HeldFile, WeightFiles, WeightsLost
+from treerpo_ray.weights.files import FileMaps, FilePlace, HeldFile, WeightFiles, WeightsLost
 
 NO_ROOM = (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError)
 """What Ray raises where neither its memory nor the disk that it spills to has room."""

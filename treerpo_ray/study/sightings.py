@@ -1,4 +1,4 @@
-"""Problems: held-out problems as evaluations answered them, and those that were met twice.
+"""Sightings: problems as trees and evaluations met them, and those that were met again.
 
 Training rarely meets a problem a second time; an evaluation asks the same held-out problems before
 and after. So what a run has changed is seen in both.
@@ -39,7 +39,7 @@ class Sighting:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
+class MetProblem:
     """A problem that was met at several learner steps."""
 
     problem: str
@@ -105,7 +105,7 @@ def tree_sightings(folder: RunFolder, file: str, step: int) -> list[Sighting]:
     ]
 
 
-def met_again(sightings: Iterable[Sighting]) -> list[Problem]:
+def met_again(sightings: Iterable[Sighting]) -> list[MetProblem]:
     """Problems that were met at several learner steps, those that gained most first."""
     found: dict[tuple[bool, str, str], dict[int, Sighting]] = defaultdict(dict)
     for sighting in sightings:
@@ -129,7 +129,7 @@ class Change:
     """To each problem, at most."""
     num_problems: int
     """That both have."""
-    fixed: tuple[Problem, ...]
+    fixed: tuple[MetProblem, ...]
     """Those that were mostly wrong and are mostly right, the largest gain first."""
     num_fixed: int
     num_broken: int
@@ -154,8 +154,8 @@ def _most_answers(sightings: Sequence[Sighting]) -> int:
     return max(sighting.num_answers or 0 for sighting in sightings)
 
 
-def _problem(met: list[Sighting]) -> Problem:
-    return Problem(
+def _problem(met: list[Sighting]) -> MetProblem:
+    return MetProblem(
         problem=met[0].problem,
         question=met[0].question[:MAX_QUESTION],
         is_evaluation=met[0].is_evaluation,

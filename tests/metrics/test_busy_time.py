@@ -2,7 +2,7 @@
 
 from contextlib import ExitStack
 
-from treerpo_ray.engine.busy_time import BusyTime
+from treerpo_ray.metrics.busy_time import BusyTime
 
 
 def test_work_that_overlaps_counts_once_and_what_goes_on_counts_until_now() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from treerpo_ray.weight_files import (
+from treerpo_ray.weights.files import (
     FileMaps,
     FilePlace,
     HeldFile,
@@ -42,7 +42,7 @@ def test_another_process_finds_the_chunks_for_as_long_as_it_has_the_file_open() 
     files = WeightFiles()
     place = written(files.begin(), *CHUNKS)
     look = (
-        "import sys; from treerpo_ray.weight_files import *; path, stamp, *numbers = sys.argv[1:];"
+        "import sys; from treerpo_ray.weights.files import *; path, stamp, *numbers = sys.argv[1:];"
         "parts = tuple(tuple(map(int, n.split(','))) for n in numbers);"
         "held = HeldFile(FilePlace(path=path, stamp=bytes.fromhex(stamp), parts=parts));"
         "print('held', flush=True); sys.stdin.readline();"
@@ -83,7 +83,7 @@ def test_a_reader_that_was_killed_reads_no_more() -> None:
     file = files.begin()
     place = written(file, *CHUNKS)
     hold = (
-        "import sys; from treerpo_ray.weight_files import *;"
+        "import sys; from treerpo_ray.weights.files import *;"
         "held = HeldFile(FilePlace(path=sys.argv[1], stamp=bytes.fromhex(sys.argv[2]), parts=()));"
         "print('held', flush=True); sys.stdin.readline()"
     )

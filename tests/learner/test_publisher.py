@@ -1,0 +1,90 @@
+"""Publisher: what it is given is done in order, beside the caller and by one thread."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from tests.support.project import PROJECT
+from treerpo_ray.learner.publisher import Publisher
+
+LIMIT_S = 600.0
+
+
+def publisher() -> Publisher:
+    return Publisher(
+        send=lambda *_: pytest.fail("nothing is sent"),
+        node="here",
+        probe_ids=[1, 2],
+        dtype=torch.float32,
+        chunk_bytes=2**20,
+        until_written=lambda what, write: write(),
+    )
+
+
+def test_all_is_done_in_order_by_one_thread_beside_the_caller() -> None:
+    ours, hold, done = publisher(), threading.Event(), list[tuple[int, int]]()
+
+    def work(number: int) -> int:
+        assert hold.wait(LIMIT_S)
+        done.append((number, threading.get_ident()))
+        return number
+
+    results = [ours.then(lambda number=number: work(number)) for number in range(5)]
+    assert ours.is_under_way and not done
+    hold.set()
+    ours.wait()
+    assert not ours.is_under_way
+    assert [result.result() for result in results] == [number for number, _ in done] == [*range(5)]
+    assert len({thread for _, thread in done} | {threading.get_ident()}) == 2
+    ours.close()
+
+
+def test_what_comes_after_a_failure_is_left_out_and_raises_it() -> None:
+    ours, done = publisher(), list[int]()
+    before = ours.then(lambda: done.append(1))
+    failed = ours.then(lambda: 1 // 0)
+    after = ours.then(lambda: done.append(2))
+    for late in (failed.result, after.result, ours.wait):
+        with pytest.raises(ZeroDivisionError):
+            late()
+    with pytest.raises(ZeroDivisionError):
+        ours.then(lambda: done.append(3)).result(LIMIT_S)
+    assert before.result() is None and done == [1]
+    ours.close()
+
+
+def test_its_thread_ends_once_it_is_closed_and_has_done_what_it_was_given() -> None:
+    ours, hold = publisher(), threading.Event()
+    own = ours.then(threading.current_thread).result(LIMIT_S)
+    last = ours.then(lambda: hold.wait(LIMIT_S))
+    ours.close()
+    assert own.is_alive()
+    hold.set()
+    assert last.result(LIMIT_S)
+    own.join(LIMIT_S)
+    assert not own.is_alive()
+
+
+HANGS = """
+import threading
+from tests.learner.test_publisher import publisher
+begun = threading.Event()
+publisher().then(lambda: begun.set() or threading.Event().wait())
+begun.wait()
+raise RuntimeError("the worker has failed")
+"""
+
+
+def test_a_publication_that_hangs_does_not_keep_a_worker_alive_that_has_failed() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS],
+        cwd=PROJECT,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 1 and "the worker has failed" in done.stderr
