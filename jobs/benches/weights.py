@@ -4,17 +4,20 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import ray
 import torch
 
-from jobs.benches.sides import Row, compared_rounds
+from jobs.benches.sides import ROUNDS, Row, compared_rounds
 from treerpo_ray.actor import actor_method
 from treerpo_ray.config import Config
-from treerpo_ray.weights.files import HeldFile, WeightFiles
+from treerpo_ray.weights.files import FilePlace, HeldFile, WeightFiles
 from treerpo_ray.weights.store import WeightStore
+
+if TYPE_CHECKING:
+    from treerpo_ray.weight_sync import Manifest
 
 SIZES = {"10 M": 10**7, "100 M": 10**8, "500 M": 5 * 10**8}
 """Parameters."""
@@ -22,31 +25,37 @@ WIDTH = 1024
 MAX_COPIES, MAX_PAUSED_COPIES = 3.0, 1.5
 """What a sync is to cost in all, and of it while engines are paused: copies of the same bytes."""
 STORE_BYTES = 5 * 2**29
-ROUNDS = 3
+WARM_UP = 3
+"""Rounds after which all files are used again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Times:
-    """CPU seconds of the parts of a sync, of all threads: other work of the machine is not in."""
+class Round:
+    """CPU seconds of a sync and of a copy of the same bytes; other work of the machine is not in
+    it, and more threads take as much."""
 
+    copy: float
+    """Between pages that are there."""
     pack: float
     """Cast and digest."""
     hand_on: float
     """Have the node's store keep the file, and an engine find it."""
     receive: float
     """Digest it and write the parameters, while the engine is paused."""
+    bring: float
+    """Through Ray's store to the file of another node, but for the network."""
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """From the learner's parameters to an engine's on the same node."""
         return self.pack + self.hand_on + self.receive
 
 
-PARTS: tuple[tuple[str, float, Callable[[Times], float]], ...] = (
+PARTS: tuple[tuple[str, float, Callable[[Round], float]], ...] = (
     ("packed to proved", MAX_COPIES, lambda times: times.total),
     ("packed", 1.0, lambda times: times.pack),
-    ("handed on", 1.0, lambda times: times.hand_on),
     ("received, while paused", MAX_PAUSED_COPIES, lambda times: times.receive),
+    ("brought to another node's file", 1.0, lambda times: times.bring),
 )
 """Of a sync, with the copies that each is compared with."""
 
@@ -65,7 +74,7 @@ class Parameters(torch.nn.Module):
 
 
 class SyncPath:
-    """All that a sync does with bytes where learner and engine share a node, in one process.
+    """All that a sync does with bytes, in one process.
 
     Args:
         num_parameters: About so many, of float32.
@@ -73,7 +82,7 @@ class SyncPath:
         chunk_bytes: Size of a chunk.
     """
 
-    def __init__(self, num_parameters: int, sent_as: torch.dtype, chunk_bytes: int) -> None:
+    def __init__(self, *, num_parameters: int, sent_as: torch.dtype, chunk_bytes: int) -> None:
         from treerpo_ray.engine.vllm_worker import StoreInit, StoreTransfer
 
         torch.set_num_threads(1)
@@ -85,24 +94,18 @@ class SyncPath:
         self.target = loaded.view(torch.uint8).view(-1).numpy()
         self.source = flat.view(torch.uint8).view(-1).numpy()[: len(self.target)]
         self.sent_as, self.chunk_bytes = sent_as, chunk_bytes
-        names = dict(zip(self.weights, loaded, strict=True))
         self.transfer = StoreTransfer.__new__(StoreTransfer)  # there is no engine to make it for
-        self.transfer.model = Parameters(names)
+        self.transfer.model = Parameters(dict(zip(self.weights, loaded, strict=True)))
         self.transfer.init_transfer_engine(StoreInit())
-        self.files, self.store = WeightFiles(), WeightStore()
+        self.files, self.store, self.other_store = WeightFiles(), WeightStore(), WeightStore()
 
-    def copy(self) -> float:
-        """CPU seconds of one copy of the bytes of a version, between pages that are there."""
-        start = time.process_time()
-        np.copyto(self.target, self.source)
-        return time.process_time() - start
-
-    async def sync(self) -> Times:
-        """Bring a version from `weights` to `parameters`; raises unless it is proved."""
-        from treerpo_ray.engine.vllm_worker import StoreUpdate
+    async def round(self) -> Round:
+        """Copy the bytes of a version, and sync it; raises unless it is proved."""
         from treerpo_ray.weight_sync import LoadProof, pack_weights
 
-        clock = [time.process_time()]
+        at = [time.process_time()]
+        np.copyto(self.target, self.source)
+        at.append(time.process_time())
         file = self.files.begin()
         manifest, _ = pack_weights(
             self.weights.items(),
@@ -112,40 +115,40 @@ class SyncPath:
             allocate=file.part,
         )
         packed = file.seal()
-        clock.append(time.process_time())
+        at.append(time.process_time())
         await self.store.hold(packed)
         file.release()
         with closing(HeldFile(await self.store.place(packed.stamp, []))) as held:
-            clock.append(time.process_time())
-            self.transfer.digests = ()
-            for number, (offset, num_bytes) in enumerate(held.place.parts):
-                info = manifest.update_info(number)
-                update = StoreUpdate(
-                    path=held.place.path,
-                    offset=offset,
-                    num_bytes=num_bytes,
-                    **info,  # type: ignore[arg-type]
-                )
-                self.transfer.receive_weights(update)
-            clock.append(time.process_time())
+            at.append(time.process_time())
+            self._receive(manifest, held.place)
+        at.append(time.process_time())
         LoadProof(version=1, digests=(self.transfer.digests,)).check(manifest)
-        pack, hand_on, receive = np.diff(clock).tolist()
-        return Times(pack=pack, hand_on=hand_on, receive=receive)
+        chunks = [await self.store.put(packed.stamp, n) for n in range(len(packed.parts))]
+        await self.other_store.place(packed.stamp, chunks)
+        at.append(time.process_time())
+        copy, pack, hand_on, receive, bring = np.diff(at).tolist()
+        return Round(copy=copy, pack=pack, hand_on=hand_on, receive=receive, bring=bring)
+
+    def _receive(self, manifest: "Manifest", place: FilePlace) -> None:
+        from treerpo_ray.engine.vllm_worker import StoreUpdate
+
+        self.transfer.digests = ()
+        for number, (offset, num_bytes) in enumerate(place.parts):
+            where = {"path": place.path, "offset": offset, "num_bytes": num_bytes}
+            update = StoreUpdate(**where, **manifest.update_info(number))  # type: ignore[arg-type]
+            self.transfer.receive_weights(update)
 
 
 class SyncPathApi(Protocol):
     """Actor of `SyncPath`."""
 
     @actor_method
-    def copy(self) -> float:
-        """See `SyncPath`, as for `sync`."""
-
-    @actor_method
-    def sync(self) -> Times: ...
+    def round(self) -> Round:
+        """See `SyncPath`."""
 
 
 def bench_weights(config: Config) -> list[Row]:
-    """A sync with its proof, and its pause, against copies of what is sent: CPU time."""
+    """A sync with its proof, and its pause, against copies of what is sent."""
     ray.init(num_cpus=1, object_store_memory=STORE_BYTES, include_dashboard=False)
     try:
         rows = [_rows(size, torch.bfloat16, config) for size in SIZES]
@@ -158,15 +161,17 @@ def bench_weights(config: Config) -> list[Row]:
 def _rows(size: str, sent_as: torch.dtype, config: Config) -> list[Row]:
     made = ray.remote(SyncPath).options(num_cpus=0)
     chunk_bytes = config.sync.chunk_mib * 2**20
-    path = cast(SyncPathApi, made.remote(SIZES[size], sent_as, chunk_bytes))
-    rounds = [(ray.get(path.copy.remote()), ray.get(path.sync.remote())) for _ in range(ROUNDS + 1)]
-    del rounds[0]  # warm-up
+    path = cast(
+        SyncPathApi,
+        made.remote(num_parameters=SIZES[size], sent_as=sent_as, chunk_bytes=chunk_bytes),
+    )
+    rounds = [ray.get(path.round.remote()) for _ in range(WARM_UP + ROUNDS)][WARM_UP:]
     kind = str(sent_as).removeprefix("torch.")
     return [
         compared_rounds(
             f"weights: {size} parameters as {kind}, {what} (CPU time)",
-            ("our path", [cost(times) for _, times in rounds]),
-            (f"{most:g} copies of the bytes", [most * copy for copy, _ in rounds]),
+            ("our path", [cost(each) for each in rounds]),
+            (f"{most:g} copies of the bytes", [most * each.copy for each in rounds]),
         )
         for what, most, cost in PARTS
     ]
