@@ -2,7 +2,7 @@
 # The first ten minutes on a GPU: what it is, whether attention, learner, engine and whole runs do on
 # it what they do on a CPU, how fast, and in how much memory. Nothing is downloaded.
 #   bash jobs/first_gpu_run.sh                        # all parts
-#   bash jobs/first_gpu_run.sh machine model attention learner   # these need neither Ray nor vLLM
+#   bash jobs/first_gpu_run.sh machine model attention learner sharded   # these need no Ray or vLLM
 #   bash jobs/first_gpu_run.sh --rehearse             # the same code on a CPU, in tiny sizes
 # Each part writes PART.json and PART.log into $OUT (a new folder if it is not set); PATIENCE=3 triples
 # its time. The last line on stdout is the verdict as JSON. Status: 0 all well, 1 a part failed, 2 no
@@ -21,9 +21,9 @@ out=${OUT:-$(mktemp -d)}
 mkdir -p "$out"
 echo "results: $out" >&2
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline VLLM_NO_USAGE_STATS=1
-declare -A limit_s=([machine]=15 [model]=40 [attention]=80 [learner]=120 [engine]=180 [train]=165)
+declare -A limit_s=([machine]=15 [model]=40 [attention]=80 [learner]=120 [sharded]=150 [engine]=180 [train]=165)
 if [ $# -eq 0 ]; then
-    set -- machine model attention learner engine train
+    set -- machine model attention learner sharded engine train
 fi
 for part in "$@"; do
     if [ -z "${limit_s[$part]:-}" ]; then

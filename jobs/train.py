@@ -38,7 +38,7 @@ def train(arguments: list[str]) -> int:
         config = load(own)
         from treerpo_ray.driver.next_steps import next_steps
         from treerpo_ray.driver.plan import plan_lines
-        from treerpo_ray.driver.result import describe_result, finished_result, summary_json
+        from treerpo_ray.driver.result import describe_result, summary_json
         from treerpo_ray.driver.run import run
         from treerpo_ray.driver.start import look_at_folder
         from treerpo_ray.preflight.inputs import preflight
@@ -53,7 +53,7 @@ def train(arguments: list[str]) -> int:
     console.print_plan(plan)
     found.check_memory()
     if "--dry-run" in arguments:
-        if finished_result(config) is not None:
+        if earlier.result is not None:
             console.note(f"{config.folder} holds this run complete: it would not be trained again")
         return 0
     check_vllm(config)

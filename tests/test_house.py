@@ -3,15 +3,18 @@
 - A constructor takes by position at most the one thing that the object is of, as in
   `RunFolder(place)` and `Router(replicas)`; a function, a number and what has a default go by their
   names. A dataclass of more than two fields takes all of them by name.
-- A folder holds at most a dozen modules.
+- A folder holds at most a dozen modules, a class is one noun of at most 400 lines, and a function
+  fits on a screen.
 - The mathematics can be used without a cluster and without an engine.
-- What a test changes is handed in: none replaces a part of the project.
+- What a test changes is handed in: none replaces a part of the project. What two test files need
+  is in `tests/support`: none imports another.
 """
 
 import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 
 from tests.support.project import PROJECT
 
@@ -27,10 +30,11 @@ PLAIN_DATA = {
 NUMBERS = {"bool", "int", "float"}
 
 
-def modules() -> Iterator[ast.Module]:
-    for folder in ("treerpo_ray", "jobs"):
-        for path in sorted((PROJECT / folder).rglob("*.py")):
-            yield ast.parse(path.read_text())
+@cache
+def modules() -> tuple[ast.Module, ...]:
+    folders = (PROJECT / "treerpo_ray", PROJECT / "jobs")
+    paths = (path for folder in folders for path in sorted(folder.rglob("*.py")))
+    return tuple(ast.parse(path.read_text()) for path in paths)
 
 
 def classes() -> Iterator[ast.ClassDef]:
@@ -101,6 +105,20 @@ def test_a_folder_holds_at_most_a_dozen_modules() -> None:
     assert {place: count for place, count in folders.items() if count > MOST_MODULES} == {}
 
 
+MOST_LINES = {ast.ClassDef: 400, ast.FunctionDef: 60, ast.AsyncFunctionDef: 60}
+
+
+def test_a_function_fits_on_a_screen_and_a_class_has_at_most_400_lines() -> None:
+    sizes: dict[str, int] = {}
+    for module in modules():
+        for node in ast.walk(module):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                size = (node.end_lineno or 0) - node.lineno + 1
+                sizes[f"{node.name} {size}"] = size - MOST_LINES[type(node)]
+    assert len(sizes) > 1000
+    assert [name for name, excess in sizes.items() if excess > 0] == []
+
+
 IMPORT_ALL_WITHOUT_RAY_AND_VLLM = """
 import importlib, pkgutil, sys
 sys.modules["ray"] = sys.modules["vllm"] = None  # importing them now raises ImportError
@@ -152,3 +170,12 @@ def test_no_test_replaces_a_part_of_the_project() -> None:
             first = target.strip("'\"").split(".")[0]
             assert first not in own_names(module) | OWN, f"{path}: {target}"
     assert num_replaced > 20, "of other people's code"
+
+
+def test_no_test_file_imports_another() -> None:
+    files = sorted((PROJECT / "tests").rglob("test_*.py"))
+    assert len(files) > 100
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = (isinstance(node, ast.ImportFrom) and node.module) or ""
+            assert not module.rpartition(".")[2].startswith("test_"), f"{path}: {module}"

@@ -56,11 +56,12 @@ class FakeLearner:
     """Its version is the number of its updates."""
 
     checkpoint_bytes = 0
+    sharding = None
 
     def __init__(self, version: int) -> None:
         self.version, self.device = version, torch.device("cpu")
         self.policy = SimpleNamespace(
-            named_weights=lambda: iter([("w", torch.full((2,), float(self.version)))]),
+            named_weights=lambda dtype: iter([("w", torch.full((2,), float(self.version)))]),
             sequence_logprobs=lambda token_ids: torch.zeros(len(token_ids) - 1),
         )
 
@@ -241,7 +242,7 @@ def test_weights_that_are_on_their_way_are_not_those_of_the_next_update(tmp_path
     fakes = FakeActors({"publish": is_served, "consumed": False, "is_told_to_stop": False})
     worker = make_worker(config_of(tmp_path, num_steps=9), fakes, step=0)
     weight = torch.ones(2)
-    worker.learner.policy.named_weights = lambda: iter([("w", weight)])
+    worker.learner.policy.named_weights = lambda dtype: iter([("w", weight)])
     one_step(worker)
     weight.zero_()
     until_called(fakes, "publish")

@@ -38,6 +38,7 @@ from treerpo_ray.evaluate.grading import HeldOutEvaluator
 from treerpo_ray.learner.learner import Learner
 from treerpo_ray.learner.policy import DTYPES
 from treerpo_ray.learner.publisher import Publisher
+from treerpo_ray.learner.together import Together
 from treerpo_ray.learner.update_result import UpdateResult
 from treerpo_ray.metrics.events import (
     Event,
@@ -122,6 +123,8 @@ def restore(task: WorkerTask) -> Iterator["TrainWorker"]:
         )
         if rank == 0:
             worker.open(checkpoint)
+        else:
+            worker.follow()
     worker.barrier()
     worker.batches = Prefetcher(ray.train.get_dataset_shard(STREAM))
     with worker.ending:
@@ -162,6 +165,7 @@ class TrainWorker:
         self.rank, self.num_workers, self.is_first = rank, num_workers, rank == 0
         self.step, self.learner, self.checkpoints = step, learner, checkpoints
         self.heartbeat = heartbeat
+        self.together = Together(learner)
         self.folder = RunFolder(self.config.folder)
         self.ending = ExitStack()
         """Of what the worker has started."""
@@ -277,13 +281,16 @@ class TrainWorker:
 
     def publish(self) -> None:
         """Have every engine serve the learner's weights; `consume` says who waits for it."""
-        if self.is_first:
-            self._await_engines()  # the publication before
-            version = self.learner.version
-            self.heartbeat.at(f"publishing version {version}")
-            start = time.monotonic()
-            digest = self.publisher.publish(self.learner.policy, version)
-            self.publisher.then(partial(self._published, version, digest, start))
+        if not self.is_first:
+            self.follow()
+            return
+        self._await_engines()  # the publication before
+        version = self.learner.version
+        self.heartbeat.at(f"publishing version {version}")
+        start = time.monotonic()
+        with self.together.leading():
+            digest = self.publisher.publish(self.together, version)
+        self.publisher.then(partial(self._published, version, digest, start))
 
     def _published(self, version: int, digest: str, start: float) -> None:
         seconds = time.monotonic() - start
@@ -345,15 +352,23 @@ class TrainWorker:
 
     def checkpoint_if_due(self) -> None:
         """Save a checkpoint; training goes on while it is put in its place, but for the last."""
-        if not self.is_first or not (self.is_last or self.saver.is_due(self.step)):
+        if not self.is_first:
+            self.follow()
             return
-        self.heartbeat.at(f"writing the checkpoint of step {self.step}")
+        with self.together.leading():
+            if not (self.is_last or self.saver.is_due(self.step)):
+                return
+            self.heartbeat.at(f"writing the checkpoint of step {self.step}")
+            if not (self.is_last and self.saver.has(self.step)):
+                self._save_checkpoint()
+
+    def _save_checkpoint(self) -> None:
         first = self.step * self.config.gate.trees_per_step
         consumed, trees_kept = self.consumed, self.trees_kept
         num_lines = 0
 
         def write(folder: Path) -> None:
-            self.learner.write(folder)
+            self.together.write(folder)
             trees = self._get(self.actors.pool.unconsumed.remote(first))
             saved_trees.write(folder, trees, self.config.tree)
 
@@ -391,7 +406,7 @@ class TrainWorker:
                 writer=self.writer,
             )
         self.is_last = self._agreed(self.is_first and self._is_told_to_stop())
-        if self.is_last and self.is_first and not self.saver.has(self.step):
+        if self.is_last:
             self.checkpoint_if_due()
 
     def finish(self) -> None:
@@ -405,11 +420,20 @@ class TrainWorker:
             self.patience.until_written("trees", lambda: self.writer.flush(WRITE_S))
         self.writer.close()
         if self.is_first:
-            save = self.learner.policy.save_pretrained
-            self.patience.until_written("model", lambda: self.folder.publish_model(save))
+            save = self.together.save_pretrained
+            with self.together.leading():
+                self.patience.until_written("model", lambda: self.folder.publish_model(save))
+        else:
+            self.follow()
         # What is ended in the middle of its work is shown as a failure by Ray's dashboard.
         self.heartbeat.at("waiting for the stream of trees to end", is_busy=False)
         self.batches.await_end(END_S)
+
+    def follow(self) -> None:
+        """Give this worker's part to what the first one does with a sharded learner's weights."""
+        if self.together.is_joint:
+            self.heartbeat.at("waiting for the first worker", is_busy=False)
+            self.together.follow()
 
     # What it is made of ----------------------------------------------------------------------
 

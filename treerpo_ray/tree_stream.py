@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,7 +32,7 @@ from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.shares import balanced_shares
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import LearnerConfig
-from treerpo_ray.metrics.events import FATAL, Event, RunLogApi, check_failed
+from treerpo_ray.metrics.events import Event, RunLogApi, check_failed, run_ends
 from treerpo_ray.metrics.watchdog import Heartbeat, HeartbeatsApi
 from treerpo_ray.prompts.prompt_set import load_tokenizer
 from treerpo_ray.records import SCHEMA, TreeRecord, from_table, to_table
@@ -284,16 +284,6 @@ def worker_batches(
         VariableNotSet, VerifierFailing: the verifier cannot start, or fails too often; the run log
             is told that the run ends of it.
     """
-
-    def on_start(pid: int) -> None:
-        run_log.event.remote(Event(kind="verifier_started", fields={"pid": pid}))
-
-    def on_fault(reason: str) -> None:
-        run_log.event.remote(check_failed(reason))
-
-    def end_run(error: Exception) -> None:
-        get(run_log.event.remote(Event(kind=FATAL, fields={"reason": str(error)})))
-
     heartbeat = Heartbeat(
         heartbeats=heartbeats,
         stage="scoring",
@@ -301,16 +291,8 @@ def worker_batches(
         limit_s=config.run.stall_timeout_s,
     )
     heartbeat.at("starting the verifier")
-    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     batches: WorkerBatches | None = None
-    try:
-        scorer = Scorer(
-            settings=config.verifier, tokenizer=tokenizer, on_start=on_start, on_fault=on_fault
-        )
-    except VariableNotSet as error:
-        end_run(error)
-        raise
-    with closing(scorer):
+    with _failures_told(run_log, get), closing(_start_scorer(config, run_log)) as scorer:
         while True:
             heartbeat.at("waiting for finished trees", is_busy=False)
             trees = get(pool.take.remote(reader, SCORED_TREES, WAIT_S))
@@ -321,20 +303,14 @@ def worker_batches(
                 log.info("waiting for finished trees")
                 continue
             if batches is None:
-                size = get(pool.worker_batch_size.remote())
                 batches = WorkerBatches(
                     trees_per_step=config.gate.trees_per_step,
-                    size=size,
+                    size=get(pool.worker_batch_size.remote()),
                     first=trees[0].ticket,
                     learner=config.learner,
                 )
             heartbeat.at(f"scoring tickets {[tree.ticket for tree in trees]}")
-            try:
-                scored = scorer.score(trees)
-            except VerifierFailing as error:  # workers that start anew would only run into it again
-                end_run(error)
-                raise
-            for graded in scored:
+            for graded in scorer.score(trees):
                 tree = with_noise(graded, config.verifier, config.run.seed)
                 if _is_redrawn(tree, config):
                     get(pool.redraw.remote(reader, tree))
@@ -342,6 +318,34 @@ def worker_batches(
                     batches.add(tree)
             heartbeat.at("handing trees on", is_busy=False)
             yield from map(to_worker_batch, batches.complete())
+
+
+def _start_scorer(config: Config, run_log: RunLogApi) -> Scorer:
+    """What grades the answers, and tells the run log of its processes and their faults."""
+
+    def on_start(pid: int) -> None:
+        run_log.event.remote(Event(kind="verifier_started", fields={"pid": pid}))
+
+    def on_fault(reason: str) -> None:
+        run_log.event.remote(check_failed(reason))
+
+    return Scorer(
+        settings=config.verifier,
+        tokenizer=load_tokenizer(config.model.path, config.model.trust_remote_code),
+        on_start=on_start,
+        on_fault=on_fault,
+    )
+
+
+@contextmanager
+def _failures_told(run_log: RunLogApi, get: Get) -> Iterator[None]:
+    """Tell the run log that the run ends of what workers that start anew would only run into
+    again."""
+    try:
+        yield
+    except (VariableNotSet, VerifierFailing) as error:
+        get(run_log.event.remote(run_ends(error)))
+        raise
 
 
 def _is_redrawn(tree: TreeRecord, config: Config) -> bool:

@@ -1,6 +1,6 @@
 """One part of `first_gpu_run.sh`: what it finds goes to FOLDER/PART.json, as far as it gets.
 
-python jobs/gpu/first_run.py machine|model|attention|learner|engine|train FOLDER [--rehearse]
+python jobs/gpu/first_run.py PART FOLDER [--rehearse]     # one of PARTS, below
 python jobs/gpu/first_run.py verdict FOLDER PART...
 """
 
@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -45,10 +46,15 @@ from jobs.gpu.workload import (
 from treerpo_ray.config import Config, load
 from treerpo_ray.learner import forest_layout, head
 from treerpo_ray.learner.forest_layout import FLASH
+from treerpo_ray.learner.learner import Learner
+from treerpo_ray.learner.policy import Policy
+from treerpo_ray.learner.shards.sharding import whole
+from treerpo_ray.learner.together import Together
 from treerpo_ray.preflight.machine import GIB, check_gpus, installed_gpus
 from treerpo_ray.preflight.memory import MemoryPlan, ModelSizes
+from treerpo_ray.records import TreeRecord
 
-TORCH_ALONE = ("machine", "model", "attention", "learner")
+TORCH_ALONE = ("machine", "model", "attention", "learner", "sharded")
 """Parts that run where Ray and vLLM are not installed."""
 QUICKSTART = PROJECT / "treerpo_ray/quickstart/model"
 
@@ -153,10 +159,13 @@ def learner(sizes: Sizes, folder: Path, tell: Tell) -> None:
     def optimizer() -> None:
         made.optimizer = torch.optim.AdamW(made.policy.model.parameters(), lr=1e-6, foreach=True)
 
+    def logits_at_a_time(number: int | None) -> None:
+        made.policy = Policy(made.policy.model, made.policy.tokenizer, logit_budget=number)
+
     kernels = head.kernels
     changes: dict[str, Callable[[], object]] = {
         "buckets_with_masks": partial(setattr, forest_layout, "FLASH", None),
-        "large_pieces_of_logits": partial(setattr, made.policy, "logit_budget", 2**28),
+        "large_pieces_of_logits": partial(logits_at_a_time, 2**28),
         "head_not_compiled": partial(setattr, head, "kernels", lambda _: kernels("cpu")),
         "foreach_optimizer": optimizer,
         "with_cudnn": partial(torch.backends.cuda.enable_cudnn_sdp, True),
@@ -172,7 +181,49 @@ def learner(sizes: Sizes, folder: Path, tell: Tell) -> None:
         except RuntimeError as error:  # too little memory, or gradients that are not finite
             tell(**{name: f"{type(error).__name__}: {error}"[:300]})
         forest_layout.FLASH, head.kernels = flash, kernels
-        made.policy.logit_budget = None
+        logits_at_a_time(None)
+
+
+def sharded(sizes: Sizes, folder: Path, tell: Tell) -> None:
+    """An update of a learner that is sharded over one worker against that of one with the whole
+    model: its gradients, what it publishes and reads of a checkpoint, its time and memory."""
+    config = recipe(sizes, folder)
+    records = [random_record(ticket, sizes) for ticket in range(2)]
+    expected = _gradients(make_learner(config, sizes, dtype="float32"), records[:1])
+    limits = {"float32": 1e-3, "bfloat16": 0.1}  # a GPU adds up in other orders than itself
+    for dtype in ("float32", "bfloat16"):
+        made = make_learner(config, sizes, dtype=dtype, shard=True)
+        found = _gradients(made, records[:1])
+        off = float(torch.stack([(found[n] - own).norm() for n, own in expected.items()]).norm())
+        off /= float(torch.stack([own.norm() for own in expected.values()]).norm())
+        tell(**{f"gradient_off_in_{dtype}": off})
+        if not off < limits[dtype]:
+            raise RuntimeError(f"the gradient of a sharded learner in {dtype} is off by {off:.3g}")
+        del found
+    together = Together(made)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        together.write(Path(place))
+        again = make_learner(config, sizes, shard=True, checkpoint=Path(place))
+    ours, theirs = (dict(each.policy.named_weights()) for each in (made, again))
+    if any(not torch.equal(weight, theirs[name]) for name, weight in ours.items()):
+        raise RuntimeError("a checkpoint of a sharded learner gives other weights")
+    del again, ours, theirs, expected
+    made.update(records)  # kernels are chosen
+    tell(as_is=measured(made, records))
+    del made, together
+    # Where it is for nothing, the compiler takes minutes.
+    for name in ("offload", "compiled") if sizes is REAL else ("offload",):
+        one = make_learner(config, sizes, shard=True, **{name: True})  # type: ignore[arg-type]
+        one.update(records)
+        tell(**{name: measured(one, records)})
+        del one
+
+
+def _gradients(made: Learner, records: list[TreeRecord]) -> dict[str, torch.Tensor]:
+    """Those of an update, in main memory."""
+    made.update(records)
+    named = made.policy.model.named_parameters()
+    return {name: whole(weight.grad).cpu() for name, weight in named if weight.grad is not None}
 
 
 # Parts that need vLLM and Ray ------------------------------------------------------------------
@@ -312,6 +363,7 @@ PARTS: dict[str, Callable[[Sizes, Path, Tell], None]] = {
     "model": model,
     "attention": attention,
     "learner": learner,
+    "sharded": sharded,
     "engine": engine,
     "train": train,
 }

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -110,17 +111,34 @@ def made_policy(sizes: Sizes, folder: Path) -> Policy:
     )
 
 
-def make_learner(config: Config, sizes: Sizes) -> Learner:
-    """A learner with bf16 and one optimizer step a batch, which trains every tree."""
-    settings = replace(config.learner, minibatches=1, prune_threshold=-1.0)
+def make_learner(
+    config: Config,
+    sizes: Sizes,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    shard: bool = False,
+    compiled: bool = False,
+    offload: bool = False,
+    checkpoint: Path | None = None,
+) -> Learner:
+    """A learner with one optimizer step a batch, which trains every tree."""
+    settings = replace(
+        config.learner,
+        minibatches=1,
+        prune_threshold=-1.0,
+        shard=shard,
+        compile=compiled,
+        offload=offload,
+    )
     return Learner(
-        model=replace(config.model, dtype="bfloat16"),
+        model=replace(config.model, dtype=dtype),
         learner=settings,
         loss=config.loss,
         tree=config.tree,
         max_staleness=1000,
         max_tokens=config.max_model_tokens,
         device=sizes.device,
+        checkpoint=checkpoint,
     )
 
 

@@ -98,6 +98,8 @@ def test_all_parts_run_on_a_cpu_in_tiny_sizes(tmp_path: Path) -> None:
     changes = ["as_is", "buckets_with_masks", "large_pieces_of_logits", "head_not_compiled"]
     changes += ["foreach_optimizer", "with_cudnn"]
     assert all(told["learner"][name]["s_a_forest"] > 0 for name in changes)
+    assert told["sharded"]["gradient_off_in_float32"] < 1e-5
+    assert told["sharded"]["as_is"]["s_a_forest"] > 0
     assert told["engine"]["cached_share"] > 0.3 and told["engine"]["off_1"] < 0.01
     assert told["train"]["quickstart"]["sampled_tokens"] > 0
     assert "of gpu_memory_gib" in logs, "the recipe's plan"

@@ -73,7 +73,7 @@ def test_the_call_is_one_that_torch_takes() -> None:
 
 
 def test_the_call_is_for_half_precision_on_a_gpu_and_buckets_are_for_the_rest() -> None:
-    assert FLASH is not None and FLASH.attend is varlen_attn
+    assert FLASH.attend is varlen_attn
     for dtype in (torch.float32, torch.bfloat16):
         states = torch.zeros(1, 1, 64, dtype=dtype)
         assert not FLASH.takes(states, states)

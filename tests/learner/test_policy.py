@@ -63,8 +63,8 @@ def test_pieces_of_logits_change_neither_values_nor_gradients(
     assert len(forest.source) < len(forest.target), "siblings share the source of their first token"
     results = []
     for budget in (None, num_sources * VOCAB_SIZE):
-        policy = load(qwen2_path)
-        policy.logit_budget = budget
+        loaded = load(qwen2_path)
+        policy = Policy(loaded.model, loaded.tokenizer, logit_budget=budget)
         logprobs, entropy = policy.edge_logprobs(forest, 0.8)
         (logprobs * forest.advantage + entropy.square()).mean().backward()
         gradients = [parameter.grad for parameter in policy.model.parameters()]

@@ -102,7 +102,7 @@ class Policy:
     def __init__(self, version: int) -> None:
         self.version = version
 
-    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         yield "w", torch.full((5,), float(self.version))
 
     def sequence_logprobs(self, token_ids: list[int]) -> torch.Tensor:

@@ -2,12 +2,14 @@
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -25,6 +27,7 @@ from treerpo_ray.preflight.memory import (
     cache_bytes_a_token,
     keys_and_pairs,
     misfit,
+    needs_more_memory,
     number,
 )
 
@@ -69,7 +72,7 @@ def hardware(name: str) -> list[str]:
 def test_the_parts_of_a_recipe_are_those_counted_by_hand(size: str, tmp_path: Path) -> None:
     count, sizes = model(size, tmp_path)
     assert count == COUNTS[size]
-    config = recipe(f"treerpo_qwen2.5_math_{size}")
+    config = recipe(f"treerpo_qwen2.5_math_{size}", "learner.shard=false")
     plan = MemoryPlan.of(config, count, sizes)
     counted = {"weights": 4, "gradients and AdamW": 12, "reference model": 2}
     counted["copies in bfloat16"] = 2
@@ -91,10 +94,11 @@ def test_a_recipe_fits_the_hardware_that_it_names(name: str, tmp_path: Path) -> 
     named, found = hardware(name), model(size, tmp_path)
     assert found[0] == COUNTS[size]
     assert misfit(recipe(name), *found) is None, "as it stands"
-    if size == "7b":
-        assert named == []
-        return
-    kinds = ["one_gpu"] if size == "0.5b" else ["autoscaled", "eight_gpus", "one_gpu"]
+    kinds = {
+        "0.5b": ["one_gpu"],
+        "1.5b": ["autoscaled", "eight_gpus", "one_gpu"],
+        "7b": ["eight_gpus", "one_gpu_offloaded"],
+    }[size]
     assert named == [f"conf/hardware/{file}.yaml" for file in kinds]
     for file in named:
         config = recipe(name, str(PROJECT / file))
@@ -112,17 +116,69 @@ def test_the_small_recipe_fits_the_smaller_gpu_that_its_head_speaks_of(tmp_path:
     assert misfit(recipe(name, ONE_GPU, *said.split()[:2]), *model("0.5b", tmp_path)) is not None
 
 
-@pytest.mark.parametrize("file", ["autoscaled", "eight_gpus", "one_gpu"])
+@pytest.mark.parametrize(
+    ("file", "overrides", "fixed", "advice"),
+    [
+        (
+            "eight_gpus",
+            ["learner.shard=false"],
+            r"14\d\.\d",
+            r"set learner\.shard=true, and learner",
+        ),
+        (
+            "autoscaled",
+            [],
+            r"13\d\.\d",
+            r"raise learner\.min_workers=1 or set learner\.offload=true",
+        ),
+        ("one_gpu", [], r"13\d\.\d", r"raise learner\.num_workers=1 or set learner\.offload=true"),
+    ],
+)
 def test_a_model_whose_optimizer_is_too_large_is_refused_with_the_reason(
-    file: str, tmp_path: Path
+    file: str, overrides: list[str], fixed: str, advice: str, tmp_path: Path
 ) -> None:
-    config = recipe("treerpo_qwen2.5_math_7b", str(PROJECT / f"conf/hardware/{file}.yaml"))
+    hardware = str(PROJECT / f"conf/hardware/{file}.yaml")
+    config = recipe("treerpo_qwen2.5_math_7b", hardware, *overrides)
     found = model("7b", tmp_path)
     told = r"^learner\.gpu_memory_gib=79: a worker of Qwen/Qwen2\.5-Math-7B needs 1\d\d\.\d GiB, "
-    told += r"14[2-5]\.\d of them .* until its learner is sharded"
-    assert re.match(told, misfit(config, *found))
-    by_name = misfit(config, 7e9, None)  # without a connection
-    assert "until its learner is sharded" in by_name
+    assert re.match(f"{told}{fixed} of them .* {advice}", misfit(config, *found))
+    assert re.search(advice, misfit(config, 7e9, None)), "without a connection"
+
+
+def test_the_elastic_file_fits_7b_with_as_many_workers_as_it_says(tmp_path: Path) -> None:
+    file = PROJECT / "conf/hardware/autoscaled.yaml"
+    [(fewest, most)] = re.findall(r"7B: (\d) of (\d)$", file.read_text(), re.MULTILINE)
+    workers = [f"learner.min_workers={fewest}", f"learner.num_workers={most}"]
+    config = recipe("treerpo_qwen2.5_math_7b", str(file), *workers)
+    assert misfit(config, *model("7b", tmp_path)) is None
+
+
+def test_a_sharded_worker_has_its_part_and_what_is_gathered(tmp_path: Path) -> None:
+    count, sizes = model("7b", tmp_path)
+    parts = MemoryPlan.of(recipe("treerpo_qwen2.5_math_7b"), count, sizes).worker
+    counted = {"weights": 4, "gradients and AdamW": 12, "reference model": 2}
+    assert {part: parts[part] for part in counted} == pytest.approx(
+        {part: factor * count / 4 / GIB for part, factor in counted.items()}
+    )
+    layer = 2 * 3584 * (3584 + 512) + 3 * 3584 * 18_944  # the matrices of attention and MLP
+    ends = 2 * 152_064 * 3584
+    gathered = (2 * 2 * ends + 12 * layer) / GIB
+    assert parts["gathered"] == pytest.approx(gathered, rel=1e-3)
+    assert "copies in bfloat16" not in parts
+
+
+def test_what_is_offloaded_is_counted_in_main_memory(tmp_path: Path) -> None:
+    file = str(PROJECT / "conf/hardware/one_gpu_offloaded.yaml")
+    config = recipe("treerpo_qwen2.5_math_7b", file)
+    plan = MemoryPlan.of(config, *model("7b", tmp_path))
+    assert plan.offloaded == pytest.approx(18 * COUNTS["7b"] / GIB)
+    assert set(plan.worker) == {"gathered", "activations", "CUDA"}
+    assert any(
+        line.split()[:4] == ["in", "main", "memory", "127.67"] for line in plan.table(config)
+    )
+    assert needs_more_memory(config, plan, 128, "this machine") is None
+    told = needs_more_memory(config, plan, 120, "this machine")
+    assert re.search(r"1 worker\(s\) 127\.7, and this machine has 120\.0: set learner\.off", told)
 
 
 ONE_GPU = str(PROJECT / "conf/hardware/one_gpu.yaml")
@@ -233,16 +289,25 @@ SIZES = {
 """Each token of the tree is another, of 1,024."""
 
 
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A group of workers of its own that a sharded learner makes ends with the test."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("vocabulary", [1100, 8000], ids=["layers", "head"])
+@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
 def test_the_estimate_of_activations_is_what_an_update_takes(
-    dtype: str, checkpointing: bool, vocabulary: int, tmp_path: Path
+    dtype: str, checkpointing: bool, vocabulary: int, shard: bool, tmp_path: Path, alone: None
 ) -> None:
     """On a CPU: a GPU keeps the same tensors, but for those inside of its attention kernels. Most
     is taken by the layers, or by the logits of the head."""
     path = save_tiny_model(tmp_path, "qwen2", **SIZES | {"vocab_size": vocabulary})
-    settings = LearnerConfig(gradient_checkpointing=checkpointing, token_budget=10**6)
+    settings = LearnerConfig(gradient_checkpointing=checkpointing, token_budget=10**6, shard=shard)
     config = make_config(path, settings)
     shape = replace(config.tree, num_children=(4, 4), step_tokens=(48, 48))
     config = replace(
@@ -266,8 +331,9 @@ def test_the_estimate_of_activations_is_what_an_update_takes(
         peak = max(peak, live)
     sizes = ModelSizes.of(learner.policy.model.config)
     parts = MemoryPlan.of(config, learner.policy.model.num_parameters(), sizes).worker
-    planned = (parts["activations"] + parts.get("copies in bfloat16", 0.0)) * GIB
-    assert 1.0 < planned / peak < 1.15
+    passing = ("activations", "copies in bfloat16", "gathered")
+    planned = sum(parts.get(part, 0.0) for part in passing) * GIB
+    assert 1.0 < planned / peak < (1.35 if shard else 1.15)
 
 
 GPUS = ["engine.resources={GPU: 0.5}", "learner.resources={GPU: 0.5}", "learner.gpu_memory_gib=79"]

@@ -94,11 +94,14 @@ def test_a_run_that_has_made_steps_tells_its_pace_and_another_one_nothing(
     Path(folder, METRICS_FILE).write_text("".join(timed[: FEWEST_ROWS + 1]))
     assert list(lines(load([]), RunFolder(folder))) == [], "its first row is that of the start"
     Path(folder, METRICS_FILE).write_text("".join(timed))
-    measured = measured_of(load([]), RunFolder(folder))
+    measured = measured_of(RunFolder(folder), 1)
     assert measured is not None and measured.engine_rate == 900.0 / 0.9
     assert (measured.update_s, measured.load_s) == (3.0, 0.5)
     [line] = lines(load(["gate.trees_per_step=8"]), RunFolder(folder))
     assert "a step with 1 engine, by its steps so far: engines idle" in line
+    more = ["gate.trees_per_step=8", "engine.num_engines=1024"]
+    [faster] = lines(load(more), RunFolder(folder))
+    assert faster.endswith(line.rpartition("; ")[2]), "measured with the engines that it had"
     assert list(lines(load([]), RunFolder(str(tmp_path / "gone")))) == []
     assert main([folder]) == 0
     shown = capsys.readouterr().out

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.processes import PATIENCE_S, wait_for_file, wait_until_dead
 from tests.support.user_files import CHECK, JUDGE, UNRULY
-from tests.verifier.test_verifier import PATIENCE_S, wait_for_file, wait_until_dead
 from treerpo_ray.errors import UserCodeError
 from treerpo_ray.user_code import pack
 from treerpo_ray.verifier.verdict import Answer, Verdict

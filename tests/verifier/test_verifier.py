@@ -4,13 +4,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.support.answers.verdicts import verdicts_of
 from tests.support.planted_secrets import holds_secret
+from tests.support.processes import PATIENCE_S, is_running, wait_for_file, wait_until_dead
 from tests.support.project import PROJECT
 from treerpo_ray.errors import UserCodeError
 from treerpo_ray.verifier.verdict import Answer, Verdict
@@ -20,8 +20,6 @@ UNRULY = "tests.support.answers.unruly_answers"
 FALSE = "tests.support.answers.false_self_test"
 TIMEOUT_S = 8.0
 """A machine that does other work as well answers in less; what hangs here does so for an hour."""
-PATIENCE_S = 300.0
-"""Far more than anything takes that is waited for."""
 
 
 def answers(*texts: str, is_cut_off: bool = False) -> list[Answer]:
@@ -33,29 +31,6 @@ def unruly():
     with Verifier(check=UNRULY, num_workers=2, timeout_s=TIMEOUT_S, memory_mib=256) as verifier:
         verifier.self_test()
         yield verifier
-
-
-def is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def wait_until_dead(pids: list[int]) -> list[int]:
-    """Those that live on, however long one waits."""
-    end = time.monotonic() + PATIENCE_S
-    while any(map(is_running, pids)) and time.monotonic() < end:
-        time.sleep(0.02)
-    return [pid for pid in pids if is_running(pid)]
-
-
-def wait_for_file(path: Path) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not path.exists():
-        assert time.monotonic() < end, f"no {path}"
-        time.sleep(0.01)
 
 
 def worker_pids(verifier: Verifier, folder: Path) -> list[int]:

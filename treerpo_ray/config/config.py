@@ -198,6 +198,11 @@ class Config:
                     f"gate.trees_per_step={trees} must be a multiple of learner.num_workers="
                     f"{workers} times learner.minibatches={learner.minibatches}"
                 )
+        if learner.offload and not learner.shard:
+            raise ValueError(
+                "learner.offload=true needs learner.shard=true: the parts of a sharded model are "
+                "what is kept in main memory"
+            )
         if learner.min_workers is None:
             return
         if not set(learner.resources) - {"CPU", "GPU"}:

@@ -15,7 +15,7 @@ FREE = (
     *("evaluate.every", "evaluate.interim_samples", "evaluate.benchmarks"),
     *("learner.num_workers", "learner.min_workers", "learner.resources", "learner.cpu_threads"),
     *("learner.max_failures", "learner.token_budget", "learner.gradient_checkpointing"),
-    "learner.gpu_memory_gib",
+    *("learner.gpu_memory_gib", "learner.shard", "learner.offload", "learner.compile"),
     *("verifier.retries", "verifier.concurrency", "verifier.env"),
 )
 """Keys, and sections with a point, that may change while a run is interrupted: how long it is,

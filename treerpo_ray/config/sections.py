@@ -247,6 +247,13 @@ class LearnerConfig:
     """Most tokens of one forward pass."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
+    shard: bool = False
+    """Whether weights, gradients and optimizer lie on all workers, a part on each (FSDP2), and are
+    computed in `model.dtype` throughout; else each worker holds them whole."""
+    offload: bool = False
+    """Whether a worker keeps its part in main memory and updates it there; needs `shard`."""
+    compile: bool = False
+    """Whether torch compiles the layers: minutes at the start, faster passes after it."""
     sources: dict[str, str] = field(default_factory=dict)
     """Packed source of the files and modules named above; filled in when a run is started."""
 

@@ -188,7 +188,7 @@ def _missing_memory(config: Config, facts: ModelFacts | None, there: Available) 
         engine=replace(config.engine, num_engines=1, max_engines=None),
         learner=replace(config.learner, num_workers=1, min_workers=None),
     )
-    plan = MemoryPlan.of(one, size, None if facts is None else facts.sizes)
+    plan = MemoryPlan.of(config, size, None if facts is None else facts.sizes)
     found = needs_more_memory(one, plan, there.memory_gib, "the largest node")
     return [f"missing     {found}"] if found else []
 

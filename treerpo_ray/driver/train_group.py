@@ -49,7 +49,7 @@ def make_trainer(config: Config, inputs: Inputs, actors: RunActors, storage: str
             resources_per_worker=resources,
         ),
         # Workers wait in collectives while the first one syncs weights or evaluates.
-        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+        torch_config=TorchConfig(backend=_backend(config), timeout_s=COLLECTIVE_TIMEOUT_S),
         # Ray Train's own records are not ours: checkpoints and metrics lie in the run folder.
         run_config=ray.train.RunConfig(
             name=f"{config.run.name.replace('/', '-')}-{time.time_ns()}",
@@ -60,6 +60,11 @@ def make_trainer(config: Config, inputs: Inputs, actors: RunActors, storage: str
         datasets={STREAM: tree_stream(config, actors.pool, actors.run_log, actors.heartbeats)},
         dataset_config=ray.train.DataConfig(enable_shard_locality=False),
     )
+
+
+def _backend(config: Config) -> str:
+    """What workers talk to each other by: on GPUs also with what lies in main memory."""
+    return "cpu:gloo,cuda:nccl" if config.learner.resources.get("GPU", 0) > 0 else "gloo"
 
 
 class TrainGroup:

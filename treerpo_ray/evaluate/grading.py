@@ -19,7 +19,7 @@ from treerpo_ray.evaluate.evaluation import (
     step_name,
 )
 from treerpo_ray.evaluate.scores import powers_of_two, scores
-from treerpo_ray.metrics.events import FATAL, Event, RunLogApi, check_failed
+from treerpo_ray.metrics.events import RunLogApi, check_failed, run_ends
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder.files import RunFolder
@@ -74,7 +74,7 @@ class HeldOutEvaluator:
                 settings=config.verifier, tokenizer=tokenizer, on_fault=self._check_failed
             )
         except VariableNotSet as error:
-            get(run_log.event.remote(Event(kind=FATAL, fields={"reason": str(error)})))
+            get(run_log.event.remote(run_ends(error)))
             raise
 
     def evaluate(

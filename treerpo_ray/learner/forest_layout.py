@@ -74,7 +74,7 @@ def _takes_flash(query: Tensor, value: Tensor) -> bool:
     )
 
 
-FLASH: VarlenKernel | None = VarlenKernel(attend=cast(Varlen, varlen_attn), takes=_takes_flash)
+FLASH = VarlenKernel(attend=cast(Varlen, varlen_attn), takes=_takes_flash)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,9 @@ class ForestLayout:
     """Tokens from the start of a prompt to the end of its longest path."""
     device: torch.device
     bucket_cost: int
+    """Of one more bucket, in query-key pairs."""
     kernel: VarlenKernel | None
+    """None: buckets compute all."""
 
     @classmethod
     def from_forest(

@@ -2,7 +2,8 @@
 
 Each worker computes the advantages of its own trees, since no step group crosses workers. What
 crosses them is the number of trained tokens and steps, the gradients (summed) and statistics.
-Every worker holds the whole model and makes the same update.
+Every worker holds the whole model and makes the same update or, where it is sharded, a part of the
+model and of the update.
 """
 
 import json
@@ -10,21 +11,27 @@ import time
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from jaxtyping import Float64
+from safetensors.torch import load_file, save_file
 
 from treerpo_ray.algo.advantages import has_baseline, step_advantages
-from treerpo_ray.algo.backup import mean_backup
-from treerpo_ray.algo.groups import step_groups
+from treerpo_ray.algo.backup import Values, mean_backup
+from treerpo_ray.algo.groups import StepGroups, step_groups
 from treerpo_ray.algo.loss import LossInputs, LossSums, policy_loss
 from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.algo.packing import Forest, pack
+from treerpo_ray.algo.tree import Tree
 from treerpo_ray.config.sections import LearnerConfig, ModelConfig, TreeConfig
 from treerpo_ray.learner.policy import DTYPES, ForestTensors, Policy, load_policy
+from treerpo_ray.learner.shards.moments import read_moments, write_moments
+from treerpo_ray.learner.shards.sharding import Sharding
 from treerpo_ray.learner.stats import BatchStats, count
 from treerpo_ray.learner.update_result import TrainedTrees, UpdateResult
 from treerpo_ray.prompts.prompt_set import resolve_model_path
@@ -40,10 +47,26 @@ class _Addable(Protocol):
 T = TypeVar("T")
 SumT = TypeVar("SumT", bound=_Addable)
 STATE_FILE = "learner.json"
-OPTIMIZER_FILE = "optimizer.pt"
+MOMENTS_FOLDER = "moments"
+RNG_FILE = "rng.safetensors"
 BASELINE_STEPS = 10
 """Learner steps that the baseline of `past_baseline` is the mean of: many enough for a small error,
 few enough to follow a policy that learns."""
+IDLE = Forest(
+    token_ids=np.zeros(3, np.int64),
+    position_ids=np.arange(3),
+    segment_start=np.array([0, 1]),
+    segment_length=np.array([1, 2]),
+    segment_parent=np.array([-1, 0]),
+    segment_depth=np.array([0, 1]),
+    source=np.array([0, 1]),
+    target=np.zeros(2, np.int64),
+    advantage=np.zeros(2, np.float32),
+    behaviour_logprob=np.zeros(2, np.float32),
+    step=np.zeros(2, np.int32),
+    origin=np.zeros(1, np.int64),
+)
+"""What a worker passes that has nothing to train while another one has."""
 
 
 class Learner:
@@ -80,6 +103,10 @@ class Learner:
         if device.type == "cpu":
             torch.set_num_threads(learner.cpu_threads)
         start = resolve_model_path(model.path)
+        self.sharding: Sharding | None = None
+        if learner.shard:
+            dtype = DTYPES[model.dtype]
+            self.sharding = Sharding.over_workers(device, dtype, offload=learner.offload)
         self.form, self.pruning = learner.form, learner.pruning
         self.policy = self._load(
             start if checkpoint is None else str(checkpoint / MODEL_FOLDER),
@@ -104,14 +131,18 @@ class Learner:
     def _load(
         self, path: str, dtype: torch.dtype, *, gradient_checkpointing: bool = False
     ) -> Policy:
-        return load_policy(
+        load = partial(
+            load_policy,
             path,
             dtype=dtype,
             device=self.device,
             gradient_checkpointing=gradient_checkpointing,
+            compiled=self.settings.compile,
+            sharding=self.sharding,
             trust_remote_code=self.model.trust_remote_code,
             max_tokens=self.max_tokens,
         )
+        return load() if self.sharding is None else self.sharding.in_turn(load)
 
     # The update ------------------------------------------------------------------------------
 
@@ -137,8 +168,7 @@ class Learner:
             RuntimeError: a tree is staler than `gate.max_staleness` allows or newer than the
                 policy, or the gradient is not finite.
         """
-        settings, form, pruning = self.settings, self.form, self.pruning
-        start = time.monotonic()
+        form, pruning, start = self.form, self.pruning, time.monotonic()
         # Trees come as they finish; their order decides minibatches and how sums are rounded.
         order = sorted(range(len(records)), key=lambda place: records[place].ticket)
         records = [records[place] for place in order]
@@ -153,25 +183,9 @@ class Learner:
             )
             for tree, own, siblings in zip(trees, values, groups, strict=True)
         ]
-        counted = [
-            count(
-                record,
-                own,
-                siblings,
-                form=form,
-                pruning=pruning,
-                baseline=baseline,
-                sets=self.sets,
-            )
-            for record, own, siblings in zip(records, values, groups, strict=True)
-        ]
-        stats = _summed(counted, BatchStats())
+        stats = self._count(records, values, groups, baseline)
         self._check_staleness(stats)
-        size = len(trees) // settings.minibatches
-        minibatches = [
-            pack(trees[i : i + size], advantages[i : i + size], settings.token_budget)
-            for i in range(0, len(trees), size)
-        ]
+        minibatches = self._minibatches(trees, advantages)
         steps = self._optimizer_steps(minibatches, progress)
         has_updated = any(step.norm is not None for step in steps)
         self.version += has_updated
@@ -197,6 +211,38 @@ class Learner:
             ),
         )
 
+    def _count(
+        self,
+        records: Sequence[TreeRecord],
+        values: Sequence[Values],
+        groups: Sequence[Sequence[StepGroups]],
+        baseline: float,
+    ) -> BatchStats:
+        """Statistics of this worker's trees."""
+        counted = [
+            count(
+                record,
+                own,
+                siblings,
+                form=self.form,
+                pruning=self.pruning,
+                baseline=baseline,
+                sets=self.sets,
+            )
+            for record, own, siblings in zip(records, values, groups, strict=True)
+        ]
+        return _summed(counted, BatchStats())
+
+    def _minibatches(
+        self, trees: Sequence[Tree], advantages: Sequence[Float64[np.ndarray, " _"]]
+    ) -> list[list[Forest]]:
+        """Forests of each optimizer step; all of them have equally many trees."""
+        size, budget = len(trees) // self.settings.minibatches, self.settings.token_budget
+        return [
+            pack(trees[i : i + size], advantages[i : i + size], budget)
+            for i in range(0, len(trees), size)
+        ]
+
     def _check_staleness(self, stats: BatchStats) -> None:
         """Invariant: admission bounds the age of every token; versions count updates."""
         staleness, limit = self.version - stats.min_version, self.max_staleness
@@ -213,10 +259,12 @@ class Learner:
     def _optimizer_steps(self, minibatches: list[list[Forest]], progress: float) -> "list[_Step]":
         """An optimizer step for each minibatch, all with the ratios to the policy before them."""
         # With one minibatch the policy of the iteration's start is the current one.
-        old = [
-            [self._logprobs_now(forest) if len(minibatches) > 1 else None for forest in forests]
-            for forests in minibatches
-        ]
+        old: list[list[torch.Tensor | None]] = [[None] * len(forests) for forests in minibatches]
+        if len(minibatches) > 1:
+            num_idle = self._idle_passes(sum(map(len, minibatches)))
+            old = [[self._logprobs_now(forest) for forest in forests] for forests in minibatches]
+            for _ in range(num_idle):
+                self._logprobs_now(IDLE)
         return [
             self._optimize(forests, logprobs, progress)
             for forests, logprobs in zip(minibatches, old, strict=True)
@@ -235,6 +283,7 @@ class Learner:
         sums = LossSums.zeros(self.device)
         if not num_tokens:
             return _Step(sums=sums, norm=None, logprobs=[])
+        num_idle = self._idle_passes(len(forests))
         self.optimizer.zero_grad(set_to_none=False)
         seen: list[torch.Tensor] = []
         for forest, old in zip(forests, old_logprobs, strict=True):
@@ -249,6 +298,9 @@ class Learner:
             )
             output.loss.backward()
             sums += output.sums
+        for _ in range(num_idle):
+            idle = self._loss_inputs(IDLE, None)
+            (0.0 * (idle.logprobs.sum() + idle.entropy.sum())).backward()
         self._sum_gradients()
         norm = torch.nn.utils.clip_grad_norm_(
             self.policy.model.parameters(),
@@ -296,7 +348,9 @@ class Learner:
 
     def _forward(self, policy: Policy, forest: ForestTensors) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = DTYPES[self.model.dtype]
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+        # What is sharded is gathered in the type that is computed in.
+        is_cast = dtype != torch.float32 and self.sharding is None
+        with torch.autocast(self.device.type, dtype, enabled=is_cast):
             return policy.edge_logprobs(forest, self.tree.temperature)
 
     @torch.no_grad()
@@ -308,7 +362,19 @@ class Learner:
         for parameter in self.policy.model.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            _all_reduce(parameter.grad)
+            if self.sharding is None:  # else it is the sum's own part
+                _all_reduce(parameter.grad)
+
+    def _idle_passes(self, num_own: int) -> int:
+        """Passes that this worker makes besides its own, so that all make as many as any needs.
+
+        Each pass gathers a sharded model from all.
+        """
+        if self.sharding is None:
+            return 0
+        most = torch.tensor(num_own, device=self.device)
+        _all_reduce(most, dist.ReduceOp.MAX)
+        return int(most) - num_own
 
     # Checkpoints -----------------------------------------------------------------------------
 
@@ -318,14 +384,21 @@ class Learner:
         return BYTES_A_PARAMETER * sum(each.numel() for each in self.policy.model.parameters())
 
     def write(self, folder: Path) -> None:
-        """Write everything that a resumed run needs."""
+        """Write everything that a resumed run needs.
+
+        Of a sharded learner all workers do so together, each its part, with the same number of
+        workers or another one to go on from it.
+
+        Raises:
+            OSError: a disk refuses; on all workers, if it refuses the moments.
+        """
+        is_sharded = self.sharding is not None
+        model = self.policy.model
+        write_moments(folder / MOMENTS_FOLDER, model, self.optimizer, is_sharded=is_sharded)
         self.policy.save_pretrained(folder / MODEL_FOLDER)
-        state = {
-            "optimizer": self.optimizer.state_dict()["state"],
-            "torch_rng": torch.get_rng_state(),
-        }
-        with (folder / OPTIMIZER_FILE).open("wb") as file:
-            torch.save(state, file)  # which would not say that the disk is full, if it opened it
+        if self.sharding is not None and not self.sharding.is_first:
+            return
+        save_file({"torch": torch.get_rng_state()}, folder / RNG_FILE)
         counts = {"version": self.version, "optimizer_steps": self.optimizer_steps}
         past = {"past_values": list(self._past_values)}
         (folder / STATE_FILE).write_text(json.dumps(counts | past))
@@ -335,12 +408,11 @@ class Learner:
 
         Rate, weight decay and the like are the configuration's, which may have been changed.
         """
-        state = torch.load(folder / OPTIMIZER_FILE, map_location=self.device, weights_only=True)
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
-        torch.set_rng_state(state["torch_rng"].cpu())
         counts = json.loads((folder / STATE_FILE).read_text())
         self.version, self.optimizer_steps = counts["version"], counts["optimizer_steps"]
+        moments = folder / MOMENTS_FOLDER
+        read_moments(moments, self.policy.model, self.optimizer, self.optimizer_steps)
+        torch.set_rng_state(load_file(folder / RNG_FILE)["torch"])
         self._past_values.extend(counts.get("past_values", []))  # older checkpoints have none
 
 
@@ -355,9 +427,9 @@ class _Step:
     """Of each forest's edges: `LossInputs.old_logprobs`."""
 
 
-def _all_reduce(tensor: torch.Tensor) -> None:
+def _all_reduce(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, op)
 
 
 def _gathered(own: T) -> list[T]:

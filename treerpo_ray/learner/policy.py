@@ -1,17 +1,19 @@
 """Policy: the causal language model that is trained, seen through log-probabilities of edges."""
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from itertools import groupby
+from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int32, Int64
+from jaxtyping import Float32, Int32, Int64
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,13 +22,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from treerpo_ray.algo.packing import Forest
 from treerpo_ray.errors import one_line
 from treerpo_ray.learner.forest_layout import ForestLayout
 from treerpo_ray.learner.head import Head
+from treerpo_ray.learner.layers import compile_layers, layers_of, recompute_layers
+from treerpo_ray.learner.shards.export import write_weights
+from treerpo_ray.learner.shards.sharding import Sharding, whole
 from treerpo_ray.learner.tree_attention import TREE_ATTENTION
 
 
@@ -73,9 +77,13 @@ class Policy:
     `PackingCheck` refuses any model whose packed log-probabilities are not its plain ones. A
     reference model is a second Policy, used under `torch.no_grad`.
 
+    Of a sharded policy the workers do all together, in the same order: each pass, and each weight
+    that is asked for.
+
     Args:
-        model: With tree attention.
+        model: With tree attention; in main memory, if it is to be sharded.
         tokenizer: Is saved with it.
+        sharding: How the model is to be sharded; None: this process has the whole of it.
         logit_budget: Logits that are alive at a time; by default `LOGIT_BUDGET` of the head.
     """
 
@@ -83,11 +91,16 @@ class Policy:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
+        *,
+        sharding: Sharding | None = None,
         logit_budget: int | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.logit_budget = logit_budget
+        self.sharding = sharding
+        self._scores = _Scores(model, logit_budget=logit_budget)
+        if sharding is not None:
+            sharding.apply(self._scores, [*layers_of(model, "learner.shard")])
         # Tree attention gives masks. With one, cuDNN's kernels (Hopper and newer) return NaN as
         # gradients of queries whose keys are 64 modulo 128, and plan anew for each shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -99,10 +112,15 @@ class Policy:
 
         Both are of the distribution softmax(logits / temperature), the one that was sampled from.
         """
-        hidden = self._hidden(forest.token_ids, forest.position_ids, forest.layout)
-        hidden = hidden.index_select(0, forest.source)
-        head = Head.of(self.model, self.logit_budget)
-        return head.score(hidden, forest.edge_source, forest.target, temperature)
+        return self._score(
+            forest.token_ids,
+            forest.position_ids,
+            forest.layout,
+            forest.source,
+            forest.edge_source,
+            forest.target,
+            temperature,
+        )
 
     @torch.no_grad()
     def sequence_logprobs(self, token_ids: list[int]) -> Float32[Tensor, " targets"]:
@@ -110,36 +128,120 @@ class Policy:
 
         A plain causal forward without any tree: what an engine must agree with.
         """
-        ids = torch.tensor([token_ids], device=self.model.device)
-        positions = torch.arange(len(token_ids), device=self.model.device)
-        hidden = self._hidden(ids, positions[None], None)
-        head = Head.of(self.model, self.logit_budget)
-        return head.score(hidden[:-1], positions[:-1], ids[0, 1:], 1.0)[0]
+        device = self.device
+        ids = torch.tensor([token_ids], device=device)
+        positions = torch.arange(len(token_ids), device=device)
+        sources = positions[:-1]
+        return self._score(ids, positions[None], None, sources, sources, ids[0, 1:], 1.0)[0]
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights in layer order under their names in a checkpoint; tied weights come once."""
-        weights = {name: weight.detach() for name, weight in self.model.named_parameters()}
-        yield from revert_weight_conversion(self.model, weights).items()
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        if self.sharding is None:
+            return self.model.device
+        return torch.device(self.sharding.mesh.device_type)
+
+    def named_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Weights in layer order under their names in a checkpoint; tied weights come once.
+
+        Sharded ones are gathered as they are asked for, those of one layer at a time.
+
+        Args:
+            dtype: Type that floating ones are gathered in; those that are not sharded come as
+                they are kept, since whoever packs them casts them on the way.
+        """
+        named = ((name, weight.detach()) for name, weight in self.model.named_parameters())
+        return self._gathered(named, None if self.sharding is None else dtype)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write weights (safetensors), config, generation config and tokenizer to `path`.
 
+        Of a sharded policy the first worker writes, and all take part.
+
         Raises:
             OSError: The folder cannot be written, e.g. because the disk is full.
         """
-        self.model.save_pretrained(path)
-        self.tokenizer.save_pretrained(path)
+        if self.sharding is None:
+            self.model.save_pretrained(path)
+            self.tokenizer.save_pretrained(path)
+            return
+        names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
+        tied = set(names) - {name for name, _ in self.model.named_parameters()}
+        state = self.model.state_dict().items()  # with buffers
+        weights = self._gathered(((name, own) for name, own in state if name not in tied), None)
+        try:
+            if self.sharding.is_first:
+                self.model.save_pretrained(path, state_dict={})  # all but weights
+                self.tokenizer.save_pretrained(path)
+                write_weights(Path(path), weights)
+        finally:  # the others give their parts, whatever the disk refuses
+            for _ in weights:
+                pass
 
-    def _hidden(
+    def _gathered(
+        self, named: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None
+    ) -> Iterator[tuple[str, Tensor]]:
+        # What a checkpoint has in another form than the model, it has so within a layer.
+        for _, part in groupby(named, key=lambda each: _layer_name(each[0])):
+            weights = {
+                name: whole(weight.to(dtype) if weight.is_floating_point() and dtype else weight)
+                for name, weight in part
+            }
+            yield from revert_weight_conversion(self.model, weights).items()
+
+    def _score(
+        self,
+        token_ids: Tensor,
+        position_ids: Tensor,
+        layout: ForestLayout | None,
+        source: Tensor,
+        row: Tensor,
+        target: Tensor,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        found = self._scores(token_ids, position_ids, layout, source, row, target, temperature)
+        if self.sharding is not None and not torch.is_grad_enabled():
+            # No backward pass will: the next one would compute with weights of before a step.
+            cast(FSDPModule, self._scores).reshard()
+        return found
+
+
+class _Scores(nn.Module):
+    """A model whose output are log-probabilities and entropies.
+
+    A pass through model and head is one call, as FSDP needs it to have their weights at hand.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, logit_budget: int | None) -> None:
+        super().__init__()
+        self.model, self.logit_budget = model, logit_budget
+
+    def forward(
         self,
         token_ids: Int64[Tensor, "1 tokens"],
         position_ids: Int64[Tensor, "1 tokens"],
         layout: ForestLayout | None,
-    ) -> Float[Tensor, "tokens hidden"]:
+        source: Int64[Tensor, " sources"],
+        row: Int64[Tensor, " edges"],
+        target: Int64[Tensor, " edges"],
+        temperature: float,
+    ) -> tuple[Float32[Tensor, " edges"], Float32[Tensor, " edges"]]:
+        """See `Head.score`; `source` has the positions whose hidden states are its rows."""
         output = self.model.base_model(
             input_ids=token_ids, position_ids=position_ids, layout=layout, use_cache=False
         )
-        return output.last_hidden_state[0]
+        hidden = output.last_hidden_state[0].index_select(0, source)
+        return Head.of(self.model, self.logit_budget).score(hidden, row, target, temperature)
+
+
+def _layer_name(weight: str) -> str:
+    """Name of a weight's layer, up to the first number in it; the weight's own outside of layers.
+
+    >>> _layer_name("model.layers.3.mlp.experts.5.down_proj.weight"), _layer_name("lm_head.weight")
+    ('model.layers.3.', 'lm_head.weight')
+    """
+    found = re.match(r".*?\.\d+\.", weight)
+    return found[0] if found else weight
 
 
 def load_policy(
@@ -148,6 +250,8 @@ def load_policy(
     dtype: torch.dtype,
     device: torch.device,
     gradient_checkpointing: bool,
+    compiled: bool = False,
+    sharding: Sharding | None = None,
     trust_remote_code: bool = False,
     max_tokens: int | None = None,
 ) -> Policy:
@@ -161,6 +265,8 @@ def load_policy(
         dtype: Of the weights.
         device: Where they go.
         gradient_checkpointing: Whether activations are computed again in the backward pass.
+        compiled: Whether torch compiles its layers.
+        sharding: How it is to be sharded; each worker then reads the whole into main memory.
         trust_remote_code: Whether Python code that comes with the model may run.
         max_tokens: Of the run's longest prompt with its answer; see `fix_rotary`. None: there are
             no engines to agree with.
@@ -169,12 +275,16 @@ def load_policy(
         ValueError: There is no complete model at `model_path`.
     """
     model, tokenizer = _load(model_path, dtype, trust_remote_code)
-    cast(nn.Module, model).to(device).eval()
+    module = cast(nn.Module, model).eval()
+    if sharding is None:
+        module.to(device)
+    if compiled:
+        compile_layers(model)
     if gradient_checkpointing:
         recompute_layers(model)
     if max_tokens is not None:
         fix_rotary(model, max_tokens)
-    return Policy(model, tokenizer)
+    return Policy(model, tokenizer, sharding=sharding)
 
 
 def _load(
@@ -203,24 +313,6 @@ def _load(
             f"another shape than config.json says, e.g. {lacking[0]}"
         )
     return model, tokenizer
-
-
-def recompute_layers(model: PreTrainedModel) -> None:
-    """Have each layer compute its activations again in the backward pass.
-
-    The layers stay in eval mode, where those of transformers would turn dropout on.
-
-    Raises:
-        ValueError: the model does not say what its layers are.
-    """
-    layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
-    if not layers:
-        raise ValueError(
-            f"learner.gradient_checkpointing: {type(model).__name__} does not support it"
-        )
-    for layer in layers:
-        forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        layer.forward = forward  # type: ignore[method-assign]
 
 
 def fix_rotary(model: PreTrainedModel, max_tokens: int) -> None:

@@ -21,8 +21,8 @@ T = TypeVar("T")
 class PublishedPolicy(Protocol):
     """What is published of a policy."""
 
-    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Weights under their names in a checkpoint."""
+    def named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """Weights under their names in a checkpoint; this is the type that they are sent in."""
 
     def sequence_logprobs(self, token_ids: list[int]) -> torch.Tensor:
         """Log-probability (nats, temperature 1) of each token after the first."""
@@ -73,7 +73,7 @@ class Publisher:
         """
         file, what = self._files.begin(), f"weights of version {version}"
         manifest, _ = pack_weights(
-            policy.named_weights(),
+            policy.named_weights(self.dtype),
             version=version,
             dtype=self.dtype,
             chunk_bytes=self.chunk_bytes,

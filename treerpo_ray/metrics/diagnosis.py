@@ -52,7 +52,8 @@ class Limits:
     health: HealthConfig
     clip_grad_norm: float
     max_staleness: int
-    has_siblings: bool
+    has_common_steps: bool
+    """Whether answers of a tree share more than their prompt."""
 
     @classmethod
     def of(cls, config: Config) -> Self:
@@ -61,7 +62,7 @@ class Limits:
             health=config.health,
             clip_grad_norm=config.learner.clip_grad_norm,
             max_staleness=config.gate.max_staleness,
-            has_siblings=len(config.tree.num_children) > 1,
+            has_common_steps=len(config.tree.num_children) > 1,
         )
 
 
@@ -158,7 +159,7 @@ def _trained_share(steps: Steps, rule: Rule) -> float | None:
 
 def _tree_hits(steps: Steps, rule: Rule) -> float | None:
     """Of trees alone: answers without a common step share no more than a prompt."""
-    return steps.mean(rule.metric) if steps.limits.has_siblings else None
+    return steps.mean(rule.metric) if steps.limits.has_common_steps else None
 
 
 RULES = (

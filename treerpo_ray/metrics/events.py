@@ -57,6 +57,11 @@ def write_done(what: str, seconds: float) -> Event:
     return Event(kind="write_done", fields={"what": what, "seconds": seconds})
 
 
+def run_ends(error: Exception) -> Event:
+    """Something failed that would fail again, whoever is started anew."""
+    return Event(kind=FATAL, fields={"reason": str(error)})
+
+
 def check_failed(reason: str) -> Event:
     """A check gave an answer no verdict, with the traceback."""
     return Event(kind="check_failed", fields={"reason": reason})

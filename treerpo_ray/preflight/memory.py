@@ -30,9 +30,11 @@ that they are made of comes on top where it has another type."""
 SAMPLER_COPIES = 3
 """Copies in float32 of a batch's logits that are alive while vLLM samples."""
 WEIGHTS, TRAINING = "weights", "gradients and AdamW"
-REFERENCE, COPIES = "reference model", "copies in bfloat16"
+REFERENCE, COPIES, GATHERED = "reference model", "copies in bfloat16", "gathered"
 ACTIVATIONS, CACHE, CUDA = "activations", "KV cache", "CUDA"
-PARTS = (WEIGHTS, TRAINING, REFERENCE, COPIES, ACTIVATIONS, CACHE, CUDA)
+KEPT = (WEIGHTS, TRAINING, REFERENCE)
+"""Parts of a worker that lie in main memory if it offloads them."""
+PARTS = (WEIGHTS, TRAINING, REFERENCE, COPIES, GATHERED, ACTIVATIONS, CACHE, CUDA)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,8 @@ class ModelSizes:
     num_kv_heads: int
     head_dim: int
     vocabulary: int
+    is_tied: bool
+    """Whether the head is the embedding."""
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> Self:
@@ -64,7 +68,13 @@ class ModelSizes:
             num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
             head_dim=getattr(text, "head_dim", None) or hidden // heads,
             vocabulary=text.vocab_size,
+            is_tied=bool(getattr(text, "tie_word_embeddings", True)),
         )
+
+    @property
+    def ends(self) -> int:
+        """Parameters of embedding and head."""
+        return (1 if self.is_tied else 2) * self.vocabulary * self.hidden
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,18 +83,24 @@ class MemoryPlan:
 
     Args:
         worker: By part; without `activations` where only the number of parameters is known.
+        offloaded: What a worker on a GPU has in main memory instead.
         engine: By part; the KV cache is missing where it takes what its GPU has left and nobody
             says how much that is.
     """
 
     worker: dict[str, float]
+    offloaded: float
     engine: dict[str, float]
 
     @classmethod
     def of(cls, config: Config, num_parameters: float, sizes: ModelSizes | None) -> Self:
         """The plan of a run of a model."""
+        worker = _worker_parts(config, num_parameters, sizes)
+        is_offloaded = config.learner.offload and config.learner.resources.get("GPU", 0) > 0
+        moved = [worker.pop(part, 0.0) for part in KEPT] if is_offloaded else []
         return cls(
-            worker=_worker_parts(config, num_parameters, sizes),
+            worker=worker,
+            offloaded=sum(moved),
             engine=_engine_parts(config, num_parameters, sizes),
         )
 
@@ -101,6 +117,8 @@ class MemoryPlan:
         on_gpu = (config.learner.gpu_memory_gib, config.engine.gpu_memory_gib)
         if on_gpu != (None, None):
             rows.append(("of gpu_memory_gib", *on_gpu))
+        if self.offloaded:
+            rows.append(("in main memory", self.offloaded, None))
         unit, scale = _unit(value for _, *values in rows for value in values)
         head = f"{unit} a GPU" if _uses_gpus(config) else unit
         fewest, most = config.engine.num_engines, config.engine.most
@@ -149,14 +167,18 @@ def _uses_gpus(config: Config) -> bool:
 
 
 def _worker_parts(config: Config, count: float, sizes: ModelSizes | None) -> dict[str, float]:
-    """Every worker holds the whole model, its gradients and two moments in float32."""
-    computes_in = DTYPE_BYTES[config.model.dtype]
-    parts = {WEIGHTS: 4 * count, TRAINING: 12 * count}
+    """Every worker holds the whole model, its gradients and two moments in float32; of a sharded
+    one its part, which is largest with the fewest workers, and what is gathered."""
+    computes_in, is_sharded = DTYPE_BYTES[config.model.dtype], config.learner.shard
+    own = count / config.learner.fewest_workers if is_sharded else count
+    parts = {WEIGHTS: 4 * own, TRAINING: 12 * own}
     if config.loss.kl_coef > 0:
-        parts[REFERENCE] = computes_in * count
-    if computes_in < 4:  # autocast keeps them for as long as a forward pass
+        parts[REFERENCE] = computes_in * own
+    if computes_in < 4 and not is_sharded:  # autocast keeps them for as long as a forward pass
         parts[COPIES] = computes_in * count
     if sizes is not None:
+        if is_sharded:
+            parts[GATHERED] = _gathered_bytes(config, count, sizes)
         parts[ACTIVATIONS] = _activation_bytes(config, sizes)
     found = {part: size / GIB for part, size in parts.items()}
     if config.learner.resources.get("GPU", 0) > 0:
@@ -164,34 +186,51 @@ def _worker_parts(config: Config, count: float, sizes: ModelSizes | None) -> dic
     return found
 
 
+def _gathered_bytes(config: Config, count: float, sizes: ModelSizes) -> float:
+    """Whole weights that are at hand while a sharded model computes, and their gradients.
+
+    Embedding and head are there all the time, those of the reference model besides. Of the layers
+    there are the one that computes and the next, the buffer that it comes in, the gradient of one
+    and the float32 copy that is summed up over workers.
+    """
+    width = DTYPE_BYTES[config.model.dtype]
+    layer = (count - sizes.ends) / sizes.num_layers
+    models = 2 if config.loss.kl_coef > 0 else 1
+    return models * width * sizes.ends + (4 * width + 4) * layer
+
+
 def _activation_bytes(config: Config, sizes: ModelSizes) -> float:
     """Peak of what a forest of `learner.token_budget` tokens keeps in its backward pass.
 
-    Under autocast the residual stream, the MLP's input, and queries and keys are float32.
+    Under autocast the residual stream, the MLP's input, and queries and keys are float32; of a
+    sharded model they have the type that is computed in, but for what norms keep.
     """
     width = DTYPE_BYTES[config.model.dtype]
+    stream = width if config.learner.shard else 4
     tokens = min(config.learner.token_budget, most_tokens(config))
     keys, pairs = keys_and_pairs(config)
     heads, kv_heads = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
     kept = (
-        24 * sizes.hidden
+        (8 + 4 * stream) * sizes.hidden
         + 4 * width * (sizes.intermediate + heads)
         + 2 * width * keys * kv_heads  # of each path, gathered
         + width * pairs * sizes.num_heads / sizes.num_kv_heads  # the mask
     )
-    passing = 4 * sizes.hidden + 2 * width * sizes.intermediate
+    passing = stream * sizes.hidden + 2 * width * sizes.intermediate
     budget = LOGIT_BUDGET["cuda" if config.learner.resources.get("GPU", 0) > 0 else "cpu"]
     logit = 4 * LIVE_LOGITS + (width if width < 4 else 0)
     # With what the last norm keeps, the states, their gradient, and both in the product's type.
     states = (16 + 2 * width) * tokens * sizes.hidden
     head = logit * min(budget, tokens * sizes.vocabulary) + states
     # Of the head: it stays until the embedding's has come, where both are one weight.
-    gradient = 4 * sizes.vocabulary * sizes.hidden
+    gradient = stream * sizes.vocabulary * sizes.hidden
+    # Both at once or, where they are summed up over workers, with a copy in float32.
+    ends = (stream + 4) * sizes.ends if config.learner.shard else 2 * gradient
     of_layers, of_one = tokens * kept * sizes.num_layers, float(tokens * passing)
     if config.learner.gradient_checkpointing:
-        entries = 4.0 * sizes.hidden * sizes.num_layers
+        entries = float(stream * sizes.hidden * sizes.num_layers)
         of_layers, of_one = tokens * entries, tokens * (kept + passing)
-    return max(of_layers + max(of_one, head) + gradient, 2 * gradient)
+    return max(of_layers + max(of_one, head) + gradient, ends)
 
 
 def most_tokens(config: Config) -> int:
@@ -270,11 +309,19 @@ def _worker_misfits(config: Config, parts: dict[str, float]) -> Iterator[str]:
     fixed = needs - parts.get(ACTIVATIONS, 0.0)
     one = f"a worker of {config.model.path}"
     start = f"learner.gpu_memory_gib={has:g}: {one} needs {number(needs)} GiB"
-    if fixed > has:
+    learner = config.learner
+    if fixed > has and not learner.shard:
         yield (
             f"{start}, {number(fixed)} of them for the whole model with its gradients and "
-            "optimizer: it cannot be trained on this GPU until its learner is sharded; take a "
-            "smaller model or a larger GPU"
+            "optimizer: set learner.shard=true, and learner.num_workers to as many GPUs as there "
+            "are for them"
+        )
+    elif fixed > has:
+        workers = "min_workers" if learner.min_workers is not None else "num_workers"
+        yield (
+            f"{start}, {number(fixed)} of them for its part of the model with gradients and "
+            f"optimizer: raise learner.{workers}={learner.fewest_workers} or set "
+            "learner.offload=true, which needs main memory instead"
         )
     elif not config.learner.gradient_checkpointing:
         yield (
@@ -348,11 +395,12 @@ def needs_more_memory(config: Config, plan: MemoryPlan, has_gib: float, where: s
         has_gib: Memory that there is for all of them together.
         where: What has it.
     """
-    needs = dict.fromkeys(("engine", "learner"), 0.0)
+    fewest = config.learner.fewest_workers
+    needs = {"engine": 0.0, "learner": fewest * plan.offloaded}
     if not config.engine.resources.get("GPU", 0):
         needs["engine"] = config.engine.num_engines * sum(plan.engine.values())
     if not config.learner.resources.get("GPU", 0):
-        needs["learner"] = config.learner.fewest_workers * sum(plan.worker.values())
+        needs["learner"] = fewest * sum(plan.worker.values())
     if sum(needs.values()) <= has_gib:
         return None
     cache = config.engine.kv_cache_gib or 0.0
@@ -360,8 +408,11 @@ def needs_more_memory(config: Config, plan: MemoryPlan, has_gib: float, where: s
         f"engine.kv_cache_gib={cache:g}": config.engine.num_engines * cache,
         f"learner.token_budget={config.learner.token_budget}": needs["learner"],
     }
+    advice = f"lower {max(keys, key=lambda key: keys[key])}"
+    if plan.offloaded:
+        advice = "set learner.offload=false"
     return (
         f"{config.engine.num_engines} engine(s) take {number(needs['engine'])} GiB and "
-        f"{config.learner.fewest_workers} worker(s) {number(needs['learner'])}, and {where} has "
-        f"{number(has_gib)}: lower {max(keys, key=lambda key: keys[key])}"
+        f"{fewest} worker(s) {number(needs['learner'])}, and {where} has "
+        f"{number(has_gib)}: {advice}"
     )

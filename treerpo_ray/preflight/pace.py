@@ -22,7 +22,7 @@ import rich.console
 import rich.table
 
 from treerpo_ray.config import Config
-from treerpo_ray.config.files import load
+from treerpo_ray.config.files import flat_settings, load
 from treerpo_ray.errors import run_command
 from treerpo_ray.metrics.rows import Row, latest_rows
 from treerpo_ray.run_folder import trees as saved_trees
@@ -240,8 +240,13 @@ def enough(paces: Sequence[Pace]) -> Pace:
     return next(pace for pace in paces if pace.step_s <= NEAR_BEST * best)
 
 
-def measured_of(config: Config, folder: RunFolder) -> Measured | None:
-    """What the stages of a run took, from its rows and its newest saved trees; None: too few."""
+def measured_of(folder: RunFolder, num_engines: int) -> Measured | None:
+    """What the stages of a run took, from its rows and its newest saved trees; None: too few.
+
+    Args:
+        folder: Of the run.
+        num_engines: That it had, whatever it goes on with.
+    """
     rows = [row for row in latest_rows(folder) if "time/update_s" in row][1:]
     rows = [row for row in rows if row.get("tokens/per_s", 0) > 0 and "idle/engines_share" in row]
     steps = saved_trees.saved_steps(folder)
@@ -255,7 +260,7 @@ def measured_of(config: Config, folder: RunFolder) -> Measured | None:
         grow_s += found["grow_s"].to_pylist()
     return Measured(
         tree_tokens=tuple(tokens),
-        engine_rate=_median([_rate(row) / config.engine.num_engines for row in rows]),
+        engine_rate=_median([_rate(row) / num_engines for row in rows]),
         tree_s=min(grow_s),
         update_s=_median([row["time/update_s"] for row in rows]),
         load_s=_median([row["time/sync_s"] for row in rows]),
@@ -302,7 +307,12 @@ def table(paces: Sequence[Pace], config: Config) -> rich.table.Table:
 
 def lines(config: Config, folder: RunFolder) -> Iterator[str]:
     """What a plan says of the pace of a run that has made some steps; else nothing."""
-    measured = measured_of(config, folder)
+    if not folder.exists(CONFIG_FILE):
+        return
+    last_start = flat_settings(folder.read_text(CONFIG_FILE))
+    num_engines = last_start.get("engine.num_engines", config.engine.num_engines)
+    assert isinstance(num_engines, int)
+    measured = measured_of(folder, num_engines)
     if measured is None:
         return
     most = config.engine.most
@@ -332,7 +342,7 @@ def show(arguments: list[str]) -> int:
         raise ValueError(f"{place} is no run: it has no {CONFIG_FILE}{did_you_mean(arguments[0])}")
     with TemporaryDirectory() as copy:
         config = load([str(folder.fetch(CONFIG_FILE, Path(copy)))])
-    if (measured := measured_of(config, folder)) is None:
+    if (measured := measured_of(folder, config.engine.num_engines)) is None:
         raise ValueError(
             f"{place} has fewer than {FEWEST_ROWS + 1} learner steps, or no saved trees "
             "(metrics.save_trees_every), and so no pace"

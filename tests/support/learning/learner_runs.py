@@ -18,6 +18,7 @@ from treerpo_ray.config import Config
 from treerpo_ray.config.data import PromptsConfig
 from treerpo_ray.config.sections import GateConfig, LearnerConfig, ModelConfig, TreeConfig
 from treerpo_ray.learner.learner import Learner
+from treerpo_ray.learner.shards.sharding import whole
 from treerpo_ray.learner.update_result import UpdateResult
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.verifier.verdict import Verdict
@@ -137,14 +138,14 @@ class State:
 
     @classmethod
     def of(cls, learner: Learner) -> "State":
-        """A copy of the state of `learner`."""
+        """A copy of the state of `learner`; of a sharded one all workers make it."""
         named = dict(learner.policy.model.named_parameters())
         return cls(
             version=learner.version,
-            parameters={name: p.detach().clone() for name, p in named.items()},
-            gradients={n: p.grad.clone() for n, p in named.items() if p.grad is not None},
+            parameters={name: whole(p.detach()).clone() for name, p in named.items()},
+            gradients={n: whole(p.grad).clone() for n, p in named.items() if p.grad is not None},
             moments=[
-                tensor.clone()
+                whole(tensor).clone()
                 for entry in learner.optimizer.state_dict()["state"].values()
                 for tensor in entry.values()
             ],

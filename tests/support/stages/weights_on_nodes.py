@@ -36,7 +36,7 @@ class Policy:
     def __init__(self, version: int) -> None:
         self.version = version
 
-    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         yield "weight", torch.full((NUM_FLOATS,), float(self.version))
 
     def sequence_logprobs(self, token_ids: list[int]) -> torch.Tensor:

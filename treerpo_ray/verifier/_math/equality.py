@@ -10,9 +10,8 @@ Nothing in here evaluates text as code.
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from treerpo_ray.verifier._math.claims import IsSame, is_same_claim, name_and_value
+from treerpo_ray.verifier._math.claims import is_same_claim, name_and_value
 from treerpo_ray.verifier._math.final_answer import MAX_ANSWER_CHARS
 from treerpo_ray.verifier._math.matrices import is_same_matrix
 from treerpo_ray.verifier._math.notation import (
@@ -90,22 +89,10 @@ NAMED_SET = re.compile(r"\\setminus|\\mathbb")
 PLUS_MINUS = re.compile(r"\\(pm|mp)(?![a-z])")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """What the parts are compared by that an answer is taken apart into; the reference's come
-    second."""
-
-    parts: IsSame
-    """Whether two of any kind are the same."""
-    values: IsSame = is_same_value
-    """Whether two single expressions are."""
-
-
-def is_equal(answer: str, reference: str, compare: Comparison | None = None) -> bool:
+def is_equal(answer: str, reference: str) -> bool:
     """Whether the answer is the reference; false where either is empty.
 
-    An answer of 60,120 may be a list or one number, a reference of it is a list. By default
-    answers and parts of the same spelling are the same, whatever they say.
+    An answer of 60,120 may be a list or one number, a reference of it is a list.
     """
     if max(len(answer), len(reference)) > MAX_ANSWER_CHARS:
         return False
@@ -113,31 +100,24 @@ def is_equal(answer: str, reference: str, compare: Comparison | None = None) -> 
     if not (a and b):
         return False
     joined = with_joined_thousands(a)
-    is_same = _is_same if compare is None else compare.parts
-    return is_same(a, b) or (joined != a and is_same(joined, b))
+    return _is_same(a, b) or (joined != a and _is_same(joined, b))
 
 
 def _is_same(a: str, b: str) -> bool:
     """Compare spellings, then structures; `b` is the reference."""
-    if key(a) == key(b):
-        return bool(a)
-    return is_same_structure(a, b, Comparison(parts=_is_same))
+    return bool(a) if key(a) == key(b) else is_same_structure(a, b)
 
 
-def is_same_structure(a: str, b: str, compare: Comparison) -> bool:
-    """Compare answers as they are made of parts; the first rule that is about such ones decides."""
+def is_same_structure(a: str, b: str) -> bool:
+    """The first rule that is about such answers decides."""
     if max(nesting(a), nesting(b)) > MAX_NESTING:
         return False
     a, b = (in_one_unit(condition(text) or text) for text in (a, b))
-    for kind in KINDS:
-        verdict = kind(a, b)
+    for is_same in RULES:
+        verdict = is_same(a, b)
         if verdict is not None:
             return verdict
-    for rule in RULES:
-        verdict = rule(a, b, compare)
-        if verdict is not None:
-            return verdict
-    return _is_same_quantity(a, b, compare)
+    return _is_same_quantity(a, b)
 
 
 def _is_same_base(a: str, b: str) -> bool | None:
@@ -195,7 +175,7 @@ def _is_same_time(a: str, b: str) -> bool | None:
     return len(halves) == 1 and times[0] == times[1]
 
 
-def _is_same_ratio(a: str, b: str, compare: Comparison) -> bool | None:
+def _is_same_ratio(a: str, b: str) -> bool | None:
     """Compare 2:4:6 with 1:2:3 and 3:4 with 3/4; a time of the day is no ratio."""
     if any("=" in text or "|" in text for text in (a, b)):
         return None
@@ -209,32 +189,32 @@ def _is_same_ratio(a: str, b: str, compare: Comparison) -> bool | None:
         return bool(clock_a and clock_b and is_same_unit and clock_a.groups() == clock_b.groups())
     if 1 in (len(parts_a), len(parts_b)):
         fractions = [rf"\frac{{{p[0]}}}{{{p[1]}}}" for p in (parts_a, parts_b) if len(p) == 2]
-        return bool(fractions) and compare.values(fractions[0], a if len(parts_a) == 1 else b)
-    if len(parts_a) != len(parts_b) or any(compare.values(p[-1], "0") for p in (parts_a, parts_b)):
+        return bool(fractions) and is_same_value(fractions[0], a if len(parts_a) == 1 else b)
+    if len(parts_a) != len(parts_b) or any(is_same_value(p[-1], "0") for p in (parts_a, parts_b)):
         return False
     return all(
-        compare.values(f"({x})({parts_b[-1]})", f"({y})({parts_a[-1]})")
+        is_same_value(f"({x})({parts_b[-1]})", f"({y})({parts_a[-1]})")
         for x, y in zip(parts_a, parts_b, strict=True)
     )
 
 
-def _is_same_list(a: str, b: str, compare: Comparison) -> bool | None:
+def _is_same_list(a: str, b: str) -> bool | None:
     separator = SEMICOLON if _has_rows(a) or _has_rows(b) else COMMA_OR_SEMICOLON
     (parts_a, is_set_a), (parts_b, is_set_b) = _parts(a, separator), _parts(b, separator)
     if any(len(p) == 1 and name_and_value(t) for p, t in ((parts_a, a), (parts_b, b))):
         return None  # S = \{1,2\}
     if len(parts_a) > 1 or len(parts_b) > 1:
-        if _is_same_system(parts_a, b, compare.parts) or _is_same_system(parts_b, a, compare.parts):
+        if _is_same_system(parts_a, b) or _is_same_system(parts_b, a):
             return True
         if (is_relation(a) or is_relation(b)) and not (is_set_a or is_set_b):
-            return _is_matching(parts_a, parts_b, compare.parts) or None
+            return _is_matching(parts_a, parts_b) or None
         if len(parts_b) == 1 and not is_set_a and not is_set_b:
-            return all(compare.parts(part, b) for part in parts_a)  # 26/36, or 13/18
+            return all(_is_same(part, b) for part in parts_a)  # 26/36, or 13/18
         values_a, values_b = _without_name(parts_a, parts_b), _without_name(parts_b, parts_a)
         if _named(values_a)[1] or _named(values_b)[1]:
-            return _is_matching(parts_a, parts_b, compare.parts)
-        return _is_matching(values_a, values_b, compare.parts)
-    return _is_matching(parts_a, parts_b, compare.parts) if is_set_a or is_set_b else None
+            return _is_matching(parts_a, parts_b)
+        return _is_matching(values_a, values_b)
+    return _is_matching(parts_a, parts_b) if is_set_a or is_set_b else None
 
 
 def _has_rows(text: str) -> bool:
@@ -264,7 +244,7 @@ def _signed(text: str, signs: str) -> str:
     return PLUS_MINUS.sub(lambda sign: signs[sign[1] == "mp"], text)
 
 
-def _is_same_system(parts: Sequence[str], other: str, is_same: IsSame) -> bool:
+def _is_same_system(parts: Sequence[str], other: str) -> bool:
     """Whether x = 3, y = -3 are the values of the tuple or list, by the order of the names."""
     claims = [name_and_value(part) for part in parts]
     values = {key(claim[0]): claim[1] for claim in claims if claim}
@@ -277,7 +257,7 @@ def _is_same_system(parts: Sequence[str], other: str, is_same: IsSame) -> bool:
     if any(map(name_and_value, others)):
         return False
     ordered = [values[name] for name in sorted(values)]
-    return len(ordered) == len(others) and all(map(is_same, ordered, others))
+    return len(ordered) == len(others) and all(map(_is_same, ordered, others))
 
 
 def _without_name(parts: list[str], others: list[str]) -> list[str]:
@@ -303,33 +283,33 @@ def _named(parts: list[str]) -> tuple[list[tuple[str, str] | None], set[str]]:
     return claims, {key(claim[0]) for claim in claims if claim}
 
 
-def _is_matching(parts_a: Sequence[str], parts_b: Sequence[str], is_same: IsSame) -> bool:
+def _is_matching(parts_a: Sequence[str], parts_b: Sequence[str]) -> bool:
     rest = list(parts_b)
     if len(parts_a) != len(rest):
         return False
     for part in parts_a:
-        match = next((other for other in rest if is_same(part, other)), None)
+        match = next((other for other in rest if _is_same(part, other)), None)
         if match is None:
             return False
         rest.remove(match)
     return True
 
 
-def _is_same_stated(a: str, b: str, compare: Comparison) -> bool | None:
-    return is_same_claim(a, b, compare.parts)
+def _is_same_stated(a: str, b: str) -> bool | None:
+    return is_same_claim(a, b, _is_same)
 
 
-def _is_same_range(a: str, b: str, compare: Comparison) -> bool | None:
+def _is_same_range(a: str, b: str) -> bool | None:
     """Compare intervals, unions of them and inequalities; two plain brackets are for a group."""
     if not any(is_relation(t) or UNION.search(t) or NAMED_SET.search(t) for t in (a, b)):
         return None
     region_a, region_b = region(a), region(b)
     if region_a is not None and region_b is not None:
-        return is_same_region(region_a, region_b, compare.parts)
-    return is_relation(a) and is_relation(b) and is_same_relation(a, b, compare.parts)
+        return is_same_region(region_a, region_b, _is_same)
+    return is_relation(a) and is_relation(b) and is_same_relation(a, b, _is_same)
 
 
-def _is_same_group(a: str, b: str, compare: Comparison) -> bool | None:
+def _is_same_group(a: str, b: str) -> bool | None:
     """Compare tuples and intervals: the same brackets, the same elements in order."""
     groups = []
     for text in (a.strip(), b.strip()):
@@ -340,29 +320,29 @@ def _is_same_group(a: str, b: str, compare: Comparison) -> bool | None:
     if not (kind_a or kind_b):
         return None
     is_alike = kind_a == kind_b and len(parts_a) == len(parts_b)
-    return is_alike and all(map(compare.parts, parts_a, parts_b))
+    return is_alike and all(map(_is_same, parts_a, parts_b))
 
 
-def _is_same_matrix(a: str, b: str, compare: Comparison) -> bool | None:
-    return is_same_matrix(a, b, compare.parts)
+def _is_same_matrix(a: str, b: str) -> bool | None:
+    return is_same_matrix(a, b, _is_same)
 
 
-def _is_same_congruence(a: str, b: str, compare: Comparison) -> bool | None:
+def _is_same_congruence(a: str, b: str) -> bool | None:
     """Compare residues; the modulus counts where both name one."""
     found_a, found_b = CONGRUENCE.fullmatch(a), CONGRUENCE.fullmatch(b)
     if not (found_a or found_b):
         return None
-    if found_a and found_b and not compare.parts(found_a[2], found_b[2]):
+    if found_a and found_b and not _is_same(found_a[2], found_b[2]):
         return False
-    return compare.parts(found_a[1] if found_a else a, found_b[1] if found_b else b)
+    return _is_same(found_a[1] if found_a else a, found_b[1] if found_b else b)
 
 
-def _is_same_quantity(a: str, b: str, compare: Comparison) -> bool:
+def _is_same_quantity(a: str, b: str) -> bool:
     """Compare expressions with their units; a percentage may be written as its share."""
     (a, unit_a), (b, unit_b) = without_unit(a), without_unit(b)
     if unit_a and unit_b and unit_a != unit_b:
         return False
-    if compare.values(a, b) or key(a) == key(b):
+    if is_same_value(a, b) or key(a) == key(b):
         return True
     if "%" not in (unit_a, unit_b) or unit_a == unit_b:
         return False
@@ -370,19 +350,14 @@ def _is_same_quantity(a: str, b: str, compare: Comparison) -> bool:
         rf"\frac{{{text}}}{{100}}" if unit == "%" else text
         for text, unit in ((a, unit_a), (b, unit_b))
     )
-    return compare.values(share_a, share_b)
+    return is_same_value(share_a, share_b)
 
 
-KINDS: tuple[Callable[[str, str], bool | None], ...] = (
+RULES: tuple[Callable[[str, str], bool | None], ...] = (
     _is_same_base,
     _is_same_choice,
     _is_same_time,
     _is_same_words,
-)
-"""Rules about answers that have no parts."""
-
-
-RULES: tuple[Callable[[str, str, Comparison], bool | None], ...] = (
     _is_same_ratio,
     _is_same_list,
     _is_same_matrix,
@@ -391,4 +366,3 @@ RULES: tuple[Callable[[str, str, Comparison], bool | None], ...] = (
     _is_same_range,
     _is_same_group,
 )
-"""Rules that come after these."""
