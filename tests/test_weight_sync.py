@@ -21,11 +21,11 @@ from treerpo_ray.weight_sync import (
     LoadProof,
     Manifest,
     Probe,
-    PublishedWeights,
     WeightSync,
     pack_weights,
 )
 from treerpo_ray.weights.files import FilePlace, WeightsLost
+from treerpo_ray.weights.source import PublishedWeights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 KEPT = [torch.int64, torch.uint8, torch.bool]
@@ -363,6 +363,15 @@ def test_stores_that_do_not_stay_alive_are_told_of() -> None:
     run.num_dead = 9
     with pytest.raises(WeightsLost, match=r"^no store stays alive on node b$"):
         asyncio.run(run.sync.place(PLACE.stamp, "b"))
+
+
+def test_who_waits_for_room_for_an_engine_that_came_later_is_idle_afterwards() -> None:
+    run = Crowded(at=(), error=OutOfDiskError("full"), num_full=1)
+    run.publish()
+    asyncio.run(run.sync.place(PLACE.stamp, "a"))
+    assert run.doing[1].startswith("waiting since ")
+    status = asyncio.run(run.sync.status())
+    assert (status.doing, status.is_busy) == ("waiting for a version", False)
 
 
 @pytest.mark.parametrize("error", [OutOfDiskError("full"), ObjectStoreFullError("full")])

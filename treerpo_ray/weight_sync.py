@@ -27,6 +27,7 @@ from treerpo_ray.metrics.stage_status import StageStatus, WatchedStage
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.patience import DiskRefused, Patience, PatienceTimes
 from treerpo_ray.weights.files import FilePlace, WeightsLost
+from treerpo_ray.weights.source import PlacesApi, PublishedWeights, WeightSource
 from treerpo_ray.weights.store import WeightStoreApi, put, store_on
 
 if TYPE_CHECKING:  # manifests go through actors that have no use for it
@@ -178,17 +179,6 @@ def _fill(
     return digest.hexdigest()
 
 
-class WeightSource(Protocol):
-    """Gives engines the bytes of one publication."""
-
-    async def place(self, node: str) -> FilePlace:
-        """Where they lie on a node (Ray's id), to which they are brought if they are not there.
-
-        Raises:
-            WeightsLost: they cannot be had any more.
-        """
-
-
 class EnginesApi(Protocol):
     """Actor of the pool whose engines serve the weights."""
 
@@ -197,26 +187,6 @@ class EnginesApi(Protocol):
         self, manifest: Manifest, source: WeightSource, probe: Probe, should_probe: bool
     ) -> None:
         """Have the engines serve a version; see `EnginePool.serve`."""
-
-
-class PlacesApi(Protocol):
-    """Actor of `WeightSync`, as engines' pools need it."""
-
-    @actor_method
-    def place(self, stamp: bytes, node: str) -> FilePlace:
-        """See `WeightSync`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublishedWeights:
-    """A publication of a weight sync, as a `WeightSource`."""
-
-    sync: PlacesApi
-    stamp: bytes
-
-    async def place(self, node: str) -> FilePlace:
-        """Where it lies on a node; see `WeightSync.place`."""
-        return await self.sync.place.remote(self.stamp, node)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -295,6 +265,8 @@ class WeightSync(WatchedStage):
         self._newest: _Publication | None = None
         self._stores: dict[str, WeightStoreApi] = {}
         """By their nodes: those of the learner and of the engines that asked since it published."""
+        self._serves = ""
+        """What it does while something is published."""
         self._doing = ""
         self._moved_at = time.monotonic()
 
@@ -314,7 +286,8 @@ class WeightSync(WatchedStage):
             RayError, RuntimeError: no engine could take it over, or the bytes are lost.
             DiskRefused: the run was told to stop while there was no room for them.
         """
-        self._move(f"having the engines serve version {manifest.version}")
+        self._serves = f"having the engines serve version {manifest.version}"
+        self._move(self._serves)
         should_probe = self._num_syncs % self.probe_every == 0
         self._num_syncs += 1
         try:
@@ -327,6 +300,7 @@ class WeightSync(WatchedStage):
                 self._stores.pop(node, None)
                 await self._serve(manifest, place, probe, node, should_probe)
         finally:
+            self._serves = ""
             self._move("")
 
     async def _serve(
@@ -385,6 +359,8 @@ class WeightSync(WatchedStage):
                 except DiskRefused as error:
                     newest.refused = error
                     raise WeightsLost(str(error)) from None
+                finally:  # for an engine that came up later it puts while nothing is published
+                    self._move(self._serves)
                 newest.chunks.append(chunk)
             return newest.chunks
 
