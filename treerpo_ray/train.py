@@ -38,7 +38,7 @@ from treerpo_ray.evaluate.grading import HeldOutEvaluator
 from treerpo_ray.learner.learner import Learner
 from treerpo_ray.learner.policy import DTYPES
 from treerpo_ray.learner.publisher import Publisher
-from treerpo_ray.learner.together import Together
+from treerpo_ray.learner.together import Together, once_a_machine
 from treerpo_ray.learner.update_result import UpdateResult
 from treerpo_ray.metrics.events import (
     Event,
@@ -98,7 +98,8 @@ def restore(task: WorkerTask) -> Iterator["TrainWorker"]:
     )
     heartbeat.at("restoring its state")
     checkpoints = Checkpoints(RunFolder(config.folder), config.checkpoint.keep)
-    with checkpoints.newest() as found:
+    node, is_first_here = ray.get_runtime_context().get_node_id(), context.get_local_rank() == 0
+    with once_a_machine(checkpoints.newest, node, is_first_here=is_first_here) as found:
         step, checkpoint = found or (0, None)
         learner = Learner(
             model=config.model,
@@ -115,7 +116,7 @@ def restore(task: WorkerTask) -> Iterator["TrainWorker"]:
             task=task,
             rank=rank,
             num_workers=context.get_world_size(),
-            node=ray.get_runtime_context().get_node_id(),
+            node=node,
             step=step,
             learner=learner,
             checkpoints=checkpoints,

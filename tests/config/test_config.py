@@ -47,6 +47,7 @@ def test_a_number_beyond_its_limits_is_told_with_its_key() -> None:
             "learner.min_workers=0 must be from 1 to learner.num_workers=1",
         ),
         (["learner.num_workers=2", "learner.min_workers=1"], "learner.resources.train_slot=1"),
+        (["learner.offload=true"], "learner.offload=true needs learner.shard=true"),
         (
             ["learner.min_workers=1", "learner.resources={CPU: 0.4, train_slot: 1}"],
             "learner.resources.CPU=0.4 must be a multiple of 0.5",

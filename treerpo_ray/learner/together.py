@@ -5,14 +5,17 @@ of all: it says what it is about to do, and the others, who `follow` meanwhile, 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from treerpo_ray.learner.learner import Learner
+
+T = TypeVar("T")
 
 
 class Together:
@@ -76,6 +79,29 @@ class Together:
         box = [task]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+
+@contextmanager
+def once_a_machine(
+    opened: Callable[[], AbstractContextManager[T]], machine: str, *, is_first_here: bool
+) -> Iterator[T]:
+    """Open what all workers of a machine read, such as files from a store, once on each machine.
+
+    Args:
+        opened: Opens it; it is closed once all workers are done with it.
+        machine: Name of this one.
+        is_first_here: Whether this worker opens it for those of its machine.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        with opened() as alone:
+            yield alone
+        return
+    found: list[tuple[str, T] | None] = [None] * dist.get_world_size()
+    with ExitStack() as stack:
+        own = (machine, stack.enter_context(opened())) if is_first_here else None
+        dist.all_gather_object(found, own)
+        yield next(each[1] for each in found if each is not None and each[0] == machine)
+        dist.barrier()
 
 
 Task = Callable[[Learner], None]

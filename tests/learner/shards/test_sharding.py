@@ -177,11 +177,14 @@ def test_a_checkpoint_with_the_whole_model_resumes_on_two_workers(runs: Runs) ->
         assert_near(seen["from_whole"].states[0], runs.alone["resumed"].states[-1])
 
 
-def test_a_disk_that_is_full_for_one_worker_is_waited_for(runs: Runs) -> None:
+def test_a_disk_that_is_full_for_any_worker_is_waited_for(runs: Runs) -> None:
     for count in (4, 2):
         told = runs.workers[count][0]["untied"].told
-        assert " is full: " in told[0]
-        assert told[1:] == ["checkpoint of step 1 is written", "placed"]
+        assert told.pop(1).startswith("checkpoint of step 1 waits: the disk ")
+        assert told == [
+            *("refused: write_data", "refused: save_file"),
+            *("checkpoint of step 1 is written", "placed"),
+        ]
         checkpoint = runs.folder / f"from-{count}" / name_of(1)
         assert len(list((checkpoint / MOMENTS_FOLDER).iterdir())) == count
     assert runs.workers[1][0]["untied"].told == ["placed"]
@@ -195,6 +198,14 @@ def test_what_a_worker_on_another_machine_wrote_comes_to_the_first(runs: Runs) -
     state = State.of(make_learner(runs.resumed.whole().config, start))
     torch.testing.assert_close(state.parameters, left.parameters, atol=0, rtol=0)
     torch.testing.assert_close(state.moments, left.moments, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(4, [0, 0, 2, 2]), (2, [0, 1]), (1, [0])])
+def test_one_worker_of_each_machine_opens_what_all_of_it_read(
+    runs: Runs, count: int, expected: list[int]
+) -> None:
+    for rank in range(count):
+        assert torch.load(runs.folder / f"{count}" / f"opened-{rank}.pt") == expected
 
 
 def test_a_worker_that_is_killed_as_it_writes_leaves_no_checkpoint(runs: Runs) -> None:

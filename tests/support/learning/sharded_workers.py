@@ -3,7 +3,8 @@
 import errno
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +18,8 @@ from torch import Tensor
 from tests.support.learning.learner_runs import State, make_learner
 from treerpo_ray.config import Config
 from treerpo_ray.learner.learner import Learner
-from treerpo_ray.learner.together import Together
+from treerpo_ray.learner.shards import export
+from treerpo_ray.learner.together import Together, once_a_machine
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder.checkpoints import CheckpointContents, Checkpoints, CheckpointSaver
 from treerpo_ray.run_folder.files import RunFolder
@@ -41,8 +43,8 @@ class Case:
     """Run folder in which a checkpoint and the model are left; a relative one is of the first
     worker alone, as the others have another working folder."""
     fault: str = ""
-    """What befalls the second worker as it writes its part: `full`, a disk that is full at the
-    first attempt, or `killed`."""
+    """What befalls the second worker as it writes its moments: `full`, a disk that is full at the
+    first attempt, as the first worker's is for weights at the next one, or `killed`."""
 
     def whole(self) -> "Case":
         """The same by a learner that has the whole model."""
@@ -78,6 +80,8 @@ def run_case(case: Case, rank: int = 0, num_workers: int = 1) -> Found:
     together = Together(learner)
     weights, logprobs, told = {}, None, []
     if rank == 0:
+        if case.fault == "full":
+            befall("full", export, "save_file")
         with together.leading():
             weights = dict(together.named_weights(torch.float32))
             logprobs = together.sequence_logprobs(PROBE)
@@ -85,7 +89,7 @@ def run_case(case: Case, rank: int = 0, num_workers: int = 1) -> Found:
                 told = save(together, case.end)
     else:
         if rank == 1 and case.fault:
-            befall(case.fault)
+            befall(case.fault, dcp.HuggingFaceStorageWriter, "write_data")
         together.follow()
     return Found(
         states=states,
@@ -123,8 +127,16 @@ def save(together: Together, place: Path) -> list[str]:
         warn=lambda what, reason: told.append(f"{what}: {reason}"),
         patience=patience,
     )
+
+    def attempt(staging: Path) -> None:
+        try:
+            together.write(staging)
+        except OSError as error:
+            told.append(f"refused: {error.filename}")
+            raise
+
     contents = CheckpointContents(
-        write=together.write,
+        write=attempt,
         before_place=lambda staging: None,
         is_settled=lambda: True,
         placed=lambda: told.append("placed"),
@@ -136,17 +148,40 @@ def save(together: Together, place: Path) -> list[str]:
     return told
 
 
-def befall(fault: str) -> None:
-    """Have a fault come upon this process as it writes the moments."""
-    plain: Callable[..., object] = dcp.HuggingFaceStorageWriter.write_data
+def befall(fault: str, place: object, name: str) -> None:
+    """Have a fault come upon this process as it calls what `place` has under a name."""
+    plain: Callable[..., object] = getattr(place, name)
 
-    def faulty(*arguments: object) -> object:
+    def faulty(*arguments: object, **named: object) -> object:
         if fault == "killed":
             os._exit(1)
-        setattr(dcp.HuggingFaceStorageWriter, "write_data", plain)  # noqa: B010  # the next attempt
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "part")
+        setattr(place, name, plain)  # the next attempt
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
 
-    setattr(dcp.HuggingFaceStorageWriter, "write_data", faulty)  # noqa: B010
+    setattr(place, name, faulty)
+
+
+def opened_by(rank: int, num_workers: int) -> list[int]:
+    """Who opened what each worker sees, of two machines with half of the workers each; all of it is
+    open until the last one is done."""
+    is_open: list[int] = []
+
+    @contextmanager
+    def open_here() -> Iterator[int]:
+        is_open.append(rank)
+        yield rank
+        is_open.clear()
+
+    half = -(-num_workers // 2)
+    machine, is_first_here = f"machine-{rank // half}", rank % half == 0
+    with once_a_machine(open_here, machine, is_first_here=is_first_here) as seen:
+        assert (is_open == [rank]) == is_first_here
+        dist.barrier()
+        assert (is_open == [rank]) == is_first_here
+    assert not is_open
+    found = [0] * num_workers
+    dist.all_gather_object(found, seen)
+    return found
 
 
 def run_workers(num_workers: int, folder: Path, cases: dict[str, Case]) -> list[dict[str, Found]]:
@@ -181,6 +216,7 @@ def _work(rank: int, num_workers: int, folder: Path, cases: dict[str, Case]) -> 
     home.mkdir()
     os.chdir(home)
     found: dict[str, Found] = {}
+    torch.save(opened_by(rank, num_workers), folder / f"opened-{rank}.pt")
     for name, case in cases.items():
         if case.fault == "killed":
             torch.save(found, folder / f"{rank}.pt")

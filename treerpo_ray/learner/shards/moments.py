@@ -7,7 +7,7 @@ sharded writes the same as one part.
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -42,18 +42,20 @@ def write_moments(
     }
     if not state:
         return  # before the first step
-    with tempfile.TemporaryDirectory(prefix="treerpo-moments-") as apart:
-        is_there = folder.parent.is_dir()
-        target = folder if is_there else Path(apart)
+    with ExitStack() as stack:
+        apart = None
+        if not folder.parent.is_dir():
+            place = tempfile.TemporaryDirectory(prefix="treerpo-moments-")
+            apart = Path(stack.enter_context(place))
         writer = dcp.HuggingFaceStorageWriter(
-            str(target),
+            str(apart or folder),
             fqn_to_index_mapping=_files(state, dist.get_world_size() if is_sharded else 1),
             save_distributed=True,
         )
         with _plain_errors():
             dcp.save(state, storage_writer=writer, no_dist=not is_sharded)
         if is_sharded:
-            _collect(folder, None if is_there else Path(apart))
+            _collect(folder, apart)
 
 
 def read_moments(
