@@ -15,10 +15,9 @@ stop strings are the run's; of a model they are prompts.chat_template_args.enabl
 and the like.
 A run is graded by its own check. Where that is a file which is not here as it was, the code that
 the run brings along is shown and not run: --trust-run runs it, and code of the model's own, too.
-The scores go to stdout as a table and, unless that is a terminal, one line of JSON, and with every
-sample into
-run.root/run.name/eval: NAME.json and NAME.parquet. Their mean is over the paper's four benchmarks
-if those are among them, otherwise over all.
+The scores go to stdout as a table and, unless that is a terminal, one line of JSON; with every
+sample they lie in eval-NAME/eval beside the run, in BENCHMARK.json and .parquet. Their mean is over
+the paper's four benchmarks if those are among them, otherwise over all.
 """
 
 import json

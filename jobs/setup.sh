@@ -50,7 +50,7 @@ progress() {
     fi
     all=$(tr -cd , <<<"$all" | wc -c)
     there=$(find "$venv"/lib/python*/site-packages -maxdepth 1 -name '*.dist-info' | wc -l)
-    echo "installing: $there of about $((all + 1)) packages are there"
+    echo "installing: $((there > all ? all + 1 : there)) of about $((all + 1)) packages are there"
 }
 
 # pip install with these arguments; every few seconds a line says what it is at.

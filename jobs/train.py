@@ -54,7 +54,8 @@ def train(arguments: list[str]) -> int:
     found.check_memory()
     if "--dry-run" in arguments:
         if earlier.result is not None:
-            console.note(f"{config.folder} holds this run complete: it would not be trained again")
+            again = "another run.name starts a new one"
+            console.note(f"{config.folder} holds this run complete; {again}")
         return 0
     check_vllm(config)
     inputs = found.inputs()

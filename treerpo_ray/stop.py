@@ -27,6 +27,12 @@ STOPPED = 130
 """Exit status of a command that was stopped, by whichever signal."""
 
 
+def _tell(line: str) -> None:
+    """Say something from the handler of a signal, whatever its stream is in the middle of."""
+    with suppress(OSError):  # nobody reads it any more
+        os.write(2, f"{line}\n".encode())
+
+
 @contextmanager
 def _handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
     """Have the signals handled so for a while, where this is the main thread, which has them.
@@ -56,6 +62,8 @@ def held_back(*, same_s: float = SAME_S) -> Iterator[None]:
     came: list[tuple[int, float]] = []
 
     def hold(number: int, frame: FrameType | None) -> None:
+        if not came:
+            _tell("stopping, once what is being started is there ...")
         came.append((number, time.monotonic()))
         if came[-1][1] - came[0][1] >= same_s:
             raise KeyboardInterrupt
@@ -78,8 +86,7 @@ def ended_at_once() -> Iterator[None]:
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):  # it is closed, gone, or in the middle of a line
                 stream.flush()
-        with suppress(OSError):
-            os.write(2, b"stopped\n")
+        _tell("stopped")
         os._exit(STOPPED)
 
     with _handled(end):
@@ -125,6 +132,7 @@ class Stop:
         self._last = now
         was_asked, self.is_asked = self.is_asked, True
         if was_asked or self._ask is None:
+            _tell("stopping ...")  # what has been started is ended first, which takes its time
             raise KeyboardInterrupt
         self._ask()
 

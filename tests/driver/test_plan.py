@@ -122,13 +122,13 @@ def test_the_plan_says_what_this_machine_lacks() -> None:
 
 def test_the_plan_of_a_run_on_a_cluster_looks_at_that(monkeypatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    there = cluster.Available(where="the cluster", resources={"CPU": 1.0}, memory_gib=0.5)
+    there = cluster.Available(where="the cluster", resources={"CPU": 1.0}, memory_gib=0.3)
     config = load(QUICKSTART)
     found = preflight(config)
     lines = plan_lines(config, found, look=lambda config: there)
-    assert "there is    CPU 1, train_slot 0, 0.5 GiB of memory (the cluster)" in lines
+    assert "there is    CPU 1, train_slot 0, 0.3 GiB of memory (the cluster)" in lines
     assert "missing     CPU 1.1, train_slot 2" in lines
-    [memory] = [line for line in lines if "the largest node has 0.5" in line]
+    [memory] = [line for line in lines if "the largest node has 0.3" in line]
     assert memory.startswith("missing     1 engine(s) take 0.28 GiB and 1 worker(s) ")
 
     def refuse(config: Config) -> cluster.Available:
@@ -177,7 +177,7 @@ def test_a_run_without_held_out_data_has_no_line_for_it() -> None:
 def test_the_plan_has_the_first_prompt_and_what_ends_an_answer(quickstart) -> None:
     problem = load_inputs(load(QUICKSTART)).prompts.problems[0]
     asked = f"{problem.question}\n"
-    assert quickstart["prompt"] == f"{asked!r}, answered by {problem.answers[0]!r}"
+    assert quickstart["prompt"] == f"{asked!r}, expected answer {problem.answers[0]!r}"
     assert "stop" not in quickstart
     shown = plan("prompts.prompt_template='Go: {question}'", 'model.stop=["</a>", "\\n\\n"]',
                  "evaluate.data.prompt_template=null")  # fmt: skip

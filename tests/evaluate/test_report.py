@@ -253,7 +253,7 @@ def test_a_place_may_be_in_the_home_folder_or_on_an_object_store(
     evaluated(f"{tmp_path}/mine", "one", RIGHT)
     evaluated(f"memory:/{tmp_path}/other", "one", WRONG)
     assert less(comparison("~/mine", f"memory:/{tmp_path}/other"), "one", "pass@1") == 1
-    with pytest.raises(ValueError, match=r"^~/none: there are no samples of an evaluation"):
+    with pytest.raises(ValueError, match=r"^~/none: there is no such run or evaluation$"):
         comparison("~/none", "~/mine")
 
 
@@ -273,7 +273,7 @@ def test_runs_are_compared_by_their_names_and_the_steps_are_said_in_80_columns(
     earlier = f"{tmp_path}/treerpo_runs/quickstart/eval/step=000000.json"
     names = comparison("quickstart", earlier).names
     assert names == ("quickstart (step 36)", f"{earlier} (step 0)")
-    with pytest.raises(ValueError, match="treerpo_runs/other: there are no samples"):
+    with pytest.raises(ValueError, match="treerpo_runs/other: there is no such run"):
         comparison("other", "quickstart")
 
 

@@ -267,7 +267,7 @@ def test_ids_are_for_the_logs():
     assert text.getvalue().splitlines() == [
         "engine 0 serves, 26 s after its start",
         "engine lost: engine 0: ActorDiedError: the actor died on node: no memory",
-        f"waiting for {where} since 30 s",
+        f"waiting for {where}, for 30 s so far",
         "tree moved: ticket 3",
     ]
 

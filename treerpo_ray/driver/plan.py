@@ -125,7 +125,8 @@ def _prompt_lines(config: Config, train: DataSet | None) -> list[str]:
         if len(shown) > 2 * SHOWN_CHARS:
             shown = f"{shown[:SHOWN_CHARS]}...{shown[-SHOWN_CHARS:]}"
         problem = next(iter(train.parts.values())).problems[0]
-        lines.append(f"prompt      {shown!r}, answered by {problem.answers[0][-SHOWN_CHARS:]!r}")
+        answer = problem.answers[0][-SHOWN_CHARS:]
+        lines.append(f"prompt      {shown!r}, expected answer {answer!r}")
     if config.model.stop:
         texts = ", ".join(map(repr, config.model.stop))
         lines.append(f"stop        an answer ends with its end token or behind {texts}")

@@ -282,8 +282,9 @@ def find(place: str) -> dict[str, str]:
         steps = [file for file in files if _stem(file).startswith("step=")]
         files = [file for file in files if file not in steps[:-1]]
     if not files or not folder.exists(files[0]):
-        hint = did_you_mean(named) if not folder.exists() else ""
-        raise ValueError(f"{place}: there are no samples of an evaluation (eval/*.parquet){hint}")
+        if not folder.exists():
+            raise ValueError(f"{place}: there is no such run or evaluation{did_you_mean(named)}")
+        raise ValueError(f"{place}: there are no samples of an evaluation (eval/*.parquet)")
     return {_benchmark(folder.uri(file)): folder.uri(file) for file in files}
 
 

@@ -42,7 +42,7 @@ IDS = {"pid", "core", "node"}
 ROUTINE = {"engine_serving", "engine_draining", "engine_left", "learner_started", "write_done"}
 """Kinds of events that are no warning."""
 SENTENCES = {
-    "waiting": "waiting for {what} since {seconds} s",
+    "waiting": "waiting for {what}, for {seconds} s so far",
     "engine_serving": "engine {engine} serves, {seconds} s after its start",
     "engine_lost": "engine lost: engine {engine}: {reason}",
     "engine_draining": "engine draining: engine {engine} finishes {trees} trees: {reason}",
