@@ -21,6 +21,7 @@ from jobs.benches.packing import bench_packing, bench_records
 from jobs.benches.request_logprobs import bench_request_logprobs
 from jobs.benches.rollout import bench_search, bench_verifier
 from jobs.benches.sides import ROUNDS
+from jobs.benches.weights import bench_weights
 from treerpo_ray.config import load
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -32,6 +33,7 @@ BENCHES = {
     "request_logprobs": bench_request_logprobs,
     "verifier": bench_verifier,
     "search": bench_search,
+    "weights": bench_weights,
 }
 
 

@@ -16,13 +16,16 @@ from treerpo_ray.metrics.watchdog import Heartbeats, HeartbeatsApi
 from treerpo_ray.search.gate import Gate
 from treerpo_ray.search.tree_pool import TreePool
 from treerpo_ray.task import GateApi, TreePoolApi, WeightSyncApi
-from treerpo_ray.weight_sync import EnginesApi, WeightStore, WeightStoreApi, WeightSync
+from treerpo_ray.weight_sync import EnginesApi, WeightSync
+from treerpo_ray.weights.source import PlacesApi
+from treerpo_ray.weights.store import WeightStore, WeightStoreApi
 
 PAIRS = [
     (EngineApi, Engine),
     (EnginesApi, TreePool),
     (GateApi, Gate),
     (HeartbeatsApi, Heartbeats),
+    (PlacesApi, WeightSync),
     (RunLogApi, RunLog),
     (TreePoolApi, TreePool),
     (WeightStoreApi, WeightStore),

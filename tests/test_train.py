@@ -26,6 +26,7 @@ from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.task import RunActors, WorkerTask
 from treerpo_ray.train import TrainWorker
+from treerpo_ray.weights.files import FileMaps
 
 LIMIT_S = 60.0
 """Time after which what a test waits for does not come any more."""
@@ -97,7 +98,6 @@ def make_worker(
         checkpoints=SimpleNamespace(passed_over={}),
         heartbeat=SimpleNamespace(at=lambda doing, is_busy=True: None),
         get=get,
-        put=lambda value: value,
     )
 
 
@@ -246,9 +246,10 @@ def test_weights_that_are_on_their_way_are_not_those_of_the_next_update(tmp_path
     one_step(worker)
     weight.zero_()
     until_called(fakes, "publish")
-    _, chunks, _, node = fakes.arguments["publish"]
-    assert node == "node", "where the chunks lie"
-    assert chunks[0].view("float32")[:2].tolist() == [1, 1]
+    _, place, _, node = fakes.arguments["publish"]
+    assert node == "node", "where they lie"
+    chunk = FileMaps().read(place.path, *place.parts[0])
+    assert chunk.view("float32")[:2].tolist() == [1, 1]
     is_served.set()
     worker.publisher.wait()
 

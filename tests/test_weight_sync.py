@@ -1,33 +1,31 @@
 """Weights are packed and read back bit for bit, and a proof of other bytes is refused."""
 
 import asyncio
-import hashlib
-from collections.abc import Awaitable
 from concurrent.futures import Future
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
-from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OwnerDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, ObjectStoreFullError, OutOfDiskError, RayTaskError
 
 from treerpo_ray.metrics.events import Event
 from treerpo_ray.run_folder.patience import DiskRefused, PatienceTimes
 from treerpo_ray.weight_sync import (
     ALIGNMENT,
-    ChunkFiles,
+    BLOCK,
     LoadProof,
     Manifest,
-    ObjectStores,
     Probe,
-    WeightsLost,
     WeightSync,
     pack_weights,
 )
+from treerpo_ray.weights.files import FilePlace, WeightsLost
+from treerpo_ray.weights.source import PublishedWeights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 KEPT = [torch.int64, torch.uint8, torch.bool]
@@ -118,11 +116,36 @@ def test_what_is_packed_is_a_copy_and_may_be_a_parameter_or_a_strided_view() -> 
     assert same(back["strided"], expected[1])
 
 
+def test_a_tensor_of_several_blocks_is_cast_and_digested_whole() -> None:
+    weight = random_tensor((2, BLOCK // 2 + 3), torch.float32)
+    manifest, chunks = pack_weights(
+        [("w", weight)], version=0, dtype=torch.bfloat16, chunk_bytes=1 << 30
+    )
+    assert same(unpack(manifest, chunks)["w"], weight.to(torch.bfloat16))
+    assert manifest.digests == (xxhash.xxh3_128_hexdigest(chunks[0].data),)
+
+
+def test_what_lay_in_the_memory_of_a_chunk_is_not_sent() -> None:
+    """Between tensors neither: the same weights have the same digest."""
+    packed = [
+        pack_weights(
+            [("a", torch.ones(3)), ("b", torch.ones(5))],
+            version=0,
+            dtype=torch.float32,
+            chunk_bytes=1 << 20,
+            allocate=lambda num_bytes, old=old: np.full(num_bytes, old, np.uint8),
+        )
+        for old in (0, 255)
+    ]
+    assert packed[0][0] == packed[1][0]
+    assert packed[0][1][0].tobytes() == packed[1][1][0].tobytes()
+
+
 def test_a_manifest_has_a_digest_of_each_chunk_and_says_the_version() -> None:
     weights = [(str(i), random_tensor((50,), torch.float32, seed=i)) for i in range(3)]
     manifest, chunks = pack_weights(weights, version=7, dtype=torch.bfloat16, chunk_bytes=100)
     assert (manifest.version, len(chunks)) == (7, 3)
-    digests = [hashlib.blake2b(chunk.tobytes(), digest_size=16).hexdigest() for chunk in chunks]
+    digests = [xxhash.xxh3_128_hexdigest(chunk.tobytes()) for chunk in chunks]
     assert list(manifest.digests) == digests
     assert len(set(digests)) == 3
     changed = [("0", weights[0][1] + 1), *weights[1:]]
@@ -167,46 +190,58 @@ def test_a_proof_of_another_version_or_other_bytes_is_refused(proof: LoadProof, 
         proof.check(MANIFEST)
 
 
-def test_chunk_files_hold_the_chunks_and_are_gone_afterwards() -> None:
-    chunks = [np.arange(10, dtype=np.uint8), np.zeros(3, np.uint8)]
-    with ChunkFiles() as files:
-        paths = [Path(files.write(chunk)) for chunk in chunks]
-        assert [path.read_bytes() for path in paths] == [chunk.tobytes() for chunk in chunks]
-    assert not any(path.exists() for path in paths)
+PLACE = FilePlace(path="/proc/1/fd/3", stamp=b"4", parts=((4096, 3), (8192, 3)))
+"""Of the learner."""
 
 
-def test_chunk_files_are_gone_after_an_error_too() -> None:
-    with pytest.raises(ZeroDivisionError), ChunkFiles() as files:
-        path = Path(files.write(np.zeros(3, np.uint8)))
-        raise ZeroDivisionError
-    assert not path.exists()
+class Store:
+    """A node's store of weights; Ray's store there has no room as long as the run says so."""
 
+    def __init__(self, run: "Crowded", node: str) -> None:
+        self.run, self.node, self.held = run, node, b""
 
-def test_chunks_that_are_lost_on_their_way_are_told_as_such() -> None:
-    async def chunk() -> np.ndarray:
-        return np.zeros(3, np.uint8)
+    def hold(self, place: FilePlace) -> FilePlace:
+        assert place == PLACE
+        self.held = place.stamp
+        return place
 
-    async def lost() -> np.ndarray:
-        raise OwnerDiedError("00", None, "")
+    def put(self, stamp: bytes, part: int) -> str:
+        assert self.held == stamp
+        return self.run.put(f"part {part}")
 
-    async def fetch(*chunks: Awaitable[np.ndarray]) -> list[str]:
-        with ChunkFiles() as files:
-            return await files.fetch(MANIFEST, list(chunks))
-
-    assert len(asyncio.run(fetch(chunk(), chunk()))) == 2
-    with pytest.raises(WeightsLost, match=r"^version 4 is lost: OwnerDiedError$"):
-        asyncio.run(fetch(chunk(), lost()))
+    def place(self, stamp: bytes, chunks: list[object]) -> FilePlace:
+        self.run.asked.append((self.node, chunks))
+        if self.held != stamp and not chunks:
+            raise WeightsLost("gone")
+        self.held = stamp
+        return replace(PLACE, path=self.node)
 
 
 class Crowded:
-    """A weight sync, and the other actors of a run; no store of Ray has room `num_full` times."""
+    """A weight sync, and the other actors of a run, with engines on some nodes.
 
-    def __init__(self, error: Exception, *, node: str, num_full: float) -> None:
-        self.error, self.num_full, self.is_told_to_stop = error, num_full, False
+    Args:
+        at: Nodes of the engines.
+        error: What a store of Ray raises that has no room.
+        num_full: So many times, of all that is put.
+        num_dead: So many stores are dead when they are first called.
+    """
+
+    def __init__(
+        self,
+        *,
+        at: tuple[str, ...],
+        error: Exception | None = None,
+        num_full: float = 0,
+        num_dead: int = 0,
+    ) -> None:
+        self.at, self.error, self.num_full, self.num_dead = at, error, num_full, num_dead
+        self.is_told_to_stop = False
         self.events: list[Event] = []
         self.doing: list[str] = []
-        self.served: list[list[object]] = []
-        store = SimpleNamespace(keep=SimpleNamespace(remote=self.keep))
+        self.asked: list[tuple[str, list[object]]] = []
+        self.made: list[str] = []
+        self.served: list[FilePlace] = []
         stop = SimpleNamespace(remote=lambda: self.answer(lambda: self.is_told_to_stop))
         self.sync = WeightSync(
             pool=SimpleNamespace(serve=SimpleNamespace(remote=self.serve)),
@@ -214,69 +249,136 @@ class Crowded:
             run_log=SimpleNamespace(event=SimpleNamespace(remote=self.events.append)),
             folder="/run",
             probe_every=1,
+            fetch_limit_s=60.0,
             times=PatienceTimes(retry=0.01, look=0.005),
-            object_stores=ObjectStores(here="here", put=self.put, on={"there": store}.__getitem__),
+            make_store=self.make_store,
+            handle=lambda: SimpleNamespace(place=SimpleNamespace(remote=self.sync.place)),
         )
-        self.node = node
 
-    def put(self, value: object) -> object:
-        status = asyncio.run(self.sync.status())
-        self.doing.append(status.doing)
+    def make_store(self, node: str) -> SimpleNamespace:
+        self.made.append(node)
+        store = Store(self, node)
+        is_dead = len(self.made) <= self.num_dead
+
+        def method(name: str) -> SimpleNamespace:
+            def remote(*arguments: object) -> Future[object]:
+                def work() -> object:
+                    if is_dead:
+                        raise ActorDiedError
+                    return getattr(store, name)(*arguments)
+
+                return self.answer(work)
+
+            return SimpleNamespace(remote=remote)
+
+        return SimpleNamespace(**{name: method(name) for name in ("hold", "put", "place")})
+
+    def put(self, value: str) -> str:
+        """Its errors come with the stack of the actor."""
+        self.doing.append(asyncio.run(self.sync.status()).doing)
         if self.num_full > 0:
             self.num_full -= 1
-            raise self.error
+            place = {"proctitle": "store", "pid": 1, "ip": "there"}
+            raise RayTaskError("put", "a\nstack", self.error, **place).as_instanceof_cause()
         return value
 
-    def keep(self, chunk: list[object]) -> SimpleNamespace:
-        """What an actor gives on another node; its errors come with their stack."""
+    def answer(self, work: object) -> "Answer":
+        done = Answer()
+        try:
+            done.set_result(work())
+        except Exception as error:
+            done.set_exception(error)
+        return done
 
-        def work() -> object:
-            try:
-                return self.put(chunk)
-            except Exception as error:
-                place = {"proctitle": "store", "pid": 1, "ip": "there"}
-                raise RayTaskError(
-                    "keep", "a\nstack", error, **place
-                ).as_instanceof_cause() from None
+    async def serve(self, manifest: Manifest, source: PublishedWeights, *_: object) -> None:
+        for node in self.at:
+            self.served.append(await source.place(node))
 
-        return self.answer(work)
-
-    def answer(self, work: object) -> SimpleNamespace:
-        def future() -> Future[object]:
-            done: Future[object] = Future()
-            try:
-                done.set_result(work())
-            except Exception as error:
-                done.set_exception(error)
-            return done
-
-        return SimpleNamespace(future=future)
-
-    async def serve(self, manifest: Manifest, chunks: list[object], *_: object) -> None:
-        self.served.append(chunks)
-
-    def publish(self) -> None:
-        async def chunk() -> np.ndarray:
-            return np.zeros(3, np.uint8)
-
+    def publish(self, times: int = 1) -> None:
         async def work() -> None:
-            chunks = [chunk(), chunk()]
-            probe = Probe(token_ids=[], logprobs=[])
-            try:
-                await self.sync.publish(MANIFEST, chunks, probe, self.node)
-            finally:
-                for each in chunks:
-                    each.close()
+            for _ in range(times):
+                await self.sync.publish(
+                    MANIFEST, PLACE, Probe(token_ids=[], logprobs=[]), "learner's"
+                )
 
         asyncio.run(work())
 
 
-@pytest.mark.parametrize("node", ["here", "there"])
-@pytest.mark.parametrize("error", [OutOfDiskError("full"), ObjectStoreFullError("full")])
-def test_room_for_weights_is_waited_for_with_an_event_and_a_status_that_moves(error, node) -> None:
-    run = Crowded(error, node=node, num_full=3)
+class Answer(Future[object]):
+    """Awaited by an actor, or by a thread of it."""
+
+    def __await__(self):
+        return asyncio.wrap_future(self).__await__()
+
+    def future(self) -> Future[object]:
+        return self
+
+
+def test_engines_on_the_learners_node_read_its_file_and_nothing_is_put_for_them() -> None:
+    run = Crowded(at=("learner's", "learner's"))
     run.publish()
-    assert len(run.served[0]) == 2
+    assert run.made == ["learner's"]
+    assert run.asked == [("learner's", [])] * 2
+    assert run.events == run.doing == []
+
+
+def test_weights_are_put_once_for_all_other_nodes_and_brought_to_each() -> None:
+    run = Crowded(at=("a", "learner's", "b", "a"))
+    run.publish()
+    chunks = ["part 0", "part 1"]
+    assert run.asked == [("a", chunks), ("learner's", []), ("b", chunks), ("a", chunks)]
+    assert [place.path for place in run.served] == ["a", "learner's", "b", "a"]
+    assert len(run.doing) == 2
+    assert run.made == ["learner's", "a", "b"], "one a node"
+
+
+def test_a_node_whose_engines_have_left_keeps_no_store() -> None:
+    run = Crowded(at=("a", "b"))
+    run.publish()
+    run.at = ("b",)
+    run.publish()
+    assert set(run.sync._stores) == {"learner's", "b"}
+
+
+def test_an_older_version_is_lost_for_who_asks_late() -> None:
+    run = Crowded(at=())
+    with pytest.raises(WeightsLost):
+        asyncio.run(run.sync.place(PLACE.stamp, "a"))
+    run.publish()
+    with pytest.raises(WeightsLost, match=r"^other weights were published meanwhile$"):
+        asyncio.run(run.sync.place(b"3", "a"))
+
+
+@pytest.mark.parametrize(("at", "made"), [(("learner's",), 2), (("a",), 3)])
+def test_a_store_that_was_killed_is_made_anew_from_what_the_learner_still_has(at, made) -> None:
+    run = Crowded(at=at, num_dead=1)
+    run.publish()
+    assert [place.path for place in run.served] == list(at)
+    assert len(run.made) == made
+
+
+def test_stores_that_do_not_stay_alive_are_told_of() -> None:
+    run = Crowded(at=("a",))
+    run.publish()
+    run.num_dead = 9
+    with pytest.raises(WeightsLost, match=r"^no store stays alive on node b$"):
+        asyncio.run(run.sync.place(PLACE.stamp, "b"))
+
+
+def test_who_waits_for_room_for_an_engine_that_came_later_is_idle_afterwards() -> None:
+    run = Crowded(at=(), error=OutOfDiskError("full"), num_full=1)
+    run.publish()
+    asyncio.run(run.sync.place(PLACE.stamp, "a"))
+    assert run.doing[1].startswith("waiting since ")
+    status = asyncio.run(run.sync.status())
+    assert (status.doing, status.is_busy) == ("waiting for a version", False)
+
+
+@pytest.mark.parametrize("error", [OutOfDiskError("full"), ObjectStoreFullError("full")])
+def test_room_for_weights_is_waited_for_with_an_event_and_a_status_that_moves(error) -> None:
+    run = Crowded(at=("a",), error=error, num_full=3)
+    run.publish()
+    assert [place.path for place in run.served] == ["a"]
     assert [event.kind for event in run.events] == ["write_waits", "write_done"]
     told = run.events[0].fields
     assert told["what"] == "weights of version 4"
@@ -286,9 +388,8 @@ def test_room_for_weights_is_waited_for_with_an_event_and_a_status_that_moves(er
     assert waits[:4] == [False, True, True, True], "as the watchdog sees it at each attempt"
 
 
-@pytest.mark.parametrize("node", ["here", "there"])
-def test_a_stop_ends_the_wait_for_room_for_weights(node) -> None:
-    run = Crowded(OutOfDiskError("full"), node=node, num_full=float("inf"))
+def test_a_stop_ends_the_wait_for_room_for_weights() -> None:
+    run = Crowded(at=("a",), error=OutOfDiskError("full"), num_full=float("inf"))
     run.is_told_to_stop = True
     with pytest.raises(DiskRefused, match=r"^the weights of version 4 is not written, since"):
         run.publish()

@@ -31,12 +31,6 @@ class Get(Protocol):
     def __call__(self, ref: "ray.ObjectRef[R]", /) -> R: ...
 
 
-class Put(Protocol):
-    """As `ray.put`: keeps a value and gives a reference to it."""
-
-    def __call__(self, value: object, /) -> "ray.ObjectRef": ...
-
-
 class ActorMethod(Protocol[P, R]):
     """A method of an actor; asynchronous or not, its caller gets a reference to the result."""
 

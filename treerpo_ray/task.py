@@ -4,8 +4,6 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NewType, Protocol
 
-import ray
-
 from treerpo_ray.actor import actor_method, actor_stream
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config import Config
@@ -19,6 +17,8 @@ from treerpo_ray.records import RootValue, TreeRecord
 if TYPE_CHECKING:  # the stages stand above this module
     from treerpo_ray.engine.types import EngineStats, Sampling
     from treerpo_ray.weight_sync import Manifest, Probe
+    from treerpo_ray.weights.files import FilePlace
+    from treerpo_ray.weights.source import WeightSource
 
 STREAM = "trees"
 """Name of the workers' data set."""
@@ -86,7 +86,7 @@ class TreePoolApi(StageApi, Protocol):
 
     @actor_method
     def serve(
-        self, manifest: "Manifest", chunks: list[ray.ObjectRef], probe: "Probe", should_probe: bool
+        self, manifest: "Manifest", source: "WeightSource", probe: "Probe", should_probe: bool
     ) -> None: ...
 
     @actor_method
@@ -131,9 +131,7 @@ class WeightSyncApi(StageApi, Protocol):
     """Actor of `WeightSync`."""
 
     @actor_method
-    def publish(
-        self, manifest: "Manifest", chunks: list[ray.ObjectRef], probe: "Probe", node: str
-    ) -> None:
+    def publish(self, manifest: "Manifest", place: "FilePlace", probe: "Probe", node: str) -> None:
         """See `WeightSync`, as for all that follow."""
 
 

@@ -31,7 +31,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from treerpo_ray.actor import Get, Put
+from treerpo_ray.actor import Get
 from treerpo_ray.engine.types import EngineTotals
 from treerpo_ray.evaluate.evaluation import read_evaluation
 from treerpo_ray.evaluate.grading import HeldOutEvaluator
@@ -146,7 +146,6 @@ class TrainWorker:
         checkpoints: Of the run.
         heartbeat: Told what it does.
         get: Waits for what an actor answers.
-        put: Keeps a chunk of weights for the engines.
     """
 
     def __init__(
@@ -161,7 +160,6 @@ class TrainWorker:
         checkpoints: Checkpoints,
         heartbeat: Heartbeat,
         get: Get = ray.get,
-        put: Put = ray.put,
     ) -> None:
         self._get = get
         self.config, self.actors, self.held_out = task.config, task.actors, task.held_out
@@ -188,7 +186,6 @@ class TrainWorker:
             chunk_bytes=self.config.sync.chunk_mib * 2**20,
             until_written=self.patience.until_written,
             get=get,
-            put=put,
         )
         self.ending.callback(self.publisher.close)
         self.engines: EngineTotals

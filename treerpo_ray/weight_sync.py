@@ -3,38 +3,42 @@ bytes, with a manifest that says what lies where, and proofs.
 
 A manifest carries a digest of each chunk; an engine proves a version by echoing it together
 with the digests of the bytes that its workers received.
+
+On the learner's node engines read the file that the learner packed into; the bytes are copied
+once, to the parameters. What other nodes need goes through Ray's store, to one file on each.
 """
 
 import asyncio
-import hashlib
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import ray
+import xxhash
 from jaxtyping import UInt8
 
-from treerpo_ray.actor import Put, actor_method, make_actor
+from treerpo_ray.actor import actor_method
 from treerpo_ray.metrics.events import RunLogApi, write_done, write_waits
 from treerpo_ray.metrics.stage_status import StageStatus, WatchedStage
 from treerpo_ray.run_folder.files import RunFolder
-from treerpo_ray.run_folder.patience import Patience, PatienceTimes
+from treerpo_ray.run_folder.patience import DiskRefused, Patience, PatienceTimes
+from treerpo_ray.weights.files import FilePlace, WeightsLost
+from treerpo_ray.weights.source import PlacesApi, PublishedWeights, WeightSource
+from treerpo_ray.weights.store import WeightStoreApi, put, store_on
 
 if TYPE_CHECKING:  # manifests go through actors that have no use for it
     import torch
 
     from treerpo_ray.task import GateApi
 
-
-T = TypeVar("T")
 ALIGNMENT = 64
 """Offsets are multiples of this, so that every dtype can be viewed in place."""
+BLOCK = 2**20
+"""Elements that are cast and digested at a time: they stay in the cache in between."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,10 +59,10 @@ class Manifest:
     version: int
     tensors: tuple[TensorPlace, ...]
     digests: tuple[str, ...]
-    """blake2b of each chunk."""
+    """xxh3 (128 bits) of each chunk: a fault is found, not a forger."""
 
     def update_info(self, chunk: int) -> dict[str, list]:
-        """The fields of `vllm_worker.StoreUpdate` for one chunk, but for its path."""
+        """The fields of `vllm_worker.StoreUpdate` for one chunk, but for where it lies."""
         tensors = [tensor for tensor in self.tensors if tensor.chunk == chunk]
         return {
             "names": [tensor.name for tensor in tensors],
@@ -103,94 +107,76 @@ class Probe:
         return statistics.fmean(abs(ours - theirs) for ours, theirs in pairs)
 
 
+def _own_memory(num_bytes: int) -> UInt8[np.ndarray, " bytes"]:
+    return np.empty(num_bytes, np.uint8)
+
+
 def pack_weights(
     weights: Iterable[tuple[str, "torch.Tensor"]],
     *,
     version: int,
     dtype: "torch.dtype",
     chunk_bytes: int,
+    allocate: Callable[[int], UInt8[np.ndarray, " bytes"]] = _own_memory,
 ) -> tuple[Manifest, list[UInt8[np.ndarray, " bytes"]]]:
     """Lay tensors out in chunks of about `chunk_bytes`; floating ones are sent as `dtype`.
 
     A tensor lies in one chunk whole; one that is larger than `chunk_bytes` gets its own.
-    """
-    import torch
 
+    Args:
+        weights: Names and tensors on any device; those of a chunk are held at a time.
+        version: Number of the version.
+        dtype: What floating tensors are sent as.
+        chunk_bytes: Size of a chunk.
+        allocate: Gives the memory of a chunk by its size in bytes.
+    """
     places: list[TensorPlace] = []
     chunks: list[np.ndarray] = []
-    parts: list[np.ndarray] = []
+    digests: list[str] = []
+    parts: list[tuple[int, torch.Tensor, torch.dtype]] = []
     size = 0
 
     def close_chunk() -> None:
         nonlocal size
         if parts:
-            chunks.append(np.concatenate(parts))
+            chunks.append(allocate(size))
+            digests.append(_fill(chunks[-1], parts))
         parts.clear()
         size = 0
 
     for name, weight in weights:
-        sent = weight.to("cpu", dtype if weight.is_floating_point() else weight.dtype).contiguous()
-        flat = sent.reshape(-1).view(torch.uint8).numpy()
-        padding = -len(flat) % ALIGNMENT
-        if size and size + len(flat) > chunk_bytes:
+        sent_as = dtype if weight.is_floating_point() else weight.dtype
+        num_bytes = weight.numel() * sent_as.itemsize
+        if size and size + num_bytes > chunk_bytes:
             close_chunk()
-        kind = str(sent.dtype).removeprefix("torch.")
+        kind = str(sent_as).removeprefix("torch.")
         places.append(
             TensorPlace(
-                name=name, dtype=kind, shape=tuple(sent.shape), chunk=len(chunks), offset=size
+                name=name, dtype=kind, shape=tuple(weight.shape), chunk=len(chunks), offset=size
             )
         )
-        parts += [flat, np.zeros(padding, np.uint8)]
-        size += len(flat) + padding
+        parts.append((size, weight, sent_as))
+        size += num_bytes + -num_bytes % ALIGNMENT
     close_chunk()
-    digests = tuple(hashlib.blake2b(chunk.data, digest_size=16).hexdigest() for chunk in chunks)
-    return Manifest(version=version, tensors=tuple(places), digests=digests), chunks
+    return Manifest(version=version, tensors=tuple(places), digests=tuple(digests)), chunks
 
 
-class WeightsLost(RuntimeError):
-    """The bytes of a version are gone, with the node or the process that held them; whoever was to
-    load them still has what it had."""
+def _fill(
+    chunk: UInt8[np.ndarray, " bytes"], parts: "list[tuple[int, torch.Tensor, torch.dtype]]"
+) -> str:
+    """Write tensors to their offsets as their types, with zeros between; returns the digest."""
+    import torch
 
-
-class ChunkFiles:
-    """Chunks as files in memory, for worker processes of this machine; gone with their maker.
-
-    They count as this process's memory and not against a size of /dev/shm, which containers
-    keep small.
-    """
-
-    def __enter__(self) -> Self:
-        self._descriptors: list[int] = []
-        return self
-
-    def write(self, chunk: UInt8[np.ndarray, " bytes"]) -> str:
-        """Write one chunk and return a path that other processes can open."""
-        descriptor = os.memfd_create("treerpo-weights")
-        self._descriptors.append(descriptor)
-        path = f"/proc/{os.getpid()}/fd/{descriptor}"
-        chunk.tofile(path)
-        return path
-
-    async def fetch(self, manifest: Manifest, chunks: list[ray.ObjectRef]) -> list[str]:
-        """Write the chunks of a version as they come; returns their paths.
-
-        Raises:
-            WeightsLost: they cannot be had any more.
-        """
-        try:
-            return [self.write(await chunk) for chunk in chunks]
-        except ray.exceptions.ObjectLostError as error:
-            lost = f"version {manifest.version} is lost: {type(error).__name__}"
-            raise WeightsLost(lost) from None
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for descriptor in self._descriptors:
-            os.close(descriptor)
+    digest, flat = xxhash.xxh3_128(), torch.from_numpy(chunk)
+    for offset, weight, sent_as in parts:
+        end = offset + weight.numel() * sent_as.itemsize
+        target, source = flat[offset:end].view(sent_as), weight.detach().reshape(-1)
+        for to, given in zip(target.split(BLOCK), source.split(BLOCK), strict=True):
+            # Cast where it is, so that no more is moved than is sent.
+            to.copy_(given if given.device.type == "cpu" else given.to(sent_as))
+            digest.update(to.view(torch.uint8).numpy().data)
+        digest.update(flat[end : end + -end % ALIGNMENT].zero_().numpy().data)
+    return digest.hexdigest()
 
 
 class EnginesApi(Protocol):
@@ -198,63 +184,43 @@ class EnginesApi(Protocol):
 
     @actor_method
     def serve(
-        self, manifest: Manifest, chunks: list[ray.ObjectRef], probe: Probe, should_probe: bool
+        self, manifest: Manifest, source: WeightSource, probe: Probe, should_probe: bool
     ) -> None:
         """Have the engines serve a version; see `EnginePool.serve`."""
 
 
-NO_ROOM = (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError)
-"""What Ray raises where neither its memory nor the disk that it spills to has room."""
+@dataclass(slots=True, kw_only=True)
+class _Publication:
+    """A version on its way."""
+
+    version: int
+    stamp: bytes
+    node: str
+    """Of the learner."""
+    num_parts: int
+    chunks: list[ray.ObjectRef] = field(default_factory=list)
+    """In Ray's store, as far as they were put there for other nodes."""
+    putting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    at: set[str] = field(default_factory=set)
+    """Nodes that asked for it, and that of the learner."""
+    refused: DiskRefused | None = None
+    """Why it was not put there."""
+
+    def __post_init__(self) -> None:
+        self.at.add(self.node)
 
 
-class WeightStore:
-    """Holds weights on the node where they were packed, whatever becomes of who packed them."""
-
-    def __repr__(self) -> str:
-        return "weight store"
-
-    async def keep(self, chunk: list[ray.ObjectRef]) -> ray.ObjectRef:
-        """The same chunk, the only one of the list, as this actor's own; raises one of NO_ROOM."""
-        return ray.put(await chunk[0])
-
-
-class WeightStoreApi(Protocol):
-    """Actor of `WeightStore`."""
-
-    @actor_method
-    def keep(self, chunk: list[ray.ObjectRef]) -> ray.ObjectRef:
-        """See `WeightStore`."""
-
-
-def _store_on(node: str) -> WeightStoreApi:
-    return make_actor(WeightStore, name="weight store", node=node)()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ObjectStores:
-    """Ray's stores of objects, one on each node, as a process reaches them."""
-
-    here: str
-    """Ray's id of the node of the process."""
-    put: Put = ray.put
-    """Puts a value in the store of that node."""
-    on: Callable[[str], WeightStoreApi] = _store_on
-    """Makes what puts in the store of another node."""
-
-
-def _keep(store: WeightStoreApi, chunk: ray.ObjectRef) -> ray.ObjectRef:
-    try:
-        return store.keep.remote([chunk]).future().result()
-    except NO_ROOM as error:  # without the stack of the other process
-        raise (error.cause if isinstance(error, ray.exceptions.RayTaskError) else error) from None
+def _own_handle() -> PlacesApi:
+    return cast(PlacesApi, ray.get_runtime_context().current_actor)
 
 
 class WeightSync(WatchedStage):
     """Takes weights from the learner's first worker and returns once every engine proved them.
 
-    The bytes go from that worker's node to the engines and nowhere else. When that node is lost
-    they are, too: engines go on with the version that they have, and one that starts waits for the
-    version that the learner publishes from its last checkpoint.
+    The bytes go from that worker's node to those of the engines and nowhere else, once to each,
+    when an engine there first asks. When the learner's node is lost they are, too: engines go on
+    with the version that they have, and one that starts waits for the version that the learner
+    publishes from its last checkpoint.
 
     Room in Ray's store is waited for, as `Patience` does: the weights are the learner's newest, and
     who fails here would have it train its steps again.
@@ -265,8 +231,10 @@ class WeightSync(WatchedStage):
         run_log: Actor of `RunLog`; told of what waits.
         folder: Run folder.
         probe_every: Syncs between comparisons of log-probabilities; the first is compared.
+        fetch_limit_s: Time for weights to come from one node to another.
         times: How long each part of a wait lasts.
-        object_stores: Where chunks are kept; those of the cluster that this actor is of.
+        make_store: Makes a store on a node.
+        handle: Gives the handle of this actor.
     """
 
     def __init__(
@@ -277,13 +245,14 @@ class WeightSync(WatchedStage):
         run_log: RunLogApi,
         folder: str,
         probe_every: int,
+        fetch_limit_s: float,
         times: PatienceTimes | None = None,
-        object_stores: ObjectStores | None = None,
+        make_store: Callable[[str], WeightStoreApi] = store_on,
+        handle: Callable[[], PlacesApi] = _own_handle,
     ) -> None:
         self.pool, self.probe_every = pool, probe_every
-        self._object_stores = object_stores or ObjectStores(
-            here=ray.get_runtime_context().get_node_id()
-        )
+        self._fetch_limit_s = fetch_limit_s
+        self._make_store, self._handle = make_store, handle
         self._patience = Patience(
             folder=RunFolder(folder),
             waits=lambda what, reason: run_log.event.remote(write_waits(what, reason)),
@@ -293,66 +262,107 @@ class WeightSync(WatchedStage):
             times=times,
         )
         self._num_syncs = 0
+        self._newest: _Publication | None = None
         self._stores: dict[str, WeightStoreApi] = {}
-        """By their nodes; only the one of the node that published last."""
+        """By their nodes: those of the learner and of the engines that asked since it published."""
+        self._serves = ""
+        """What it does while something is published."""
         self._doing = ""
         self._moved_at = time.monotonic()
 
     def __repr__(self) -> str:
         return "weight sync"
 
-    async def publish(
-        self, manifest: Manifest, chunks: list[ray.ObjectRef], probe: Probe, node: str
-    ) -> None:
+    async def publish(self, manifest: Manifest, place: FilePlace, probe: Probe, node: str) -> None:
         """Have the engines serve `manifest`; returns once they have proved it.
 
         Args:
             manifest: What the version consists of.
-            chunks: Its bytes.
+            place: Where its bytes lie, which stay there until this returns.
             probe: What the engines are compared with.
-            node: Ray's id of the node where the chunks lie.
+            node: Ray's id of the node where they lie.
 
         Raises:
-            RayError, RuntimeError: no engine could take it over, or the chunks are lost.
+            RayError, RuntimeError: no engine could take it over, or the bytes are lost.
             DiskRefused: the run was told to stop while there was no room for them.
         """
-        self._move(f"having the engines serve version {manifest.version}")
+        self._serves = f"having the engines serve version {manifest.version}"
+        self._move(self._serves)
         should_probe = self._num_syncs % self.probe_every == 0
         self._num_syncs += 1
         try:
             try:
-                await self._serve(manifest, chunks, probe, node, should_probe)
+                await self._serve(manifest, place, probe, node, should_probe)
             except (ray.exceptions.RayActorError, WeightsLost):
-                # The store was killed; the learner may still have what it put.
+                if self._newest is not None and self._newest.refused is not None:
+                    raise self._newest.refused from None
+                # The store was killed; the learner may still have what it packed.
                 self._stores.pop(node, None)
-                await self._serve(manifest, chunks, probe, node, should_probe)
+                await self._serve(manifest, place, probe, node, should_probe)
         finally:
+            self._serves = ""
             self._move("")
 
     async def _serve(
-        self,
-        manifest: Manifest,
-        chunks: list[ray.ObjectRef],
-        probe: Probe,
-        node: str,
-        should_probe: bool,
+        self, manifest: Manifest, place: FilePlace, probe: Probe, node: str, should_probe: bool
     ) -> None:
-        # What the learner put dies with its worker; what is put here lives on.
-        what = f"weights of version {manifest.version}"
-        owned = [await self._own(chunk, node, what) for chunk in chunks]
-        self._move(f"having the engines serve version {manifest.version}")
-        await self.pool.serve.remote(manifest, owned, probe, should_probe)
+        # What the learner packed dies with its worker; what its node's store holds lives on.
+        await self._store(node).hold.remote(place)
+        self._newest = newest = _Publication(
+            version=manifest.version, stamp=place.stamp, node=node, num_parts=len(place.parts)
+        )
+        source = PublishedWeights(sync=self._handle(), stamp=place.stamp)
+        await self.pool.serve.remote(manifest, source, probe, should_probe)
+        if newest is self._newest:  # a store would keep a node whose engines have left
+            self._stores = {name: self._stores[name] for name in self._stores if name in newest.at}
 
-    async def _own(self, chunk: ray.ObjectRef, node: str, what: str) -> ray.ObjectRef:
-        """The same chunk, as one of this actor or of the weight store on its node."""
-        if node == self._object_stores.here:
-            put = partial(self._object_stores.put, await chunk)
-        else:
-            if node not in self._stores:
-                self._stores = {node: self._object_stores.on(node)}
-            put = partial(_keep, self._stores[node], chunk)
-        # In a thread, where `ray.get` would warn: meanwhile this actor is asked for its status.
-        return await asyncio.to_thread(self._patience.until_written, what, put)
+    async def place(self, stamp: bytes, node: str) -> FilePlace:
+        """Where the newest publication lies on a node, once it is there.
+
+        Raises:
+            WeightsLost: it is not the newest any more, or its bytes are gone, or the run was told
+                to stop while there was no room for them.
+            TimeoutError: they do not come.
+            RayError: the node is lost.
+        """
+        newest = self._newest
+        if newest is None or newest.stamp != stamp:
+            raise WeightsLost("other weights were published meanwhile")
+        newest.at.add(node)
+        chunks = [] if node == newest.node else await self._chunks(newest)
+        for _ in range(2):
+            store = self._store(node)
+            try:
+                async with asyncio.timeout(self._fetch_limit_s):
+                    return await store.place.remote(stamp, chunks)
+            except ray.exceptions.RayActorError:  # it was killed
+                if self._stores.get(node) is store:
+                    del self._stores[node]
+        raise WeightsLost(f"no store stays alive on node {node}")
+
+    def _store(self, node: str) -> WeightStoreApi:
+        if node not in self._stores:
+            self._stores[node] = self._make_store(node)
+        return self._stores[node]
+
+    async def _chunks(self, newest: _Publication) -> list[ray.ObjectRef]:
+        """The chunks in Ray's store of the learner's node, put there once."""
+        async with newest.putting:
+            for part in range(len(newest.chunks), newest.num_parts):
+                work = partial(put, self._store(newest.node), newest.stamp, part)
+                what = f"weights of version {newest.version}"
+                try:
+                    # In a thread: meanwhile this actor is asked for its status.
+                    chunk = await asyncio.to_thread(self._patience.until_written, what, work)
+                except ray.exceptions.RayActorError:
+                    raise WeightsLost("weights are gone with their store") from None
+                except DiskRefused as error:
+                    newest.refused = error
+                    raise WeightsLost(str(error)) from None
+                finally:  # for an engine that came up later it puts while nothing is published
+                    self._move(self._serves)
+                newest.chunks.append(chunk)
+            return newest.chunks
 
     def _move(self, doing: str) -> None:
         self._doing, self._moved_at = doing, time.monotonic()

@@ -40,13 +40,21 @@ def compared(
     for _, side in (ours, other):
         side()  # warm-up
     costs = [(ours[1](), other[1]()) for _ in range(rounds)]
-    ratios = sorted(theirs / mine for mine, theirs in costs)
+    mine, theirs = map(list, zip(*costs, strict=True))
+    return compared_rounds(name, (ours[0], mine), (other[0], theirs), unit)
+
+
+def compared_rounds(
+    name: str, ours: tuple[str, list[float]], other: tuple[str, list[float]], unit: str = "s"
+) -> Row:
+    """The comparison of two sides by what each of their rounds cost, in `unit`."""
+    ratios = sorted(theirs / mine for mine, theirs in zip(ours[1], other[1], strict=True))
     return Row(
         name=name,
         ours=ours[0],
         other=other[0],
-        ours_cost=statistics.median(mine for mine, _ in costs),
-        other_cost=statistics.median(theirs for _, theirs in costs),
+        ours_cost=statistics.median(ours[1]),
+        other_cost=statistics.median(other[1]),
         unit=unit,
         ratio=statistics.median(ratios),
         low=ratios[0],

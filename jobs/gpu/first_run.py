@@ -22,7 +22,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script has only its own folder
 
-import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
@@ -240,6 +239,7 @@ async def _engine(config: Config, sizes: Sizes, tell: Tell) -> None:
     from treerpo_ray.engine.engine import Engine
     from treerpo_ray.engine.types import EngineSetup, Sampling
     from treerpo_ray.weight_sync import Probe, pack_weights
+    from treerpo_ray.weights.files import WeightFiles
 
     setup = EngineSetup.of(config)
 
@@ -272,19 +272,22 @@ async def _engine(config: Config, sizes: Sizes, tell: Tell) -> None:
         for parameter in made.policy.model.parameters():
             parameter.mul_(1.01)
     start = time.monotonic()
-    manifest, chunks = pack_weights(
+    file = WeightFiles().begin()
+    manifest, _ = pack_weights(
         made.policy.named_weights(),
         version=1,
         dtype=getattr(torch, config.model.dtype),
         chunk_bytes=config.sync.chunk_mib * 2**20,
+        allocate=file.part,
     )
+    place = file.seal()
     tell(pack_s=round(time.monotonic() - start, 2))
     ids = list(range(3, 67))
     probe = Probe(token_ids=ids, logprobs=made.policy.sequence_logprobs(ids).tolist())
     for number in range(2):  # the second engine starts beside all that the learner holds
         one = starts[number]
         start = time.monotonic()
-        await one.load(manifest, [_arrived(chunk) for chunk in chunks])  # type: ignore[misc]
+        await one.load(manifest, place)
         off = probe.distance(await one.probe(ids))
         tell(**{f"load_{number}_s": round(time.monotonic() - start, 2), f"off_{number}": off})
         if not off < 0.1:
@@ -292,10 +295,6 @@ async def _engine(config: Config, sizes: Sizes, tell: Tell) -> None:
         await one.stop()
         if number == 0:
             await started()
-
-
-async def _arrived(chunk: np.ndarray) -> np.ndarray:
-    return chunk
 
 
 async def _plain_speed(one: object, config: Config, sizes: Sizes) -> int:

@@ -23,6 +23,7 @@ from treerpo_ray.engine.types import EngineSetup, EngineStats, Sampling
 from treerpo_ray.learner.policy import Policy, load_policy
 from treerpo_ray.prompts.prompt_set import load_tokenizer, resolve_model_path
 from treerpo_ray.weight_sync import Manifest, pack_weights
+from treerpo_ray.weights.files import WeightFile, WeightFiles
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine]
 
@@ -36,6 +37,7 @@ class ServedEngine:
         actor = ray.remote(Engine).options(num_cpus=0.5, max_concurrency=1000)
         self.actor = actor.remote(setup=EngineSetup.of(config), index=index, log_folder=None)
         ray.get(self.actor.start.remote())
+        self.files = WeightFiles()
 
     def start_tree(
         self,
@@ -66,13 +68,22 @@ class ServedEngine:
         return ray.get(self.actor.probe.remote(token_ids))
 
     def load(self, policy: Policy, version: int, chunk_bytes: int = 2**19) -> None:
-        manifest, chunks = pack_weights(
-            policy.named_weights(), version=version, dtype=torch.float32, chunk_bytes=chunk_bytes
+        file = self.files.begin()
+        manifest, _ = pack_weights(
+            policy.named_weights(),
+            version=version,
+            dtype=torch.float32,
+            chunk_bytes=chunk_bytes,
+            allocate=file.part,
         )
-        self.load_packed(manifest, chunks)
+        self.load_packed(manifest, file)
 
-    def load_packed(self, manifest: Manifest, chunks: list[np.ndarray]) -> None:
-        ray.get(self.actor.load.remote(manifest, [ray.put(chunk) for chunk in chunks]))
+    def load_packed(self, manifest: Manifest, file: WeightFile) -> None:
+        place = file.seal()
+        try:
+            ray.get(self.actor.load.remote(manifest, place))
+        finally:
+            file.release()
 
     def stop(self) -> None:
         ray.get(self.actor.stop.remote())
@@ -349,12 +360,17 @@ def test_a_tied_head_and_experts_are_not_stale_after_updates_and_other_bytes_are
                 weight.add_(0.05 * torch.randn_like(weight))
         tied.load(policy, version)
         assert tied.probe(ids) == pytest.approx(policy.sequence_logprobs(ids).tolist(), abs=1e-3)
+    file = tied.files.begin()
     manifest, chunks = pack_weights(
-        policy.named_weights(), version=3, dtype=torch.float32, chunk_bytes=2**30
+        policy.named_weights(),
+        version=3,
+        dtype=torch.float32,
+        chunk_bytes=2**30,
+        allocate=file.part,
     )
     chunks[0][0] ^= 1
     with pytest.raises(RuntimeError, match="received other bytes"):
-        tied.load_packed(manifest, chunks)
+        tied.load_packed(manifest, file)
     tied.stop()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.support.stages.engine_with_worker import EngineWithWorker
-from tests.support.stages.fake_engines import Fleet, Handle
+from tests.support.stages.fake_engines import Fleet, Handle, Source
 from tests.support.whole_runs import assert_gone
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config.sections import GateConfig
@@ -20,6 +20,7 @@ from treerpo_ray.prompts.problems import Problem
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer, resolve_model_path
 from treerpo_ray.search.tree_pool import TreePool
 from treerpo_ray.weight_sync import Probe, pack_weights
+from treerpo_ray.weights.files import WeightFile
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.slow]
 
@@ -32,7 +33,6 @@ def test_an_engine_that_is_stale_or_without_its_worker_is_replaced_and_its_tree_
     """It is made to load older weights behind the pool's back. The next version would make it good
     again, since an engine takes that over whole; until then its trees give it away. Then the
     process that computes for the next one is killed under vLLM's core."""
-    import ray
 
     config = small_config("engine.num_engines=1")
     tokenizer = load_tokenizer(config.model.path, False)
@@ -67,20 +67,28 @@ def test_an_engine_that_is_stale_or_without_its_worker_is_replaced_and_its_tree_
             run_log=Handle(told),
         )
         await pool.start()
-        packed = {}
+        packed, files = {}, []
         for version in (1, 2, 3):
             with torch.no_grad():
                 for weight in policy.model.parameters():
                     weight.add_(0.02 * torch.randn_like(weight))
-            manifest, chunks = pack_weights(
-                policy.named_weights(), version=version, dtype=torch.float32, chunk_bytes=2**30
+            file = WeightFile()
+            assert file.begin()
+            manifest, _ = pack_weights(
+                policy.named_weights(),
+                version=version,
+                dtype=torch.float32,
+                chunk_bytes=2**30,
+                allocate=file.part,
             )
-            packed[version] = manifest, [ray.put(chunk) for chunk in chunks]
+            files.append(file)
+            packed[version] = manifest, file.seal()
             probe = Probe(token_ids=ids, logprobs=policy.sequence_logprobs(ids).tolist())
             if version == 3:
                 [stale] = pool.engines.replicas
                 await actors[0].api.load.remote(*packed[1])
-            await pool.serve(*packed[version], probe, should_probe=True)
+            manifest, place = packed[version]
+            await pool.serve(manifest, Source(place), probe, should_probe=True)
         assert pool.engines.replicas == (stale,), "a version makes it good"
 
         await actors[0].api.load.remote(*packed[1])

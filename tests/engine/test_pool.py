@@ -13,6 +13,7 @@ from tests.support.stages.fake_engines import (
     Fault,
     Fleet,
     Handle,
+    Source,
     make_config,
     make_gate,
     make_pool,
@@ -24,7 +25,8 @@ from tests.support.stages.fake_engines import (
 from tests.support.stages.virtual_time import run
 from treerpo_ray.engine.pool import MAX_STARTS, PoolTimes
 from treerpo_ray.engine.replica import ReplicaState
-from treerpo_ray.weight_sync import Manifest, Probe, WeightsLost
+from treerpo_ray.weight_sync import Manifest, Probe
+from treerpo_ray.weights.files import WeightsLost
 
 
 @pytest.mark.parametrize(
@@ -134,7 +136,7 @@ def test_an_engine_that_fails_in_a_way_that_nobody_foresaw_is_replaced() -> None
         start = asyncio.create_task(pool.start())
         await asyncio.sleep(0)
         with pytest.raises(RuntimeError, match=r"5 times in a row: ValueError: zip\(\)"):
-            await pool.serve(manifest, [], unlike, True)
+            await pool.serve(manifest, Source(), unlike, True)
         lost = fleet.of("engine_lost")
         assert {event["reason"] for event in lost} == {
             "ValueError: zip() argument 2 is shorter than argument 1"

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.support.stages.fake_engines import LOGPROB, make_replica
+from tests.support.stages.fake_engines import LOGPROB, Source, make_replica
 from tests.support.stages.virtual_time import run
 from treerpo_ray.engine.replica import Replica, ReplicaState, WeightVersion
 from treerpo_ray.weight_sync import Manifest, Probe
@@ -14,7 +14,7 @@ from treerpo_ray.weight_sync import Manifest, Probe
 def version(number: int) -> WeightVersion:
     manifest = Manifest(version=number, tensors=(), digests=())
     return WeightVersion(
-        manifest=manifest, chunks=[], probe=Probe(token_ids=[1, 2], logprobs=[LOGPROB])
+        manifest=manifest, source=Source(), probe=Probe(token_ids=[1, 2], logprobs=[LOGPROB])
     )
 
 

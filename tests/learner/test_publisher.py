@@ -1,22 +1,28 @@
 """Publisher: what it is given is done in order, beside the caller and by one thread."""
 
+import os
 import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 
 from tests.support.project import PROJECT
 from treerpo_ray.learner.publisher import Publisher
+from treerpo_ray.weight_sync import Manifest, Probe
+from treerpo_ray.weights.files import FileMaps, FilePlace, HeldFile
 
 LIMIT_S = 600.0
 
 
-def publisher() -> Publisher:
+def publisher(send: Callable[..., None] = lambda *_: pytest.fail("nothing is sent")) -> Publisher:
     return Publisher(
-        send=lambda *_: pytest.fail("nothing is sent"),
+        send=send,
+        get=lambda answer: answer,
         node="here",
         probe_ids=[1, 2],
         dtype=torch.float32,
@@ -103,3 +109,39 @@ def test_a_publication_that_hangs_does_not_keep_a_worker_alive_that_has_failed()
         timeout=LIMIT_S,
     )
     assert done.returncode == 1 and "the worker has failed" in done.stderr
+
+
+class Policy:
+    """Its only weight is its version."""
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+
+    def named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "w", torch.full((5,), float(self.version))
+
+    def sequence_logprobs(self, token_ids: list[int]) -> torch.Tensor:
+        return torch.zeros(len(token_ids) - 1)
+
+
+def test_memory_is_used_again_once_a_version_was_sent_and_nobody_has_it_open() -> None:
+    sent: list[tuple[float, int]] = []
+    served: list[HeldFile] = []
+
+    def send(manifest: Manifest, place: FilePlace, probe: Probe, node: str) -> None:
+        """As a node's store: it has the file open until it has the next one."""
+        held = HeldFile(place)
+        [chunk] = [FileMaps().read(held.place.path, *part) for part in place.parts]
+        sent.append((float(chunk.view(np.float32)[0]), os.stat(held.place.path).st_ino))
+        for old in served:
+            old.close()
+        served[:] = [held]
+
+    ours = publisher(send)
+    for version in range(5):
+        ours.publish(Policy(version), version)
+        ours.wait()
+    ours.close()
+    versions, files = zip(*sent, strict=True)
+    assert versions == (0.0, 1.0, 2.0, 3.0, 4.0)
+    assert files == (files[0], files[1]) * 2 + (files[0],) and files[0] != files[1]

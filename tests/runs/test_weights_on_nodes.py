@@ -17,15 +17,18 @@ def test_weights_lie_where_the_learner_is_and_their_loss_is_told() -> None:
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {
-        "lies on the learner's node": True,  # alone: not on the driver's
+        "its node's store has the learner's file": True,
+        "stores elsewhere": 0,  # before an engine there asks
         "learner killed": "whole",
+        "the engine's store is one": 1,
         "old versions spilled": 0,  # they are let go as the next ones come
-        "stores killed": 1,
-        "store killed": "['lost']",
+        "engine's store killed": "whole",
+        "learner's store killed, with the bytes brought": "whole",
+        "learner's store killed before": "lost",
         "published after that": "whole",  # by the same learner, as if nothing had been
-        "node lost": "['lost']",
+        "node lost": "lost",
         "published for a lost node": "RayTaskError(ActorUnschedulableError)",  # and not waited for
-        "moved with the learner": True,
+        "moved with the learner": 1,
         "published from another node": "whole",
         "nodes that are alike": None,
         "nodes that differ": True,

@@ -333,6 +333,7 @@ def _make_actors(
             run_log=run_log,
             folder=config.folder,
             probe_every=config.sync.probe_every,
+            fetch_limit_s=config.engine.load_timeout_s,
         ),
         run_log=run_log,
         heartbeats=make_actor(Heartbeats, name=f"heartbeats of {run}", concurrency=1)(),

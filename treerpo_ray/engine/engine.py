@@ -12,7 +12,7 @@ import os
 import re
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,8 @@ from treerpo_ray.engine.replica import EngineActor, EngineApi
 from treerpo_ray.engine.types import EngineSetup, EngineStats, Sampling
 from treerpo_ray.metrics.busy_time import BusyTime
 from treerpo_ray.prompts.prompt_set import end_token_ids, load_tokenizer
-from treerpo_ray.weight_sync import ChunkFiles, LoadProof, Manifest
+from treerpo_ray.weight_sync import LoadProof, Manifest
+from treerpo_ray.weights.files import FilePlace, HeldFile
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput
@@ -246,24 +247,28 @@ class Engine:
             stop=StopReason.END_OF_TEXT if is_end else StopReason.BOUNDARY,
         )
 
-    async def load(self, manifest: Manifest, chunks: list[ray.ObjectRef]) -> None:
+    async def load(self, manifest: Manifest, place: FilePlace) -> None:
         """Take over the weights of `manifest` and prove it; requests in flight wait and go on.
 
+        Args:
+            manifest: What they consist of.
+            place: Where their bytes lie on this node.
+
         Raises:
-            WeightsLost: its bytes cannot be had any more; the engine goes on with what it has.
+            WeightsLost: they are not there any more; the engine goes on with what it has.
             RuntimeError: the workers received other bytes or serve another version. Whatever else
                 is raised leaves the engine paused and perhaps half loaded: it must be replaced.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         async with self._loading:
-            with ChunkFiles() as files:
-                paths = await files.fetch(manifest, chunks)  # while requests go on
+            with closing(HeldFile(place)) as held:
                 await self._llm.pause_generation(mode="keep", clear_cache=False)
                 self._num_loads += 1  # what is asked from here on is computed with these weights
                 await self._llm.start_weight_update()
-                for number, path in enumerate(paths):
-                    update = manifest.update_info(number) | {"path": path}
+                for number, (offset, num_bytes) in enumerate(held.place.parts):
+                    update = {"path": held.place.path, "offset": offset, "num_bytes": num_bytes}
+                    update |= manifest.update_info(number)
                     await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update))
                 await self._llm.finish_weight_update(str(manifest.version))
             digests = await self._llm.collective_rpc("treerpo_digests")

@@ -12,8 +12,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-import ray
-
 from treerpo_ray.actor import first_line
 from treerpo_ray.config.sections import EngineConfig
 from treerpo_ray.engine._waits import Waits
@@ -22,7 +20,9 @@ from treerpo_ray.engine.replica import EngineActor, Replica, ReplicaState, Weigh
 from treerpo_ray.engine.router import Router
 from treerpo_ray.engine.types import EngineStats
 from treerpo_ray.metrics.events import Event, RunLogApi
-from treerpo_ray.weight_sync import Manifest, Probe, WeightsLost
+from treerpo_ray.weight_sync import Manifest, Probe
+from treerpo_ray.weights.files import WeightsLost
+from treerpo_ray.weights.source import WeightSource
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ class EnginePool:
     # Weights and totals --------------------------------------------------------------------------
 
     async def serve(
-        self, manifest: Manifest, chunks: list[ray.ObjectRef], probe: Probe, should_probe: bool
+        self, manifest: Manifest, source: WeightSource, probe: Probe, should_probe: bool
     ) -> None:
         """Have every serving engine take over a version and prove it; one at least must.
 
@@ -227,7 +227,7 @@ class EnginePool:
             RuntimeError: engines cannot be replaced any more.
         """
         async with self._serving:  # a worker that died may have left a publication under way
-            weights = WeightVersion(manifest=manifest, chunks=chunks, probe=probe)
+            weights = WeightVersion(manifest=manifest, source=source, probe=probe)
             self._weights = weights
             replicas = [replica for replica in self._replicas if replica.takes_weights]
             tolerance = self._tolerance if should_probe else None

@@ -23,7 +23,9 @@ from treerpo_ray.config.sections import EngineConfig
 from treerpo_ray.engine._waits import Waits
 from treerpo_ray.engine.background import Signal
 from treerpo_ray.engine.types import EngineStats, Sampling
-from treerpo_ray.weight_sync import Manifest, Probe, WeightsLost
+from treerpo_ray.weight_sync import Manifest, Probe
+from treerpo_ray.weights.files import FilePlace, WeightsLost
+from treerpo_ray.weights.source import WeightSource
 
 LOOK_EVERY_S = 0.5
 """Time between looks for weights in place of lost ones."""
@@ -50,7 +52,7 @@ class EngineApi(Protocol):
     ) -> AsyncIterator[SiblingGroup]: ...
 
     @actor_method
-    def load(self, manifest: Manifest, chunks: list[ray.ObjectRef]) -> None: ...
+    def load(self, manifest: Manifest, place: FilePlace) -> None: ...
 
     @actor_method
     def probe(self, token_ids: list[int]) -> list[float]: ...
@@ -78,7 +80,7 @@ class WeightVersion:
     """A version of the weights."""
 
     manifest: Manifest
-    chunks: list[ray.ObjectRef]
+    source: WeightSource
     probe: Probe
 
     @property
@@ -252,7 +254,7 @@ class Replica:
         return processes
 
     async def load(self, weights: WeightVersion, tolerance: float | None) -> None:
-        """Take a version over and prove it, each within `load_timeout_s`.
+        """Take a version over, once it is on its node, and prove it, each within `load_timeout_s`.
 
         It proves digests and version, and log-probabilities unless `tolerance` (nats a token)
         is None. Whatever is raised but `WeightsLost`, the engine must be replaced.
@@ -263,7 +265,12 @@ class Replica:
             RayError, RuntimeError: it failed, or serves something else.
         """
         limit_s, name = self._limits.load_timeout_s, f"engine {self._index}"
-        load = self._actor.api.load.remote(weights.manifest, weights.chunks)
+        place = await self._waits.wait(
+            weights.source.place(self._node),  # which may wait for room, for however long
+            f"version {weights.number} to come to the node of {name}",
+            math.inf,
+        )
+        load = self._actor.api.load.remote(weights.manifest, place)
         await self._waits.wait(load, f"{name} to load version {weights.number}", limit_s)
         if tolerance is not None:
             probe = self._actor.api.probe.remote(weights.probe.token_ids)

@@ -1,11 +1,10 @@
 """What runs inside vLLM's own worker process: the `treerpo_store` weight-transfer backend.
 
 vLLM imports this module in every worker (`worker_extension_cls`), before the model is loaded.
-Chunks of weights arrive as files that the engine actor wrote; they are mapped, digested, and
-loaded layer by layer. Ray is not known here.
+Chunks of weights lie in a file in memory, which is mapped; they are digested and loaded tensor by
+tensor. Ray is not known here.
 """
 
-import hashlib
 import os
 import threading
 import time
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import psutil
 import torch
+import xxhash
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -25,6 +25,8 @@ from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+
+from treerpo_ray.weights.files import FileMaps
 
 BACKEND = "treerpo_store"
 ACTOR_VARIABLE = "TREERPO_ENGINE_ACTOR"
@@ -50,9 +52,11 @@ class StoreInit(WeightTransferInitInfo):
 
 @dataclass
 class StoreUpdate(WeightTransferUpdateInfo):
-    """One chunk: a file, and where each tensor lies in it."""
+    """One chunk: where it lies in a file, and where each tensor lies in it."""
 
     path: str = ""
+    offset: int = 0
+    num_bytes: int = 0
     names: list[str] = field(default_factory=list)
     dtypes: list[str] = field(default_factory=list)
     shapes: list[list[int]] = field(default_factory=list)
@@ -67,41 +71,44 @@ class StoreTransfer(WeightTransferEngine):
     digests: tuple[str, ...] = ()
 
     def init_transfer_engine(self, init_info: StoreInit) -> None:
-        """Nothing to set up."""
+        """Before the first update."""
+        self._maps = FileMaps()
 
     def start_weight_update(self) -> None:
         """Move the parameters away and wrap their loaders."""
         self.digests = ()
-        self._chunks: list[np.memmap] = []
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: StoreUpdate) -> None:
-        """Map one chunk, note the digest of what was received, load its tensors."""
-        # Copy-on-write mapping: torch wants writable memory and the file must not change. Layers
-        # are loaded once they are complete, so each chunk stays mapped until the update ends.
-        chunk = np.memmap(update_info.path, np.uint8, "c")
-        self._chunks.append(chunk)
-        self.digests += (hashlib.blake2b(chunk.data, digest_size=16).hexdigest(),)
-        flat = torch.from_numpy(chunk)
+        """Load the tensors of one chunk, and note the digest of what was received."""
+        # The engine has the file open until the update has ended, so that nobody writes it.
+        chunk = self._maps.read(update_info.path, update_info.offset, update_info.num_bytes)
+        digest = xxhash.xxh3_128()
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-            for name, dtype, shape, offset in zip(
+            for name, dtype, shape, start, end in zip(
                 update_info.names,
                 update_info.dtypes,
                 update_info.shapes,
                 update_info.offsets,
+                [*update_info.offsets[1:], update_info.num_bytes],
                 strict=True,
             ):
+                # With what is between it and the next one, and now, so that it is in the cache.
+                digest.update(chunk[start:end].data)
                 kind = getattr(torch, dtype)
                 size = int(np.prod(shape)) * kind.itemsize
-                yield name, flat[offset : offset + size].view(kind).view(shape)
+                yield name, torch.from_numpy(chunk[start : start + size]).view(kind).view(shape)
 
-        self.model.load_weights(tensors())  # type: ignore[operator]  # torch: any name is a tensor
+        received = tensors()
+        self.model.load_weights(received)  # type: ignore[operator]  # torch: any name is a tensor
+        for _ in received:  # a model may end at the last one that it knows
+            pass
+        self.digests += (digest.hexdigest(),)
 
     def finish_weight_update(self) -> None:
         """Put the parameters back in place, and refresh what was packed from them."""
         finalize_layerwise_reload(self.model, self.model_config)
-        self._chunks = []
         # On CPU a tied head multiplies with a packed copy of the embedding. The reload sees no
         # weights of the head's own, so nobody else packs it anew, and logits would stay stale.
         head = getattr(self.model, "lm_head", None)

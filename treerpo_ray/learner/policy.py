@@ -147,10 +147,11 @@ class Policy:
         Sharded ones are gathered as they are asked for, those of one layer at a time.
 
         Args:
-            dtype: Type of floating ones; as they are kept, if not given.
+            dtype: Type that floating ones are gathered in; those that are not sharded come as
+                they are kept, since whoever packs them casts them on the way.
         """
         named = ((name, weight.detach()) for name, weight in self.model.named_parameters())
-        return self._gathered(named, dtype)
+        return self._gathered(named, None if self.sharding is None else dtype)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write weights (safetensors), config, generation config and tokenizer to `path`.

@@ -7,11 +7,13 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import ray
 import torch
 
-from treerpo_ray.actor import Get, Put
+from treerpo_ray.actor import Get
 from treerpo_ray.weight_sync import Manifest, Probe, pack_weights
+from treerpo_ray.weights.files import FilePlace, WeightFile, WeightFiles
 
 T = TypeVar("T")
 
@@ -20,7 +22,7 @@ class PublishedPolicy(Protocol):
     """What is published of a policy."""
 
     def named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """Weights under their names in a checkpoint, floating ones in this type."""
+        """Weights under their names in a checkpoint; this is the type that they are sent in."""
 
     def sequence_logprobs(self, token_ids: list[int]) -> torch.Tensor:
         """Log-probability (nats, temperature 1) of each token after the first."""
@@ -38,27 +40,25 @@ class Publisher:
         probe_ids: Tokens of the probe.
         dtype: Floating type of the weights that are sent.
         chunk_bytes: Size of a chunk.
-        until_written: As of `Patience`: puts a chunk in Ray's store, whose memory and disk may be
-            full.
+        until_written: As of `Patience`: gets memory for a chunk, which there may be none of.
         get: Waits until the engines serve it.
-        put: Puts a chunk in Ray's store.
     """
 
     def __init__(
         self,
         *,
-        send: Callable[[Manifest, list[ray.ObjectRef], Probe, str], ray.ObjectRef[None]],
+        send: Callable[[Manifest, FilePlace, Probe, str], ray.ObjectRef[None]],
         node: str,
         probe_ids: list[int],
         dtype: torch.dtype,
         chunk_bytes: int,
-        until_written: Callable[[str, Callable[[], ray.ObjectRef]], ray.ObjectRef],
+        until_written: Callable[[str, Callable[[], np.ndarray]], np.ndarray],
         get: Get = ray.get,
-        put: Put = ray.put,
     ) -> None:
-        self._until_written, self._get, self._put = until_written, get, put
+        self._until_written, self._get = until_written, get
         self.send, self.node, self.probe_ids = send, node, probe_ids
         self.dtype, self.chunk_bytes = dtype, chunk_bytes
+        self._files = WeightFiles()
         self._last: Future[Any] = Future()
         self._last.set_result(None)
         self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -71,18 +71,22 @@ class Publisher:
 
         A copy of the weights is made before this returns.
         """
-        manifest, chunks = pack_weights(
+        file, what = self._files.begin(), f"weights of version {version}"
+        manifest, _ = pack_weights(
             policy.named_weights(self.dtype),
             version=version,
             dtype=self.dtype,
             chunk_bytes=self.chunk_bytes,
+            allocate=lambda num_bytes: self._until_written(what, partial(file.part, num_bytes)),
         )
         logprobs = policy.sequence_logprobs(self.probe_ids).tolist()
         probe = Probe(token_ids=self.probe_ids, logprobs=logprobs)
-        what = f"weights of version {version}"
-        refs = [self._until_written(what, partial(self._put, chunk)) for chunk in chunks]
-        self.then(lambda: self._get(self.send(manifest, refs, probe, self.node)))
+        self.then(partial(self._send, manifest, file, file.seal(), probe))
         return manifest.digests[0]
+
+    def _send(self, manifest: Manifest, file: WeightFile, place: FilePlace, probe: Probe) -> None:
+        self._get(self.send(manifest, place, probe, self.node))
+        file.release()  # not if that failed: who knows who is still to read it
 
     def then(self, work: Callable[[], T]) -> Future[T]:
         """Have `work` done once all before it is; it is left out if any of that failed.

@@ -12,8 +12,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
-import ray
-
 from treerpo_ray.algo.search import TreeShape, step_seed
 from treerpo_ray.config.sections import GateConfig
 from treerpo_ray.engine.autoscaler import Autoscaler, Nodes, ScalingPolicy, see_nodes
@@ -30,6 +28,7 @@ from treerpo_ray.search.gate import redrawn
 from treerpo_ray.search.growing_tree import GrowingTree
 from treerpo_ray.task import GateApi, Ticket
 from treerpo_ray.weight_sync import Manifest, Probe
+from treerpo_ray.weights.source import WeightSource
 
 log = logging.getLogger(__name__)
 
@@ -135,10 +134,10 @@ class TreePool(WatchedStage):
         self.engines.spawn(self._autoscaler.run())
 
     async def serve(
-        self, manifest: Manifest, chunks: list[ray.ObjectRef], probe: Probe, should_probe: bool
+        self, manifest: Manifest, source: WeightSource, probe: Probe, should_probe: bool
     ) -> None:
         """Have the engines serve a version; see `EnginePool.serve`."""
-        await self.engines.serve(manifest, chunks, probe, should_probe)
+        await self.engines.serve(manifest, source, probe, should_probe)
 
     def __repr__(self) -> str:
         return "tree pool"

@@ -24,7 +24,8 @@ from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.search.gate import Gate
 from treerpo_ray.search.tree_pool import TreePool
-from treerpo_ray.weight_sync import Manifest, Probe, WeightsLost
+from treerpo_ray.weight_sync import Manifest, Probe
+from treerpo_ray.weights.files import FilePlace, WeightsLost
 
 SHAPE = TreeShape(num_children=(2, 2, 2), step_tokens=(3, 3, 3))
 PROMPTS = PromptSet(
@@ -153,7 +154,7 @@ class FakeEngine:
         await self.meet("start")
         return 1000 + self.index, 2000 + self.index
 
-    async def load(self, manifest: Manifest, chunks: list[object]) -> None:
+    async def load(self, manifest: Manifest, place: FilePlace) -> None:
         self.calls.append(f"load {manifest.version}")
         if await self.meet("load"):
             wrong = RuntimeError(f"engine serves version 0, not {manifest.version}")
@@ -329,6 +330,19 @@ async def make_pool(config: Config, fleet: Fleet, times: PoolTimes = TIMES) -> T
     return pool
 
 
+NOWHERE = FilePlace(path="nowhere", stamp=b"", parts=())
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights of a version, which lie at the same place on every node."""
+
+    at: FilePlace = NOWHERE
+
+    async def place(self, node: str) -> FilePlace:
+        return self.at
+
+
 async def serve_from_start(pool: TreePool, version: int = 0) -> None:
     """Have the pool start and serve a version from then on."""
     await asyncio.gather(pool.start(), serve(pool, version, should_probe=True))
@@ -343,7 +357,8 @@ async def until(is_so: Callable[[], bool]) -> None:
 async def serve(pool: TreePool, version: int, *, should_probe: bool = False) -> None:
     """Have the pool serve a version."""
     manifest = Manifest(version=version, tensors=(), digests=())
-    await pool.serve(manifest, [], Probe(token_ids=[1, 2], logprobs=[LOGPROB]), should_probe)
+    probe = Probe(token_ids=[1, 2], logprobs=[LOGPROB])
+    await pool.serve(manifest, Source(), probe, should_probe)
 
 
 async def take(pool: TreePool, count: int, reader: str = "reader") -> list[TreeRecord]:

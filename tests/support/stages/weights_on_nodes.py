@@ -1,23 +1,25 @@
 """Weights on a cluster of several nodes whose learner is killed, then its store, then its node:
 prints as JSON what became of each version. A process of its own, since it brings its cluster."""
 
-import hashlib
 import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import psutil
 import ray
 import torch
+import xxhash
 from ray.cluster_utils import Cluster
-from ray.experimental import get_object_locations
 
 from treerpo_ray.actor import make_actor
 from treerpo_ray.driver.versions import check_versions
 from treerpo_ray.learner.publisher import Publisher
 from treerpo_ray.preflight.placement import Stage
 from treerpo_ray.weight_sync import Manifest, Probe, WeightSync
+from treerpo_ray.weights.files import FileMaps, FilePlace, HeldFile, WeightsLost
+from treerpo_ray.weights.source import WeightSource
 
 STORE_BYTES = 100 * 2**20
 NUM_FLOATS = 5 * 2**20
@@ -57,46 +59,42 @@ class Learner:
         publisher.publish(Policy(version), version)
         publisher.wait()
 
-    def kill_store(self) -> int:
-        """End the process that holds the weights on this node; returns how many there were."""
-        mine = ray.get_runtime_context().get_node_id()
-        running = psutil.process_iter(["cmdline"])  # None for one that has just ended
-        found = [p for p in running if "ray::WeightStore" in "".join(p.info["cmdline"] or ())]
-        stores = [p for p in found if mine in " ".join(p.parent().cmdline())]
-        for process in stores:
-            process.kill()
-        return len(stores)
-
 
 class Pool:
     """Has one engine, on a node of its own, which loads what it is told to."""
 
     def __init__(self, engine: object) -> None:
         self.engine = engine
-        self.chunks: list[ray.ObjectRef] = []
 
     async def serve(
-        self, manifest: Manifest, chunks: list[ray.ObjectRef], probe: Probe, should_probe: bool
+        self, manifest: Manifest, source: WeightSource, probe: Probe, should_probe: bool
     ) -> None:
-        self.manifest, self.chunks = manifest, chunks
+        self.manifest, self.source = manifest, source
 
-    async def nodes(self) -> list[str]:
-        """Where the weights lie."""
-        return sorted(set(get_object_locations(self.chunks)[self.chunks[0]]["node_ids"]))
+    async def holder(self, node: str) -> int:
+        """The process that has the file of what is served on a node."""
+        place = await self.source.place(node)
+        return int(place.path.split("/")[2])
 
     async def load(self) -> str:
         """Have the engine load what is served: its bytes are whole, or lost."""
-        digests = await self.engine.load.remote(self.chunks)
+        try:
+            place = await self.source.place(await self.engine.node.remote())
+        except WeightsLost:
+            return "lost"
+        digests = await self.engine.load.remote(place)
         return "whole" if tuple(digests) == self.manifest.digests else str(digests)
 
 
 class Engine:
-    def load(self, chunks: list[ray.ObjectRef]) -> list[str]:
-        try:
-            found = [ray.get(chunk, timeout=60) for chunk in chunks]
-        except ray.exceptions.ObjectLostError:
-            return ["lost"]
-        return [hashlib.blake2b(chunk.data, digest_size=16).hexdigest() for chunk in found]
+    def node(self) -> str:
+        return own_node()
+
+    def load(self, place: FilePlace) -> list[str]:
+        with closing(HeldFile(place)) as held:
+            maps = FileMaps()
+            found = [maps.read(held.place.path, *part) for part in held.place.parts]
+            return [xxhash.xxh3_128_hexdigest(chunk.data) for chunk in found]
 
 
 def on(role: str, kind: type):
@@ -111,47 +109,68 @@ def main() -> None:
     def add(role: str):
         return cluster.add_node(num_cpus=1, resources={role: 1}, object_store_memory=STORE_BYTES)
 
-    learner_node, _ = add("learner"), add("engine")
+    learner_node, engine_node = add("learner"), add("engine")
     ray.init(address=cluster.address, log_to_driver=False)
     pool = make_actor(Pool)(on("engine", Engine).remote())
     # While there is room nobody is told of a wait, or asked whether it is to end.
     sync = make_actor(WeightSync)(
-        pool=pool, gate=pool, run_log=pool, folder=tempfile.gettempdir(), probe_every=10
+        pool=pool,
+        gate=pool,
+        run_log=pool,
+        folder=tempfile.gettempdir(),
+        probe_every=10,
+        fetch_limit_s=60.0,
     )
     told: dict[str, object] = {}
 
+    def publish(version: int) -> None:
+        ray.get(learner.publish.remote(sync, version))
+
+    def load() -> str:
+        return ray.get(pool.load.remote())
+
     learner = on("learner", Learner).remote()
-    ray.get(learner.publish.remote(sync, 1))
-    told["lies on the learner's node"] = ray.get(pool.nodes.remote()) == [learner_node.node_id]
+    publish(1)
+    told["its node's store has the learner's file"] = stores(learner_node.node_id) == [
+        ray.get(pool.holder.remote(learner_node.node_id))
+    ]
+    told["stores elsewhere"] = len(stores(engine_node.node_id))
     ray.kill(learner)
     time.sleep(1)
-    told["learner killed"] = ray.get(pool.load.remote())
+    told["learner killed"] = load()
+    told["the engine's store is one"] = len(stores(engine_node.node_id))
 
     learner = on("learner", Learner).remote()
     for version in range(2, 9):  # more than the store has room for
-        ray.get(learner.publish.remote(sync, version))
+        publish(version)
+        load()
     told["old versions spilled"] = spilled_bytes(cluster, learner_node.node_id)
-    told["stores killed"] = ray.get(learner.kill_store.remote())
-    time.sleep(1)
-    told["store killed"] = ray.get(pool.load.remote())
-    ray.get(learner.publish.remote(sync, 9))
-    told["published after that"] = ray.get(pool.load.remote())
+    kill(stores(engine_node.node_id))
+    told["engine's store killed"] = load()
+    kill(stores(learner_node.node_id))
+    told["learner's store killed, with the bytes brought"] = load()
+    publish(9)
+    kill(stores(learner_node.node_id))
+    told["learner's store killed before"] = load()
+    publish(10)
+    told["published after that"] = load()
 
-    ray.get(learner.publish.remote(sync, 10))
+    publish(11)
     cluster.remove_node(learner_node, allow_graceful=False)
-    told["node lost"] = ray.get(pool.load.remote())
+    told["node lost"] = load()
     nothing = Manifest(version=0, tensors=(), digests=())
     probe = Probe(token_ids=[], logprobs=[])
-    late = sync.publish.remote(nothing, [ray.put(b"0")], probe, learner_node.node_id)
+    place = FilePlace(path="", stamp=b"", parts=())
+    late = sync.publish.remote(nothing, place, probe, learner_node.node_id)
     try:
         ray.get(late, timeout=60)
     except ray.exceptions.RayError as error:
         told["published for a lost node"] = type(error).__name__
     back = add("learner")
     learner = on("learner", Learner).remote()
-    ray.get(learner.publish.remote(sync, 9))
-    told["moved with the learner"] = ray.get(pool.nodes.remote()) == [back.node_id]
-    told["published from another node"] = ray.get(pool.load.remote())
+    publish(9)
+    told["moved with the learner"] = len(stores(back.node_id))
+    told["published from another node"] = load()
     stages = [
         Stage(key=f"{role}.resources", count=1, resources={role: 1})
         for role in ("learner", "engine")
@@ -162,6 +181,20 @@ def main() -> None:
     ray.shutdown()
     cluster.shutdown()
     print(json.dumps(told))
+
+
+def stores(node: str) -> list[int]:
+    """The processes that keep weights on a node."""
+    running = psutil.process_iter(["cmdline"])  # None for one that has just ended
+    found = [p for p in running if "ray::WeightStore" in "".join(p.info["cmdline"] or ())]
+    return [p.pid for p in found if node in " ".join(p.parent().cmdline())]
+
+
+def kill(processes: list[int]) -> None:
+    """End processes, and give Ray the time to see it."""
+    for process in processes:
+        psutil.Process(process).kill()
+    time.sleep(1)
 
 
 def own_node() -> str:
