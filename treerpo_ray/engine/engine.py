@@ -91,6 +91,7 @@ class Engine:
         self._version = 0
         """The last that it proved."""
         self._loading = asyncio.Lock()
+        self._is_asleep = False
         self._request_ids = itertools.count()
         self._start = uuid.uuid4().hex
         self._totals = np.zeros(4, np.int64)
@@ -263,6 +264,8 @@ class Engine:
 
         async with self._loading:
             with closing(HeldFile(place)) as held:
+                if self._is_asleep:
+                    await self._llm.wake_up(["weights"])
                 await self._llm.pause_generation(mode="keep", clear_cache=False)
                 self._num_loads += 1  # what is asked from here on is computed with these weights
                 await self._llm.start_weight_update()
@@ -278,7 +281,19 @@ class Engine:
             )
             proof.check(manifest)
             self._version = proof.version
+            if self._is_asleep:
+                await self._llm.wake_up(["kv_cache"])
+                self._is_asleep = False
             await self._llm.resume_generation()
+
+    async def sleep(self) -> None:
+        """Give the memory of weights and KV cache back until the next `load`; requests wait.
+
+        On a CPU vLLM keeps the memory, and waits likewise.
+        """
+        async with self._loading:
+            await self._llm.sleep(level=2, mode="keep")
+            self._is_asleep = True
 
     async def probe(self, token_ids: list[int]) -> list[float]:
         """Log-probability (nats, temperature 1) of each token but the first, given those before."""

@@ -55,6 +55,9 @@ class EngineApi(Protocol):
     def load(self, manifest: Manifest, place: FilePlace) -> None: ...
 
     @actor_method
+    def sleep(self) -> None: ...
+
+    @actor_method
     def probe(self, token_ids: list[int]) -> list[float]: ...
 
     @actor_method
@@ -282,6 +285,16 @@ class Replica:
                     f"{weights.number} (sync.probe_tolerance={tolerance})"
                 )
         self._version = weights.number
+
+    async def sleep(self) -> None:
+        """Have it give its GPU's memory back until the next `load`.
+
+        Raises:
+            TimeoutError: it does not answer within `load_timeout_s`.
+            RayError, RuntimeError: it failed.
+        """
+        asked, what = self._actor.api.sleep.remote(), f"engine {self._index} to sleep"
+        await self._waits.wait(asked, what, self._limits.load_timeout_s)
 
     # Trees ---------------------------------------------------------------------------------------
 

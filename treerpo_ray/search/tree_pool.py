@@ -139,6 +139,14 @@ class TreePool(WatchedStage):
         """Have the engines serve a version; see `EnginePool.serve`."""
         await self.engines.serve(manifest, source, probe, should_probe)
 
+    async def sleep(self) -> None:
+        """Have the engines give their memory back; see `EnginePool.sleep`."""
+        await self.engines.sleep()
+
+    async def wake(self) -> None:
+        """Have them go on with what they served; see `EnginePool.wake`."""
+        await self.engines.wake()
+
     def __repr__(self) -> str:
         return "tree pool"
 

@@ -161,6 +161,10 @@ class FakeEngine:
             raise RayTaskError("load", "trace", wrong).as_instanceof_cause()
         self.version = manifest.version
 
+    async def sleep(self) -> None:
+        self.calls.append("sleep")
+        await self.meet("sleep")
+
     async def probe(self, token_ids: list[int]) -> list[float]:
         self.calls.append("probe")
         off = await self.meet("probe")
