@@ -16,8 +16,9 @@ from treerpo_ray.records import RootValue, TreeRecord
 
 if TYPE_CHECKING:  # the stages stand above this module
     from treerpo_ray.engine.types import EngineStats, Sampling
-    from treerpo_ray.weight_sync import Manifest, Probe
+    from treerpo_ray.weight_sync import Probe
     from treerpo_ray.weights.files import FilePlace
+    from treerpo_ray.weights.manifest import Manifest
     from treerpo_ray.weights.source import WeightSource
 
 STREAM = "trees"

@@ -22,8 +22,8 @@ from treerpo_ray.engine.engine import Engine, last_error
 from treerpo_ray.engine.types import EngineSetup, EngineStats, Sampling
 from treerpo_ray.learner.policy import Policy, load_policy
 from treerpo_ray.prompts.prompt_set import load_tokenizer, resolve_model_path
-from treerpo_ray.weight_sync import Manifest, pack_weights
 from treerpo_ray.weights.files import WeightFile, WeightFiles
+from treerpo_ray.weights.manifest import Manifest, pack_weights
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine]
 

@@ -25,8 +25,9 @@ from tests.support.stages.fake_engines import (
 from tests.support.stages.virtual_time import run
 from treerpo_ray.engine.pool import MAX_STARTS, PoolTimes
 from treerpo_ray.engine.replica import ReplicaState
-from treerpo_ray.weight_sync import Manifest, Probe
+from treerpo_ray.weight_sync import Probe
 from treerpo_ray.weights.files import WeightsLost
+from treerpo_ray.weights.manifest import Manifest
 
 
 @pytest.mark.parametrize(

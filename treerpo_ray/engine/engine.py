@@ -32,8 +32,8 @@ from treerpo_ray.engine.replica import EngineActor, EngineApi
 from treerpo_ray.engine.types import EngineSetup, EngineStats, Sampling
 from treerpo_ray.metrics.busy_time import BusyTime
 from treerpo_ray.prompts.prompt_set import end_token_ids, load_tokenizer
-from treerpo_ray.weight_sync import LoadProof, Manifest
 from treerpo_ray.weights.files import FilePlace, HeldFile
+from treerpo_ray.weights.manifest import LoadProof, Manifest
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput

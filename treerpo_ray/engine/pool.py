@@ -20,8 +20,9 @@ from treerpo_ray.engine.replica import EngineActor, Replica, ReplicaState, Weigh
 from treerpo_ray.engine.router import Router
 from treerpo_ray.engine.types import EngineStats
 from treerpo_ray.metrics.events import Event, RunLogApi
-from treerpo_ray.weight_sync import Manifest, Probe
+from treerpo_ray.weight_sync import Probe
 from treerpo_ray.weights.files import WeightsLost
+from treerpo_ray.weights.manifest import Manifest
 from treerpo_ray.weights.source import WeightSource
 
 log = logging.getLogger(__name__)

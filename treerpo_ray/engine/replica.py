@@ -23,8 +23,9 @@ from treerpo_ray.config.sections import EngineConfig
 from treerpo_ray.engine._waits import Waits
 from treerpo_ray.engine.background import Signal
 from treerpo_ray.engine.types import EngineStats, Sampling
-from treerpo_ray.weight_sync import Manifest, Probe
+from treerpo_ray.weight_sync import Probe
 from treerpo_ray.weights.files import FilePlace, WeightsLost
+from treerpo_ray.weights.manifest import Manifest
 from treerpo_ray.weights.source import WeightSource
 
 LOOK_EVERY_S = 0.5

@@ -12,8 +12,9 @@ import ray
 import torch
 
 from treerpo_ray.actor import Get
-from treerpo_ray.weight_sync import Manifest, Probe, pack_weights
+from treerpo_ray.weight_sync import Probe
 from treerpo_ray.weights.files import FilePlace, WeightFile, WeightFiles
+from treerpo_ray.weights.manifest import Manifest, pack_weights
 
 T = TypeVar("T")
 

@@ -27,7 +27,8 @@ from treerpo_ray.records import TreeRecord
 from treerpo_ray.search.gate import redrawn
 from treerpo_ray.search.growing_tree import GrowingTree
 from treerpo_ray.task import GateApi, Ticket
-from treerpo_ray.weight_sync import Manifest, Probe
+from treerpo_ray.weight_sync import Probe
+from treerpo_ray.weights.manifest import Manifest
 from treerpo_ray.weights.source import WeightSource
 
 log = logging.getLogger(__name__)
