@@ -7,7 +7,7 @@ once, to the parameters. What other nodes need goes through Ray's store, to one 
 import asyncio
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, cast
@@ -21,7 +21,19 @@ from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.patience import DiskRefused, Patience, PatienceTimes
 from treerpo_ray.weights.files import FilePlace, WeightsLost
 from treerpo_ray.weights.manifest import Manifest
-from treerpo_ray.weights.source import PlacesApi, PublishedWeights, WeightSource
+from treerpo_ray.weights.rounds import Poll, Round, Rounds
+from treerpo_ray.weights.source import (
+    DevicePlace,
+    FilesOnNodes,
+    FromGroup,
+    Group,
+    OnDevice,
+    OutgoingPlace,
+    PlacesApi,
+    Receiver,
+    SenderPlace,
+    WeightSource,
+)
 from treerpo_ray.weights.store import WeightStoreApi, put, store_on
 
 if TYPE_CHECKING:
@@ -57,10 +69,9 @@ class _Publication:
     """A version on its way."""
 
     version: int
-    stamp: bytes
+    place: OutgoingPlace
     node: str
     """Of the learner."""
-    num_parts: int
     chunks: list[ray.ObjectRef] = field(default_factory=list)
     """In Ray's store, as far as they were put there for other nodes."""
     putting: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -71,6 +82,12 @@ class _Publication:
 
     def __post_init__(self) -> None:
         self.at.add(self.node)
+
+    def file(self) -> FilePlace:
+        """Where it lies, if that is a file."""
+        if not isinstance(self.place, FilePlace):
+            raise TypeError(f"version {self.version} lies in no file, but as {self.place}")
+        return self.place
 
 
 def _own_handle() -> PlacesApi:
@@ -94,7 +111,8 @@ class WeightSync(WatchedStage):
         run_log: Actor of `RunLog`; told of what waits.
         folder: Run folder.
         probe_every: Syncs between comparisons of log-probabilities; the first is compared.
-        fetch_limit_s: Time for weights to come from one node to another.
+        fetch_limit_s: Time for weights to come from one node to another, and for the learner to
+            turn to engines that are to receive in a group.
         times: How long each part of a wait lasts.
         make_store: Makes a store on a node.
         handle: Gives the handle of this actor.
@@ -126,6 +144,7 @@ class WeightSync(WatchedStage):
         )
         self._num_syncs = 0
         self._newest: _Publication | None = None
+        self._rounds = Rounds()
         self._stores: dict[str, WeightStoreApi] = {}
         """By their nodes: those of the learner and of the engines that asked since it published."""
         self._serves = ""
@@ -136,7 +155,9 @@ class WeightSync(WatchedStage):
     def __repr__(self) -> str:
         return "weight sync"
 
-    async def publish(self, manifest: Manifest, place: FilePlace, probe: Probe, node: str) -> None:
+    async def publish(
+        self, manifest: Manifest, place: OutgoingPlace, probe: Probe, node: str
+    ) -> None:
         """Have the engines serve `manifest`; returns once they have proved it.
 
         Args:
@@ -167,17 +188,44 @@ class WeightSync(WatchedStage):
             self._move("")
 
     async def _serve(
-        self, manifest: Manifest, place: FilePlace, probe: Probe, node: str, should_probe: bool
+        self, manifest: Manifest, place: OutgoingPlace, probe: Probe, node: str, should_probe: bool
     ) -> None:
-        # What the learner packed dies with its worker; what its node's store holds lives on.
-        await self._store(node).hold.remote(place)
-        self._newest = newest = _Publication(
-            version=manifest.version, stamp=place.stamp, node=node, num_parts=len(place.parts)
-        )
-        source = PublishedWeights(sync=self._handle(), stamp=place.stamp)
+        if isinstance(place, FilePlace):
+            # What the learner packed dies with its worker; what its node's store holds lives on.
+            await self._store(node).hold.remote(place)
+        self._newest = newest = _Publication(version=manifest.version, place=place, node=node)
+        source = self._source(place, node)
         await self.pool.serve.remote(manifest, source, probe, should_probe)
         if newest is self._newest:  # a store would keep a node whose engines have left
             self._stores = {name: self._stores[name] for name in self._stores if name in newest.at}
+
+    def _source(self, place: OutgoingPlace, node: str) -> WeightSource:
+        if isinstance(place, SenderPlace):
+            return FromGroup(sync=self._handle(), stamp=place.stamp, sizes=place.sizes)
+        if isinstance(place, DevicePlace):
+            return OnDevice(place=place, node=node)
+        return FilesOnNodes(sync=self._handle(), stamp=place.stamp)
+
+    async def open_group(self, stamp: bytes, engines: Sequence[Receiver]) -> Group:
+        """The group in which engines receive the newest publication.
+
+        Raises:
+            WeightsLost: it is not the newest any more, or the learner does not come to send it.
+        """
+        place = self._current(stamp).place
+        if not isinstance(place, SenderPlace):
+            raise TypeError(f"no group is sent {place}")
+        return await self._rounds.open(place.sender, stamp, engines, self._fetch_limit_s)
+
+    async def next_round(self, poll: Poll) -> Round | None:
+        """What a learner is to send next; see `Rounds.next`."""
+        return await self._rounds.next(poll)
+
+    def _current(self, stamp: bytes) -> _Publication:
+        newest = self._newest
+        if newest is None or newest.place.stamp != stamp:
+            raise WeightsLost("other weights were published meanwhile")
+        return newest
 
     async def place(self, stamp: bytes, node: str) -> FilePlace:
         """Where the newest publication lies on a node, once it is there.
@@ -188,9 +236,7 @@ class WeightSync(WatchedStage):
             TimeoutError: they do not come.
             RayError: the node is lost.
         """
-        newest = self._newest
-        if newest is None or newest.stamp != stamp:
-            raise WeightsLost("other weights were published meanwhile")
+        newest = self._current(stamp)
         newest.at.add(node)
         chunks = [] if node == newest.node else await self._chunks(newest)
         for _ in range(2):
@@ -211,8 +257,9 @@ class WeightSync(WatchedStage):
     async def _chunks(self, newest: _Publication) -> list[ray.ObjectRef]:
         """The chunks in Ray's store of the learner's node, put there once."""
         async with newest.putting:
-            for part in range(len(newest.chunks), newest.num_parts):
-                work = partial(put, self._store(newest.node), newest.stamp, part)
+            place = newest.file()
+            for part in range(len(newest.chunks), len(place.parts)):
+                work = partial(put, self._store(newest.node), place.stamp, part)
                 what = f"weights of version {newest.version}"
                 try:
                     # In a thread: meanwhile this actor is asked for its status.

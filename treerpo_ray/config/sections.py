@@ -292,6 +292,10 @@ class LearnerConfig:
 class SyncConfig:
     """Weight sync from the learner to the engines."""
 
+    transport: Literal["file", "ipc", "nccl"] = "file"
+    """How weights travel: `file`, through main memory, in one file a node; `ipc`, on the one GPU
+    that learner and engines share; `nccl`, from the learner's GPU to all others at once (gloo where
+    there is no GPU)."""
     chunk_mib: int = field(default=256, metadata=POSITIVE)
     """Size of the chunks that weights travel in."""
     probe_every: int = field(default=10, metadata=POSITIVE)

@@ -237,7 +237,9 @@ class EnginePool:
             self._changed.notify()
             replicas = [replica for replica in self._replicas if replica.takes_weights]
             tolerance = self._tolerance if should_probe else None
-            loads = (replica.load(weights, tolerance) for replica in replicas)
+            places = source.places([replica.receiver for replica in replicas])
+            taken = zip(replicas, places, strict=True)
+            loads = (replica.load(weights, place, tolerance) for replica, place in taken)
             results = await asyncio.gather(*loads, return_exceptions=True)
             lost: WeightsLost | None = None
             for replica, result in zip(replicas, results, strict=True):
