@@ -24,7 +24,7 @@ from treerpo_ray.study.analysis import Run
 ELASTIC = [
     *("engine.resources={CPU: 0.2, rollout_slot: 1}", "engine.labels={role: rollout}"),
     *("engine.num_engines=1", "engine.max_engines=2", "engine.max_trees=4"),
-    *("learner.num_workers=2", "learner.min_workers=1"),
+    *("learner.num_workers=2", "learner.min_workers=1", "learner.shard=true"),
     *("learner.resources={CPU: 0.5, train_slot: 1}", "evaluate.data.path=''"),
     *(
         "checkpoint.every=1",
