@@ -1,0 +1,143 @@
+"""Parts of the first GPU run that need vLLM and Ray: an engine, and whole runs.
+
+Both are imported by the parts themselves: the other parts run where they are not installed.
+"""
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from jobs.gpu.workload import (
+    PROJECT,
+    REAL,
+    REHEARSAL,
+    Sizes,
+    Tell,
+    make_learner,
+    random_record,
+    recipe,
+)
+from treerpo_ray.config import Config
+
+
+def engine(sizes: Sizes, folder: Path, tell: Tell) -> None:
+    """An engine alone: tokens a second, changed weights, and a second start beside a learner."""
+    config = recipe(sizes, folder)
+    asyncio.run(_engine(config, sizes, tell))
+
+
+async def _engine(config: Config, sizes: Sizes, tell: Tell) -> None:
+    from treerpo_ray.engine.engine import Engine
+    from treerpo_ray.engine.types import EngineSetup, Sampling
+    from treerpo_ray.weight_sync import Probe
+    from treerpo_ray.weights.files import WeightFiles
+    from treerpo_ray.weights.manifest import pack_weights
+
+    setup = EngineSetup.of(config)
+
+    async def started() -> Engine:
+        start = time.monotonic()
+        made = Engine(setup=setup, index=0, log_folder=None)
+        await made.start()
+        tell(**{f"start_{len(starts)}_s": round(time.monotonic() - start, 1)})
+        starts.append(made)
+        return made
+
+    async def grown(one: Engine, seed: int) -> None:
+        prompt = list(range(3, 3 + 64))
+        sampling = Sampling(temperature=1.0)
+        async for _ in one.grow(prompt, config.shape, sampling, seed, []):
+            pass
+
+    starts: list[Engine] = []
+    first = await started()
+    start = time.monotonic()
+    await asyncio.gather(*(grown(first, seed) for seed in range(sizes.engine_trees)))
+    seconds, stats = time.monotonic() - start, await first.stats()
+    cached = stats.num_cached_tokens / stats.num_prompt_tokens
+    tell(tokens_per_s=round(stats.num_sampled_tokens / seconds), cached_share=round(cached, 3))
+    tell(tokens_per_s_without_logprobs=await _plain_speed(first, config, sizes))
+
+    made = make_learner(config, sizes)  # its reference and optimizer take their memory, too
+    made.update([random_record(0, sizes)])
+    with torch.no_grad():
+        for parameter in made.policy.model.parameters():
+            parameter.mul_(1.01)
+    start = time.monotonic()
+    file = WeightFiles().begin()
+    manifest, _ = pack_weights(
+        made.policy.named_weights(),
+        version=1,
+        dtype=getattr(torch, config.model.dtype),
+        chunk_bytes=config.sync.chunk_mib * 2**20,
+        allocate=file.part,
+    )
+    place = file.seal()
+    tell(pack_s=round(time.monotonic() - start, 2))
+    ids = list(range(3, 67))
+    probe = Probe(token_ids=ids, logprobs=made.policy.sequence_logprobs(ids).tolist())
+    for number in range(2):  # the second engine starts beside all that the learner holds
+        one = starts[number]
+        start = time.monotonic()
+        await one.load(manifest, place)
+        off = probe.distance(await one.probe(ids))
+        tell(**{f"load_{number}_s": round(time.monotonic() - start, 2), f"off_{number}": off})
+        if not off < 0.1:
+            raise RuntimeError(f"the engine is {off:.3g} nats a token off the learner")
+        await one.stop()
+        if number == 0:
+            await started()
+
+
+async def _plain_speed(one: object, config: Config, sizes: Sizes) -> int:
+    """Tokens a second of the same engine where nobody asks for log-probabilities."""
+    from vllm import SamplingParams
+    from vllm.inputs.engine import tokens_input
+
+    length = sizes.step_tokens
+    params = SamplingParams(max_tokens=length, ignore_eos=True, detokenize=False)
+
+    async def sampled(number: int) -> None:
+        prompt = tokens_input([3 + number % 64, *range(3, 67)])
+        async for _ in one._llm.generate(prompt, params, f"plain-{number}"):  # type: ignore[attr-defined]
+            pass
+
+    count = config.engine.max_num_seqs
+    start = time.monotonic()
+    await asyncio.gather(*(sampled(number) for number in range(count)))
+    return round(count * length / (time.monotonic() - start))
+
+
+def train(sizes: Sizes, folder: Path, tell: Tell) -> None:
+    """Two whole runs by the command: the quickstart, and the recipe in small."""
+    common = [*sizes.gpu, *sizes.small, f"run.root={folder}/runs", "evaluate.data.path=''"]
+    common += ["sync.probe_every=1", "gate.trees_per_step=6"]
+    steps = 1 if sizes is REHEARSAL else 3
+    _run(
+        "quickstart",
+        [str(PROJECT / "conf/quickstart.yaml"), *common, f"run.num_steps={steps}"],
+        tell,
+    )
+    recipe = [str(PROJECT / "conf/treerpo_qwen2.5_math_1.5b.yaml"), *common]
+    recipe += [f"model.path={folder}/model", "prompts.path=quickstart:train"]
+    recipe += ["prompts.question_column=question", "prompts.answer_column=answer"]
+    recipe += ["gate.trees_per_step=8", "tree.step_tokens=[64, 64, 64]", "run.num_steps=2"]
+    recipe += ["learner.advantage=STANDARD", "learner.prune_threshold=-1"]  # no answer is right
+    # The recipe asks for GPUs: where there is none its input is checked.
+    _run("recipe", recipe if sizes is REAL else ["--dry-run", *recipe], tell)
+
+
+def _run(name: str, arguments: list[str], tell: Tell) -> None:
+    start = time.monotonic()
+    command = [sys.executable, "jobs/train.py", *arguments, f"run.name={name}"]
+    done = subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
+    tell(**{f"{name}_s": round(time.monotonic() - start, 1)})
+    if done.returncode:
+        raise RuntimeError(f"the {name} run ended with status {done.returncode}; see train.log")
+    if done.stdout:
+        tell(**{name: json.loads(done.stdout.splitlines()[-1])})
