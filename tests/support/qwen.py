@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from treerpo_ray.preflight.memory import ModelSizes
+from treerpo_ray.preflight.model_sizes import ModelSizes
 
 QWEN = {"model_type": "qwen2", "vocab_size": 151_936, "max_position_embeddings": 4096}
 CONFIGS = {

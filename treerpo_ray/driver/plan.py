@@ -9,8 +9,9 @@ from treerpo_ray.config import Config
 from treerpo_ray.driver.cluster import Available, look_at_resources, starting_stages
 from treerpo_ray.preflight.inputs import DataSet, Preflight, num_parameters, set_name
 from treerpo_ray.preflight.machine import check_gpus, check_vllm
-from treerpo_ray.preflight.memory import MemoryPlan, most_tokens, needs_more_memory, number
+from treerpo_ray.preflight.memory import MemoryPlan, needs_more_memory, number
 from treerpo_ray.preflight.model_check import ModelFacts
+from treerpo_ray.preflight.model_sizes import most_tokens
 from treerpo_ray.preflight.pace import lines as pace_lines
 from treerpo_ray.preflight.placement import check_places, missing_resources, needed_resources
 from treerpo_ray.preflight.unusual import unusual
