@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NewType, Protocol
+from typing import TYPE_CHECKING, NewType, Protocol, TypeVar
 
 from treerpo_ray.actor import actor_method, actor_stream
 from treerpo_ray.algo.search import TreeShape
@@ -15,12 +15,15 @@ from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import RootValue, TreeRecord
 
 if TYPE_CHECKING:  # the stages stand above this module
+    import ray
+
     from treerpo_ray.engine.types import EngineStats, Sampling
     from treerpo_ray.weight_sync import Probe
     from treerpo_ray.weights.manifest import Manifest
     from treerpo_ray.weights.rounds import Poll, Round
     from treerpo_ray.weights.source import OutgoingPlace, WeightSource
 
+R = TypeVar("R")
 STREAM = "trees"
 """Name of the workers' data set."""
 
@@ -156,6 +159,12 @@ class RunActors:
     weight_sync: WeightSyncApi
     run_log: RunLogApi
     heartbeats: HeartbeatsApi
+
+    def get(self, ref: "ray.ObjectRef[R]") -> R:
+        """Wait for what one of them answers."""
+        import ray
+
+        return ray.get(ref)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -35,10 +36,10 @@ from jobs.gpu.workload import (
     recipe,
 )
 from treerpo_ray.config import load
-from treerpo_ray.learner import forest_layout, head
 from treerpo_ray.learner.forest_layout import FLASH
+from treerpo_ray.learner.head import kernels
 from treerpo_ray.learner.learner import Learner
-from treerpo_ray.learner.policy import Policy
+from treerpo_ray.learner.policy import ForestTensors, Policy
 from treerpo_ray.learner.shards.sharding import whole
 from treerpo_ray.learner.together import Together
 from treerpo_ray.preflight.machine import GIB, check_gpus, installed_gpus
@@ -139,32 +140,42 @@ def learner(sizes: Sizes, folder: Path, tell: Tell) -> None:
     tell(as_is=measured(made, records))
     tell(top_kernels=top_kernels(made, records))
 
-    def optimizer() -> None:
-        made.optimizer = torch.optim.AdamW(made.policy.model.parameters(), lr=1e-6, foreach=True)
+    policy = made.policy
+    model, tokenizer = policy.model, policy.tokenizer
 
-    def logits_at_a_time(number: int | None) -> None:
-        made.policy = Policy(made.policy.model, made.policy.tokenizer, logit_budget=number)
+    def use(other: Policy) -> None:
+        made.optimizer.policy = other
 
-    kernels = head.kernels
+    def foreach_optimizer() -> None:
+        made.optimizer.adamw = torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=True)
+
     changes: dict[str, Callable[[], object]] = {
-        "buckets_with_masks": partial(setattr, forest_layout, "FLASH", None),
-        "large_pieces_of_logits": partial(logits_at_a_time, 2**28),
-        "head_not_compiled": partial(setattr, head, "kernels", lambda _: kernels("cpu")),
-        "foreach_optimizer": optimizer,
+        "buckets_with_masks": lambda: use(_WithMasks(model, tokenizer)),
+        "large_pieces_of_logits": lambda: use(Policy(model, tokenizer, logit_budget=2**28)),
+        "head_not_compiled": lambda: use(Policy(model, tokenizer, kernels=kernels("cpu"))),
+        "foreach_optimizer": foreach_optimizer,
         "with_cudnn": partial(torch.backends.cuda.enable_cudnn_sdp, True),
     }
     for name, change in changes.items():
         if name == "with_cudnn":  # the last: planning for each new shape, it may not end in time
             tell(status="ok", with_cudnn="not finished")
-        flash = forest_layout.FLASH
         change()
         try:
             made.update(records)
             tell(**{name: measured(made, records)})
         except RuntimeError as error:  # too little memory, or gradients that are not finite
             tell(**{name: f"{type(error).__name__}: {error}"[:300]})
-        forest_layout.FLASH, head.kernels = flash, kernels
-        logits_at_a_time(None)
+        made.optimizer.policy = policy
+
+
+class _WithMasks(Policy):
+    """One that never computes all paths in one call."""
+
+    def edge_logprobs(
+        self, forest: ForestTensors, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        layout = replace(forest.layout, kernel=None)
+        return super().edge_logprobs(replace(forest, layout=layout), temperature)
 
 
 def sharded(sizes: Sizes, folder: Path, tell: Tell) -> None:

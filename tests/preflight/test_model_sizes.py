@@ -72,9 +72,9 @@ def test_the_estimate_of_activations_is_what_an_update_takes(
     tree = full_tree(4, 2, step_length=48, prompt_length=64)
     forests = pack([tree], [np.tile([1.0, -1.0], len(tree) // 2)], 10**6)
     learner = make_learner(config)
-    learner._optimize(forests, [None], 0.0)  # gradients and moments are there from then on
+    learner.optimizer.steps([forests], 0.0)  # gradients and moments are there from then on
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        learner._optimize(forests, [None], 0.0)
+        learner.optimizer.steps([forests], 0.0)
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

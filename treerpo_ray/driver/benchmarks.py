@@ -29,7 +29,7 @@ from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_
 from treerpo_ray.engine.types import EngineSetup, Sampling
 from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, Graded, save_evaluation, save_samples
-from treerpo_ray.evaluate.grading import grade_samples, summarise
+from treerpo_ray.evaluate.grading import grade_trees, sampled_trees, summarise
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.events import RunLogApi
 from treerpo_ray.metrics.run_log import RunLog, RunLogSetup
@@ -50,7 +50,7 @@ from treerpo_ray.run_folder.files import (
 )
 from treerpo_ray.run_folder.lock import only_writer
 from treerpo_ray.run_folder.logs import output_to_log
-from treerpo_ray.scoring import Scorer
+from treerpo_ray.scoring import Scorer, StartScorer
 from treerpo_ray.search.tree_pool import TreePool
 from treerpo_ray.stop import Stop
 from treerpo_ray.task import TreePoolApi
@@ -310,7 +310,7 @@ def evaluate_all(
     console: Console,
     *,
     make_actor: Callable[..., Callable[..., Any]] = make_actor,
-    make_scorer: Callable[..., Scorer] = Scorer,
+    make_scorer: StartScorer = Scorer,
 ) -> Iterator[tuple[str, Evaluation]]:
     """Evaluate each benchmark on the Ray cluster that is connected, on the same engines."""
     run = config.run.name
@@ -363,7 +363,7 @@ def _grade(
 ) -> list[Graded]:
     title = f"{name}: {len(prompts)} problems"
     with evaluation_progress(config, console, heartbeats, title, len(prompts)) as advance:
-        return grade_samples(config, prompts, pool, scorer, advance)
+        return grade_trees(map(ray.get, sampled_trees(config, prompts, pool)), scorer, advance)
 
 
 def _save(config: Config, source: str, name: str, graded: list[Graded]) -> Evaluation:

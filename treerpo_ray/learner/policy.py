@@ -27,7 +27,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from treerpo_ray.algo.packing import Forest
 from treerpo_ray.errors import one_line
 from treerpo_ray.learner.forest_layout import ForestLayout
-from treerpo_ray.learner.head import Head
+from treerpo_ray.learner.head import Head, Kernels
 from treerpo_ray.learner.layers import compile_layers, layers_of, recompute_layers
 from treerpo_ray.learner.shards.export import write_weights
 from treerpo_ray.learner.shards.sharding import Sharding, whole
@@ -85,6 +85,7 @@ class Policy:
         tokenizer: Is saved with it.
         sharding: How the model is to be sharded; None: this process has the whole of it.
         logit_budget: Logits that are alive at a time; by default `LOGIT_BUDGET` of the head.
+        kernels: Of the head; by default those of the device.
     """
 
     def __init__(
@@ -94,11 +95,12 @@ class Policy:
         *,
         sharding: Sharding | None = None,
         logit_budget: int | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.sharding = sharding
-        self._scores = _Scores(model, logit_budget=logit_budget)
+        self._scores = _Scores(model, logit_budget=logit_budget, kernels=kernels)
         if sharding is not None:
             sharding.apply(self._scores, [*layers_of(model, "learner.shard")])
         # Tree attention gives masks. With one, cuDNN's kernels (Hopper and newer) return NaN as
@@ -212,9 +214,11 @@ class _Scores(nn.Module):
     A pass through model and head is one call, as FSDP needs it to have their weights at hand.
     """
 
-    def __init__(self, model: PreTrainedModel, *, logit_budget: int | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, logit_budget: int | None, kernels: Kernels | None
+    ) -> None:
         super().__init__()
-        self.model, self.logit_budget = model, logit_budget
+        self.model, self.logit_budget, self.kernels = model, logit_budget, kernels
 
     def forward(
         self,
@@ -231,7 +235,8 @@ class _Scores(nn.Module):
             input_ids=token_ids, position_ids=position_ids, layout=layout, use_cache=False
         )
         hidden = output.last_hidden_state[0].index_select(0, source)
-        return Head.of(self.model, self.logit_budget).score(hidden, row, target, temperature)
+        head = Head.of(self.model, logit_budget=self.logit_budget, kernels=self.kernels)
+        return head.score(hidden, row, target, temperature)
 
 
 def _layer_name(weight: str) -> str:
