@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,11 +23,21 @@ from jobs.gpu.workload import (
     random_record,
     recipe,
 )
+from treerpo_ray.algo.search import SiblingGroup
 from treerpo_ray.config import Config
+from treerpo_ray.learner.learner import Learner
+
+if TYPE_CHECKING:
+    from treerpo_ray.weights.files import FilePlace, WeightFile
+    from treerpo_ray.weights.manifest import Manifest
+
+PROMPT = list(range(3, 3 + 64))
+"""Of trees and of the probe."""
 
 
 def engine(sizes: Sizes, folder: Path, tell: Tell) -> None:
-    """An engine alone: tokens a second, changed weights, and a second start beside a learner."""
+    """An engine alone: tokens a second, their log-probs against a learner's, changed weights, and a
+    second start beside a learner."""
     config = recipe(sizes, folder)
     asyncio.run(_engine(config, sizes, tell))
 
@@ -36,7 +47,6 @@ async def _engine(config: Config, sizes: Sizes, tell: Tell) -> None:
     from treerpo_ray.engine.types import EngineSetup, Sampling
     from treerpo_ray.weight_sync import Probe
     from treerpo_ray.weights.files import WeightFiles
-    from treerpo_ray.weights.manifest import pack_weights
 
     setup = EngineSetup.of(config)
 
@@ -48,28 +58,64 @@ async def _engine(config: Config, sizes: Sizes, tell: Tell) -> None:
         starts.append(made)
         return made
 
-    async def grown(one: Engine, seed: int) -> None:
-        prompt = list(range(3, 3 + 64))
+    async def grown(one: Engine, seed: int) -> list[SiblingGroup]:
         sampling = Sampling(temperature=1.0)
-        async for _ in one.grow(prompt, config.shape, sampling, seed, []):
-            pass
+        return [each async for each in one.grow(PROMPT, config.shape, sampling, seed, [])]
 
     starts: list[Engine] = []
     first = await started()
     start = time.monotonic()
-    await asyncio.gather(*(grown(first, seed) for seed in range(sizes.engine_trees)))
+    trees = await asyncio.gather(*(grown(first, seed) for seed in range(sizes.engine_trees)))
     seconds, stats = time.monotonic() - start, await first.stats()
     cached = stats.num_cached_tokens / stats.num_prompt_tokens
     tell(tokens_per_s=round(stats.num_sampled_tokens / seconds), cached_share=round(cached, 3))
     tell(tokens_per_s_without_logprobs=await _plain_speed(first, config, sizes))
 
     made = make_learner(config, sizes)  # its reference and optimizer take their memory, too
+    off = _sampled_off(made, trees[0])
+    tell(sampled_logprobs_off=off)
+    if not off < 0.1:
+        raise RuntimeError(f"log-probs of sampled tokens are {off:.3g} nats off the learner's")
     made.update([random_record(0, sizes)])
     with torch.no_grad():
         for parameter in made.policy.model.parameters():
             parameter.mul_(1.01)
+    file = WeightFiles().begin()  # it is gone with this object
+    manifest, place = _packed(made, config, file, tell)
+    logprobs = made.policy.sequence_logprobs(PROMPT).tolist()
+    probe = Probe(token_ids=PROMPT, logprobs=logprobs)
+    for number in range(2):  # the second engine starts beside all that the learner holds
+        one = starts[number]
+        start = time.monotonic()
+        await one.load(manifest, place)
+        off = probe.distance(await one.probe(PROMPT))
+        tell(**{f"load_{number}_s": round(time.monotonic() - start, 2), f"off_{number}": off})
+        if not off < 0.1:
+            raise RuntimeError(f"the engine is {off:.3g} nats a token off the learner")
+        await one.stop()
+        if number == 0:
+            await started()
+
+
+def _sampled_off(made: Learner, groups: list[SiblingGroup]) -> float:
+    """Mean distance (nats) of the log-probs that came with the first steps of a tree, all in one
+    array, from those of a learner of the same weights."""
+    [first] = [group for group in groups if not group.parent]
+    distances = []
+    for step in first.steps:
+        found = made.policy.sequence_logprobs([*PROMPT, *step.token_ids.tolist()])
+        own = found[len(PROMPT) - 1 :].cpu()
+        distances.append((own - torch.from_numpy(step.logprobs)).abs())
+    return float(torch.cat(distances).mean())
+
+
+def _packed(
+    made: Learner, config: Config, file: "WeightFile", tell: Tell
+) -> "tuple[Manifest, FilePlace]":
+    """A learner's weights in a file, as a run publishes them."""
+    from treerpo_ray.weights.manifest import pack_weights
+
     start = time.monotonic()
-    file = WeightFiles().begin()
     manifest, _ = pack_weights(
         made.policy.named_weights(),
         version=1,
@@ -79,19 +125,7 @@ async def _engine(config: Config, sizes: Sizes, tell: Tell) -> None:
     )
     place = file.seal()
     tell(pack_s=round(time.monotonic() - start, 2))
-    ids = list(range(3, 67))
-    probe = Probe(token_ids=ids, logprobs=made.policy.sequence_logprobs(ids).tolist())
-    for number in range(2):  # the second engine starts beside all that the learner holds
-        one = starts[number]
-        start = time.monotonic()
-        await one.load(manifest, place)
-        off = probe.distance(await one.probe(ids))
-        tell(**{f"load_{number}_s": round(time.monotonic() - start, 2), f"off_{number}": off})
-        if not off < 0.1:
-            raise RuntimeError(f"the engine is {off:.3g} nats a token off the learner")
-        await one.stop()
-        if number == 0:
-            await started()
+    return manifest, place
 
 
 async def _plain_speed(one: object, config: Config, sizes: Sizes) -> int:
