@@ -148,7 +148,8 @@ async def _plain_speed(one: object, config: Config, sizes: Sizes) -> int:
 
 
 def train(sizes: Sizes, folder: Path, tell: Tell) -> None:
-    """Two whole runs by the command: the quickstart, and the recipe in small."""
+    """Two whole runs by the command: the quickstart, and the recipe in small with a sharded
+    learner."""
     common = [*sizes.gpu, *sizes.small, f"run.root={folder}/runs", "evaluate.data.path=''"]
     common += ["sync.probe_every=1", "gate.trees_per_step=6"]
     steps = 1 if sizes is REHEARSAL else 3
@@ -162,6 +163,7 @@ def train(sizes: Sizes, folder: Path, tell: Tell) -> None:
     recipe += ["prompts.question_column=question", "prompts.answer_column=answer"]
     recipe += ["gate.trees_per_step=8", "tree.step_tokens=[64, 64, 64]", "run.num_steps=2"]
     recipe += ["learner.advantage=STANDARD", "learner.prune_threshold=-1"]  # no answer is right
+    recipe += ["learner.shard=true"]  # the quickstart's learner is not
     # The recipe asks for GPUs: where there is none its input is checked.
     _run("recipe", recipe if sizes is REAL else ["--dry-run", *recipe], tell)
 
