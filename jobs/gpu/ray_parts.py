@@ -150,22 +150,34 @@ async def _plain_speed(one: object, config: Config, sizes: Sizes) -> int:
 def train(sizes: Sizes, folder: Path, tell: Tell) -> None:
     """Two whole runs by the command: the quickstart, and the recipe in small with a sharded
     learner."""
-    common = [*sizes.gpu, *sizes.small, f"run.root={folder}/runs", "evaluate.data.path=''"]
-    common += ["sync.probe_every=1", "gate.trees_per_step=6"]
-    steps = 1 if sizes is REHEARSAL else 3
-    _run(
-        "quickstart",
-        [str(PROJECT / "conf/quickstart.yaml"), *common, f"run.num_steps={steps}"],
-        tell,
-    )
-    recipe = [str(PROJECT / "conf/treerpo_qwen2.5_math_1.5b.yaml"), *common]
-    recipe += [f"model.path={folder}/model", "prompts.path=quickstart:train"]
-    recipe += ["prompts.question_column=question", "prompts.answer_column=answer"]
-    recipe += ["gate.trees_per_step=8", "tree.step_tokens=[64, 64, 64]", "run.num_steps=2"]
-    recipe += ["learner.advantage=STANDARD", "learner.prune_threshold=-1"]  # no answer is right
-    recipe += ["learner.shard=true"]  # the quickstart's learner is not
+    _run("quickstart", quickstart_run(sizes, folder), tell)
     # The recipe asks for GPUs: where there is none its input is checked.
-    _run("recipe", recipe if sizes is REAL else ["--dry-run", *recipe], tell)
+    own = recipe_run(folder)
+    _run("recipe", own if sizes is REAL else ["--dry-run", *own], tell)
+
+
+def quickstart_run(sizes: Sizes, folder: Path) -> list[str]:
+    """Arguments of a run of the quickstart that is over soon."""
+    file = str(PROJECT / "conf/quickstart.yaml")
+    steps = 1 if sizes is REHEARSAL else 3
+    own = [*sizes.gpu, *sizes.small, "gate.trees_per_step=6", f"run.num_steps={steps}"]
+    return [file, *own, *_common(folder)]
+
+
+def recipe_run(folder: Path) -> list[str]:
+    """Those of the recipe for a GPU, cut to two steps of the model that the part `model` made."""
+    file = str(PROJECT / "conf/treerpo_qwen2.5_math_1.5b.yaml")
+    own = [f"model.path={folder}/model", "prompts.path=quickstart:train"]
+    own += ["prompts.num_problems=64"]
+    own += ["prompts.question_column=question", "prompts.answer_column=answer"]
+    own += ["gate.trees_per_step=8", "tree.step_tokens=[64, 64, 64]", "run.num_steps=2"]
+    own += ["learner.advantage=STANDARD", "learner.prune_threshold=-1"]  # no answer is right
+    own += ["learner.shard=true"]  # the quickstart's learner is not
+    return [file, *REAL.gpu, *own, *_common(folder)]
+
+
+def _common(folder: Path) -> list[str]:
+    return [f"run.root={folder}/runs", "evaluate.data.path=''", "sync.probe_every=1"]
 
 
 def _run(name: str, arguments: list[str], tell: Tell) -> None:

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.gpu import measures
-from jobs.gpu.workload import REHEARSAL, forest_of
+from jobs.gpu import measures, torch_parts
+from jobs.gpu.ray_parts import quickstart_run, recipe_run
+from jobs.gpu.workload import REAL, REHEARSAL, forest_of
 from tests.support.project import PROJECT, load_script
 from tests.support.whole_runs import processes_with
+from treerpo_ray.config import load
 from treerpo_ray.learner.forest_layout import ForestLayout
+from treerpo_ray.preflight.inputs import preflight
 
 SCRIPT = load_script("jobs/gpu/first_run.py")
 
@@ -79,6 +82,17 @@ def test_the_attention_that_fails_in_cudnn_is_the_one_that_is_tried() -> None:
     query, key, value = measures.attend(sizes, tokens - 64, 64, float(scores), None)
     assert float(key.abs().max()) < 0.5 and float(query.abs().max()) < 0.5
     assert value[0, 0, 0].sum() > value[0, 0, -1].sum() > 0
+
+
+def test_the_runs_on_a_gpu_would_start(tmp_path: Path) -> None:
+    """With its own hardware file, but a small model."""
+    torch_parts.model(REHEARSAL, tmp_path, lambda **told: None)
+    for arguments in (quickstart_run(REAL, tmp_path), recipe_run(tmp_path)):
+        config = load(arguments)
+        assert config.engine.resources["GPU"] == config.learner.resources["GPU"] == 0.5
+        inputs = preflight(config).inputs()
+        assert len(inputs.prompts) >= config.gate.trees_per_step
+    assert config.learner.shard and config.model.path == f"{tmp_path}/model"
 
 
 @pytest.mark.ray
