@@ -33,6 +33,8 @@ MOVED_MODULES = {
     "treerpo_ray.boxed_answer": "treerpo_ray.verifier.boxed_answer",
 }
 """Modules that configurations of earlier versions name, and where they are now."""
+YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Ten times as fast where libyaml is there."""
 BENCHMARKS = "evaluate.benchmarks"
 SHAPE_KEYS = ("num_children", "step_tokens")
 JOB_FOLDER = re.compile(r"(?:^|(?<=\"))/[^\"]*?/working_dir_files/_ray_pkg_\w+/")
@@ -206,7 +208,7 @@ def to_yaml(config: Config) -> str:
 
 def flat_settings(text: str) -> Flat:
     """Values of a configuration in YAML by their whole key, modules under their present names."""
-    return dict(flatten(with_moved_modules(yaml.safe_load(text)), whole=_mapping_keys()))
+    return dict(flatten(with_moved_modules(yaml.load(text, YAML)), whole=_mapping_keys()))
 
 
 def placeless(settings: Flat) -> Flat:
