@@ -145,7 +145,8 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As JSON for programs, and nothing for whoever wants quiet."""
-    dry = ["--dry-run", str(PROJECT / "conf/quickstart.yaml"), f"run.root={tmp_path}"]
+    few = ["prompts.num_problems=100", "evaluate.data.num_problems=20"]
+    dry = ["--dry-run", str(PROJECT / "conf/quickstart.yaml"), f"run.root={tmp_path}", *few]
     assert script.main(dry) == 0
     plan = capsys.readouterr().err
     for word in ("tokens a question", "trees in flight", "staleness", "memory", "missing"):
