@@ -13,6 +13,7 @@ from treerpo_ray.metrics.stage_status import StageApi
 from treerpo_ray.metrics.watchdog import HeartbeatsApi
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import RootValue, TreeRecord
+from treerpo_ray.weights.source import OutgoingPlace
 
 if TYPE_CHECKING:  # the stages stand above this module
     import ray
@@ -21,7 +22,7 @@ if TYPE_CHECKING:  # the stages stand above this module
     from treerpo_ray.weight_sync import Probe
     from treerpo_ray.weights.manifest import Manifest
     from treerpo_ray.weights.rounds import Poll, Round
-    from treerpo_ray.weights.source import OutgoingPlace, WeightSource
+    from treerpo_ray.weights.source import WeightSource
 
 R = TypeVar("R")
 STREAM = "trees"
@@ -142,7 +143,7 @@ class WeightSyncApi(StageApi, Protocol):
 
     @actor_method
     def publish(
-        self, manifest: "Manifest", place: "OutgoingPlace", probe: "Probe", node: str
+        self, manifest: "Manifest", place: OutgoingPlace, probe: "Probe", node: str
     ) -> None:
         """See `WeightSync`, as for all that follow."""
 

@@ -28,8 +28,8 @@ from treerpo_ray.config import Config
 from treerpo_ray.learner.learner import Learner
 
 if TYPE_CHECKING:
-    from treerpo_ray.weights.files import FilePlace, WeightFile
-    from treerpo_ray.weights.manifest import Manifest
+    from treerpo_ray.engine.engine import Engine
+    from treerpo_ray.weights.transport import TransportKind
 
 PROMPT = list(range(3, 3 + 64))
 """Of trees and of the probe."""
@@ -45,8 +45,6 @@ def engine(sizes: Sizes, folder: Path, tell: Tell) -> None:
 async def _engine(config: Config, sizes: Sizes, tell: Tell) -> None:
     from treerpo_ray.engine.engine import Engine
     from treerpo_ray.engine.types import EngineSetup, Sampling
-    from treerpo_ray.weight_sync import Probe
-    from treerpo_ray.weights.files import WeightFiles
 
     setup = EngineSetup.of(config)
 
@@ -80,19 +78,16 @@ async def _engine(config: Config, sizes: Sizes, tell: Tell) -> None:
     with torch.no_grad():
         for parameter in made.policy.model.parameters():
             parameter.mul_(1.01)
-    file = WeightFiles().begin()  # it is gone with this object
-    manifest, place = _packed(made, config, file, tell)
-    logprobs = made.policy.sequence_logprobs(PROMPT).tolist()
-    probe = Probe(token_ids=PROMPT, logprobs=logprobs)
-    for number in range(2):  # the second engine starts beside all that the learner holds
-        one = starts[number]
-        start = time.monotonic()
-        await one.load(manifest, place)
-        off = probe.distance(await one.probe(PROMPT))
-        tell(**{f"load_{number}_s": round(time.monotonic() - start, 2), f"off_{number}": off})
-        if not off < 0.1:
-            raise RuntimeError(f"the engine is {off:.3g} nats a token off the learner")
-        await one.stop()
+    # The second engine starts beside all that the learner holds.
+    kinds: tuple[TransportKind, ...] = ("file", "ipc")
+    for number, kind in enumerate(kinds):
+        await _load(starts[number], made, config, kind, tell)
+        if number == 0:
+            await starts[0].sleep()
+            tell(free_gib_asleep=_free_gib())
+            await _load(starts[0], made, config, kind, tell)
+        tell(free_gib_awake=_free_gib())
+        await starts[number].stop()
         if number == 0:
             await started()
 
@@ -109,23 +104,48 @@ def _sampled_off(made: Learner, groups: list[SiblingGroup]) -> float:
     return float(torch.cat(distances).mean())
 
 
-def _packed(
-    made: Learner, config: Config, file: "WeightFile", tell: Tell
-) -> "tuple[Manifest, FilePlace]":
-    """A learner's weights in a file, as a run publishes them."""
-    from treerpo_ray.weights.manifest import pack_weights
+async def _load(
+    one: "Engine", made: Learner, config: Config, kind: "TransportKind", tell: Tell
+) -> None:
+    """Have an engine take over the learner's weights and prove them.
 
+    `nccl` needs a GPU for each of its processes: on one GPU it can't be tried.
+    """
+    from treerpo_ray.weight_sync import Probe
+    from treerpo_ray.weights.manifest import pack_weights
+    from treerpo_ray.weights.source import SenderPlace
+    from treerpo_ray.weights.transport import make_transport
+
+    transport = make_transport(
+        kind, device=made.device, address="", next_round=lambda poll: None, limit_s=60.0
+    )
     start = time.monotonic()
+    memory = transport.begin()
     manifest, _ = pack_weights(
         made.policy.named_weights(),
         version=1,
         dtype=getattr(torch, config.model.dtype),
         chunk_bytes=config.sync.chunk_mib * 2**20,
-        allocate=file.part,
+        allocate=memory.part,
+        new_digest=transport.new_digest,
     )
-    place = file.seal()
-    tell(pack_s=round(time.monotonic() - start, 2))
-    return manifest, place
+    place = memory.seal()
+    assert not isinstance(place, SenderPlace)  # of neither kind
+    packed = time.monotonic()
+    probe = Probe(token_ids=PROMPT, logprobs=made.policy.sequence_logprobs(PROMPT).tolist())
+    probed = time.monotonic()
+    await one.load(manifest, place)
+    loaded = time.monotonic()
+    off = probe.distance(await one.probe(PROMPT))
+    seconds = {"pack_s": round(packed - start, 2), "load_s": round(loaded - probed, 2)}
+    tell(**{f"by_{kind}": {**seconds, "off": off}})
+    if not off < 0.1:
+        raise RuntimeError(f"the engine is {off:.3g} nats a token off the learner by {kind}")
+
+
+def _free_gib() -> float:
+    """Free memory of the GPU; nothing is asked on a CPU."""
+    return round(torch.cuda.mem_get_info()[0] / 2**30, 2) if torch.cuda.is_available() else 0.0
 
 
 async def _plain_speed(one: object, config: Config, sizes: Sizes) -> int:

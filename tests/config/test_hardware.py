@@ -28,6 +28,7 @@ ROLLOUT_NODE = Node({"GPU": 1.0, "CPU": 4.0, "rollout_slot": 1.0}, {"role": "rol
 SLOTS = {"rollout_slot": 4.0, "train_slot": 4.0}
 CLUSTERS = {
     "one_gpu": (SMALL_NODE,),
+    "one_gpu_colocated": (SMALL_NODE,),
     "one_gpu_offloaded": (SMALL_NODE,),
     "two_gpus": (Node({"GPU": 2.0, "CPU": 16.0}, {}),),
     "eight_gpus": (Node(LARGE_NODE.resources | SLOTS, {}),),
@@ -41,13 +42,14 @@ TOO_LARGE = (
 )
 REFUSED = {
     ("treerpo_qwen2.5_math_7b", "one_gpu"): TOO_LARGE.format(workers="num_workers"),
+    ("treerpo_qwen2.5_math_7b", "one_gpu_colocated"): TOO_LARGE.format(workers="num_workers"),
     ("treerpo_qwen2.5_math_7b", "two_gpus"): TOO_LARGE.format(workers="num_workers"),
     ("treerpo_qwen2.5_math_7b", "autoscaled"): TOO_LARGE.format(workers="min_workers"),
 }
 """What does not fit, and what is told of it; every other recipe fits every file."""
 NAMED = {
     "0.5b": {"one_gpu"},
-    "1.5b": {"autoscaled", "eight_gpus", "one_gpu", "two_gpus"},
+    "1.5b": {"autoscaled", "eight_gpus", "one_gpu", "one_gpu_colocated", "two_gpus"},
     "7b": {"eight_gpus", "four_by_eight", "one_gpu_offloaded"},
 }
 """Files that a recipe's head speaks of, by the size of its model."""

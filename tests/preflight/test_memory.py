@@ -153,6 +153,30 @@ def test_what_does_not_fit_is_one_line_with_its_key(
     assert re.search(told, line) and "\n" not in line
 
 
+def test_engines_that_sleep_and_learners_take_turns_at_a_gpu(tmp_path: Path) -> None:
+    sizes = model("1.5b", tmp_path)
+    crowded = recipe("treerpo_qwen2.5_math_1.5b", ONE_GPU, "engine.kv_cache_gib=40")
+    assert "lower learner.token_budget or engine.kv_cache_gib, set engine.sleep=true, or" in str(
+        misfit(crowded, *sizes)
+    )
+    asleep = ["engine.kv_cache_gib=40", "engine.sleep=true"]
+    assert misfit(recipe("treerpo_qwen2.5_math_1.5b", ONE_GPU, *asleep), *sizes) is None
+    # What a learner keeps while engines sample: all but what an update needs on its way.
+    plan = MemoryPlan.of(crowded, *sizes)
+    kept = sum(plan.worker.values()) - plan.worker["activations"]
+    has = kept + sum(plan.engine.values())
+    for gib, fits in ((has + 0.01, True), (has - 0.01, False)):
+        on = [f"learner.gpu_memory_gib={gib}", f"engine.gpu_memory_gib={gib}"]
+        config = recipe("treerpo_qwen2.5_math_1.5b", ONE_GPU, *asleep, *on)
+        assert (misfit(config, *sizes) is None) == fits
+
+
+def test_weights_that_are_sent_from_the_gpu_lie_there(tmp_path: Path) -> None:
+    config = recipe("treerpo_qwen2.5_math_1.5b", "sync.transport=nccl")
+    plan = MemoryPlan.of(config, *model("1.5b", tmp_path))
+    assert plan.worker["weights to be sent"] == pytest.approx(2 * COUNTS["1.5b"] / GIB)
+
+
 def test_what_nobody_named_is_not_checked(tmp_path: Path) -> None:
     found = model("7b", tmp_path)
     config = recipe("treerpo_qwen2.5_math_7b", "learner.gpu_memory_gib=null")
