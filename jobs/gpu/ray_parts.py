@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,9 @@ async def _engine(config: Config, sizes: Sizes, tell: Tell) -> None:
     from treerpo_ray.engine.engine import Engine
     from treerpo_ray.engine.types import EngineSetup, Sampling
 
-    setup = EngineSetup.of(config)
+    asleep = replace(config.engine, sleep=True)
+    in_turns = replace(config, engine=asleep, gate=replace(config.gate, max_staleness=0))
+    setup = EngineSetup.of(in_turns)
 
     async def started() -> Engine:
         start = time.monotonic()
