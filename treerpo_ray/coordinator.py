@@ -11,6 +11,8 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
+import ray
+
 from treerpo_ray.engine.types import EngineTotals
 from treerpo_ray.learner.policy import DTYPES
 from treerpo_ray.learner.publisher import Publisher
@@ -27,6 +29,7 @@ from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.patience import Patience
 from treerpo_ray.task import GateState, WorkerTask
 from treerpo_ray.tree_stream import WorkerBatch
+from treerpo_ray.weights.transport import make_transport
 
 GATE_FILE = "gate.json"
 """State of the gate, in a checkpoint."""
@@ -67,6 +70,13 @@ class Coordinator:
         )
         self.publisher = Publisher(
             send=self.actors.weight_sync.publish.remote,
+            transport=make_transport(
+                self.config.sync.transport,
+                device=together.learner.device,
+                address=ray.util.get_node_ip_address(),
+                next_round=lambda poll: self.get(self.actors.weight_sync.next_round.remote(poll)),
+                limit_s=self.config.engine.load_timeout_s,
+            ),
             node=node,
             probe_ids=task.probe_ids,
             dtype=DTYPES[self.config.model.dtype],
@@ -149,6 +159,16 @@ class Coordinator:
             pid=os.getpid(),
         )
         self.get(pool.grow_tickets.remote(gate, session, first, self.num_workers, saved))
+
+    def sleep(self) -> None:
+        """Have the engines give their GPUs' memory to the learner until the next publication."""
+        self.heartbeat.at("waiting for the engines to sleep", is_busy=False)
+        self.get(self.actors.pool.sleep.remote())
+
+    def wake(self) -> None:
+        """Have engines that sleep go on with what they served."""
+        self.heartbeat.at("waiting for the engines to wake")
+        self.get(self.actors.pool.wake.remote())
 
     def publish(self) -> None:
         """Begin to have every engine serve the learner's weights, once they serve those before."""

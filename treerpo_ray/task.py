@@ -13,13 +13,15 @@ from treerpo_ray.metrics.stage_status import StageApi
 from treerpo_ray.metrics.watchdog import HeartbeatsApi
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import RootValue, TreeRecord
+from treerpo_ray.weights.source import OutgoingPlace
 
 if TYPE_CHECKING:  # the stages stand above this module
     import ray
 
     from treerpo_ray.engine.types import EngineStats, Sampling
-    from treerpo_ray.weight_sync import Manifest, Probe
-    from treerpo_ray.weights.files import FilePlace
+    from treerpo_ray.weight_sync import Probe
+    from treerpo_ray.weights.manifest import Manifest
+    from treerpo_ray.weights.rounds import Poll, Round
     from treerpo_ray.weights.source import WeightSource
 
 R = TypeVar("R")
@@ -93,6 +95,12 @@ class TreePoolApi(StageApi, Protocol):
     ) -> None: ...
 
     @actor_method
+    def sleep(self) -> None: ...
+
+    @actor_method
+    def wake(self) -> None: ...
+
+    @actor_method
     def version(self) -> int: ...
 
     @actor_method
@@ -134,8 +142,13 @@ class WeightSyncApi(StageApi, Protocol):
     """Actor of `WeightSync`."""
 
     @actor_method
-    def publish(self, manifest: "Manifest", place: "FilePlace", probe: "Probe", node: str) -> None:
+    def publish(
+        self, manifest: "Manifest", place: OutgoingPlace, probe: "Probe", node: str
+    ) -> None:
         """See `WeightSync`, as for all that follow."""
+
+    @actor_method
+    def next_round(self, poll: "Poll") -> "Round | None": ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

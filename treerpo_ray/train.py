@@ -227,6 +227,10 @@ class TrainWorker:
         self.heartbeat.at(f"waiting for the trees of step {step}", is_busy=False)
         batch, size = self.batches.take(), self.config.gate.trees_per_step
         batch.check(range(step * size, (step + 1) * size), self.num_workers)
+        if self.config.engine.sleep:  # all trees of the step have grown
+            if self.is_first:
+                self.coordinator.sleep()
+            self.barrier()
         self.heartbeat.at(f"updating in step {step}")
         return batch
 
@@ -244,6 +248,8 @@ class TrainWorker:
 
     def publish(self) -> None:
         """Have every engine serve the learner's weights; `consume` says who waits for it."""
+        if self.config.engine.sleep:
+            self._give_memory_back()
         if self.is_first:
             self.coordinator.publish()
         else:
@@ -256,6 +262,10 @@ class TrainWorker:
         """
         self.step = step + 1
         self.sampled_tokens += update.stats.num_sampled_tokens
+        if self.config.engine.sleep and not update.has_updated:
+            self._give_memory_back()
+            if self.is_first:
+                self.coordinator.wake()
         if self.is_first:
             self.coordinator.consume(step, update)
             self.is_last = self.coordinator.is_told_to_stop() or self._is_over()
@@ -321,6 +331,11 @@ class TrainWorker:
         # What is ended in the middle of its work is shown as a failure by Ray's dashboard.
         self.heartbeat.at("waiting for the stream of trees to end", is_busy=False)
         self.batches.await_end(END_S)
+
+    def _give_memory_back(self) -> None:
+        """Of all workers, what torch keeps of the update on GPUs that engines are to have."""
+        torch.cuda.empty_cache()
+        self.barrier()
 
     def follow(self) -> None:
         """Give this worker's part to what the first one does with a sharded learner's weights."""

@@ -3,6 +3,7 @@
 Neither Ray nor vLLM is imported, so that they run where these are not installed.
 """
 
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -13,8 +14,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
 from jobs.gpu.measures import (
@@ -180,37 +183,86 @@ class _WithMasks(Policy):
 
 def sharded(sizes: Sizes, folder: Path, tell: Tell) -> None:
     """An update of a learner that is sharded over one worker against that of one with the whole
-    model: its gradients, what it publishes and reads of a checkpoint, its time and memory."""
+    model, whose head is not compiled: its gradients, what it publishes, resumes from and exports,
+    its time and memory."""
     config = recipe(sizes, folder)
     records = [random_record(ticket, sizes) for ticket in range(2)]
-    expected = _gradients(make_learner(config, sizes, dtype="float32"), records[:1])
-    limits = {"float32": 1e-3, "bfloat16": 0.1}  # a GPU adds up in other orders than itself
-    for dtype in ("float32", "bfloat16"):
-        made = make_learner(config, sizes, dtype=dtype, shard=True)
+    plain = make_learner(config, sizes, dtype="float32")
+    policy = plain.policy
+    plain.optimizer.policy = Policy(policy.model, policy.tokenizer, kernels=kernels("cpu"))
+    expected = _gradients(plain, records[:1])
+    del plain, policy
+
+    def compare(what: str, limit: float, **settings: Any) -> Learner:
+        gc.collect()  # a sharded model holds itself, and a GPU has no room for all that were made
+        made = make_learner(config, sizes, shard=True, **settings)
         found = _gradients(made, records[:1])
-        off = float(torch.stack([(found[n] - own).norm() for n, own in expected.items()]).norm())
-        off /= float(torch.stack([own.norm() for own in expected.values()]).norm())
-        tell(**{f"gradient_off_in_{dtype}": off})
-        if not off < limits[dtype]:
-            raise RuntimeError(f"the gradient of a sharded learner in {dtype} is off by {off:.3g}")
-        del found
-    together = Together(made)
+        off = _distance(found, expected)
+        tell(**{f"gradient_off_{what}": off})
+        if not off < limit:
+            raise RuntimeError(f"the gradient of a sharded learner {what} is off by {off:.3g}")
+        return made
+
+    # A GPU adds up in other orders than itself.
+    compare("in_float32", 1e-3, dtype="float32")
+    made = compare("in_bfloat16", 0.1)
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        together.write(Path(place))
+        _export(made, Path(place) / "export", tell)
+        Together(made).write(Path(place))
         again = make_learner(config, sizes, shard=True, checkpoint=Path(place))
-    ours, theirs = (dict(each.policy.named_weights()) for each in (made, again))
-    if any(not torch.equal(weight, theirs[name]) for name, weight in ours.items()):
-        raise RuntimeError("a checkpoint of a sharded learner gives other weights")
-    del again, ours, theirs, expected
-    made.update(records)  # kernels are chosen
+    _resume(made, again, records, tell)
+    del again
     tell(as_is=measured(made, records))
-    del made, together
+    del made
     # Where it is for nothing, the compiler takes minutes.
     for name in ("offload", "compiled") if sizes is REAL else ("offload",):
-        one = make_learner(config, sizes, shard=True, **{name: True})  # type: ignore[arg-type]
+        one = compare(f"with_{name}", 0.1, **{name: True})
         one.update(records)
         tell(**{name: measured(one, records)})
         del one
+
+
+def _export(made: Learner, folder: Path, tell: Tell) -> None:
+    """Hold what a sharded learner exports against its weights."""
+    start = time.monotonic()
+    Together(made).save_pretrained(folder)
+    tell(export_s=round(time.monotonic() - start, 1))
+    exported: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        exported |= load_file(file)
+    ours = _weights(made)
+    if ours.keys() != exported.keys() or _distance(exported, ours):
+        raise RuntimeError("the model that a sharded learner exports has other weights")
+
+
+def _resume(made: Learner, again: Learner, records: list[TreeRecord], tell: Tell) -> None:
+    """Hold a learner that was read of a checkpoint against the one that wrote it, at once and after
+    one more update, which takes the optimizer's state."""
+    before = _weights(made)
+    if _distance(_weights(again), before):
+        raise RuntimeError("a checkpoint of a sharded learner gives other weights")
+    for one in (made, again):
+        one.update(records)
+    ours, theirs = (
+        {name: weight - before[name] for name, weight in _weights(one).items()}
+        for one in (made, again)
+    )
+    off = _distance(theirs, ours)
+    tell(resumed_off=off)
+    if not off < 0.1:
+        raise RuntimeError(f"the first update of a learner that resumes is off by {off:.3g}")
+
+
+def _weights(made: Learner) -> dict[str, torch.Tensor]:
+    """Copies in main memory."""
+    return {name: own.to("cpu", copy=True) for name, own in made.policy.named_weights()}
+
+
+def _distance(ours: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
+    """Norm of the difference, as a share of the other's."""
+    parts = [((ours[name] - other).norm(), other.norm()) for name, other in others.items()]
+    off, whole_norm = (float(torch.stack(norms).norm()) for norms in zip(*parts, strict=True))
+    return off / whole_norm
 
 
 def _gradients(made: Learner, records: list[TreeRecord]) -> dict[str, torch.Tensor]:

@@ -1,15 +1,14 @@
 """What a run takes of its GPUs: counted by hand, measured, and refused where it does not fit."""
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from tests.support.project import PROJECT, load_script
+from tests.support.qwen import CONFIGS, COUNTS, model
 from treerpo_ray.config import Config, load
 from treerpo_ray.preflight.machine import GIB, check_gpus
 from treerpo_ray.preflight.memory import (
@@ -20,41 +19,9 @@ from treerpo_ray.preflight.memory import (
 )
 from treerpo_ray.preflight.model_sizes import ModelSizes, cache_bytes_a_token
 
-QWEN = {"model_type": "qwen2", "vocab_size": 151_936, "max_position_embeddings": 4096}
-CONFIGS = {
-    "0.5b": QWEN
-    | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
-    | {"num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "1.5b": QWEN
-    | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
-    | {"num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "7b": QWEN
-    | {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28}
-    | {"num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False}
-    | {"vocab_size": 152_064},
-}
-"""The config.json of Qwen2.5 in three sizes, as far as memory depends on it."""
-COUNTS = {"0.5b": 494_032_768, "1.5b": 1_543_714_304, "7b": 7_615_616_512}
-RECIPES = sorted(path.stem for path in (PROJECT / "conf").glob("*qwen*.yaml"))
-
-
-def model(size: str, folder: Path) -> tuple[int, ModelSizes]:
-    """Parameters and sizes of a model, from its config.json alone."""
-    (folder / "config.json").write_text(json.dumps(CONFIGS[size]))
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        made = AutoModelForCausalLM.from_config(config)
-    return made.num_parameters(), ModelSizes.of(config)
-
 
 def recipe(name: str, *arguments: str) -> Config:
     return load([str(PROJECT / f"conf/{name}.yaml"), *arguments])
-
-
-def hardware(name: str) -> list[str]:
-    """The hardware files that a recipe names."""
-    text = (PROJECT / f"conf/{name}.yaml").read_text()
-    return sorted(set(re.findall(r"conf/hardware/\w+\.yaml", text)))
 
 
 @pytest.mark.parametrize("size", ["1.5b", "7b"])
@@ -75,24 +42,6 @@ def test_the_parts_of_a_recipe_are_those_counted_by_hand(size: str, tmp_path: Pa
     assert entries < plan.worker["activations"] < 6 * entries
     gpu = config.engine.gpu_memory_gib
     assert sum(plan.engine.values()) == pytest.approx(0.85 * gpu)
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_fits_the_hardware_that_it_names(name: str, tmp_path: Path) -> None:
-    size = next(each for each in CONFIGS if name.endswith(each))
-    named, found = hardware(name), model(size, tmp_path)
-    assert found[0] == COUNTS[size]
-    assert misfit(recipe(name), *found) is None, "as it stands"
-    kinds = {
-        "0.5b": ["one_gpu"],
-        "1.5b": ["autoscaled", "eight_gpus", "one_gpu"],
-        "7b": ["eight_gpus", "one_gpu_offloaded"],
-    }[size]
-    assert named == [f"conf/hardware/{file}.yaml" for file in kinds]
-    for file in named:
-        config = recipe(name, str(PROJECT / file))
-        assert config.learner.gpu_memory_gib and config.engine.gpu_memory_gib
-        assert misfit(config, *found) is None, file
 
 
 def test_the_small_recipe_fits_the_smaller_gpu_that_its_head_speaks_of(tmp_path: Path) -> None:
@@ -202,6 +151,30 @@ def test_what_does_not_fit_is_one_line_with_its_key(
 ) -> None:
     line = misfit(recipe("treerpo_qwen2.5_math_1.5b", *overrides), *model("1.5b", tmp_path))
     assert re.search(told, line) and "\n" not in line
+
+
+def test_engines_that_sleep_and_learners_take_turns_at_a_gpu(tmp_path: Path) -> None:
+    sizes = model("1.5b", tmp_path)
+    crowded = recipe("treerpo_qwen2.5_math_1.5b", ONE_GPU, "engine.kv_cache_gib=40")
+    assert "lower learner.token_budget or engine.kv_cache_gib, set engine.sleep=true, or" in str(
+        misfit(crowded, *sizes)
+    )
+    asleep = ["engine.kv_cache_gib=40", "engine.sleep=true"]
+    assert misfit(recipe("treerpo_qwen2.5_math_1.5b", ONE_GPU, *asleep), *sizes) is None
+    # What a learner keeps while engines sample: all but what an update needs on its way.
+    plan = MemoryPlan.of(crowded, *sizes)
+    kept = sum(plan.worker.values()) - plan.worker["activations"]
+    has = kept + sum(plan.engine.values())
+    for gib, fits in ((has + 0.01, True), (has - 0.01, False)):
+        on = [f"learner.gpu_memory_gib={gib}", f"engine.gpu_memory_gib={gib}"]
+        config = recipe("treerpo_qwen2.5_math_1.5b", ONE_GPU, *asleep, *on)
+        assert (misfit(config, *sizes) is None) == fits
+
+
+def test_weights_that_are_sent_from_the_gpu_lie_there(tmp_path: Path) -> None:
+    config = recipe("treerpo_qwen2.5_math_1.5b", "sync.transport=nccl")
+    plan = MemoryPlan.of(config, *model("1.5b", tmp_path))
+    assert plan.worker["weights to be sent"] == pytest.approx(2 * COUNTS["1.5b"] / GIB)
 
 
 def test_what_nobody_named_is_not_checked(tmp_path: Path) -> None:

@@ -1,18 +1,19 @@
 """The plan: what a run will do and need, in plain words, before anything is started."""
 
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from treerpo_ray.config import Config
-from treerpo_ray.driver.cluster import Available, look_at_resources
+from treerpo_ray.driver.cluster import Available, look_at_resources, starting_stages
 from treerpo_ray.preflight.inputs import DataSet, Preflight, num_parameters, set_name
 from treerpo_ray.preflight.machine import check_gpus, check_vllm
 from treerpo_ray.preflight.memory import MemoryPlan, needs_more_memory, number
 from treerpo_ray.preflight.model_check import ModelFacts
 from treerpo_ray.preflight.model_sizes import most_tokens
 from treerpo_ray.preflight.pace import lines as pace_lines
-from treerpo_ray.preflight.placement import missing_resources, needed_resources
+from treerpo_ray.preflight.placement import check_places, missing_resources, needed_resources
 from treerpo_ray.preflight.unusual import unusual
 from treerpo_ray.run_folder.files import RunFolder
 
@@ -168,9 +169,10 @@ def _missing_lines(
         has = [f"{name} {there.resources.get(name, 0.0):g}" for name in needed]
         has.append(f"{number(there.memory_gib)} GiB of memory")
         lines.append(f"there is    {', '.join(has)} ({there.where})")
+        lines += _node_lines(there, list(needed))
         lacking = missing_resources(needed, there.resources)
         amounts = ", ".join(f"{name} {amount:g}" for name, amount in lacking.items())
-        lines.append(f"missing     {amounts or 'nothing'}")
+        lines.append(f"missing     {amounts or _without_place(config, there) or 'nothing'}")
         lines += _missing_memory(config, facts, there)
     for check in (check_vllm, check_gpus):
         try:
@@ -178,6 +180,27 @@ def _missing_lines(
         except ValueError as error:
             lines.append(f"missing     {error}")
     return lines
+
+
+def _node_lines(there: Available, names: Sequence[str]) -> list[str]:
+    """What each node of a cluster has of some resources; nodes that are alike together."""
+    kinds = Counter(
+        ", ".join(f"{name} {node.resources[name]:g}" for name in names if name in node.resources)
+        for node in there.nodes
+    )
+    if len(there.nodes) < 2:
+        return []
+    told = (f"{count} with {has or 'none of that'}" for has, count in kinds.items())
+    return [f"nodes       {'; '.join(told)}"]
+
+
+def _without_place(config: Config, there: Available) -> str | None:
+    """What has no place on the nodes, where they have enough of everything together."""
+    try:
+        check_places(starting_stages(config, trains=True), there.nodes)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _missing_memory(config: Config, facts: ModelFacts | None, there: Available) -> list[str]:

@@ -65,6 +65,7 @@ def engine_args(setup: EngineSetup) -> "AsyncEngineArgs":
     if _is_gpu(engine):
         args.tensor_parallel_size = engine.tensor_parallel
         args.gpu_memory_utilization = engine.start_share
+        args.enable_sleep_mode = engine.sleep  # a CPU's memory it would not give back
         args.distributed_executor_backend = "mp" if engine.tensor_parallel > 1 else "uni"
     else:
         args.enforce_eager = True

@@ -14,7 +14,7 @@ def layers_of(model: PreTrainedModel, asked_by: str) -> list[GradientCheckpointi
     """The layers of a model, in order.
 
     Args:
-        model: The model.
+        model: The model; one without memory for its weights will do.
         asked_by: Key of the configuration that needs them.
 
     Raises:
@@ -22,7 +22,10 @@ def layers_of(model: PreTrainedModel, asked_by: str) -> list[GradientCheckpointi
     """
     layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
     if not layers:
-        raise ValueError(f"{asked_by}: {type(model).__name__} does not support it")
+        raise ValueError(
+            f"{asked_by}=true needs a model that says what its layers are, which "
+            f"{type(model).__name__} does not: set {asked_by}=false"
+        )
     return layers
 
 

@@ -144,13 +144,16 @@ def preflight(config: Config, memory_gib: Callable[[], float] = machine_gib) -> 
             unchecked.append(str(error))
             return None
 
-    model = config.model
+    model, learner = config.model, config.learner
+    of_layers = {"shard": learner.shard, "compile": learner.compile}
+    of_layers["gradient_checkpointing"] = learner.gradient_checkpointing
     facts = reached(
         lambda: check_model(
             model,
             config.max_model_tokens,
-            gradient_checkpointing=config.learner.gradient_checkpointing,
+            gradient_checkpointing=learner.gradient_checkpointing,
             has_cpu_engines=not config.engine.resources.get("GPU", 0),
+            layers_for=[f"learner.{key}" for key, is_set in of_layers.items() if is_set],
         )
     )
     tokenizer = reached(lambda: load_tokenizer(model.path, model.trust_remote_code))

@@ -9,6 +9,8 @@ from treerpo_ray.preflight.machine import GIB
 from treerpo_ray.preflight.model_sizes import (
     ACTIVATIONS,
     CACHE,
+    CUDA,
+    GATHERED,
     PARTS,
     REFERENCE,
     TRAINING,
@@ -201,9 +203,14 @@ def _shared_misfits(config: Config, plan: MemoryPlan) -> Iterator[str]:
     if not named or not any(0 < share < 1 for share in shares):
         return
     needs = sum(plan.worker.values()), sum(plan.engine.values())
+    # What each keeps while the other has the memory that it gives back.
+    passing = sum(plan.worker.get(part, 0.0) for part in (ACTIVATIONS, GATHERED))
+    kept = (needs[0] - passing, plan.engine.get(CUDA, 0.0)) if engine.sleep else needs
     for workers in range(learner.num_workers + 1 if 0 < shares[0] < 1 else 1):
         for engines in range(engine.most + 1 if 0 < shares[1] < 1 else 1):
-            total = workers * needs[0] + engines * needs[1]
+            total = max(
+                workers * needs[0] + engines * kept[1], workers * kept[0] + engines * needs[1]
+            )
             # Before an engine starts again, vLLM wants so much to be free beside all others.
             asked = engine.start_share * min(named) - needs[1] if engines else 0.0
             is_together = workers * shares[0] + engines * shares[1] <= 1 and workers + engines > 1
@@ -213,9 +220,14 @@ def _shared_misfits(config: Config, plan: MemoryPlan) -> Iterator[str]:
                     f"cannot hold {workers} worker(s) of {number(needs[0])} and {engines} "
                     f"engine(s) of {number(needs[1])} GiB, as learner.resources.GPU={shares[0]:g} "
                     f"and engine.resources.GPU={shares[1]:g} allow: lower learner.token_budget or "
-                    "engine.kv_cache_gib, or give each a GPU of its own"
+                    f"engine.kv_cache_gib{_or_sleep(config)}, or give each a GPU of its own"
                 )
                 return
+
+
+def _or_sleep(config: Config) -> str:
+    can = not config.engine.sleep and not config.gate.max_staleness
+    return ", set engine.sleep=true" if can else ""
 
 
 def needs_more_memory(config: Config, plan: MemoryPlan, has_gib: float, where: str) -> str | None:

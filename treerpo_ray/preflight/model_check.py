@@ -5,7 +5,7 @@ once they are started, with a trace, or never.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +24,7 @@ from transformers.utils.hub import cached_file
 
 from treerpo_ray.config.sections import ModelConfig
 from treerpo_ray.errors import one_line
+from treerpo_ray.learner.layers import layers_of
 from treerpo_ray.learner.packing_check import PackingCheck
 from treerpo_ray.preflight.model_sizes import ModelSizes
 from treerpo_ray.prompts.hub import Unreachable, is_unreachable, offline_because, refusal
@@ -61,6 +62,7 @@ def check_model(
     *,
     gradient_checkpointing: bool = False,
     has_cpu_engines: bool = False,
+    layers_for: Collection[str] = (),
 ) -> ModelFacts:
     """Look at the files of a model, its configuration, its architecture and the shapes of its
     weights.
@@ -70,10 +72,11 @@ def check_model(
         longest: Tokens of the longest prompt with its answer.
         gradient_checkpointing: Whether the learner computes activations again.
         has_cpu_engines: Whether engines compute on a CPU.
+        layers_for: Keys of the configuration that do something to each of its layers.
 
     Raises:
-        ValueError: it cannot be trained, or not on paths of that length; `Unreachable` if a
-            Hugging Face id could not be looked up.
+        ValueError: it cannot be trained, or not as these keys say, or not on paths of that length;
+            `Unreachable` if a Hugging Face id could not be looked up.
     """
     path = resolve_model_path(model.path)
     try:
@@ -85,6 +88,8 @@ def check_model(
         made = _make_empty(config, model)
         if shapes is not None:
             _check_shapes(made, shapes)
+        for key in layers_for:
+            layers_of(made, key)
         _check_generation_config(folder)
         if has_cpu_engines:
             _check_cpu_experts(made)

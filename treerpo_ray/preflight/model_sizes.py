@@ -30,8 +30,9 @@ SAMPLER_COPIES = 3
 """Copies in float32 of a batch's logits that are alive while vLLM samples."""
 WEIGHTS, TRAINING = "weights", "gradients and AdamW"
 REFERENCE, COPIES, GATHERED = "reference model", "copies in bfloat16", "gathered"
+OUTGOING = "weights to be sent"
 ACTIVATIONS, CACHE, CUDA = "activations", "KV cache", "CUDA"
-PARTS = (WEIGHTS, TRAINING, REFERENCE, COPIES, GATHERED, ACTIVATIONS, CACHE, CUDA)
+PARTS = (WEIGHTS, TRAINING, REFERENCE, COPIES, OUTGOING, GATHERED, ACTIVATIONS, CACHE, CUDA)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +89,8 @@ def worker_parts(config: Config, count: float, sizes: ModelSizes | None) -> dict
         if is_sharded:
             parts[GATHERED] = _gathered_bytes(config, count, sizes)
         parts[ACTIVATIONS] = _activation_bytes(config, sizes)
+    if config.sync.transport != "file":  # on the first worker's GPU
+        parts[OUTGOING] = computes_in * count
     found = {part: size / GIB for part, size in parts.items()}
     if config.learner.resources.get("GPU", 0) > 0:
         found[CUDA] = CUDA_GIB + GAPS * found.get(ACTIVATIONS, 0.0)
