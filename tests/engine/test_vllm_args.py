@@ -31,6 +31,20 @@ def test_an_engine_on_gpus_gets_their_memory_and_as_many_workers() -> None:
     assert (alone.tensor_parallel_size, alone.distributed_executor_backend) == (1, "uni")
 
 
+FP8 = ("engine.quantization=fp8", "sync.probe_tolerance=0.5")
+
+
+@pytest.mark.engine
+def test_weights_are_rounded_to_fp8_as_they_come_under_the_name_that_vllm_has_for_it() -> None:
+    from vllm.config.quantization import _ONLINE_SHORTHANDS, QUANT_KEY_NAMES
+
+    args = args_of(*GPUS, *FP8)
+    kinds = _ONLINE_SHORTHANDS[args.quantization]
+    for kind in (kinds.linear, kinds.moe):
+        assert kind.weight == QUANT_KEY_NAMES["fp8_per_channel_static"]
+    assert args_of(*GPUS).quantization is None
+
+
 @pytest.mark.engine
 def test_an_engine_on_a_cpu_gets_what_its_kernels_need() -> None:
     args = args_of("engine.kv_cache_gib=0.5")

@@ -88,6 +88,30 @@ def test_the_parts_of_a_recipe_are_those_counted_by_hand(size: str, tmp_path: Pa
     assert sum(plan.engine.values()) == pytest.approx(0.85 * gpu)
 
 
+def test_an_engine_in_fp8_has_a_byte_of_each_weight_of_its_layers(tmp_path: Path) -> None:
+    count, sizes = model("7b", tmp_path)
+    fp8 = ["engine.quantization=fp8", "sync.probe_tolerance=0.5", "loss.importance_cap=2"]
+    config = recipe("treerpo_qwen2.5_math_7b", *fp8)
+    ends = 2 * 152_064 * 3584  # embedding and head, in bfloat16 as before
+    parts = MemoryPlan.of(config, count, sizes).engine
+    assert parts["weights"] == pytest.approx((count - ends + 2 * ends) / 2 / GIB)
+    assert MemoryPlan.of(config, 7e9, None).engine["weights"] == pytest.approx(3.5e9 / GIB)
+
+
+def test_the_line_for_fp8_in_the_file_for_eight_gpus_leaves_more_for_the_cache(
+    tmp_path: Path,
+) -> None:
+    file = PROJECT / "conf/hardware/eight_gpus.yaml"
+    [said] = re.findall(r"^#   (engine\.quantization=fp8 .*)", file.read_text(), re.MULTILINE)
+    found = model("7b", tmp_path)
+    plain, fp8 = (
+        recipe("treerpo_qwen2.5_math_7b", str(file), *each) for each in ([], said.split())
+    )
+    assert misfit(fp8, *found) is None
+    caches = [MemoryPlan.of(config, *found).engine["KV cache"] for config in (plain, fp8)]
+    assert caches[1] - caches[0] == pytest.approx((COUNTS["7b"] - 2 * 152_064 * 3584) / GIB)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_fits_the_hardware_that_it_names(name: str, tmp_path: Path) -> None:
     size = next(each for each in CONFIGS if name.endswith(each))
@@ -376,6 +400,27 @@ def test_gpus_that_cannot_be_used_are_one_line(
     with pytest.raises(ValueError, match=told) as caught:
         check_gpus(load(overrides), cuda)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("capability", "is_fit"), [("8.9", True), ("12.0", True), ("8.6", False)])
+def test_gpus_that_do_not_multiply_fp8_are_refused_where_engines_are_to(
+    capability: str, is_fit: bool, tmp_path: Path, monkeypatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    known = f"*compute_cap*) echo {capability};; *) echo 580.65.06, 81559;;"
+    tool.write_text(f'#!/bin/sh\ncase "$*" in {known} esac\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    asked = ["engine.resources={GPU: 1}", "model.dtype=bfloat16", "sync.probe_tolerance=0.5"]
+    check_gpus(load(asked), "13.0")
+    fp8 = load([*asked, "engine.quantization=fp8"])
+    if is_fit:
+        check_gpus(fp8, "13.0")
+        return
+    with pytest.raises(
+        ValueError, match=r"^engine\.quantization=fp8 needs .*8\.9 .* has 8\.6: set"
+    ):
+        check_gpus(fp8, "13.0")
 
 
 def test_a_job_without_a_learner_is_planned_and_refused_by_its_engines_alone() -> None:

@@ -23,6 +23,9 @@ CPU_BLOCK_SIZE = 32
 
 
 GIB = 2**30
+QUANTIZATION = {"fp8": "fp8_per_channel"}
+"""vLLM's name of each type that linear layers are rounded to as their weights come: one scale for
+each output channel and, of what goes in, for each token. Its `fp8` is for checkpoints in fp8."""
 
 
 def environment(engine: EngineConfig) -> dict[str, str]:
@@ -65,6 +68,8 @@ def engine_args(setup: EngineSetup) -> "AsyncEngineArgs":
     if _is_gpu(engine):
         args.tensor_parallel_size = engine.tensor_parallel
         args.gpu_memory_utilization = engine.start_share
+        if engine.quantization is not None:
+            args.quantization = QUANTIZATION[engine.quantization]
         args.distributed_executor_backend = "mp" if engine.tensor_parallel > 1 else "uni"
     else:
         args.enforce_eager = True

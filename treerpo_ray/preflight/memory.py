@@ -264,7 +264,10 @@ def cache_bytes_a_token(config: Config, sizes: ModelSizes) -> int:
 def _engine_parts(config: Config, count: float, sizes: ModelSizes | None) -> dict[str, float]:
     """vLLM splits weights and cache over the GPUs of an engine."""
     engine, width = config.engine, DTYPE_BYTES[config.model.dtype]
-    found = {WEIGHTS: width * count / engine.tensor_parallel / GIB}
+    weights = width * count
+    if engine.quantization is not None:  # a byte of each but those of embedding and head
+        weights = count + (0 if sizes is None else (width - 1) * sizes.ends)
+    found = {WEIGHTS: weights / engine.tensor_parallel / GIB}
     if sizes is not None:
         tokens = max(PREFILL_TOKENS, config.max_model_tokens + 1)
         layer = width * (3 * sizes.intermediate / engine.tensor_parallel + 4 * sizes.hidden)
