@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
 
 from tests.support.learning.tiny_models import save_tiny_model
+from tests.support.stages.engine_with_worker import SplitEngine
+from tests.support.whole_runs import assert_gone
 from treerpo_ray.actor import root_cause
 from treerpo_ray.algo.search import TreeShape, assemble
 from treerpo_ray.algo.tree import StopReason, Tree
@@ -33,10 +36,10 @@ SHAPE = TreeShape(num_children=(3, 2), step_tokens=(20, 30))
 class ServedEngine:
     """An engine in an actor, as the pool has it."""
 
-    def __init__(self, config: Config, index: int) -> None:
-        actor = ray.remote(Engine).options(num_cpus=0.5, max_concurrency=1000)
+    def __init__(self, config: Config, index: int, kind: type[Engine] = Engine) -> None:
+        actor = ray.remote(kind).options(num_cpus=0.5, max_concurrency=1000)
         self.actor = actor.remote(setup=EngineSetup.of(config), index=index, log_folder=None)
-        ray.get(self.actor.start.remote())
+        self.processes: tuple[int, int] = ray.get(self.actor.start.remote())
         self.files = WeightFiles()
 
     def start_tree(
@@ -342,10 +345,14 @@ def test_after_a_rollback_blocks_that_were_finished_under_other_weights_are_not_
 def test_a_tied_head_and_experts_are_not_stale_after_updates_and_other_bytes_are_not_served(
     small_config, ray_cluster, tmp_path
 ) -> None:
+    """On two workers, each of which has a part of every weight and proves that it received all."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     sizes = {"hidden_size": 128, "head_dim": 32, "tie_word_embeddings": True}  # as vLLM takes them
     save_tiny_model(tmp_path, "qwen3_moe", **experts | sizes)
-    tied = ServedEngine(small_config(f"model.path={tmp_path}"), 1)
+    tied = ServedEngine(small_config(f"model.path={tmp_path}"), 1, SplitEngine)
+    core = psutil.Process(tied.processes[1])
+    workers = [child for child in core.children() if "Worker" in " ".join(child.cmdline())]
+    assert len(workers) == 2
     policy = load_policy(
         str(tmp_path),
         dtype=torch.float32,
@@ -369,9 +376,11 @@ def test_a_tied_head_and_experts_are_not_stale_after_updates_and_other_bytes_are
         allocate=file.part,
     )
     chunks[0][0] ^= 1
-    with pytest.raises(RuntimeError, match="received other bytes"):
+    with pytest.raises(RuntimeError, match="worker 0 received other bytes"):
         tied.load_packed(manifest, file)
-    tied.stop()
+    ray.kill(tied.actor)
+    for process in (core, *workers):
+        assert_gone(process)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,22 @@ def args_of(*overrides: str):
 
 
 def test_variables_that_are_for_a_cpu_are_not_set_on_a_gpu() -> None:
-    on_cpu = environment(load(["engine.cpu_threads=3"]).engine)
+    on_cpu = environment(load(["engine.cpu_threads=3"]).engine, 0)
     assert on_cpu["OMP_NUM_THREADS"] == "3" and on_cpu["TORCH_COMPILE_DISABLE"] == "1"
-    assert not {"OMP_NUM_THREADS", "TORCH_COMPILE_DISABLE"} & environment(load(GPUS).engine).keys()
+    on_gpu = environment(load(GPUS).engine, 0)
+    assert not {"OMP_NUM_THREADS", "TORCH_COMPILE_DISABLE"} & on_gpu.keys()
+
+
+def test_each_engine_of_a_machine_lists_what_it_compiles_in_a_folder_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for variable, value, root in (
+        ("XDG_CACHE_HOME", "/cache", "/cache/vllm"),
+        ("VLLM_CACHE_ROOT", "/disk", "/disk"),
+    ):
+        monkeypatch.setenv(variable, value)
+        roots = [environment(load(GPUS).engine, index)["VLLM_CACHE_ROOT"] for index in range(2)]
+        assert roots == [f"{root}/engine-0", f"{root}/engine-1"]
 
 
 @pytest.mark.engine

@@ -1,5 +1,6 @@
 """vLLM's arguments: how an engine is set up, on a GPU and on a CPU."""
 
+import os
 from typing import TYPE_CHECKING
 
 from treerpo_ray.config.sections import EngineConfig
@@ -28,11 +29,13 @@ QUANTIZATION = {"fp8": "fp8_per_channel"}
 each output channel and, of what goes in, for each token. Its `fp8` is for checkpoints in fp8."""
 
 
-def environment(engine: EngineConfig) -> dict[str, str]:
-    """Variables that must be set before vLLM is imported."""
+def environment(engine: EngineConfig, index: int) -> dict[str, str]:
+    """Variables that must be set before vLLM is imported, for the engine of a number."""
     common = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     if _is_gpu(engine):
-        return common
+        # vLLM lists what it has compiled in a file that it writes in place: another engine of the
+        # machine, started at the same time, could read half of it.
+        return common | {"VLLM_CACHE_ROOT": f"{_cache()}/engine-{index}"}
     return common | CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(engine.cpu_threads)}
 
 
@@ -78,6 +81,12 @@ def engine_args(setup: EngineSetup) -> "AsyncEngineArgs":
         # back, which torch cannot do on CPU: the core would die.
         args.enable_chunked_prefill = False
     return args
+
+
+def _cache() -> str:
+    """Folder in which vLLM keeps what it has compiled, unless it is told another one."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.environ.get("VLLM_CACHE_ROOT") or f"{home}/vllm"
 
 
 def _is_gpu(engine: EngineConfig) -> bool:

@@ -113,7 +113,7 @@ class Engine:
         Raises:
             RuntimeError: vLLM does not start; one line with its cause.
         """
-        os.environ |= environment(self.setup.engine)
+        os.environ |= environment(self.setup.engine, self.index)
         from pydantic import ValidationError
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
         from vllm.v1.engine.async_llm import AsyncLLM
