@@ -15,16 +15,9 @@ from ray.exceptions import ActorDiedError, ObjectStoreFullError, OutOfDiskError,
 
 from treerpo_ray.metrics.events import Event
 from treerpo_ray.run_folder.patience import DiskRefused, PatienceTimes
-from treerpo_ray.weight_sync import (
-    ALIGNMENT,
-    BLOCK,
-    LoadProof,
-    Manifest,
-    Probe,
-    WeightSync,
-    pack_weights,
-)
+from treerpo_ray.weight_sync import Probe, WeightSync
 from treerpo_ray.weights.files import FilePlace, WeightsLost
+from treerpo_ray.weights.manifest import ALIGNMENT, BLOCK, LoadProof, Manifest, pack_weights
 from treerpo_ray.weights.source import PublishedWeights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

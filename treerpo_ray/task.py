@@ -16,9 +16,10 @@ from treerpo_ray.records import RootValue, TreeRecord
 
 if TYPE_CHECKING:  # the stages stand above this module
     from treerpo_ray.engine.types import EngineStats, Sampling
-    from treerpo_ray.weight_sync import Manifest, Probe
-    from treerpo_ray.weights.files import FilePlace
-    from treerpo_ray.weights.source import WeightSource
+    from treerpo_ray.weight_sync import Probe
+    from treerpo_ray.weights.manifest import Manifest
+    from treerpo_ray.weights.rounds import Poll, Round
+    from treerpo_ray.weights.source import OutgoingPlace, WeightSource
 
 STREAM = "trees"
 """Name of the workers' data set."""
@@ -90,6 +91,12 @@ class TreePoolApi(StageApi, Protocol):
     ) -> None: ...
 
     @actor_method
+    def sleep(self) -> None: ...
+
+    @actor_method
+    def wake(self) -> None: ...
+
+    @actor_method
     def version(self) -> int: ...
 
     @actor_method
@@ -131,8 +138,13 @@ class WeightSyncApi(StageApi, Protocol):
     """Actor of `WeightSync`."""
 
     @actor_method
-    def publish(self, manifest: "Manifest", place: "FilePlace", probe: "Probe", node: str) -> None:
+    def publish(
+        self, manifest: "Manifest", place: "OutgoingPlace", probe: "Probe", node: str
+    ) -> None:
         """See `WeightSync`, as for all that follow."""
+
+    @actor_method
+    def next_round(self, poll: "Poll") -> "Round | None": ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

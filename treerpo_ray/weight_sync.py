@@ -1,8 +1,4 @@
-"""Weight sync: the learner's weights on their way to the engines, in flat chunks of
-bytes, with a manifest that says what lies where, and proofs.
-
-A manifest carries a digest of each chunk; an engine proves a version by echoing it together
-with the digests of the bytes that its workers received.
+"""Weight sync: brings the learner's weights to the engines, which prove what they received.
 
 On the learner's node engines read the file that the learner packed into; the bytes are copied
 once, to the parameters. What other nodes need goes through Ray's store, to one file on each.
@@ -11,15 +7,12 @@ once, to the parameters. What other nodes need goes through Ray's store, to one 
 import asyncio
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, cast
 
-import numpy as np
 import ray
-import xxhash
-from jaxtyping import UInt8
 
 from treerpo_ray.actor import actor_method
 from treerpo_ray.metrics.events import RunLogApi, write_done, write_waits
@@ -27,70 +20,24 @@ from treerpo_ray.metrics.stage_status import StageStatus, WatchedStage
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.patience import DiskRefused, Patience, PatienceTimes
 from treerpo_ray.weights.files import FilePlace, WeightsLost
-from treerpo_ray.weights.source import PlacesApi, PublishedWeights, WeightSource
+from treerpo_ray.weights.manifest import Manifest
+from treerpo_ray.weights.rounds import Poll, Round, Rounds
+from treerpo_ray.weights.source import (
+    DevicePlace,
+    FilesOnNodes,
+    FromGroup,
+    Group,
+    OnDevice,
+    OutgoingPlace,
+    PlacesApi,
+    Receiver,
+    SenderPlace,
+    WeightSource,
+)
 from treerpo_ray.weights.store import WeightStoreApi, put, store_on
 
-if TYPE_CHECKING:  # manifests go through actors that have no use for it
-    import torch
-
+if TYPE_CHECKING:
     from treerpo_ray.task import GateApi
-
-ALIGNMENT = 64
-"""Offsets are multiples of this, so that every dtype can be viewed in place."""
-BLOCK = 2**20
-"""Elements that are cast and digested at a time: they stay in the cache in between."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorPlace:
-    """One tensor in a chunk."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    chunk: int
-    offset: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
-    """What a version of the weights consists of."""
-
-    version: int
-    tensors: tuple[TensorPlace, ...]
-    digests: tuple[str, ...]
-    """xxh3 (128 bits) of each chunk: a fault is found, not a forger."""
-
-    def update_info(self, chunk: int) -> dict[str, list]:
-        """The fields of `vllm_worker.StoreUpdate` for one chunk, but for where it lies."""
-        tensors = [tensor for tensor in self.tensors if tensor.chunk == chunk]
-        return {
-            "names": [tensor.name for tensor in tensors],
-            "dtypes": [tensor.dtype for tensor in tensors],
-            "shapes": [list(tensor.shape) for tensor in tensors],
-            "offsets": [tensor.offset for tensor in tensors],
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadProof:
-    """An engine's word that it serves a version."""
-
-    version: int
-    digests: tuple[tuple[str, ...], ...]
-    """Digests of the received chunks, from each worker of the engine."""
-
-    def check(self, manifest: Manifest) -> None:
-        """Raise a RuntimeError unless this proves `manifest`."""
-        if self.version != manifest.version:
-            raise RuntimeError(f"engine serves version {self.version}, not {manifest.version}")
-        if not self.digests:
-            raise RuntimeError(f"no worker of the engine received version {manifest.version}")
-        for worker, digests in enumerate(self.digests):
-            if digests != manifest.digests:
-                raise RuntimeError(
-                    f"worker {worker} received other bytes for version {manifest.version}"
-                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,78 +52,6 @@ class Probe:
         """Mean absolute difference (nats a token) of an engine's log-probabilities from these."""
         pairs = zip(found, self.logprobs, strict=True)
         return statistics.fmean(abs(ours - theirs) for ours, theirs in pairs)
-
-
-def _own_memory(num_bytes: int) -> UInt8[np.ndarray, " bytes"]:
-    return np.empty(num_bytes, np.uint8)
-
-
-def pack_weights(
-    weights: Iterable[tuple[str, "torch.Tensor"]],
-    *,
-    version: int,
-    dtype: "torch.dtype",
-    chunk_bytes: int,
-    allocate: Callable[[int], UInt8[np.ndarray, " bytes"]] = _own_memory,
-) -> tuple[Manifest, list[UInt8[np.ndarray, " bytes"]]]:
-    """Lay tensors out in chunks of about `chunk_bytes`; floating ones are sent as `dtype`.
-
-    A tensor lies in one chunk whole; one that is larger than `chunk_bytes` gets its own.
-
-    Args:
-        weights: Names and tensors on any device; those of a chunk are held at a time.
-        version: Number of the version.
-        dtype: What floating tensors are sent as.
-        chunk_bytes: Size of a chunk.
-        allocate: Gives the memory of a chunk by its size in bytes.
-    """
-    places: list[TensorPlace] = []
-    chunks: list[np.ndarray] = []
-    digests: list[str] = []
-    parts: list[tuple[int, torch.Tensor, torch.dtype]] = []
-    size = 0
-
-    def close_chunk() -> None:
-        nonlocal size
-        if parts:
-            chunks.append(allocate(size))
-            digests.append(_fill(chunks[-1], parts))
-        parts.clear()
-        size = 0
-
-    for name, weight in weights:
-        sent_as = dtype if weight.is_floating_point() else weight.dtype
-        num_bytes = weight.numel() * sent_as.itemsize
-        if size and size + num_bytes > chunk_bytes:
-            close_chunk()
-        kind = str(sent_as).removeprefix("torch.")
-        places.append(
-            TensorPlace(
-                name=name, dtype=kind, shape=tuple(weight.shape), chunk=len(chunks), offset=size
-            )
-        )
-        parts.append((size, weight, sent_as))
-        size += num_bytes + -num_bytes % ALIGNMENT
-    close_chunk()
-    return Manifest(version=version, tensors=tuple(places), digests=tuple(digests)), chunks
-
-
-def _fill(
-    chunk: UInt8[np.ndarray, " bytes"], parts: "list[tuple[int, torch.Tensor, torch.dtype]]"
-) -> str:
-    """Write tensors to their offsets as their types, with zeros between; returns the digest."""
-    import torch
-
-    digest, flat = xxhash.xxh3_128(), torch.from_numpy(chunk)
-    for offset, weight, sent_as in parts:
-        end = offset + weight.numel() * sent_as.itemsize
-        target, source = flat[offset:end].view(sent_as), weight.detach().reshape(-1)
-        for to, given in zip(target.split(BLOCK), source.split(BLOCK), strict=True):
-            # Cast where it is, so that no more is moved than is sent.
-            to.copy_(given if given.device.type == "cpu" else given.to(sent_as))
-            digest.update(to.view(torch.uint8).numpy().data)
-        digest.update(flat[end : end + -end % ALIGNMENT].zero_().numpy().data)
-    return digest.hexdigest()
 
 
 class EnginesApi(Protocol):
@@ -194,10 +69,9 @@ class _Publication:
     """A version on its way."""
 
     version: int
-    stamp: bytes
+    place: OutgoingPlace
     node: str
     """Of the learner."""
-    num_parts: int
     chunks: list[ray.ObjectRef] = field(default_factory=list)
     """In Ray's store, as far as they were put there for other nodes."""
     putting: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -208,6 +82,12 @@ class _Publication:
 
     def __post_init__(self) -> None:
         self.at.add(self.node)
+
+    def file(self) -> FilePlace:
+        """Where it lies, if that is a file."""
+        if not isinstance(self.place, FilePlace):
+            raise TypeError(f"version {self.version} lies in no file, but as {self.place}")
+        return self.place
 
 
 def _own_handle() -> PlacesApi:
@@ -231,7 +111,8 @@ class WeightSync(WatchedStage):
         run_log: Actor of `RunLog`; told of what waits.
         folder: Run folder.
         probe_every: Syncs between comparisons of log-probabilities; the first is compared.
-        fetch_limit_s: Time for weights to come from one node to another.
+        fetch_limit_s: Time for weights to come from one node to another, and for the learner to
+            turn to engines that are to receive in a group.
         times: How long each part of a wait lasts.
         make_store: Makes a store on a node.
         handle: Gives the handle of this actor.
@@ -263,6 +144,7 @@ class WeightSync(WatchedStage):
         )
         self._num_syncs = 0
         self._newest: _Publication | None = None
+        self._rounds = Rounds()
         self._stores: dict[str, WeightStoreApi] = {}
         """By their nodes: those of the learner and of the engines that asked since it published."""
         self._serves = ""
@@ -273,7 +155,9 @@ class WeightSync(WatchedStage):
     def __repr__(self) -> str:
         return "weight sync"
 
-    async def publish(self, manifest: Manifest, place: FilePlace, probe: Probe, node: str) -> None:
+    async def publish(
+        self, manifest: Manifest, place: OutgoingPlace, probe: Probe, node: str
+    ) -> None:
         """Have the engines serve `manifest`; returns once they have proved it.
 
         Args:
@@ -304,17 +188,44 @@ class WeightSync(WatchedStage):
             self._move("")
 
     async def _serve(
-        self, manifest: Manifest, place: FilePlace, probe: Probe, node: str, should_probe: bool
+        self, manifest: Manifest, place: OutgoingPlace, probe: Probe, node: str, should_probe: bool
     ) -> None:
-        # What the learner packed dies with its worker; what its node's store holds lives on.
-        await self._store(node).hold.remote(place)
-        self._newest = newest = _Publication(
-            version=manifest.version, stamp=place.stamp, node=node, num_parts=len(place.parts)
-        )
-        source = PublishedWeights(sync=self._handle(), stamp=place.stamp)
+        if isinstance(place, FilePlace):
+            # What the learner packed dies with its worker; what its node's store holds lives on.
+            await self._store(node).hold.remote(place)
+        self._newest = newest = _Publication(version=manifest.version, place=place, node=node)
+        source = self._source(place, node)
         await self.pool.serve.remote(manifest, source, probe, should_probe)
         if newest is self._newest:  # a store would keep a node whose engines have left
             self._stores = {name: self._stores[name] for name in self._stores if name in newest.at}
+
+    def _source(self, place: OutgoingPlace, node: str) -> WeightSource:
+        if isinstance(place, SenderPlace):
+            return FromGroup(sync=self._handle(), stamp=place.stamp, sizes=place.sizes)
+        if isinstance(place, DevicePlace):
+            return OnDevice(place=place, node=node)
+        return FilesOnNodes(sync=self._handle(), stamp=place.stamp)
+
+    async def open_group(self, stamp: bytes, engines: Sequence[Receiver]) -> Group:
+        """The group in which engines receive the newest publication.
+
+        Raises:
+            WeightsLost: it is not the newest any more, or the learner does not come to send it.
+        """
+        place = self._current(stamp).place
+        if not isinstance(place, SenderPlace):
+            raise TypeError(f"no group is sent {place}")
+        return await self._rounds.open(place.sender, stamp, engines, self._fetch_limit_s)
+
+    async def next_round(self, poll: Poll) -> Round | None:
+        """What a learner is to send next; see `Rounds.next`."""
+        return await self._rounds.next(poll)
+
+    def _current(self, stamp: bytes) -> _Publication:
+        newest = self._newest
+        if newest is None or newest.place.stamp != stamp:
+            raise WeightsLost("other weights were published meanwhile")
+        return newest
 
     async def place(self, stamp: bytes, node: str) -> FilePlace:
         """Where the newest publication lies on a node, once it is there.
@@ -325,9 +236,7 @@ class WeightSync(WatchedStage):
             TimeoutError: they do not come.
             RayError: the node is lost.
         """
-        newest = self._newest
-        if newest is None or newest.stamp != stamp:
-            raise WeightsLost("other weights were published meanwhile")
+        newest = self._current(stamp)
         newest.at.add(node)
         chunks = [] if node == newest.node else await self._chunks(newest)
         for _ in range(2):
@@ -348,8 +257,9 @@ class WeightSync(WatchedStage):
     async def _chunks(self, newest: _Publication) -> list[ray.ObjectRef]:
         """The chunks in Ray's store of the learner's node, put there once."""
         async with newest.putting:
-            for part in range(len(newest.chunks), newest.num_parts):
-                work = partial(put, self._store(newest.node), newest.stamp, part)
+            place = newest.file()
+            for part in range(len(newest.chunks), len(place.parts)):
+                work = partial(put, self._store(newest.node), place.stamp, part)
                 what = f"weights of version {newest.version}"
                 try:
                     # In a thread: meanwhile this actor is asked for its status.

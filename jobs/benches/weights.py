@@ -17,7 +17,7 @@ from treerpo_ray.weights.files import FilePlace, HeldFile, WeightFiles
 from treerpo_ray.weights.store import WeightStore
 
 if TYPE_CHECKING:
-    from treerpo_ray.weight_sync import Manifest
+    from treerpo_ray.weights.manifest import Manifest
 
 SIZES = {"10 M": 10**7, "100 M": 10**8, "500 M": 5 * 10**8}
 """Parameters."""
@@ -101,7 +101,7 @@ class SyncPath:
 
     async def round(self) -> Round:
         """Copy the bytes of a version, and sync it; raises unless it is proved."""
-        from treerpo_ray.weight_sync import LoadProof, pack_weights
+        from treerpo_ray.weights.manifest import LoadProof, pack_weights
 
         at = [time.process_time()]
         np.copyto(self.target, self.source)

@@ -238,8 +238,9 @@ def engine(sizes: Sizes, folder: Path, tell: Tell) -> None:
 async def _engine(config: Config, sizes: Sizes, tell: Tell) -> None:
     from treerpo_ray.engine.engine import Engine
     from treerpo_ray.engine.types import EngineSetup, Sampling
-    from treerpo_ray.weight_sync import Probe, pack_weights
+    from treerpo_ray.weight_sync import Probe
     from treerpo_ray.weights.files import WeightFiles
+    from treerpo_ray.weights.manifest import pack_weights
 
     setup = EngineSetup.of(config)
 

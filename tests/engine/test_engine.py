@@ -25,8 +25,8 @@ from treerpo_ray.engine.engine import Engine, last_error
 from treerpo_ray.engine.types import EngineSetup, EngineStats, Sampling
 from treerpo_ray.learner.policy import Policy, load_policy
 from treerpo_ray.prompts.prompt_set import load_tokenizer, resolve_model_path
-from treerpo_ray.weight_sync import Manifest, pack_weights
 from treerpo_ray.weights.files import WeightFile, WeightFiles
+from treerpo_ray.weights.manifest import Manifest, pack_weights
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine]
 
@@ -313,6 +313,20 @@ def test_requests_in_flight_go_on_under_new_weights_and_say_so(served, policy, p
             break
     assert (1, 2) in spans  # a step that was under way kept its tokens and went on
     assert all(low <= high for low, high in spans)
+
+
+def test_requests_of_an_engine_that_sleeps_wait_until_it_has_loaded(
+    served, policy, prompts
+) -> None:
+    before = served.tree(prompts[5], seed=1, shape=replace(SHAPE, num_children=(1, 1)))
+    ray.get(served.actor.sleep.remote())
+    stream = served.start_tree(prompts[5], seed=1, shape=replace(SHAPE, num_children=(1, 1)))
+    assert not ray.wait([stream], timeout=1.0)[0], "it sleeps"
+    served.load(policy, version=70)
+    after = collect(prompts[5], stream)
+    for ours, theirs in zip(after.steps, before.steps, strict=True):
+        assert ours.token_ids.tolist() == theirs.token_ids.tolist()
+        assert set(ours.versions.tolist()) == {70}
 
 
 def test_after_a_rollback_blocks_that_were_finished_under_other_weights_are_not_found(

@@ -19,8 +19,9 @@ from treerpo_ray.learner.policy import load_policy
 from treerpo_ray.prompts.problems import Problem
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer, resolve_model_path
 from treerpo_ray.search.tree_pool import TreePool
-from treerpo_ray.weight_sync import Probe, pack_weights
+from treerpo_ray.weight_sync import Probe
 from treerpo_ray.weights.files import WeightFile
+from treerpo_ray.weights.manifest import pack_weights
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.slow]
 

@@ -25,8 +25,9 @@ from tests.support.stages.fake_engines import (
 from tests.support.stages.virtual_time import run
 from treerpo_ray.engine.pool import MAX_STARTS, PoolTimes
 from treerpo_ray.engine.replica import ReplicaState
-from treerpo_ray.weight_sync import Manifest, Probe
+from treerpo_ray.weight_sync import Probe
 from treerpo_ray.weights.files import WeightsLost
+from treerpo_ray.weights.manifest import Manifest
 
 
 @pytest.mark.parametrize(
@@ -146,6 +147,35 @@ def test_an_engine_that_fails_in_a_way_that_nobody_foresaw_is_replaced() -> None
             await start
 
     fleet = Fleet()
+    run(scenario())
+
+
+def test_engines_that_sleep_load_what_they_served_or_what_is_new_and_others_start_after_that() -> (
+    None
+):
+    async def scenario() -> None:
+        pool = await make_pool(make_config("engine.num_engines=3"), fleet)
+        await serve_from_start(pool, version=1)
+        await pool.sleep()
+        await asyncio.sleep(100)
+        killed, hung = fleet.started[1], fleet.started[2]
+        assert fleet.started[0][0].calls == ["start", "load 1", "probe", "sleep"]
+        assert [engine.calls for engine in killed[1:] + hung[1:]] == [[], []], (
+            "nor are they started"
+        )
+        await pool.wake()
+        assert fleet.started[0][0].calls[-1] == "load 1", "there was nothing to train"
+        await pool.wake()
+        assert fleet.started[0][0].calls[-2:] == ["sleep", "load 1"], "it is awake"
+        await until(lambda: all(replica.is_serving for replica in pool.engines.replicas))
+        await pool.sleep()
+        await serve(pool, 2)
+        serving = [starts[-1] for starts in fleet.started.values()]
+        assert [engine.version for engine in serving] == [2, 2, 2]
+        assert [engine.calls[-2:] for engine in serving] == [["sleep", "load 2"]] * 3
+        await pool.stop()
+
+    fleet = Fleet({1: [Fault("sleep", "killed")], 2: [Fault("sleep", "hung")]})
     run(scenario())
 
 

@@ -8,7 +8,8 @@ import pytest
 from tests.support.stages.fake_engines import LOGPROB, Source, make_replica
 from tests.support.stages.virtual_time import run
 from treerpo_ray.engine.replica import Replica, ReplicaState, WeightVersion
-from treerpo_ray.weight_sync import Manifest, Probe
+from treerpo_ray.weight_sync import Probe
+from treerpo_ray.weights.manifest import Manifest
 
 
 def version(number: int) -> WeightVersion:

@@ -13,8 +13,9 @@ import torch
 
 from tests.support.project import PROJECT
 from treerpo_ray.learner.publisher import Publisher
-from treerpo_ray.weight_sync import Manifest, Probe
+from treerpo_ray.weight_sync import Probe
 from treerpo_ray.weights.files import FileMaps, FilePlace, HeldFile
+from treerpo_ray.weights.manifest import Manifest
 
 LIMIT_S = 600.0
 

@@ -16,7 +16,7 @@ from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.study import audit
 from treerpo_ray.study.audit import ConsumedTree, check_promises, standing
-from treerpo_ray.weight_sync import pack_weights
+from treerpo_ray.weights.manifest import pack_weights
 
 NUM_STEPS, SIZE = 3, 2
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from treerpo_ray.weight_sync import LoadProof, Manifest, pack_weights
 from treerpo_ray.weights.files import WeightFile
+from treerpo_ray.weights.manifest import LoadProof, Manifest, pack_weights
 
 pytestmark = pytest.mark.engine
 

@@ -11,8 +11,9 @@ from treerpo_ray.engine._vllm_args import QUANTIZATION
 from treerpo_ray.learner.policy import Policy, load_policy
 from treerpo_ray.prompts.prompt_set import load_tokenizer, resolve_model_path
 from treerpo_ray.quickstart.make_model import MODEL_FOLDER
-from treerpo_ray.weight_sync import Probe, pack_weights
+from treerpo_ray.weight_sync import Probe
 from treerpo_ray.weights.files import WeightFile
+from treerpo_ray.weights.manifest import pack_weights
 
 FP8_MOST = torch.finfo(torch.float8_e4m3fn).max
 

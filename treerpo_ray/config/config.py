@@ -260,6 +260,11 @@ class Config:
                 f"engine.kv_cache_gib is needed where a GPU is shared (engine.resources has GPU: "
                 f"{num_gpus:g}): what is left of it differs when an engine is started again"
             )
+        if engine.sleep and self.gate.max_staleness:
+            raise ValueError(
+                f"engine.sleep=true needs gate.max_staleness=0, not {self.gate.max_staleness}: the "
+                "learner updates while no tree grows"
+            )
         if engine.tensor_parallel > 1 and engine.tensor_parallel != num_gpus:
             raise ValueError(
                 f"engine.tensor_parallel={engine.tensor_parallel} needs as many GPUs, but "

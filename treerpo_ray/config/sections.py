@@ -180,6 +180,9 @@ class EngineConfig:
     """KV cache of one engine in GiB; null on a GPU means what `gpu_memory_utilization` leaves."""
     gpu_memory_utilization: float = field(default=0.85, metadata=POSITIVE_SHARE)
     """Share of a GPU's memory that an engine takes where `kv_cache_gib` is null."""
+    sleep: bool = False
+    """Whether engines give their GPUs' memory, weights and KV cache, to the learner while it
+    updates. Needs `gate.max_staleness` 0: engine and learner work in turns."""
     cpu_threads: int = field(default=1, metadata=POSITIVE)
     """OpenMP threads of a CPU engine."""
     start_timeout_s: float = field(default=600.0, metadata=POSITIVE)
@@ -293,6 +296,10 @@ class LearnerConfig:
 class SyncConfig:
     """Weight sync from the learner to the engines."""
 
+    transport: Literal["file", "ipc", "nccl"] = "file"
+    """How weights travel: `file`, through main memory, in one file a node; `ipc`, on the one GPU
+    that learner and engines share; `nccl`, from the learner's GPU to all others at once (gloo where
+    there is no GPU)."""
     chunk_mib: int = field(default=256, metadata=POSITIVE)
     """Size of the chunks that weights travel in."""
     probe_every: int = field(default=10, metadata=POSITIVE)

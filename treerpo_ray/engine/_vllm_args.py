@@ -73,6 +73,7 @@ def engine_args(setup: EngineSetup) -> "AsyncEngineArgs":
         args.gpu_memory_utilization = engine.start_share
         if engine.quantization is not None:
             args.quantization = QUANTIZATION[engine.quantization]
+        args.enable_sleep_mode = engine.sleep  # a CPU's memory it would not give back
         args.distributed_executor_backend = "mp" if engine.tensor_parallel > 1 else "uni"
     else:
         args.enforce_eager = True

@@ -12,8 +12,8 @@ import os
 import re
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import closing, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, suppress
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -32,8 +32,9 @@ from treerpo_ray.engine.replica import EngineActor, EngineApi
 from treerpo_ray.engine.types import EngineSetup, EngineStats, Sampling
 from treerpo_ray.metrics.busy_time import BusyTime
 from treerpo_ray.prompts.prompt_set import end_token_ids, load_tokenizer
-from treerpo_ray.weight_sync import LoadProof, Manifest
-from treerpo_ray.weights.files import FilePlace, HeldFile
+from treerpo_ray.weights.files import HeldFile
+from treerpo_ray.weights.manifest import LoadProof, Manifest
+from treerpo_ray.weights.source import DevicePlace, GroupPlace, Place
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput
@@ -91,6 +92,9 @@ class Engine:
         self._version = 0
         """The last that it proved."""
         self._loading = asyncio.Lock()
+        self._is_asleep = False
+        self._group = ""
+        """Name of the group that its workers are in, if they are in one."""
         self._request_ids = itertools.count()
         self._start = uuid.uuid4().hex
         self._totals = np.zeros(4, np.int64)
@@ -247,12 +251,12 @@ class Engine:
             stop=StopReason.END_OF_TEXT if is_end else StopReason.BOUNDARY,
         )
 
-    async def load(self, manifest: Manifest, place: FilePlace) -> None:
+    async def load(self, manifest: Manifest, place: Place) -> None:
         """Take over the weights of `manifest` and prove it; requests in flight wait and go on.
 
         Args:
             manifest: What they consist of.
-            place: Where their bytes lie on this node.
+            place: Where this engine finds their bytes.
 
         Raises:
             WeightsLost: they are not there any more; the engine goes on with what it has.
@@ -262,13 +266,15 @@ class Engine:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         async with self._loading:
-            with closing(HeldFile(place)) as held:
+            with ExitStack() as held:
+                chunks = await self._chunks(place, held)
+                if self._is_asleep:
+                    await self._llm.wake_up(["weights"])
                 await self._llm.pause_generation(mode="keep", clear_cache=False)
                 self._num_loads += 1  # what is asked from here on is computed with these weights
                 await self._llm.start_weight_update()
-                for number, (offset, num_bytes) in enumerate(held.place.parts):
-                    update = {"path": held.place.path, "offset": offset, "num_bytes": num_bytes}
-                    update |= manifest.update_info(number)
+                for number, chunk in enumerate(chunks):
+                    update = chunk | manifest.update_info(number)
                     await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update))
                 await self._llm.finish_weight_update(str(manifest.version))
             digests = await self._llm.collective_rpc("treerpo_digests")
@@ -278,7 +284,41 @@ class Engine:
             )
             proof.check(manifest)
             self._version = proof.version
+            if self._is_asleep:
+                await self._llm.wake_up(["kv_cache"])
+                self._is_asleep = False
             await self._llm.resume_generation()
+
+    async def _chunks(self, place: Place, held: ExitStack) -> list[dict[str, str | int | list]]:
+        """Fields of `StoreUpdate` that say where each chunk comes from, as long as `held` is open.
+
+        Raises:
+            WeightsLost: it is not there any more.
+        """
+        if isinstance(place, DevicePlace):
+            found = zip(place.handles, place.sizes, strict=True)
+            return [{"handle": handle, "num_bytes": num_bytes} for handle, num_bytes in found]
+        if isinstance(place, GroupPlace):
+            if place.group.name != self._group:
+                limit_s = self.setup.engine.load_timeout_s
+                arguments = asdict(place.group), place.first_rank, limit_s
+                await self._llm.collective_rpc("treerpo_join", args=arguments)
+                self._group = place.group.name
+            return [{"num_bytes": num_bytes} for num_bytes in place.sizes]
+        file = held.enter_context(closing(HeldFile(place))).place
+        return [
+            {"path": file.path, "offset": offset, "num_bytes": num_bytes}
+            for offset, num_bytes in file.parts
+        ]
+
+    async def sleep(self) -> None:
+        """Give the memory of weights and KV cache back until the next `load`; requests wait.
+
+        On a CPU vLLM keeps the memory, and waits likewise.
+        """
+        async with self._loading:
+            await self._llm.sleep(level=2, mode="keep")
+            self._is_asleep = True
 
     async def probe(self, token_ids: list[int]) -> list[float]:
         """Log-probability (nats, temperature 1) of each token but the first, given those before."""

@@ -20,8 +20,9 @@ from treerpo_ray.engine.replica import EngineActor, Replica, ReplicaState, Weigh
 from treerpo_ray.engine.router import Router
 from treerpo_ray.engine.types import EngineStats
 from treerpo_ray.metrics.events import Event, RunLogApi
-from treerpo_ray.weight_sync import Manifest, Probe
+from treerpo_ray.weight_sync import Probe
 from treerpo_ray.weights.files import WeightsLost
+from treerpo_ray.weights.manifest import Manifest
 from treerpo_ray.weights.source import WeightSource
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,8 @@ class EnginePool:
         """Time of the event loop until which that counts in any case."""
         self._weights: WeightVersion | None = None
         self._serving = asyncio.Lock()
+        self._is_asleep = False
+        """Whether the learner has the engines' memory."""
         self._waits = Waits(
             report=lambda seconds, what: self.note("waiting", seconds=round(seconds), what=what),
             report_every_s=times.report_every_s,
@@ -196,6 +199,7 @@ class EnginePool:
         start = time.monotonic()
         await replica.find_node(self._needed_node)
         self._changed.notify()
+        await self._changed.wait_for(lambda: not self._is_asleep)
         pid, core = await replica.start(lambda: self._weights, self._tolerance)
         self._router.fill()
         self.note(
@@ -229,9 +233,13 @@ class EnginePool:
         async with self._serving:  # a worker that died may have left a publication under way
             weights = WeightVersion(manifest=manifest, source=source, probe=probe)
             self._weights = weights
+            self._is_asleep = False
+            self._changed.notify()
             replicas = [replica for replica in self._replicas if replica.takes_weights]
             tolerance = self._tolerance if should_probe else None
-            loads = (replica.load(weights, tolerance) for replica in replicas)
+            places = source.places([replica.receiver for replica in replicas])
+            taken = zip(replicas, places, strict=True)
+            loads = (replica.load(weights, place, tolerance) for replica, place in taken)
             results = await asyncio.gather(*loads, return_exceptions=True)
             lost: WeightsLost | None = None
             for replica, result in zip(replicas, results, strict=True):
@@ -243,6 +251,28 @@ class EnginePool:
                 raise lost
         # One that comes up anew has loaded this version before it serves.
         await self._until(self._is_serving)
+
+    async def sleep(self) -> None:
+        """Have the engines give their GPUs' memory back until the next `serve` or `wake`; one that
+        fails, and any other that is to come, starts after that."""
+        async with self._serving:
+            self._is_asleep = True
+            replicas = [replica for replica in self._replicas if replica.takes_weights]
+            sleeps = (replica.sleep() for replica in replicas)
+            results = await asyncio.gather(*sleeps, return_exceptions=True)
+            for replica, result in zip(replicas, results, strict=True):
+                if isinstance(result, BaseException):
+                    self.replace(replica, result)
+
+    async def wake(self) -> None:
+        """Have engines that sleep load what they served before.
+
+        Raises:
+            WeightsLost, RuntimeError: As of `serve`.
+        """
+        weights = self._weights
+        if self._is_asleep and weights is not None:
+            await self.serve(weights.manifest, weights.source, weights.probe, should_probe=False)
 
     async def stats(self) -> list[EngineStats]:
         """Totals of each serving engine; one that answers late counts as it last did.

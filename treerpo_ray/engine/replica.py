@@ -9,6 +9,7 @@ change.
 import asyncio
 import math
 import time
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,9 +24,10 @@ from treerpo_ray.config.sections import EngineConfig
 from treerpo_ray.engine._waits import Waits
 from treerpo_ray.engine.background import Signal
 from treerpo_ray.engine.types import EngineStats, Sampling
-from treerpo_ray.weight_sync import Manifest, Probe
-from treerpo_ray.weights.files import FilePlace, WeightsLost
-from treerpo_ray.weights.source import WeightSource
+from treerpo_ray.weight_sync import Probe
+from treerpo_ray.weights.files import WeightsLost
+from treerpo_ray.weights.manifest import Manifest
+from treerpo_ray.weights.source import Place, Receiver, WeightSource
 
 LOOK_EVERY_S = 0.5
 """Time between looks for weights in place of lost ones."""
@@ -52,7 +54,10 @@ class EngineApi(Protocol):
     ) -> AsyncIterator[SiblingGroup]: ...
 
     @actor_method
-    def load(self, manifest: Manifest, place: FilePlace) -> None: ...
+    def load(self, manifest: Manifest, place: Place) -> None: ...
+
+    @actor_method
+    def sleep(self) -> None: ...
 
     @actor_method
     def probe(self, token_ids: list[int]) -> list[float]: ...
@@ -123,6 +128,7 @@ class Replica:
         "_node",
         "_num_starts",
         "_num_trees",
+        "_start",
         "_state",
         "_stats",
         "_version",
@@ -139,7 +145,7 @@ class Replica:
         num_starts: int = 1,
     ) -> None:
         self._index, self._actor, self._limits, self._waits = index, actor, limits, waits
-        self._num_starts = num_starts
+        self._num_starts, self._start = num_starts, uuid.uuid4().hex
         self._state = ReplicaState.STARTING
         self._node = ""
         self._version = -1
@@ -172,6 +178,12 @@ class Replica:
     def node(self) -> str:
         """Ray's id of its node; empty until it has one."""
         return self._node
+
+    @property
+    def receiver(self) -> Receiver:
+        """What sources of weights know of it, once it has a node."""
+        workers = self._limits.tensor_parallel
+        return Receiver(start=self._start, node=self._node, num_workers=workers)
 
     @property
     def version(self) -> int:
@@ -241,8 +253,9 @@ class Replica:
         while weights is not (latest := newest()):  # one may come while another is loaded
             weights = latest
             assert weights is not None  # versions only ever replace each other
+            [place] = weights.source.places([self.receiver])
             try:
-                await self.load(weights, tolerance)
+                await self.load(weights, place, tolerance)
             except WeightsLost:  # the learner that lost them, too, will publish others
                 await self._waits.wait(
                     _another(weights, newest),
@@ -253,8 +266,10 @@ class Replica:
         self._become(ReplicaState.SERVING)
         return processes
 
-    async def load(self, weights: WeightVersion, tolerance: float | None) -> None:
-        """Take a version over, once it is on its node, and prove it, each within `load_timeout_s`.
+    async def load(
+        self, weights: WeightVersion, place: Awaitable[Place], tolerance: float | None
+    ) -> None:
+        """Take a version over, once it has its place, and prove it, each within `load_timeout_s`.
 
         It proves digests and version, and log-probabilities unless `tolerance` (nats a token)
         is None. Whatever is raised but `WeightsLost`, the engine must be replaced.
@@ -265,12 +280,12 @@ class Replica:
             RayError, RuntimeError: it failed, or serves something else.
         """
         limit_s, name = self._limits.load_timeout_s, f"engine {self._index}"
-        place = await self._waits.wait(
-            weights.source.place(self._node),  # which may wait for room, for however long
+        found = await self._waits.wait(
+            place,  # which may wait for room, for however long
             f"version {weights.number} to come to the node of {name}",
             math.inf,
         )
-        load = self._actor.api.load.remote(weights.manifest, place)
+        load = self._actor.api.load.remote(weights.manifest, found)
         await self._waits.wait(load, f"{name} to load version {weights.number}", limit_s)
         if tolerance is not None:
             probe = self._actor.api.probe.remote(weights.probe.token_ids)
@@ -282,6 +297,16 @@ class Replica:
                     f"{weights.number} (sync.probe_tolerance={tolerance})"
                 )
         self._version = weights.number
+
+    async def sleep(self) -> None:
+        """Have it give its GPU's memory back until the next `load`.
+
+        Raises:
+            TimeoutError: it does not answer within `load_timeout_s`.
+            RayError, RuntimeError: it failed.
+        """
+        asked, what = self._actor.api.sleep.remote(), f"engine {self._index} to sleep"
+        await self._waits.wait(asked, what, self._limits.load_timeout_s)
 
     # Trees ---------------------------------------------------------------------------------------
 

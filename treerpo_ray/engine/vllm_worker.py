@@ -1,20 +1,20 @@
 """What runs inside vLLM's own worker process: the `treerpo_store` weight-transfer backend.
 
 vLLM imports this module in every worker (`worker_extension_cls`), before the model is loaded.
-Chunks of weights lie in a file in memory, which is mapped; they are digested and loaded tensor by
-tensor. Ray is not known here.
+Chunks of weights are mapped from a file in memory or from the learner's part of the same GPU, or
+received in a group; they are digested and loaded tensor by tensor. Ray is not known here.
 """
 
+import math
 import os
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
 import psutil
 import torch
-import xxhash
+from jaxtyping import UInt8
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -26,7 +26,11 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
+from treerpo_ray.weights.broadcast import Communicator, join
+from treerpo_ray.weights.device import DeviceMaps
 from treerpo_ray.weights.files import FileMaps
+from treerpo_ray.weights.manifest import DeviceDigest, HostDigest
+from treerpo_ray.weights.source import Group
 
 BACKEND = "treerpo_store"
 ACTOR_VARIABLE = "TREERPO_ENGINE_ACTOR"
@@ -44,6 +48,16 @@ class WorkerExtension:
         """Digests of the chunks that this worker received for the last update."""
         return list(self.weight_transfer_engine.digests)
 
+    def treerpo_join(self, group: dict[str, str | int], first_rank: int, limit_s: float) -> None:
+        """Join a group, which sends the chunks from here on.
+
+        Args:
+            group: Fields of `Group`.
+            first_rank: Number of the engine's first worker in it.
+            limit_s: Time that the others get.
+        """
+        self.weight_transfer_engine.join(Group(**group), first_rank, limit_s)  # type: ignore[arg-type]
+
 
 @dataclass
 class StoreInit(WeightTransferInitInfo):
@@ -52,10 +66,14 @@ class StoreInit(WeightTransferInitInfo):
 
 @dataclass
 class StoreUpdate(WeightTransferUpdateInfo):
-    """One chunk: where it lies in a file, and where each tensor lies in it."""
+    """One chunk: where it comes from, and where each tensor lies in it."""
 
     path: str = ""
+    """Of the file in which it lies, if it does."""
     offset: int = 0
+    """In that file."""
+    handle: str = ""
+    """Of the memory of this GPU in which it lies, if it does; else the group sends it."""
     num_bytes: int = 0
     names: list[str] = field(default_factory=list)
     dtypes: list[str] = field(default_factory=list)
@@ -64,7 +82,7 @@ class StoreUpdate(WeightTransferUpdateInfo):
 
 
 class StoreTransfer(WeightTransferEngine):
-    """Loads chunks from files into the running model."""
+    """Loads chunks into the running model."""
 
     init_info_cls = StoreInit
     update_info_cls = StoreUpdate
@@ -72,7 +90,15 @@ class StoreTransfer(WeightTransferEngine):
 
     def init_transfer_engine(self, init_info: StoreInit) -> None:
         """Before the first update."""
-        self._maps = FileMaps()
+        self._files, self._shared = FileMaps(), DeviceMaps(self.device)
+        self._group: Communicator | None = None
+
+    def join(self, group: Group, first_rank: int, limit_s: float) -> None:
+        """Join a group instead of the one before; see `WorkerExtension.treerpo_join`."""
+        if self._group is not None:
+            self._group.destroy()
+        rank = first_rank + self.parallel_config.rank
+        self._group = join(group, rank=rank, device=self.device, limit_s=limit_s)
 
     def start_weight_update(self) -> None:
         """Move the parameters away and wrap their loaders."""
@@ -81,9 +107,8 @@ class StoreTransfer(WeightTransferEngine):
 
     def receive_weights(self, update_info: StoreUpdate) -> None:
         """Load the tensors of one chunk, and note the digest of what was received."""
-        # The engine has the file open until the update has ended, so that nobody writes it.
-        chunk = self._maps.read(update_info.path, update_info.offset, update_info.num_bytes)
-        digest = xxhash.xxh3_128()
+        chunk = self._chunk(update_info)
+        digest = HostDigest() if update_info.path else DeviceDigest()
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
             for name, dtype, shape, start, end in zip(
@@ -95,16 +120,29 @@ class StoreTransfer(WeightTransferEngine):
                 strict=True,
             ):
                 # With what is between it and the next one, and now, so that it is in the cache.
-                digest.update(chunk[start:end].data)
+                digest.update(chunk[start:end])
                 kind = getattr(torch, dtype)
-                size = int(np.prod(shape)) * kind.itemsize
-                yield name, torch.from_numpy(chunk[start : start + size]).view(kind).view(shape)
+                size = math.prod(shape) * kind.itemsize
+                yield name, chunk[start : start + size].view(kind).view(shape)
 
         received = tensors()
         self.model.load_weights(received)  # type: ignore[operator]  # torch: any name is a tensor
         for _ in received:  # a model may end at the last one that it knows
             pass
         self.digests += (digest.hexdigest(),)
+
+    def _chunk(self, update: StoreUpdate) -> UInt8[torch.Tensor, " bytes"]:
+        if update.path:
+            # The engine has the file open until the update has ended, so that nobody writes it.
+            found = self._files.read(update.path, update.offset, update.num_bytes)
+            return torch.from_numpy(found)
+        if update.handle:
+            return self._shared.read(update.handle, update.num_bytes)
+        if self._group is None:
+            raise RuntimeError("this worker is in no group that sends weights")
+        received = torch.empty(update.num_bytes, dtype=torch.uint8, device=self.device)
+        self._group.broadcast(received, src=0)
+        return received
 
     def finish_weight_update(self) -> None:
         """Put the parameters back in place, and refresh what was packed from them."""

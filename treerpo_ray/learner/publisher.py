@@ -7,13 +7,14 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
 import ray
 import torch
 
 from treerpo_ray.actor import Get
-from treerpo_ray.weight_sync import Manifest, Probe, pack_weights
-from treerpo_ray.weights.files import FilePlace, WeightFile, WeightFiles
+from treerpo_ray.weight_sync import Probe
+from treerpo_ray.weights.manifest import Chunk, Manifest, pack_weights
+from treerpo_ray.weights.source import OutgoingPlace
+from treerpo_ray.weights.transport import Outgoing, Transport
 
 T = TypeVar("T")
 
@@ -36,6 +37,7 @@ class Publisher:
 
     Args:
         send: Has the engines serve what lies on a node; see `WeightSync.publish`.
+        transport: Gives versions their memory.
         node: Ray's id of this process's node.
         probe_ids: Tokens of the probe.
         dtype: Floating type of the weights that are sent.
@@ -47,18 +49,19 @@ class Publisher:
     def __init__(
         self,
         *,
-        send: Callable[[Manifest, FilePlace, Probe, str], ray.ObjectRef[None]],
+        send: Callable[[Manifest, OutgoingPlace, Probe, str], ray.ObjectRef[None]],
+        transport: Transport,
         node: str,
         probe_ids: list[int],
         dtype: torch.dtype,
         chunk_bytes: int,
-        until_written: Callable[[str, Callable[[], np.ndarray]], np.ndarray],
+        until_written: Callable[[str, Callable[[], Chunk]], Chunk],
         get: Get = ray.get,
     ) -> None:
         self._until_written, self._get = until_written, get
         self.send, self.node, self.probe_ids = send, node, probe_ids
         self.dtype, self.chunk_bytes = dtype, chunk_bytes
-        self._files = WeightFiles()
+        self._transport = transport
         self._last: Future[Any] = Future()
         self._last.set_result(None)
         self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -71,22 +74,25 @@ class Publisher:
 
         A copy of the weights is made before this returns.
         """
-        file, what = self._files.begin(), f"weights of version {version}"
+        memory, what = self._transport.begin(), f"weights of version {version}"
         manifest, _ = pack_weights(
             policy.named_weights(self.dtype),
             version=version,
             dtype=self.dtype,
             chunk_bytes=self.chunk_bytes,
-            allocate=lambda num_bytes: self._until_written(what, partial(file.part, num_bytes)),
+            allocate=lambda num_bytes: self._until_written(what, partial(memory.part, num_bytes)),
+            new_digest=self._transport.new_digest,
         )
         logprobs = policy.sequence_logprobs(self.probe_ids).tolist()
         probe = Probe(token_ids=self.probe_ids, logprobs=logprobs)
-        self.then(partial(self._send, manifest, file, file.seal(), probe))
+        self.then(partial(self._send, manifest, memory, memory.seal(), probe))
         return manifest.digests[0]
 
-    def _send(self, manifest: Manifest, file: WeightFile, place: FilePlace, probe: Probe) -> None:
+    def _send(
+        self, manifest: Manifest, memory: Outgoing, place: OutgoingPlace, probe: Probe
+    ) -> None:
         self._get(self.send(manifest, place, probe, self.node))
-        file.release()  # not if that failed: who knows who is still to read it
+        memory.release()  # not if that failed: who knows who is still to read it
 
     def then(self, work: Callable[[], T]) -> Future[T]:
         """Have `work` done once all before it is; it is left out if any of that failed.
@@ -111,6 +117,7 @@ class Publisher:
     def close(self) -> None:
         """End its thread, once all is done that it was given; does not wait for that."""
         self._queue.put(None)
+        self._transport.close()
 
 
 def _serve(queue: "SimpleQueue[Callable[[], None] | None]") -> None:

@@ -27,7 +27,8 @@ from treerpo_ray.records import TreeRecord
 from treerpo_ray.search.gate import redrawn
 from treerpo_ray.search.growing_tree import GrowingTree
 from treerpo_ray.task import GateApi, Ticket
-from treerpo_ray.weight_sync import Manifest, Probe
+from treerpo_ray.weight_sync import Probe
+from treerpo_ray.weights.manifest import Manifest
 from treerpo_ray.weights.source import WeightSource
 
 log = logging.getLogger(__name__)
@@ -138,6 +139,14 @@ class TreePool(WatchedStage):
     ) -> None:
         """Have the engines serve a version; see `EnginePool.serve`."""
         await self.engines.serve(manifest, source, probe, should_probe)
+
+    async def sleep(self) -> None:
+        """Have the engines give their memory back; see `EnginePool.sleep`."""
+        await self.engines.sleep()
+
+    async def wake(self) -> None:
+        """Have them go on with what they served; see `EnginePool.wake`."""
+        await self.engines.wake()
 
     def __repr__(self) -> str:
         return "tree pool"

@@ -16,7 +16,7 @@ from treerpo_ray.learner.policy import DTYPES, load_policy
 from treerpo_ray.metrics.rows import Row, latest_rows
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import MODEL_FOLDER, WHOLE_MODEL, RunFolder, Scalar
-from treerpo_ray.weight_sync import pack_weights
+from treerpo_ray.weights.manifest import pack_weights
 
 Fields = Mapping[str, Scalar]
 """One event of `events.jsonl`: `time` (Unix seconds), `kind` and its own fields."""

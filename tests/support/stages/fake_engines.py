@@ -24,8 +24,9 @@ from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.search.gate import Gate
 from treerpo_ray.search.tree_pool import TreePool
-from treerpo_ray.weight_sync import Manifest, Probe
+from treerpo_ray.weight_sync import Probe
 from treerpo_ray.weights.files import FilePlace, WeightsLost
+from treerpo_ray.weights.manifest import Manifest
 
 SHAPE = TreeShape(num_children=(2, 2, 2), step_tokens=(3, 3, 3))
 PROMPTS = PromptSet(
@@ -160,6 +161,10 @@ class FakeEngine:
             wrong = RuntimeError(f"engine serves version 0, not {manifest.version}")
             raise RayTaskError("load", "trace", wrong).as_instanceof_cause()
         self.version = manifest.version
+
+    async def sleep(self) -> None:
+        self.calls.append("sleep")
+        await self.meet("sleep")
 
     async def probe(self, token_ids: list[int]) -> list[float]:
         self.calls.append("probe")

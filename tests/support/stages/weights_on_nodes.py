@@ -24,8 +24,9 @@ from treerpo_ray.engine.engine import make_engine
 from treerpo_ray.engine.types import EngineSetup
 from treerpo_ray.learner.publisher import Publisher
 from treerpo_ray.preflight.placement import Stage
-from treerpo_ray.weight_sync import Manifest, Probe, WeightSync
+from treerpo_ray.weight_sync import Probe, WeightSync
 from treerpo_ray.weights.files import FileMaps, FilePlace, HeldFile, WeightsLost
+from treerpo_ray.weights.manifest import Manifest
 from treerpo_ray.weights.source import WeightSource
 
 STORE_BYTES = 100 * 2**20

@@ -1,0 +1,225 @@
+"""Broadcast: the learner's process sends a version from its device to all engines' workers at once.
+
+The group is NCCL's where the weights are on GPUs, made and numbered as vLLM does it, and gloo's on
+CPUs. A process that dies in the middle leaves the others of its group waiting; the learner gives
+them up after a while, engines are replaced by their pool.
+"""
+
+import logging
+import socket
+import threading
+import uuid
+from collections.abc import Callable
+from contextlib import closing
+from datetime import timedelta
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from treerpo_ray.weights.device import DeviceMemory
+from treerpo_ray.weights.manifest import DeviceDigest, Digest
+from treerpo_ray.weights.rounds import Poll, Round
+from treerpo_ray.weights.source import Group, SenderPlace
+
+if TYPE_CHECKING:
+    from torch.cuda import Stream
+
+log = logging.getLogger(__name__)
+
+
+class Communicator(Protocol):
+    """What sends within a group; that of vLLM's for NCCL is one."""
+
+    def broadcast(self, tensor: Tensor, src: int, stream: "Stream | None" = None) -> None:
+        """Send a tensor from number `src` to all others, into theirs."""
+
+    def destroy(self) -> None:
+        """Leave the group; a broadcast under way ends."""
+
+
+class GlooCommunicator:
+    """A group of processes whose tensors are in main memory.
+
+    Args:
+        listener: Socket of number 0, which the others connect to.
+        limit_s: Time that others get to join, and for each broadcast.
+    """
+
+    def __init__(
+        self, *, group: Group, rank: int, listener: socket.socket | None, limit_s: float
+    ) -> None:
+        import torch.distributed as dist
+
+        limit = timedelta(seconds=limit_s)
+        store = dist.TCPStore(
+            group.address,
+            group.port,
+            group.world_size,
+            is_master=listener is not None,
+            timeout=limit,
+            master_listen_fd=None if listener is None else listener.detach(),
+            use_libuv=False,
+        )
+        self._group = dist.ProcessGroupGloo(
+            dist.PrefixStore(group.name, store), rank, group.world_size, limit
+        )
+
+    def broadcast(self, tensor: Tensor, src: int, stream: "Stream | None" = None) -> None:
+        """See `Communicator`."""
+        self._group.broadcast(tensor, src).wait()
+
+    def destroy(self) -> None:
+        """See `Communicator`."""
+        self._group.abort()
+
+
+def join(
+    group: Group,
+    *,
+    rank: int,
+    device: torch.device,
+    limit_s: float,
+    listener: socket.socket | None = None,
+) -> Communicator:
+    """Join a group; returns once all have.
+
+    Args:
+        rank: Number of this process in it.
+        device: Where its tensors are.
+        limit_s: Time that the others get.
+        listener: Socket of number 0, bound to the group's port.
+    """
+    if device.type == "cpu":
+        return GlooCommunicator(group=group, rank=rank, listener=listener, limit_s=limit_s)
+    from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+    from vllm.distributed.utils import StatelessProcessGroup
+    from vllm.distributed.weight_transfer.nccl_common import unpinned_nccl_env
+
+    meeting = StatelessProcessGroup.create(
+        host=group.address,
+        port=group.port,
+        rank=rank,
+        world_size=group.world_size,
+        store_timeout=round(limit_s),
+        listen_socket=listener,
+    )
+    with unpinned_nccl_env(), torch.cuda.device(device):
+        return PyNcclCommunicator(meeting, device=device)
+
+
+class Broadcaster:
+    """The learner's side: keeps the newest version on its device, and sends it whenever engines ask.
+
+    Args:
+        device: Of the learner's first worker.
+        address: Of its machine, for others.
+        next_round: Asks for the next round; see `Rounds.next`.
+        limit_s: Time that engines get to join a group and to receive.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        address: str,
+        next_round: Callable[[Poll], Round | None],
+        limit_s: float,
+    ) -> None:
+        self._device, self._address, self._limit_s = device, address, limit_s
+        self._next_round = next_round
+        self._memory = DeviceMemory(device)
+        self._writing = threading.Lock()
+        """Held while a version is written, and while it is sent."""
+        self._sender = uuid.uuid4().hex
+        self._communicator: Communicator | None = None
+        self._name = ""
+        """Of the group that it is of."""
+        self._failed = ""
+        self._is_closed = False
+        # A daemon: a group that hangs must not keep a worker alive that has failed.
+        threading.Thread(target=self._serve, name="broadcaster", daemon=True).start()
+
+    def new_digest(self) -> Digest:
+        """Of a chunk on its device."""
+        return DeviceDigest()
+
+    def begin(self) -> "Broadcaster":
+        """Begin to write the next version, once the one before is not being sent."""
+        self._writing.acquire()
+        self._memory.begin()
+        return self
+
+    def part(self, num_bytes: int) -> UInt8[Tensor, " num_bytes"]:
+        """The next chunk, to be written; what is in it is undefined."""
+        return self._memory.part(num_bytes)
+
+    def seal(self) -> SenderPlace:
+        """All is written; it is sent from here on."""
+        self._memory.finish()
+        self._writing.release()
+        sizes = tuple(len(part) for part in self._memory.parts)
+        return SenderPlace(stamp=uuid.uuid4().bytes, sender=self._sender, sizes=sizes)
+
+    def release(self) -> None:
+        """Engines that ask later are sent it, too."""
+
+    def close(self) -> None:
+        """Send nothing more; does not wait for what is being sent."""
+        self._is_closed = True
+
+    def _serve(self) -> None:
+        while not self._is_closed:
+            with closing(socket.create_server((self._address, 0))) as listener:
+                poll = Poll(
+                    sender=self._sender,
+                    address=self._address,
+                    port=listener.getsockname()[1],
+                    failed=self._failed,
+                )
+                try:
+                    asked = self._next_round(poll)
+                except Exception as error:  # the run ends, and tells why
+                    log.warning("nobody is left to send weights to: %s", error)
+                    return
+                if asked is None:
+                    continue
+                self._failed = ""
+                try:
+                    self._send(asked.group, listener)
+                except Exception as error:  # the engines have theirs, and their pool replaces them
+                    log.warning("weights were not sent: %s", error)
+                    self._failed = asked.group.name
+                    self._leave()
+
+    def _send(self, group: Group, listener: socket.socket) -> None:
+        watch = threading.Timer(self._limit_s, self._leave)
+        watch.daemon = True
+        with self._writing:
+            if group.name != self._name:
+                self._leave()
+                self._communicator = join(
+                    group, rank=0, device=self._device, limit_s=self._limit_s, listener=listener
+                )
+                self._name = group.name
+            communicator = self._communicator
+            assert communicator is not None  # of this group
+            watch.start()
+            try:
+                is_gpu = self._device.type == "cuda"
+                stream = torch.cuda.Stream(self._device) if is_gpu else None
+                for part in self._memory.parts:
+                    communicator.broadcast(part, src=0, stream=stream)
+                if stream is not None:
+                    stream.synchronize()
+            finally:
+                watch.cancel()
+            if self._communicator is None:
+                raise TimeoutError(f"waited {self._limit_s:.0f} s for engines to receive weights")
+
+    def _leave(self) -> None:
+        """Leave the group, if there is one; may be called while something is sent in it."""
+        communicator, self._communicator, self._name = self._communicator, None, ""
+        if communicator is not None:
+            communicator.destroy()

@@ -1,0 +1,98 @@
+"""Device memory: a version of the weights as it lies on the learner's GPU, in flat chunks.
+
+Processes that share the GPU map them by CUDA's handles; others get them by a group's broadcasts.
+"""
+
+import base64
+import pickle
+import uuid
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from treerpo_ray.weights.source import DevicePlace
+
+
+class DeviceMemory:
+    """Chunks on a device, written anew for each version.
+
+    They are kept: a handle stays good, and so do the maps of those who read it. Who reads while the
+    next version is written finds other digests.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.parts: list[UInt8[Tensor, " bytes"]] = []
+        """Of the version that is written or was last sealed."""
+        self._kept: list[UInt8[Tensor, " bytes"]] = []
+        self._handles: dict[int, str] = {}
+        """By the number of the chunk."""
+
+    def begin(self) -> "DeviceMemory":
+        """Begin to write the next version."""
+        self.parts = []
+        return self
+
+    def part(self, num_bytes: int) -> UInt8[Tensor, " num_bytes"]:
+        """The next chunk, to be written; what is in it is undefined."""
+        number = len(self.parts)
+        if number == len(self._kept) or len(self._kept[number]) < num_bytes:
+            self._kept[number:] = [torch.empty(num_bytes, dtype=torch.uint8, device=self.device)]
+            for gone in [each for each in self._handles if each >= number]:
+                del self._handles[gone]
+        self.parts.append(self._kept[number][:num_bytes])
+        return self.parts[-1]
+
+    def finish(self) -> None:
+        """Wait until all that was asked for is written."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def seal(self) -> DevicePlace:
+        """All is written."""
+        self.finish()
+        for number in range(len(self.parts)):
+            if number not in self._handles:
+                self._handles[number] = shared(self._kept[number])
+        return DevicePlace(
+            stamp=uuid.uuid4().bytes,
+            handles=tuple(self._handles[number] for number in range(len(self.parts))),
+            sizes=tuple(len(part) for part in self.parts),
+        )
+
+    def release(self) -> None:
+        """Nobody is waited for."""
+
+
+def shared(memory: Tensor) -> str:
+    """Handle of a GPU's memory for other processes, which `mapped` takes.
+
+    torch counts who has it by handle, so that each is made and mapped once.
+    """
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    _, arguments = reduce_tensor(memory)
+    return base64.b64encode(pickle.dumps(arguments)).decode()
+
+
+class DeviceMaps:
+    """Maps of another process's memory on this one's GPU, by their handles."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._maps: dict[str, Tensor] = {}
+
+    def read(self, handle: str, num_bytes: int) -> UInt8[Tensor, " num_bytes"]:
+        """What lies there now, without a copy."""
+        from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+        if handle not in self._maps:
+            arguments = list(pickle.loads(base64.b64decode(handle)))
+            arguments[DEVICE_ARGUMENT] = self._device.index  # processes number GPUs for themselves
+            self._maps[handle] = rebuild_cuda_tensor(*arguments)
+        return self._maps[handle][:num_bytes]
+
+
+DEVICE_ARGUMENT = 6
+"""Position of the device's number in what `rebuild_cuda_tensor` takes."""
