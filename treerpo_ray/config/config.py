@@ -16,6 +16,7 @@ from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config.data import DataConfig, PromptsConfig
 from treerpo_ray.config.health import HealthConfig
+from treerpo_ray.config.lora import MOST_RANK, LoraConfig
 from treerpo_ray.config.sections import (
     CheckpointConfig,
     EngineConfig,
@@ -100,6 +101,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -149,6 +151,11 @@ class Config:
         self._check_only_children()
         self._check_engine()
         self._check_workers()
+        if self.lora.rank > MOST_RANK:
+            raise ValueError(
+                f"lora.rank={self.lora.rank} must not be more than {MOST_RANK}, the largest that "
+                "vLLM serves"
+            )
         if self.max_path_tokens > self.learner.token_budget:
             raise ValueError(
                 f"learner.token_budget={self.learner.token_budget} is smaller than one path: "

@@ -28,7 +28,9 @@ from treerpo_ray.algo.loss import LossInputs, LossSums, policy_loss
 from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.algo.packing import Forest, pack
 from treerpo_ray.algo.tree import Tree
+from treerpo_ray.config.lora import LoraConfig
 from treerpo_ray.config.sections import LearnerConfig, ModelConfig, TreeConfig
+from treerpo_ray.learner.adapters import ADAPTER_FOLDER
 from treerpo_ray.learner.policy import DTYPES, ForestTensors, Policy, load_policy
 from treerpo_ray.learner.shards.moments import read_moments, write_moments
 from treerpo_ray.learner.shards.sharding import Sharding
@@ -81,6 +83,7 @@ class Learner:
         max_tokens: Of the longest prompt with its answer, which engines have room for.
         device: Where this worker computes.
         sets: Names of the data sets that are trained on, where several are mixed.
+        lora: Adapters that are trained in place of the model's own weights, if its rank is above 0.
         checkpoint: Folder that `write` filled, to go on from; None starts from `model.path`.
     """
 
@@ -95,6 +98,7 @@ class Learner:
         max_tokens: int,
         device: torch.device,
         sets: Collection[str] = (),
+        lora: LoraConfig | None = None,
         checkpoint: Path | None = None,
     ) -> None:
         self.model, self.settings, self.loss, self.tree = model, learner, loss, tree
@@ -108,16 +112,22 @@ class Learner:
             dtype = DTYPES[model.dtype]
             self.sharding = Sharding.over_workers(device, dtype, offload=learner.offload)
         self.form, self.pruning = learner.form, learner.pruning
-        self.policy = self._load(
-            start if checkpoint is None else str(checkpoint / MODEL_FOLDER),
-            torch.float32,
-            gradient_checkpointing=learner.gradient_checkpointing,
-        )
-        # The KL is to the model that the run started from, whatever it is resumed from. It is never
-        # updated, so that weights in the type that is computed in are enough.
-        self.reference = self._load(start, DTYPES[model.dtype]) if loss.kl_coef else None
+        # What is never updated is held in the type that is computed in.
+        frozen, recomputes = DTYPES[model.dtype], learner.gradient_checkpointing
+        # The KL is to the model that the run started from, whatever it is resumed from.
+        self.reference: Policy | None = None
+        if lora is not None and lora.rank:
+            folder = None if checkpoint is None else checkpoint / ADAPTER_FOLDER
+            self.policy = self._load(
+                start, frozen, gradient_checkpointing=recomputes, lora=lora, adapters_from=folder
+            )
+        else:
+            place = start if checkpoint is None else str(checkpoint / MODEL_FOLDER)
+            self.policy = self._load(place, torch.float32, gradient_checkpointing=recomputes)
+            if loss.kl_coef:
+                self.reference = self._load(start, frozen)
         self.optimizer = torch.optim.AdamW(
-            self.policy.model.parameters(),
+            self.policy.trained,
             lr=learner.learning_rate,
             weight_decay=learner.weight_decay,
             fused=True,  # what a GPU would take by itself needs one more copy of the gradients
@@ -129,7 +139,13 @@ class Learner:
             self._restore(checkpoint)
 
     def _load(
-        self, path: str, dtype: torch.dtype, *, gradient_checkpointing: bool = False
+        self,
+        path: str,
+        dtype: torch.dtype,
+        *,
+        gradient_checkpointing: bool = False,
+        lora: LoraConfig | None = None,
+        adapters_from: Path | None = None,
     ) -> Policy:
         load = partial(
             load_policy,
@@ -141,6 +157,8 @@ class Learner:
             sharding=self.sharding,
             trust_remote_code=self.model.trust_remote_code,
             max_tokens=self.max_tokens,
+            lora=lora,
+            adapters_from=adapters_from,
         )
         return load() if self.sharding is None else self.sharding.in_turn(load)
 
@@ -303,7 +321,7 @@ class Learner:
             (0.0 * (idle.logprobs.sum() + idle.entropy.sum())).backward()
         self._sum_gradients()
         norm = torch.nn.utils.clip_grad_norm_(
-            self.policy.model.parameters(),
+            self.policy.trained,
             self.settings.clip_grad_norm,
             error_if_nonfinite=True,
         )
@@ -331,11 +349,8 @@ class Learner:
 
     def _loss_inputs(self, packed: Forest, old: torch.Tensor | None) -> LossInputs:
         forest = ForestTensors.from_forest(packed, self.device)
+        reference = self._reference_logprobs(forest) if self.loss.kl_coef else None
         logprobs, entropy = self._forward(self.policy, forest)
-        reference = None
-        if self.reference is not None:
-            with torch.no_grad():
-                reference, _ = self._forward(self.reference, forest)
         return LossInputs(
             logprobs=logprobs,
             old_logprobs=logprobs.detach() if old is None else old,
@@ -345,6 +360,14 @@ class Learner:
             advantages=forest.advantage,
             step=forest.step,
         )
+
+    @torch.no_grad()
+    def _reference_logprobs(self, forest: ForestTensors) -> torch.Tensor:
+        if self.reference is not None:
+            return self._forward(self.reference, forest)[0]
+        assert self.policy.adapters is not None
+        with self.policy.adapters.off():
+            return self._forward(self.policy, forest)[0]
 
     def _forward(self, policy: Policy, forest: ForestTensors) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = DTYPES[self.model.dtype]
@@ -359,7 +382,7 @@ class Learner:
 
     def _sum_gradients(self) -> None:
         """Sum, not mean: the loss of each forest is already divided by the batch's counts."""
-        for parameter in self.policy.model.parameters():
+        for parameter in self.policy.trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             if self.sharding is None:  # else it is the sum's own part
@@ -380,8 +403,8 @@ class Learner:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes that `write` writes, about: the weights and both moments in float32."""
-        return BYTES_A_PARAMETER * sum(each.numel() for each in self.policy.model.parameters())
+        """Bytes that `write` writes, about: what is trained and both moments in float32."""
+        return BYTES_A_PARAMETER * sum(each.numel() for each in self.policy.trained)
 
     def write(self, folder: Path) -> None:
         """Write everything that a resumed run needs.
@@ -395,7 +418,10 @@ class Learner:
         is_sharded = self.sharding is not None
         model = self.policy.model
         write_moments(folder / MOMENTS_FOLDER, model, self.optimizer, is_sharded=is_sharded)
-        self.policy.save_pretrained(folder / MODEL_FOLDER)
+        if self.policy.adapters is None:
+            self.policy.save_pretrained(folder / MODEL_FOLDER)
+        else:
+            self.policy.save_adapters(folder / ADAPTER_FOLDER)
         if self.sharding is not None and not self.sharding.is_first:
             return
         save_file({"torch": torch.get_rng_state()}, folder / RNG_FILE)
