@@ -397,6 +397,46 @@ def test_a_tied_head_and_experts_are_not_stale_after_updates_and_other_bytes_are
         assert_gone(process)
 
 
+def test_adapters_are_served_beside_the_weights_of_the_start_and_versions_do_not_mix(
+    small_config, ray_cluster, prompts
+) -> None:
+    config = small_config("lora.rank=3", "lora.alpha=7")
+    served = ServedEngine(config, 2)
+    start = resolve_model_path(config.model.path)
+    cpu = torch.device("cpu")
+    policy = load_policy(
+        start, dtype=torch.float32, device=cpu, gradient_checkpointing=False, lora=config.lora
+    )
+    ids, base = list(range(40, 70)), policy.sequence_logprobs(list(range(40, 70))).tolist()
+    assert served.probe(ids) == pytest.approx(base, abs=1e-4), "until a version comes"
+    prefix = (prompts[0] * 5)[: 2 * CPU_BLOCK_SIZE + 1]
+    one_token = TreeShape(num_children=(1,), step_tokens=(1,))
+    torch.manual_seed(0)
+    for version in (1, 2):
+        for _, weight in policy.adapters.named():
+            weight.normal_(std=0.1)
+        served.load(policy, version, chunk_bytes=2**15)
+        expected = policy.sequence_logprobs(ids).tolist()
+        assert served.probe(ids) == pytest.approx(expected, abs=1e-4)
+        assert max(abs(one - other) for one, other in zip(expected, base, strict=True)) > 0.1
+        for hits in (0, 2 * CPU_BLOCK_SIZE):
+            cached = served.stats().num_cached_tokens
+            [step] = served.tree(prefix, seed=3, shape=one_token).steps
+            assert served.stats().num_cached_tokens - cached == hits
+            logprob = policy.sequence_logprobs([*prefix, *step.token_ids.tolist()])[-1]
+            assert step.logprobs[-1] == pytest.approx(float(logprob), abs=1e-4)
+            assert step.versions.tolist() == [version]
+    file = served.files.begin()
+    strange = {"base_model.model.model.layers.0.mlp.w1.lora_A.weight": torch.zeros(3, 128)}
+    manifest, _ = pack_weights(
+        strange.items(), version=3, dtype=torch.float32, chunk_bytes=2**20, allocate=file.part
+    )
+    told = r"lora\.target_modules: vLLM serves no adapter of model\.layers\.0\.mlp\.w1"
+    with pytest.raises(ray.exceptions.RayTaskError, match=told):
+        served.load_packed(manifest, file)
+    ray.kill(served.actor)
+
+
 @pytest.mark.parametrize(
     ("printed", "error"),
     [

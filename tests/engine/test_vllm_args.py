@@ -44,6 +44,14 @@ def test_an_engine_on_gpus_gets_their_memory_and_as_many_workers() -> None:
     assert (alone.tensor_parallel_size, alone.distributed_executor_backend) == (1, "uni")
 
 
+@pytest.mark.engine
+def test_an_engine_has_room_for_one_adapter_of_the_rank_or_of_the_next_that_vllm_has() -> None:
+    for asked, rank in ((1, 1), (3, 8), (16, 16), (65, 128), (512, 512)):
+        args = args_of(f"lora.rank={asked}")
+        assert (args.enable_lora, args.max_loras, args.max_lora_rank) == (True, 1, rank)
+    assert not args_of().enable_lora
+
+
 FP8 = ("engine.quantization=fp8", "sync.probe_tolerance=0.5")
 
 

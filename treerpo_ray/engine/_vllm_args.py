@@ -1,14 +1,16 @@
 """vLLM's arguments: how an engine is set up, on a GPU and on a CPU."""
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
+from treerpo_ray.config.lora import LoraConfig
 from treerpo_ray.config.sections import EngineConfig
 from treerpo_ray.engine.types import EngineSetup
 from treerpo_ray.prompts.prompt_set import resolve_model_path
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.lora.request import LoRARequest
 
 
 # Read by vLLM in the engine's actor and in its core, a spawned child that imports torch anew.
@@ -68,6 +70,9 @@ def engine_args(setup: EngineSetup) -> "AsyncEngineArgs":
         worker_extension_cls="treerpo_ray.engine.vllm_worker.WorkerExtension",
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
     )
+    if setup.lora.rank:
+        args.enable_lora, args.max_loras = True, 1
+        args.max_lora_rank = served_rank(setup.lora.rank)
     if _is_gpu(engine):
         args.tensor_parallel_size = engine.tensor_parallel
         args.gpu_memory_utilization = engine.start_share
@@ -82,6 +87,24 @@ def engine_args(setup: EngineSetup) -> "AsyncEngineArgs":
         # back, which torch cannot do on CPU: the core would die.
         args.enable_chunked_prefill = False
     return args
+
+
+def adapter_request(lora: LoraConfig) -> "LoRARequest | None":
+    """What each request asks for so that it is computed with the adapters served, if there are."""
+    if not lora.rank:
+        return None
+    from vllm.lora.request import LoRARequest
+
+    from treerpo_ray.weights.adapters import ADAPTER_ID
+
+    return LoRARequest("adapters", ADAPTER_ID, "-")  # its worker reads no path
+
+
+def served_rank(rank: int) -> int:
+    """The rank, of those that vLLM has room for, that adapters of a rank fit in."""
+    from vllm.config.lora import MaxLoRARanks
+
+    return next(each for each in get_args(MaxLoRARanks) if each >= rank)
 
 
 def _cache() -> str:
