@@ -6,7 +6,13 @@ from dataclasses import replace
 
 from treerpo_ray.config import Config
 from treerpo_ray.driver.cluster import Available, look_at_resources
-from treerpo_ray.preflight.inputs import DataSet, Preflight, num_parameters, set_name
+from treerpo_ray.preflight.inputs import (
+    DataSet,
+    Preflight,
+    num_adapted,
+    num_parameters,
+    set_name,
+)
 from treerpo_ray.preflight.machine import check_gpus, check_vllm
 from treerpo_ray.preflight.memory import MemoryPlan, most_tokens, needs_more_memory, number
 from treerpo_ray.preflight.model_check import ModelFacts
@@ -41,6 +47,8 @@ def plan_lines(
     return [
         f"run         {config.folder}",
         f"model       {config.model.path}: {_size_line(config, found.model)}",
+        *_adapter_lines(config, found.model),
+        *_quantization_lines(config),
         *_data_lines("data", found.train),
         *_data_lines("held out", found.held_out),
         *_prompt_lines(config, found.train),
@@ -142,12 +150,34 @@ def _size_line(config: Config, facts: ModelFacts | None) -> str:
     return f"{size / 1e6:,.1f} M parameters" if size >= 1e5 else f"{size:,.0f} parameters"
 
 
+def _adapter_lines(config: Config, facts: ModelFacts | None) -> list[str]:
+    """What is trained in place of the model's own weights."""
+    lora = config.lora
+    if not lora.rank:
+        return []
+    where = ", ".join(lora.target_modules) or "all linear layers but the head"
+    size = "" if facts is None else f": {num_adapted(facts) / 1e6:,.3g} M parameters are trained"
+    return [f"adapters    rank {lora.rank}, alpha {lora.alpha:g}, on {where}{size} and sent"]
+
+
+def _quantization_lines(config: Config) -> list[str]:
+    """What engines compute in, where that is not what the learner does."""
+    name = config.engine.quantization
+    if name is None:
+        return []
+    return [
+        f"engines     compute linear layers in {name}; the loss weighs tokens by at most "
+        f"loss.importance_cap={config.loss.importance_cap:g}"
+    ]
+
+
 def _memory_lines(config: Config, facts: ModelFacts | None) -> list[str]:
     """What a worker and an engine take, as a table of at most 80 columns."""
     size = num_parameters(config, facts)
     if size is None:
         return ["memory      unknown, as the model is"]
-    plan = MemoryPlan.of(config, size, None if facts is None else facts.sizes)
+    sizes = None if facts is None else facts.sizes
+    plan = MemoryPlan.of(config, size, sizes, num_adapted=num_adapted(facts))
     first, *rows = plan.table(config)
     return [f"memory      {first}", *(f"            {row}" for row in rows)]
 
@@ -189,7 +219,8 @@ def _missing_memory(config: Config, facts: ModelFacts | None, there: Available) 
         engine=replace(config.engine, num_engines=1, max_engines=None),
         learner=replace(config.learner, num_workers=1, min_workers=None),
     )
-    plan = MemoryPlan.of(config, size, None if facts is None else facts.sizes)
+    sizes = None if facts is None else facts.sizes
+    plan = MemoryPlan.of(config, size, sizes, num_adapted=num_adapted(facts))
     found = needs_more_memory(one, plan, there.memory_gib, "the largest node")
     return [f"missing     {found}"] if found else []
 

@@ -151,6 +151,7 @@ def preflight(config: Config, memory_gib: Callable[[], float] = machine_gib) -> 
             config.max_model_tokens,
             gradient_checkpointing=config.learner.gradient_checkpointing,
             has_cpu_engines=not config.engine.resources.get("GPU", 0),
+            lora=config.lora,
         )
     )
     tokenizer = reached(lambda: load_tokenizer(model.path, model.trust_remote_code))
@@ -190,9 +191,10 @@ def _misfit(
     if size is None:
         return None
     sizes = None if facts is None else facts.sizes
-    found = misfit(config, size, sizes)
+    adapted = num_adapted(facts)
+    found = misfit(config, size, sizes, num_adapted=adapted)
     if found is None and not os.environ.get("RAY_ADDRESS"):
-        plan = MemoryPlan.of(config, size, sizes)
+        plan = MemoryPlan.of(config, size, sizes, num_adapted=adapted)
         return needs_more_memory(config, plan, memory_gib(), "this machine")
     return found
 
@@ -218,7 +220,7 @@ def _storage(config: Config, facts: ModelFacts | None) -> tuple[str, str | None]
     size = num_parameters(config, facts)
     if size is None:
         return "unknown, as the model is", None
-    plan = StoragePlan.of(config, size)
+    plan = StoragePlan.of(config, size, num_adapted(facts))
     try:
         return plan.line(), plan.misfit()
     except OSError as error:
@@ -292,6 +294,11 @@ def _check_token_ids(
                     f"model.path={path}: the prompt of '{problem.id}' in {section} has the token "
                     f"{max(ids)}, but {fix}"
                 )
+
+
+def num_adapted(facts: ModelFacts | None) -> int:
+    """Numbers in the adapters that are trained; none as long as the model is not known."""
+    return 0 if facts is None else facts.num_adapter_parameters
 
 
 def num_parameters(config: Config, facts: ModelFacts | None) -> float | None:

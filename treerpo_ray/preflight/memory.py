@@ -93,15 +93,23 @@ class MemoryPlan:
     engine: dict[str, float]
 
     @classmethod
-    def of(cls, config: Config, num_parameters: float, sizes: ModelSizes | None) -> Self:
-        """The plan of a run of a model."""
-        worker = _worker_parts(config, num_parameters, sizes)
+    def of(
+        cls,
+        config: Config,
+        num_parameters: float,
+        sizes: ModelSizes | None,
+        *,
+        num_adapted: float = 0.0,
+    ) -> Self:
+        """The plan of a run of a model, of which so many numbers in adapters are trained where
+        `lora.rank` is above 0."""
+        worker = _worker_parts(config, num_parameters, sizes, num_adapted)
         is_offloaded = config.learner.offload and config.learner.resources.get("GPU", 0) > 0
         moved = [worker.pop(part, 0.0) for part in KEPT] if is_offloaded else []
         return cls(
             worker=worker,
             offloaded=sum(moved),
-            engine=_engine_parts(config, num_parameters, sizes),
+            engine=_engine_parts(config, num_parameters, sizes, num_adapted),
         )
 
     def table(self, config: Config) -> list[str]:
@@ -166,16 +174,25 @@ def _uses_gpus(config: Config) -> bool:
     return any(part.resources.get("GPU", 0) > 0 for part in (config.learner, config.engine))
 
 
-def _worker_parts(config: Config, count: float, sizes: ModelSizes | None) -> dict[str, float]:
+def _worker_parts(
+    config: Config, count: float, sizes: ModelSizes | None, num_adapted: float
+) -> dict[str, float]:
     """Every worker holds the whole model, its gradients and two moments in float32; of a sharded
-    one its part, which is largest with the fewest workers, and what is gathered."""
+    one its part, which is largest with the fewest workers, and what is gathered.
+
+    Where adapters are trained, all that is of them; the model is held in the type that is computed
+    in, and is its own reference.
+    """
     computes_in, is_sharded = DTYPE_BYTES[config.model.dtype], config.learner.shard
-    own = count / config.learner.fewest_workers if is_sharded else count
-    parts = {WEIGHTS: 4 * own, TRAINING: 12 * own}
-    if config.loss.kl_coef > 0:
-        parts[REFERENCE] = computes_in * own
+    share = 1 / config.learner.fewest_workers if is_sharded else 1.0
+    has_adapters = config.lora.rank > 0
+    trained = num_adapted if has_adapters else count
+    frozen = computes_in * count if has_adapters else 0.0
+    parts = {WEIGHTS: (4 * trained + frozen) * share, TRAINING: 12 * trained * share}
+    if config.loss.kl_coef > 0 and not has_adapters:
+        parts[REFERENCE] = computes_in * count * share
     if computes_in < 4 and not is_sharded:  # autocast keeps them for as long as a forward pass
-        parts[COPIES] = computes_in * count
+        parts[COPIES] = computes_in * trained
     if sizes is not None:
         if is_sharded:
             parts[GATHERED] = _gathered_bytes(config, count, sizes)
@@ -195,6 +212,8 @@ def _gathered_bytes(config: Config, count: float, sizes: ModelSizes) -> float:
     """
     width = DTYPE_BYTES[config.model.dtype]
     layer = (count - sizes.ends) / sizes.num_layers
+    if config.lora.rank:  # one model, and gradients of next to nothing
+        return width * sizes.ends + 3 * width * layer
     models = 2 if config.loss.kl_coef > 0 else 1
     return models * width * sizes.ends + (4 * width + 4) * layer
 
@@ -226,6 +245,8 @@ def _activation_bytes(config: Config, sizes: ModelSizes) -> float:
     gradient = stream * sizes.vocabulary * sizes.hidden
     # Both at once or, where they are summed up over workers, with a copy in float32.
     ends = (stream + 4) * sizes.ends if config.learner.shard else 2 * gradient
+    if config.lora.rank:
+        gradient, ends = 0, 0
     of_layers, of_one = tokens * kept * sizes.num_layers, float(tokens * passing)
     if config.learner.gradient_checkpointing:
         entries = float(stream * sizes.hidden * sizes.num_layers)
@@ -261,12 +282,16 @@ def cache_bytes_a_token(config: Config, sizes: ModelSizes) -> int:
     return 2 * width * sizes.num_layers * -(-sizes.num_kv_heads // ways) * sizes.head_dim
 
 
-def _engine_parts(config: Config, count: float, sizes: ModelSizes | None) -> dict[str, float]:
+def _engine_parts(
+    config: Config, count: float, sizes: ModelSizes | None, num_adapted: float
+) -> dict[str, float]:
     """vLLM splits weights and cache over the GPUs of an engine."""
     engine, width = config.engine, DTYPE_BYTES[config.model.dtype]
     weights = width * count
     if engine.quantization is not None:  # a byte of each but those of embedding and head
         weights = count + (0 if sizes is None else (width - 1) * sizes.ends)
+    # vLLM has room for adapters of a rank of its own, of which the next may be twice the run's.
+    weights += 2 * width * num_adapted
     found = {WEIGHTS: weights / engine.tensor_parallel / GIB}
     if sizes is not None:
         tokens = max(PREFILL_TOKENS, config.max_model_tokens + 1)
@@ -287,10 +312,15 @@ def _engine_parts(config: Config, count: float, sizes: ModelSizes | None) -> dic
 
 
 def misfit(
-    config: Config, num_parameters: float, sizes: ModelSizes | None, *, trains: bool = True
+    config: Config,
+    num_parameters: float,
+    sizes: ModelSizes | None,
+    *,
+    num_adapted: float = 0.0,
+    trains: bool = True,
 ) -> str | None:
     """What does not fit the GPUs that the configuration names, in one line; None if all does."""
-    plan = MemoryPlan.of(config, num_parameters, sizes)
+    plan = MemoryPlan.of(config, num_parameters, sizes, num_adapted=num_adapted)
     if not trains:
         learner = replace(config.learner, resources={}, min_workers=None, gpu_memory_gib=None)
         config = replace(config, learner=learner)

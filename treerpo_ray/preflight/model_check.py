@@ -22,8 +22,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
+from treerpo_ray.config.lora import LoraConfig
 from treerpo_ray.config.sections import ModelConfig
 from treerpo_ray.errors import one_line
+from treerpo_ray.learner.adapters import num_adapter_parameters
 from treerpo_ray.learner.packing_check import PackingCheck
 from treerpo_ray.preflight.memory import ModelSizes
 from treerpo_ray.prompts.hub import Unreachable, is_unreachable, offline_because, refusal
@@ -53,6 +55,8 @@ class ModelFacts:
     num_embeddings: int
     """Rows of the embedding: token ids are below."""
     sizes: ModelSizes
+    num_adapter_parameters: int = 0
+    """Of the adapters that the learner puts into it."""
 
 
 def check_model(
@@ -61,6 +65,7 @@ def check_model(
     *,
     gradient_checkpointing: bool = False,
     has_cpu_engines: bool = False,
+    lora: LoraConfig | None = None,
 ) -> ModelFacts:
     """Look at the files of a model, its configuration, its architecture and the shapes of its
     weights.
@@ -70,9 +75,10 @@ def check_model(
         longest: Tokens of the longest prompt with its answer.
         gradient_checkpointing: Whether the learner computes activations again.
         has_cpu_engines: Whether engines compute on a CPU.
+        lora: Adapters that it is to be trained with, if their rank is above 0.
 
     Raises:
-        ValueError: it cannot be trained, or not on paths of that length; `Unreachable` if a
+        ValueError: it cannot be trained, or not on paths of that length or by such adapters; `Unreachable` if a
             Hugging Face id could not be looked up.
     """
     path = resolve_model_path(model.path)
@@ -88,6 +94,7 @@ def check_model(
         _check_generation_config(folder)
         if has_cpu_engines:
             _check_cpu_experts(made)
+        num_adapted = num_adapter_parameters(made, lora) if lora is not None and lora.rank else 0
         PackingCheck(
             max_tokens=longest,
             gradient_checkpointing=gradient_checkpointing,
@@ -104,6 +111,7 @@ def check_model(
         num_parameters=sum(parameter.numel() for parameter in made.parameters()),
         num_embeddings=len(cast("torch.Tensor", made.get_input_embeddings().weight)),
         sizes=ModelSizes.of(config),
+        num_adapter_parameters=num_adapted,
     )
 
 
