@@ -6,7 +6,7 @@ Whole runs test the rest.
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from tests.support.answers.evaluations import EVALUATION
 from tests.support.learning.records import tree_of
+from tests.support.stages.answering_at_once import AnsweringAtOnce
 from treerpo_ray.config import Config, load
 from treerpo_ray.driver.result import finished_result
 from treerpo_ray.evaluate.evaluation import save_evaluation
@@ -24,8 +25,8 @@ from treerpo_ray.learner.stats import BatchStats
 from treerpo_ray.records import RootValue, TreeRecord, to_table
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
-from treerpo_ray.task import RunActors, WorkerTask
-from treerpo_ray.train import TrainWorker
+from treerpo_ray.task import WorkerTask
+from treerpo_ray.train import TrainWorker, interim_evaluator
 from treerpo_ray.weights.files import FileMaps
 
 LIMIT_S = 60.0
@@ -71,12 +72,20 @@ class FakeLearner:
         return SimpleNamespace(has_updated=True, stats=stats, metrics={})
 
 
-def answered(answer: object) -> object:
-    """What a reference refers to: itself, once it is set if it is an event."""
-    if isinstance(answer, threading.Event):
-        assert answer.wait(LIMIT_S)
-        return None
-    return answer
+class FakeRunActors(AnsweringAtOnce):
+    """An answer that is an event is there once it is set; one that is an error is raised."""
+
+    def get(self, ref: object) -> object:
+        if isinstance(ref, threading.Event):
+            assert ref.wait(LIMIT_S)
+            return None
+        if isinstance(ref, Exception):
+            raise ref
+        return ref
+
+
+def no_evaluator(tokenizer: object) -> object:
+    raise AssertionError("nothing is evaluated")
 
 
 def make_worker(
@@ -84,20 +93,25 @@ def make_worker(
     fakes: FakeActors,
     *,
     step: int,
-    get: Callable[[object], object] = answered,
+    rank: int = 0,
+    num_workers: int = 1,
+    held_out: object = None,
+    start_evaluator: Callable[..., object] = no_evaluator,
 ) -> TrainWorker:
-    """A first worker at a learner step, whose version is its number."""
-    actors = RunActors(gate=fakes, pool=fakes, weight_sync=fakes, run_log=fakes, heartbeats=fakes)
+    """A worker at a learner step, whose version is its number."""
+    actors = FakeRunActors(
+        gate=fakes, pool=fakes, weight_sync=fakes, run_log=fakes, heartbeats=fakes
+    )
     return TrainWorker(
-        task=WorkerTask(config=config, probe_ids=[1, 2], held_out=None, actors=actors),
-        rank=0,
-        num_workers=1,
+        task=WorkerTask(config=config, probe_ids=[1, 2], held_out=held_out, actors=actors),
+        rank=rank,
+        num_workers=num_workers,
         node="node",
         step=step,
         learner=FakeLearner(step),
         checkpoints=SimpleNamespace(passed_over={}),
         heartbeat=SimpleNamespace(at=lambda doing, is_busy=True: None),
-        get=get,
+        start_evaluator=start_evaluator,
     )
 
 
@@ -176,15 +190,33 @@ def test_an_evaluation_on_the_way_does_not_pass_for_that_of_the_end(tmp_path: Pa
         assert (finished_result(config) is not None) == is_finished
 
 
-def test_one_evaluator_grades_all_evaluations_and_ends_with_the_worker(tmp_path: Path) -> None:
+def test_one_evaluator_makes_all_evaluations_and_ends_with_the_worker(tmp_path: Path) -> None:
     """Its start takes time in which all wait, and asks a paid judge again."""
-    config = config_of(tmp_path)
-    worker = make_worker(config, FakeActors({}), step=1)
-    worker.learner.policy.tokenizer, worker.held_out = None, ()
+    config = load([f"run.root={tmp_path}", "run.num_steps=9", "evaluate.every=1"])
+    seen: list[object] = []
+
+    def start_evaluator(tokenizer: object) -> SimpleNamespace:
+        seen.append(tokenizer)
+        return SimpleNamespace(
+            evaluate=lambda step, **_: seen.append(step), close=lambda: seen.append("closed")
+        )
+
+    fakes = FakeActors({"is_told_to_stop": False})
+    worker = make_worker(config, fakes, step=0, held_out=object(), start_evaluator=start_evaluator)
+    worker.learner.policy.tokenizer = "tokenizer"
     with worker.ending:
-        evaluator = worker._evaluator
-        assert worker._evaluator is evaluator
-        assert evaluator.config.evaluate == config.evaluate.interim
+        for worker.step in (1, 2):
+            worker.evaluate_if_due()
+    assert seen == ["tokenizer", 1, 2, "closed"]
+
+
+def test_an_evaluation_on_the_way_has_its_own_number_of_samples(tmp_path: Path) -> None:
+    settings = ["evaluate.num_samples=4", "evaluate.interim_samples=1"]
+    config = load([f"run.root={tmp_path}", *settings])
+    actors = FakeRunActors(gate=None, pool=None, weight_sync=None, run_log=None, heartbeats=None)
+    task = WorkerTask(config=config, probe_ids=[1, 2], held_out=(), actors=actors)
+    with closing(interim_evaluator(task, None)) as evaluator:
+        assert evaluator.config.evaluate.num_samples == 1
         [verifier] = evaluator._scorer.verifiers
         assert verifier.grade([]) == []
     with pytest.raises(RuntimeError, match="the verifier is closed"):
@@ -230,7 +262,7 @@ def test_with_staleness_the_next_update_is_made_while_engines_load_and_the_gate_
         is_served.set()
         publishing.result(LIMIT_S)
     worker.consume(1, update)
-    worker.publisher.wait()
+    worker.coordinator.publisher.wait()
     told = [name for name in fakes.calls if name in ("publish", "consumed")]
     assert told == ["publish", "consumed"] * 2
     assert fakes.arguments["consumed"] == (1, (RootValue(0, 0, 0.5),))
@@ -251,7 +283,7 @@ def test_weights_that_are_on_their_way_are_not_those_of_the_next_update(tmp_path
     chunk = FileMaps().read(place.path, *place.parts[0])
     assert chunk.view("float32")[:2].tolist() == [1, 1]
     is_served.set()
-    worker.publisher.wait()
+    worker.coordinator.publisher.wait()
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
@@ -296,7 +328,7 @@ def test_a_checkpoint_is_put_in_its_place_with_what_the_gate_says_of_its_own_ste
     assert fakes.calls.index("consumed") < fakes.calls.index("num_lines")
     fakes.answers["consumed"] = "after step 2"
     one_step(worker)
-    worker.publisher.wait()
+    worker.coordinator.publisher.wait()
     contents.before_place(tmp_path)
     assert (tmp_path / "gate.json").read_text() == "after step 1"
 
@@ -324,16 +356,7 @@ def test_a_stop_that_comes_during_an_evaluation_ends_the_run_with_the_step_befor
     """On every worker, and with the checkpoint of that step."""
     config = load([f"run.root={tmp_path}", "run.num_steps=9", "evaluate.every=1"])
     fakes = FakeActors({"is_told_to_stop": False, "rows_since": []})
-    worker = make_worker(config, fakes, step=0)
-    worker.step, worker.held_out, worker.num_workers = 1, object(), 2
-    worker.is_first = is_first
     saved: list[tuple[int, bool]] = []
-    worker.saver = SimpleNamespace(
-        has=lambda step: is_saved,
-        is_due=lambda step: False,
-        save=lambda step, contents, *, is_last: saved.append((step, is_last)),
-    )
-    worker.consumed = Future()
     told = 0
 
     def of_the_first(flag: torch.Tensor, src: int) -> None:
@@ -343,8 +366,23 @@ def test_a_stop_that_comes_during_an_evaluation_ends_the_run_with_the_step_befor
     def evaluate(**_: object) -> None:
         fakes.answers["is_told_to_stop"] = bool(told)
 
+    worker = make_worker(
+        config,
+        fakes,
+        step=1,
+        rank=int(not is_first),
+        num_workers=2,
+        held_out=object(),
+        start_evaluator=lambda tokenizer: SimpleNamespace(evaluate=evaluate, close=lambda: None),
+    )
+    worker.learner.policy.tokenizer = None
+    worker.saver = SimpleNamespace(
+        has=lambda step: is_saved,
+        is_due=lambda step: False,
+        save=lambda step, contents, *, is_last: saved.append((step, is_last)),
+    )
+    worker.coordinator.consumed = Future()
     monkeypatch.setattr(dist, "broadcast", of_the_first)
-    worker._evaluator = SimpleNamespace(evaluate=evaluate)
     worker.evaluate_if_due()
     assert not worker.is_last
     told = 1
@@ -364,7 +402,7 @@ def test_a_publication_that_failed_is_found_by_a_step_that_publishes_nothing(
     def refuse(*_: object) -> None:
         raise RuntimeError("no engine took version 1 over")
 
-    worker.publisher.send = refuse
+    worker.coordinator.publisher.send = refuse
     update = worker.learner.update()
     worker.publish()
     worker.consume(0, update)
@@ -376,14 +414,8 @@ def test_a_publication_that_failed_is_found_by_a_step_that_publishes_nothing(
 def test_a_publication_that_fails_ends_the_next_step_and_the_gate_does_not_hear_of_it(
     tmp_path: Path,
 ) -> None:
-    fakes = FakeActors({})
-
-    def get(answer: object) -> object:
-        if fakes.calls[-1] == "publish":
-            raise RuntimeError("no engine took it over")
-        return answer
-
-    worker = make_worker(config_of(tmp_path, num_steps=9), fakes, step=0, get=get)
+    fakes = FakeActors({"publish": RuntimeError("no engine took it over")})
+    worker = make_worker(config_of(tmp_path, num_steps=9), fakes, step=0)
     one_step(worker)
     with pytest.raises(RuntimeError, match="no engine took it over"):
         one_step(worker)

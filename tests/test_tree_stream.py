@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.support.learning.records import make_record, plain, records
 from tests.support.learning.trees import make_step, make_tree
 from tests.support.project import PROJECT
+from tests.support.stages.answering_at_once import AnsweringAtOnce
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree
 from treerpo_ray.config import load
 from treerpo_ray.metrics.events import FATAL, Event
@@ -73,11 +74,14 @@ def stream() -> Iterator[Callable[..., SimpleNamespace]]:
         )
         found.shares = worker_batches(
             config,
-            pool=pool,
-            run_log=Handle(event=found.events.append),
-            heartbeats=Handle(moved=found.moved.append),
+            actors=AnsweringAtOnce(
+                gate=None,
+                pool=pool,
+                weight_sync=None,
+                run_log=Handle(event=found.events.append),
+                heartbeats=Handle(moved=found.moved.append),
+            ),
             reader="me",
-            get=lambda answer: answer,
         )
         return found
 

@@ -18,7 +18,7 @@ from treerpo_ray.run_folder.patience import DiskRefused, PatienceTimes
 from treerpo_ray.weight_sync import Probe, WeightSync
 from treerpo_ray.weights.files import FilePlace, WeightsLost
 from treerpo_ray.weights.manifest import ALIGNMENT, BLOCK, LoadProof, Manifest, pack_weights
-from treerpo_ray.weights.source import PublishedWeights
+from treerpo_ray.weights.source import FilesOnNodes, Receiver
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 KEPT = [torch.int64, torch.uint8, torch.bool]
@@ -283,9 +283,10 @@ class Crowded:
             done.set_exception(error)
         return done
 
-    async def serve(self, manifest: Manifest, source: PublishedWeights, *_: object) -> None:
+    async def serve(self, manifest: Manifest, source: FilesOnNodes, *_: object) -> None:
         for node in self.at:
-            self.served.append(await source.place(node))
+            [place] = source.places([Receiver(start=node, node=node, num_workers=1)])
+            self.served.append(await place)
 
     def publish(self, times: int = 1) -> None:
         async def work() -> None:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -93,6 +93,18 @@ def make_verifiers(
             on_start=on_start,
             on_fault=on_fault,
         )
+
+
+class StartScorer(Protocol):
+    """As `Scorer` itself, whose arguments these are."""
+
+    def __call__(
+        self,
+        *,
+        settings: VerifierConfig,
+        tokenizer: "PreTrainedTokenizerBase",
+        on_fault: Callable[[str], None] = ...,
+    ) -> "Scorer": ...
 
 
 class Scorer:

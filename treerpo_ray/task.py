@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NewType, Protocol
+from typing import TYPE_CHECKING, NewType, Protocol, TypeVar
 
 from treerpo_ray.actor import actor_method, actor_stream
 from treerpo_ray.algo.search import TreeShape
@@ -13,14 +13,18 @@ from treerpo_ray.metrics.stage_status import StageApi
 from treerpo_ray.metrics.watchdog import HeartbeatsApi
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import RootValue, TreeRecord
+from treerpo_ray.weights.source import OutgoingPlace
 
 if TYPE_CHECKING:  # the stages stand above this module
+    import ray
+
     from treerpo_ray.engine.types import EngineStats, Sampling
     from treerpo_ray.weight_sync import Probe
     from treerpo_ray.weights.manifest import Manifest
     from treerpo_ray.weights.rounds import Poll, Round
-    from treerpo_ray.weights.source import OutgoingPlace, WeightSource
+    from treerpo_ray.weights.source import WeightSource
 
+R = TypeVar("R")
 STREAM = "trees"
 """Name of the workers' data set."""
 
@@ -139,7 +143,7 @@ class WeightSyncApi(StageApi, Protocol):
 
     @actor_method
     def publish(
-        self, manifest: "Manifest", place: "OutgoingPlace", probe: "Probe", node: str
+        self, manifest: "Manifest", place: OutgoingPlace, probe: "Probe", node: str
     ) -> None:
         """See `WeightSync`, as for all that follow."""
 
@@ -156,6 +160,12 @@ class RunActors:
     weight_sync: WeightSyncApi
     run_log: RunLogApi
     heartbeats: HeartbeatsApi
+
+    def get(self, ref: "ray.ObjectRef[R]") -> R:
+        """Wait for what one of them answers."""
+        import ray
+
+        return ray.get(ref)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

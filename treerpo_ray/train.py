@@ -16,14 +16,12 @@ Who waits for whom:
   engines serve its version.
 """
 
-import os
-import time
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import ray
 import ray.train
@@ -31,42 +29,41 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from treerpo_ray.actor import Get
-from treerpo_ray.engine.types import EngineTotals
+from treerpo_ray.coordinator import Coordinator
 from treerpo_ray.evaluate.evaluation import read_evaluation
 from treerpo_ray.evaluate.grading import HeldOutEvaluator
 from treerpo_ray.learner.learner import Learner
-from treerpo_ray.learner.policy import DTYPES
-from treerpo_ray.learner.publisher import Publisher
 from treerpo_ray.learner.together import Together, once_a_machine
 from treerpo_ray.learner.update_result import UpdateResult
-from treerpo_ray.metrics.events import (
-    Event,
-    write_done,
-    write_failed,
-    write_waits,
-)
-from treerpo_ray.metrics.rows import Row, latest
-from treerpo_ray.metrics.stage_status import IdleTimes
 from treerpo_ray.metrics.watchdog import Heartbeat
-from treerpo_ray.records import RootValue, TreeRecord, with_training
+from treerpo_ray.records import with_training
 from treerpo_ray.run_folder import trees as saved_trees
-from treerpo_ray.run_folder.checkpoints import CheckpointContents, Checkpoints, CheckpointSaver
+from treerpo_ray.run_folder.checkpoints import Checkpoints, CheckpointSaver
 from treerpo_ray.run_folder.files import RunFolder
-from treerpo_ray.run_folder.patience import Patience
 from treerpo_ray.run_folder.writer import BackgroundWriter
-from treerpo_ray.task import STREAM, GateState, WorkerTask
+from treerpo_ray.task import STREAM, WorkerTask
 from treerpo_ray.tree_stream import Prefetcher, WorkerBatch
 
-GATE_FILE = "gate.json"
-"""State of the gate, in a checkpoint."""
-IDLE = ("learner", "scoring")
-"""Kinds of stages whose idle time a row has; engines count their own. A learner is idle while it
-waits for trees, the scoring while it waits for trees or for a learner to take them."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 END_S = 60.0
 """Time for the stream of trees to end by itself; it is ended with the workers in any case."""
 WRITE_S = 60.0
 """Time for a disk that takes what is written, before it is said that it does not."""
+
+
+class Evaluator(Protocol):
+    """As `HeldOutEvaluator`."""
+
+    def evaluate(
+        self, *, step: int, version: int, advance: Callable[[int], None], writer: BackgroundWriter
+    ) -> object: ...
+
+    def close(self) -> None: ...
+
+
+StartEvaluator = Callable[["PreTrainedTokenizerBase"], Evaluator]
 
 
 def train(task: WorkerTask) -> None:
@@ -122,16 +119,25 @@ def restore(task: WorkerTask) -> Iterator["TrainWorker"]:
             learner=learner,
             checkpoints=checkpoints,
             heartbeat=heartbeat,
+            start_evaluator=partial(interim_evaluator, task),
         )
-        if rank == 0:
-            worker.open(checkpoint)
-        else:
-            worker.follow()
+        worker.open(checkpoint)
     worker.barrier()
     worker.batches = Prefetcher(ray.train.get_dataset_shard(STREAM))
     with worker.ending:
         yield worker
     heartbeat.close()
+
+
+def interim_evaluator(task: WorkerTask, tokenizer: "PreTrainedTokenizerBase") -> Evaluator:
+    """What evaluates on the way."""
+    assert task.held_out is not None
+    return HeldOutEvaluator(
+        config=replace(task.config, evaluate=task.config.evaluate.interim),
+        prompts=task.held_out,
+        actors=task.actors,
+        tokenizer=tokenizer,
+    )
 
 
 class TrainWorker:
@@ -146,7 +152,7 @@ class TrainWorker:
         learner: The learner after these steps.
         checkpoints: Of the run.
         heartbeat: Told what it does.
-        get: Waits for what an actor answers.
+        start_evaluator: Starts what evaluates on the way; the tokenizer is the policy's.
     """
 
     def __init__(
@@ -160,10 +166,10 @@ class TrainWorker:
         learner: Learner,
         checkpoints: Checkpoints,
         heartbeat: Heartbeat,
-        get: Get = ray.get,
+        start_evaluator: StartEvaluator,
     ) -> None:
-        self._get = get
-        self.config, self.actors, self.held_out = task.config, task.actors, task.held_out
+        self.config, self.held_out = task.config, task.held_out
+        self._start_evaluator = start_evaluator
         self.rank, self.num_workers, self.is_first = rank, num_workers, rank == 0
         self.step, self.learner, self.checkpoints = step, learner, checkpoints
         self.heartbeat = heartbeat
@@ -172,89 +178,45 @@ class TrainWorker:
         self.ending = ExitStack()
         """Of what the worker has started."""
         self.batches: Prefetcher
-        self.patience = Patience(
-            folder=self.folder,
-            waits=lambda what, reason: self._tell(write_waits(what, reason)),
-            written=lambda what, seconds: self._tell(write_done(what, seconds)),
-            is_told_to_stop=self._is_told_to_stop,
-            moves=lambda what: self.heartbeat.at(what, is_busy=False),
-        )
-        self.publisher = Publisher(
-            send=self.actors.weight_sync.publish.remote,
+        self.coordinator = Coordinator(
+            task=task,
             node=node,
-            probe_ids=task.probe_ids,
-            dtype=DTYPES[self.config.model.dtype],
-            chunk_bytes=self.config.sync.chunk_mib * 2**20,
-            until_written=self.patience.until_written,
-            get=get,
+            num_workers=num_workers,
+            together=self.together,
+            heartbeat=heartbeat,
         )
-        self.ending.callback(self.publisher.close)
-        self.engines: EngineTotals
-        self.idle: IdleTimes
-        """Those at the last row."""
-        self.consumed: Future[GateState]
-        """State of the gate after the newest learner step, once it knows of it."""
+        self.ending.callback(self.coordinator.publisher.close)
         self.sampled_tokens = 0.0
         self.is_last = False
         self.trees_kept: int | None = None
-        self.writer = BackgroundWriter(warn=self._warn, place=self.patience.place)
+        patience = self.coordinator.patience
+        self.writer = BackgroundWriter(warn=self.coordinator.warn, place=patience.place)
         self.saver = CheckpointSaver(
             checkpoints,
             every=self.config.checkpoint.every,
             step=step,
-            warn=self._warn,
-            patience=self.patience,
+            warn=self.coordinator.warn,
+            patience=patience,
         )
 
     # The loop, in order ----------------------------------------------------------------------
 
     def open(self, checkpoint: Path | None) -> None:
-        """Bring engines, gate and log to where the learner is, before the first ticket.
+        """Bring what trains with this worker to where its learner is, before the first ticket.
 
         Args:
             checkpoint: Folder of the one that the learner was restored from.
         """
-        self._get(self.actors.heartbeats.forget.remote("learner"))
-        self.folder.withdraw_model()  # of a run that was stopped: it tells of a whole one
-        for step, fault in self.checkpoints.passed_over.items():
-            self._note("checkpoint_passed_over", step=step, fault=fault)
-        try:
-            saved_trees.take_back(self.folder, self.step)
-        except Exception as error:  # any store's own
-            self._warn(f"trees after step {self.step}", f"left: {type(error).__name__}: {error}")
-        gate, pool, version = self.actors.gate, self.actors.pool, self.learner.version
-        first = self.step * self.config.gate.trees_per_step
-        # What grows on once the engines have turned back would be of weights that never were.
-        grown: list[TreeRecord] = self._get(pool.recall.remote(first))
-        self.publish()
-        self._await_engines()
-        totals = self._get(pool.stats.remote())
-        self.engines = EngineTotals(stats=totals)
-        self.idle = self._get(self.actors.heartbeats.idle.remote())
-        session: int = self._get(gate.restart.remote(self.step, _read_gate(checkpoint)))
-        left_over = saved_trees.read(checkpoint, self.config.tree)
-        saved = saved_trees.usable(
-            [*left_over, *grown], step=self.step, version=version, gate=self.config.gate
-        )
-        # Noted before any of its trees is finished, and after the last one of those before it.
-        self._note(
-            "learner_started",
-            step=self.step,
-            version=version,
-            workers=self.num_workers,
-            saved_trees=len(saved),
-            pid=os.getpid(),
-        )
-        self._get(pool.grow_tickets.remote(gate, session, first, self.num_workers, saved))
+        if self.is_first:
+            self.coordinator.begin(self.step, checkpoint, self.checkpoints.passed_over)
+        else:
+            self.follow()  # the first publication
 
     def steps(self) -> Iterator[int]:
         """The learner steps that are due, until the gate or the budget says that one was last."""
-        rows = self._get(self.actors.run_log.rows_since.remote(0))
-        self.sampled_tokens = sum(
-            row.get("tokens/sampled", 0.0) for row in latest(rows) if row["step"] <= self.step
-        )
+        self.sampled_tokens = self.coordinator.sampled_tokens(self.step)
         # A stop that came while this group was started is for it, too.
-        is_told_to_stop = self.is_first and self._is_told_to_stop()
+        is_told_to_stop = self.is_first and self.coordinator.is_told_to_stop()
         self.is_last = self._agreed(self._is_over() or is_told_to_stop)
         if not self.is_last:
             self.evaluate_if_due(unless_done=True)  # the workers before may have died over it
@@ -266,6 +228,10 @@ class TrainWorker:
         self.heartbeat.at(f"waiting for the trees of step {step}", is_busy=False)
         batch, size = self.batches.take(), self.config.gate.trees_per_step
         batch.check(range(step * size, (step + 1) * size), self.num_workers)
+        if self.config.engine.sleep:  # all trees of the step have grown
+            if self.is_first:
+                self.coordinator.sleep()
+            self.barrier()
         self.heartbeat.at(f"updating in step {step}")
         return batch
 
@@ -277,26 +243,18 @@ class TrainWorker:
             name = saved_trees.name(done, self.rank)
             table = with_training(batch.table, update.trained.training())
             with suppress(Exception):  # it was told of; what comes on top is left out
-                self.patience.until_written(name, self.writer.make_room)
+                self.coordinator.patience.until_written(name, self.writer.make_room)
             self.writer.put(name, lambda: self.folder.publish_table(name, table))
             self.trees_kept = done
 
     def publish(self) -> None:
         """Have every engine serve the learner's weights; `consume` says who waits for it."""
-        if not self.is_first:
+        if self.config.engine.sleep:
+            self._give_memory_back()
+        if self.is_first:
+            self.coordinator.publish()
+        else:
             self.follow()
-            return
-        self._await_engines()  # the publication before
-        version = self.learner.version
-        self.heartbeat.at(f"publishing version {version}")
-        start = time.monotonic()
-        with self.together.leading():
-            digest = self.publisher.publish(self.together, version)
-        self.publisher.then(partial(self._published, version, digest, start))
-
-    def _published(self, version: int, digest: str, start: float) -> None:
-        seconds = time.monotonic() - start
-        self._note("published", version=version, digest=digest, seconds=seconds)
 
     def consume(self, step: int, update: UpdateResult) -> None:
         """Tell the gate that the step is consumed, once the engines serve what came of it.
@@ -305,52 +263,21 @@ class TrainWorker:
         """
         self.step = step + 1
         self.sampled_tokens += update.stats.num_sampled_tokens
+        if self.config.engine.sleep and not update.has_updated:
+            self._give_memory_back()
+            if self.is_first:
+                self.coordinator.wake()
         if self.is_first:
-            version = self.learner.version
-            if not update.has_updated:
-                self._await_engines()  # no publication of this step has waited for the one before
-            roots = update.stats.root_values
-            self.consumed = self.publisher.then(partial(self._consumed, step, version, roots))
-            if not self.config.gate.max_staleness:
-                self._await_engines()
-            self.is_last = self._is_told_to_stop() or self._is_over()
+            self.coordinator.consume(step, update)
+            self.is_last = self.coordinator.is_told_to_stop() or self._is_over()
             if self.is_last:
-                self._await_engines()
+                self.coordinator.await_engines()
         self.is_last = self._agreed(self.is_last)
-
-    def _consumed(self, step: int, version: int, root_values: tuple[RootValue, ...]) -> GateState:
-        size = self.config.gate.trees_per_step
-        state: GateState = self._get(self.actors.gate.consumed.remote(step, root_values))
-        self._note("consumed", step=step, first=step * size, trees=size, version=version)
-        return state
 
     def report(self, batch: WorkerBatch, update: UpdateResult) -> None:
         """Write the step's row."""
-        if not self.is_first:
-            return
-        # Of the wait, what a finished tree spent on scoring, and a scored one on its way here.
-        finished = max(batch.asked_at, update.stats.last_finished_s)
-        scored = max(finished, update.stats.last_scored_s)
-        asked = self.actors.pool.stats.remote(), self.actors.heartbeats.idle.remote()
-        totals, idle = self._get(asked[0]), self._get(asked[1])
-        shares, self.idle = idle.shares_since(self.idle), idle
-        now = time.time()
-        row: Row = {
-            "step": self.step,
-            "version": self.learner.version,
-            **update.stats.metrics(self.learner.version - update.has_updated),
-            **update.metrics,
-            "time/wait_s": batch.arrived_at - batch.asked_at,
-            "time/score_s": scored - finished,
-            "time/hop_s": batch.arrived_at - scored,
-            "time/update_s": update.seconds,
-            "time/sync_s": now - batch.arrived_at - update.seconds,
-            "time/step_s": now - batch.asked_at,
-            "tokens/total": self.sampled_tokens,
-            **self.engines.since_last(totals),
-            **{f"idle/{kind}_share": shares[kind] for kind in IDLE if kind in shares},
-        }
-        self._get(self.actors.run_log.step.remote(row))
+        if self.is_first:
+            self.coordinator.report(self.step, batch, update, self.sampled_tokens)
 
     def checkpoint_if_due(self) -> None:
         """Save a checkpoint; training goes on while it is put in its place, but for the last."""
@@ -362,32 +289,8 @@ class TrainWorker:
                 return
             self.heartbeat.at(f"writing the checkpoint of step {self.step}")
             if not (self.is_last and self.saver.has(self.step)):
-                self._save_checkpoint()
-
-    def _save_checkpoint(self) -> None:
-        first = self.step * self.config.gate.trees_per_step
-        consumed, trees_kept = self.consumed, self.trees_kept
-        num_lines = 0
-
-        def write(folder: Path) -> None:
-            self.together.write(folder)
-            trees = self._get(self.actors.pool.unconsumed.remote(first))
-            saved_trees.write(folder, trees, self.config.tree)
-
-        def before_place(folder: Path) -> None:
-            nonlocal num_lines
-            # No checkpoint tells of a step that the gate holds for due.
-            (folder / GATE_FILE).write_text(consumed.result())
-            num_lines = self._get(self.actors.run_log.num_lines.remote())[0]
-
-        contents = CheckpointContents(
-            write=write,
-            before_place=before_place,
-            is_settled=lambda: self._is_settled(num_lines, trees_kept),
-            placed=partial(self._note, "checkpoint", step=self.step, version=self.learner.version),
-            num_bytes=self.learner.checkpoint_bytes,
-        )
-        self.saver.save(self.step, contents, is_last=self.is_last)
+                contents = self.coordinator.checkpoint(self.step, self.trees_kept)
+                self.saver.save(self.step, contents, is_last=self.is_last)
 
     def evaluate_if_due(self, *, unless_done: bool = False) -> None:
         """Evaluate if it is due; the learner waits, so that all answers are of one version.
@@ -400,36 +303,40 @@ class TrainWorker:
         if not self.is_first:
             self.heartbeat.at("waiting for the evaluation", is_busy=False)
         elif not (unless_done and read_evaluation(self.folder, self.step)):
-            self._await_engines()
+            self.coordinator.await_engines()
             self._evaluator.evaluate(
                 step=self.step,
                 version=self.learner.version,
                 advance=lambda num_problems: self.heartbeat.at("evaluating"),
                 writer=self.writer,
             )
-        self.is_last = self._agreed(self.is_first and self._is_told_to_stop())
+        self.is_last = self._agreed(self.is_first and self.coordinator.is_told_to_stop())
         if self.is_last:
             self.checkpoint_if_due()
 
     def finish(self) -> None:
         """End the stream of trees, and write the model, once all else is written."""
         if self.is_first:
-            closing_gate = self.actors.gate.close.remote()
-            self._get(self.actors.pool.end_stream.remote())
-            self._get(closing_gate)
+            self.coordinator.end_stream()
         self.heartbeat.at("writing the model")
+        patience = self.coordinator.patience
         with suppress(Exception):  # it was told of; the end of the writer leaves it out
-            self.patience.until_written("trees", lambda: self.writer.flush(WRITE_S))
+            patience.until_written("trees", lambda: self.writer.flush(WRITE_S))
         self.writer.close()
         if self.is_first:
             save = self.together.save_pretrained
             with self.together.leading():
-                self.patience.until_written("model", lambda: self.folder.publish_model(save))
+                patience.until_written("model", lambda: self.folder.publish_model(save))
         else:
             self.follow()
         # What is ended in the middle of its work is shown as a failure by Ray's dashboard.
         self.heartbeat.at("waiting for the stream of trees to end", is_busy=False)
         self.batches.await_end(END_S)
+
+    def _give_memory_back(self) -> None:
+        """Of all workers, what torch keeps of the update on GPUs that engines are to have."""
+        torch.cuda.empty_cache()
+        self.barrier()
 
     def follow(self) -> None:
         """Give this worker's part to what the first one does with a sharded learner's weights."""
@@ -446,49 +353,15 @@ class TrainWorker:
         spent = self.sampled_tokens / run.max_sampled_tokens if run.max_sampled_tokens else 0.0
         return max(self.step / run.num_steps, spent)
 
-    def _is_told_to_stop(self) -> bool:
-        return self._get(self.actors.gate.is_told_to_stop.remote())
-
     def _is_over(self) -> bool:
         """Whether the steps that are done are all of the run."""
         return self.progress >= 1
 
-    def _await_engines(self) -> None:
-        """Wait until the engines serve what was published, and the gate knows of it."""
-        if self.publisher.is_under_way:
-            self.heartbeat.at(f"waiting for the engines to serve version {self.learner.version}")
-        self.publisher.wait()
-
     @cached_property
-    def _evaluator(self) -> HeldOutEvaluator:
+    def _evaluator(self) -> Evaluator:
         """Of every evaluation on the way."""
-        assert self.held_out is not None
-        evaluator = HeldOutEvaluator(
-            config=replace(self.config, evaluate=self.config.evaluate.interim),
-            prompts=self.held_out,
-            pool=self.actors.pool,
-            run_log=self.actors.run_log,
-            tokenizer=self.learner.policy.tokenizer,
-            get=self._get,
-        )
+        evaluator = self._start_evaluator(self.learner.policy.tokenizer)
         return self.ending.enter_context(closing(evaluator))
-
-    def _is_settled(self, num_lines: int, trees_kept: int | None) -> bool:
-        """Whether the run folder has so many rows and events, and the trees of that step."""
-        if self._get(self.actors.run_log.num_lines.remote())[1] < num_lines:
-            return False
-        if trees_kept is None:
-            return True
-        return saved_trees.are_kept(self.folder, trees_kept, self.num_workers)
-
-    def _warn(self, what: str, reason: str) -> None:
-        self._tell(write_failed(what, reason))
-
-    def _tell(self, event: Event) -> None:
-        self.actors.run_log.event.remote(event)
-
-    def _note(self, kind: str, **fields: str | float) -> None:
-        self._get(self.actors.run_log.event.remote(Event(kind=kind, fields=fields)))
 
     def barrier(self) -> None:
         """Wait for the other workers."""
@@ -504,10 +377,3 @@ class TrainWorker:
         flag = torch.tensor([int(is_last)], device=self.learner.device)
         dist.broadcast(flag, src=0)
         return bool(flag.item())
-
-
-def _read_gate(checkpoint: Path | None) -> GateState | None:
-    """State of the gate in a checkpoint, if there is one."""
-    if checkpoint is None or not (checkpoint / GATE_FILE).exists():
-        return None
-    return GateState((checkpoint / GATE_FILE).read_text())

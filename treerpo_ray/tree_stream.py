@@ -26,18 +26,17 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from treerpo_ray.actor import Get
 from treerpo_ray.algo.advantages import step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.shares import balanced_shares
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.metrics.events import Event, RunLogApi, check_failed, run_ends
-from treerpo_ray.metrics.watchdog import Heartbeat, HeartbeatsApi
+from treerpo_ray.metrics.watchdog import Heartbeat
 from treerpo_ray.prompts.prompt_set import load_tokenizer
 from treerpo_ray.records import SCHEMA, TreeRecord, from_table, to_table
 from treerpo_ray.scoring import Scorer, VerifierFailing, with_noise
-from treerpo_ray.task import TreePoolApi
+from treerpo_ray.task import RunActors
 from treerpo_ray.verifier.verifier import VariableNotSet
 
 log = logging.getLogger(__name__)
@@ -195,9 +194,7 @@ def from_worker_batch(batch: pa.Table) -> pa.Table:
     return pa.Table.from_batches(rows).replace_schema_metadata(SCHEMA.metadata)
 
 
-def tree_stream(
-    config: Config, pool: TreePoolApi, run_log: RunLogApi, heartbeats: HeartbeatsApi
-) -> Callable[[], ray.data.Dataset]:
+def tree_stream(config: Config, actors: RunActors) -> Callable[[], ray.data.Dataset]:
     """A callable that makes the data set of batches; each call is a stream of its own."""
 
     def make() -> ray.data.Dataset:
@@ -209,9 +206,7 @@ def tree_stream(
                 read=partial(
                     worker_batches,
                     config,
-                    pool=pool,
-                    run_log=run_log,
-                    heartbeats=heartbeats,
+                    actors=actors,
                     reader=uuid.uuid4().hex,
                 )
             ),
@@ -264,38 +259,33 @@ class ScoredTrees(Datasource):
 def worker_batches(
     config: Config,
     *,
-    pool: TreePoolApi,
-    run_log: RunLogApi,
-    heartbeats: HeartbeatsApi,
+    actors: RunActors,
     reader: str,
-    get: Get = ray.get,
 ) -> Iterator[pa.Table]:
     """Take finished trees from the pool, score them and give them out, until the stream is ended.
 
     Args:
         config: Of the run.
-        pool: Actor of `TreePool`.
-        run_log: Actor of `RunLog`; told of a verifier that starts or fails.
-        heartbeats: Actor of `Heartbeats`; told what the scoring does.
+        actors: Those of the run; the run log is told of a verifier that starts or fails.
         reader: Name of this stream; the pool serves the newest alone.
-        get: Waits for what the actors answer.
 
     Raises:
         VariableNotSet, VerifierFailing: the verifier cannot start, or fails too often; the run log
             is told that the run ends of it.
     """
     heartbeat = Heartbeat(
-        heartbeats=heartbeats,
+        heartbeats=actors.heartbeats,
         stage="scoring",
         folder=config.folder,
         limit_s=config.run.stall_timeout_s,
     )
     heartbeat.at("starting the verifier")
+    pool = actors.pool
     batches: WorkerBatches | None = None
-    with _failures_told(run_log, get), closing(_start_scorer(config, run_log)) as scorer:
+    with _failures_told(actors), closing(_start_scorer(config, actors.run_log)) as scorer:
         while True:
             heartbeat.at("waiting for finished trees", is_busy=False)
-            trees = get(pool.take.remote(reader, SCORED_TREES, WAIT_S))
+            trees = actors.get(pool.take.remote(reader, SCORED_TREES, WAIT_S))
             if trees is None:
                 heartbeat.close()
                 return
@@ -305,7 +295,7 @@ def worker_batches(
             if batches is None:
                 batches = WorkerBatches(
                     trees_per_step=config.gate.trees_per_step,
-                    size=get(pool.worker_batch_size.remote()),
+                    size=actors.get(pool.worker_batch_size.remote()),
                     first=trees[0].ticket,
                     learner=config.learner,
                 )
@@ -313,7 +303,7 @@ def worker_batches(
             for graded in scorer.score(trees):
                 tree = with_noise(graded, config.verifier, config.run.seed)
                 if _is_redrawn(tree, config):
-                    get(pool.redraw.remote(reader, tree))
+                    actors.get(pool.redraw.remote(reader, tree))
                 else:
                     batches.add(tree)
             heartbeat.at("handing trees on", is_busy=False)
@@ -338,13 +328,13 @@ def _start_scorer(config: Config, run_log: RunLogApi) -> Scorer:
 
 
 @contextmanager
-def _failures_told(run_log: RunLogApi, get: Get) -> Iterator[None]:
+def _failures_told(actors: RunActors) -> Iterator[None]:
     """Tell the run log that the run ends of what workers that start anew would only run into
     again."""
     try:
         yield
     except (VariableNotSet, VerifierFailing) as error:
-        get(run_log.event.remote(run_ends(error)))
+        actors.get(actors.run_log.event.remote(run_ends(error)))
         raise
 
 

@@ -107,16 +107,9 @@ def packing_batch(num_trees: int = NUM_TREES, step_tokens: int = 384) -> pa.Tabl
     return to_worker_batch(records)
 
 
-class PackingLearner(Learner):
-    """A learner that ends an update before the first forward pass."""
-
-    def _optimizer_steps(self, minibatches: list[list[Forest]], progress: float) -> list:
-        return []
-
-
-def packing_learner(config: Config) -> PackingLearner:
+def packing_learner(config: Config) -> Learner:
     """One of the default settings; its model has nothing to do."""
-    return PackingLearner(
+    return Learner(
         model=config.model,
         learner=LearnerConfig(),
         loss=config.loss,
@@ -127,10 +120,10 @@ def packing_learner(config: Config) -> PackingLearner:
     )
 
 
-def batch_to_forests(batch: pa.Table, learner: PackingLearner) -> list[Forest]:
+def batch_to_forests(batch: pa.Table, learner: Learner) -> list[Forest]:
     """What the worker and its learner do with a batch before the first forward pass."""
     records = from_table(from_worker_batch(batch))
-    [forests] = learner.update(records).trained.minibatches
+    [forests] = learner.prepare(records)[0].minibatches
     return list(forests)
 
 

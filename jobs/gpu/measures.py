@@ -106,8 +106,8 @@ def measured(made: Learner, records: list[TreeRecord]) -> dict[str, float]:
 
     hooks = [
         made.policy.model.base_model.register_forward_hook(partial(note, "forward_gib")),
-        made.optimizer.register_step_pre_hook(partial(note, "loss_and_backward_gib")),
-        made.optimizer.register_step_post_hook(partial(note, "step_gib")),
+        made.optimizer.adamw.register_step_pre_hook(partial(note, "loss_and_backward_gib")),
+        made.optimizer.adamw.register_step_post_hook(partial(note, "step_gib")),
     ]
     trees = [record.tree for record in records]
     signs = [np.ones(len(tree)) for tree in trees]

@@ -1,5 +1,6 @@
 """Workload of the first GPU run: a model, trees and forests, in real sizes or tiny ones."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,9 @@ from treerpo_ray.learner.policy import Policy, load_policy
 from treerpo_ray.records import TreeRecord
 
 PROJECT = Path(__file__).resolve().parents[2]
+
+Tell = Callable[..., None]
+"""Adds to what a part has found, and writes it down at once."""
 
 
 @dataclass(frozen=True, kw_only=True)

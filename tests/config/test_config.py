@@ -85,6 +85,15 @@ def test_a_number_beyond_its_limits_is_told_with_its_key() -> None:
             ["engine.resources={GPU: 0.5}", "engine.kv_cache_gib=null"],
             r"engine.kv_cache_gib is needed where a GPU is shared .*GPU: 0\.5",
         ),
+        (["engine.sleep=true", "gate.max_staleness=1"], "engine.sleep=true needs gate.max_stale"),
+        (
+            ["sync.transport=nccl", "engine.resources={GPU: 0.5}", "learner.resources={GPU: 0.5}"],
+            r"sync\.transport=nccl needs a GPU for each .* have GPU: 0\.5 and 0\.5 in .*=ipc",
+        ),
+        (
+            ["sync.transport=ipc", "engine.resources={GPU: 1}", "learner.resources={GPU: 1}"],
+            r"sync\.transport=ipc needs one worker and one engine that share .* 1 engine\(s\): set",
+        ),
         (["engine.max_trees=0"], "engine.max_trees=0 must be more than 0"),
         (
             ["run.stall_timeout_s=100", "engine.request_timeout_s=100"],

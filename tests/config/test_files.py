@@ -206,6 +206,12 @@ def test_a_missing_file_is_told_with_the_folder_it_was_looked_for_in(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert mistake("gone.yaml") == f"gone.yaml: no such configuration file in {tmp_path}"
+    there = ", ".join(sorted(path.stem for path in (CONF / "hardware").glob("*.yaml")))
+    assert "four_by_eight, " in there
+    assert mistake("conf/hardware/two_gpu.yaml") == (
+        f"conf/hardware/two_gpu.yaml: no such configuration file in {tmp_path}; conf/hardware has "
+        f"{there}"
+    )
 
 
 def test_a_file_of_the_project_is_found_from_anywhere_unless_one_of_that_name_is_here(

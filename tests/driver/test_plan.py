@@ -11,6 +11,7 @@ from treerpo_ray.config import Config, load
 from treerpo_ray.driver import cluster
 from treerpo_ray.driver.plan import plan_lines
 from treerpo_ray.preflight.inputs import load_inputs, preflight
+from treerpo_ray.preflight.placement import Node
 from treerpo_ray.prompts.mixture import Mixture
 
 QUICKSTART = [
@@ -112,7 +113,8 @@ def test_the_plan_of_a_pool_that_may_grow_says_from_where_to_where() -> None:
 def test_the_plan_says_what_this_machine_lacks() -> None:
     def large(config: Config) -> cluster.Available:
         have = cluster.local_resources(config, cpus=64, gpus=0)
-        return cluster.Available(where="this machine", resources=have, memory_gib=40.0)
+        here = (Node(have, {}),)
+        return cluster.Available(where="this machine", resources=have, nodes=here, memory_gib=40.0)
 
     shown = plan(look=large)
     assert shown["missing"] == "nothing"
@@ -122,11 +124,15 @@ def test_the_plan_says_what_this_machine_lacks() -> None:
 
 def test_the_plan_of_a_run_on_a_cluster_looks_at_that(monkeypatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    there = cluster.Available(where="the cluster", resources={"CPU": 1.0}, memory_gib=0.3)
+    nodes = (Node({"CPU": 0.5}, {}), Node({"CPU": 0.5, "memory": 9.0}, {}), Node({}, {}))
+    there = cluster.Available(
+        where="the cluster", resources={"CPU": 1.0}, nodes=nodes, memory_gib=0.3
+    )
     config = load(QUICKSTART)
     found = preflight(config)
     lines = plan_lines(config, found, look=lambda config: there)
     assert "there is    CPU 1, train_slot 0, 0.3 GiB of memory (the cluster)" in lines
+    assert "nodes       2 with CPU 0.5; 1 with none of that" in lines
     assert "missing     CPU 1.1, train_slot 2" in lines
     [memory] = [line for line in lines if "the largest node has 0.3" in line]
     assert memory.startswith("missing     1 engine(s) take 0.28 GiB and 1 worker(s) ")
@@ -136,6 +142,16 @@ def test_the_plan_of_a_run_on_a_cluster_looks_at_that(monkeypatch) -> None:
 
     lines = plan_lines(config, found, look=refuse)
     assert "missing     RAY_ADDRESS=10.0.0.1:6379: nothing answers there" in lines
+
+
+def test_the_plan_says_what_no_node_has_room_for() -> None:
+    """A cluster that has enough of everything, but not where a worker needs it."""
+    halves = tuple(Node({"CPU": 0.3, "train_slot": 1.0}, {}) for _ in range(8))
+    sums = {"CPU": 2.4, "train_slot": 8.0}
+    there = cluster.Available(where="the cluster", resources=sums, nodes=halves, memory_gib=40.0)
+    shown = plan(look=lambda config: there)
+    assert shown["nodes"] == "8 with CPU 0.3, train_slot 1"
+    assert shown["missing"].startswith("engine.resources={'CPU': 0.5}: no node has all of that")
 
 
 def test_an_address_at_which_nothing_answers_is_told_at_once(monkeypatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 import ray
 import ray.train
 
+from tests.support.stages.answering_at_once import AnsweringAtOnce
 from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.driver.train_group import TrainGroup, restart_wait_s
 from treerpo_ray.metrics.console import Console
@@ -43,7 +44,9 @@ def fit(
     def remote(call: Callable[..., object]) -> SimpleNamespace:
         return SimpleNamespace(remote=call)
 
-    actors = SimpleNamespace(
+    actors = AnsweringAtOnce(
+        pool=None,
+        weight_sync=None,
         gate=SimpleNamespace(done=remote(lambda: done[-1])),
         run_log=SimpleNamespace(event=remote(events.append)),
         heartbeats=SimpleNamespace(forget=remote(lambda stage: None)),
@@ -57,7 +60,6 @@ def fit(
         ),
         is_stopping=is_stopping,
         sleep=waits.append,
-        get=lambda answer: answer,
     )
     try:
         return group.fit(), waits, events

@@ -1,7 +1,12 @@
 """How vLLM is set up: the lines that only a GPU runs are at least looked at here."""
 
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+
 import pytest
 
+from tests.support.gpu_build import GpuBuild, users_of
 from treerpo_ray.config import load
 from treerpo_ray.engine._vllm_args import CPU_BLOCK_SIZE, GIB, engine_args, environment
 from treerpo_ray.engine.types import EngineSetup
@@ -75,3 +80,98 @@ def test_an_engine_on_a_cpu_gets_what_its_kernels_need() -> None:
     assert args.max_model_len == load([]).max_model_tokens + 1
     assert args.skip_tokenizer_init, "it is for stop strings alone"
     assert not args_of("model.stop=[x]").skip_tokenizer_init
+
+
+@pytest.fixture(scope="module")
+def gpu_build(tmp_path_factory: pytest.TempPathFactory) -> GpuBuild:
+    return GpuBuild.unpacked(tmp_path_factory.mktemp("gpu_build"))
+
+
+@pytest.mark.slow
+def test_the_gpu_build_has_every_name_and_argument_that_is_used(gpu_build: GpuBuild) -> None:
+    """PyTorch has the same Python sources for a CPU and a GPU, but for `torch/version.py`, and Ray
+    has one build: what is used of them is held against those installed, here and by mypy itself."""
+    users = users_of("vllm")
+    assert {"engine.py", "_vllm_args.py", "bulk_logprobs.py", "vllm_worker.py"} <= {
+        path.name for path in users
+    }
+    assert gpu_build.faults(*users) == []
+
+
+MISTAKES = {
+    "import vllm.no_such": 'named "vllm.no_such"',
+    "from vllm.sampling_params import NoSuch": 'no attribute "NoSuch"',
+    "AsyncEngineArgs(no_such=1)": '"no_such" for "AsyncEngineArgs"',
+    "AsyncEngineArgs().no_such = 1": '"AsyncEngineArgs" has no attribute "no_such"',
+    "SamplingParams(no_such=1)": '"no_such" for "SamplingParams"',
+    "WeightTransferConfig(no_such=1)": '"no_such" for "WeightTransferConfig"',
+    "WeightTransferUpdateRequest(no_such=1)": '"no_such" for "WeightTransferUpdateRequest"',
+    "tokens_input([1], no_such=1)": '"no_such" for "tokens_input"',
+    "llm.no_such()": '"AsyncLLM" has no attribute "no_such"',
+    "llm.pause_generation(no_such=1)": '"no_such" for "pause_generation" of "AsyncLLM"',
+    "class _1(StoreTransfer):\n def receive_weights(self, a, b): ...": '"receive_weights" inc',
+    "class _2(Scheduler):\n def update_from_output(self, a): ...": '"update_from_output" inco',
+    "varlen_attn(*tensors, no_such=1)": '"no_such" for "varlen_attn"',
+    "fully_shard(module, no_such=1)": '"no_such" for overloaded function "fully_shard"',
+    "MixedPrecisionPolicy(no_such=1)": '"no_such" for "MixedPrecisionPolicy"',
+    "CPUOffloadPolicy(no_such=1)": '"no_such" for "CPUOffloadPolicy"',
+    "torch.backends.cuda.no_such": 'has no attribute "no_such"',
+}
+"""Lines that a GPU would stop at, of each kind of use that there is, and what is told of them."""
+IMPORTS = """
+import torch
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.nn.attention.varlen import varlen_attn
+from vllm import SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.inputs.engine import tokens_input
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.async_llm import AsyncLLM
+from treerpo_ray.engine.vllm_worker import StoreTransfer
+tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int]
+module: torch.nn.Module
+llm: AsyncLLM
+"""
+
+
+@pytest.mark.slow
+def test_what_the_gpu_build_lacks_is_found(gpu_build: GpuBuild, tmp_path: Path) -> None:
+    for number, line in enumerate(MISTAKES):
+        (tmp_path / f"mistake_{number}.py").write_text(f"{IMPORTS}{line}\n")
+    found = gpu_build.faults(*tmp_path.glob("*.py"))
+    for number, (line, told) in enumerate(MISTAKES.items()):
+        own = [fault for fault in found if f"mistake_{number}.py" in fault]
+        assert own and told in own[0], (line, own)
+
+
+@pytest.mark.slow
+def test_an_argument_that_a_gpu_build_has_lost_is_found(gpu_build: GpuBuild) -> None:
+    engine = gpu_build.sources / "v1/engine/async_llm.py"
+    text = engine.read_text()
+    argument = "        clear_cache: bool = True,\n"
+    assert text.count(argument) == 1
+    engine.write_text(text.replace(argument, ""))
+    try:
+        [fault] = gpu_build.faults(*users_of("vllm"))
+    finally:
+        engine.write_text(text)
+    assert "treerpo_ray/engine/engine.py:" in fault and '"clear_cache" for "pause_gen' in fault
+
+
+@pytest.mark.slow
+def test_what_is_tried_on_a_cpu_is_the_code_of_the_gpu_build(gpu_build: GpuBuild) -> None:
+    version = gpu_build.wheel.name.split("-")[1]
+    builds = importlib.metadata.packages_distributions()["vllm"]
+    if importlib.metadata.version(builds[0]) != version:
+        pytest.skip(f"installed is another version of vLLM than {version}")
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None and spec.origin is not None
+    installed = Path(spec.origin).parent
+    differing = set()
+    for file in installed.rglob("*.py"):
+        other = gpu_build.sources / file.relative_to(installed)
+        if not other.is_file() or other.read_bytes() != file.read_bytes():
+            differing.add(str(file.relative_to(installed)))
+    assert differing == {"_version.py", "platforms/__init__.py", "utils/cpu_triton_utils.py"}

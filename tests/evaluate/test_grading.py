@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.answers.evaluations import CUT, ERR, SLOW, C, W, graded
 from tests.support.saved_runs.run_folders import HangingStore
+from tests.support.stages.answering_at_once import AnsweringAtOnce
 from treerpo_ray.config import Config, load
 from treerpo_ray.config.data import PromptsConfig
 from treerpo_ray.evaluate import grading
@@ -96,6 +97,10 @@ def test_an_evaluation_without_a_single_verdict_is_an_error(records: list[TreeRe
         summarise(config(), records, 0, 0, 0.0)
 
 
+def actors_of(pool: object, run_log: object) -> AnsweringAtOnce:
+    return AnsweringAtOnce(gate=None, pool=pool, weight_sync=None, run_log=run_log, heartbeats=None)
+
+
 def evaluate(
     root: str | Path, writer: BackgroundWriter
 ) -> tuple[Evaluation, list[dict[str, float]]]:
@@ -112,11 +117,9 @@ def evaluate(
     evaluator = HeldOutEvaluator(
         config=load([f"run.root={root}", "run.name=run", "evaluate.num_samples=3"]),
         prompts=None,
-        pool=pool,
-        run_log=SimpleNamespace(step=SimpleNamespace(remote=rows.append)),
+        actors=actors_of(pool, SimpleNamespace(step=SimpleNamespace(remote=rows.append))),
         tokenizer=None,
         start_scorer=lambda settings, tokenizer, on_fault: scorer,
-        get=lambda answer: answer,
     )
     advanced: list[int] = []
     result = evaluator.evaluate(step=3, version=2, advance=advanced.append, writer=writer)
@@ -162,10 +165,8 @@ def test_a_variable_that_a_check_needs_and_this_node_lacks_ends_the_run() -> Non
         HeldOutEvaluator(
             config=load(["verifier.env=[NO_SUCH_KEY]"]),
             prompts=None,
-            pool=None,
-            run_log=SimpleNamespace(event=SimpleNamespace(remote=told.append)),
+            actors=actors_of(None, SimpleNamespace(event=SimpleNamespace(remote=told.append))),
             tokenizer=None,
-            get=lambda answer: answer,
         )
     [event] = told
     assert event.kind == FATAL and "NO_SUCH_KEY" in event.fields["reason"]

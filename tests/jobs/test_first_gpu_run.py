@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.gpu import measures
-from jobs.gpu.workload import REHEARSAL, forest_of
+from jobs.gpu import measures, torch_parts
+from jobs.gpu.ray_parts import quickstart_run, recipe_run
+from jobs.gpu.workload import REAL, REHEARSAL, forest_of
 from tests.support.project import PROJECT, load_script
 from tests.support.whole_runs import processes_with
+from treerpo_ray.config import load
 from treerpo_ray.learner.forest_layout import ForestLayout
+from treerpo_ray.preflight.inputs import preflight
 
 SCRIPT = load_script("jobs/gpu/first_run.py")
 
@@ -81,6 +84,17 @@ def test_the_attention_that_fails_in_cudnn_is_the_one_that_is_tried() -> None:
     assert value[0, 0, 0].sum() > value[0, 0, -1].sum() > 0
 
 
+def test_the_runs_on_a_gpu_would_start(tmp_path: Path) -> None:
+    """With its own hardware file, but a small model."""
+    torch_parts.model(REHEARSAL, tmp_path, lambda **told: None)
+    for arguments in (quickstart_run(REAL, tmp_path), recipe_run(tmp_path)):
+        config = load(arguments)
+        assert config.engine.resources["GPU"] == config.learner.resources["GPU"] == 0.5
+        inputs = preflight(config).inputs()
+        assert len(inputs.prompts) >= config.gate.trees_per_step
+    assert config.learner.shard and config.model.path == f"{tmp_path}/model"
+
+
 @pytest.mark.ray
 @pytest.mark.engine
 @pytest.mark.slow
@@ -99,8 +113,11 @@ def test_all_parts_run_on_a_cpu_in_tiny_sizes(tmp_path: Path) -> None:
     changes += ["foreach_optimizer", "with_cudnn"]
     assert all(told["learner"][name]["s_a_forest"] > 0 for name in changes)
     assert told["sharded"]["gradient_off_in_float32"] < 1e-5
+    assert told["sharded"]["gradient_off_with_offload"] < 0.1
+    assert told["sharded"]["resumed_off"] < 1e-4 and "export_s" in told["sharded"]
     assert told["sharded"]["as_is"]["s_a_forest"] > 0
     assert told["engine"]["cached_share"] > 0.3 and told["engine"]["off_1"] < 0.01
+    assert told["engine"]["sampled_logprobs_off"] < 0.01
     assert told["train"]["quickstart"]["sampled_tokens"] > 0
     assert "of gpu_memory_gib" in logs, "the recipe's plan"
     assert processes_with(f"TREERPO_TEST={tmp_path}") == [], "each run ends the Ray that it started"

@@ -262,7 +262,7 @@ def test_the_learning_rate_falls_linearly_to_what_is_left_of_it_at_the_end(path:
         before = {n: p.detach().clone() for n, p in learner.policy.model.named_parameters()}
         metrics = learner.update(mixed(version=k), progress).metrics
         rates.append(metrics["learner/learning_rate"])
-        assert learner.optimizer.param_groups[0]["lr"] == rates[-1]
+        assert learner.optimizer.adamw.param_groups[0]["lr"] == rates[-1]
         moved = learner.policy.model.named_parameters()
         assert any(not torch.equal(p, before[name]) for name, p in moved)
     assert rates == pytest.approx([0.5e-3, 0.8e-3, 0.6e-3, 0.2e-3])
@@ -271,7 +271,7 @@ def test_the_learning_rate_falls_linearly_to_what_is_left_of_it_at_the_end(path:
 @pytest.mark.parametrize("other", [{"foreach": False}, {"foreach": True}])
 def test_the_fused_optimizer_steps_as_the_others_do(path: str, other: dict[str, bool]) -> None:
     learner = make_learner(make_config(path, FREE))
-    assert learner.optimizer.defaults["fused"]
+    assert learner.optimizer.adamw.defaults["fused"]
     trained = list(learner.policy.model.parameters())
     copies = [parameter.detach().clone() for parameter in trained]
     decay = FREE.weight_decay
@@ -334,7 +334,7 @@ def test_a_resumed_learner_takes_rate_and_decay_from_its_configuration(
     learner.write(tmp_path)
     changed = replace(FREE, warmup_steps=3, learning_rate=8e-3, weight_decay=0.5)
     resumed = make_learner(make_config(path, changed), tmp_path)
-    assert resumed.optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert resumed.optimizer.adamw.param_groups[0]["weight_decay"] == 0.5
     assert State.of(resumed).moments, "they are the checkpoint's"
     rates = [resumed.update(mixed(version=k)).metrics["learner/learning_rate"] for k in (1, 2, 3)]
     assert rates == pytest.approx([4e-3, 6e-3, 8e-3]), "the warm-up goes on where it was"
@@ -366,7 +366,7 @@ def test_the_reference_has_the_weights_of_the_type_that_is_computed_in(path: str
         checkpointed = replace(FREE, gradient_checkpointing=True)
         config = make_config(path, checkpointed, LossConfig(kl_coef=0.1))
         learner = make_learner(replace(config, model=replace(config.model, dtype=dtype)))
-        policy, reference = learner.policy, learner.reference
+        policy, reference = learner.policy, learner.optimizer.reference
         assert reference is not None and policy.model.dtype == torch.float32
         assert reference.model.dtype == getattr(torch, dtype)
         first, other = (model.model.model.layers[0].forward for model in (policy, reference))

@@ -16,6 +16,7 @@ from treerpo_ray.learner.publisher import Publisher
 from treerpo_ray.weight_sync import Probe
 from treerpo_ray.weights.files import FileMaps, FilePlace, HeldFile
 from treerpo_ray.weights.manifest import Manifest
+from treerpo_ray.weights.transport import FileTransport
 
 LIMIT_S = 600.0
 
@@ -23,6 +24,7 @@ LIMIT_S = 600.0
 def publisher(send: Callable[..., None] = lambda *_: pytest.fail("nothing is sent")) -> Publisher:
     return Publisher(
         send=send,
+        transport=FileTransport(),
         get=lambda answer: answer,
         node="here",
         probe_ids=[1, 2],

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import AutoConfig
@@ -66,17 +67,23 @@ def test_an_input_that_is_not_as_it_must_be_is_one_line_with_its_key(override, t
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_with_code_of_its_own_is_refused_and_the_code_not_run(
-    tmp_path, monkeypatch
-) -> None:
+@pytest.fixture
+def odd_model(tmp_path, monkeypatch) -> Path:
+    """The folder of a model whose classes are `Config` and `Model` of its own odd.py, which has
+    yet to be written."""
     modules = "transformers.dynamic_module_utils.HF_MODULES_CACHE"  # where code is copied to
     monkeypatch.setattr(modules, str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    folder, marker = tmp_path / "model", tmp_path / "marker"
+    folder = tmp_path / "model"
     shutil.copytree(PROJECT / "treerpo_ray/quickstart/model", folder)
     odd = {"AutoConfig": "odd.Config", "AutoModelForCausalLM": "odd.Model"}
     named = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(named | {"model_type": "odd", "auto_map": odd}))
+    return folder
+
+
+def test_a_model_with_code_of_its_own_is_refused_and_the_code_not_run(odd_model, tmp_path) -> None:
+    folder, marker = odd_model, tmp_path / "marker"
     (folder / "odd.py").write_text(
         f"open({str(marker)!r}, 'w').close()\n"
         "from transformers import Qwen2Config, Qwen2ForCausalLM\n"
@@ -91,6 +98,38 @@ def test_a_model_with_code_of_its_own_is_refused_and_the_code_not_run(
     assert not marker.exists()
     inputs(f"model.path={folder}", "model.trust_remote_code=true")
     assert marker.exists()  # the code is what this test thinks that it is
+
+
+LAYERS_UNKNOWN = """
+from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
+class Layer(nn.Module):
+    forward = Qwen2DecoderLayer.forward
+
+class Config(Qwen2Config):
+    model_type = "odd"
+
+class Model(Qwen2ForCausalLM):
+    config_class = Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.__class__ = Layer
+"""
+
+
+def test_a_model_that_does_not_say_what_its_layers_are_is_not_sharded(odd_model: Path) -> None:
+    (odd_model / "odd.py").write_text(LAYERS_UNKNOWN)
+    given = [f"model.path={odd_model}", "model.trust_remote_code=true"]
+    inputs(*given)
+    for key in ("shard", "compile", "gradient_checkpointing"):
+        told = rf"^model\.path=\S+: learner\.{key}=true needs .*Model does not: set l"
+        with pytest.raises(ValueError, match=told) as caught:
+            inputs(*given, f"learner.{key}=true")
+        assert "\n" not in str(caught.value)
 
 
 def test_a_model_folder_without_a_model_is_one_line_with_its_key(tmp_path) -> None:

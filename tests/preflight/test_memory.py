@@ -1,71 +1,28 @@
 """What a run takes of its GPUs: counted by hand, measured, and refused where it does not fit."""
 
-import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
-from tests.support.learning.learner_runs import make_config, make_learner
-from tests.support.learning.tiny_models import save_tiny_model
-from tests.support.learning.trees import full_tree
 from tests.support.project import PROJECT, load_script
-from treerpo_ray.algo.packing import pack
+from tests.support.qwen import CONFIGS, COUNTS, model
 from treerpo_ray.config import Config, load
-from treerpo_ray.config.sections import LearnerConfig
+from treerpo_ray.config.lora import LoraConfig
 from treerpo_ray.preflight.machine import GIB, check_gpus
 from treerpo_ray.preflight.memory import (
     MemoryPlan,
-    ModelSizes,
-    cache_bytes_a_token,
-    keys_and_pairs,
     misfit,
     needs_more_memory,
     number,
 )
-
-QWEN = {"model_type": "qwen2", "vocab_size": 151_936, "max_position_embeddings": 4096}
-CONFIGS = {
-    "0.5b": QWEN
-    | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
-    | {"num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "1.5b": QWEN
-    | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
-    | {"num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "7b": QWEN
-    | {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28}
-    | {"num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False}
-    | {"vocab_size": 152_064},
-}
-"""The config.json of Qwen2.5 in three sizes, as far as memory depends on it."""
-COUNTS = {"0.5b": 494_032_768, "1.5b": 1_543_714_304, "7b": 7_615_616_512}
-RECIPES = sorted(path.stem for path in (PROJECT / "conf").glob("*qwen*.yaml"))
-
-
-def model(size: str, folder: Path) -> tuple[int, ModelSizes]:
-    """Parameters and sizes of a model, from its config.json alone."""
-    (folder / "config.json").write_text(json.dumps(CONFIGS[size]))
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        made = AutoModelForCausalLM.from_config(config)
-    return made.num_parameters(), ModelSizes.of(config)
+from treerpo_ray.preflight.model_sizes import ModelSizes, cache_bytes_a_token
 
 
 def recipe(name: str, *arguments: str) -> Config:
     return load([str(PROJECT / f"conf/{name}.yaml"), *arguments])
-
-
-def hardware(name: str) -> list[str]:
-    """The hardware files that a recipe names."""
-    text = (PROJECT / f"conf/{name}.yaml").read_text()
-    return sorted(set(re.findall(r"conf/hardware/\w+\.yaml", text)))
 
 
 @pytest.mark.parametrize("size", ["1.5b", "7b"])
@@ -104,30 +61,35 @@ def test_the_line_for_fp8_in_the_file_for_eight_gpus_leaves_more_for_the_cache(
     file = PROJECT / "conf/hardware/eight_gpus.yaml"
     [said] = re.findall(r"^#   (engine\.quantization=fp8 .*)", file.read_text(), re.MULTILINE)
     found = model("7b", tmp_path)
-    plain, fp8 = (
-        recipe("treerpo_qwen2.5_math_7b", str(file), *each) for each in ([], said.split())
-    )
+    name = "treerpo_qwen2.5_math_7b"
+    plain, fp8 = (recipe(name, str(file), *each) for each in ([], said.split()))
     assert misfit(fp8, *found) is None
     caches = [MemoryPlan.of(config, *found).engine["KV cache"] for config in (plain, fp8)]
     assert caches[1] - caches[0] == pytest.approx((COUNTS["7b"] - 2 * 152_064 * 3584) / GIB)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_fits_the_hardware_that_it_names(name: str, tmp_path: Path) -> None:
-    size = next(each for each in CONFIGS if name.endswith(each))
-    named, found = hardware(name), model(size, tmp_path)
-    assert found[0] == COUNTS[size]
-    assert misfit(recipe(name), *found) is None, "as it stands"
-    kinds = {
-        "0.5b": ["one_gpu"],
-        "1.5b": ["autoscaled", "eight_gpus", "one_gpu"],
-        "7b": ["eight_gpus", "one_gpu_offloaded"],
-    }[size]
-    assert named == [f"conf/hardware/{file}.yaml" for file in kinds]
-    for file in named:
-        config = recipe(name, str(PROJECT / file))
-        assert config.learner.gpu_memory_gib and config.engine.gpu_memory_gib
-        assert misfit(config, *found) is None, file
+def test_of_adapters_a_worker_holds_gradients_and_moments_and_of_the_model_its_weights(
+    tmp_path: Path,
+) -> None:
+    count, sizes = model("7b", tmp_path)
+    rank, layers, hidden, inner, keys = 32, 28, 3584, 18_944, 4 * 128
+    ins_and_outs = 2 * (hidden + hidden) + 2 * (hidden + keys) + 3 * (hidden + inner)
+    adapted = rank * layers * ins_and_outs
+    lora = [f"lora.rank={rank}", "learner.shard=false"]
+    config = recipe("treerpo_qwen2.5_math_7b", *lora)
+    plan = MemoryPlan.of(config, count, replace(sizes, num_adapted=adapted))
+    counted = {"weights": 2 * count + 4 * adapted, "gradients and AdamW": 12 * adapted}
+    counted["copies in bfloat16"] = 2 * adapted
+    assert {part: plan.worker[part] for part in counted} == pytest.approx(
+        {part: size / GIB for part, size in counted.items()}
+    )
+    assert "reference model" not in plan.worker, "it is the model itself"
+    assert plan.engine["weights"] == pytest.approx((2 * count + 4 * adapted) / 2 / GIB)
+    file = PROJECT / "conf/hardware/one_gpu_lora.yaml"
+    on_one = recipe("treerpo_qwen2.5_math_7b", str(file))
+    assert on_one.lora.rank == rank
+    assert misfit(on_one, count, replace(sizes, num_adapted=adapted)) is None
+    assert misfit(replace(on_one, lora=LoraConfig()), count, sizes) is not None
 
 
 def test_the_small_recipe_fits_the_smaller_gpu_that_its_head_speaks_of(tmp_path: Path) -> None:
@@ -208,14 +170,6 @@ def test_what_is_offloaded_is_counted_in_main_memory(tmp_path: Path) -> None:
 ONE_GPU = str(PROJECT / "conf/hardware/one_gpu.yaml")
 
 
-def test_keys_and_pairs_of_a_tree_are_those_counted_by_hand() -> None:
-    """A prompt of 10 tokens, 2 steps of 5 and 4 of 4: 36 tokens, on paths of 10, 15 and 19."""
-    shape = ["tree.num_children=[2, 2]", "tree.step_tokens=[5, 4]", "prompts.max_prompt_tokens=10"]
-    keys, pairs = keys_and_pairs(load(shape))
-    assert keys == pytest.approx((10 + 2 * 15 + 4 * 19) / 36)
-    assert pairs == pytest.approx((10 * 10 + 10 * 15 + 16 * 19) / 36)
-
-
 NO_GRADIENT_CHECKPOINTING = "learner.gradient_checkpointing=false"
 
 
@@ -245,6 +199,30 @@ def test_what_does_not_fit_is_one_line_with_its_key(
 ) -> None:
     line = misfit(recipe("treerpo_qwen2.5_math_1.5b", *overrides), *model("1.5b", tmp_path))
     assert re.search(told, line) and "\n" not in line
+
+
+def test_engines_that_sleep_and_learners_take_turns_at_a_gpu(tmp_path: Path) -> None:
+    sizes = model("1.5b", tmp_path)
+    crowded = recipe("treerpo_qwen2.5_math_1.5b", ONE_GPU, "engine.kv_cache_gib=40")
+    assert "lower learner.token_budget or engine.kv_cache_gib, set engine.sleep=true, or" in str(
+        misfit(crowded, *sizes)
+    )
+    asleep = ["engine.kv_cache_gib=40", "engine.sleep=true"]
+    assert misfit(recipe("treerpo_qwen2.5_math_1.5b", ONE_GPU, *asleep), *sizes) is None
+    # What a learner keeps while engines sample: all but what an update needs on its way.
+    plan = MemoryPlan.of(crowded, *sizes)
+    kept = sum(plan.worker.values()) - plan.worker["activations"]
+    has = kept + sum(plan.engine.values())
+    for gib, fits in ((has + 0.01, True), (has - 0.01, False)):
+        on = [f"learner.gpu_memory_gib={gib}", f"engine.gpu_memory_gib={gib}"]
+        config = recipe("treerpo_qwen2.5_math_1.5b", ONE_GPU, *asleep, *on)
+        assert (misfit(config, *sizes) is None) == fits
+
+
+def test_weights_that_are_sent_from_the_gpu_lie_there(tmp_path: Path) -> None:
+    config = recipe("treerpo_qwen2.5_math_1.5b", "sync.transport=nccl")
+    plan = MemoryPlan.of(config, *model("1.5b", tmp_path))
+    assert plan.worker["weights to be sent"] == pytest.approx(2 * COUNTS["1.5b"] / GIB)
 
 
 def test_what_nobody_named_is_not_checked(tmp_path: Path) -> None:
@@ -301,65 +279,6 @@ def test_a_command_shows_the_table_and_refuses(capfd, tmp_path: Path) -> None:
     assert last.startswith("error: learner.gpu_memory_gib=0.5: a worker of treerpo_ray/quickstart/")
 
 
-SIZES = {
-    "hidden_size": 128,
-    "intermediate_size": 512,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 4096,
-}
-"""Each token of the tree is another, of 1,024."""
-
-
-@pytest.fixture
-def alone() -> Iterator[None]:
-    """A group of workers of its own that a sharded learner makes ends with the test."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("vocabulary", [1100, 8000], ids=["layers", "head"])
-@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
-def test_the_estimate_of_activations_is_what_an_update_takes(
-    dtype: str, checkpointing: bool, vocabulary: int, shard: bool, tmp_path: Path, alone: None
-) -> None:
-    """On a CPU: a GPU keeps the same tensors, but for those inside of its attention kernels. Most
-    is taken by the layers, or by the logits of the head."""
-    path = save_tiny_model(tmp_path, "qwen2", **SIZES | {"vocab_size": vocabulary})
-    settings = LearnerConfig(gradient_checkpointing=checkpointing, token_budget=10**6, shard=shard)
-    config = make_config(path, settings)
-    shape = replace(config.tree, num_children=(4, 4), step_tokens=(48, 48))
-    config = replace(
-        config,
-        model=replace(config.model, dtype=dtype),
-        prompts=replace(config.prompts, max_prompt_tokens=64),
-        tree=shape,
-        gate=replace(config.gate, trees_per_step=1),
-        learner=settings,
-    )
-    tree = full_tree(4, 2, step_length=48, prompt_length=64)
-    forests = pack([tree], [np.tile([1.0, -1.0], len(tree) // 2)], 10**6)
-    learner = make_learner(config)
-    learner._optimize(forests, [None], 0.0)  # gradients and moments are there from then on
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        learner._optimize(forests, [None], 0.0)
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    sizes = ModelSizes.of(learner.policy.model.config)
-    parts = MemoryPlan.of(config, learner.policy.model.num_parameters(), sizes).worker
-    passing = ("activations", "copies in bfloat16", "gathered")
-    planned = sum(parts.get(part, 0.0) for part in passing) * GIB
-    assert 1.0 < planned / peak < (1.35 if shard else 1.15)
-
-
 GPUS = ["engine.resources={GPU: 0.5}", "learner.resources={GPU: 0.5}", "learner.gpu_memory_gib=79"]
 
 
@@ -400,27 +319,6 @@ def test_gpus_that_cannot_be_used_are_one_line(
     with pytest.raises(ValueError, match=told) as caught:
         check_gpus(load(overrides), cuda)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(("capability", "is_fit"), [("8.9", True), ("12.0", True), ("8.6", False)])
-def test_gpus_that_do_not_multiply_fp8_are_refused_where_engines_are_to(
-    capability: str, is_fit: bool, tmp_path: Path, monkeypatch
-) -> None:
-    tool = tmp_path / "nvidia-smi"
-    known = f"*compute_cap*) echo {capability};; *) echo 580.65.06, 81559;;"
-    tool.write_text(f'#!/bin/sh\ncase "$*" in {known} esac\n')
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    asked = ["engine.resources={GPU: 1}", "model.dtype=bfloat16", "sync.probe_tolerance=0.5"]
-    check_gpus(load(asked), "13.0")
-    fp8 = load([*asked, "engine.quantization=fp8"])
-    if is_fit:
-        check_gpus(fp8, "13.0")
-        return
-    with pytest.raises(
-        ValueError, match=r"^engine\.quantization=fp8 needs .*8\.9 .* has 8\.6: set"
-    ):
-        check_gpus(fp8, "13.0")
 
 
 def test_a_job_without_a_learner_is_planned_and_refused_by_its_engines_alone() -> None:

@@ -24,7 +24,7 @@ from treerpo_ray.study.analysis import Run
 ELASTIC = [
     *("engine.resources={CPU: 0.2, rollout_slot: 1}", "engine.labels={role: rollout}"),
     *("engine.num_engines=1", "engine.max_engines=2", "engine.max_trees=4"),
-    *("learner.num_workers=2", "learner.min_workers=1"),
+    *("learner.num_workers=2", "learner.min_workers=1", "learner.shard=true"),
     *("learner.resources={CPU: 0.5, train_slot: 1}", "evaluate.data.path=''"),
     *(
         "checkpoint.every=1",
@@ -81,7 +81,8 @@ def drain(cluster: Cluster, node_id: str, seconds: float) -> None:
 @pytest.mark.timeout(3600)
 def test_nodes_of_workers_and_engines_come_and_go_and_cost_no_ticket(cluster, tmp_path) -> None:
     """A node for a second worker and one for a second engine come up; then the first vanishes and
-    the other is drained. In `test_chaos` a node of an engine vanishes."""
+    the other is drained. Workers have parts of the model: those of two go on with one, and back. In
+    `test_chaos` a node of an engine vanishes, and workers have the whole."""
     add_rollout_node(cluster)
     add_train_node(cluster)
     command = [sys.executable, "jobs/train.py", *SMALL, f"run.root={tmp_path}", "run.name=nodes"]

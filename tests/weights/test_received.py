@@ -50,7 +50,7 @@ def make_transfer(num_read: int):
     from treerpo_ray.engine.vllm_worker import StoreInit, StoreTransfer
 
     transfer = StoreTransfer.__new__(StoreTransfer)  # there is no engine to make it for
-    transfer.model = Model(num_read)
+    transfer.model, transfer.device = Model(num_read), torch.device("cpu")
     transfer.init_transfer_engine(StoreInit())
     return transfer
 

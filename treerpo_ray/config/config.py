@@ -150,6 +150,7 @@ class Config:
         self._check_data()
         self._check_only_children()
         self._check_engine()
+        self._check_sync()
         self._check_workers()
         if self.lora.rank > MOST_RANK:
             raise ValueError(
@@ -303,6 +304,27 @@ class Config:
                 f"sync.probe_tolerance={self.sync.probe_tolerance:g} is less than rounding to "
                 f"engine.quantization={name} takes engines off the learner: set it to "
                 f"{FP8_TOLERANCE:g}"
+            )
+
+    def _check_sync(self) -> None:
+        """Check that weights can travel as asked for between the devices that there are."""
+        learner, engine = self.learner, self.engine
+        shares = learner.resources.get("GPU", 0), engine.resources.get("GPU", 0)
+        kind = self.sync.transport
+        told = f"learner and engine have GPU: {shares[0]:g} and {shares[1]:g}"
+        if kind == "file" or not any(shares):
+            return
+        if kind == "nccl" and min(shares) < 1:
+            raise ValueError(
+                f"sync.transport=nccl needs a GPU for each worker and each engine, but {told} in "
+                "their resources: share a GPU by sync.transport=ipc, or set it to file"
+            )
+        alone = learner.num_workers == engine.most == 1 and min(shares) > 0 and sum(shares) <= 1
+        if kind == "ipc" and not alone:
+            raise ValueError(
+                f"sync.transport=ipc needs one worker and one engine that share a GPU, but {told} "
+                f"in their resources, with learner.num_workers={learner.num_workers} and "
+                f"{engine.most} engine(s): set it to nccl or file"
             )
 
     @property

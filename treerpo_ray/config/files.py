@@ -221,12 +221,23 @@ def _placeless(value: object, key: str = "") -> object:
     return JOB_FOLDER.sub("", value)
 
 
+def _beside(argument: str) -> str:
+    """Which files the project has where one of its own was looked for, for a message."""
+    folder = (PROJECT / argument).parent
+    if not folder.is_relative_to(PROJECT / "conf"):
+        return ""
+    names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+    return f"; {folder.relative_to(PROJECT)} has {names}" if names else ""
+
+
 def _part(argument: str) -> Container:
     if argument.endswith((".yaml", ".yml")):
         places = (Path(argument), PROJECT / argument)  # else one of the project's own
         path = next((place for place in places if place.is_file()), None)
         if path is None:
-            raise ValueError(f"{argument}: no such configuration file in {Path.cwd()}")
+            raise ValueError(
+                f"{argument}: no such configuration file in {Path.cwd()}{_beside(argument)}"
+            )
         try:
             return _in_present_names(OmegaConf.to_container(OmegaConf.load(path)))
         except (YAMLError, OSError, UnicodeDecodeError) as error:

@@ -21,6 +21,7 @@ from treerpo_ray.config import Config
 from treerpo_ray.config.data import PROJECT
 from treerpo_ray.config.files import load, to_yaml
 from treerpo_ray.config.identity import differences
+from treerpo_ray.config.lora import LoraConfig
 from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.driver.cluster import connected
 from treerpo_ray.driver.sources import version_of
@@ -29,7 +30,7 @@ from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_
 from treerpo_ray.engine.types import EngineSetup, Sampling
 from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, Graded, save_evaluation, save_samples
-from treerpo_ray.evaluate.grading import grade_samples, summarise
+from treerpo_ray.evaluate.grading import grade_trees, sampled_trees, summarise
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.events import RunLogApi
 from treerpo_ray.metrics.run_log import RunLog, RunLogSetup
@@ -42,6 +43,7 @@ from treerpo_ray.prompts.problems import load_problems
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
 from treerpo_ray.run_folder.checkpoints import FOLDER as CHECKPOINTS
 from treerpo_ray.run_folder.files import (
+    ADAPTER_FOLDER,
     CONFIG_FILE,
     MODEL_FOLDER,
     RunFolder,
@@ -50,7 +52,7 @@ from treerpo_ray.run_folder.files import (
 )
 from treerpo_ray.run_folder.lock import only_writer
 from treerpo_ray.run_folder.logs import output_to_log
-from treerpo_ray.scoring import Scorer
+from treerpo_ray.scoring import Scorer, StartScorer
 from treerpo_ray.search.tree_pool import TreePool
 from treerpo_ray.stop import Stop
 from treerpo_ray.task import TreePoolApi
@@ -106,6 +108,7 @@ def configure(
     return replace(
         config,
         prompts=replace(config.prompts, mix={}),  # a run's own
+        lora=LoraConfig(),  # a run's model has its adapters merged
         evaluate=replace(config.evaluate, benchmarks=chosen),
     )
 
@@ -116,6 +119,11 @@ def _model_of(run: RunFolder) -> str:
     for name in (MODEL_FOLDER, *checkpoints):
         if _is_model(run, name):
             return name
+    if run.glob(f"{CHECKPOINTS}/step=*/{ADAPTER_FOLDER}"):
+        raise ValueError(
+            f"{run}: checkpoints of a run with lora.rank hold adapters alone, and its model is "
+            "written at its end: let it end, with a lower run.num_steps if need be"
+        )
     raise ValueError(f"{run}: the run has written neither a model nor a checkpoint yet")
 
 
@@ -310,7 +318,7 @@ def evaluate_all(
     console: Console,
     *,
     make_actor: Callable[..., Callable[..., Any]] = make_actor,
-    make_scorer: Callable[..., Scorer] = Scorer,
+    make_scorer: StartScorer = Scorer,
 ) -> Iterator[tuple[str, Evaluation]]:
     """Evaluate each benchmark on the Ray cluster that is connected, on the same engines."""
     run = config.run.name
@@ -363,7 +371,7 @@ def _grade(
 ) -> list[Graded]:
     title = f"{name}: {len(prompts)} problems"
     with evaluation_progress(config, console, heartbeats, title, len(prompts)) as advance:
-        return grade_samples(config, prompts, pool, scorer, advance)
+        return grade_trees(map(ray.get, sampled_trees(config, prompts, pool)), scorer, advance)
 
 
 def _save(config: Config, source: str, name: str, graded: list[Graded]) -> Evaluation:

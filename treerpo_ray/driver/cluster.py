@@ -88,6 +88,7 @@ class Available:
 
     where: str
     resources: dict[str, float]
+    nodes: tuple[Node, ...]
     memory_gib: float
     """Of this machine, or of the node that has most."""
 
@@ -104,19 +105,24 @@ def look_at_resources(config: Config) -> Available:
 
         cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
         found = local_resources(config, cpus=cpus, gpus=gpus)
-        return Available(where="this machine", resources=found, memory_gib=machine_gib())
+        here = Node(found, config.engine.labels)  # a cluster of one's own has them
+        return Available(
+            where="this machine", resources=found, nodes=(here,), memory_gib=machine_gib()
+        )
     await_head(address, patience_s=0.0)
     with ExitStack() as ends:
         try:
             ends.enter_context(session(logging_level=logging.ERROR))
         except (ConnectionError, RuntimeError) as error:  # such as a token that is not right
             raise ValueError(f"RAY_ADDRESS={address}: {one_line(error)}") from error
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = _nodes()
+        has = [node.resources for node in nodes]
         # Ray keeps what it shares objects in apart from what it gives to processes.
-        memory = [node.get("memory", 0) + node.get("object_store_memory", 0) for node in nodes]
+        memory = [each.get("memory", 0) + each.get("object_store_memory", 0) for each in has]
         return Available(
             where=f"the cluster at {address}, {len(nodes)} node(s)",
             resources=ray.cluster_resources(),
+            nodes=nodes,
             memory_gib=max(memory, default=0) / GIB,
         )
 
@@ -297,8 +303,13 @@ def look_at_capacity() -> Capacity:
     return Capacity(
         resources=ray.cluster_resources(),
         most=ray_state.get_max_resources_from_cluster_config(),
-        nodes=[Node(n["Resources"], n["Labels"]) for n in ray.nodes() if n["Alive"]],
+        nodes=_nodes(),
     )
+
+
+def _nodes() -> tuple[Node, ...]:
+    """Those of the cluster that this process is connected to."""
+    return tuple(Node(n["Resources"], n["Labels"]) for n in ray.nodes() if n["Alive"])
 
 
 @contextmanager
@@ -328,7 +339,7 @@ def places_held(
     """
     patience_s = config.engine.start_timeout_s if _may_grow(config) else 0.0
     end = time.monotonic() + patience_s
-    starting = _starting_stages(config, trains=trains)
+    starting = starting_stages(config, trains=trains)
     has_asked = False
     try:
         while True:
@@ -354,7 +365,7 @@ def _may_grow(config: Config) -> bool:
     return config.engine.max_engines is not None and bool(os.environ.get("RAY_ADDRESS"))
 
 
-def _starting_stages(config: Config, *, trains: bool) -> list[Stage]:
+def starting_stages(config: Config, *, trains: bool) -> list[Stage]:
     """What must have a place before the run starts.
 
     Few autoscalers say what they could add, so the engines of a pool that may grow are taken on

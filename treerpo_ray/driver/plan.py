@@ -1,23 +1,19 @@
 """The plan: what a run will do and need, in plain words, before anything is started."""
 
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from treerpo_ray.config import Config
-from treerpo_ray.driver.cluster import Available, look_at_resources
-from treerpo_ray.preflight.inputs import (
-    DataSet,
-    Preflight,
-    num_adapted,
-    num_parameters,
-    set_name,
-)
+from treerpo_ray.driver.cluster import Available, look_at_resources, starting_stages
+from treerpo_ray.preflight.inputs import DataSet, Preflight, num_parameters, set_name
 from treerpo_ray.preflight.machine import check_gpus, check_vllm
-from treerpo_ray.preflight.memory import MemoryPlan, most_tokens, needs_more_memory, number
+from treerpo_ray.preflight.memory import MemoryPlan, needs_more_memory, number
 from treerpo_ray.preflight.model_check import ModelFacts
+from treerpo_ray.preflight.model_sizes import most_tokens
 from treerpo_ray.preflight.pace import lines as pace_lines
-from treerpo_ray.preflight.placement import missing_resources, needed_resources
+from treerpo_ray.preflight.placement import check_places, missing_resources, needed_resources
 from treerpo_ray.preflight.unusual import unusual
 from treerpo_ray.run_folder.files import RunFolder
 
@@ -156,17 +152,19 @@ def _adapter_lines(config: Config, facts: ModelFacts | None) -> list[str]:
     if not lora.rank:
         return []
     where = ", ".join(lora.target_modules) or "all linear layers but the head"
-    size = "" if facts is None else f": {num_adapted(facts) / 1e6:,.3g} M parameters are trained"
-    return [f"adapters    rank {lora.rank}, alpha {lora.alpha:g}, on {where}{size} and sent"]
+    size = "they alone" if facts is None else f"{facts.sizes.num_adapted:,} numbers"
+    return [
+        f"adapters    rank {lora.rank}, alpha {lora.alpha:g} on {where}: {size} are trained, sent "
+        "and kept in checkpoints"
+    ]
 
 
 def _quantization_lines(config: Config) -> list[str]:
     """What engines compute in, where that is not what the learner does."""
-    name = config.engine.quantization
-    if name is None:
+    if (name := config.engine.quantization) is None:
         return []
     return [
-        f"engines     compute linear layers in {name}; the loss weighs tokens by at most "
+        f"engines     compute linear layers in {name}; the loss weighs tokens for it, by at most "
         f"loss.importance_cap={config.loss.importance_cap:g}"
     ]
 
@@ -176,8 +174,7 @@ def _memory_lines(config: Config, facts: ModelFacts | None) -> list[str]:
     size = num_parameters(config, facts)
     if size is None:
         return ["memory      unknown, as the model is"]
-    sizes = None if facts is None else facts.sizes
-    plan = MemoryPlan.of(config, size, sizes, num_adapted=num_adapted(facts))
+    plan = MemoryPlan.of(config, size, None if facts is None else facts.sizes)
     first, *rows = plan.table(config)
     return [f"memory      {first}", *(f"            {row}" for row in rows)]
 
@@ -197,9 +194,10 @@ def _missing_lines(
         has = [f"{name} {there.resources.get(name, 0.0):g}" for name in needed]
         has.append(f"{number(there.memory_gib)} GiB of memory")
         lines.append(f"there is    {', '.join(has)} ({there.where})")
+        lines += _node_lines(there, list(needed))
         lacking = missing_resources(needed, there.resources)
         amounts = ", ".join(f"{name} {amount:g}" for name, amount in lacking.items())
-        lines.append(f"missing     {amounts or 'nothing'}")
+        lines.append(f"missing     {amounts or _without_place(config, there) or 'nothing'}")
         lines += _missing_memory(config, facts, there)
     for check in (check_vllm, check_gpus):
         try:
@@ -207,6 +205,27 @@ def _missing_lines(
         except ValueError as error:
             lines.append(f"missing     {error}")
     return lines
+
+
+def _node_lines(there: Available, names: Sequence[str]) -> list[str]:
+    """What each node of a cluster has of some resources; nodes that are alike together."""
+    kinds = Counter(
+        ", ".join(f"{name} {node.resources[name]:g}" for name in names if name in node.resources)
+        for node in there.nodes
+    )
+    if len(there.nodes) < 2:
+        return []
+    told = (f"{count} with {has or 'none of that'}" for has, count in kinds.items())
+    return [f"nodes       {'; '.join(told)}"]
+
+
+def _without_place(config: Config, there: Available) -> str | None:
+    """What has no place on the nodes, where they have enough of everything together."""
+    try:
+        check_places(starting_stages(config, trains=True), there.nodes)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _missing_memory(config: Config, facts: ModelFacts | None, there: Available) -> list[str]:
@@ -219,8 +238,7 @@ def _missing_memory(config: Config, facts: ModelFacts | None, there: Available) 
         engine=replace(config.engine, num_engines=1, max_engines=None),
         learner=replace(config.learner, num_workers=1, min_workers=None),
     )
-    sizes = None if facts is None else facts.sizes
-    plan = MemoryPlan.of(config, size, sizes, num_adapted=num_adapted(facts))
+    plan = MemoryPlan.of(config, size, None if facts is None else facts.sizes)
     found = needs_more_memory(one, plan, there.memory_gib, "the largest node")
     return [f"missing     {found}"] if found else []
 

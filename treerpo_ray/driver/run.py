@@ -245,8 +245,7 @@ class RunSession:
                 evaluator = HeldOutEvaluator(
                     config=self.config,
                     prompts=self.inputs.held_out,
-                    pool=self.actors.pool,
-                    run_log=self.actors.run_log,
+                    actors=self.actors,
                     tokenizer=load_tokenizer(model.path, model.trust_remote_code),
                 )
                 self._evaluator = self._ending.enter_context(closing(evaluator))

@@ -8,7 +8,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from treerpo_ray.actor import Get, root_cause
+from treerpo_ray.actor import root_cause
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.driver.supervisor import Supervisor
@@ -57,7 +57,7 @@ def make_trainer(config: Config, inputs: Inputs, actors: RunActors, storage: str
             # Whoever runs the trainer starts it again, and says so.
             failure_config=ray.train.FailureConfig(max_failures=0),
         ),
-        datasets={STREAM: tree_stream(config, actors.pool, actors.run_log, actors.heartbeats)},
+        datasets={STREAM: tree_stream(config, actors)},
         dataset_config=ray.train.DataConfig(enable_shard_locality=False),
     )
 
@@ -78,7 +78,6 @@ class TrainGroup:
         supervisor: Follows the wait before a start.
         is_stopping: Whether the run is told to stop.
         sleep: Waits so many seconds.
-        get: Waits for what an actor answers.
     """
 
     def __init__(
@@ -90,9 +89,7 @@ class TrainGroup:
         supervisor: Supervisor,
         is_stopping: Callable[[], bool],
         sleep: Callable[[float], None] = time.sleep,
-        get: Get = ray.get,
     ) -> None:
-        self._get = get
         self.limits, self.fit_once = limits, fit_once
         self.actors, self.supervisor, self.sleep = actors, supervisor, sleep
         self.is_stopping = is_stopping
@@ -114,7 +111,7 @@ class TrainGroup:
                 raise KeyboardInterrupt
             self.supervisor.console.begin_stage(f"starting {number} train worker(s)")
             error = self.fit_once()
-            done = self._get(self.actors.gate.done.remote())
+            done = self.actors.get(self.actors.gate.done.remote())
             if error is None:
                 return done
             wrong_input = _wrong_input(error)
@@ -125,13 +122,15 @@ class TrainGroup:
             wait_s = 0.0 if is_over else restart_wait_s(failures)
             lost: dict[str, str | float] = {"step": done, "failures": failures, "wait_s": wait_s}
             lost["cause"] = root_cause(error)
-            self._get(self.actors.run_log.event.remote(Event(kind="learner_lost", fields=lost)))
+            self.actors.get(
+                self.actors.run_log.event.remote(Event(kind="learner_lost", fields=lost))
+            )
             if is_over:
                 self.supervisor.show_last()
                 if self.is_stopping():
                     raise KeyboardInterrupt from error
                 raise wrong_input or error
-            self._get(self.actors.heartbeats.forget.remote("learner"))
+            self.actors.get(self.actors.heartbeats.forget.remote("learner"))
             self.supervisor.run(partial(self.sleep, wait_s))
 
 

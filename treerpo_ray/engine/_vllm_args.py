@@ -9,6 +9,7 @@ from treerpo_ray.engine.types import EngineSetup
 from treerpo_ray.prompts.prompt_set import resolve_model_path
 
 if TYPE_CHECKING:
+    from vllm.config.lora import MaxLoRARanks
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.lora.request import LoRARequest
 
@@ -100,7 +101,7 @@ def adapter_request(lora: LoraConfig) -> "LoRARequest | None":
     return LoRARequest("adapters", ADAPTER_ID, "-")  # its worker reads no path
 
 
-def served_rank(rank: int) -> int:
+def served_rank(rank: int) -> "MaxLoRARanks":
     """The rank, of those that vLLM has room for, that adapters of a rank fit in."""
     from vllm.config.lora import MaxLoRARanks
 

@@ -280,12 +280,12 @@ class Replica:
             RayError, RuntimeError: it failed, or serves something else.
         """
         limit_s, name = self._limits.load_timeout_s, f"engine {self._index}"
-        found = await self._waits.wait(
+        taken = await self._waits.wait(
             place,  # which may wait for room, for however long
             f"version {weights.number} to come to the node of {name}",
             math.inf,
         )
-        load = self._actor.api.load.remote(weights.manifest, found)
+        load = self._actor.api.load.remote(weights.manifest, taken)
         await self._waits.wait(load, f"{name} to load version {weights.number}", limit_s)
         if tolerance is not None:
             probe = self._actor.api.probe.remote(weights.probe.token_ids)

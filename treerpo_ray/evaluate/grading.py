@@ -1,12 +1,9 @@
 """Grading: k answers to each held-out problem, graded by the same verifier as training."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import ray
-
-from treerpo_ray.actor import Get
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config import Config
 from treerpo_ray.config.data import DataConfig
@@ -19,16 +16,17 @@ from treerpo_ray.evaluate.evaluation import (
     step_name,
 )
 from treerpo_ray.evaluate.scores import powers_of_two, scores
-from treerpo_ray.metrics.events import RunLogApi, check_failed, run_ends
+from treerpo_ray.metrics.events import check_failed, run_ends
 from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.run_folder.writer import BackgroundWriter
-from treerpo_ray.scoring import Scorer
-from treerpo_ray.task import TreePoolApi
+from treerpo_ray.scoring import Scorer, StartScorer
+from treerpo_ray.task import RunActors, TreePoolApi
 from treerpo_ray.verifier.verifier import VariableNotSet
 
 if TYPE_CHECKING:
+    import ray
     from transformers import PreTrainedTokenizerBase
 
 GRADE_TREES = 32
@@ -44,11 +42,9 @@ class HeldOutEvaluator:
     Args:
         config: The run's configuration.
         prompts: The held-out problems.
-        pool: Actor of `TreePool`.
-        run_log: Actor of `RunLog`.
+        actors: Those of the run.
         tokenizer: Of the model.
         start_scorer: Starts what grades the answers.
-        get: Waits for what the actors answer.
 
     Raises:
         VariableNotSet: `verifier.env` names a variable that is not set here; the run log is told
@@ -60,21 +56,18 @@ class HeldOutEvaluator:
         *,
         config: Config,
         prompts: PromptSet,
-        pool: TreePoolApi,
-        run_log: RunLogApi,
+        actors: RunActors,
         tokenizer: "PreTrainedTokenizerBase",
-        start_scorer: Callable[..., Scorer] = Scorer,
-        get: Get = ray.get,
+        start_scorer: StartScorer = Scorer,
     ) -> None:
-        self._get = get
-        self.config, self.prompts, self.pool, self.run_log = config, prompts, pool, run_log
+        self.config, self.prompts, self.actors = config, prompts, actors
         self.folder = RunFolder(config.folder)
         try:
             self._scorer = start_scorer(
                 settings=config.verifier, tokenizer=tokenizer, on_fault=self._check_failed
             )
         except VariableNotSet as error:
-            get(run_log.event.remote(run_ends(error)))
+            actors.get(actors.run_log.event.remote(run_ends(error)))
             raise
 
     def evaluate(
@@ -91,9 +84,8 @@ class HeldOutEvaluator:
             writer: Writes the files, and tells of those that cannot be written.
         """
         config, start = self.config, time.monotonic()
-        graded = grade_samples(
-            config, self.prompts, self.pool, self._scorer, advance, get=self._get
-        )
+        trees = map(self.actors.get, sampled_trees(config, self.prompts, self.actors.pool))
+        graded = grade_trees(trees, self._scorer, advance)
         result = summarise(
             config,
             graded,
@@ -106,7 +98,7 @@ class HeldOutEvaluator:
         name = step_name(step)
         writer.put(f"eval/{name}.parquet", lambda: save_samples(graded, self.folder, name))
         writer.put(f"eval/{name}.json", lambda: save_evaluation(result, self.folder))
-        self._get(self.run_log.step.remote(result.row()))
+        self.actors.get(self.actors.run_log.step.remote(result.row()))
         return result
 
     def close(self) -> None:
@@ -114,35 +106,34 @@ class HeldOutEvaluator:
         self._scorer.close()
 
     def _check_failed(self, reason: str) -> None:
-        self.run_log.event.remote(check_failed(reason))
+        self.actors.run_log.event.remote(check_failed(reason))
 
 
-def grade_samples(
-    config: Config,
-    prompts: PromptSet,
-    pool: TreePoolApi,
-    scorer: Scorer,
-    advance: Callable[[int], None],
-    get: Get = ray.get,
-) -> list[Graded]:
-    """Sample `evaluate.num_samples` answers to each problem and grade them, in order of problems.
-
-    Args:
-        config: With the settings of the evaluation.
-        prompts: The problems.
-        pool: Actor of `TreePool`, which samples.
-        scorer: Grades the answers.
-        advance: Told how many more problems are done.
-        get: Waits for a tree of the pool.
-    """
+def sampled_trees(
+    config: Config, prompts: PromptSet, pool: TreePoolApi
+) -> "Iterator[ray.ObjectRef[TreeRecord]]":
+    """Have the pool sample `evaluate.num_samples` answers to each problem; a tree of leaves each,
+    as they are finished."""
     settings = config.evaluate
     shape = TreeShape(
         num_children=(settings.num_samples,), step_tokens=(config.max_evaluated_tokens,)
     )
     sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p)
-    trees = pool.evaluate.options(num_returns="streaming").remote(
+    return pool.evaluate.options(num_returns="streaming").remote(
         prompts, shape, sampling, config.run.seed
     )
+
+
+def grade_trees(
+    trees: Iterable[TreeRecord], scorer: Scorer, advance: Callable[[int], None]
+) -> list[Graded]:
+    """Grade answers while further ones are sampled; the result is in order of problems.
+
+    Args:
+        trees: The answers to a problem each.
+        scorer: Grades the answers.
+        advance: Told how many more problems are done.
+    """
     graded: list[Graded] = []
     waiting: list[TreeRecord] = []
 
@@ -153,7 +144,7 @@ def grade_samples(
         waiting.clear()
 
     for tree in trees:
-        waiting.append(get(tree))
+        waiting.append(tree)
         advance(1)
         if len(waiting) == GRADE_TREES:
             grade()

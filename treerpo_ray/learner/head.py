@@ -45,9 +45,17 @@ class Head:
     cap: float | None
     logit_budget: int | None = None
     """Logits that are alive at a time; by default `LOGIT_BUDGET`."""
+    kernels: "Kernels | None" = None
+    """By default those of the device."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel, logit_budget: int | None = None) -> Self:
+    def of(
+        cls,
+        model: PreTrainedModel,
+        *,
+        logit_budget: int | None = None,
+        kernels: "Kernels | None" = None,
+    ) -> Self:
         """That of a causal model; its parameters are the model's own.
 
         Raises:
@@ -67,6 +75,7 @@ class Head:
             scale=scale / (getattr(config, "logits_scaling", None) or 1.0),
             cap=getattr(config, "final_logit_softcapping", None) or None,
             logit_budget=logit_budget,
+            kernels=kernels,
         )
 
     def score(
@@ -95,7 +104,13 @@ class Head:
             bound=None if self.cap is None else self.cap / temperature,
         )
         budget = LOGIT_BUDGET[device] if self.logit_budget is None else self.logit_budget
-        found = _Scores.apply(hidden, self.weight, self.bias, row, target, tempering, dtype, budget)
+        how = _How(
+            tempering=tempering,
+            dtype=dtype,
+            budget=budget,
+            kernels=self.kernels or kernels(device),
+        )
+        found = _Scores.apply(hidden, self.weight, self.bias, row, target, how)
         return cast(tuple[Tensor, Tensor], found)
 
 
@@ -108,12 +123,21 @@ class Tempering(NamedTuple):
     """Of |z|, where the architecture has a cap."""
 
 
-class _Context(Protocol):
-    """What `_Scores` keeps for its backward pass."""
+class _How(NamedTuple):
+    """How `_Scores` computes."""
 
     tempering: Tempering
     dtype: torch.dtype
+    """Of the product."""
     budget: int
+    """Logits that are alive at a time."""
+    kernels: "Kernels"
+
+
+class _Context(Protocol):
+    """What `_Scores` keeps for its backward pass."""
+
+    how: _How
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
 
@@ -131,28 +155,24 @@ class _Scores(torch.autograd.Function):
         bias: Tensor | None,
         row: Tensor,
         target: Tensor,
-        tempering: Tempering,
-        dtype: torch.dtype,
-        budget: int,
+        how: _How,
     ) -> tuple[Tensor, Tensor]:
         """Pieces of rows, each over the whole vocabulary."""
-        device = hidden.device
-        row_sums = kernels(device.type).row_sums
-        states, weights, biases = _cast(hidden, weight, bias, dtype)
-        num_pieces = -(-len(hidden) * len(weight) // budget)
-        of_target = torch.zeros(len(row), device=device)
+        states, weights, biases = _cast(hidden, weight, bias, how.dtype)
+        num_pieces = -(-len(hidden) * len(weight) // how.budget)
+        of_target = torch.zeros(len(row), device=hidden.device)
         sums: list[tuple[Tensor, Tensor]] = []
         start = 0
         for piece in states.tensor_split(max(1, min(num_pieces, len(hidden)))):
             product = linear(piece, weights, biases)
             place, is_here = _within(row, start, len(piece))
-            found = _temper(product[place, target], tempering)
+            found = _temper(product[place, target], how.tempering)
             of_target = torch.where(is_here, found, of_target)
-            sums.append(row_sums(product, tempering))
+            sums.append(how.kernels.row_sums(product, how.tempering))
             start += len(piece)
         log_total, entropy = (torch.cat(parts) for parts in zip(*sums, strict=True))
         ctx.save_for_backward(hidden, weight, bias, row, target, log_total, entropy)
-        ctx.tempering, ctx.dtype, ctx.budget = tempering, dtype, budget
+        ctx.how = how
         return of_target - log_total[row], entropy[row]
 
     @staticmethod
@@ -163,9 +183,8 @@ class _Scores(torch.autograd.Function):
         """Pieces of columns, each over all rows."""
         hidden, weight, bias, row, target, log_total, entropy = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        device = hidden.device
-        gradient = kernels(device.type).gradient
-        states, weights, biases = _cast(hidden, weight, bias, ctx.dtype)
+        how = ctx.how
+        states, weights, biases = _cast(hidden, weight, bias, how.dtype)
         of_rows = (
             log_total,
             entropy,
@@ -175,13 +194,13 @@ class _Scores(torch.autograd.Function):
         to_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
         to_weight = torch.empty_like(weight) if needs_weight else None
         to_bias = torch.empty_like(bias) if needs_bias else None
-        width = _width(len(hidden), ctx.budget)
+        width = _width(len(hidden), how.budget)
         for start in range(0, len(weight), width):
             piece = slice(start, start + width)
             product = linear(states, weights[piece], None if biases is None else biases[piece])
             column, is_here = _within(target, start, product.shape[1])
             by_target = (row, column, torch.where(is_here, by_logprob, 0.0))
-            of_product = gradient(product, ctx.tempering, of_rows, by_target)
+            of_product = how.kernels.gradient(product, how.tempering, of_rows, by_target)
             if to_weight is not None:
                 to_weight[piece] = of_product.T @ states
             if to_bias is not None:
@@ -190,7 +209,7 @@ class _Scores(torch.autograd.Function):
                 to_hidden += of_product @ weights[piece]
         if to_hidden is not None:
             to_hidden = to_hidden.to(hidden.dtype)
-        return to_hidden, to_weight, to_bias, None, None, None, None, None
+        return to_hidden, to_weight, to_bias, None, None, None
 
 
 def _cast(

@@ -17,23 +17,22 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from treerpo_ray.algo.packing import Forest
 from treerpo_ray.config.lora import LoraConfig
 from treerpo_ray.errors import one_line
-from treerpo_ray.learner.adapters import ADAPTER_FOLDER, Adapters
+from treerpo_ray.learner.adapters.lora import Adapters
 from treerpo_ray.learner.forest_layout import ForestLayout
-from treerpo_ray.learner.head import Head
-from treerpo_ray.learner.layers import compile_layers, layers_of, recompute_layers
+from treerpo_ray.learner.head import Head, Kernels
+from treerpo_ray.learner.layers import compile_layers, fix_rotary, layers_of, recompute_layers
 from treerpo_ray.learner.shards.export import write_weights
 from treerpo_ray.learner.shards.sharding import Sharding, whole
 from treerpo_ray.learner.tree_attention import TREE_ATTENTION
+from treerpo_ray.run_folder.files import ADAPTER_FOLDER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +87,7 @@ class Policy:
         sharding: How the model is to be sharded; None: this process has the whole of it.
         adapters: Those in the model, which alone are trained and published; None: all of it is.
         logit_budget: Logits that are alive at a time; by default `LOGIT_BUDGET` of the head.
+        kernels: Of the head; by default those of the device.
     """
 
     def __init__(
@@ -98,12 +98,13 @@ class Policy:
         sharding: Sharding | None = None,
         adapters: Adapters | None = None,
         logit_budget: int | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.sharding = sharding
         self.adapters = adapters
-        self._scores = _Scores(model, logit_budget=logit_budget)
+        self._scores = _Scores(model, logit_budget=logit_budget, kernels=kernels)
         if sharding is not None:
             sharding.apply(self._scores, [*layers_of(model, "learner.shard")])
         # Tree attention gives masks. With one, cuDNN's kernels (Hopper and newer) return NaN as
@@ -253,9 +254,11 @@ class _Scores(nn.Module):
     A pass through model and head is one call, as FSDP needs it to have their weights at hand.
     """
 
-    def __init__(self, model: PreTrainedModel, *, logit_budget: int | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, logit_budget: int | None, kernels: Kernels | None
+    ) -> None:
         super().__init__()
-        self.model, self.logit_budget = model, logit_budget
+        self.model, self.logit_budget, self.kernels = model, logit_budget, kernels
 
     def forward(
         self,
@@ -272,7 +275,8 @@ class _Scores(nn.Module):
             input_ids=token_ids, position_ids=position_ids, layout=layout, use_cache=False
         )
         hidden = output.last_hidden_state[0].index_select(0, source)
-        return Head.of(self.model, self.logit_budget).score(hidden, row, target, temperature)
+        head = Head.of(self.model, logit_budget=self.logit_budget, kernels=self.kernels)
+        return head.score(hidden, row, target, temperature)
 
 
 def _whole(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -327,7 +331,7 @@ def load_policy(
     """
     model, tokenizer = _load(model_path, dtype, trust_remote_code)
     module = cast(nn.Module, model).eval()
-    adapters = None if lora is None else Adapters(model, lora, adapters_from)
+    adapters = None if lora is None else Adapters(model, settings=lora, folder=adapters_from)
     if sharding is None:
         module.to(device)
     if compiled:
@@ -365,48 +369,6 @@ def _load(
             f"another shape than config.json says, e.g. {lacking[0]}"
         )
     return model, tokenizer
-
-
-def fix_rotary(model: PreTrainedModel, max_tokens: int) -> None:
-    """Take LongRoPE's factors by the longest path of a run, for good, as its engines do.
-
-    Transformers takes them by the largest position of each input, vLLM by the room that an engine
-    has, which is one token more than the longest path.
-
-    Args:
-        model: Is changed.
-        max_tokens: Of the longest prompt with its answer.
-    """
-    for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        if kinds == "longrope":
-            _fix(module, max_tokens, None)
-            setattr(module, "rope_type", "fixed")  # noqa: B010  # torch: any name is a tensor
-        elif isinstance(kinds, dict):
-            for layer_type in [name for name, kind in kinds.items() if kind == "longrope"]:
-                _fix(module, max_tokens, layer_type)
-                kinds[layer_type] = "fixed"
-
-
-def _fix(module: nn.Module, max_tokens: int, layer_type: str | None) -> None:
-    """Give a rotary embedding, or its part for a type of layers, the frequencies of engines.
-
-    Raises:
-        ValueError: its class would not take them.
-    """
-    config = cast(PreTrainedConfig, module.config)
-    original = (config.rope_parameters or {}).get("original_max_position_embeddings", max_tokens)
-    if config.model_type == "phimoe" and max_tokens >= original:
-        raise ValueError(
-            f"transformers computes phimoe with the factors for short texts at any length, and "
-            f"engines with those for long ones from {original} tokens on: the longest prompt with "
-            f"its answer has {max_tokens}, make it shorter than {original}"
-        )
-    name = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
-    device = cast(Tensor, getattr(module, name)).device
-    compute = ROPE_INIT_FUNCTIONS["longrope"]
-    frequencies, _ = compute(config, device, seq_len=max_tokens + 1, layer_type=layer_type)
-    setattr(module, name, frequencies)
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

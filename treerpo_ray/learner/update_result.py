@@ -22,14 +22,15 @@ class TrainedTrees:
         trees: In the order in which they were trained.
         advantages: Of each tree, one a step.
         minibatches: Forests of each.
-        logprobs: Of each minibatch, forest and edge: `LossInputs.old_logprobs`.
+        logprobs: Of each minibatch, forest and edge: `LossInputs.old_logprobs`; none before they
+            are trained.
     """
 
     order: Sequence[int]
     trees: Sequence[Tree]
     advantages: Sequence[Float64[np.ndarray, " _"]]
     minibatches: Sequence[Sequence[Forest]]
-    logprobs: Sequence[Sequence[torch.Tensor]]
+    logprobs: Sequence[Sequence[torch.Tensor]] = ()
 
     def training(self) -> tuple[Training, ...]:
         """What was made of each tree, in the order in which they were given; the log-probabilities

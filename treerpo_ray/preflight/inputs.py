@@ -144,13 +144,16 @@ def preflight(config: Config, memory_gib: Callable[[], float] = machine_gib) -> 
             unchecked.append(str(error))
             return None
 
-    model = config.model
+    model, learner = config.model, config.learner
+    of_layers = {"shard": learner.shard, "compile": learner.compile}
+    of_layers["gradient_checkpointing"] = learner.gradient_checkpointing
     facts = reached(
         lambda: check_model(
             model,
             config.max_model_tokens,
-            gradient_checkpointing=config.learner.gradient_checkpointing,
+            gradient_checkpointing=learner.gradient_checkpointing,
             has_cpu_engines=not config.engine.resources.get("GPU", 0),
+            layers_for=[f"learner.{key}" for key, is_set in of_layers.items() if is_set],
             lora=config.lora,
         )
     )
@@ -191,10 +194,9 @@ def _misfit(
     if size is None:
         return None
     sizes = None if facts is None else facts.sizes
-    adapted = num_adapted(facts)
-    found = misfit(config, size, sizes, num_adapted=adapted)
+    found = misfit(config, size, sizes)
     if found is None and not os.environ.get("RAY_ADDRESS"):
-        plan = MemoryPlan.of(config, size, sizes, num_adapted=adapted)
+        plan = MemoryPlan.of(config, size, sizes)
         return needs_more_memory(config, plan, memory_gib(), "this machine")
     return found
 
@@ -220,7 +222,7 @@ def _storage(config: Config, facts: ModelFacts | None) -> tuple[str, str | None]
     size = num_parameters(config, facts)
     if size is None:
         return "unknown, as the model is", None
-    plan = StoragePlan.of(config, size, num_adapted(facts))
+    plan = StoragePlan.of(config, size, 0 if facts is None else facts.sizes.num_adapted)
     try:
         return plan.line(), plan.misfit()
     except OSError as error:
@@ -294,11 +296,6 @@ def _check_token_ids(
                     f"model.path={path}: the prompt of '{problem.id}' in {section} has the token "
                     f"{max(ids)}, but {fix}"
                 )
-
-
-def num_adapted(facts: ModelFacts | None) -> int:
-    """Numbers in the adapters that are trained; none as long as the model is not known."""
-    return 0 if facts is None else facts.num_adapter_parameters
 
 
 def num_parameters(config: Config, facts: ModelFacts | None) -> float | None:

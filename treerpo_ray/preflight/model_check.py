@@ -5,8 +5,8 @@ once they are started, with a trace, or never.
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,9 +25,10 @@ from transformers.utils.hub import cached_file
 from treerpo_ray.config.lora import LoraConfig
 from treerpo_ray.config.sections import ModelConfig
 from treerpo_ray.errors import one_line
-from treerpo_ray.learner.adapters import num_adapter_parameters
+from treerpo_ray.learner.adapters.targets import num_adapter_parameters
+from treerpo_ray.learner.layers import layers_of
 from treerpo_ray.learner.packing_check import PackingCheck
-from treerpo_ray.preflight.memory import ModelSizes
+from treerpo_ray.preflight.model_sizes import ModelSizes
 from treerpo_ray.prompts.hub import Unreachable, is_unreachable, offline_because, refusal
 from treerpo_ray.prompts.prompt_set import resolve_model_path
 
@@ -55,8 +56,6 @@ class ModelFacts:
     num_embeddings: int
     """Rows of the embedding: token ids are below."""
     sizes: ModelSizes
-    num_adapter_parameters: int = 0
-    """Of the adapters that the learner puts into it."""
 
 
 def check_model(
@@ -65,6 +64,7 @@ def check_model(
     *,
     gradient_checkpointing: bool = False,
     has_cpu_engines: bool = False,
+    layers_for: Collection[str] = (),
     lora: LoraConfig | None = None,
 ) -> ModelFacts:
     """Look at the files of a model, its configuration, its architecture and the shapes of its
@@ -75,11 +75,12 @@ def check_model(
         longest: Tokens of the longest prompt with its answer.
         gradient_checkpointing: Whether the learner computes activations again.
         has_cpu_engines: Whether engines compute on a CPU.
+        layers_for: Keys of the configuration that do something to each of its layers.
         lora: Adapters that it is to be trained with, if their rank is above 0.
 
     Raises:
-        ValueError: it cannot be trained, or not on paths of that length or by such adapters; `Unreachable` if a
-            Hugging Face id could not be looked up.
+        ValueError: it cannot be trained, or not as these keys say, or not on paths of that length;
+            `Unreachable` if a Hugging Face id could not be looked up.
     """
     path = resolve_model_path(model.path)
     try:
@@ -91,6 +92,8 @@ def check_model(
         made = _make_empty(config, model)
         if shapes is not None:
             _check_shapes(made, shapes)
+        for key in layers_for:
+            layers_of(made, key)
         _check_generation_config(folder)
         if has_cpu_engines:
             _check_cpu_experts(made)
@@ -110,8 +113,7 @@ def check_model(
     return ModelFacts(
         num_parameters=sum(parameter.numel() for parameter in made.parameters()),
         num_embeddings=len(cast("torch.Tensor", made.get_input_embeddings().weight)),
-        sizes=ModelSizes.of(config),
-        num_adapter_parameters=num_adapted,
+        sizes=replace(ModelSizes.of(config), num_adapted=num_adapted),
     )
 
 

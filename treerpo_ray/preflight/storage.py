@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from treerpo_ray.config import Config
 from treerpo_ray.errors import one_line
-from treerpo_ray.preflight.memory import DTYPE_BYTES
+from treerpo_ray.preflight.model_sizes import DTYPE_BYTES
 from treerpo_ray.run_folder.checkpoints import BYTES_A_PARAMETER
 from treerpo_ray.run_folder.checkpoints import FOLDER as CHECKPOINTS
 from treerpo_ray.run_folder.disk import disk_of, free_bytes, size

@@ -68,7 +68,7 @@ class GlooCommunicator:
 
     def broadcast(self, tensor: Tensor, src: int, stream: "Stream | None" = None) -> None:
         """See `Communicator`."""
-        self._group.broadcast(tensor, src).wait()
+        self._group.broadcast(tensor, src).wait()  # type: ignore[attr-defined]  # by torch's stubs
 
     def destroy(self) -> None:
         """See `Communicator`."""
@@ -110,7 +110,7 @@ def join(
 
 
 class Broadcaster:
-    """The learner's side: keeps the newest version on its device, and sends it whenever engines ask.
+    """The learner's side: keeps the newest version on its device and sends it when engines ask.
 
     Args:
         device: Of the learner's first worker.
@@ -139,7 +139,7 @@ class Broadcaster:
         self._failed = ""
         self._is_closed = False
         # A daemon: a group that hangs must not keep a worker alive that has failed.
-        threading.Thread(target=self._serve, name="broadcaster", daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, name="broadcaster", daemon=True)
 
     def new_digest(self) -> Digest:
         """Of a chunk on its device."""
@@ -159,6 +159,8 @@ class Broadcaster:
         """All is written; it is sent from here on."""
         self._memory.finish()
         self._writing.release()
+        if self._thread.ident is None:
+            self._thread.start()
         sizes = tuple(len(part) for part in self._memory.parts)
         return SenderPlace(stamp=uuid.uuid4().bytes, sender=self._sender, sizes=sizes)
 
@@ -170,28 +172,36 @@ class Broadcaster:
         self._is_closed = True
 
     def _serve(self) -> None:
-        while not self._is_closed:
-            with closing(socket.create_server((self._address, 0))) as listener:
-                poll = Poll(
-                    sender=self._sender,
-                    address=self._address,
-                    port=listener.getsockname()[1],
-                    failed=self._failed,
-                )
-                try:
-                    asked = self._next_round(poll)
-                except Exception as error:  # the run ends, and tells why
-                    log.warning("nobody is left to send weights to: %s", error)
-                    return
-                if asked is None:
-                    continue
-                self._failed = ""
-                try:
-                    self._send(asked.group, listener)
-                except Exception as error:  # the engines have theirs, and their pool replaces them
-                    log.warning("weights were not sent: %s", error)
-                    self._failed = asked.group.name
-                    self._leave()
+        try:
+            while not self._is_closed and self._serve_once():
+                pass
+        finally:
+            self._leave()
+
+    def _serve_once(self) -> bool:
+        """Ask, and send what is asked for; whether to go on."""
+        with closing(socket.create_server((self._address, 0))) as listener:
+            poll = Poll(
+                sender=self._sender,
+                address=self._address,
+                port=listener.getsockname()[1],
+                failed=self._failed,
+            )
+            try:
+                asked = self._next_round(poll)
+            except Exception as error:  # the run ends, and tells why
+                log.warning("nobody is left to send weights to: %s", error)
+                return False
+            if asked is None:
+                return True
+            self._failed = ""
+            try:
+                self._send(asked.group, listener)
+            except Exception as error:  # the engines have theirs, and their pool replaces them
+                log.warning("weights were not sent: %s", error)
+                self._failed = asked.group.name
+                self._leave()
+            return True
 
     def _send(self, group: Group, listener: socket.socket) -> None:
         watch = threading.Timer(self._limit_s, self._leave)

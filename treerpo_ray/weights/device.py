@@ -10,6 +10,7 @@ import uuid
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from treerpo_ray.weights.source import DevicePlace
 
@@ -65,19 +66,24 @@ class DeviceMemory:
         """Nobody is waited for."""
 
 
-def shared(memory: Tensor) -> str:
-    """Handle of a GPU's memory for other processes, which `mapped` takes.
+def shared(memory: UInt8[Tensor, " bytes"]) -> str:
+    """Handle of a device's memory for other processes, which `DeviceMaps` takes.
 
-    torch counts who has it by handle, so that each is made and mapped once.
+    torch counts who has a GPU's memory by handle, so that each is made and mapped once. Memory of a
+    CPU moves to where processes share it.
     """
-    from torch.multiprocessing.reductions import reduce_tensor
-
+    if memory.device.type == "cpu":
+        return _text(memory.untyped_storage()._share_filename_cpu_())
     _, arguments = reduce_tensor(memory)
-    return base64.b64encode(pickle.dumps(arguments)).decode()
+    return _text(arguments)
+
+
+def _text(handle: object) -> str:
+    return base64.b64encode(pickle.dumps(handle)).decode()
 
 
 class DeviceMaps:
-    """Maps of another process's memory on this one's GPU, by their handles."""
+    """Maps of another process's memory on this one's device, by their handles."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -85,13 +91,17 @@ class DeviceMaps:
 
     def read(self, handle: str, num_bytes: int) -> UInt8[Tensor, " num_bytes"]:
         """What lies there now, without a copy."""
-        from torch.multiprocessing.reductions import rebuild_cuda_tensor
-
         if handle not in self._maps:
-            arguments = list(pickle.loads(base64.b64decode(handle)))
-            arguments[DEVICE_ARGUMENT] = self._device.index  # processes number GPUs for themselves
-            self._maps[handle] = rebuild_cuda_tensor(*arguments)
+            self._maps[handle] = self._mapped(pickle.loads(base64.b64decode(handle)))
         return self._maps[handle][:num_bytes]
+
+    def _mapped(self, handle: tuple) -> Tensor:
+        if self._device.type == "cpu":
+            storage = torch.UntypedStorage._new_shared_filename_cpu(*handle)
+            return torch.empty(0, dtype=torch.uint8).set_(storage)
+        arguments = list(handle)
+        arguments[DEVICE_ARGUMENT] = self._device.index  # processes number GPUs for themselves
+        return rebuild_cuda_tensor(*arguments)
 
 
 DEVICE_ARGUMENT = 6

@@ -96,7 +96,7 @@ def make_transport(
     """A learner's transport.
 
     Args:
-        kind: `sync.transport`; what a GPU shares as memory, a CPU shares as files.
+        kind: `sync.transport`.
         device: Of the learner's first worker.
         address: Of its machine, for others.
         next_round: Asks for the next round of a broadcast; see `Rounds.next`.
@@ -104,6 +104,6 @@ def make_transport(
     """
     if kind == "nccl":
         return Broadcaster(device=device, address=address, next_round=next_round, limit_s=limit_s)
-    if kind == "ipc" and device.type == "cuda":
+    if kind == "ipc":
         return DeviceTransport(device)
     return FileTransport()

@@ -20,12 +20,12 @@ from tests.support.learning.sharded_workers import PROBE, Case, Found, run_case,
 from tests.support.learning.tiny_models import save_tiny_model
 from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.config.lora import LoraConfig
-from treerpo_ray.learner.adapters import ADAPTER_FILE, ADAPTER_FOLDER
+from treerpo_ray.learner.adapters.lora import ADAPTER_FILE
 from treerpo_ray.learner.learner import MOMENTS_FOLDER
 from treerpo_ray.learner.policy import load_policy
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder.checkpoints import name_of
-from treerpo_ray.run_folder.files import MODEL_FOLDER
+from treerpo_ray.run_folder.files import ADAPTER_FOLDER, MODEL_FOLDER
 
 SHARDED = replace(FREE, shard=True)
 WORKERS = (4, 2, 1)

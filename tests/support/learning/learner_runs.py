@@ -147,11 +147,11 @@ class State:
             gradients={n: whole(p.grad).clone() for n, p in named.items() if p.grad is not None},
             moments=[
                 whole(tensor).clone()
-                for entry in learner.optimizer.state_dict()["state"].values()
+                for entry in learner.optimizer.adamw.state_dict()["state"].values()
                 for tensor in entry.values()
             ],
-            num_steps=learner.optimizer_steps,
-            learning_rate=learner.learning_rate(0.0),
+            num_steps=learner.optimizer.num_steps,
+            learning_rate=learner.optimizer.learning_rate(0.0),
         )
 
 

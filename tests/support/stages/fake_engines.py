@@ -3,7 +3,7 @@
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,6 +27,7 @@ from treerpo_ray.search.tree_pool import TreePool
 from treerpo_ray.weight_sync import Probe
 from treerpo_ray.weights.files import FilePlace, WeightsLost
 from treerpo_ray.weights.manifest import Manifest
+from treerpo_ray.weights.source import Receiver
 
 SHAPE = TreeShape(num_children=(2, 2, 2), step_tokens=(3, 3, 3))
 PROMPTS = PromptSet(
@@ -344,8 +345,8 @@ class Source:
 
     at: FilePlace = NOWHERE
 
-    async def place(self, node: str) -> FilePlace:
-        return self.at
+    def places(self, engines: Sequence[Receiver]) -> list[Awaitable[FilePlace]]:
+        return [resolved(self.at) for _ in engines]
 
 
 async def serve_from_start(pool: TreePool, version: int = 0) -> None:

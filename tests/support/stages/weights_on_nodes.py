@@ -27,7 +27,8 @@ from treerpo_ray.preflight.placement import Stage
 from treerpo_ray.weight_sync import Probe, WeightSync
 from treerpo_ray.weights.files import FileMaps, FilePlace, HeldFile, WeightsLost
 from treerpo_ray.weights.manifest import Manifest
-from treerpo_ray.weights.source import WeightSource
+from treerpo_ray.weights.source import Receiver, WeightSource
+from treerpo_ray.weights.transport import FileTransport
 
 STORE_BYTES = 100 * 2**20
 NUM_FLOATS = 5 * 2**20
@@ -58,6 +59,7 @@ class Learner:
     def publish(self, sync: object, version: int) -> None:
         publisher = Publisher(
             send=sync.publish.remote,
+            transport=FileTransport(),
             node=ray.get_runtime_context().get_node_id(),
             probe_ids=[1, 2],
             dtype=torch.float32,
@@ -81,8 +83,12 @@ class Pool:
 
     async def holder(self, node: str) -> int:
         """The process that has the file of what is served on a node."""
-        place = await self.source.place(node)
+        place = await self.place(node)
         return int(place.path.split("/")[2])
+
+    async def place(self, node: str) -> FilePlace:
+        [place] = self.source.places([Receiver(start="its", node=node, num_workers=1)])
+        return await place
 
     async def load(self) -> str:
         """Have the engines load what is served: its bytes are whole, or lost."""
@@ -91,7 +97,7 @@ class Pool:
 
     async def _load(self, engine: object) -> str:
         try:
-            place = await self.source.place(await engine.node.remote())
+            place = await self.place(await engine.node.remote())
         except WeightsLost:
             return "lost"
         digests = await engine.load.remote(place)

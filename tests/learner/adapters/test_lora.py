@@ -25,11 +25,11 @@ from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.config import Config
 from treerpo_ray.config.lora import LoraConfig
 from treerpo_ray.config.sections import LearnerConfig
-from treerpo_ray.learner.adapters import ADAPTER_FOLDER, num_adapter_parameters
+from treerpo_ray.learner.adapters.targets import num_adapter_parameters
 from treerpo_ray.learner.learner import Learner
 from treerpo_ray.learner.policy import Policy, load_policy
 from treerpo_ray.run_folder.checkpoints import BYTES_A_PARAMETER
-from treerpo_ray.run_folder.files import MODEL_FOLDER
+from treerpo_ray.run_folder.files import ADAPTER_FOLDER, MODEL_FOLDER
 
 LORA = LoraConfig(rank=4, alpha=8)
 IDS = [5, 17, 3, 3, 96, 41]
@@ -131,7 +131,7 @@ def test_the_reference_is_the_model_itself_without_adapters(trained: Learner) ->
                 terms.append(x.exp() - x - 1)
     expected = float(torch.cat(terms).mean())
     assert expected > 1e-4 and found == pytest.approx(expected, rel=1e-3)
-    assert learner.reference is None, "no second model"
+    assert learner.optimizer.reference is None, "no second model"
 
 
 def test_an_exported_model_has_them_merged_and_they_lie_beside_it(

@@ -7,6 +7,7 @@ one that the run started from, so that a reference model is no second one.
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig as PeftConfig
@@ -17,10 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from treerpo_ray.config.lora import LoraConfig
+from treerpo_ray.learner.adapters.targets import adapted_layers
 from treerpo_ray.learner.shards.sharding import whole
 
-ADAPTER_FOLDER = "adapter"
-"""In a checkpoint, and in an exported model."""
 ADAPTER_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 """Before the names of weights in files of PEFT's."""
@@ -30,35 +30,6 @@ BASE = ".base_layer."
 """In the names of what PEFT has put an adapter beside."""
 SEED = 0
 """Of A's first values: those of all workers of all starts must be the same."""
-
-
-def adapted_layers(model: PreTrainedModel, lora: LoraConfig) -> dict[str, nn.Linear]:
-    """The layers that get adapters, by their names in the model.
-
-    Raises:
-        ValueError: there is none of a name that is asked for.
-    """
-    head = model.get_output_embeddings()
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
-    kinds = {name.rpartition(".")[2] for name in layers}
-    for name in lora.target_modules:
-        if name not in kinds:
-            raise ValueError(
-                f"lora.target_modules: {type(model).__name__} has no linear layer {name} but the "
-                f"head; it has {', '.join(sorted(kinds))}"
-            )
-    targets = set(lora.target_modules) or kinds
-    return {name: layer for name, layer in layers.items() if name.rpartition(".")[2] in targets}
-
-
-def num_adapter_parameters(model: PreTrainedModel, lora: LoraConfig) -> int:
-    """Numbers in the adapters that a model would get; raises as `adapted_layers` does."""
-    layers = adapted_layers(model, lora).values()
-    return sum(lora.rank * (layer.in_features + layer.out_features) for layer in layers)
 
 
 class Adapters:
@@ -74,7 +45,7 @@ class Adapters:
     """
 
     def __init__(
-        self, model: PreTrainedModel, settings: LoraConfig, folder: Path | None = None
+        self, model: PreTrainedModel, *, settings: LoraConfig, folder: Path | None = None
     ) -> None:
         names = {name.rpartition(".")[2] for name in adapted_layers(model, settings)}
         config = PeftConfig(
@@ -134,10 +105,8 @@ class Adapters:
             if is_adapted and end == "weight":
                 layer = self._model.get_submodule(place)
                 assert isinstance(layer, LoraLayer)
-                down, up = (
-                    whole(matrices[ADAPTER].weight.detach())
-                    for matrices in (layer.lora_A, layer.lora_B)
-                )
+                matrices = (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER])
+                down, up = (whole(cast(nn.Linear, each).weight.detach()) for each in matrices)
                 added = layer.scaling[ADAPTER] * (up.float() @ down.float())
                 value = whole(value)
                 yield f"{place}.{end}", (value.float() + added).to(value.dtype)
