@@ -151,6 +151,8 @@ def test_a_number_beyond_its_limits_is_told_with_its_key() -> None:
             r"^sync\.probe_tolerance=0\.1 is less than .* engine\.quantization=fp8 .* to 0\.5$",
         ),
         (["engine.quantization=int4"], "engine.quantization"),
+        (["lora.rank=513"], "lora.rank=513 must not be more than 512, the largest that vLLM"),
+        (["lora.rank=-1"], "lora.rank=-1 must be at least 0"),
     ],
 )
 def test_values_that_do_not_go_together_are_refused(arguments: list[str], told: str) -> None:
