@@ -10,7 +10,7 @@ from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.study.analysis import newest_run
 print(newest_run(RunConfig().root))')}
 run=$(cd "$TREERPO_STARTED_IN" && cd "$run" 2>/dev/null && pwd || echo "$run")
-[ -f "$run/config.yaml" ] || give_up "TREERPO_RUN=$run is not the folder of a run: no config.yaml"
+[ -f "$run/config.yaml" ] || give_up "TREERPO_RUN=$run is no run: it has no config.yaml"
 echo "reading $run ..." >&2
 # The kernel listens on this machine alone and asks for a key; it warns of that all the same.
 TREERPO_RUN=$run python -m nbconvert --log-level ERROR --execute \

@@ -26,17 +26,26 @@ settings.register_profile("reproducible", derandomize=True, database=None, deadl
 settings.load_profile("reproducible")
 
 
-class OneRunAtATime(LoadFileScheduling):
-    """Files go to whichever process is free, but all whole runs to the same one."""
+TOGETHER = {
+    "tests/runs/": "whole runs, of which no two are made at a time",
+    "tests/learner/shards/": "learners in processes that are forked from one",
+    "tests/learner/test_learner_workers.py": "learners in processes that are forked from one",
+}
+"""Files and folders that go to the same process, and what they share."""
+
+
+class SomeTogether(LoadFileScheduling):
+    """Files go to whichever process is free, but those of TOGETHER to the same one."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        return "tests/runs" if file.startswith("tests/runs/") else file
+        shared = (what for start, what in TOGETHER.items() if file.startswith(start))
+        return next(shared, file)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
     """How `-n` shares the tests out."""
-    return OneRunAtATime(config, log)
+    return SomeTogether(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -62,6 +62,14 @@ def actor_stream(signature: Callable[Concatenate[Any, P], object]) -> ActorStrea
     return cast(ActorStream[P], signature)
 
 
+class MakeActor(Protocol):
+    """As `make_actor`."""
+
+    def __call__(
+        self, kind: Callable[P, object], *, name: str | None = None, concurrency: int = ...
+    ) -> Callable[P, Any]: ...
+
+
 def make_actor(
     kind: Callable[P, object],
     *,

@@ -238,6 +238,7 @@ class Coordinator:
             "time/sync_s": now - batch.arrived_at - update.seconds,
             "time/step_s": now - batch.asked_at,
             "tokens/total": sampled_tokens,
+            "engine/count": len(totals),
             **self.engines.since_last(totals),
             **{f"idle/{kind}_share": shares[kind] for kind in IDLE if kind in shares},
         }

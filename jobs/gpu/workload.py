@@ -1,9 +1,8 @@
 """Workload of the first GPU run: a model, trees and forests, in real sizes or tiny ones."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,8 +17,11 @@ from treerpo_ray.records import TreeRecord
 
 PROJECT = Path(__file__).resolve().parents[2]
 
-Tell = Callable[..., None]
-"""Adds to what a part has found, and writes it down at once."""
+
+class Tell(Protocol):
+    """Adds to what a part has found, and writes it down at once."""
+
+    def __call__(self, **results: object) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)

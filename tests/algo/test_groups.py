@@ -194,6 +194,18 @@ def test_siblings_with_the_same_tokens_are_duplicates_but_for_the_first() -> Non
     assert count_duplicates(tree_of_texts([ROOT], ["a"])) == (0, 0)
 
 
+@given(data=st.data())
+def test_duplicates_are_what_a_set_of_all_texts_tells(data: st.DataObject) -> None:
+    """Also of those that begin and end alike, and of those without tokens."""
+    texts = st.lists(st.text("ab", max_size=4), min_size=1, max_size=8)
+    own, below = data.draw(texts), data.draw(texts)
+    parents = [ROOT] * len(own) + [data.draw(st.integers(0, len(own) - 1)) for _ in below]
+    parents[len(own) :] = sorted(parents[len(own) :])
+    both = [*zip(parents, own + below, strict=True)]
+    expected = len(both) - len(set(both)), len(both) - len(set(parents))
+    assert count_duplicates(tree_of_texts(parents, own + below)) == expected
+
+
 def test_cousins_with_the_same_tokens_are_none() -> None:
     tree = tree_of_texts([ROOT, ROOT, 0, 0, 1, 1], ["a", "b", "c", "d", "c", "c"])
     assert count_duplicates(tree) == (1, 1 + 1 + 1)

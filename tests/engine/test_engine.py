@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from queue import SimpleQueue
 
 import numpy as np
 import psutil
@@ -27,6 +28,9 @@ from treerpo_ray.learner.policy import Policy, load_policy
 from treerpo_ray.prompts.prompt_set import load_tokenizer, resolve_model_path
 from treerpo_ray.weights.files import WeightFile, WeightFiles
 from treerpo_ray.weights.manifest import Manifest, pack_weights
+from treerpo_ray.weights.rounds import Poll, Round
+from treerpo_ray.weights.source import Group, GroupPlace, SenderPlace
+from treerpo_ray.weights.transport import make_transport
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine]
 
@@ -285,6 +289,51 @@ def test_new_weights_are_proved_and_label_every_token(served, prompts, policy) -
         assert probed == pytest.approx(expected, abs=1e-3)
         tree = served.tree(prompts[0], seed=4)
         assert (tree.min_version, tree.max_version) == (version, version)
+    with torch.no_grad():
+        for name, weight in policy.named_weights():
+            weight.copy_(original[name])
+    served.load(policy, 0)
+
+
+@pytest.mark.parametrize("kind", ["ipc", "nccl"])
+def test_weights_that_lie_on_the_device_or_come_from_a_group_are_proved_and_served(
+    kind, served, policy, prompts
+) -> None:
+    original = {name: weight.clone() for name, weight in policy.named_weights()}
+    polls, rounds = SimpleQueue[Poll](), SimpleQueue[Round | None]()
+
+    def next_round(poll: Poll) -> Round | None:
+        polls.put(poll)
+        return rounds.get()
+
+    transport = make_transport(
+        kind, device=policy.device, address="127.0.0.1", next_round=next_round, limit_s=60.0
+    )
+    for version in (81, 82):  # the second time they are in the group
+        with torch.no_grad():
+            for _, weight in policy.named_weights():
+                weight.mul_(1.01)
+        memory = transport.begin()
+        manifest, _ = pack_weights(
+            policy.named_weights(),
+            version=version,
+            dtype=torch.float32,
+            chunk_bytes=2**19,
+            allocate=memory.part,
+            new_digest=transport.new_digest,
+        )
+        place = memory.seal()
+        if isinstance(place, SenderPlace):
+            poll = polls.get()
+            if version == 81:
+                group = Group(name="g", address=poll.address, port=poll.port, world_size=2)
+            rounds.put(Round(group=group, stamp=place.stamp))
+            place = GroupPlace(group=group, first_rank=1, sizes=place.sizes)
+        ray.get(served.actor.load.remote(manifest, place))
+        ours = policy.sequence_logprobs(prompts[0]).tolist()
+        assert served.probe(prompts[0]) == pytest.approx(ours, abs=1e-4)
+    transport.close()
+    rounds.put(None)
     with torch.no_grad():
         for name, weight in policy.named_weights():
             weight.copy_(original[name])

@@ -57,9 +57,7 @@ def test_the_page_of_a_run_lies_in_its_folder_the_newest_if_none_is_named(tmp_pa
 def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path) -> None:
     done = show(tmp_path, TREERPO_RUN=str(tmp_path))
     assert done.returncode == 2
-    assert done.stderr == (
-        f"error: TREERPO_RUN={tmp_path} is not the folder of a run: no config.yaml\n"
-    )
+    assert done.stderr == (f"error: TREERPO_RUN={tmp_path} is no run: it has no config.yaml\n")
 
 
 def test_the_notebook_that_the_script_runs_is_there() -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 
 from tests.support.learning.learner_runs import (
     FREE,
@@ -14,6 +13,7 @@ from tests.support.learning.learner_runs import (
     Updates,
     all_wrong,
     assert_nothing_moved,
+    forked,
     make_config,
     mixed,
     run_updates,
@@ -56,7 +56,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def workers(cases: dict[str, tuple[Config, Updates]], folder: Path) -> list[dict[str, Seen]]:
     config = cases["resumed"][0]
     run_updates(config, [[mixed()]], None, end=folder / "start-resumed")
-    torch.multiprocessing.spawn(run_worker, args=(folder, cases), nprocs=2)
+    started = forked(run_worker, 2, folder, cases)
+    while not started.join():
+        pass
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 

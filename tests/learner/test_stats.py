@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.learning.trees import by_range, make_tree, trees
+from treerpo_ray.algo.advantage_errors import advantage_errors
 from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import step_groups
@@ -59,7 +60,13 @@ def stats_of(records: list[TreeRecord]) -> tuple[list[np.ndarray], BatchStats]:
         values = mean_backup(each.tree, each.rewards)
         rules = {"form": AdvantageForm.DIFFERENCE, "pruning": by_range(0.1)}
         advantages.append(step_advantages(each.tree, values, **rules))
-        total += count(each, values, step_groups(each.tree, values), **rules)
+        total += count(
+            each,
+            values,
+            step_groups(each.tree, values),
+            errors=advantage_errors(each.tree, values, **rules),
+            pruning=rules["pruning"],
+        )
     return advantages, total
 
 
@@ -92,7 +99,7 @@ def test_the_mean_reward_by_data_set_is_over_its_trees_that_have_one() -> None:
     for name, verdicts in ids.items():
         each = replace(record(make_tree([ROOT] * 4), *verdicts), prompt_id=name)
         values = mean_backup(each.tree, each.rewards)
-        rules = {"form": AdvantageForm.DIFFERENCE, "pruning": by_range(0.1)}
+        rules = {"errors": np.full(len(each.tree), np.nan), "pruning": by_range(0.1)}
         groups = step_groups(each.tree, values)
         assert not count(each, values, groups, **rules).valued  # not told where there is one set
         total += count(each, values, groups, **rules, sets=("a", "a/b", "b", "c"))

@@ -14,7 +14,10 @@ from treerpo_ray.preflight.inputs import Inputs, load_inputs, preflight
 from treerpo_ray.quickstart.exercises import MODELS, MODELS_FOLDER
 from treerpo_ray.quickstart.make_model import RECIPES
 
-QUICKSTART = [str(PROJECT / "conf/quickstart.yaml"), "run.root=/runs"]
+QUICKSTART = [
+    *(str(PROJECT / "conf/quickstart.yaml"), "run.root=/runs"),
+    *("prompts.num_problems=100", "evaluate.data.num_problems=20"),
+]
 
 
 def inputs(*overrides: str) -> Inputs:

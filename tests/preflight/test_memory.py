@@ -273,6 +273,7 @@ def test_a_command_shows_the_table_and_refuses(capfd, tmp_path: Path) -> None:
     command = load_script("jobs/train.py").main
     arguments = [str(PROJECT / "conf/quickstart.yaml"), f"run.root={tmp_path}"]
     arguments += ["learner.resources={GPU: 1}", "learner.gpu_memory_gib=0.5"]
+    arguments += ["prompts.num_problems=20", "evaluate.data.num_problems=20"]
     assert command(["--dry-run", *arguments]) == 2
     *plan, last = capfd.readouterr().err.splitlines()
     assert any("of gpu_memory_gib" in line for line in plan)

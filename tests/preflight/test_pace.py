@@ -22,7 +22,16 @@ from treerpo_ray.preflight.pace import (
 )
 from treerpo_ray.run_folder.files import RunFolder
 
-MEASURED = Measured(tree_tokens=(1000.0,), engine_rate=1000.0, tree_s=0.5, update_s=3.0, load_s=0.5)
+MEASURED = Measured(
+    tree_tokens=(1000.0,),
+    engine_rate=1000.0,
+    tree_s=0.5,
+    update_s=3.0,
+    load_s=0.5,
+    num_engines=1,
+    num_steps=12,
+    num_others=0,
+)
 """An engine makes a tree a second, and two at a time take two seconds; one alone takes one, as half
 a tree fills it."""
 
@@ -103,6 +112,17 @@ def test_a_run_that_has_made_steps_tells_its_pace_and_another_one_nothing(
     [faster] = lines(load(more), RunFolder(folder))
     assert faster.endswith(line.rpartition("; ")[2]), "measured with the engines that it had"
     assert list(lines(load([]), RunFolder(str(tmp_path / "gone")))) == []
+    # The newest steps had two engines, as their rows tell: those alone count.
+    rows = [json.loads(row) for row in timed]
+    faster_rows = [row | {"engine/count": 2, "tokens/per_s": 1800.0} for row in rows[-6:]]
+    both = [row | {"engine/count": 1} for row in rows[:-6]] + faster_rows
+    Path(folder, METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in both))
+    newest = measured_of(RunFolder(folder), 1)
+    assert newest == replace(measured, num_engines=2, num_steps=6, num_others=5)
+    assert main([folder]) == 0
+    shown = capsys.readouterr().out
+    assert "over 6 steps with 2 engine(s) (5 with others left out)" in " ".join(shown.split())
+    Path(folder, METRICS_FILE).write_text("".join(timed))
     assert main([folder]) == 0
     shown = capsys.readouterr().out
     assert "staleness" in shown and "1,024" in shown and "enough: " in shown

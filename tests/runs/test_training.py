@@ -406,9 +406,17 @@ SETTINGS = [
 
 
 def start_run(root: Path) -> subprocess.Popen[str]:
-    """`jobs/train.py` with a cluster of its own, for the run that `strict` is without a break."""
+    """`jobs/train.py` with a cluster of its own, for the run that `strict` is without a break, on
+    engines that sleep while the learner updates."""
     return subprocess.Popen(
-        [sys.executable, "jobs/train.py", *SMALL, *SETTINGS, f"run.root={root}"],
+        [
+            sys.executable,
+            "jobs/train.py",
+            *SMALL,
+            *SETTINGS,
+            "engine.sleep=true",
+            f"run.root={root}",
+        ],
         cwd=PROJECT,
         # Ray's processes wait so long for a head that is gone before they end; else a minute.
         env=os.environ

@@ -206,7 +206,7 @@ def test_a_run_on_an_object_store_reads_like_a_local_one(folder):
 
 
 def test_a_missing_folder_and_missing_parts_are_one_clear_line(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere is not the folder of a run: .* config\.yaml"):
+    with pytest.raises(ValueError, match=r"nowhere is no run: .* config\.yaml"):
         Run(str(tmp_path / "nowhere"))
     (tmp_path / "config.yaml").write_text("run: {name: empty}\n")
     empty = Run(str(tmp_path))

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
@@ -13,10 +14,7 @@ from tests.support.saved_runs.notebooks import (
     COMPARE,
     NOTEBOOKS,
     READ_A_RUN,
-    complaints,
     evaluate,
-    execute,
-    shown,
 )
 from tests.support.saved_runs.small_run import (
     NUM_STEPS,
@@ -33,15 +31,17 @@ TREES, ANSWERS = "has no trees of any step", "has no two evaluations with answer
 TRAINING = "has trees without what the learner made of their tokens"
 
 
-def test_a_run_is_shown_in_ten_figures_and_three_tables(tmp_path: Path) -> None:
+def test_a_run_is_shown_in_ten_figures_and_three_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel shows a real one in `tests/runs`."""
     folder = write_small_run(tmp_path)
     record = worked_record(8)
     save_trees(folder, NUM_STEPS + 1, [replace(record, training=some_training(record.tree))])
     for step, right in ((0, "#### 3"), (NUM_STEPS, "#### 2")):
         RunFolder(folder).publish_table(*answers_to(PROBLEMS[:1], step, [[right]]))
-    executed = execute(READ_A_RUN, TREERPO_RUN=folder)
-    assert (shown(executed, "image/png"), shown(executed, "text/html")) == (10, 3)
-    assert complaints(executed) == []
+    monkeypatch.setenv("TREERPO_RUN", folder)
+    assert kinds(evaluate(READ_A_RUN)) == (10, 3)
 
 
 def bare_run(root: Path, lacking: str) -> str:
@@ -79,25 +79,39 @@ def test_what_a_run_lacks_is_told_in_place_of_its_figure(
 ) -> None:
     monkeypatch.setenv("TREERPO_RUN", bare_run(tmp_path, lacking))
     found = evaluate(READ_A_RUN)
-    for figure in (one for one in found if isinstance(one, Figure)):
-        figure.draw_without_rendering()
+    kinds(found)
     reasons = [repr(one) for one in found if isinstance(one, Missing)]
     assert len(found) == 13 and len(reasons) == len(told)
     for part in set(told):
         assert sum(part in reason for reason in reasons) == told.count(part)
 
 
-def test_a_tree_is_followed_by_hand_from_its_question_to_its_update() -> None:
+def kinds(found: list[object]) -> tuple[int, int]:
+    """How many figures, each of which is drawn, and how many tables."""
+    figures = [one for one in found if isinstance(one, Figure)]
+    for figure in figures:
+        figure.draw_without_rendering()
+    return len(figures), sum(isinstance(one, pd.DataFrame) for one in found)
+
+
+@pytest.fixture
+def beside_the_notebooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the folder where a kernel begins."""
+    monkeypatch.chdir(BY_HAND.parent)
+
+
+def test_a_tree_is_followed_by_hand_from_its_question_to_its_update(
+    beside_the_notebooks: None,
+) -> None:
     """Its cells hold what is computed by hand against the package."""
-    executed = execute(BY_HAND)
-    assert (shown(executed, "image/png"), shown(executed, "text/html")) == (2, 2)
-    assert complaints(executed) == []
+    assert kinds(evaluate(BY_HAND)) == (2, 2)
 
 
-def test_the_committed_comparisons_are_shown_in_two_figures_and_two_tables() -> None:
-    executed = execute(COMPARE)
-    assert (shown(executed, "image/png"), shown(executed, "text/html")) == (2, 2)
-    assert complaints(executed) == []
+def test_the_committed_comparisons_are_shown_in_two_figures_and_two_tables(
+    beside_the_notebooks: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert kinds(evaluate(COMPARE)) == (2, 2)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

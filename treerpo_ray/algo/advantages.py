@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from treerpo_ray.algo.backup import Values
-from treerpo_ray.algo.groups import GroupState, Pruning, StepGroups, step_groups
+from treerpo_ray.algo.groups import Pruning, StepGroups, step_groups
 from treerpo_ray.algo.standard_errors import ROUNDING
 from treerpo_ray.algo.tree import ROOT, Tree
 
@@ -334,7 +334,7 @@ def of_kept(
     """What was found of the steps of kept groups, by the weight of the group; NaN elsewhere."""
     kept = np.full(len(found), np.nan)
     for group in groups:
-        is_kept = group.states(pruning) == GroupState.KEPT
+        is_kept = group.is_kept(pruning)
         children = group.children[is_kept]
         kept[children] = found[children] * group.weights(pruning)[is_kept, None]
     return kept

@@ -22,7 +22,9 @@ def calibration_bins(groups: Sequence[StepGroups]) -> Float64[np.ndarray, "bins 
 
     Groups with an errored leaf and only children predict nothing. Rewards are from 0 to 1.
     """
-    bins = np.zeros((NUM_BINS, 3))
+    places: list[np.ndarray] = []
+    predicted: list[np.ndarray] = []
+    came: list[np.ndarray] = []
     for group in groups:
         values = group.values[~group.is_errored]
         num_children = values.shape[-1]
@@ -31,9 +33,14 @@ def calibration_bins(groups: Sequence[StepGroups]) -> Float64[np.ndarray, "bins 
         others = (values.sum(-1, keepdims=True) - values) / (num_children - 1)
         # What rounding makes of a third must not fall into another bin than a third.
         place = (others * NUM_BINS + 1e-9).astype(np.int64).clip(0, NUM_BINS - 1)
-        for column, added in enumerate((np.ones_like(values), others, values)):
-            np.add.at(bins[:, column], place.ravel(), added.ravel())
-    return bins
+        places.append(place.ravel())
+        predicted.append(others.ravel())
+        came.append(values.ravel())
+    if not places:
+        return np.zeros((NUM_BINS, 3))
+    place = np.concatenate(places)
+    sums = (np.bincount(place, np.concatenate(own), NUM_BINS) for own in (predicted, came))
+    return np.stack([np.bincount(place, minlength=NUM_BINS), *sums], axis=1)
 
 
 def calibration_error(bins: Float64[np.ndarray, "bins 3"]) -> float:

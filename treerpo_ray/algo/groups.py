@@ -83,9 +83,12 @@ class StepGroups:
 
     def states(self, pruning: Pruning) -> Shaped[np.ndarray, " groups"]:
         """`GroupState` of each group; kept iff what the rule looks at is above the threshold."""
-        is_kept = self._signal(pruning.rule) > pruning.threshold
-        alive = np.where(is_kept, GroupState.KEPT, GroupState.PRUNED)
+        alive = np.where(self.is_kept(pruning), GroupState.KEPT, GroupState.PRUNED)
         return np.where(self.is_errored, GroupState.ERRORED, alive)
+
+    def is_kept(self, pruning: Pruning) -> Bool[np.ndarray, " groups"]:
+        """Whether each group is trained on."""
+        return (self._signal(pruning.rule) > pruning.threshold) & ~self.is_errored
 
     def weights(self, pruning: Pruning) -> Float64[np.ndarray, " groups"]:
         """Factor of each group's advantages."""
@@ -128,6 +131,11 @@ class StepGroups:
         return 1 - self.significance.clip(min=1) ** -2
 
     @cached_property
+    def mean_errors(self) -> Float64[np.ndarray, " groups"]:
+        """Standard error of the mean of each group's values."""
+        return standard_error_of_mean(self.values)
+
+    @cached_property
     def difference_errors(self) -> Float64[np.ndarray, "groups children"]:
         """Standard error of each value minus the group's mean, given the child.
 
@@ -136,7 +144,7 @@ class StepGroups:
         s / N: the variance is f (f e_i^2 + S^2) with f = (N - 1)/N and S the error of the mean.
         """
         free = 1 - 1 / self.values.shape[-1]
-        mean_error = standard_error_of_mean(self.values)[:, None]
+        mean_error = self.mean_errors[:, None]
         return np.sqrt(free * (free * self.standard_errors**2 + mean_error**2))
 
     def _signal(self, rule: PruneRule | OwnRule) -> Float64[np.ndarray, " groups"]:
@@ -199,19 +207,36 @@ def step_groups(tree: Tree, values: Values) -> list[StepGroups]:
     ]
 
 
+_MIX = 6364136223846793005
+"""Spreads numbers over 64 bits (Knuth's multiplier of MMIX)."""
+
+
 def count_duplicates(tree: Tree) -> tuple[int, int]:
     """Steps that have the very tokens of an earlier sibling, and steps that have an earlier one.
 
     All but one of those that are alike are tokens spent twice. A step that a sampler turned down is
     nobody's sibling here.
     """
-    tokens, size = tree.token_ids.tobytes(), tree.token_ids.itemsize
-    starts, ends = size * tree.starts, size * (tree.starts + tree.lengths)
-    steps = zip(tree.parents.tolist(), starts.tolist(), ends.tolist(), tree.stops, strict=True)
-    sampled = [
-        (parent, tokens[start:end])
-        for parent, start, end, stop in steps
-        if stop is not StopReason.ERROR
-    ]
-    num_first = len({parent for parent, _ in sampled})
-    return len(sampled) - len(set(sampled)), len(sampled) - num_first
+    sampled = np.flatnonzero([stop is not StopReason.ERROR for stop in tree.stops])
+    parents = tree.parents[sampled].tolist()
+    alike = _may_be_alike(tree, sampled)
+    spans = zip(tree.starts[alike].tolist(), tree.lengths[alike].tolist(), strict=True)
+    tokens = (tree.token_ids[start : start + length].tobytes() for start, length in spans)
+    different = set(zip(tree.parents[alike].tolist(), tokens, strict=True))
+    return len(alike) - len(different), len(parents) - len(set(parents))
+
+
+def _may_be_alike(tree: Tree, steps: Int64[np.ndarray, " _"]) -> Int64[np.ndarray, " alike"]:
+    """All steps that have the parent, length, first and last token of another one, and perhaps
+    some that have not: those that are to be compared token by token."""
+    has_tokens = tree.lengths[steps] > 0
+    some, empty = steps[has_tokens], steps[~has_tokens]
+    first, length = tree.starts[some], tree.lengths[some]
+    key = tree.parents[some].astype(np.int64)
+    for more in (length, tree.token_ids[first], tree.token_ids[first + length - 1]):
+        key = key * _MIX + more  # wraps around: others may come to the same, the same always do
+    order = key.argsort()
+    is_same = key[order[1:]] == key[order[:-1]]
+    found = np.zeros(len(some), bool)
+    found[order[1:][is_same]] = found[order[:-1][is_same]] = True
+    return np.append(empty, some[found])

@@ -50,14 +50,31 @@ _NOTHING = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Segments:
+    """Prompts and steps that are laid out, and where their tokens are found."""
+
+    parent: Int64[np.ndarray, " segments"]
+    """Place of the parent among these; -1 of a prompt."""
+    depth: Int64[np.ndarray, " segments"]
+    length: Int64[np.ndarray, " segments"]
+    offset: Int64[np.ndarray, " segments"]
+    """Tokens of the path before the segment."""
+    origin: Int64[np.ndarray, " segments"]
+    """2 p for the prompt of part p and 2 p + 1 for its steps."""
+    place: Int64[np.ndarray, " segments"]
+    """First token in the arrays of the origin."""
+    index: Int64[np.ndarray, " segments"]
+    """Of a step that of `Forest.origin`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
     """The prompt and some steps of one tree, which go into one forest."""
 
     tree: Tree
-    first_step: int
-    """Steps of the trees before it."""
-    segments: Int64[np.ndarray, " segments"]
-    """ROOT for the prompt, then steps, parents first."""
+    columns: Int64[np.ndarray, "7 segments"]
+    """Those of `_Segments`, as if this were the only part; the prompt first, then steps, parents
+    before their children."""
     advantages: Float32[np.ndarray, " segments"]
     """NaN marks a segment that is context only."""
     num_tokens: int
@@ -98,7 +115,8 @@ def pack(
             bins.append([])
         bins[index].append(part)
         free[index] -= part.num_tokens
-    return [_lay_out(parts) for parts in bins]
+    ramp = np.arange(token_budget)
+    return [_lay_out(parts, ramp) for parts in bins]
 
 
 def unpack(
@@ -146,23 +164,79 @@ def _split(
     num_new = np.where(is_new, np.append(tree.lengths, 0)[paths], 0).sum(1)
     num_path = tree.path_lengths[trained] + len(tree.prompt_ids)
     total = num_new.cumsum()
-    start = 0
-    while start < len(trained):
-        room = token_budget - num_path[start] + total[start]
-        end = int(total.searchsorted(room, side="right"))
-        own = is_new[start:end].copy()
-        own[0] = paths[start] != ROOT
-        steps = paths[start:end][own]
-        is_context = steps != np.repeat(trained[start:end], own.sum(1))
-        part = np.where(is_context, np.nan, advantages[steps])
+    ends = _part_ends(num_path, total, token_budget)
+    firsts = np.append(0, ends[:-1])
+    is_new[firsts] = paths[firsts] != ROOT  # each part begins with a whole path
+    steps, num_own = paths[is_new], is_new.sum(1)
+    is_context = steps != trained.repeat(num_own)
+    own = np.where(is_context, np.nan, advantages[steps]).astype(np.float32)
+    num_steps = num_own.cumsum()[ends - 1]  # of all parts so far
+    prompts = np.append(0, num_steps[:-1])  # before which of the steps
+    cuts = num_steps + np.arange(1, len(ends) + 1)
+    columns = _columns(tree, first_step, np.insert(steps, prompts, ROOT), cuts)
+    own = np.insert(own, prompts, np.nan)
+    num_tokens = num_path[firsts] + total[ends - 1] - total[firsts]
+    for begin, end, number in zip([0, *cuts], cuts, num_tokens.tolist(), strict=False):
         yield _Part(
             tree=tree,
-            first_step=first_step,
-            segments=np.append(ROOT, steps),
-            advantages=np.append(np.nan, part).astype(np.float32),
-            num_tokens=int(num_path[start] + total[end - 1] - total[start]),
+            columns=columns[:, begin:end],
+            advantages=own[begin:end],
+            num_tokens=number,
         )
-        start = end
+
+
+def _part_ends(
+    num_path: Int64[np.ndarray, " trained"], total: Int64[np.ndarray, " trained"], budget: int
+) -> Int64[np.ndarray, " parts"]:
+    """Behind which trained steps the parts of a tree end.
+
+    Args:
+        num_path: Tokens from the start of the prompt to the end of each step.
+        total: Tokens of all steps on the paths to this one and to those before it.
+        budget: Most tokens of a part.
+    """
+    ends = [0]
+    while (first := ends[-1]) < len(total):
+        room = budget - num_path[first] + total[first]
+        ends.append(int(total.searchsorted(room, side="right")))
+    return np.array(ends[1:])
+
+
+def _columns(
+    tree: Tree,
+    first_step: int,
+    segments: Int64[np.ndarray, " segments"],
+    ends: Int64[np.ndarray, " parts"],
+) -> Int64[np.ndarray, "7 segments"]:
+    """`_Part.columns` of all parts of a tree, one after the other.
+
+    Args:
+        tree: The tree.
+        first_step: Steps of the trees before it.
+        segments: Of each part ROOT for the prompt, then steps.
+        ends: Of each part.
+    """
+    sizes = np.diff(ends, prepend=0)
+    part = np.arange(len(ends)).repeat(sizes)
+    row = np.arange(len(segments)) - (ends - sizes).repeat(sizes)
+    rows = np.empty((len(ends), len(tree) + 1), np.int64)  # ROOT = -1 is the last
+    rows[part, segments] = row
+    is_step = segments != ROOT
+    num_prompt = len(tree.prompt_ids)
+    length = tree.lengths[segments]
+    parent = np.where(is_step, rows[part, tree.parents[segments]], -1)
+    offset = tree.path_lengths[segments] - length + num_prompt
+    return np.stack(
+        [
+            parent,
+            np.where(is_step, tree.depth_array[segments], 0),
+            np.where(is_step, length, num_prompt),
+            np.where(is_step, offset, 0),
+            is_step,
+            np.where(is_step, tree.starts[segments], 0),
+            first_step + segments,
+        ]
+    )
 
 
 def _check_lengths(tree: Tree, paths: Int64[np.ndarray, "paths depth"], token_budget: int) -> None:
@@ -181,22 +255,29 @@ def _check_lengths(tree: Tree, paths: Int64[np.ndarray, "paths depth"], token_bu
         )
 
 
-def _lay_out(parts: list[_Part]) -> Forest:
-    """Segments of all parts in one row of tokens, an edge for each token of the trained ones."""
-    segments = _level_order(parts)
-    length, parent = segments.length, segments.parent
-    start = length.cumsum() - length
-    is_trained = ~np.isnan(segments.advantage)
-    trained = is_trained.nonzero()[0]
+def _lay_out(parts: list[_Part], ramp: Int64[np.ndarray, " budget"]) -> Forest:
+    """Segments of all parts in one row of tokens, an edge for each token of the trained ones.
+
+    Args:
+        parts: Of trees.
+        ramp: 0, 1, 2 ..., as many as the forest may have tokens.
+    """
+    segments, advantage = _level_order(parts)
+    length, parent, place = segments.length, segments.parent, segments.place
+    end = length.cumsum()
+    start = end - length
+    trained = (~np.isnan(advantage)).nonzero()[0]
     count = length[trained]
-    token_ids = segments.gather([(p.tree.prompt_ids, p.tree.token_ids) for p in parts], np.int64)
-    predicted = is_trained.repeat(length).nonzero()[0]
-    target = token_ids[predicted]
-    source = predicted
-    source -= 1
-    source[count.cumsum() - count] = (start + length - 1)[parent[trained]]
+    first, begin, stop = place[trained], start[trained], end[trained]
+    whole = _runs(segments.origin, (place, place + length))
+    texts = [text for part in parts for text in (part.tree.prompt_ids, part.tree.token_ids)]
+    token_ids = np.concatenate([texts[own][a:b] for own, a, b in whole], dtype=np.int64)
+    runs = _runs(segments.origin[trained], (first, first + count), (begin, stop))
+    logprobs = [own for part in parts for own in (_NOTHING, part.tree.logprobs)]
+    source = np.concatenate([ramp[a - 1 : b - 1] for *_, a, b in runs])
+    source[count.cumsum() - count] = (end - 1)[parent[trained]]
     position_ids = (segments.offset - start).repeat(length)
-    position_ids += np.arange(len(position_ids))
+    position_ids += ramp[: len(position_ids)]
     return Forest(
         token_ids=token_ids,
         position_ids=position_ids,
@@ -205,84 +286,46 @@ def _lay_out(parts: list[_Part]) -> Forest:
         segment_parent=parent,
         segment_depth=segments.depth,
         source=source,
-        target=target,
-        advantage=segments.advantage[trained].repeat(count),
-        behaviour_logprob=segments.take(trained).gather(
-            [(_NOTHING, p.tree.logprobs) for p in parts], np.float32
-        ),
-        step=np.arange(len(trained), dtype=np.int32).repeat(count),
+        target=np.concatenate([token_ids[a:b] for *_, a, b in runs]),
+        advantage=advantage[trained].repeat(count),
+        behaviour_logprob=np.concatenate([logprobs[own][a:b] for own, a, b, *_ in runs]),
+        step=ramp[: len(trained)].astype(np.int32).repeat(count),
         origin=segments.index[trained],
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Segments:
-    """Prompts and steps that are laid out, and where their tokens are found."""
-
-    parent: Int64[np.ndarray, " segments"]
-    depth: Int64[np.ndarray, " segments"]
-    length: Int64[np.ndarray, " segments"]
-    offset: Int64[np.ndarray, " segments"]
-    """Tokens of the path before the segment."""
-    advantage: Float32[np.ndarray, " segments"]
-    origin: Int64[np.ndarray, " segments"]
-    """2 p for the prompt of part p and 2 p + 1 for its steps."""
-    place: Int64[np.ndarray, " segments"]
-    """First token in the arrays of the origin."""
-    index: Int64[np.ndarray, " segments"]
-    """Of a step that of `Forest.origin`."""
-
-    def take(self, index: Int64[np.ndarray, " _"]) -> "_Segments":
-        """Some of the segments."""
-        return _Segments(**{name: getattr(self, name)[index] for name in self.__slots__})
-
-    def gather(self, arrays: list[tuple[np.ndarray, np.ndarray]], dtype: type) -> np.ndarray:
-        """What the segments have in the arrays of each part's prompt and steps, one by one.
-
-        Neighbours are copied in one go: whole levels where a tree is laid out whole.
-        """
-        flat = [array for pair in arrays for array in pair]
-        end = self.place + self.length
-        breaks = (self.origin[1:] != self.origin[:-1]) | (self.place[1:] != end[:-1])
-        cuts = breaks.nonzero()[0]
-        first, last = np.append(0, cuts + 1), np.append(cuts, len(end) - 1)
-        runs = zip(
-            self.origin[first].tolist(), self.place[first].tolist(), end[last].tolist(), strict=True
-        )
-        return np.concatenate([flat[origin][a:b] for origin, a, b in runs], dtype=dtype)
+def _runs(
+    origin: Int64[np.ndarray, " segments"],
+    *spans: tuple[Int64[np.ndarray, " segments"], Int64[np.ndarray, " segments"]],
+) -> list[tuple[int, ...]]:
+    """Origin, and start and end in each span, of segments that stand one after the other in all:
+    they are copied in one go, whole levels where a tree is laid out whole."""
+    is_first = np.ones(len(origin), bool)
+    is_first[1:] = origin[1:] != origin[:-1]
+    for start, end in spans:
+        is_first[1:] |= start[1:] != end[:-1]
+    first = is_first.nonzero()[0]
+    last = np.empty_like(first)
+    last[:-1], last[-1] = first[1:] - 1, len(origin) - 1
+    bounds = [part for start, end in spans for part in (start[first], end[last])]
+    return list(zip(origin[first].tolist(), *(part.tolist() for part in bounds), strict=True))
 
 
-def _level_order(parts: list[_Part]) -> _Segments:
-    """Segments of all parts, shallow ones first, with `parent` counted in this order."""
-    columns: list[tuple[np.ndarray, ...]] = []
-    num_segments = 0
+def _level_order(parts: list[_Part]) -> tuple[_Segments, Float32[np.ndarray, " segments"]]:
+    """Segments of all parts, shallow ones first, with `parent` counted in this order, and their
+    advantages."""
+    columns = np.concatenate([part.columns for part in parts], axis=1)
+    advantage = np.concatenate([part.advantages for part in parts])
+    parent, depth, *_, origin, _, _ = columns
+    begin = 0
     for number, part in enumerate(parts):
-        tree, segments = part.tree, part.segments
-        row = np.empty(len(tree) + 1, np.int64)  # ROOT = -1 is the last
-        row[segments] = num_segments + np.arange(len(segments))
-        own = segments[1:]
-        parent, depth, length, offset, place = np.zeros((5, len(segments)), np.int64)
-        parent[0], length[0] = -1, len(tree.prompt_ids)
-        parent[1:], length[1:] = row[tree.parents[own]], tree.lengths[own]
-        depth[1:], place[1:] = tree.depth_array[own], tree.starts[own]
-        offset[1:] = tree.path_lengths[own] - tree.lengths[own] + len(tree.prompt_ids)
-        origin = 2 * number + (segments != ROOT)
-        index = part.first_step + segments
-        columns.append((parent, depth, length, offset, part.advantages, origin, place, index))
-        num_segments += len(segments)
-    parent, depth, length, offset, advantage, origin, place, index = map(
-        np.concatenate, zip(*columns, strict=True)
-    )
+        end = begin + len(part.advantages)
+        parent[begin + 1 : end] += begin
+        origin[begin:end] += 2 * number
+        begin = end
     order = depth.argsort(kind="stable")
-    rank = np.empty(num_segments + 1, np.int64)
-    rank[order], rank[-1] = np.arange(num_segments), -1
-    return _Segments(
-        parent=rank[parent],
-        depth=depth,
-        length=length,
-        offset=offset,
-        advantage=advantage,
-        origin=origin,
-        place=place,
-        index=index,
-    ).take(order)
+    rank = np.empty(len(order) + 1, np.int64)
+    rank[order], rank[-1] = np.arange(len(order)), -1
+    parent[:] = rank[parent]
+    ordered = zip(_Segments.__slots__, columns[:, order], strict=True)
+    return _Segments(**dict(ordered)), advantage[order]

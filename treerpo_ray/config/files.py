@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import is_dataclass, replace
 from enum import StrEnum
 from functools import cache
@@ -32,6 +33,8 @@ MOVED_MODULES = {
     "treerpo_ray.boxed_answer": "treerpo_ray.verifier.boxed_answer",
 }
 """Modules that configurations of earlier versions name, and where they are now."""
+YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Ten times as fast where libyaml is there."""
 BENCHMARKS = "evaluate.benchmarks"
 SHAPE_KEYS = ("num_children", "step_tokens")
 JOB_FOLDER = re.compile(r"(?:^|(?<=\"))/[^\"]*?/working_dir_files/_ray_pkg_\w+/")
@@ -72,15 +75,16 @@ def load(arguments: list[str]) -> Config:
 
 
 def _load(arguments: list[str]) -> Config:
-    merged, naming, given = _defaults(), list[str](), set[str]()
+    merged, naming, given = deepcopy(_defaults()), list[str](), set[str]()
     renewed, is_one_check = set[str](), False
     for argument in arguments:
         try:
             part = _part(argument)
-            merged = OmegaConf.merge(merged, part)
-            keys = [
-                key for key, _ in flatten(cast(dict[str, object], OmegaConf.to_container(part)))
-            ]
+            content = OmegaConf.to_container(part)
+            if not isinstance(content, dict):
+                raise TypeError("a list")
+            keys = [key for key, _ in flatten(cast(dict[str, object], content))]
+            merged = OmegaConf.unsafe_merge(merged, part)  # in place: neither is used any more
             renewed = {each for each in USER_CODE if _without_source(each, keys)} | (
                 renewed - {key.partition(".sources")[0] for key in keys}
             )
@@ -99,7 +103,9 @@ def _load(arguments: list[str]) -> Config:
             raise ValueError(f"{argument}: cannot be read: {type(e).__name__}: {e}") from e
     merged = _inherit(merged, given)
     if naming and "run.name" not in given:
-        merged = OmegaConf.merge(merged, {"run": {"name": name_from(naming, known_keys(Config))}})
+        merged = OmegaConf.unsafe_merge(
+            merged, {"run": {"name": name_from(naming, known_keys(Config))}}
+        )
     try:
         config = cast(Config, OmegaConf.to_object(merged))
         if is_one_check:  # it was named behind several, in whose place it is
@@ -126,7 +132,7 @@ def _inherit(merged: Container, given: set[str]) -> Container:
         "benchmarks": {name: taken(f"{BENCHMARKS}.{name}") for name in benchmarks or ()},
     }
     prompts = {"mix": {name: taken(f"prompts.mix.{name}") for name in mix or ()}}
-    return OmegaConf.merge(merged, {"prompts": prompts, "evaluate": evaluate})
+    return OmegaConf.unsafe_merge(merged, {"prompts": prompts, "evaluate": evaluate})
 
 
 def _without_source(section: str, keys: list[str]) -> bool:
@@ -186,12 +192,12 @@ def _share_out_answer(merged: Container, has_window: bool) -> Container:
         steps = [total // number + (depth < total % number) for depth in range(number)]
     if has_window:
         steps[-1] += OmegaConf.select(merged, "tree.entropy_window") * (number - 1)
-    return OmegaConf.merge(merged, {"tree": {"step_tokens": steps}})
+    return OmegaConf.unsafe_merge(merged, {"tree": {"step_tokens": steps}})
 
 
 @cache
 def _defaults() -> Container:
-    """The configuration before anything is said; a merge copies it."""
+    """The configuration before anything is said; what is merged into is a copy of it."""
     return OmegaConf.structured(Config)
 
 
@@ -202,7 +208,7 @@ def to_yaml(config: Config) -> str:
 
 def flat_settings(text: str) -> Flat:
     """Values of a configuration in YAML by their whole key, modules under their present names."""
-    return dict(flatten(with_moved_modules(yaml.safe_load(text)), whole=_mapping_keys()))
+    return dict(flatten(with_moved_modules(yaml.load(text, YAML)), whole=_mapping_keys()))
 
 
 def placeless(settings: Flat) -> Flat:

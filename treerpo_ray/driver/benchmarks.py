@@ -6,17 +6,16 @@ import re
 import shutil
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import ray
 from transformers import PreTrainedTokenizerBase
 
-from treerpo_ray.actor import make_actor, root_cause
+from treerpo_ray.actor import MakeActor, make_actor, root_cause
 from treerpo_ray.config import Config
 from treerpo_ray.config.data import PROJECT
 from treerpo_ray.config.files import load, to_yaml
@@ -317,7 +316,7 @@ def evaluate_all(
     tokenizer: PreTrainedTokenizerBase,
     console: Console,
     *,
-    make_actor: Callable[..., Callable[..., Any]] = make_actor,
+    make_actor: MakeActor = make_actor,
     make_scorer: StartScorer = Scorer,
 ) -> Iterator[tuple[str, Evaluation]]:
     """Evaluate each benchmark on the Ray cluster that is connected, on the same engines."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import grpc
@@ -127,6 +127,18 @@ def look_at_resources(config: Config) -> Available:
         )
 
 
+class BeginSession(Protocol):
+    """As `ray.init`, whose settings these are."""
+
+    def __call__(self, *, log_to_driver: bool, **settings: Any) -> object: ...
+
+
+class RequestResources(Protocol):
+    """Asks the autoscaler for bundles of resources, in the place of those before."""
+
+    def __call__(self, *, bundles: list[dict[str, float]]) -> object: ...
+
+
 @contextmanager
 def connected(config: Config, *, trains: bool = True) -> Iterator[None]:
     """Connect to the cluster that the environment names, or start one here for the while.
@@ -135,7 +147,7 @@ def connected(config: Config, *, trains: bool = True) -> Iterator[None]:
         ValueError: nothing answers at `RAY_ADDRESS`, the GPUs here cannot be used, the run needs
             more than the cluster has, or its nodes differ; names what and where to change it.
     """
-    begin: Callable[..., object] = ray.init
+    begin: BeginSession = ray.init
     where: dict[str, Any] = {}
     if address := os.environ.get("RAY_ADDRESS"):
         await_head(address)
@@ -162,7 +174,7 @@ def connected(config: Config, *, trains: bool = True) -> Iterator[None]:
 
 @contextmanager
 def session(
-    begin: Callable[..., object] = ray.init,
+    begin: BeginSession = ray.init,
     end: Callable[[], object] = ray.shutdown,
     **settings: Any,
 ) -> Iterator[None]:
@@ -318,7 +330,7 @@ def places_held(
     *,
     trains: bool,
     look: Callable[[], Capacity] = look_at_capacity,
-    request: Callable[..., object] = request_resources,
+    request: RequestResources = request_resources,
     look_every_s: float = LOOK_EVERY_S,
 ) -> Iterator[None]:
     """Wait until all that the run starts with has a place on the cluster, and keep its nodes for

@@ -289,7 +289,15 @@ class Kernels(NamedTuple):
     """The two functions above, as a type of device runs them."""
 
     row_sums: Callable[[Tensor, Tempering], tuple[Tensor, Tensor]]
-    gradient: Callable[..., Tensor]
+    gradient: Callable[
+        [
+            Tensor,
+            Tempering,
+            tuple[Tensor, Tensor, Tensor, Tensor],
+            tuple[Tensor, Tensor, Tensor],
+        ],
+        Tensor,
+    ]
 
 
 @cache

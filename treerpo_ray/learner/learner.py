@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float64
 from safetensors.torch import load_file, save_file
 
-from treerpo_ray.algo.advantages import has_baseline, step_advantages
+from treerpo_ray.algo.advantage_errors import advantage_errors
+from treerpo_ray.algo.advantages import all_advantages, has_baseline, of_kept
 from treerpo_ray.algo.backup import Values, mean_backup
 from treerpo_ray.algo.groups import StepGroups, step_groups
 from treerpo_ray.algo.loss_config import LossConfig
@@ -186,16 +187,13 @@ class Learner:
         trees = [record.tree for record in records]
         values = [mean_backup(record.tree, record.rewards) for record in records]
         groups = [step_groups(tree, own) for tree, own in zip(trees, values, strict=True)]
-        advantages = [
-            step_advantages(
-                tree,
-                own,
-                form=self.form,
-                pruning=self.pruning,
-                groups=siblings,
-                baseline=self.baseline,
-            )
+        found = [
+            all_advantages(self.form, tree, own, siblings, self.baseline)
             for tree, own, siblings in zip(trees, values, groups, strict=True)
+        ]
+        advantages = [
+            of_kept(own, siblings, self.pruning)
+            for own, siblings in zip(found, groups, strict=True)
         ]
         trained = TrainedTrees(
             order=order,
@@ -203,28 +201,31 @@ class Learner:
             advantages=advantages,
             minibatches=self._minibatches(trees, advantages),
         )
-        return trained, self._count(records, values, groups)
+        return trained, self._count(records, values, groups, found)
 
     def _count(
         self,
         records: Sequence[TreeRecord],
         values: Sequence[Values],
         groups: Sequence[Sequence[StepGroups]],
+        advantages: Sequence[Float64[np.ndarray, " _"]],
     ) -> BatchStats:
         """Statistics of this worker's trees."""
-        counted = [
-            count(
-                record,
+        total = BatchStats()
+        for record, own, siblings, found in zip(records, values, groups, advantages, strict=True):
+            errors = advantage_errors(
+                record.tree,
                 own,
-                siblings,
                 form=self.form,
                 pruning=self.pruning,
+                groups=siblings,
                 baseline=self.baseline,
-                sets=self.sets,
+                advantages=found,
             )
-            for record, own, siblings in zip(records, values, groups, strict=True)
-        ]
-        return sum(counted, start=BatchStats())
+            total += count(
+                record, own, siblings, errors=errors, pruning=self.pruning, sets=self.sets
+            )
+        return total
 
     def _minibatches(
         self, trees: Sequence[Tree], advantages: Sequence[Float64[np.ndarray, " _"]]

@@ -5,13 +5,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from jaxtyping import Float64
 
-from treerpo_ray.algo.advantage_errors import advantage_errors
-from treerpo_ray.algo.advantages import Form
 from treerpo_ray.algo.backup import Values, reward_variance
 from treerpo_ray.algo.calibration import NUM_BINS, calibration_bins, calibration_error
 from treerpo_ray.algo.groups import GroupState, Pruning, StepGroups, count_duplicates
-from treerpo_ray.algo.standard_errors import standard_error_of_mean
 from treerpo_ray.metrics.rows import BY_SET
 from treerpo_ray.prompts.mixture import set_of
 from treerpo_ray.records import RootValue, TreeRecord
@@ -163,23 +161,20 @@ def count(
     values: Values,
     step_groups: Sequence[StepGroups],
     *,
-    form: Form,
+    errors: Float64[np.ndarray, " steps"],
     pruning: Pruning,
-    baseline: float = 0.0,
     sets: Collection[str] = (),
 ) -> BatchStats:
     """Statistics of one tree with these values and step groups.
 
     Args:
         record, values, step_groups: The tree.
-        form, pruning, baseline: As of its advantages.
+        errors: Of its advantages.
+        pruning: Which groups are kept.
         sets: Names of the data sets, where several are mixed.
     """
     tree, is_valued = record.tree, not np.isnan(values.root)
     groups, sums = _count_groups(step_groups, pruning)
-    errors = advantage_errors(
-        tree, values, form=form, pruning=pruning, groups=step_groups, baseline=baseline
-    )
     known = errors[~np.isnan(errors)]
     sums += Sums(advantage_se=float(known.sum()), num_advantage_se=len(known))
     # Where all rewards are 0 or 1 it follows from the value.
@@ -222,15 +217,22 @@ def _count_groups(step_groups: Sequence[StepGroups], pruning: Pruning) -> tuple[
     """`BatchStats.groups`, and of `BatchStats.group_sums` what the groups themselves tell."""
     groups, sums = Counter[str](), Sums()
     for group in step_groups:
-        states = Counter(group.states(pruning).tolist())
-        groups += states
-        groups += Counter({f"{state}_depth_{group.depth}": n for state, n in states.items()})
-        has_values = ~group.is_errored
-        if has_values.any():
+        has_values, num_kept = ~group.is_errored, int(group.is_kept(pruning).sum())
+        num_valued = int(has_values.sum())
+        counts = {
+            GroupState.KEPT: num_kept,
+            GroupState.PRUNED: num_valued - num_kept,
+            GroupState.ERRORED: len(has_values) - num_valued,
+        }
+        for state, number in counts.items():
+            if number:
+                groups[state] += number
+                groups[f"{state}_depth_{group.depth}"] += number
+        if num_valued:
             own = group.values[has_values]
             deviations = own - own.mean(-1, keepdims=True)
             noise = group.difference_errors[has_values]
-            sums["value_se"] += float(standard_error_of_mean(own).sum())
+            sums["value_se"] += float(group.mean_errors[has_values].sum())
             sums[f"signal_depth_{group.depth}"] += float((deviations**2).sum())
             sums[f"noise_depth_{group.depth}"] += float((noise**2).sum())
     return groups, sums

@@ -9,9 +9,10 @@ again; `rows.latest_rows` leaves out those that they replace.
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, Self
 
 from treerpo_ray.metrics.diagnosis import Diagnosis, Limits
 from treerpo_ray.metrics.events import EVENTS_FILE, NOTICES, Event
@@ -21,6 +22,7 @@ from treerpo_ray.metrics.stage_status import StageStatus, WatchedStage
 from treerpo_ray.metrics.wandb.run import ID_FILE, SENT_FILE, WandbRun, WandbSettings
 from treerpo_ray.run_folder.files import RunFolder, Scalar, parse_lines
 from treerpo_ray.run_folder.lines import AppendLog, LogTimes
+from treerpo_ray.run_folder.writer import Warn
 
 if TYPE_CHECKING:
     from treerpo_ray.config import Config
@@ -54,6 +56,14 @@ class RunLogSetup:
         )
 
 
+class MakeWandb(Protocol):
+    """As `WandbRun` itself, whose arguments these are."""
+
+    def __call__(
+        self, *, settings: WandbSettings, folder: Path, rows: Sequence[Row], warn: Warn
+    ) -> WandbRun: ...
+
+
 class RunLog(WatchedStage):
     """Writes the metrics and events of a run.
 
@@ -78,7 +88,7 @@ class RunLog(WatchedStage):
         *,
         setup: RunLogSetup,
         times: LogTimes | None = None,
-        make_wandb: Callable[..., WandbRun] = WandbRun,
+        make_wandb: MakeWandb = WandbRun,
         stage_metrics: StageMetrics | None = None,
     ) -> None:
         self._stage_metrics = stage_metrics or StageMetrics(run=setup.name)

@@ -26,7 +26,7 @@ from treerpo_ray.config.files import flat_settings, load
 from treerpo_ray.errors import run_command
 from treerpo_ray.metrics.rows import Row, latest_rows
 from treerpo_ray.run_folder import trees as saved_trees
-from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder, did_you_mean, named_folder
+from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder, run_at
 
 COUNTS = tuple(2**power for power in range(11))
 """Engines that are tried: 1 to 1,024."""
@@ -34,6 +34,8 @@ NUM_STEPS = 40
 """Learner steps of a simulation, of which the first quarter is left out: it starts empty."""
 FEWEST_ROWS = 5
 """Learner steps that tell a pace; the first one holds the start of everything and is left out."""
+ENGINE_COUNT = "engine/count"
+"""Metric: engines that were there at the end of a learner step."""
 NEAR_BEST = 1.05
 """A step that takes at most so many times the shortest one is as good."""
 
@@ -52,6 +54,12 @@ class Measured:
     """An update by the workers that there are."""
     load_s: float
     """From the end of an update until engines serve it."""
+    num_engines: int
+    """That there were."""
+    num_steps: int
+    """Learner steps that this is of."""
+    num_others: int
+    """Learner steps with another number of engines, which are left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,10 +253,15 @@ def measured_of(folder: RunFolder, num_engines: int) -> Measured | None:
 
     Args:
         folder: Of the run.
-        num_engines: That it had, whatever it goes on with.
+        num_engines: That it had where its rows, of an earlier version, do not tell.
     """
-    rows = [row for row in latest_rows(folder) if "time/update_s" in row][1:]
-    rows = [row for row in rows if row.get("tokens/per_s", 0) > 0 and "idle/engines_share" in row]
+    all_rows = [row for row in latest_rows(folder) if "time/update_s" in row][1:]
+    all_rows = [
+        row for row in all_rows if row.get("tokens/per_s", 0) > 0 and "idle/engines_share" in row
+    ]
+    if all_rows:
+        num_engines = int(all_rows[-1].get(ENGINE_COUNT, num_engines))
+    rows = [row for row in all_rows if row.get(ENGINE_COUNT, num_engines) == num_engines]
     steps = saved_trees.saved_steps(folder)
     if len(rows) < FEWEST_ROWS or not steps:
         return None
@@ -264,6 +277,9 @@ def measured_of(folder: RunFolder, num_engines: int) -> Measured | None:
         tree_s=min(grow_s),
         update_s=_median([row["time/update_s"] for row in rows]),
         load_s=_median([row["time/sync_s"] for row in rows]),
+        num_engines=num_engines,
+        num_steps=len(rows),
+        num_others=len(all_rows) - len(rows),
     )
 
 
@@ -336,22 +352,22 @@ def show(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print(__doc__)
         return 0 if {"-h", "--help"} & set(arguments) else 2
-    place = named_folder(arguments[0])
+    place = run_at(arguments[0])
     folder = RunFolder(place)
-    if not folder.exists(CONFIG_FILE):
-        raise ValueError(f"{place} is no run: it has no {CONFIG_FILE}{did_you_mean(arguments[0])}")
     with TemporaryDirectory() as copy:
         config = load([str(folder.fetch(CONFIG_FILE, Path(copy)))])
     if (measured := measured_of(folder, config.engine.num_engines)) is None:
         raise ValueError(
-            f"{place} has fewer than {FEWEST_ROWS + 1} learner steps, or no saved trees "
-            "(metrics.save_trees_every), and so no pace"
+            f"{place} has fewer than {FEWEST_ROWS + 1} learner steps with as many engines as in "
+            "its last one, or no saved trees (metrics.save_trees_every), and so no pace"
         )
     paces = sweep(measured, config)
     console = rich.console.Console(markup=False, highlight=False)
+    others = f" ({measured.num_others} with others left out)" if measured.num_others else ""
     console.print(
         f"{place}: {config.gate.trees_per_step} trees a step, staleness at most "
-        f"{config.gate.max_staleness}; measured with {config.engine.num_engines} engine(s): "
+        f"{config.gate.max_staleness}; measured over {measured.num_steps} steps with "
+        f"{measured.num_engines} engine(s){others}: "
         f"{measured.engine_rate:,.0f} tokens a second of an engine, a tree of "
         f"{np.mean(measured.tree_tokens):,.0f} tokens in {measured.tree_s:.2g} s at best, "
         f"{measured.update_s:.3g} s an update, {measured.load_s:.3g} s until it is served",

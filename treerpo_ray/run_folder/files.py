@@ -251,6 +251,27 @@ def run_names(root: str) -> list[str]:
     return [name.removesuffix(f"/{CONFIG_FILE}") for name in found]
 
 
+def run_at(place: str) -> str:
+    """The folder or URI of the run that is called so, or lies there.
+
+    Raises:
+        ValueError: there is none; with the names of those that there are.
+    """
+    folder, root = named_folder(place), RunConfig().root
+    if RunFolder(folder).exists(CONFIG_FILE):
+        return folder
+    names = ", ".join(run_names(root))
+    raise ValueError(
+        f"{no_run(place)}; give a folder, a URI or the name of one of the runs in {root}: "
+        f"{names or 'there are none'}{did_you_mean(place)}"
+    )
+
+
+def no_run(place: str) -> str:
+    """What is said of a place without a run."""
+    return f"{place} is no run: it has no {CONFIG_FILE}"
+
+
 def did_you_mean(place: str, root: str | None = None) -> str:
     """What to add to a message about a place where no run is: the name that is most like it.
 

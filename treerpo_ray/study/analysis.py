@@ -27,7 +27,7 @@ from treerpo_ray.metrics.events import EVENTS_FILE
 from treerpo_ray.metrics.rows import METRICS_FILE, latest_rows
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees
-from treerpo_ray.run_folder.files import CONFIG_FILE, MODEL_FOLDER, RunFolder
+from treerpo_ray.run_folder.files import CONFIG_FILE, MODEL_FOLDER, RunFolder, no_run
 from treerpo_ray.user_code import is_file, is_here, split_function
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -68,7 +68,7 @@ class Run:
         self._baselines: dict[int, float] = {}
         self._tokenizer: Tokenizer | None = None
         if not self._files.exists(CONFIG_FILE):
-            raise ValueError(f"{folder} is not the folder of a run: it has no {CONFIG_FILE}")
+            raise ValueError(no_run(folder))
 
     @cached_property
     def config(self) -> dict[str, dict[str, object]]:

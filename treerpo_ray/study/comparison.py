@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import cast
@@ -128,7 +129,7 @@ class Trial:
     seed: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """What a run came to; one file."""
 
@@ -144,6 +145,11 @@ class Result:
     after: Evaluation
     curve: dict[str, list[float]]
     """Values of the metrics in CURVE, by learner step."""
+
+    @cached_property
+    def settings(self) -> Flat:
+        """What the configuration says, by whole keys."""
+        return flat_settings(self.config)
 
 
 def read_comparison(path: str) -> Comparison:
@@ -253,7 +259,7 @@ def _unlike(result: Result, config: Config, default: Flat) -> list[str]:
     A result may be older than a setting, which then has its `default`.
     """
     ours = placeless(flat_settings(to_yaml(config)))
-    theirs = placeless(default | flat_settings(result.config))
+    theirs = placeless(default | result.settings)
     # How many steps its tokens come to is found out by the run; folders may have been moved.
     # What `health` says is only told of.
     known = {key for key in ours if not key.startswith("health.")}

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from omegaconf import OmegaConf
 from scipy import stats
 
 from treerpo_ray.study.comparison import Comparison, Result
@@ -129,8 +128,7 @@ def rewards(result: Result) -> Float[np.ndarray, " steps"]:
 
 def is_chosen_mix(result: Result) -> bool:
     """Whether the run refilled or came back to prompts, so that its reward is of no fair sample."""
-    config = OmegaConf.create(result.config)
-    return any(OmegaConf.select(config, f"gate.{key}") for key in ("max_redraws", "revisit"))
+    return any(result.settings.get(f"gate.{key}") for key in ("max_redraws", "revisit"))
 
 
 def of_arm(results: list[Result], setting: str, arm: str) -> list[Result]:

@@ -9,17 +9,10 @@ from functools import lru_cache
 from threading import RLock
 from typing import TypeVar
 
-from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.metrics.rows import METRICS_FILE, Row, latest, num_redone, written_rows
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees
-from treerpo_ray.run_folder.files import (
-    CONFIG_FILE,
-    RunFolder,
-    did_you_mean,
-    named_folder,
-    run_names,
-)
+from treerpo_ray.run_folder.files import RunFolder, run_at
 from treerpo_ray.study.analysis import Run
 from treerpo_ray.study.sightings import (
     Change,
@@ -58,7 +51,7 @@ class RunReader:
     """
 
     def __init__(self, place: str) -> None:
-        self._run = _run_at(place)
+        self._run = Run(run_at(place))
         self._folder = RunFolder(self._run.folder)
         # The folder may be another person's: Python that it names is not run.
         self._pruning = None if self._run.own_code else self._run.pruning
@@ -188,18 +181,6 @@ class RunReader:
         if file == evaluation_file(step):
             return evaluation_sightings(self._folder, step)
         return tree_sightings(self._folder, file, step)
-
-
-def _run_at(place: str) -> Run:
-    """The run that is called so, or lies there; else a ValueError with the names that there are."""
-    folder, root = named_folder(place), RunConfig().root
-    if RunFolder(folder).exists(CONFIG_FILE):
-        return Run(folder)
-    names = ", ".join(run_names(root))
-    raise ValueError(
-        f"{place} is no run: it has no {CONFIG_FILE}; give a folder, a URI or the name of one of "
-        f"the runs in {root}: {names or 'there are none'}{did_you_mean(place)}"
-    )
 
 
 def parse_ref(ref: str) -> tuple[bool, int, str]:

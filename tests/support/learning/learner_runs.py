@@ -1,7 +1,8 @@
-"""Scored trees, configurations and updates for the learner's tests, here or in spawned workers."""
+"""Scored trees, configurations and updates for the learner's tests, here or in other processes."""
 
+import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 from torch import Tensor
 
 from tests.support.learning.tiny_models import VOCAB_SIZE
@@ -203,6 +205,17 @@ def join_group(rank: int, num_workers: int, folder: Path, limit_s: float) -> Non
         rank=rank,
         world_size=num_workers,
         timeout=timedelta(seconds=limit_s),
+    )
+
+
+def forked(
+    work: Callable[..., None], num_workers: int, *arguments: object
+) -> torch.multiprocessing.ProcessContext:
+    """Start `work` in so many processes, each with its rank and these arguments: forked from one
+    that has imported the modules, once for all that a test process starts."""
+    multiprocessing.set_forkserver_preload(["tests.support.learning.sharded_workers"])
+    return torch.multiprocessing.start_processes(
+        work, args=arguments, nprocs=num_workers, join=False, start_method="forkserver"
     )
 
 

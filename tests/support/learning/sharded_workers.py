@@ -1,7 +1,6 @@
 """Sharded learners in processes of their own: what they make of updates, and what they write."""
 
 import errno
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,10 +10,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing
 from torch import Tensor
 
-from tests.support.learning.learner_runs import State, join_group, make_learner
+from tests.support.learning.learner_runs import State, forked, join_group, make_learner
 from treerpo_ray.config import Config
 from treerpo_ray.learner.learner import Learner
 from treerpo_ray.learner.shards import export
@@ -187,16 +185,7 @@ def run_workers(num_workers: int, folder: Path, cases: dict[str, Case]) -> list[
     """What each of so many workers found of each case; a case whose fault is `killed` is the last,
     and nothing is found of it."""
     folder.mkdir()
-    # The modules are imported once, and not by each process.
-    multiprocessing.set_forkserver_preload([__name__])
-    started = torch.multiprocessing.start_processes(
-        _work,
-        args=(num_workers, folder, cases),
-        nprocs=num_workers,
-        join=False,
-        start_method="forkserver",
-    )
-    for process in started.processes:
+    for process in forked(_work, num_workers, num_workers, folder, cases).processes:
         process.join()
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(num_workers)]
 

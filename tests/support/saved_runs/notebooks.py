@@ -42,11 +42,6 @@ def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
 
-def shown(notebook: nbformat.NotebookNode, kind: str) -> int:
-    """How many of them have a form, such as `image/png` or `text/html`."""
-    return sum(kind in output.get("data", {}) for output in outputs(notebook))
-
-
 def complaints(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     """What it wrote to stderr."""
     return [output for output in outputs(notebook) if output.get("name") == "stderr"]
