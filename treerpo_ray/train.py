@@ -107,6 +107,7 @@ def restore(task: WorkerTask) -> Iterator["TrainWorker"]:
             max_tokens=config.max_model_tokens,
             device=ray.train.torch.get_device(),
             sets=config.prompts.sets,
+            lora=config.lora,
             checkpoint=checkpoint,
         )
         worker = TrainWorker(

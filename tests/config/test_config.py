@@ -13,6 +13,7 @@ from treerpo_ray.config.files import load, to_yaml
 from treerpo_ray.user_code import RAY_JOB
 
 ALONE = ["tree.num_children=[1]", "tree.step_tokens=[9]"]
+FP8 = ["engine.quantization=fp8", "engine.resources={GPU: 1}", "model.dtype=bfloat16"]
 
 
 def test_a_number_beyond_its_limits_is_told_with_its_key() -> None:
@@ -136,6 +137,22 @@ def test_a_number_beyond_its_limits_is_told_with_its_key() -> None:
         (["gate.revisit=.nan"], "gate.revisit=nan must be at least 0 and less than 1"),
         (["loss.clip_low=2"], r"loss.clip_low must be in \[0, 1\]"),
         (["loss.importance_cap=0"], "loss.importance_cap is 0: give a positive cap, or null"),
+        (["engine.quantization=fp8"], r"^engine\.quantization=fp8 needs GPUs .* 8\.9 or newer"),
+        (
+            FP8[:2],
+            r"^engine\.quantization=fp8 rounds .* model\.dtype=float32: set that to bfloat16",
+        ),
+        (
+            [*FP8, "loss.importance_cap=null"],
+            r"^engine\.quantization=fp8 has engines sample .* set loss\.importance_cap",
+        ),
+        (
+            [*FP8, "sync.probe_tolerance=0.1"],
+            r"^sync\.probe_tolerance=0\.1 is less than .* engine\.quantization=fp8 .* to 0\.5$",
+        ),
+        (["engine.quantization=int4"], "engine.quantization"),
+        (["lora.rank=513"], "lora.rank=513 must not be more than 512, the largest that vLLM"),
+        (["lora.rank=-1"], "lora.rank=-1 must be at least 0"),
     ],
 )
 def test_values_that_do_not_go_together_are_refused(arguments: list[str], told: str) -> None:

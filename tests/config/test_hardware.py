@@ -29,6 +29,7 @@ SLOTS = {"rollout_slot": 4.0, "train_slot": 4.0}
 CLUSTERS = {
     "one_gpu": (SMALL_NODE,),
     "one_gpu_colocated": (SMALL_NODE,),
+    "one_gpu_lora": (SMALL_NODE,),
     "one_gpu_offloaded": (SMALL_NODE,),
     "two_gpus": (Node({"GPU": 2.0, "CPU": 16.0}, {}),),
     "eight_gpus": (Node(LARGE_NODE.resources | SLOTS, {}),),
@@ -50,7 +51,7 @@ REFUSED = {
 NAMED = {
     "0.5b": {"one_gpu"},
     "1.5b": {"autoscaled", "eight_gpus", "one_gpu", "one_gpu_colocated", "two_gpus"},
-    "7b": {"eight_gpus", "four_by_eight", "one_gpu_offloaded"},
+    "7b": {"eight_gpus", "four_by_eight", "one_gpu_lora", "one_gpu_offloaded"},
 }
 """Files that a recipe's head speaks of, by the size of its model."""
 

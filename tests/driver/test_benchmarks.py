@@ -65,8 +65,12 @@ def test_a_mistake_is_one_line_with_its_key(names, overrides, told) -> None:
 
 
 def test_a_run_folder_stands_for_its_model_and_settings(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("verifier: {num_workers: 3}\n")
+    settings = "verifier: {num_workers: 3}\nlora: {rank: 4}\n"
+    (tmp_path / "config.yaml").write_text(settings)
     with pytest.raises(ValueError, match="neither a model nor a checkpoint"):
+        configure(str(tmp_path), [], [])
+    (tmp_path / "checkpoints/step=000004/adapter").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"a run with lora\.rank hold adapters alone"):
         configure(str(tmp_path), [], [])
     for name in ("checkpoints/step=000004/model", "checkpoints/step=000012/model", "model"):
         (tmp_path / name).mkdir(parents=True)
@@ -74,6 +78,7 @@ def test_a_run_folder_stands_for_its_model_and_settings(tmp_path: Path) -> None:
         config = configure(str(tmp_path), [], [])
         assert config.model.path == str(tmp_path / name)
         assert config.verifier.num_workers == 3
+        assert not config.lora.rank, "they are merged into it"
 
 
 def test_a_run_is_found_by_its_name_and_code_of_its_model_is_not_run_unasked(

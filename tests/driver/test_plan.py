@@ -13,6 +13,7 @@ from treerpo_ray.driver.plan import plan_lines
 from treerpo_ray.preflight.inputs import load_inputs, preflight
 from treerpo_ray.preflight.placement import Node
 from treerpo_ray.prompts.mixture import Mixture
+from treerpo_ray.run_folder.disk import size
 
 QUICKSTART = [
     str(PROJECT / "conf/quickstart.yaml"),
@@ -100,6 +101,37 @@ def test_the_plan_counts_memory_and_resources(quickstart) -> None:
     needs = dict(part.rsplit(" ", 1) for part in quickstart["resources"].split(", "))
     assert 3 * 0.5 + 2 * 0.25 < float(needs["CPU"]) <= 3 * 0.5 + 2 * 0.25 + 0.5
     assert needs["train_slot"] == "2"
+
+
+def test_the_plan_says_what_is_trained_of_adapters_and_counts_it() -> None:
+    lora = ["lora.rank=4", "lora.target_modules=[q_proj, o_proj]", "checkpoint.keep=1"]
+    config = load([*QUICKSTART, *lora])
+    found = preflight(config)
+    assert found.model is not None
+    sizes = found.model.sizes
+    heads = sizes.num_heads * sizes.head_dim
+    adapted = 4 * sizes.num_layers * 2 * (sizes.hidden + heads)
+    lines = plan_lines(config, found)
+    told = f"alpha 32 on q_proj, o_proj: {adapted:,} numbers are trained, sent and kept"
+    assert told in next(line for line in lines if line.startswith("adapters    rank 4, "))
+    [memory] = [line.split() for line in lines if line.split()[:3] == ["gradients", "and", "AdamW"]]
+    assert float(memory[3]) == pytest.approx(12 * adapted / 2**20, abs=0.01)
+    [disk] = [line for line in lines if line.startswith("disk")]
+    assert f"2 checkpoints of {size(12 * adapted)}, model {size(4 * saved_parameters())}" in disk
+
+
+def test_layers_that_the_model_has_not_are_refused_before_the_start() -> None:
+    told = r"lora\.target_modules: Qwen\w+ has no linear layer w1 but the head; it has down_proj, "
+    with pytest.raises(ValueError, match=told) as caught:
+        plan("lora.rank=4", "lora.target_modules=[w1]")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_plan_says_that_engines_compute_in_fp8() -> None:
+    fp8 = ["engine.quantization=fp8", "engine.resources={GPU: 1}", "model.dtype=bfloat16"]
+    told = plan(*fp8, "sync.probe_tolerance=0.5")["engines"]
+    assert told.startswith("compute linear layers in fp8; ")
+    assert told.endswith("by at most loss.importance_cap=2")
 
 
 def test_the_plan_of_a_pool_that_may_grow_says_from_where_to_where() -> None:

@@ -9,11 +9,14 @@ from dataclasses import replace
 from queue import SimpleQueue
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
 
 from tests.support.learning.tiny_models import save_tiny_model
+from tests.support.stages.engine_with_worker import SplitEngine
+from tests.support.whole_runs import assert_gone
 from treerpo_ray.actor import root_cause
 from treerpo_ray.algo.search import TreeShape, assemble
 from treerpo_ray.algo.tree import StopReason, Tree
@@ -37,10 +40,10 @@ SHAPE = TreeShape(num_children=(3, 2), step_tokens=(20, 30))
 class ServedEngine:
     """An engine in an actor, as the pool has it."""
 
-    def __init__(self, config: Config, index: int) -> None:
-        actor = ray.remote(Engine).options(num_cpus=0.5, max_concurrency=1000)
+    def __init__(self, config: Config, index: int, kind: type[Engine] = Engine) -> None:
+        actor = ray.remote(kind).options(num_cpus=0.5, max_concurrency=1000)
         self.actor = actor.remote(setup=EngineSetup.of(config), index=index, log_folder=None)
-        ray.get(self.actor.start.remote())
+        self.processes: tuple[int, int] = ray.get(self.actor.start.remote())
         self.files = WeightFiles()
 
     def start_tree(
@@ -405,10 +408,14 @@ def test_after_a_rollback_blocks_that_were_finished_under_other_weights_are_not_
 def test_a_tied_head_and_experts_are_not_stale_after_updates_and_other_bytes_are_not_served(
     small_config, ray_cluster, tmp_path
 ) -> None:
+    """On two workers, each of which has a part of every weight and proves that it received all."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     sizes = {"hidden_size": 128, "head_dim": 32, "tie_word_embeddings": True}  # as vLLM takes them
     save_tiny_model(tmp_path, "qwen3_moe", **experts | sizes)
-    tied = ServedEngine(small_config(f"model.path={tmp_path}"), 1)
+    tied = ServedEngine(small_config(f"model.path={tmp_path}"), 1, SplitEngine)
+    core = psutil.Process(tied.processes[1])
+    workers = [child for child in core.children() if "Worker" in " ".join(child.cmdline())]
+    assert len(workers) == 2
     policy = load_policy(
         str(tmp_path),
         dtype=torch.float32,
@@ -432,9 +439,51 @@ def test_a_tied_head_and_experts_are_not_stale_after_updates_and_other_bytes_are
         allocate=file.part,
     )
     chunks[0][0] ^= 1
-    with pytest.raises(RuntimeError, match="received other bytes"):
+    with pytest.raises(RuntimeError, match="worker 0 received other bytes"):
         tied.load_packed(manifest, file)
-    tied.stop()
+    ray.kill(tied.actor)
+    for process in (core, *workers):
+        assert_gone(process)
+
+
+def test_adapters_are_served_beside_the_weights_of_the_start_and_versions_do_not_mix(
+    small_config, ray_cluster, prompts
+) -> None:
+    config = small_config("lora.rank=3", "lora.alpha=7")
+    served = ServedEngine(config, 2)
+    start = resolve_model_path(config.model.path)
+    cpu = torch.device("cpu")
+    policy = load_policy(
+        start, dtype=torch.float32, device=cpu, gradient_checkpointing=False, lora=config.lora
+    )
+    ids, base = list(range(40, 70)), policy.sequence_logprobs(list(range(40, 70))).tolist()
+    assert served.probe(ids) == pytest.approx(base, abs=1e-4), "until a version comes"
+    prefix = (prompts[0] * 5)[: 2 * CPU_BLOCK_SIZE + 1]
+    one_token = TreeShape(num_children=(1,), step_tokens=(1,))
+    torch.manual_seed(0)
+    for version in (1, 2):
+        for _, weight in policy.adapters.named():
+            weight.normal_(std=0.1)
+        served.load(policy, version, chunk_bytes=2**15)
+        expected = policy.sequence_logprobs(ids).tolist()
+        assert served.probe(ids) == pytest.approx(expected, abs=1e-4)
+        assert max(abs(one - other) for one, other in zip(expected, base, strict=True)) > 0.1
+        for hits in (0, 2 * CPU_BLOCK_SIZE):
+            cached = served.stats().num_cached_tokens
+            [step] = served.tree(prefix, seed=3, shape=one_token).steps
+            assert served.stats().num_cached_tokens - cached == hits
+            logprob = policy.sequence_logprobs([*prefix, *step.token_ids.tolist()])[-1]
+            assert step.logprobs[-1] == pytest.approx(float(logprob), abs=1e-4)
+            assert step.versions.tolist() == [version]
+    file = served.files.begin()
+    strange = {"base_model.model.model.layers.0.mlp.w1.lora_A.weight": torch.zeros(3, 128)}
+    manifest, _ = pack_weights(
+        strange.items(), version=3, dtype=torch.float32, chunk_bytes=2**20, allocate=file.part
+    )
+    told = r"lora\.target_modules: vLLM serves no adapter of model\.layers\.0\.mlp\.w1"
+    with pytest.raises(ray.exceptions.RayTaskError, match=told):
+        served.load_packed(manifest, file)
+    ray.kill(served.actor)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """What engines are counted to have done, whichever come and go."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import Phi3Config, Qwen2Config
 
 from treerpo_ray.config import Config, load
+from treerpo_ray.config.lora import LoraConfig
 from treerpo_ray.engine.types import EngineSetup, EngineStats, EngineTotals
 
 
@@ -103,3 +105,5 @@ def test_engines_serve_shorter_runs_unless_these_were_computed_otherwise(
     engines = setup(300, tmp_path)
     assert [n for n in (27, 28, 300, 301) if engines.can_serve(setup(n, tmp_path))] == served
     assert setup(27, tmp_path).can_serve(setup(20, tmp_path))
+    adapted = replace(setup(300, tmp_path), lora=LoraConfig(rank=8))
+    assert adapted.can_serve(adapted) and not adapted.can_serve(engines)

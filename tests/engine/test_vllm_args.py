@@ -19,9 +19,22 @@ def args_of(*overrides: str):
 
 
 def test_variables_that_are_for_a_cpu_are_not_set_on_a_gpu() -> None:
-    on_cpu = environment(load(["engine.cpu_threads=3"]).engine)
+    on_cpu = environment(load(["engine.cpu_threads=3"]).engine, 0)
     assert on_cpu["OMP_NUM_THREADS"] == "3" and on_cpu["TORCH_COMPILE_DISABLE"] == "1"
-    assert not {"OMP_NUM_THREADS", "TORCH_COMPILE_DISABLE"} & environment(load(GPUS).engine).keys()
+    on_gpu = environment(load(GPUS).engine, 0)
+    assert not {"OMP_NUM_THREADS", "TORCH_COMPILE_DISABLE"} & on_gpu.keys()
+
+
+def test_each_engine_of_a_machine_lists_what_it_compiles_in_a_folder_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for variable, value, root in (
+        ("XDG_CACHE_HOME", "/cache", "/cache/vllm"),
+        ("VLLM_CACHE_ROOT", "/disk", "/disk"),
+    ):
+        monkeypatch.setenv(variable, value)
+        roots = [environment(load(GPUS).engine, index)["VLLM_CACHE_ROOT"] for index in range(2)]
+        assert roots == [f"{root}/engine-0", f"{root}/engine-1"]
 
 
 @pytest.mark.engine
@@ -34,6 +47,28 @@ def test_an_engine_on_gpus_gets_their_memory_and_as_many_workers() -> None:
     # Beside a learner that has grown, vLLM must not ask for the 0.85 that it leaves unused.
     assert alone.kv_cache_memory_bytes == GIB and alone.gpu_memory_utilization <= 0.05
     assert (alone.tensor_parallel_size, alone.distributed_executor_backend) == (1, "uni")
+
+
+@pytest.mark.engine
+def test_an_engine_has_room_for_one_adapter_of_the_rank_or_of_the_next_that_vllm_has() -> None:
+    for asked, rank in ((1, 1), (3, 8), (16, 16), (65, 128), (512, 512)):
+        args = args_of(f"lora.rank={asked}")
+        assert (args.enable_lora, args.max_loras, args.max_lora_rank) == (True, 1, rank)
+    assert not args_of().enable_lora
+
+
+FP8 = ("engine.quantization=fp8", "sync.probe_tolerance=0.5")
+
+
+@pytest.mark.engine
+def test_weights_are_rounded_to_fp8_as_they_come_under_the_name_that_vllm_has_for_it() -> None:
+    from vllm.config.quantization import _ONLINE_SHORTHANDS, QUANT_KEY_NAMES
+
+    args = args_of(*GPUS, *FP8)
+    kinds = _ONLINE_SHORTHANDS[args.quantization]
+    for kind in (kinds.linear, kinds.moe):
+        assert kind.weight == QUANT_KEY_NAMES["fp8_per_channel_static"]
+    assert args_of(*GPUS).quantization is None
 
 
 @pytest.mark.engine

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from tests.support.project import PROJECT, load_script
 from tests.support.qwen import CONFIGS, COUNTS, model
 from treerpo_ray.config import Config, load
+from treerpo_ray.config.lora import LoraConfig
 from treerpo_ray.preflight.machine import GIB, check_gpus
 from treerpo_ray.preflight.memory import (
     MemoryPlan,
@@ -42,6 +43,53 @@ def test_the_parts_of_a_recipe_are_those_counted_by_hand(size: str, tmp_path: Pa
     assert entries < plan.worker["activations"] < 6 * entries
     gpu = config.engine.gpu_memory_gib
     assert sum(plan.engine.values()) == pytest.approx(0.85 * gpu)
+
+
+def test_an_engine_in_fp8_has_a_byte_of_each_weight_of_its_layers(tmp_path: Path) -> None:
+    count, sizes = model("7b", tmp_path)
+    fp8 = ["engine.quantization=fp8", "sync.probe_tolerance=0.5", "loss.importance_cap=2"]
+    config = recipe("treerpo_qwen2.5_math_7b", *fp8)
+    ends = 2 * 152_064 * 3584  # embedding and head, in bfloat16 as before
+    parts = MemoryPlan.of(config, count, sizes).engine
+    assert parts["weights"] == pytest.approx((count - ends + 2 * ends) / 2 / GIB)
+    assert MemoryPlan.of(config, 7e9, None).engine["weights"] == pytest.approx(3.5e9 / GIB)
+
+
+def test_the_line_for_fp8_in_the_file_for_eight_gpus_leaves_more_for_the_cache(
+    tmp_path: Path,
+) -> None:
+    file = PROJECT / "conf/hardware/eight_gpus.yaml"
+    [said] = re.findall(r"^#   (engine\.quantization=fp8 .*)", file.read_text(), re.MULTILINE)
+    found = model("7b", tmp_path)
+    name = "treerpo_qwen2.5_math_7b"
+    plain, fp8 = (recipe(name, str(file), *each) for each in ([], said.split()))
+    assert misfit(fp8, *found) is None
+    caches = [MemoryPlan.of(config, *found).engine["KV cache"] for config in (plain, fp8)]
+    assert caches[1] - caches[0] == pytest.approx((COUNTS["7b"] - 2 * 152_064 * 3584) / GIB)
+
+
+def test_of_adapters_a_worker_holds_gradients_and_moments_and_of_the_model_its_weights(
+    tmp_path: Path,
+) -> None:
+    count, sizes = model("7b", tmp_path)
+    rank, layers, hidden, inner, keys = 32, 28, 3584, 18_944, 4 * 128
+    ins_and_outs = 2 * (hidden + hidden) + 2 * (hidden + keys) + 3 * (hidden + inner)
+    adapted = rank * layers * ins_and_outs
+    lora = [f"lora.rank={rank}", "learner.shard=false"]
+    config = recipe("treerpo_qwen2.5_math_7b", *lora)
+    plan = MemoryPlan.of(config, count, replace(sizes, num_adapted=adapted))
+    counted = {"weights": 2 * count + 4 * adapted, "gradients and AdamW": 12 * adapted}
+    counted["copies in bfloat16"] = 2 * adapted
+    assert {part: plan.worker[part] for part in counted} == pytest.approx(
+        {part: size / GIB for part, size in counted.items()}
+    )
+    assert "reference model" not in plan.worker, "it is the model itself"
+    assert plan.engine["weights"] == pytest.approx((2 * count + 4 * adapted) / 2 / GIB)
+    file = PROJECT / "conf/hardware/one_gpu_lora.yaml"
+    on_one = recipe("treerpo_qwen2.5_math_7b", str(file))
+    assert on_one.lora.rank == rank
+    assert misfit(on_one, count, replace(sizes, num_adapted=adapted)) is None
+    assert misfit(replace(on_one, lora=LoraConfig()), count, sizes) is not None
 
 
 def test_the_small_recipe_fits_the_smaller_gpu_that_its_head_speaks_of(tmp_path: Path) -> None:

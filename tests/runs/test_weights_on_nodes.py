@@ -12,17 +12,18 @@ from tests.support.project import PROJECT
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_weights_lie_where_the_learner_is_and_their_loss_is_told() -> None:
-    """See `weights_on_nodes`: the engine's pool is on the driver's node, the engine on its own."""
+    """See `weights_on_nodes`: the engines' pool is on the driver's node, they on their own."""
     command = [sys.executable, "-m", "tests.support.stages.weights_on_nodes"]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {
+        "GPUs of two engines of two": ["0,1", "2,3"],
         "its node's store has the learner's file": True,
         "stores elsewhere": 0,  # before an engine there asks
         "learner killed": "whole",
-        "the engine's store is one": 1,
+        "the engines' store is one": 1,
         "old versions spilled": 0,  # they are let go as the next ones come
-        "engine's store killed": "whole",
+        "engines' store killed": "whole",
         "learner's store killed, with the bytes brought": "whole",
         "learner's store killed before": "lost",
         "published after that": "whole",  # by the same learner, as if nothing had been

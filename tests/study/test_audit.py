@@ -2,6 +2,7 @@
 
 import math
 import uuid
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,6 +161,29 @@ def test_wrong_tickets_and_weights_in_a_run_folder_are_found(place, tmp_path) ->
         "step 2 was trained on tickets [4] too many",
         "the exported model is not there or not what was published last",
     ]
+
+
+def test_of_a_run_that_trains_adapters_those_beside_the_model_are_what_was_published(
+    tmp_path: Path,
+) -> None:
+    config = load([f"run.root={tmp_path}", "run.name=run", "lora.rank=3"])
+    policy = load_policy(
+        save_tiny_model(tmp_path / "start", "qwen2"),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        gradient_checkpointing=False,
+        lora=config.lora,
+    )
+    manifest, _ = pack_weights(
+        policy.named_weights(), version=2, dtype=torch.float32, chunk_bytes=2**30
+    )
+    RunFolder(config.folder).publish_model(policy.save_pretrained)
+    assert audit.exported_digest(config) == manifest.digests[0]
+    assert policy.adapters is not None
+    for _, weight in policy.adapters.named():
+        weight[0, 0] += 1e-6
+    RunFolder(config.folder).publish_model(policy.save_pretrained)
+    assert audit.exported_digest(config) != manifest.digests[0]
 
 
 def test_a_tree_that_is_too_old_or_from_the_future_is_found() -> None:

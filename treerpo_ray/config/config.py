@@ -16,6 +16,7 @@ from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config.data import DataConfig, PromptsConfig
 from treerpo_ray.config.health import HealthConfig
+from treerpo_ray.config.lora import MOST_RANK, LoraConfig
 from treerpo_ray.config.sections import (
     CheckpointConfig,
     EngineConfig,
@@ -55,6 +56,10 @@ def credential_keys(value: object, key: str = "") -> Iterator[str]:
         yield from credential_keys(part, f"{key}.{name}" if key else f"{name}")
 
 
+FP8_TOLERANCE = 0.5
+"""Least `sync.probe_tolerance` of engines in fp8. On its prompts the project's model is up to 0.26
+nats a token off when its layers are rounded so, and 0.07 on its answers; weights of another version
+are told by their digests, whatever the probe allows."""
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
 """The lowest and the highest that vLLM samples at; it takes a lower one for this, but for 0, at
 which it takes the likeliest token."""
@@ -96,6 +101,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -146,6 +152,11 @@ class Config:
         self._check_engine()
         self._check_sync()
         self._check_workers()
+        if self.lora.rank > MOST_RANK:
+            raise ValueError(
+                f"lora.rank={self.lora.rank} must not be more than {MOST_RANK}, the largest that "
+                "vLLM serves"
+            )
         if self.max_path_tokens > self.learner.token_budget:
             raise ValueError(
                 f"learner.token_budget={self.learner.token_budget} is smaller than one path: "
@@ -266,6 +277,33 @@ class Config:
             raise ValueError(
                 f"engine.tensor_parallel={engine.tensor_parallel} needs as many GPUs, but "
                 f"engine.resources has GPU: {num_gpus:g}"
+            )
+        if engine.quantization is not None:
+            self._check_quantization(engine.quantization)
+
+    def _check_quantization(self, name: str) -> None:
+        """Check that engines can compute so, and that the loss and the probe know of it."""
+        start = f"engine.quantization={name}"
+        if not self.engine.resources.get("GPU", 0):
+            raise ValueError(
+                f"{start} needs GPUs of compute capability 8.9 or newer, and engine.resources has "
+                "none: set it to null"
+            )
+        if self.model.dtype != "bfloat16":
+            raise ValueError(
+                f"{start} rounds weights of bfloat16, not model.dtype={self.model.dtype}: set that "
+                "to bfloat16"
+            )
+        if self.loss.importance_cap is None:
+            raise ValueError(
+                f"{start} has engines sample from another distribution than the learner's: set "
+                "loss.importance_cap (2 is its default), which weighs tokens for it"
+            )
+        if self.sync.probe_tolerance < FP8_TOLERANCE:
+            raise ValueError(
+                f"sync.probe_tolerance={self.sync.probe_tolerance:g} is less than rounding to "
+                f"engine.quantization={name} takes engines off the learner: set it to "
+                f"{FP8_TOLERANCE:g}"
             )
 
     def _check_sync(self) -> None:

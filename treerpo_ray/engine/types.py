@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from treerpo_ray.config import Config
+from treerpo_ray.config.lora import LoraConfig
 from treerpo_ray.config.sections import EngineConfig, ModelConfig
 from treerpo_ray.metrics.rows import Row
 from treerpo_ray.prompts.prompt_set import resolve_model_path
@@ -18,6 +19,8 @@ class EngineSetup:
 
     model: ModelConfig
     engine: EngineConfig
+    lora: LoraConfig
+    """Adapters that versions consist of, if its rank is above 0."""
     max_tokens: int
     """Of the longest prompt with its answer."""
     seed: int
@@ -31,6 +34,7 @@ class EngineSetup:
         return cls(
             model=config.model,
             engine=config.engine,
+            lora=config.lora,
             max_tokens=config.max_model_tokens,
             seed=config.run.seed,
             probe_tolerance=config.sync.probe_tolerance,
@@ -38,7 +42,9 @@ class EngineSetup:
 
     def can_serve(self, other: "EngineSetup") -> bool:
         """Whether engines that were started for this can serve a run that asks for `other`."""
-        mine, theirs = ((each.model, each.engine, each.probe_tolerance) for each in (self, other))
+        mine, theirs = (
+            (each.model, each.engine, each.lora, each.probe_tolerance) for each in (self, other)
+        )
         if mine != theirs or self.max_tokens < other.max_tokens:
             return False
         if self.max_tokens == other.max_tokens:

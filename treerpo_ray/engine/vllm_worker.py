@@ -26,6 +26,7 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
+from treerpo_ray.weights.adapters import ServedAdapters
 from treerpo_ray.weights.broadcast import Communicator, join
 from treerpo_ray.weights.device import DeviceMaps
 from treerpo_ray.weights.files import FileMaps
@@ -48,6 +49,13 @@ class WorkerExtension:
         """Digests of the chunks that this worker received for the last update."""
         return list(self.weight_transfer_engine.digests)
 
+    def treerpo_serve_adapters(self) -> None:
+        """Serve what the last update has brought: at its end vLLM drops all adapters, taking it for
+        one of the weights that they were trained beside."""
+        adapters = self.weight_transfer_engine.adapters
+        assert adapters is not None
+        adapters.serve()
+
     def treerpo_join(self, group: dict[str, str | int], first_rank: int, limit_s: float) -> None:
         """Join a group, which sends the chunks from here on.
 
@@ -61,7 +69,11 @@ class WorkerExtension:
 
 @dataclass
 class StoreInit(WeightTransferInitInfo):
-    """Nothing is agreed on beforehand."""
+    """What versions consist of."""
+
+    lora_rank: int = 0
+    """Above 0 it is adapters alone."""
+    lora_alpha: float = 0.0
 
 
 @dataclass
@@ -87,11 +99,19 @@ class StoreTransfer(WeightTransferEngine):
     init_info_cls = StoreInit
     update_info_cls = StoreUpdate
     digests: tuple[str, ...] = ()
+    adapters: ServedAdapters | None = None
+    """Where versions are adapters alone."""
 
     def init_transfer_engine(self, init_info: StoreInit) -> None:
         """Before the first update."""
         self._files, self._shared = FileMaps(), DeviceMaps(self.device)
         self._group: Communicator | None = None
+        if init_info.lora_rank:
+            self.adapters = ServedAdapters(
+                self.model.lora_manager,  # type: ignore[arg-type]  # torch: any name is a tensor
+                rank=init_info.lora_rank,
+                alpha=init_info.lora_alpha,
+            )
 
     def join(self, group: Group, first_rank: int, limit_s: float) -> None:
         """Join a group instead of the one before; see `WorkerExtension.treerpo_join`."""
@@ -103,7 +123,8 @@ class StoreTransfer(WeightTransferEngine):
     def start_weight_update(self) -> None:
         """Move the parameters away and wrap their loaders."""
         self.digests = ()
-        initialize_layerwise_reload(self.model)
+        if self.adapters is None:
+            initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: StoreUpdate) -> None:
         """Load the tensors of one chunk, and note the digest of what was received."""
@@ -126,7 +147,10 @@ class StoreTransfer(WeightTransferEngine):
                 yield name, chunk[start : start + size].view(kind).view(shape)
 
         received = tensors()
-        self.model.load_weights(received)  # type: ignore[operator]  # torch: any name is a tensor
+        if self.adapters is not None:
+            self.adapters.take(received)
+        else:
+            self.model.load_weights(received)  # type: ignore[operator]  # torch: any is a tensor
         for _ in received:  # a model may end at the last one that it knows
             pass
         self.digests += (digest.hexdigest(),)
@@ -146,6 +170,8 @@ class StoreTransfer(WeightTransferEngine):
 
     def finish_weight_update(self) -> None:
         """Put the parameters back in place, and refresh what was packed from them."""
+        if self.adapters is not None:
+            return
         finalize_layerwise_reload(self.model, self.model_config)
         # On CPU a tied head multiplies with a packed copy of the embedding. The reload sees no
         # weights of the head's own, so nobody else packs it anew, and logits would stay stale.

@@ -24,6 +24,7 @@ from treerpo_ray.algo.groups import StepGroups, step_groups
 from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.algo.packing import Forest, pack
 from treerpo_ray.algo.tree import Tree
+from treerpo_ray.config.lora import LoraConfig
 from treerpo_ray.config.sections import LearnerConfig, ModelConfig, TreeConfig
 from treerpo_ray.learner.optimizer import PolicyOptimizer, gathered
 from treerpo_ray.learner.policy import DTYPES, Policy, load_policy
@@ -33,7 +34,7 @@ from treerpo_ray.learner.update_result import TrainedTrees, UpdateResult
 from treerpo_ray.prompts.prompt_set import resolve_model_path
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder.checkpoints import BYTES_A_PARAMETER
-from treerpo_ray.run_folder.files import MODEL_FOLDER
+from treerpo_ray.run_folder.files import ADAPTER_FOLDER, MODEL_FOLDER
 
 STATE_FILE = "learner.json"
 MOMENTS_FOLDER = "moments"
@@ -55,6 +56,7 @@ class Learner:
         max_tokens: Of the longest prompt with its answer, which engines have room for.
         device: Where this worker computes.
         sets: Names of the data sets that are trained on, where several are mixed.
+        lora: Adapters that are trained in place of the model's own weights, if its rank is above 0.
         checkpoint: Folder that `write` filled, to go on from; None starts from `model.path`.
     """
 
@@ -69,6 +71,7 @@ class Learner:
         max_tokens: int,
         device: torch.device,
         sets: Collection[str] = (),
+        lora: LoraConfig | None = None,
         checkpoint: Path | None = None,
     ) -> None:
         self.model, self.settings = model, learner
@@ -82,14 +85,20 @@ class Learner:
             dtype = DTYPES[model.dtype]
             self.sharding = Sharding.over_workers(device, dtype, offload=learner.offload)
         self.form, self.pruning = learner.form, learner.pruning
-        self.policy = self._load(
-            start if checkpoint is None else str(checkpoint / MODEL_FOLDER),
-            torch.float32,
-            gradient_checkpointing=learner.gradient_checkpointing,
-        )
-        # The KL is to the model that the run started from, whatever it is resumed from. It is never
-        # updated, so that weights in the type that is computed in are enough.
-        reference = self._load(start, DTYPES[model.dtype]) if loss.kl_coef else None
+        # What is never updated is held in the type that is computed in.
+        frozen, recomputes = DTYPES[model.dtype], learner.gradient_checkpointing
+        # The KL is to the model that the run started from, whatever it is resumed from.
+        reference: Policy | None = None
+        if lora is not None and lora.rank:
+            folder = None if checkpoint is None else checkpoint / ADAPTER_FOLDER
+            self.policy = self._load(
+                start, frozen, gradient_checkpointing=recomputes, lora=lora, adapters_from=folder
+            )
+        else:
+            place = start if checkpoint is None else str(checkpoint / MODEL_FOLDER)
+            self.policy = self._load(place, torch.float32, gradient_checkpointing=recomputes)
+            if loss.kl_coef:
+                reference = self._load(start, frozen)
         self.optimizer = PolicyOptimizer(
             self.policy,
             reference=reference,
@@ -106,7 +115,13 @@ class Learner:
             self._restore(checkpoint)
 
     def _load(
-        self, path: str, dtype: torch.dtype, *, gradient_checkpointing: bool = False
+        self,
+        path: str,
+        dtype: torch.dtype,
+        *,
+        gradient_checkpointing: bool = False,
+        lora: LoraConfig | None = None,
+        adapters_from: Path | None = None,
     ) -> Policy:
         load = partial(
             load_policy,
@@ -118,6 +133,8 @@ class Learner:
             sharding=self.sharding,
             trust_remote_code=self.model.trust_remote_code,
             max_tokens=self.max_tokens,
+            lora=lora,
+            adapters_from=adapters_from,
         )
         return load() if self.sharding is None else self.sharding.in_turn(load)
 
@@ -237,8 +254,8 @@ class Learner:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes that `write` writes, about: the weights and both moments in float32."""
-        return BYTES_A_PARAMETER * sum(each.numel() for each in self.policy.model.parameters())
+        """Bytes that `write` writes, about: what is trained and both moments in float32."""
+        return BYTES_A_PARAMETER * sum(each.numel() for each in self.policy.trained)
 
     def write(self, folder: Path) -> None:
         """Write everything that a resumed run needs.
@@ -250,7 +267,10 @@ class Learner:
             OSError: a disk refuses; on all workers, if it refuses the moments.
         """
         self.optimizer.write(folder / MOMENTS_FOLDER)
-        self.policy.save_pretrained(folder / MODEL_FOLDER)
+        if self.policy.adapters is None:
+            self.policy.save_pretrained(folder / MODEL_FOLDER)
+        else:
+            self.policy.save_adapters(folder / ADAPTER_FOLDER)
         if self.sharding is not None and not self.sharding.is_first:
             return
         save_file({"torch": torch.get_rng_state()}, folder / RNG_FILE)

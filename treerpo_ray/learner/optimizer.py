@@ -55,7 +55,8 @@ class PolicyOptimizer:
 
     Args:
         policy: Is changed by each step.
-        reference: Model that the KL is to, if the loss has one.
+        reference: Model that the KL is to, if the loss has one; None where it is the policy's own
+            without its adapters.
         settings: Of the optimizer.
         loss: Settings of the loss.
         tree: Shape of the trees and the temperature that they are sampled at.
@@ -78,7 +79,7 @@ class PolicyOptimizer:
         self.loss, self.tree, self.dtype, self.device = loss, tree, dtype, device
         self.is_sharded = policy.sharding is not None
         self.adamw = torch.optim.AdamW(
-            policy.model.parameters(),
+            policy.trained,
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
             fused=True,  # what a GPU would take by itself needs one more copy of the gradients
@@ -143,7 +144,7 @@ class PolicyOptimizer:
             (0.0 * (idle.logprobs.sum() + idle.entropy.sum())).backward()
         self._sum_gradients()
         norm = torch.nn.utils.clip_grad_norm_(
-            self.policy.model.parameters(),
+            self.policy.trained,
             self.settings.clip_grad_norm,
             error_if_nonfinite=True,
         )
@@ -171,11 +172,8 @@ class PolicyOptimizer:
 
     def _loss_inputs(self, packed: Forest, old: torch.Tensor | None) -> LossInputs:
         forest = ForestTensors.from_forest(packed, self.device)
+        reference = self._reference_logprobs(forest) if self.loss.kl_coef else None
         logprobs, entropy = self._forward(self.policy, forest)
-        reference = None
-        if self.reference is not None:
-            with torch.no_grad():
-                reference, _ = self._forward(self.reference, forest)
         return LossInputs(
             logprobs=logprobs,
             old_logprobs=logprobs.detach() if old is None else old,
@@ -185,6 +183,14 @@ class PolicyOptimizer:
             advantages=forest.advantage,
             step=forest.step,
         )
+
+    @torch.no_grad()
+    def _reference_logprobs(self, forest: ForestTensors) -> torch.Tensor:
+        if self.reference is not None:
+            return self._forward(self.reference, forest)[0]
+        assert self.policy.adapters is not None
+        with self.policy.adapters.off():
+            return self._forward(self.policy, forest)[0]
 
     def _forward(self, policy: Policy, forest: ForestTensors) -> tuple[torch.Tensor, torch.Tensor]:
         # What is sharded is gathered in the type that is computed in.
@@ -198,7 +204,7 @@ class PolicyOptimizer:
 
     def _sum_gradients(self) -> None:
         """Sum, not mean: the loss of each forest is already divided by the batch's counts."""
-        for parameter in self.policy.model.parameters():
+        for parameter in self.policy.trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             if not self.is_sharded:  # else it is the sum's own part

@@ -26,8 +26,8 @@ from transformers import (
 
 from treerpo_ray.algo.packing import Forest
 from treerpo_ray.errors import one_line
-from treerpo_ray.learner.layers import recompute_layers
-from treerpo_ray.learner.policy import ForestTensors, Policy, fix_rotary
+from treerpo_ray.learner.layers import fix_rotary, recompute_layers
+from treerpo_ray.learner.policy import ForestTensors, Policy
 from treerpo_ray.learner.tree_attention import TREE_ATTENTION
 
 MOST_PATH_TOKENS = 96

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,21 +17,22 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from treerpo_ray.algo.packing import Forest
+from treerpo_ray.config.lora import LoraConfig
 from treerpo_ray.errors import one_line
+from treerpo_ray.learner.adapters.lora import Adapters
 from treerpo_ray.learner.forest_layout import ForestLayout
 from treerpo_ray.learner.head import Head, Kernels
-from treerpo_ray.learner.layers import compile_layers, layers_of, recompute_layers
+from treerpo_ray.learner.layers import compile_layers, fix_rotary, layers_of, recompute_layers
 from treerpo_ray.learner.shards.export import write_weights
 from treerpo_ray.learner.shards.sharding import Sharding, whole
 from treerpo_ray.learner.tree_attention import TREE_ATTENTION
+from treerpo_ray.run_folder.files import ADAPTER_FOLDER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +85,7 @@ class Policy:
         model: With tree attention; in main memory, if it is to be sharded.
         tokenizer: Is saved with it.
         sharding: How the model is to be sharded; None: this process has the whole of it.
+        adapters: Those in the model, which alone are trained and published; None: all of it is.
         logit_budget: Logits that are alive at a time; by default `LOGIT_BUDGET` of the head.
         kernels: Of the head; by default those of the device.
     """
@@ -94,12 +96,14 @@ class Policy:
         tokenizer: PreTrainedTokenizerBase,
         *,
         sharding: Sharding | None = None,
+        adapters: Adapters | None = None,
         logit_budget: int | None = None,
         kernels: Kernels | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.sharding = sharding
+        self.adapters = adapters
         self._scores = _Scores(model, logit_budget=logit_budget, kernels=kernels)
         if sharding is not None:
             sharding.apply(self._scores, [*layers_of(model, "learner.shard")])
@@ -143,40 +147,79 @@ class Policy:
             return self.model.device
         return torch.device(self.sharding.mesh.device_type)
 
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The weights that are trained."""
+        return [weight for weight in self.model.parameters() if weight.requires_grad]
+
     def named_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Weights in layer order under their names in a checkpoint; tied weights come once.
 
-        Sharded ones are gathered as they are asked for, those of one layer at a time.
+        Sharded ones are gathered as they are asked for, those of one layer at a time. Where there
+        are adapters it is they alone, under PEFT's names, sorted.
 
         Args:
             dtype: Type that floating ones are gathered in; those that are not sharded come as
                 they are kept, since whoever packs them casts them on the way.
         """
+        gathered_as = None if self.sharding is None else dtype
+        if self.adapters is not None:
+            return ((name, _whole(each, gathered_as)) for name, each in self.adapters.named())
         named = ((name, weight.detach()) for name, weight in self.model.named_parameters())
-        return self._gathered(named, None if self.sharding is None else dtype)
+        return self._gathered(named, gathered_as)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write weights (safetensors), config, generation config and tokenizer to `path`.
 
-        Of a sharded policy the first worker writes, and all take part.
+        Of a sharded policy the first worker writes, and all take part. Adapters are merged into the
+        weights, in whose type that is rounded, and lie by themselves in a folder besides.
 
         Raises:
             OSError: The folder cannot be written, e.g. because the disk is full.
         """
-        if self.sharding is None:
+        if self.adapters is not None:
+            self.save_adapters(Path(path) / ADAPTER_FOLDER)
+        if self.sharding is None and self.adapters is None:
             self.model.save_pretrained(path)
             self.tokenizer.save_pretrained(path)
             return
         names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
         tied = set(names) - {name for name, _ in self.model.named_parameters()}
         state = self.model.state_dict().items()  # with buffers
-        weights = self._gathered(((name, own) for name, own in state if name not in tied), None)
+        own = ((name, value) for name, value in state if name not in tied)
+        weights = self._gathered(own if self.adapters is None else self.adapters.merged(own), None)
+
+        def write() -> None:
+            self.model.save_pretrained(path, state_dict={})  # all but weights
+            self.tokenizer.save_pretrained(path)
+            write_weights(Path(path), weights)
+
+        self._write_jointly(write, weights)
+
+    def save_adapters(self, folder: Path) -> None:
+        """Write the adapters and the tokenizer, as PEFT loads them; all workers take part.
+
+        Raises:
+            OSError, SafetensorError: the disk refuses.
+        """
+        adapters = self.adapters
+        assert adapters is not None
+        weights = self.named_weights()
+
+        def write() -> None:
+            adapters.save(folder, weights)
+            self.tokenizer.save_pretrained(folder)
+
+        self._write_jointly(write, weights)
+
+    def _write_jointly(
+        self, write: Callable[[], None], weights: Iterator[tuple[str, Tensor]]
+    ) -> None:
+        """Have the first worker write `weights`, of which the others give their parts."""
         try:
-            if self.sharding.is_first:
-                self.model.save_pretrained(path, state_dict={})  # all but weights
-                self.tokenizer.save_pretrained(path)
-                write_weights(Path(path), weights)
-        finally:  # the others give their parts, whatever the disk refuses
+            if self.sharding is None or self.sharding.is_first:
+                write()
+        finally:  # whatever the disk refuses
             for _ in weights:
                 pass
 
@@ -185,10 +228,7 @@ class Policy:
     ) -> Iterator[tuple[str, Tensor]]:
         # What a checkpoint has in another form than the model, it has so within a layer.
         for _, part in groupby(named, key=lambda each: _layer_name(each[0])):
-            weights = {
-                name: whole(weight.to(dtype) if weight.is_floating_point() and dtype else weight)
-                for name, weight in part
-            }
+            weights = {name: _whole(weight, dtype) for name, weight in part}
             yield from revert_weight_conversion(self.model, weights).items()
 
     def _score(
@@ -239,6 +279,11 @@ class _Scores(nn.Module):
         return head.score(hidden, row, target, temperature)
 
 
+def _whole(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A weight with all of its parts, floating ones in a type if one is given."""
+    return whole(weight.to(dtype) if weight.is_floating_point() and dtype else weight)
+
+
 def _layer_name(weight: str) -> str:
     """Name of a weight's layer, up to the first number in it; the weight's own outside of layers.
 
@@ -259,6 +304,8 @@ def load_policy(
     sharding: Sharding | None = None,
     trust_remote_code: bool = False,
     max_tokens: int | None = None,
+    lora: LoraConfig | None = None,
+    adapters_from: Path | None = None,
 ) -> Policy:
     """Load a causal model from a folder or a Hugging Face id; safetensors only.
 
@@ -275,12 +322,16 @@ def load_policy(
         trust_remote_code: Whether Python code that comes with the model may run.
         max_tokens: Of the run's longest prompt with its answer; see `fix_rotary`. None: there are
             no engines to agree with.
+        lora: Adapters that it is given; None: none.
+        adapters_from: Folder that `Policy.save_adapters` has filled, to take them from; None: new
+            ones.
 
     Raises:
-        ValueError: There is no complete model at `model_path`.
+        ValueError: There is no complete model at `model_path`, or it has no such layers.
     """
     model, tokenizer = _load(model_path, dtype, trust_remote_code)
     module = cast(nn.Module, model).eval()
+    adapters = None if lora is None else Adapters(model, settings=lora, folder=adapters_from)
     if sharding is None:
         module.to(device)
     if compiled:
@@ -289,7 +340,7 @@ def load_policy(
         recompute_layers(model)
     if max_tokens is not None:
         fix_rotary(model, max_tokens)
-    return Policy(model, tokenizer, sharding=sharding)
+    return Policy(model, tokenizer, sharding=sharding, adapters=adapters)
 
 
 def _load(
@@ -318,48 +369,6 @@ def _load(
             f"another shape than config.json says, e.g. {lacking[0]}"
         )
     return model, tokenizer
-
-
-def fix_rotary(model: PreTrainedModel, max_tokens: int) -> None:
-    """Take LongRoPE's factors by the longest path of a run, for good, as its engines do.
-
-    Transformers takes them by the largest position of each input, vLLM by the room that an engine
-    has, which is one token more than the longest path.
-
-    Args:
-        model: Is changed.
-        max_tokens: Of the longest prompt with its answer.
-    """
-    for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        if kinds == "longrope":
-            _fix(module, max_tokens, None)
-            setattr(module, "rope_type", "fixed")  # noqa: B010  # torch: any name is a tensor
-        elif isinstance(kinds, dict):
-            for layer_type in [name for name, kind in kinds.items() if kind == "longrope"]:
-                _fix(module, max_tokens, layer_type)
-                kinds[layer_type] = "fixed"
-
-
-def _fix(module: nn.Module, max_tokens: int, layer_type: str | None) -> None:
-    """Give a rotary embedding, or its part for a type of layers, the frequencies of engines.
-
-    Raises:
-        ValueError: its class would not take them.
-    """
-    config = cast(PreTrainedConfig, module.config)
-    original = (config.rope_parameters or {}).get("original_max_position_embeddings", max_tokens)
-    if config.model_type == "phimoe" and max_tokens >= original:
-        raise ValueError(
-            f"transformers computes phimoe with the factors for short texts at any length, and "
-            f"engines with those for long ones from {original} tokens on: the longest prompt with "
-            f"its answer has {max_tokens}, make it shorter than {original}"
-        )
-    name = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
-    device = cast(Tensor, getattr(module, name)).device
-    compute = ROPE_INIT_FUNCTIONS["longrope"]
-    frequencies, _ = compute(config, device, seq_len=max_tokens + 1, layer_type=layer_type)
-    setattr(module, name, frequencies)
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

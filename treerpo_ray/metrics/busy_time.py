@@ -1,8 +1,11 @@
-"""Busy time: how long an engine has had something to do, and how long it has been there."""
+"""Busy time: how long an engine has had something to do, how long it has been there, and what its
+processes took of CPUs."""
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+import psutil
 
 
 class BusyTime:
@@ -42,3 +45,13 @@ class BusyTime:
         now = self._clock()
         self._busy += (now - self._changed) * (self._num_works > 0)
         self._changed = now
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of those that it started, such as vLLM's core."""
+    own, total = psutil.Process(), 0.0
+    for process in (own, *own.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):  # one that has just ended
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total

@@ -154,6 +154,7 @@ def preflight(config: Config, memory_gib: Callable[[], float] = machine_gib) -> 
             gradient_checkpointing=learner.gradient_checkpointing,
             has_cpu_engines=not config.engine.resources.get("GPU", 0),
             layers_for=[f"learner.{key}" for key, is_set in of_layers.items() if is_set],
+            lora=config.lora,
         )
     )
     tokenizer = reached(lambda: load_tokenizer(model.path, model.trust_remote_code))
@@ -221,7 +222,7 @@ def _storage(config: Config, facts: ModelFacts | None) -> tuple[str, str | None]
     size = num_parameters(config, facts)
     if size is None:
         return "unknown, as the model is", None
-    plan = StoragePlan.of(config, size)
+    plan = StoragePlan.of(config, size, 0 if facts is None else facts.sizes.num_adapted)
     try:
         return plan.line(), plan.misfit()
     except OSError as error:

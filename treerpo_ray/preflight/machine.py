@@ -1,6 +1,7 @@
 """Machine: what this machine has of what a run needs: the vLLM build, memory and GPUs."""
 
 import importlib.metadata
+import re
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +20,8 @@ NVIDIA_SMI_S = 30.0
 """Time for NVIDIA's tool to answer."""
 DRIVERS = {12: "525.60.13", 13: "580.65.06"}
 """Oldest NVIDIA driver for each major version of CUDA on Linux; its minor ones run on the same."""
+FP8_CAPABILITY = "8.9"
+"""Oldest compute capability whose tensor cores multiply fp8 (Ada; Hopper has 9.0)."""
 
 
 def vllm_builds() -> set[str]:
@@ -102,19 +105,49 @@ def check_gpus(config: Config, cuda: str | None = torch.version.cuda) -> None:
                 f"engine.kv_cache_gib={config.engine.kv_cache_gib:g} is more than the {gib:.1f} "
                 "GiB of a GPU of this machine"
             )
+    if config.engine.quantization is not None:
+        _check_capabilities(config.engine.quantization, gpu_capabilities())
+
+
+def _check_capabilities(quantization: str, found: list[str]) -> None:
+    """Refuse GPUs whose tensor cores do not multiply what engines are to compute in.
+
+    Raises:
+        ValueError: one is such.
+    """
+    for capability in found:
+        if _numbers(capability) < _numbers(FP8_CAPABILITY):
+            raise ValueError(
+                f"engine.quantization={quantization} needs GPUs of compute capability "
+                f"{FP8_CAPABILITY} or newer, and one of this machine has {capability}: set it to "
+                "null"
+            )
 
 
 def installed_gpus() -> list[tuple[str, float]]:
     """Driver and GiB of each GPU of this machine, as NVIDIA's tool says; none without it."""
-    asked = ["--query-gpu=driver_version,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        rows = [line.split(", ") for line in _told("driver_version,memory.total")]
+        return [(driver, float(mib) / 1024) for driver, mib in rows]
+    except ValueError:
+        return []
+
+
+def gpu_capabilities() -> list[str]:
+    """Compute capability of each GPU of this machine, such as 9.0; none where nobody tells."""
+    return [line for line in _told("compute_cap") if re.fullmatch(r"\d+\.\d+", line)]
+
+
+def _told(fields: str) -> list[str]:
+    """A line for each GPU of this machine, as NVIDIA's tool says; none without it."""
+    asked = [f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         told = subprocess.run(
             ["nvidia-smi", *asked], capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=True
         )
-        rows = [line.split(", ") for line in told.stdout.splitlines() if line.strip()]
-        return [(driver, float(mib) / 1024) for driver, mib in rows]
-    except (OSError, ValueError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError):
         return []
+    return [line.strip() for line in told.stdout.splitlines() if line.strip()]
 
 
 def _numbers(version: str) -> list[int]:

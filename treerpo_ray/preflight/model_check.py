@@ -6,7 +6,7 @@ once they are started, with a trace, or never.
 
 import json
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,8 +22,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
+from treerpo_ray.config.lora import LoraConfig
 from treerpo_ray.config.sections import ModelConfig
 from treerpo_ray.errors import one_line
+from treerpo_ray.learner.adapters.targets import num_adapter_parameters
 from treerpo_ray.learner.layers import layers_of
 from treerpo_ray.learner.packing_check import PackingCheck
 from treerpo_ray.preflight.model_sizes import ModelSizes
@@ -63,6 +65,7 @@ def check_model(
     gradient_checkpointing: bool = False,
     has_cpu_engines: bool = False,
     layers_for: Collection[str] = (),
+    lora: LoraConfig | None = None,
 ) -> ModelFacts:
     """Look at the files of a model, its configuration, its architecture and the shapes of its
     weights.
@@ -73,6 +76,7 @@ def check_model(
         gradient_checkpointing: Whether the learner computes activations again.
         has_cpu_engines: Whether engines compute on a CPU.
         layers_for: Keys of the configuration that do something to each of its layers.
+        lora: Adapters that it is to be trained with, if their rank is above 0.
 
     Raises:
         ValueError: it cannot be trained, or not as these keys say, or not on paths of that length;
@@ -93,6 +97,7 @@ def check_model(
         _check_generation_config(folder)
         if has_cpu_engines:
             _check_cpu_experts(made)
+        num_adapted = num_adapter_parameters(made, lora) if lora is not None and lora.rank else 0
         PackingCheck(
             max_tokens=longest,
             gradient_checkpointing=gradient_checkpointing,
@@ -108,7 +113,7 @@ def check_model(
     return ModelFacts(
         num_parameters=sum(parameter.numel() for parameter in made.parameters()),
         num_embeddings=len(cast("torch.Tensor", made.get_input_embeddings().weight)),
-        sizes=ModelSizes.of(config),
+        sizes=replace(ModelSizes.of(config), num_adapted=num_adapted),
     )
 
 

@@ -49,6 +49,8 @@ class ModelSizes:
     vocabulary: int
     is_tied: bool
     """Whether the head is the embedding."""
+    num_adapted: int = 0
+    """Numbers in the adapters that are trained where `lora.rank` is above 0."""
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> Self:
@@ -77,20 +79,27 @@ class ModelSizes:
 
 def worker_parts(config: Config, count: float, sizes: ModelSizes | None) -> dict[str, float]:
     """Every worker holds the whole model, its gradients and two moments in float32; of a sharded
-    one its part, which is largest with the fewest workers, and what is gathered."""
+    one its part, which is largest with the fewest workers, and what is gathered.
+
+    Where adapters are trained that holds of them: the model is held in the type that is computed
+    in, and is its own reference.
+    """
     computes_in, is_sharded = DTYPE_BYTES[config.model.dtype], config.learner.shard
-    own = count / config.learner.fewest_workers if is_sharded else count
-    parts = {WEIGHTS: 4 * own, TRAINING: 12 * own}
-    if config.loss.kl_coef > 0:
-        parts[REFERENCE] = computes_in * own
+    share = 1 / config.learner.fewest_workers if is_sharded else 1.0
+    trained, frozen = count, 0.0
+    if config.lora.rank:
+        trained, frozen = 0.0 if sizes is None else float(sizes.num_adapted), computes_in * count
+    parts = {WEIGHTS: (4 * trained + frozen) * share, TRAINING: 12 * trained * share}
+    if config.loss.kl_coef > 0 and not config.lora.rank:
+        parts[REFERENCE] = computes_in * count * share
     if computes_in < 4 and not is_sharded:  # autocast keeps them for as long as a forward pass
-        parts[COPIES] = computes_in * count
+        parts[COPIES] = computes_in * trained
     if sizes is not None:
         if is_sharded:
             parts[GATHERED] = _gathered_bytes(config, count, sizes)
         parts[ACTIVATIONS] = _activation_bytes(config, sizes)
     if config.sync.transport != "file":  # on the first worker's GPU
-        parts[OUTGOING] = computes_in * count
+        parts[OUTGOING] = computes_in * trained
     found = {part: size / GIB for part, size in parts.items()}
     if config.learner.resources.get("GPU", 0) > 0:
         found[CUDA] = CUDA_GIB + GAPS * found.get(ACTIVATIONS, 0.0)
@@ -106,6 +115,8 @@ def _gathered_bytes(config: Config, count: float, sizes: ModelSizes) -> float:
     """
     width = DTYPE_BYTES[config.model.dtype]
     layer = (count - sizes.ends) / sizes.num_layers
+    if config.lora.rank:  # one model, and gradients of next to nothing
+        return width * sizes.ends + 3 * width * layer
     models = 2 if config.loss.kl_coef > 0 else 1
     return models * width * sizes.ends + (4 * width + 4) * layer
 
@@ -137,6 +148,8 @@ def _activation_bytes(config: Config, sizes: ModelSizes) -> float:
     gradient = stream * sizes.vocabulary * sizes.hidden
     # Both at once or, where they are summed up over workers, with a copy in float32.
     ends = (stream + 4) * sizes.ends if config.learner.shard else 2 * gradient
+    if config.lora.rank:  # they are not trained
+        gradient = ends = 0
     of_layers, of_one = tokens * kept * sizes.num_layers, float(tokens * passing)
     if config.learner.gradient_checkpointing:
         entries = float(stream * sizes.hidden * sizes.num_layers)
@@ -175,7 +188,13 @@ def cache_bytes_a_token(config: Config, sizes: ModelSizes) -> int:
 def engine_parts(config: Config, count: float, sizes: ModelSizes | None) -> dict[str, float]:
     """vLLM splits weights and cache over the GPUs of an engine."""
     engine, width = config.engine, DTYPE_BYTES[config.model.dtype]
-    found = {WEIGHTS: width * count / engine.tensor_parallel / GIB}
+    weights = width * count
+    if engine.quantization is not None:  # a byte of each but those of embedding and head
+        weights = count + (0 if sizes is None else (width - 1) * sizes.ends)
+    if sizes is not None:
+        # vLLM has room for adapters of a rank of its own, of which the next may be twice the run's.
+        weights += 2 * width * sizes.num_adapted
+    found = {WEIGHTS: weights / engine.tensor_parallel / GIB}
     if sizes is not None:
         tokens = max(PREFILL_TOKENS, config.max_model_tokens + 1)
         layer = width * (3 * sizes.intermediate / engine.tensor_parallel + 4 * sizes.hidden)

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from treerpo_ray.config import Config
 from treerpo_ray.errors import one_line
+from treerpo_ray.preflight.model_sizes import DTYPE_BYTES
 from treerpo_ray.run_folder.checkpoints import BYTES_A_PARAMETER
 from treerpo_ray.run_folder.checkpoints import FOLDER as CHECKPOINTS
 from treerpo_ray.run_folder.disk import disk_of, free_bytes, size
@@ -51,15 +52,18 @@ class StoragePlan:
     is_local: bool
 
     @classmethod
-    def of(cls, config: Config, num_parameters: float) -> Self:
-        """The plan of a run of a model with so many parameters."""
+    def of(cls, config: Config, num_parameters: float, num_adapted: float = 0.0) -> Self:
+        """The plan of a run of a model with so many parameters, of which so many numbers in
+        adapters are trained where `lora.rank` is above 0."""
+        has_adapters = config.lora.rank > 0
+        model_bytes = DTYPE_BYTES[config.model.dtype] if has_adapters else MODEL_BYTES
         folder, every = RunFolder(config.folder), config.metrics.save_trees_every
         place = Path(folder.root if folder.is_local else tempfile.gettempdir())
         there = [place / CHECKPOINTS, place / MODEL_FOLDER] if folder.is_local else []
         return cls(
-            checkpoint=int(BYTES_A_PARAMETER * num_parameters),
+            checkpoint=int(BYTES_A_PARAMETER * (num_adapted if has_adapters else num_parameters)),
             num_checkpoints=config.checkpoint.keep + 1,
-            model=int(MODEL_BYTES * num_parameters),
+            model=int(model_bytes * num_parameters),
             trees=TREE_BYTES * config.gate.trees_per_step * config.shape.max_sampled_tokens
             if every
             else 0,

@@ -30,6 +30,8 @@ Write = Callable[[Path], object]
 CONFIG_FILE = "config.yaml"
 """The run's configuration, every key with its value."""
 MODEL_FOLDER = "model"
+ADAPTER_FOLDER = "adapter"
+"""In an exported model and, instead of the model, in checkpoints of a run that trains adapters."""
 """The exported model, in a run folder and in each checkpoint."""
 WHOLE_MODEL = f"{MODEL_FOLDER}/config.json"
 """The model's file that comes last and goes first, so that its presence means it is whole."""

@@ -286,7 +286,7 @@ class Run:
         start = PROJECT / str(self.config["model"]["path"]) / TOKENIZER_FILE
         if start.exists():
             return Tokenizer.from_file(str(start))
-        checkpoints = self._files.glob(f"checkpoints/*/{MODEL_FOLDER}/{TOKENIZER_FILE}")
+        checkpoints = self._files.glob(f"checkpoints/*/*/{TOKENIZER_FILE}")  # model or adapters
         for file in (f"{MODEL_FOLDER}/{TOKENIZER_FILE}", *reversed(checkpoints)):
             if self._files.exists(file):
                 return Tokenizer.from_str(self._files.read_text(file))

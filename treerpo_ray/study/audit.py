@@ -6,16 +6,25 @@ each step once, in order, with the tickets that are its own.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from treerpo_ray.config import Config
+from treerpo_ray.learner.adapters.lora import ADAPTER_FILE
 from treerpo_ray.learner.policy import DTYPES, load_policy
 from treerpo_ray.metrics.rows import Row, latest_rows
 from treerpo_ray.run_folder import trees as saved_trees
-from treerpo_ray.run_folder.files import MODEL_FOLDER, WHOLE_MODEL, RunFolder, Scalar
+from treerpo_ray.run_folder.files import (
+    ADAPTER_FOLDER,
+    MODEL_FOLDER,
+    WHOLE_MODEL,
+    RunFolder,
+    Scalar,
+)
 from treerpo_ray.weights.manifest import DeviceDigest, HostDigest, pack_weights
 
 Fields = Mapping[str, Scalar]
@@ -71,21 +80,29 @@ def exported_digest(config: Config) -> str | None:
     if not folder.exists(WHOLE_MODEL):
         return None
     with folder.local(MODEL_FOLDER) as model:
-        policy = load_policy(
-            str(model),
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            gradient_checkpointing=False,
-            trust_remote_code=config.model.trust_remote_code,
-        )
         manifest, _ = pack_weights(
-            policy.named_weights(),
+            _published(config, model),
             version=0,
             dtype=DTYPES[config.model.dtype],
             chunk_bytes=config.sync.chunk_mib * 2**20,
             new_digest=HostDigest if config.sync.transport == "file" else DeviceDigest,
         )
     return manifest.digests[0]
+
+
+def _published(config: Config, model: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a learner publishes of what it exports: its weights, or the adapters beside them."""
+    if config.lora.rank:
+        yield from sorted(load_file(model / ADAPTER_FOLDER / ADAPTER_FILE).items())
+        return
+    policy = load_policy(
+        str(model),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        gradient_checkpointing=False,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    yield from policy.named_weights()
 
 
 def consumed_trees(folder: RunFolder) -> dict[int, list[ConsumedTree]]:

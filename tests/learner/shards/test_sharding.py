@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.support.learning.learner_runs import (
     FREE,
@@ -15,20 +16,22 @@ from tests.support.learning.learner_runs import (
     make_learner,
     mixed,
 )
-from tests.support.learning.sharded_workers import Case, Found, run_case, run_workers
+from tests.support.learning.sharded_workers import PROBE, Case, Found, run_case, run_workers
 from tests.support.learning.tiny_models import save_tiny_model
 from treerpo_ray.algo.loss_config import LossConfig
+from treerpo_ray.config.lora import LoraConfig
+from treerpo_ray.learner.adapters.lora import ADAPTER_FILE
 from treerpo_ray.learner.learner import MOMENTS_FOLDER
 from treerpo_ray.learner.policy import load_policy
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder.checkpoints import name_of
-from treerpo_ray.run_folder.files import MODEL_FOLDER
+from treerpo_ray.run_folder.files import ADAPTER_FOLDER, MODEL_FOLDER
 
 SHARDED = replace(FREE, shard=True)
 WORKERS = (4, 2, 1)
 
 
-def eight(*, first: int, version: int = 0) -> list[TreeRecord]:
+def eight(first: int, *, version: int = 0) -> list[TreeRecord]:
     """Eight trees, each with a kept group."""
     return [*mixed(first=first, version=version), *mixed(first=first + 4, version=version)]
 
@@ -39,6 +42,7 @@ class Runs:
 
     alone: dict[str, Found]
     workers: dict[int, list[dict[str, Found]]]
+    adapters: Case
     resumed: Case
     """One update more after those of the case `untied`."""
     folder: Path
@@ -67,6 +71,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             config=make_config(untied, all_of_it, LossConfig(kl_coef=0.1, entropy_coef=0.01)),
             batches=[eight(first=0), eight(first=8)],
         ),
+        "adapters": Case(
+            config=replace(
+                make_config(untied, all_of_it, LossConfig(kl_coef=0.1)), lora=LoraConfig(rank=3)
+            ),
+            batches=[eight(first=0), eight(first=8)],
+        ),
         "bfloat16": Case(
             config=replace(plain, model=replace(plain.model, dtype="bfloat16")),
             batches=[eight(first=0)],
@@ -79,12 +89,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     alone["resumed"] = run_case(
         replace(untied_case, batches=[*untied_case.batches, *after]).whole()
     )
+    more = replace(cases["adapters"], batches=[*cases["adapters"].batches, *after])
+    alone["adapters, one more"] = run_case(more.whole())
     run_case(replace(untied_case.whole(), end=folder / "whole"))
     workers = {}
     for count in WORKERS:
         own = dict(cases)
         fault = "full" if count > 1 else ""
         own["untied"] = replace(untied_case, end=folder / f"from-{count}", fault=fault)
+        own["adapters"] = replace(cases["adapters"], end=folder / f"adapters-{count}")
         if count < 4:
             own["resumed"] = replace(resumed, start=folder / "from-4" / name_of(1))
         if count == 2:
@@ -92,7 +105,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             own["apart"] = replace(own["resumed"], end=Path("apart"))
             own["killed"] = replace(cases["bfloat16"], end=folder / "killed", fault="killed")
         workers[count] = run_workers(count, folder / f"{count}", own)
-    return Runs(alone=alone, workers=workers, resumed=resumed, folder=folder)
+    return Runs(
+        alone=alone, workers=workers, adapters=cases["adapters"], resumed=resumed, folder=folder
+    )
 
 
 def assert_near(state: State, expected: State) -> None:
@@ -103,7 +118,7 @@ def assert_near(state: State, expected: State) -> None:
 
 
 @pytest.mark.parametrize("count", WORKERS)
-@pytest.mark.parametrize("case", ["tied", "untied"])
+@pytest.mark.parametrize("case", ["tied", "untied", "adapters"])
 def test_the_update_is_that_of_a_learner_with_the_whole_model(
     runs: Runs, case: str, count: int
 ) -> None:
@@ -157,6 +172,25 @@ def test_the_exported_model_and_that_of_a_checkpoint_are_the_published_one(
         )
         torch.testing.assert_close(dict(policy.named_weights()), published, atol=0, rtol=0)
         assert policy.tokenizer.convert_ids_to_tokens([0, 25]) == ["a", "z"]
+
+
+@pytest.mark.parametrize("count", WORKERS)
+def test_adapters_that_are_sharded_are_exported_whole_and_resume_without_shards(
+    runs: Runs, count: int
+) -> None:
+    run, seen = runs.folder / f"adapters-{count}", runs.workers[count][0]["adapters"]
+    policy = load_policy(
+        str(run / MODEL_FOLDER),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        gradient_checkpointing=False,
+    )
+    torch.testing.assert_close(policy.sequence_logprobs(PROBE), seen.logprobs, atol=1e-4, rtol=1e-4)
+    for folder in (run / MODEL_FOLDER, run / name_of(1)):
+        stored = load_file(folder / ADAPTER_FOLDER / ADAPTER_FILE)
+        torch.testing.assert_close(stored, seen.weights, atol=0, rtol=0)
+    case = replace(runs.adapters.whole(), start=run / name_of(1), batches=[eight(16, version=2)])
+    assert_near(run_case(case).states[0], runs.alone["adapters, one more"].states[-1])
 
 
 @pytest.mark.parametrize("count", [2, 1])

@@ -119,6 +119,7 @@ def make_learner(config: Config, checkpoint: Path | None = None) -> Learner:
         max_tokens=config.max_model_tokens,
         device=CPU,
         sets=config.prompts.sets,
+        lora=config.lora,
         checkpoint=checkpoint,
     )
 

@@ -1,4 +1,4 @@
-"""An engine whose worker is a process of its own, as vLLM has it with several GPUs."""
+"""Engines whose workers are processes of their own, as vLLM has it with several GPUs."""
 
 from treerpo_ray.engine.engine import Engine
 
@@ -9,4 +9,13 @@ class EngineWithWorker(Engine):
     def vllm_args(self):
         args = super().vllm_args()
         args.distributed_executor_backend = "mp"
+        return args
+
+
+class SplitEngine(EngineWithWorker):
+    """An engine on a CPU whose weights are split over two workers: tensor parallelism."""
+
+    def vllm_args(self):
+        args = super().vllm_args()
+        args.tensor_parallel_size = 2
         return args

@@ -1,7 +1,10 @@
 """Weights on a cluster of several nodes whose learner is killed, then its store, then its node:
-prints as JSON what became of each version. A process of its own, since it brings its cluster."""
+prints as JSON what became of each version, which two engines of one node load at the same time. A
+process of its own, since it brings its cluster."""
 
+import asyncio
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +17,11 @@ import xxhash
 from ray.cluster_utils import Cluster
 
 from treerpo_ray.actor import make_actor
+from treerpo_ray.config import load
 from treerpo_ray.driver.versions import check_versions
+from treerpo_ray.engine.engine import Engine as RealEngine
+from treerpo_ray.engine.engine import make_engine
+from treerpo_ray.engine.types import EngineSetup
 from treerpo_ray.learner.publisher import Publisher
 from treerpo_ray.preflight.placement import Stage
 from treerpo_ray.weight_sync import Probe, WeightSync
@@ -64,10 +71,10 @@ class Learner:
 
 
 class Pool:
-    """Has one engine, on a node of its own, which loads what it is told to."""
+    """Has two engines, on a node of their own, which load what they are told to."""
 
-    def __init__(self, engine: object) -> None:
-        self.engine = engine
+    def __init__(self, *engines: object) -> None:
+        self.engines = engines
 
     async def serve(
         self, manifest: Manifest, source: WeightSource, probe: Probe, should_probe: bool
@@ -84,12 +91,16 @@ class Pool:
         return await place
 
     async def load(self) -> str:
-        """Have the engine load what is served: its bytes are whole, or lost."""
+        """Have the engines load what is served: its bytes are whole, or lost."""
+        found = await asyncio.gather(*map(self._load, self.engines))
+        return " and ".join(sorted(set(found)))
+
+    async def _load(self, engine: object) -> str:
         try:
-            place = await self.place(await self.engine.node.remote())
+            place = await self.place(await engine.node.remote())
         except WeightsLost:
             return "lost"
-        digests = await self.engine.load.remote(place)
+        digests = await engine.load.remote(place)
         return "whole" if tuple(digests) == self.manifest.digests else str(digests)
 
 
@@ -113,12 +124,17 @@ def main() -> None:
     head |= {"object_store_memory": STORE_BYTES, "_system_config": HEALTH}
     cluster = Cluster(initialize_head=True, head_node_args=head)
 
-    def add(role: str):
-        return cluster.add_node(num_cpus=1, resources={role: 1}, object_store_memory=STORE_BYTES)
+    def add(role: str, num_gpus: int = 0):
+        return cluster.add_node(
+            num_cpus=1,
+            num_gpus=num_gpus,
+            resources={role: 1},
+            object_store_memory=STORE_BYTES,
+        )
 
-    learner_node, engine_node = add("learner"), add("engine")
+    learner_node, engine_node = add("learner"), add("engine", num_gpus=4)
     ray.init(address=cluster.address, log_to_driver=False)
-    pool = make_actor(Pool)(on("engine", Engine).remote())
+    pool = make_actor(Pool)(*(on("engine", Engine).remote() for _ in range(2)))
     # While there is room nobody is told of a wait, or asked whether it is to end.
     sync = make_actor(WeightSync)(
         pool=pool,
@@ -128,7 +144,7 @@ def main() -> None:
         probe_every=10,
         fetch_limit_s=60.0,
     )
-    told: dict[str, object] = {}
+    told: dict[str, object] = {"GPUs of two engines of two": gpus_of_engines()}
 
     def publish(version: int) -> None:
         ray.get(learner.publish.remote(sync, version))
@@ -145,7 +161,7 @@ def main() -> None:
     ray.kill(learner)
     time.sleep(1)
     told["learner killed"] = load()
-    told["the engine's store is one"] = len(stores(engine_node.node_id))
+    told["the engines' store is one"] = len(stores(engine_node.node_id))
 
     learner = on("learner", Learner).remote()
     for version in range(2, 9):  # more than the store has room for
@@ -153,7 +169,7 @@ def main() -> None:
         load()
     told["old versions spilled"] = spilled_bytes(cluster, learner_node.node_id)
     kill(stores(engine_node.node_id))
-    told["engine's store killed"] = load()
+    told["engines' store killed"] = load()
     kill(stores(learner_node.node_id))
     told["learner's store killed, with the bytes brought"] = load()
     publish(9)
@@ -188,6 +204,25 @@ def main() -> None:
     ray.shutdown()
     cluster.shutdown()
     print(json.dumps(told))
+
+
+class EngineOnGpus(RealEngine):
+    """Tells what Ray has given it; it is never started."""
+
+    async def node(self) -> str:
+        return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def gpus_of_engines() -> list[str]:
+    """Those that vLLM would find in the actors of two engines of one node with four."""
+    resources = "engine.resources={GPU: 2, CPU: 0, engine: 0.01}"
+    config = load([resources, "engine.tensor_parallel=2", "model.dtype=bfloat16"])
+    setup = EngineSetup.of(config)
+    made = [make_engine(setup, number, None, EngineOnGpus) for number in range(2)]
+    found = [ray.get(engine.api.node.remote()) for engine in made]
+    for engine in made:
+        engine.kill()
+    return sorted(found)
 
 
 def stores(node: str) -> list[int]:

@@ -73,7 +73,7 @@ def read_moments(
             f"{folder.parent} has no {folder.name}: it is of another version of treerpo_ray; "
             "choose another run.name to start anew"
         )
-    named = dict(model.named_parameters())
+    named = {name: each for name, each in model.named_parameters() if each.requires_grad}
     state = {
         f"{name}.{moment}": torch.zeros_like(weight, requires_grad=False)
         for name, weight in named.items()
