@@ -74,3 +74,35 @@ def test_a_line_in_parts_slips_twice_as_often_and_forgets_its_carry():
         if (lines := [line for line in drawn if ("78" in line) == in_parts])
     }
     assert shares == {False: pytest.approx(0.2, abs=0.03), True: pytest.approx(0.4, abs=0.04)}
+
+
+@given(st.integers(0, 2**32), st.sampled_from([0.0, 0.5, 1.0]))
+def test_a_restated_solution_says_what_is_asked_without_a_slip_and_goes_on_as_a_plain_one(
+    seed, slip_rate
+):
+    chain = chains.draw_chain(4, random.Random(seed), chains.RestatedChain)
+    plain = chains.Chain(first=chain.first, operands=chain.operands)
+    assert chain.question == plain.question
+    written, expected = (
+        each.write_solution(slip_rate=slip_rate, rng=random.Random(seed)) for each in (chain, plain)
+    )
+    restatement, colon, rest = written.partition(":\n")
+    assert (colon, rest) == (":\n", expected) and ":" not in rest
+    first, *steps, last = restatement.split("\n")
+    said = re.findall(r"step (\d) of 4 the number (\d\d) is (added|taken)", "\n".join(steps))
+    signs = {"added": "+", "taken": "-"}
+    assert [number for number, _, _ in said] == list("1234") and len(steps) == 4
+    assert f"{first[-3:-1]}{''.join(signs[how] + number for _, number, how in said)}=?" == (
+        chain.question
+    )
+    assert last == "Now work it out"
+
+
+def test_a_restatement_has_over_five_times_as_many_tokens_as_what_it_decides():
+    rng = random.Random(0)
+    for _ in range(300):
+        chain = chains.draw_chain(4, rng, chains.RestatedChain)
+        solution = chain.write_solution(slip_rate=0.0, rng=rng)
+        sure = solution.index(":") + 1
+        decided = len(solution) + 1 - sure  # with the end token
+        assert 100 <= sure <= 250 and sure / decided > 5

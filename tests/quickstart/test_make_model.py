@@ -19,6 +19,9 @@ TASK_FILES = [
     ("quickstart.yaml", "tasks/wordy4.yaml"),
     ("quickstart.yaml", "tasks/chains10.yaml"),
     ("quickstart.yaml", "tasks/chains10.yaml", "tasks/chains10_hard.yaml"),
+    ("quickstart.yaml", "tasks/restated4.yaml"),
+    ("quickstart.yaml", "tasks/items6.yaml"),
+    ("quickstart.yaml", "tasks/plan_first.yaml"),
 ]
 
 
@@ -45,11 +48,31 @@ def test_the_committed_model_has_the_shape_that_the_script_makes():
 def test_the_committed_model_starts_between_15_and_35_percent_and_solves_most_in_8_samples():
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(script.MODEL_FOLDER)
-    rates = script.sample_pass_rates(
+    rates = script.sample_rewards(
         load_committed().eval(), script.RECIPES["chains4"], tokenizer, num_problems=60, k=8
-    )
+    ).mean(1)
     assert 0.15 < rates.mean() < 0.35
     assert (rates > 0).float().mean() > 0.75
+
+
+def test_the_chances_of_lines_make_that_of_the_solution_and_those_of_a_chain_its_pass_rate():
+    model, tokenizer = load_committed().eval(), make_tokenizer()
+    recipe = script.RECIPES["chains4"]
+    chances = script.line_chances(model, recipe, tokenizer, num_problems=60)
+    rows = exercises.problems("chains4", "test", 60, 0)
+    for row, chance in zip(rows[:5], chances, strict=False):
+        prompt = script.encode_prompt(row.question, tokenizer)
+        solution = [*tokenizer.encode(row.solution), tokenizer.eos_token_id]
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt, *solution]])).logits[0]
+        logprobs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+        total = logprobs.gather(1, torch.tensor(solution)[:, None]).sum()
+        assert chance.log().sum().item() == pytest.approx(total.item(), abs=1e-3)
+    slips, last = chances.mean(0)[:-1], chances.mean(0)[-1]
+    assert slips.min() > 0.6 and slips.max() < 0.75 and last > 0.999
+    torch.manual_seed(0)
+    rewards = script.sample_rewards(model, recipe, tokenizer, num_problems=60, k=8)
+    assert chances.prod(1).mean().item() == pytest.approx(rewards.mean().item(), abs=0.06)
 
 
 def test_prompts_and_padding_have_no_label_and_each_solution_ends_with_the_end_token():
@@ -86,6 +109,27 @@ def test_a_task_file_fits_the_model_that_it_names(names):
     most = min(config.shape.max_answer_tokens, recipe.max_response_tokens)
     assert max(len(row.solution) for row in rows) < most
     assert max(len(row.question) for row in rows) < config.prompts.max_prompt_tokens
+
+
+def solutions_with_configuration(task):
+    config = load([str(CONF / "quickstart.yaml"), str(CONF / f"tasks/{task}.yaml")])
+    return [row.solution for row in exercises.problems(task, "train", 300, 0)], config.tree
+
+
+def test_the_tree_of_restated_chains_forks_where_the_restatement_ends():
+    solutions, tree = solutions_with_configuration("restated4")
+    for solution in solutions:
+        sure, _, rest = solution.partition(tree.delimiter)
+        assert sure.endswith("\nNow work it out")
+        assert len(sure) < tree.step_tokens[0] and len(rest) < tree.step_tokens[1]
+
+
+def test_the_tree_of_graded_items_forks_before_the_last_and_that_of_plans_after_the_plan():
+    solutions, tree = solutions_with_configuration("items6")
+    cut = tree.step_tokens[0]
+    assert all(each[cut - 1] == "\n" and each[cut:].count("=") == 1 for each in solutions)
+    solutions, tree = solutions_with_configuration("plan_first")
+    assert all(each.index("\n") < tree.step_tokens[0] < len(each) for each in solutions)
 
 
 def test_a_recipe_with_a_start_goes_on_from_its_weights():

@@ -18,12 +18,17 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from treerpo_ray.quickstart.chains import WordyChain, draw_chain
+from treerpo_ray.quickstart.chains import RestatedChain, WordyChain, draw_chain
 from treerpo_ray.quickstart.countdown import draw_countdown
+from treerpo_ray.quickstart.items import draw_items
+from treerpo_ray.quickstart.plans import draw_plan
 
 MODELS_FOLDER = "~/treerpo_models"
 """Folder in which `make_model` writes, by name."""
-MODELS = ("chains4", "chains10", "chains10_hard", "wordy4", "countdown")
+MODELS = (
+    *("chains4", "chains10", "chains10_hard", "wordy4", "countdown"),
+    *("restated4", "items6", "plan_first"),
+)
 """Models that it makes."""
 SPLITS = ("train", "test")
 TEST_SHARE = 8  # one question in this many belongs to the test split
@@ -41,7 +46,7 @@ class Exercise(Protocol):
         """The reference that the verifier gets."""
 
     def write_solution(self, *, slip_rate: float, rng: random.Random) -> str:
-        """Write a worked solution, one line a step, then `####` and the answer.
+        """Write a worked solution, one line a step, as the task's check reads it.
 
         With probability `slip_rate` a line is a slip, and the solver goes on from there; a slip
         rate of 0 gives a correct solution.
@@ -53,6 +58,9 @@ TASKS: dict[str, Callable[[random.Random], Exercise]] = {
     "chains10": partial(draw_chain, 10),
     "wordy4": partial(draw_chain, 4, kind=WordyChain),
     "countdown": draw_countdown,
+    "restated4": partial(draw_chain, 4, kind=RestatedChain),
+    "items6": draw_items,
+    "plan_first": draw_plan,
 }
 """Draws an exercise, by name of the task."""
 
