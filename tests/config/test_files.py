@@ -245,6 +245,7 @@ def test_an_argument_that_is_neither_file_nor_override_is_refused() -> None:
         (["tree.num_children=[8]", "tree.num_children=[4, 2]"], (576, 576)),
         (["conf/quickstart.yaml", "conf/methods/grpo.yaml"], (46,)),
         (["conf/quickstart.yaml", "conf/tasks/chains10.yaml", "conf/methods/grpo.yaml"], (104,)),
+        (["conf/quickstart.yaml", "conf/tasks/restated4.yaml", "conf/methods/raft.yaml"], (288,)),
         (["conf/quickstart.yaml", "conf/few_tokens.yaml"], (23, 23)),
         (["conf/treerpo_qwen2.5_math_1.5b.yaml", "conf/methods/rloo.yaml"], (1152,)),
     ],

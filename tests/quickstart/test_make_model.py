@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def test_the_chances_of_lines_make_that_of_the_solution_and_those_of_a_chain_its
 
 def test_prompts_and_padding_have_no_label_and_each_solution_ends_with_the_end_token():
     tokenizer = make_tokenizer()
-    token_ids, labels = script.draw_batch(SMALL, tokenizer, random.Random(0))
+    token_ids, labels = script.draw_batch(SMALL, tokenizer, random.Random(0), 0.0)
     assert token_ids.shape == labels.shape
     for row, label in zip(token_ids, labels, strict=True):
         num_prompt_tokens = (label != script.NO_LABEL).nonzero()[0].item()
@@ -96,6 +97,28 @@ def test_the_warm_start_lowers_the_loss_and_a_seed_gives_the_same_losses():
         runs.append(script.warm_start(script.make_model(SMALL, tokenizer), SMALL, tokenizer))
     assert runs[0] == runs[1]
     assert runs[0][-1] < 0.9 * runs[0][0]
+
+
+def test_the_sure_steps_at_the_beginning_are_those_of_a_solver_without_slips():
+    tokenizer, losses = make_tokenizer(), []
+    for recipe in (
+        replace(SMALL, slip_rate=1.0, num_sure_steps=12),
+        replace(SMALL, slip_rate=0.0),
+    ):
+        torch.manual_seed(0)
+        losses.append(script.warm_start(script.make_model(recipe, tokenizer), recipe, tokenizer))
+    assert losses[0][:12] == losses[1][:12]
+    assert all(a != b for a, b in zip(losses[0][12:], losses[1][12:], strict=True))
+
+
+@pytest.mark.slow
+def test_the_model_of_plans_picks_the_right_way_in_three_of_ten_and_is_sure_of_the_rest():
+    recipe, tokenizer = script.RECIPES["plan_first"], make_tokenizer()
+    model = script.make_model(recipe, tokenizer)
+    script.warm_start(model, recipe, tokenizer)
+    chances = script.line_chances(model.eval(), recipe, tokenizer, num_problems=200).mean(0)
+    assert 0.25 < chances[0] < 0.4
+    assert chances[1:].min() > 0.985
 
 
 @pytest.mark.parametrize("names", TASK_FILES)
@@ -120,7 +143,7 @@ def test_the_tree_of_restated_chains_forks_where_the_restatement_ends():
     solutions, tree = solutions_with_configuration("restated4")
     for solution in solutions:
         sure, _, rest = solution.partition(tree.delimiter)
-        assert sure.endswith("\nNow work it out")
+        assert sure.endswith("=") and rest.startswith("\n")
         assert len(sure) < tree.step_tokens[0] and len(rest) < tree.step_tokens[1]
 
 

@@ -72,31 +72,31 @@ class WordyChain(Chain):
 
 
 class RestatedChain(Chain):
-    """A chain whose solver first says in words what is asked, without a slip, then works it out.
+    """A chain whose solver first says again what is asked, without a slip, then works it out.
 
-    The restatement is five times as long as the rest, in which everything is decided; the one colon
-    of a solution is its end.
-
-        The first number of this chain to add up is 51.
+        The chain begins with the number 51.
         In step 1 of 4 the number 38 is taken away.
-        In step 2 of 4 the number 17 is added to it.
+        In step 2 of 4 the number 17 is then added.
         In step 3 of 4 the number 16 is taken away.
-        In step 4 of 4 the number 26 is added to it.
-        Now work it out:
+        In step 4 of 4 the number 26 is then added.
+        51-38+17-16+26=?
         51-38=13
         ...
+
+    The restatement is five times as long as the rest, in which everything is decided. It ends with
+    the only question mark of a solution.
     """
 
     def write_solution(self, *, slip_rate: float, rng: random.Random) -> str:
         """Write the restatement, then the lines of a plain chain."""
         steps = [
             f"In step {number} of {len(self.operands)} the number {abs(operand)} is "
-            f"{'added to it' if operand > 0 else 'taken away'}."
+            f"{'then added' if operand > 0 else 'taken away'}."
             for number, operand in enumerate(self.operands, start=1)
         ]
-        first = f"The first number of this chain to add up is {self.first}."
+        first = f"The chain begins with the number {self.first}."
         rest = super().write_solution(slip_rate=slip_rate, rng=rng)
-        return "\n".join([first, *steps, "Now work it out:", rest])
+        return "\n".join([first, *steps, self.question, rest])
 
 
 def add_without_carry(value: int, operand: int) -> int:

@@ -53,6 +53,8 @@ class Recipe:
     peak_learning_rate: float = 3e-3
     slip_rate: float = 0.32
     """Chance of a slip, for each line of a solution."""
+    num_sure_steps: int = 0
+    """Steps at the beginning without a slip, where too few lines are right to learn from them."""
     seed: int = 0
 
 
@@ -79,16 +81,18 @@ RECIPES = {
         slip_rate=0.0,  # the lines to take are not to be seen at once: it errs by itself
     ),
     "restated4": replace(
-        LONGER, task="restated4", max_response_tokens=296, num_steps=700, slip_rate=0.3
+        LONGER, task="restated4", max_response_tokens=296, num_steps=900, slip_rate=0.3
     ),
     "items6": replace(
         LONGER,
         task="items6",
         check=items_answer.check_answer,
         max_response_tokens=64,
-        slip_rate=0.46,
+        slip_rate=0.44,
     ),
-    "plan_first": replace(LONGER, task="plan_first", max_response_tokens=48, slip_rate=0.7),
+    "plan_first": replace(
+        LONGER, task="plan_first", max_response_tokens=48, slip_rate=0.72, num_sure_steps=950
+    ),
 }
 """By name of the model; `chains4` is the embedded one."""
 
@@ -123,14 +127,14 @@ def encode_prompt(question: str, tokenizer: Qwen2Tokenizer) -> list[int]:
 
 
 def draw_batch(
-    recipe: Recipe, tokenizer: Qwen2Tokenizer, rng: random.Random
+    recipe: Recipe, tokenizer: Qwen2Tokenizer, rng: random.Random, slip_rate: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids and labels, both (batch_size, longest row); prompts have no label."""
     exercises = draw_exercises(recipe.task, "train", rng)
     solutions = []
     for _ in range(recipe.batch_size):
         exercise = next(exercises)
-        solution = exercise.write_solution(slip_rate=recipe.slip_rate, rng=rng)
+        solution = exercise.write_solution(slip_rate=slip_rate, rng=rng)
         solutions.append((exercise.question, solution))
     return encode_solutions(solutions, tokenizer)
 
@@ -162,7 +166,8 @@ def warm_start(model: Qwen2ForCausalLM, recipe: Recipe, tokenizer: Qwen2Tokenize
     )
     losses = []
     for step in range(1, recipe.num_steps + 1):
-        token_ids, labels = draw_batch(recipe, tokenizer, rng)
+        slip_rate = recipe.slip_rate if step > recipe.num_sure_steps else 0.0
+        token_ids, labels = draw_batch(recipe, tokenizer, rng, slip_rate)
         loss = model(input_ids=token_ids, labels=labels, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
