@@ -88,7 +88,7 @@ RECIPES = {
         task="items6",
         check=items_answer.check_answer,
         max_response_tokens=64,
-        slip_rate=0.44,
+        slip_rate=0.46,
     ),
     "plan_first": replace(
         LONGER, task="plan_first", max_response_tokens=48, slip_rate=0.72, num_sure_steps=950
