@@ -99,16 +99,13 @@ def test_the_warm_start_lowers_the_loss_and_a_seed_gives_the_same_losses():
     assert runs[0][-1] < 0.9 * runs[0][0]
 
 
-def test_the_sure_steps_at_the_beginning_are_those_of_a_solver_without_slips():
+def test_the_first_three_quarters_of_the_steps_have_the_early_slip_rate():
     tokenizer, losses = make_tokenizer(), []
-    for recipe in (
-        replace(SMALL, slip_rate=1.0, num_sure_steps=12),
-        replace(SMALL, slip_rate=0.0),
-    ):
+    for recipe in (replace(SMALL, slip_rate=1.0, early_slip_rate=0.0), replace(SMALL, slip_rate=0)):
         torch.manual_seed(0)
         losses.append(script.warm_start(script.make_model(recipe, tokenizer), recipe, tokenizer))
-    assert losses[0][:12] == losses[1][:12]
-    assert all(a != b for a, b in zip(losses[0][12:], losses[1][12:], strict=True))
+    assert losses[0][:15] == losses[1][:15]
+    assert all(a != b for a, b in zip(losses[0][15:], losses[1][15:], strict=True))
 
 
 @pytest.mark.slow

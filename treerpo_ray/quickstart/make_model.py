@@ -33,6 +33,7 @@ from treerpo_ray.verifier import math_answer
 MODEL_FOLDER = Path(__file__).parent / "model"
 HEAD_SIZE = 32  # the smallest that vLLM has on a CPU
 NO_LABEL = -100
+EARLY_SHARE = 0.75  # of the steps, in which `Recipe.early_slip_rate` holds
 REPORT_EVERY = 100
 
 
@@ -53,8 +54,9 @@ class Recipe:
     peak_learning_rate: float = 3e-3
     slip_rate: float = 0.32
     """Chance of a slip, for each line of a solution."""
-    num_sure_steps: int = 0
-    """Steps at the beginning without a slip, where too few lines are right to learn from them."""
+    early_slip_rate: float | None = None
+    """That of the first three quarters of the steps, where what is right could not be learned at
+    the final one; None: the same."""
     seed: int = 0
 
 
@@ -91,7 +93,7 @@ RECIPES = {
         slip_rate=0.46,
     ),
     "plan_first": replace(
-        LONGER, task="plan_first", max_response_tokens=48, slip_rate=0.72, num_sure_steps=950
+        LONGER, task="plan_first", max_response_tokens=48, slip_rate=0.7, early_slip_rate=0.3
     ),
 }
 """By name of the model; `chains4` is the embedded one."""
@@ -164,9 +166,10 @@ def warm_start(model: Qwen2ForCausalLM, recipe: Recipe, tokenizer: Qwen2Tokenize
     schedule = OneCycleLR(
         optimizer, recipe.peak_learning_rate, total_steps=recipe.num_steps, pct_start=0.1
     )
+    early_slip_rate = recipe.slip_rate if recipe.early_slip_rate is None else recipe.early_slip_rate
     losses = []
     for step in range(1, recipe.num_steps + 1):
-        slip_rate = recipe.slip_rate if step > recipe.num_sure_steps else 0.0
+        slip_rate = early_slip_rate if step <= EARLY_SHARE * recipe.num_steps else recipe.slip_rate
         token_ids, labels = draw_batch(recipe, tokenizer, rng, slip_rate)
         loss = model(input_ids=token_ids, labels=labels, use_cache=False).loss
         optimizer.zero_grad()
