@@ -115,7 +115,7 @@ def test_the_model_of_plans_picks_the_right_way_in_three_of_ten_and_is_sure_of_t
     script.warm_start(model, recipe, tokenizer)
     chances = script.line_chances(model.eval(), recipe, tokenizer, num_problems=200).mean(0)
     assert 0.25 < chances[0] < 0.4
-    assert chances[1:].min() > 0.985
+    assert chances[1:].min() > 0.99
 
 
 @pytest.mark.parametrize("names", TASK_FILES)

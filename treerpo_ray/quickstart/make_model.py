@@ -93,7 +93,12 @@ RECIPES = {
         slip_rate=0.46,
     ),
     "plan_first": replace(
-        LONGER, task="plan_first", max_response_tokens=48, slip_rate=0.7, early_slip_rate=0.3
+        LONGER,
+        task="plan_first",
+        max_response_tokens=48,
+        num_steps=1500,
+        slip_rate=0.7,
+        early_slip_rate=0.4,
     ),
 }
 """By name of the model; `chains4` is the embedded one."""
