@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from treerpo_ray.algo.advantages import has_baseline, step_advantages
+from treerpo_ray.algo.advantages.forms import has_baseline, step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.loss import LossInputs, policy_loss
 from treerpo_ray.algo.search import SiblingGroup, assemble, cut_at_surprise

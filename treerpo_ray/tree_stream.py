@@ -26,7 +26,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from treerpo_ray.algo.advantages import step_advantages
+from treerpo_ray.algo.advantages.forms import step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.shares import balanced_shares
 from treerpo_ray.config import Config

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tests.support.learning.trees import by_range, full_tree, make_tree, on_leaves, rewards, trees
-from treerpo_ray.algo.advantage_errors import advantage_errors
-from treerpo_ray.algo.advantages import AdvantageForm, all_advantages, step_advantages
+from treerpo_ray.algo.advantages.errors import advantage_errors
+from treerpo_ray.algo.advantages.forms import AdvantageForm, all_advantages, step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import PruneRule, Pruning, step_groups
 from treerpo_ray.algo.standard_errors import standard_error_of_mean

@@ -32,7 +32,7 @@ from tests.support.learning.step_rows import (
 )
 from tests.support.learning.tiny_models import save_tiny_model
 from tests.support.user_files import CREDIT
-from treerpo_ray.algo.advantages import AdvantageForm
+from treerpo_ray.algo.advantages.forms import AdvantageForm
 from treerpo_ray.algo.loss_config import LossConfig, Normalisation
 from treerpo_ray.config import load
 from treerpo_ray.config.data import MixedConfig

@@ -20,7 +20,7 @@ from tests.support.learning.learner_runs import (
     run_worker,
 )
 from tests.support.learning.tiny_models import save_tiny_model
-from treerpo_ray.algo.advantages import AdvantageForm
+from treerpo_ray.algo.advantages.forms import AdvantageForm
 from treerpo_ray.config import Config
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from math import isinf
 from operator import attrgetter
 
-from treerpo_ray.algo.advantages import WITHOUT_SIBLINGS, AdvantageForm
+from treerpo_ray.algo.advantages.forms import WITHOUT_SIBLINGS, AdvantageForm
 from treerpo_ray.algo.groups import PruneRule
 from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.algo.search import TreeShape

@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from treerpo_ray.algo.advantages import AdvantageForm, Form
+from treerpo_ray.algo.advantages.forms import AdvantageForm, Form
 from treerpo_ray.algo.groups import PruneRule, Pruning
 from treerpo_ray.config.credit import own_form, own_rule
 from treerpo_ray.config.data import DataConfig, as_found_here

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float64
 from safetensors.torch import load_file, save_file
 
-from treerpo_ray.algo.advantage_errors import advantage_errors
-from treerpo_ray.algo.advantages import all_advantages, has_baseline, of_kept
+from treerpo_ray.algo.advantages.errors import advantage_errors
+from treerpo_ray.algo.advantages.forms import all_advantages, has_baseline, of_kept
 from treerpo_ray.algo.backup import Values, mean_backup
 from treerpo_ray.algo.groups import StepGroups, step_groups
 from treerpo_ray.algo.loss_config import LossConfig

@@ -15,8 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from tokenizers import Tokenizer
 from yaml import YAMLError
 
-from treerpo_ray.algo.advantage_errors import advantage_errors
-from treerpo_ray.algo.advantages import AdvantageForm, Form, has_baseline, step_advantages
+from treerpo_ray.algo.advantages.errors import advantage_errors
+from treerpo_ray.algo.advantages.forms import AdvantageForm, Form, has_baseline, step_advantages
 from treerpo_ray.algo.backup import Values, mean_backup
 from treerpo_ray.algo.groups import PruneRule, Pruning, step_groups
 from treerpo_ray.algo.tree import ROOT, Tree

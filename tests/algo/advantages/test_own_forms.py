@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.support.learning.trees import by_range, make_tree, on_leaves
-from treerpo_ray.algo.advantage_errors import advantage_errors
-from treerpo_ray.algo.advantages import (
+from treerpo_ray.algo.advantages.errors import advantage_errors
+from treerpo_ray.algo.advantages.forms import (
     AdvantageForm,
     OwnForm,
     bernoulli,

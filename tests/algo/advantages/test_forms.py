@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.learning.trees import by_range, make_tree, on_leaves, rewards, shuffled, trees
-from treerpo_ray.algo.advantages import (
+from treerpo_ray.algo.advantages.forms import (
     WITHOUT_SIBLINGS,
     AdvantageForm,
     bernoulli,

@@ -12,7 +12,7 @@ from typing import Literal, assert_never
 import numpy as np
 from jaxtyping import Float64
 
-from treerpo_ray.algo.advantages import (
+from treerpo_ray.algo.advantages.forms import (
     AdvantageForm,
     Form,
     OwnForm,

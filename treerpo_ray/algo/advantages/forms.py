@@ -2,7 +2,7 @@
 
 A scheme is one small function: of the values of a step group, or of a whole tree. To add one,
 write it here, name it in `AdvantageForm` and in `all_advantages`, and one of a tree with what it
-is made of in `advantage_errors`. `OwnForm` is one that lies elsewhere.
+is made of in `errors`. `OwnForm` is one that lies elsewhere.
 """
 
 from collections.abc import Callable, Sequence
