@@ -44,7 +44,7 @@ def train(config: Config) -> int:
     """Learner steps, a line each; the reward shown is the mean value of the trees' roots."""
     wrong = [key for key in LEFT_OUT.split() if attrgetter(key)(config)]
     if wrong or config.model.dtype != "float32" or has_baseline(config.learner.form):
-        raise ValueError(f"not in jobs/minimal.py: {wrong or 'bfloat16, past_baseline'}")
+        raise ValueError(f"not in jobs/minimal.py: {wrong or 'bfloat16, a baseline of past steps'}")
     torch.manual_seed(config.run.seed)
     rng, policy = np.random.default_rng(config.run.seed), TreeRPO(config)
     found, _ = problems.load_problems(config.prompts)

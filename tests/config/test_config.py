@@ -78,6 +78,10 @@ def test_a_number_beyond_its_limits_is_told_with_its_key() -> None:
             ],
             "learner.prune=shrinkage with learner.prune_threshold=-1 leaves nothing to train",
         ),
+        (
+            ["learner.baseline_share=0.3", "learner.advantage=past_baseline"],
+            r"learner.baseline_share=0\.3 is of learner.advantage=shrunk_baseline alone: set that",
+        ),
         (["tree.num_children=[8, 0, 8]"], "tree.num_children and tree.step_tokens must be pos"),
         (["engine.num_engines=3", "engine.max_engines=2"], "must not be less than engine.num_eng"),
         (["engine.max_engines=2"], "engine.max_engines=2 needs engine.max_trees"),

@@ -148,7 +148,7 @@ class Config:
                 f"evaluate.num_samples={self.evaluate.num_samples}"
             )
         self._check_data()
-        self._check_only_children()
+        self._check_credit()
         self._check_engine()
         self._check_sync()
         self._check_workers()
@@ -229,17 +229,25 @@ class Config:
                     "learner.min_workers is set"
                 )
 
-    def _check_only_children(self) -> None:
-        """Refuse trees of which no step would ever be trained: one answer a question."""
+    def _check_credit(self) -> None:
+        """Refuse trees of which no step would ever be trained, one answer a question, and a share
+        that no form takes."""
         learner = self.learner
+        is_shrunk = learner.advantage is AdvantageForm.SHRUNK_BASELINE
+        if learner.baseline_share != 1 and not is_shrunk:
+            raise ValueError(
+                f"learner.baseline_share={learner.baseline_share:g} is of "
+                "learner.advantage=shrunk_baseline alone: set that, or leave it at 1"
+            )
         if set(self.tree.num_children) != {1}:
             return
         form = learner.advantage
         if isinstance(form, AdvantageForm) and form not in WITHOUT_SIBLINGS:
             raise ValueError(
                 f"learner.advantage={form.value} compares siblings, of which "
-                f"tree.num_children={list(self.tree.num_children)} has none: set it to reward or "
-                "past_baseline (conf/methods/raft.yaml, conf/methods/reinforce.yaml)"
+                f"tree.num_children={list(self.tree.num_children)} has none: set it to reward, "
+                "past_baseline or shrunk_baseline (conf/methods/raft.yaml, "
+                "conf/methods/reinforce.yaml, conf/methods/shrunk_baseline.yaml)"
             )
         if learner.prune_threshold >= 0 or learner.prune is PruneRule.SHRINKAGE:
             raise ValueError(

@@ -243,6 +243,9 @@ class LearnerConfig:
     advantage: AdvantageForm | str = AdvantageForm.BERNOULLI
     """How values become advantages: a name, or a function of yours as module:function or
     file.py:function; see `treerpo_ray/config/credit.py`."""
+    baseline_share: float = field(default=1.0, metadata=SHARE)
+    """Share of its baseline that `shrunk_baseline` takes off from a step's value: with 0 only what
+    was right is trained (RAFT), whatever the shape of the trees."""
     prune: PruneRule | str = PruneRule.RANGE
     """What must be above `prune_threshold` for a step group to be trained: the `range` of its
     values (the paper) or of its whole tree's rewards (`tree_range`), the `significance` (spread of
