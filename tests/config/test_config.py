@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.mistakes import mistake
+from tests.support.project import PROJECT
+from treerpo_ray.algo.advantages.forms import AdvantageForm
 from treerpo_ray.config import files
 from treerpo_ray.config.config import Config, credential_keys, numbers
 from treerpo_ray.config.files import load, to_yaml
@@ -25,6 +27,17 @@ def test_a_number_beyond_its_limits_is_told_with_its_key() -> None:
             if limit in limits:
                 message = mistake(f"{key}={value}")
                 assert re.fullmatch(rf"{re.escape(key)}={value}(\.0)? must {told}", message)
+
+
+@pytest.mark.parametrize("num_children", ["[1]", "[8]", "[1, 4]", "[4, 4]"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_trees_and_whole_answers_take_a_shrunk_baseline_by_its_method_file(
+    num_children: str, share: float
+) -> None:
+    file = PROJECT / "conf/methods/shrunk_baseline.yaml"
+    overrides = [f"tree.num_children={num_children}", f"learner.baseline_share={share}"]
+    learner = load([str(file), *overrides]).learner
+    assert (learner.form, learner.baseline_share) == (AdvantageForm.SHRUNK_BASELINE, share)
 
 
 @pytest.mark.parametrize(
