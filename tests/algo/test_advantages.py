@@ -373,26 +373,25 @@ def test_a_negative_threshold_keeps_unanimous_groups_with_no_advantage() -> None
         assert found.tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("form", AdvantageForm)
 @given(tree=trees(), data=st.data())
 def test_exactly_the_steps_of_kept_groups_have_an_advantage(
-    form: AdvantageForm, tree: Tree, data: st.DataObject
+    tree: Tree, data: st.DataObject
 ) -> None:
+    """In every form."""
     values = mean_backup(tree, data.draw(rewards(tree, with_errors=True)))
-    advantages = step_advantages(tree, values, form=form, pruning=by_range(0.1))
     kept = {
         child
         for group in step_groups(tree, values)
         for child in group.children[group.states(by_range(0.1)) == GroupState.KEPT].flat
     }
-    assert set(np.flatnonzero(~np.isnan(advantages))) == kept
+    for form in AdvantageForm:
+        advantages = step_advantages(tree, values, form=form, pruning=by_range(0.1))
+        assert set(np.flatnonzero(~np.isnan(advantages))) == kept, form
 
 
-@pytest.mark.parametrize("form", AdvantageForm)
 @given(tree=trees(), data=st.data())
-def test_shuffled_siblings_have_shuffled_advantages(
-    form: AdvantageForm, tree: Tree, data: st.DataObject
-) -> None:
+def test_shuffled_siblings_have_shuffled_advantages(tree: Tree, data: st.DataObject) -> None:
+    """In every form."""
     num_leaves = len(tree.leaves)
     eighths = st.integers(0, 8).map(lambda n: n / 8)
     drawn = data.draw(st.lists(eighths, min_size=num_leaves, max_size=num_leaves))
@@ -400,8 +399,12 @@ def test_shuffled_siblings_have_shuffled_advantages(
     ranks = data.draw(st.permutations(range(len(tree.steps))))
     other, order = shuffled(tree, ranks)
     threshold = 0.1234567  # no range of such values is this close to it
-    advantages, other_advantages = (
-        step_advantages(t, mean_backup(t, r), form=form, pruning=by_range(threshold))
-        for t, r in [(tree, leaf_rewards), (other, leaf_rewards[order])]
-    )
-    np.testing.assert_allclose(other_advantages, advantages[order], rtol=1e-9, atol=1e-12)
+    values, other_values = mean_backup(tree, leaf_rewards), mean_backup(other, leaf_rewards[order])
+    for form in AdvantageForm:
+        advantages, other_advantages = (
+            step_advantages(t, v, form=form, pruning=by_range(threshold))
+            for t, v in [(tree, values), (other, other_values)]
+        )
+        np.testing.assert_allclose(
+            other_advantages, advantages[order], rtol=1e-9, atol=1e-12, err_msg=form
+        )

@@ -22,16 +22,7 @@ from treerpo_ray.preflight.pace import (
 )
 from treerpo_ray.run_folder.files import RunFolder
 
-MEASURED = Measured(
-    tree_tokens=(1000.0,),
-    engine_rate=1000.0,
-    tree_s=0.5,
-    update_s=3.0,
-    load_s=0.5,
-    num_engines=1,
-    num_steps=12,
-    num_others=0,
-)
+MEASURED = Measured(tree_tokens=(1000.0,), engine_rate=1000.0, tree_s=0.5, update_s=3.0, load_s=0.5)
 """An engine makes a tree a second, and two at a time take two seconds; one alone takes one, as half
 a tree fills it."""
 
@@ -104,8 +95,8 @@ def test_a_run_that_has_made_steps_tells_its_pace_and_another_one_nothing(
     assert list(lines(load([]), RunFolder(folder))) == [], "its first row is that of the start"
     Path(folder, METRICS_FILE).write_text("".join(timed))
     measured = measured_of(RunFolder(folder), 1)
-    assert measured is not None and measured.engine_rate == 900.0 / 0.9
-    assert (measured.update_s, measured.load_s) == (3.0, 0.5)
+    assert measured is not None and measured.found.engine_rate == 900.0 / 0.9
+    assert (measured.found.update_s, measured.found.load_s) == (3.0, 0.5)
     [line] = lines(load(["gate.trees_per_step=8"]), RunFolder(folder))
     assert "a step with 1 engine, by its steps so far: engines idle" in line
     more = ["gate.trees_per_step=8", "engine.num_engines=1024"]

@@ -54,6 +54,13 @@ class Measured:
     """An update by the workers that there are."""
     load_s: float
     """From the end of an update until engines serve it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What was measured, and of what."""
+
+    found: Measured
     num_engines: int
     """That there were."""
     num_steps: int
@@ -248,7 +255,7 @@ def enough(paces: Sequence[Pace]) -> Pace:
     return next(pace for pace in paces if pace.step_s <= NEAR_BEST * best)
 
 
-def measured_of(folder: RunFolder, num_engines: int) -> Measured | None:
+def measured_of(folder: RunFolder, num_engines: int) -> Measurement | None:
     """What the stages of a run took, from its rows and its newest saved trees; None: too few.
 
     Args:
@@ -268,15 +275,18 @@ def measured_of(folder: RunFolder, num_engines: int) -> Measured | None:
     tokens: list[float] = []
     grow_s: list[float] = []
     for file in saved_trees.saved_files(folder, steps[-1]):
-        found = saved_trees.read_columns(folder, file, ("length", "grow_s"))
-        tokens += [float(sum(lengths)) for lengths in found["length"].to_pylist()]
-        grow_s += found["grow_s"].to_pylist()
-    return Measured(
+        table = saved_trees.read_columns(folder, file, ("length", "grow_s"))
+        tokens += [float(sum(lengths)) for lengths in table["length"].to_pylist()]
+        grow_s += table["grow_s"].to_pylist()
+    found = Measured(
         tree_tokens=tuple(tokens),
         engine_rate=_median([_rate(row) / num_engines for row in rows]),
         tree_s=min(grow_s),
         update_s=_median([row["time/update_s"] for row in rows]),
         load_s=_median([row["time/sync_s"] for row in rows]),
+    )
+    return Measurement(
+        found=found,
         num_engines=num_engines,
         num_steps=len(rows),
         num_others=len(all_rows) - len(rows),
@@ -333,7 +343,7 @@ def lines(config: Config, folder: RunFolder) -> Iterator[str]:
         return
     most = config.engine.most
     counts = sorted({*(count for count in COUNTS if count <= max(16, most)), most})
-    paces = {pace.num_engines: pace for pace in sweep(measured, config, counts)}
+    paces = {pace.num_engines: pace for pace in sweep(measured.found, config, counts)}
     own, best = paces[most], enough(list(paces.values()))
     yield (
         f"{own.step_s:.3g} s a step with {most} engine{'s' * (most > 1)}, by its steps so far: "
@@ -361,16 +371,17 @@ def show(arguments: list[str]) -> int:
             f"{place} has fewer than {FEWEST_ROWS + 1} learner steps with as many engines as in "
             "its last one, or no saved trees (metrics.save_trees_every), and so no pace"
         )
-    paces = sweep(measured, config)
+    found = measured.found
+    paces = sweep(found, config)
     console = rich.console.Console(markup=False, highlight=False)
     others = f" ({measured.num_others} with others left out)" if measured.num_others else ""
     console.print(
         f"{place}: {config.gate.trees_per_step} trees a step, staleness at most "
         f"{config.gate.max_staleness}; measured over {measured.num_steps} steps with "
         f"{measured.num_engines} engine(s){others}: "
-        f"{measured.engine_rate:,.0f} tokens a second of an engine, a tree of "
-        f"{np.mean(measured.tree_tokens):,.0f} tokens in {measured.tree_s:.2g} s at best, "
-        f"{measured.update_s:.3g} s an update, {measured.load_s:.3g} s until it is served",
+        f"{found.engine_rate:,.0f} tokens a second of an engine, a tree of "
+        f"{np.mean(found.tree_tokens):,.0f} tokens in {found.tree_s:.2g} s at best, "
+        f"{found.update_s:.3g} s an update, {found.load_s:.3g} s until it is served",
         table(paces, config),
         f"enough: {enough(paces).num_engines} (more bring less than 5 %)",
         sep="\n",

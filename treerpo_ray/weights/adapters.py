@@ -5,6 +5,7 @@ copies the matrices into buffers of its own, where captured CUDA graphs find the
 """
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from vllm.lora.lora_model import LoRAModel
@@ -28,7 +29,8 @@ class ServedAdapters:
         self._manager = manager
         self._settings = PEFTHelper(r=rank, lora_alpha=alpha, target_modules=[])  # type: ignore[arg-type]
         self._taken: dict[str, torch.Tensor] = {}
-        zeros = manager.create_dummy_lora(ADAPTER_ID, rank, manager.model.embedding_modules)
+        embeddings = cast(dict[str, str], manager.model.embedding_modules)
+        zeros = manager.create_dummy_lora(ADAPTER_ID, rank, embeddings)
         self._install(zeros)
 
     def take(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
