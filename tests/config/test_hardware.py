@@ -162,9 +162,6 @@ def estimated(tokens_a_second: float, tree_s: float, update_s: float, load_s: fl
         tree_s=tree_s,
         update_s=update_s,
         load_s=load_s,
-        num_engines=1,
-        num_steps=0,
-        num_others=0,
     )
 
 
