@@ -69,7 +69,7 @@ class Coordinator:
             moves=lambda what: self.heartbeat.at(what, is_busy=False),
         )
         self.publisher = Publisher(
-            send=self.actors.weight_sync.publish.remote,
+            send=lambda *sent: self.get(self.actors.weight_sync.publish.remote(*sent)),
             transport=make_transport(
                 self.config.sync.transport,
                 device=together.learner.device,
@@ -82,7 +82,6 @@ class Coordinator:
             dtype=DTYPES[self.config.model.dtype],
             chunk_bytes=self.config.sync.chunk_mib * 2**20,
             until_written=self.patience.until_written,
-            get=self.get,
         )
         self.engines: EngineTotals
         self.idle: IdleTimes
