@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,14 @@ from treerpo_ray.weights.broadcast import Broadcaster, join
 from treerpo_ray.weights.files import WeightsLost
 from treerpo_ray.weights.manifest import LoadProof, Manifest, pack_weights
 from treerpo_ray.weights.rounds import Poll, Round, Rounds
-from treerpo_ray.weights.source import Group, Place, Receiver, WeightSource
+from treerpo_ray.weights.source import (
+    FromGroup,
+    Group,
+    Place,
+    Receiver,
+    SenderPlace,
+    WeightSource,
+)
 from treerpo_ray.weights.store import WeightStore
 from treerpo_ray.weights.transport import Transport, make_transport
 
@@ -300,6 +308,7 @@ def test_weights_on_a_gpu_are_lost_for_an_engine_of_another_node() -> None:
 def test_a_learner_gives_up_engines_that_do_not_receive_and_says_so_of_their_group() -> None:
     polls: list[Poll] = []
     joined: list[threading.Thread] = []
+    sealed: SimpleQueue[SenderPlace] = SimpleQueue()
 
     def next_round(poll: Poll) -> Round | None:
         polls.append(poll)
@@ -309,15 +318,34 @@ def test_a_learner_gives_up_engines_that_do_not_receive_and_says_so_of_their_gro
         silent = partial(join, group, rank=1, device=CPU, limit_s=LIMIT_S)
         joined.append(threading.Thread(target=silent, daemon=True))
         joined[0].start()
-        return Round(group=group, stamp=b"1")
+        return Round(group=group, stamp=sealed.get().stamp)
 
     learner = Broadcaster(device=CPU, address="127.0.0.1", next_round=next_round, limit_s=3.0)
     learner.begin()
     learner.part(2**26)  # more than waits on its way
-    learner.seal()
+    sealed.put(learner.seal())
     learner._thread.join(LIMIT_S)
     assert [poll.failed for poll in polls] == ["", "g"]
     joined[0].join(LIMIT_S)
+
+
+def test_engines_that_asked_for_the_version_before_are_not_sent_another() -> None:
+    failed: list[str] = []
+
+    def next_round(poll: Poll) -> Round | None:
+        failed.append(poll.failed)
+        if len(failed) > 1:
+            raise RuntimeError("the run ends")
+        # It would be waited for: nobody joins.
+        group = Group(name="g", address=poll.address, port=poll.port, world_size=2)
+        return Round(group=group, stamp=b"before")
+
+    learner = Broadcaster(device=CPU, address="127.0.0.1", next_round=next_round, limit_s=3600.0)
+    learner.begin()
+    learner.part(64)
+    learner.seal()
+    learner._thread.join(LIMIT_S)
+    assert failed == ["", "g"]
 
 
 def poll(sender: str, **fields: str) -> Poll:
@@ -349,3 +377,21 @@ def test_who_waits_for_a_learner_that_does_not_come_is_told_that_weights_are_los
         assert asdict(poll("me")) and rounds._asked == []
 
     asyncio.run(scenario())
+
+
+def test_a_learner_that_comes_as_the_time_is_over_waits_for_the_next_round() -> None:
+    async def scenario() -> None:
+        rounds, engines = Rounds(), [Engine("one").receiver]
+        late = asyncio.ensure_future(rounds.open("me", b"1", engines, LIMIT_S))
+        await asyncio.sleep(0)
+        found = asyncio.ensure_future(rounds.next(poll("me")))  # its turn comes first
+        late.cancel()  # as its limit does: what it waits for is done, and it is still in the list
+        again = asyncio.ensure_future(rounds.open("me", b"2", engines, LIMIT_S))
+        assert (await found).stamp == b"2"
+        await again
+
+    asyncio.run(scenario())
+
+
+def test_without_engines_no_group_is_asked_for() -> None:
+    assert FromGroup(sync=Handle(None), stamp=b"1", sizes=(64,)).places([]) == []
