@@ -179,6 +179,26 @@ def test_engines_that_sleep_load_what_they_served_or_what_is_new_and_others_star
     run(scenario())
 
 
+def test_an_engine_that_is_still_starting_when_others_sleep_starts_anew_after_that() -> None:
+    async def scenario() -> None:
+        pool = await make_pool(make_config("engine.num_engines=2"), fleet)
+        await serve_from_start(pool, version=1)
+        pool.engines.replace(pool.engines.replicas[1], RuntimeError("its core is dead"))
+        await until(lambda: len(fleet.started[1]) == 2 and fleet.started[1][1].calls == ["start"])
+        await pool.sleep()
+        await asyncio.sleep(100)
+        assert [engine.calls for engine in fleet.started[1][1:]] == [["start"], []]
+        assert "it was starting when" in str(fleet.of("engine_lost")[-1]["reason"])
+        await serve(pool, 2)
+        await until(lambda: all(replica.is_serving for replica in pool.engines.replicas))
+        assert fleet.started[1][2].calls[:2] == ["start", "load 2"]
+        assert [engine.version for engine in pool.engines.replicas] == [2, 2]
+        await pool.stop()
+
+    fleet = Fleet({1: [Fault("start", "hung", after=1), Fault("start", "hung")]})
+    run(scenario())
+
+
 def test_a_draining_engine_takes_over_weights_for_as_long_as_it_has_trees() -> None:
     async def scenario() -> None:
         pool = await make_pool(make_config("engine.num_engines=2"), fleet)
