@@ -77,6 +77,17 @@ def test_weights_that_are_lost_cost_no_engine() -> None:
     run(scenario())
 
 
+def test_a_learner_that_waits_for_the_one_engine_that_lost_its_weights_is_served() -> None:
+    async def scenario() -> None:
+        pool = await make_pool(make_config("engine.num_engines=1"), fleet)
+        await serve_from_start(pool, version=1)
+        assert fleet.started[0][0].calls == ["start", "load 1", "load 1", "probe"]
+        await pool.stop()
+
+    fleet = Fleet({0: [Fault("load", "lost")]})
+    run(scenario())
+
+
 def test_a_run_does_not_start_without_nodes_for_its_engines() -> None:
     async def scenario() -> None:
         config = make_config("engine.num_engines=3", "engine.start_timeout_s=1")

@@ -7,7 +7,7 @@ and what vLLM's workers receive with; gloo stands in for NCCL, shared memory for
 import asyncio
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from queue import SimpleQueue
@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from treerpo_ray.weight_sync import Probe, WeightSync
+from treerpo_ray.weights import broadcast
 from treerpo_ray.weights.broadcast import Broadcaster, join
 from treerpo_ray.weights.files import WeightsLost
 from treerpo_ray.weights.manifest import LoadProof, Manifest, pack_weights
@@ -24,6 +25,7 @@ from treerpo_ray.weights.rounds import Poll, Round, Rounds
 from treerpo_ray.weights.source import (
     FromGroup,
     Group,
+    GroupPlace,
     Place,
     Receiver,
     SenderPlace,
@@ -80,6 +82,7 @@ class FakeLlm:
 
     def __init__(self, num_workers: int) -> None:
         self.workers = [Worker(rank) for rank in range(num_workers)]
+        self.is_dead = False
 
     async def on_all(self, work: Callable[[Worker], object]) -> list:
         return await asyncio.gather(*(asyncio.to_thread(work, worker) for worker in self.workers))
@@ -87,23 +90,31 @@ class FakeLlm:
     async def collective_rpc(self, method: str, args: tuple) -> None:
         assert method == "treerpo_join"
         group, first_rank, limit_s = args
+        await self.check_health()
         await self.on_all(lambda each: each.transfer.join(Group(**group), first_rank, limit_s))
+
+    async def check_health(self) -> None:
+        if self.is_dead:
+            raise RuntimeError("its core is dead")
 
 
 class Engine:
     """An engine with the chunks of its actor and real workers, without a model."""
 
-    def __init__(self, start: str, num_workers: int = 1, node: str = NODE) -> None:
+    def __init__(
+        self, start: str, num_workers: int = 1, node: str = NODE, limit_s: float = LIMIT_S
+    ) -> None:
         from treerpo_ray.engine.engine import Engine as Real
 
+        self.is_alive = True
         self.receiver = Receiver(start=start, node=node, num_workers=num_workers)
         self.llm, self.real = FakeLlm(num_workers), Real.__new__(Real)
         self.real._llm, self.real._group = self.llm, ""
-        self.real.setup = SimpleNamespace(engine=SimpleNamespace(load_timeout_s=LIMIT_S))
+        self.real.setup = SimpleNamespace(engine=SimpleNamespace(join_timeout_s=limit_s))
 
     async def load(self, manifest: Manifest, place: Place) -> None:
-        from contextlib import ExitStack
-
+        if not self.is_alive:
+            raise RuntimeError("its node is gone")
         with ExitStack() as held:
             chunks = await self.real._chunks(place, held)
             digests = await self.llm.on_all(lambda worker: worker.receive(manifest, chunks))
@@ -137,8 +148,8 @@ class Handle:
 class Run:
     """A learner's transport, the weight sync, and the engines that it has."""
 
-    def __init__(self, kind: str, engines: list[Engine]) -> None:
-        self.kind, self.engines = kind, engines
+    def __init__(self, kind: str, engines: list[Engine], limit_s: float = LIMIT_S) -> None:
+        self.kind, self.engines, self.limit_s = kind, engines, limit_s
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
@@ -161,7 +172,7 @@ class Run:
             device=CPU,
             address="127.0.0.1",
             next_round=lambda poll: self.wait(self.sync.next_round(poll)),
-            limit_s=LIMIT_S,
+            limit_s=self.limit_s,
         )
 
     def wait(self, work):
@@ -171,7 +182,9 @@ class Run:
         self, manifest: Manifest, source: WeightSource, probe: Probe, should_probe: bool
     ) -> None:
         self.served = manifest, source
-        await self.bring(self.engines)
+        engines = self.engines
+        self.engines = [engine for engine in engines if engine.is_alive]
+        await self.bring(engines)
 
     async def bring(self, engines: list[Engine]) -> None:
         """Have engines load what is served, together."""
@@ -220,8 +233,8 @@ class Run:
 
 
 @contextmanager
-def a_run(kind: str, *engines: Engine) -> Iterator[Run]:
-    run = Run(kind, list(engines))
+def a_run(kind: str, *engines: Engine, limit_s: float = LIMIT_S) -> Iterator[Run]:
+    run = Run(kind, list(engines), limit_s)
     yield run
     run.close()
 
@@ -327,6 +340,45 @@ def test_a_learner_gives_up_engines_that_do_not_receive_and_says_so_of_their_gro
     learner._thread.join(LIMIT_S)
     assert [poll.failed for poll in polls] == ["", "g"]
     joined[0].join(LIMIT_S)
+
+
+def test_an_engine_that_died_before_its_group_met_costs_the_others_nothing() -> None:
+    alive, dead = Engine("one", num_workers=2, limit_s=5.0), Engine("two")
+    dead.is_alive = False
+    with a_run("nccl", alive, dead, limit_s=5.0) as run:
+        run.publish(1)
+        assert run.failed == [] and alive.has(1)
+
+
+def test_an_engine_whose_core_is_dead_does_not_say_that_weights_are_lost() -> None:
+    engine, place = Engine("one"), Group(name="g", address="here", port=7, world_size=2)
+    engine.llm.is_dead = True
+    with ExitStack() as held, pytest.raises(RuntimeError, match="its core is dead") as caught:
+        asyncio.run(engine.real._chunks(GroupPlace(group=place, first_rank=1, sizes=(64,)), held))
+    assert not isinstance(caught.value, WeightsLost)
+
+
+def test_a_group_that_never_forms_does_not_keep_a_learner(monkeypatch: pytest.MonkeyPatch) -> None:
+    polls: list[Poll] = []
+    sealed: SimpleQueue[SenderPlace] = SimpleQueue()
+    never = threading.Event()
+
+    def next_round(poll: Poll) -> Round | None:
+        polls.append(poll)
+        if len(polls) > 1:
+            raise RuntimeError("the run ends")
+        group = Group(name="g", address=poll.address, port=poll.port, world_size=2)
+        return Round(group=group, stamp=sealed.get().stamp)
+
+    monkeypatch.setattr(broadcast, "join", lambda *_, **__: never.wait())
+    learner = Broadcaster(device=CPU, address="127.0.0.1", next_round=next_round, limit_s=0.1)
+    learner.begin()
+    learner.part(64)
+    sealed.put(learner.seal())
+    learner._thread.join(LIMIT_S)
+    assert [poll.failed for poll in polls] == ["", "g"]
+    learner.begin()
+    never.set()
 
 
 def test_engines_that_asked_for_the_version_before_are_not_sent_another() -> None:

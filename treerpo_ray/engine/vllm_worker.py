@@ -117,6 +117,7 @@ class StoreTransfer(WeightTransferEngine):
         """Join a group instead of the one before; see `WorkerExtension.treerpo_join`."""
         if self._group is not None:
             self._group.destroy()
+            self._group = None
         rank = first_rank + self.parallel_config.rank
         self._group = join(group, rank=rank, device=self.device, limit_s=limit_s)
 

@@ -10,7 +10,8 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable
-from contextlib import closing
+from concurrent.futures import Future, InvalidStateError, wait
+from contextlib import closing, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol
 
@@ -218,9 +219,7 @@ class Broadcaster:
                 raise WeightsLost("other weights were written meanwhile")
             if group.name != self._name:
                 self._leave()
-                self._communicator = join(
-                    group, rank=0, device=self._device, limit_s=self._limit_s, listener=listener
-                )
+                self._communicator = self._joined(group, listener)
                 self._name = group.name
             communicator = self._communicator
             assert communicator is not None  # of this group
@@ -236,6 +235,28 @@ class Broadcaster:
                 watch.cancel()
             if self._communicator is None:
                 raise TimeoutError(f"waited {self._limit_s:.0f} s for engines to receive weights")
+
+    def _joined(self, group: Group, listener: socket.socket) -> Communicator:
+        """Join a group, in a thread of its own: for one that dies once all have met NCCL waits
+        without limit, and with it whoever is to write the next version."""
+        joined: Future[Communicator] = Future()
+
+        def work() -> None:
+            with suppress(InvalidStateError):  # it was given up meanwhile
+                try:
+                    made = join(
+                        group, rank=0, device=self._device, limit_s=self._limit_s, listener=listener
+                    )
+                except Exception as error:
+                    joined.set_exception(error)
+                else:
+                    joined.set_result(made)
+
+        threading.Thread(target=work, name="joiner", daemon=True).start()
+        done, _ = wait([joined], self._limit_s)
+        if not done and joined.cancel():
+            raise TimeoutError(f"waited {self._limit_s:.0f} s for engines to join a group")
+        return joined.result()
 
     def _leave(self) -> None:
         """Leave the group, if there is one; may be called while something is sent in it."""
