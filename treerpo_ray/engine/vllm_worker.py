@@ -174,6 +174,10 @@ class StoreTransfer(WeightTransferEngine):
         if self.adapters is not None:
             return
         finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type == "cuda":
+            # vLLM waits after each chunk, and layers with padding are copied only now: from memory
+            # that the learner may write again once it is told.
+            torch.cuda.synchronize(self.device)
         # On CPU a tied head multiplies with a packed copy of the embedding. The reload sees no
         # weights of the head's own, so nobody else packs it anew, and logits would stay stale.
         head = getattr(self.model, "lm_head", None)
