@@ -75,7 +75,7 @@ class Coordinator:
                 device=together.learner.device,
                 address=ray.util.get_node_ip_address(),
                 next_round=lambda poll: self.get(self.actors.weight_sync.next_round.remote(poll)),
-                limit_s=self.config.engine.load_timeout_s,
+                limit_s=self.config.engine.join_timeout_s,
             ),
             node=node,
             probe_ids=task.probe_ids,

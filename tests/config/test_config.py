@@ -50,6 +50,10 @@ def test_a_number_beyond_its_limits_is_told_with_its_key() -> None:
         (["learner.num_workers=2", "learner.min_workers=1"], "learner.resources.train_slot=1"),
         (["learner.offload=true"], "learner.offload=true needs learner.shard=true"),
         (
+            ["learner.num_workers=2", "learner.resources={GPU: 0.5}"],
+            r"learner\.num_workers=2 with GPU: 0\.5 in learner\.resources puts several workers on",
+        ),
+        (
             ["learner.min_workers=1", "learner.resources={CPU: 0.4, train_slot: 1}"],
             "learner.resources.CPU=0.4 must be a multiple of 0.5",
         ),

@@ -231,8 +231,7 @@ class EnginePool:
             RuntimeError: engines cannot be replaced any more.
         """
         async with self._serving:  # a worker that died may have left a publication under way
-            weights = WeightVersion(manifest=manifest, source=source, probe=probe)
-            self._weights = weights
+            self._weights = weights = WeightVersion(manifest=manifest, source=source, probe=probe)
             self._is_asleep = False
             self._changed.notify()
             replicas = [replica for replica in self._replicas if replica.takes_weights]
@@ -254,12 +253,14 @@ class EnginePool:
 
     async def sleep(self) -> None:
         """Have the engines give their GPUs' memory back until the next `serve` or `wake`; one that
-        fails, and any other that is to come, starts after that."""
+        fails or does not serve yet, and any other that is to come, starts after that."""
         async with self._serving:
             self._is_asleep = True
+            for replica in self.staying:
+                if replica.node and not replica.is_serving:  # it would load into that memory
+                    self.replace(replica, RuntimeError("it was starting when the learner updates"))
             replicas = [replica for replica in self._replicas if replica.takes_weights]
-            sleeps = (replica.sleep() for replica in replicas)
-            results = await asyncio.gather(*sleeps, return_exceptions=True)
+            results = await asyncio.gather(*(r.sleep() for r in replicas), return_exceptions=True)
             for replica, result in zip(replicas, results, strict=True):
                 if isinstance(result, BaseException):
                     self.replace(replica, result)
