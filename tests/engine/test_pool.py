@@ -190,23 +190,35 @@ def test_engines_that_sleep_load_what_they_served_or_what_is_new_and_others_star
     run(scenario())
 
 
-def test_an_engine_that_is_still_starting_when_others_sleep_starts_anew_after_that() -> None:
+@pytest.mark.parametrize("how", ["busy", "hung"])
+def test_an_engine_that_is_still_starting_when_others_sleep_is_waited_for_or_starts_anew(
+    how: str,
+) -> None:
     async def scenario() -> None:
-        pool = await make_pool(make_config("engine.num_engines=2"), fleet)
+        pool = await make_pool(
+            make_config("engine.num_engines=2", "engine.start_timeout_s=50"), fleet
+        )
         await serve_from_start(pool, version=1)
         pool.engines.replace(pool.engines.replicas[1], RuntimeError("its core is dead"))
         await until(lambda: len(fleet.started[1]) == 2 and fleet.started[1][1].calls == ["start"])
+        start = asyncio.get_running_loop().time()
         await pool.sleep()
+        waited_s = asyncio.get_running_loop().time() - start
+        assert fleet.started[0][0].calls[-1] == "sleep"
         await asyncio.sleep(100)
-        assert [engine.calls for engine in fleet.started[1][1:]] == [["start"], []]
-        assert "it was starting when" in str(fleet.of("engine_lost")[-1]["reason"])
+        if how == "busy":
+            assert waited_s < 1
+            assert fleet.started[1][1].calls == ["start", "load 1", "probe", "sleep"]
+        else:
+            assert waited_s == pytest.approx(50, abs=1)
+            assert [engine.calls for engine in fleet.started[1][1:]] == [["start"], []]
+            assert "waited 50 s for" in str(fleet.of("engine_lost")[-1]["reason"])
         await serve(pool, 2)
         await until(lambda: all(replica.is_serving for replica in pool.engines.replicas))
-        assert fleet.started[1][2].calls[:2] == ["start", "load 2"]
         assert [engine.version for engine in pool.engines.replicas] == [2, 2]
         await pool.stop()
 
-    fleet = Fleet({1: [Fault("start", "hung", after=1), Fault("start", "hung")]})
+    fleet = Fleet({1: [Fault("stop", "killed"), Fault("start", how)]})
     run(scenario())
 
 
