@@ -63,6 +63,10 @@ def test_trees_and_whole_answers_take_a_shrunk_baseline_by_its_method_file(
         (["learner.num_workers=2", "learner.min_workers=1"], "learner.resources.train_slot=1"),
         (["learner.offload=true"], "learner.offload=true needs learner.shard=true"),
         (
+            ["learner.num_workers=2", "learner.resources={GPU: 0.5}"],
+            r"learner\.num_workers=2 with GPU: 0\.5 in learner\.resources puts several workers on",
+        ),
+        (
             ["learner.min_workers=1", "learner.resources={CPU: 0.4, train_slot: 1}"],
             "learner.resources.CPU=0.4 must be a multiple of 0.5",
         ),

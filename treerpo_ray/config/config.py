@@ -215,6 +215,13 @@ class Config:
                 "learner.offload=true needs learner.shard=true: the parts of a sharded model are "
                 "what is kept in main memory"
             )
+        share = learner.resources.get("GPU", 0)
+        if learner.num_workers > 1 and 0 < share <= 0.5:
+            raise ValueError(
+                f"learner.num_workers={learner.num_workers} with GPU: {share:g} in "
+                "learner.resources puts several workers on one GPU, where NCCL has room for one: "
+                "set the first to 1, or the second to more than 0.5"
+            )
         if learner.min_workers is None:
             return
         if not set(learner.resources) - {"CPU", "GPU"}:

@@ -200,6 +200,12 @@ class EngineConfig:
         return self.num_engines if self.max_engines is None else self.max_engines
 
     @property
+    def join_timeout_s(self) -> float:
+        """Time that all engines get to join a group that sends weights: of what they have for a
+        version, so that those which wait for one that has died are not taken for dead, too."""
+        return self.load_timeout_s / 2
+
+    @property
     def start_share(self) -> float:
         """Share of a GPU that must be free before vLLM starts, whatever it takes afterwards.
 

@@ -117,6 +117,7 @@ class StoreTransfer(WeightTransferEngine):
         """Join a group instead of the one before; see `WorkerExtension.treerpo_join`."""
         if self._group is not None:
             self._group.destroy()
+            self._group = None
         rank = first_rank + self.parallel_config.rank
         self._group = join(group, rank=rank, device=self.device, limit_s=limit_s)
 
@@ -173,6 +174,10 @@ class StoreTransfer(WeightTransferEngine):
         if self.adapters is not None:
             return
         finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type == "cuda":
+            # vLLM waits after each chunk, and layers with padding are copied only now: from memory
+            # that the learner may write again once it is told.
+            torch.cuda.synchronize(self.device)
         # On CPU a tied head multiplies with a packed copy of the embedding. The reload sees no
         # weights of the head's own, so nobody else packs it anew, and logits would stay stale.
         head = getattr(self.model, "lm_head", None)
