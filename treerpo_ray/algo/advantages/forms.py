@@ -254,10 +254,10 @@ def shrunk_baseline(
 ) -> Float64[np.ndarray, " steps"]:
     """V - share b, b the siblings' mean shrunk towards the parent's b (arXiv 2511.03710, in trees).
 
-    See `baselines`: b depends neither on the step nor on what is below it, so the gradient is
-    unbiased with any share and any shrinkage that earlier learner steps tell. The steps of each
-    depth count by their number, as in `policy_gradient` they do not. Where all are only children
-    this is `past_baseline`, with a share of 0 the reward.
+    See `baselines`: b depends neither on the step nor on what is below it, so that the gradient is
+    unbiased with any share and whatever earlier learner steps say of the shrinkage. Each step
+    counts once: a depth of N steps in a full tree has N times its part of the gradient. Where all
+    are only children this is `past_baseline`, with a share of 0 the reward.
     """
     return values.steps - baseline.share * step_baselines(tree, values, baseline)
 
