@@ -311,6 +311,23 @@ def test_a_learner_that_starts_anew_is_heard_and_the_one_before_is_not(kind: str
         gone.close()
 
 
+def test_the_memory_of_a_learner_that_has_ended_is_let_go_with_the_first_version_of_the_next() -> (
+    None
+):
+    engine = Engine("one")
+    [worker] = engine.llm.workers
+    worker.transfer._put_back = lambda: None  # there is no model
+    with a_run("ipc", engine) as run:
+        counts = []
+        for version in range(4):
+            if version == 2:
+                run.transport = run.new_transport()
+            run.publish(version)
+            worker.transfer.finish_weight_update()
+            counts.append(len(worker.transfer._shared._maps))
+        assert counts == [3, 3, 3, 3] and run.failed == []
+
+
 def test_weights_on_a_gpu_are_lost_for_an_engine_of_another_node() -> None:
     with a_run("ipc", Engine("one")) as run:
         run.publish(1)
