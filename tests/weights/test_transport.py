@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from treerpo_ray.weight_sync import Probe, WeightSync
-from treerpo_ray.weights import broadcast
 from treerpo_ray.weights.broadcast import Broadcaster, join
 from treerpo_ray.weights.files import WeightsLost
 from treerpo_ray.weights.manifest import LoadProof, Manifest, pack_weights
@@ -375,7 +374,7 @@ def test_an_engine_whose_core_is_dead_does_not_say_that_weights_are_lost() -> No
     assert not isinstance(caught.value, WeightsLost)
 
 
-def test_a_group_that_never_forms_does_not_keep_a_learner(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_that_never_forms_does_not_keep_a_learner() -> None:
     polls: list[Poll] = []
     sealed: SimpleQueue[SenderPlace] = SimpleQueue()
     never = threading.Event()
@@ -387,8 +386,13 @@ def test_a_group_that_never_forms_does_not_keep_a_learner(monkeypatch: pytest.Mo
         group = Group(name="g", address=poll.address, port=poll.port, world_size=2)
         return Round(group=group, stamp=sealed.get().stamp)
 
-    monkeypatch.setattr(broadcast, "join", lambda *_, **__: never.wait())
-    learner = Broadcaster(device=CPU, address="127.0.0.1", next_round=next_round, limit_s=0.1)
+    learner = Broadcaster(
+        device=CPU,
+        address="127.0.0.1",
+        next_round=next_round,
+        limit_s=0.1,
+        join=lambda *_, **__: never.wait(),
+    )
     learner.begin()
     learner.part(64)
     sealed.put(learner.seal())
