@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from treerpo_ray.weight_sync import Probe, WeightSync
-from treerpo_ray.weights import broadcast
 from treerpo_ray.weights.broadcast import Broadcaster, join
 from treerpo_ray.weights.files import WeightsLost
 from treerpo_ray.weights.manifest import LoadProof, Manifest, pack_weights
@@ -311,6 +310,23 @@ def test_a_learner_that_starts_anew_is_heard_and_the_one_before_is_not(kind: str
         gone.close()
 
 
+def test_the_memory_of_a_learner_that_has_ended_is_let_go_with_the_first_version_of_the_next() -> (
+    None
+):
+    engine = Engine("one")
+    [worker] = engine.llm.workers
+    worker.transfer._put_back = lambda: None  # there is no model
+    with a_run("ipc", engine) as run:
+        counts = []
+        for version in range(4):
+            if version == 2:
+                run.transport = run.new_transport()
+            run.publish(version)
+            worker.transfer.finish_weight_update()
+            counts.append(len(worker.transfer._shared._maps))
+        assert counts == [3, 3, 3, 3] and run.failed == []
+
+
 def test_weights_on_a_gpu_are_lost_for_an_engine_of_another_node() -> None:
     with a_run("ipc", Engine("one")) as run:
         run.publish(1)
@@ -358,7 +374,7 @@ def test_an_engine_whose_core_is_dead_does_not_say_that_weights_are_lost() -> No
     assert not isinstance(caught.value, WeightsLost)
 
 
-def test_a_group_that_never_forms_does_not_keep_a_learner(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_that_never_forms_does_not_keep_a_learner() -> None:
     polls: list[Poll] = []
     sealed: SimpleQueue[SenderPlace] = SimpleQueue()
     never = threading.Event()
@@ -370,8 +386,13 @@ def test_a_group_that_never_forms_does_not_keep_a_learner(monkeypatch: pytest.Mo
         group = Group(name="g", address=poll.address, port=poll.port, world_size=2)
         return Round(group=group, stamp=sealed.get().stamp)
 
-    monkeypatch.setattr(broadcast, "join", lambda *_, **__: never.wait())
-    learner = Broadcaster(device=CPU, address="127.0.0.1", next_round=next_round, limit_s=0.1)
+    learner = Broadcaster(
+        device=CPU,
+        address="127.0.0.1",
+        next_round=next_round,
+        limit_s=0.1,
+        join=lambda *_, **__: never.wait(),
+    )
     learner.begin()
     learner.part(64)
     sealed.put(learner.seal())

@@ -171,8 +171,11 @@ class StoreTransfer(WeightTransferEngine):
 
     def finish_weight_update(self) -> None:
         """Put the parameters back in place, and refresh what was packed from them."""
-        if self.adapters is not None:
-            return
+        if self.adapters is None:
+            self._put_back()
+        self._shared.forget_others()
+
+    def _put_back(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cuda":
             # vLLM waits after each chunk, and layers with padding are copied only now: from memory

@@ -111,6 +111,20 @@ def join(
         return PyNcclCommunicator(meeting, device=device)
 
 
+class Join(Protocol):
+    """As `join`."""
+
+    def __call__(
+        self,
+        group: Group,
+        *,
+        rank: int,
+        device: torch.device,
+        limit_s: float,
+        listener: socket.socket | None = None,
+    ) -> Communicator: ...
+
+
 class Broadcaster:
     """The learner's side: keeps the newest version on its device and sends it when engines ask.
 
@@ -119,6 +133,7 @@ class Broadcaster:
         address: Of its machine, for others.
         next_round: Asks for the next round; see `Rounds.next`.
         limit_s: Time that engines get to join a group and to receive.
+        join: Joins a group.
     """
 
     def __init__(
@@ -128,7 +143,9 @@ class Broadcaster:
         address: str,
         next_round: Callable[[Poll], Round | None],
         limit_s: float,
+        join: Join = join,
     ) -> None:
+        self._join = join
         self._device, self._address, self._limit_s = device, address, limit_s
         self._next_round = next_round
         self._memory = DeviceMemory(device)
@@ -213,9 +230,7 @@ class Broadcaster:
         group, watch = asked.group, threading.Timer(self._limit_s, self._leave)
         watch.daemon = True
         with self._writing:
-            if (
-                asked.stamp != self._stamp
-            ):  # it was written while an engine asked for the one before
+            if asked.stamp != self._stamp:  # it was written while an engine asked
                 raise WeightsLost("other weights were written meanwhile")
             if group.name != self._name:
                 self._leave()
@@ -244,7 +259,7 @@ class Broadcaster:
         def work() -> None:
             with suppress(InvalidStateError):  # it was given up meanwhile
                 try:
-                    made = join(
+                    made = self._join(
                         group, rank=0, device=self._device, limit_s=self._limit_s, listener=listener
                     )
                 except Exception as error:
