@@ -112,7 +112,14 @@ def test_trees_and_whole_answers_take_a_shrunk_baseline_by_its_method_file(
             r"sync\.transport=nccl needs a GPU for each .* have GPU: 0\.5 and 0\.5 in .*=ipc",
         ),
         (
-            ["sync.transport=ipc", "engine.resources={GPU: 1}", "learner.resources={GPU: 1}"],
+            ["sync.transport=ipc", "gate.max_staleness=1"],
+            r"^sync\.transport=ipc needs gate\.max_staleness=0, not 1: an engine may still",
+        ),
+        (
+            [
+                *("sync.transport=ipc", "gate.max_staleness=0"),
+                *("engine.resources={GPU: 1}", "learner.resources={GPU: 1}"),
+            ],
             r"sync\.transport=ipc needs one worker and one engine that share .* 1 engine\(s\): set",
         ),
         (["engine.max_trees=0"], "engine.max_trees=0 must be more than 0"),

@@ -327,6 +327,11 @@ class Config:
         shares = learner.resources.get("GPU", 0), engine.resources.get("GPU", 0)
         kind = self.sync.transport
         told = f"learner and engine have GPU: {shares[0]:g} and {shares[1]:g}"
+        if kind == "ipc" and self.gate.max_staleness:
+            raise ValueError(
+                f"sync.transport=ipc needs gate.max_staleness=0, not {self.gate.max_staleness}: an "
+                "engine may still copy what the learner writes next"
+            )
         if kind == "file" or not any(shares):
             return
         if kind == "nccl" and min(shares) < 1:
