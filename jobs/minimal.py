@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from treerpo_ray.algo.advantages import has_baseline, step_advantages
+from treerpo_ray.algo.advantages.forms import has_baseline, step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.loss import LossInputs, policy_loss
 from treerpo_ray.algo.search import SiblingGroup, assemble, cut_at_surprise
@@ -44,7 +44,7 @@ def train(config: Config) -> int:
     """Learner steps, a line each; the reward shown is the mean value of the trees' roots."""
     wrong = [key for key in LEFT_OUT.split() if attrgetter(key)(config)]
     if wrong or config.model.dtype != "float32" or has_baseline(config.learner.form):
-        raise ValueError(f"not in jobs/minimal.py: {wrong or 'bfloat16, past_baseline'}")
+        raise ValueError(f"not in jobs/minimal.py: {wrong or 'bfloat16, a baseline of past steps'}")
     torch.manual_seed(config.run.seed)
     rng, policy = np.random.default_rng(config.run.seed), TreeRPO(config)
     found, _ = problems.load_problems(config.prompts)

@@ -103,6 +103,22 @@ def test_trees_come_out_scored_in_shares_of_their_step_until_the_pool_ends(strea
     assert found.moved[-1].doing == "ended"
 
 
+def test_who_asks_in_vain_has_not_moved_so_that_a_run_in_which_all_wait_is_seen_to_hang(
+    stream,
+) -> None:
+    trees = [tree_of(0, "right", "left"), tree_of(1, "right", "left")]
+    found = stream([], [], trees, [], [], [])
+    assert len(list(found.shares)) == 1
+    assert [status.doing for status in found.moved] == [
+        "starting the verifier",
+        "waiting for finished trees",
+        "scoring tickets [0, 1]",
+        "handing trees on",
+        "waiting for finished trees",
+        "ended",
+    ]
+
+
 def test_a_tree_without_a_signal_goes_back_to_be_drawn_again(stream) -> None:
     config = replace(CONFIG, gate=replace(CONFIG.gate, max_redraws=1))
     again = replace(tree_of(1, "right", "right"), num_redraws=1)

@@ -25,12 +25,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Get(Protocol):
-    """As `ray.get`: gives what a reference stands for, once it is there."""
-
-    def __call__(self, ref: "ray.ObjectRef[R]", /) -> R: ...
-
-
 class ActorMethod(Protocol[P, R]):
     """A method of an actor; asynchronous or not, its caller gets a reference to the result."""
 

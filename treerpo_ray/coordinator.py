@@ -69,20 +69,19 @@ class Coordinator:
             moves=lambda what: self.heartbeat.at(what, is_busy=False),
         )
         self.publisher = Publisher(
-            send=self.actors.weight_sync.publish.remote,
+            send=lambda *sent: self.get(self.actors.weight_sync.publish.remote(*sent)),
             transport=make_transport(
                 self.config.sync.transport,
                 device=together.learner.device,
                 address=ray.util.get_node_ip_address(),
                 next_round=lambda poll: self.get(self.actors.weight_sync.next_round.remote(poll)),
-                limit_s=self.config.engine.load_timeout_s,
+                limit_s=self.config.engine.join_timeout_s,
             ),
             node=node,
             probe_ids=task.probe_ids,
             dtype=DTYPES[self.config.model.dtype],
             chunk_bytes=self.config.sync.chunk_mib * 2**20,
             until_written=self.patience.until_written,
-            get=self.get,
         )
         self.engines: EngineTotals
         self.idle: IdleTimes

@@ -26,7 +26,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from treerpo_ray.algo.advantages import step_advantages
+from treerpo_ray.algo.advantages.forms import step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.shares import balanced_shares
 from treerpo_ray.config import Config
@@ -283,13 +283,13 @@ def worker_batches(
     pool = actors.pool
     batches: WorkerBatches | None = None
     with _failures_told(actors), closing(_start_scorer(config, actors.run_log)) as scorer:
+        heartbeat.at("waiting for finished trees", is_busy=False)
         while True:
-            heartbeat.at("waiting for finished trees", is_busy=False)
             trees = actors.get(pool.take.remote(reader, SCORED_TREES, WAIT_S))
             if trees is None:
                 heartbeat.close()
                 return
-            if not trees:
+            if not trees:  # to ask again is not to move: all may wait for each other
                 log.info("waiting for finished trees")
                 continue
             if batches is None:
@@ -308,6 +308,7 @@ def worker_batches(
                     batches.add(tree)
             heartbeat.at("handing trees on", is_busy=False)
             yield from map(to_worker_batch, batches.complete())
+            heartbeat.at("waiting for finished trees", is_busy=False)
 
 
 def _start_scorer(config: Config, run_log: RunLogApi) -> Scorer:

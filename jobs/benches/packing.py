@@ -12,7 +12,7 @@ import torch
 
 from jobs.benches.random_trees import random_tree, scored_record
 from jobs.benches.sides import NUM_TREES, Row, compared, cpu_seconds
-from treerpo_ray.algo.advantages import AdvantageForm
+from treerpo_ray.algo.advantages.forms import AdvantageForm
 from treerpo_ray.algo.groups import PruneRule
 from treerpo_ray.algo.packing import Forest
 from treerpo_ray.algo.search import TreeShape

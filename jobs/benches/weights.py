@@ -96,6 +96,7 @@ class SyncPath:
         self.sent_as, self.chunk_bytes = sent_as, chunk_bytes
         self.transfer = StoreTransfer.__new__(StoreTransfer)  # there is no engine to make it for
         self.transfer.model = Parameters(dict(zip(self.weights, loaded, strict=True)))
+        self.transfer.device = torch.device("cpu")
         self.transfer.init_transfer_engine(StoreInit())
         self.files, self.store, self.other_store = WeightFiles(), WeightStore(), WeightStore()
 

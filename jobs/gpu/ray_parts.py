@@ -196,6 +196,7 @@ def recipe_run(folder: Path) -> list[str]:
     own += ["gate.trees_per_step=8", "tree.step_tokens=[64, 64, 64]", "run.num_steps=2"]
     own += ["learner.advantage=STANDARD", "learner.prune_threshold=-1"]  # no answer is right
     own += ["learner.shard=true"]  # the quickstart's learner is not
+    own += ["gate.max_staleness=0", "engine.sleep=true", "sync.transport=ipc"]  # likewise
     return [file, *REAL.gpu, *own, *_common(folder)]
 
 

@@ -15,7 +15,7 @@ from tests.support.learning.trees import (
     shuffled,
     trees,
 )
-from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
+from treerpo_ray.algo.advantages.forms import AdvantageForm, step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.packing import Forest, pack, unpack
 from treerpo_ray.algo.tree import Tree

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tests.support.learning.trees import by_range, full_tree, make_tree, on_leaves, rewards, trees
-from treerpo_ray.algo.advantage_errors import advantage_errors
-from treerpo_ray.algo.advantages import AdvantageForm, all_advantages, step_advantages
+from treerpo_ray.algo.advantages.baselines import Baseline
+from treerpo_ray.algo.advantages.errors import advantage_errors
+from treerpo_ray.algo.advantages.forms import AdvantageForm, all_advantages, step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import PruneRule, Pruning, step_groups
 from treerpo_ray.algo.standard_errors import standard_error_of_mean
@@ -188,6 +189,9 @@ def test_intervals_of_advantages_cover_what_is_true_of_the_step(
     assert (0.92 if form is AdvantageForm.DIFFERENCE else 0.88) <= np.mean(leaves) <= 0.99
 
 
+SHRUNK = Baseline(root=0.4, correlations={1: 0.3, 2: 0.4})
+
+
 def grown_tree(rng: np.random.Generator, num_children: int, ends: float) -> tuple[Tree, np.ndarray]:
     """A tree of depth 2 with the chances of the prompt's children; a share of these end early."""
     inner = np.flatnonzero(rng.random(num_children) >= ends)
@@ -207,7 +211,7 @@ def true_advantage(
         if leaf != step:
             expected[place] = chances[own] if own in tree.path(leaf) else 0.5
     values = mean_backup(tree, on_leaves(tree, expected))
-    return float(all_advantages(form, tree, values, step_groups(tree, values))[step])
+    return float(all_advantages(form, tree, values, step_groups(tree, values), SHRUNK)[step])
 
 
 @pytest.mark.parametrize("ends", [0.0, 0.25])
@@ -220,10 +224,11 @@ def test_intervals_of_advantages_over_the_tree_cover_what_is_true_of_the_step(
     TreeRL's advantages and errors are TreePO's times a factor at this depth. The errors are as
     large as what they are the errors of. An advantage that hangs on the few children of the
     prompt alone, a leaf's with GLOBAL and that of an early leaf, would need Student's quantile in
-    place of 1.96 to be covered more often.
+    place of 1.96 to be covered more often. A shrunk baseline leaves the noise of a step's own few
+    leaves, which 1.96 covers by 91 to 95 % (of 2,500 trees; with 250 two deviations are 4 %).
     """
     rng = np.random.default_rng((num_children, int(100 * ends)))
-    forms = (AdvantageForm.GLOBAL, AdvantageForm.TREEPO)
+    forms = (AdvantageForm.GLOBAL, AdvantageForm.TREEPO, AdvantageForm.SHRUNK_BASELINE)
     pruning = Pruning(rule=PruneRule.TREE_RANGE, threshold=0.0)
     drawn: dict[tuple[AdvantageForm, str], list[tuple[float, float]]] = {}
     for _ in range(250):
@@ -235,8 +240,10 @@ def test_intervals_of_advantages_over_the_tree_cover_what_is_true_of_the_step(
         kinds += [("above", step) for step in tree.children if step != ROOT]
         steps = dict(reversed(kinds))
         for form in forms:
-            found = step_advantages(tree, values, form=form, pruning=pruning)
-            errors = advantage_errors(tree, values, form=form, pruning=pruning)
+            found, errors = (
+                each(tree, values, form=form, pruning=pruning, baseline=SHRUNK)
+                for each in (step_advantages, advantage_errors)
+            )
             for kind, step in steps.items():
                 off = found[step] - true_advantage(form, tree, right, chances, step)
                 drawn.setdefault((form, kind), []).append((off, errors[step]))
@@ -245,5 +252,7 @@ def test_intervals_of_advantages_over_the_tree_cover_what_is_true_of_the_step(
         off, error = np.array([pair for pair in pairs if not np.isnan(pair[0])]).T
         size = np.sqrt((error**2).mean() / (off**2).mean())
         covered = (np.abs(off) <= 1.96 * error).mean()
-        assert 0.9 < size < 1.15, (form, kind)
-        assert (0.92 if kind == "above" else 0.85) <= covered <= 0.99, (form, kind)
+        is_shrunk = form is AdvantageForm.SHRUNK_BASELINE
+        assert 0.9 < size < (1.2 if is_shrunk else 1.15), (form, kind)
+        least = 0.87 if is_shrunk else 0.92 if kind == "above" else 0.85
+        assert least <= covered <= 0.99, (form, kind)

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.mistakes import mistake
+from tests.support.project import PROJECT
+from treerpo_ray.algo.advantages.forms import AdvantageForm
 from treerpo_ray.config import files
 from treerpo_ray.config.config import Config, credential_keys, numbers
 from treerpo_ray.config.files import load, to_yaml
@@ -25,6 +27,17 @@ def test_a_number_beyond_its_limits_is_told_with_its_key() -> None:
             if limit in limits:
                 message = mistake(f"{key}={value}")
                 assert re.fullmatch(rf"{re.escape(key)}={value}(\.0)? must {told}", message)
+
+
+@pytest.mark.parametrize("num_children", ["[1]", "[8]", "[1, 4]", "[4, 4]"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_trees_and_whole_answers_take_a_shrunk_baseline_by_its_method_file(
+    num_children: str, share: float
+) -> None:
+    file = PROJECT / "conf/methods/shrunk_baseline.yaml"
+    overrides = [f"tree.num_children={num_children}", f"learner.baseline_share={share}"]
+    learner = load([str(file), *overrides]).learner
+    assert (learner.form, learner.baseline_share) == (AdvantageForm.SHRUNK_BASELINE, share)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +62,10 @@ def test_a_number_beyond_its_limits_is_told_with_its_key() -> None:
         ),
         (["learner.num_workers=2", "learner.min_workers=1"], "learner.resources.train_slot=1"),
         (["learner.offload=true"], "learner.offload=true needs learner.shard=true"),
+        (
+            ["learner.num_workers=2", "learner.resources={GPU: 0.5}"],
+            r"learner\.num_workers=2 with GPU: 0\.5 in learner\.resources puts several workers on",
+        ),
         (
             ["learner.min_workers=1", "learner.resources={CPU: 0.4, train_slot: 1}"],
             "learner.resources.CPU=0.4 must be a multiple of 0.5",
@@ -78,6 +95,10 @@ def test_a_number_beyond_its_limits_is_told_with_its_key() -> None:
             ],
             "learner.prune=shrinkage with learner.prune_threshold=-1 leaves nothing to train",
         ),
+        (
+            ["learner.baseline_share=0.3", "learner.advantage=past_baseline"],
+            r"learner.baseline_share=0\.3 is of learner.advantage=shrunk_baseline alone: set that",
+        ),
         (["tree.num_children=[8, 0, 8]"], "tree.num_children and tree.step_tokens must be pos"),
         (["engine.num_engines=3", "engine.max_engines=2"], "must not be less than engine.num_eng"),
         (["engine.max_engines=2"], "engine.max_engines=2 needs engine.max_trees"),
@@ -91,7 +112,14 @@ def test_a_number_beyond_its_limits_is_told_with_its_key() -> None:
             r"sync\.transport=nccl needs a GPU for each .* have GPU: 0\.5 and 0\.5 in .*=ipc",
         ),
         (
-            ["sync.transport=ipc", "engine.resources={GPU: 1}", "learner.resources={GPU: 1}"],
+            ["sync.transport=ipc", "gate.max_staleness=1"],
+            r"^sync\.transport=ipc needs gate\.max_staleness=0, not 1: an engine may still",
+        ),
+        (
+            [
+                *("sync.transport=ipc", "gate.max_staleness=0"),
+                *("engine.resources={GPU: 1}", "learner.resources={GPU: 1}"),
+            ],
             r"sync\.transport=ipc needs one worker and one engine that share .* 1 engine\(s\): set",
         ),
         (["engine.max_trees=0"], "engine.max_trees=0 must be more than 0"),

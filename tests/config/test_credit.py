@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from treerpo_ray.algo.advantages import AdvantageForm
+from treerpo_ray.algo.advantages.forms import AdvantageForm
 from treerpo_ray.algo.groups import PruneRule
 from treerpo_ray.config.credit import own_form, own_rule
 from treerpo_ray.errors import UserCodeError

@@ -12,7 +12,7 @@ import yaml
 
 from tests.support.mistakes import mistake
 from tests.support.project import PROJECT
-from treerpo_ray.algo.advantages import AdvantageForm
+from treerpo_ray.algo.advantages.forms import AdvantageForm
 from treerpo_ray.algo.loss_config import Normalisation
 from treerpo_ray.config import files
 from treerpo_ray.config.config import Config

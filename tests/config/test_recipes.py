@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.project import PROJECT
-from treerpo_ray.algo.advantages import AdvantageForm
+from treerpo_ray.algo.advantages.forms import AdvantageForm
 from treerpo_ray.algo.groups import PruneRule
 from treerpo_ray.algo.loss_config import Normalisation, Ratio
 from treerpo_ray.config import Config, load

@@ -1,5 +1,6 @@
 """A real vLLM engine on a CPU: trees, versions, prefix cache and weights."""
 
+import asyncio
 import json
 import re
 import shutil
@@ -484,6 +485,27 @@ def test_adapters_are_served_beside_the_weights_of_the_start_and_versions_do_not
     with pytest.raises(ray.exceptions.RayTaskError, match=told):
         served.load_packed(manifest, file)
     ray.kill(served.actor)
+
+
+class Sleeper:
+    """Takes the place of vLLM, of which a CPU would keep the memory."""
+
+    level = 0
+
+    async def sleep(self, level: int, mode: str) -> None:
+        assert mode == "keep"
+        self.level = level
+
+
+@pytest.mark.parametrize(("rank", "level"), [(0, 2), (8, 1)])
+def test_an_engine_that_sleeps_keeps_the_weights_that_no_version_brings(
+    small_config, rank: int, level: int
+) -> None:
+    setup = EngineSetup.of(small_config(f"lora.rank={rank}"))
+    engine = Engine(setup=setup, index=0, log_folder=None)
+    engine._llm = Sleeper()  # level 1 moves weights to main memory, level 2 drops them
+    asyncio.run(engine.sleep())
+    assert engine._llm.level == level
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,17 @@ def test_weights_that_are_lost_cost_no_engine() -> None:
     run(scenario())
 
 
+def test_a_learner_that_waits_for_the_one_engine_that_lost_its_weights_is_served() -> None:
+    async def scenario() -> None:
+        pool = await make_pool(make_config("engine.num_engines=1"), fleet)
+        await serve_from_start(pool, version=1)
+        assert fleet.started[0][0].calls == ["start", "load 1", "load 1", "probe"]
+        await pool.stop()
+
+    fleet = Fleet({0: [Fault("load", "lost")]})
+    run(scenario())
+
+
 def test_a_run_does_not_start_without_nodes_for_its_engines() -> None:
     async def scenario() -> None:
         config = make_config("engine.num_engines=3", "engine.start_timeout_s=1")
@@ -176,6 +187,38 @@ def test_engines_that_sleep_load_what_they_served_or_what_is_new_and_others_star
         await pool.stop()
 
     fleet = Fleet({1: [Fault("sleep", "killed")], 2: [Fault("sleep", "hung")]})
+    run(scenario())
+
+
+@pytest.mark.parametrize("how", ["busy", "hung"])
+def test_an_engine_that_is_still_starting_when_others_sleep_is_waited_for_or_starts_anew(
+    how: str,
+) -> None:
+    async def scenario() -> None:
+        pool = await make_pool(
+            make_config("engine.num_engines=2", "engine.start_timeout_s=50"), fleet
+        )
+        await serve_from_start(pool, version=1)
+        pool.engines.replace(pool.engines.replicas[1], RuntimeError("its core is dead"))
+        await until(lambda: len(fleet.started[1]) == 2 and fleet.started[1][1].calls == ["start"])
+        start = asyncio.get_running_loop().time()
+        await pool.sleep()
+        waited_s = asyncio.get_running_loop().time() - start
+        assert fleet.started[0][0].calls[-1] == "sleep"
+        await asyncio.sleep(100)
+        if how == "busy":
+            assert waited_s < 1
+            assert fleet.started[1][1].calls == ["start", "load 1", "probe", "sleep"]
+        else:
+            assert waited_s == pytest.approx(50, abs=1)
+            assert [engine.calls for engine in fleet.started[1][1:]] == [["start"], []]
+            assert "waited 50 s for" in str(fleet.of("engine_lost")[-1]["reason"])
+        await serve(pool, 2)
+        await until(lambda: all(replica.is_serving for replica in pool.engines.replicas))
+        assert [engine.version for engine in pool.engines.replicas] == [2, 2]
+        await pool.stop()
+
+    fleet = Fleet({1: [Fault("stop", "killed"), Fault("start", how)]})
     run(scenario())
 
 

@@ -97,8 +97,12 @@ def test_the_command_trains_and_prints_a_line_a_step(capsys: pytest.CaptureFixtu
 def test_what_it_leaves_out_is_refused() -> None:
     with pytest.raises(ValueError, match=r"not in jobs/minimal.py: \['gate.max_redraws'\]"):
         train(method("dapo"))
-    for override in ("model.dtype=bfloat16", "learner.advantage=past_baseline"):
-        with pytest.raises(ValueError, match=r"not in jobs/minimal.py: bfloat16, past_baseline"):
+    for override in (
+        "model.dtype=bfloat16",
+        "learner.advantage=past_baseline",
+        "learner.advantage=shrunk_baseline",
+    ):
+        with pytest.raises(ValueError, match=r"not in jobs/minimal.py: bfloat16, a baseline of"):
             train(load([override]))
     for override in ("prompts.mix.a.path=quickstart:train", "model.stop=[END]"):
         section = override.partition("=")[0].split(".")

@@ -32,7 +32,7 @@ from tests.support.learning.step_rows import (
 )
 from tests.support.learning.tiny_models import save_tiny_model
 from tests.support.user_files import CREDIT
-from treerpo_ray.algo.advantages import AdvantageForm
+from treerpo_ray.algo.advantages.forms import AdvantageForm
 from treerpo_ray.algo.loss_config import LossConfig, Normalisation
 from treerpo_ray.config import load
 from treerpo_ray.config.data import MixedConfig
@@ -324,6 +324,39 @@ def test_the_past_baseline_is_the_mean_root_value_of_the_steps_before_also_after
     learner.write(tmp_path)
     found.append(make_learner(config, tmp_path).update(batches[2]).metrics["learner/baseline"])
     assert found == [0, 1 / 4, (1 / 4 + 2 / 4) / 2]
+
+
+def test_a_shrunk_baseline_is_measured_on_the_steps_before_also_after_a_resume(
+    path: str, tmp_path: Path
+) -> None:
+    """Trees of two answers each, from the second step on measured against the past.
+
+    The first step says 1/2. The trees of the second have 1, 1/2, 1/2 and 0 as their values: s^2 is
+    0, 1/2, 1/2 and 0, the squares less s^2 / 2 come to 1/4 - 1/4 - 1/4 + 1/4: no correlation. Those
+    of the third have 1, 1, 0 and 1/2, against 1/2: 3/4 - 1/4 = 1/2 beside 1/2 more, and 3/2 in all.
+    """
+    batches = [
+        [make_record(4 * k + i, pair, parents=(-1, -1), version=k) for i, pair in enumerate(pairs)]
+        for k, pairs in enumerate((("cw", "cc", "ww", "cw"),) * 2 + (("cc", "cc", "ww", "cw"),) * 2)
+    ]
+    free = replace(FREE, advantage=AdvantageForm.SHRUNK_BASELINE, prune_threshold=-1)
+    config = make_config(path, replace(free, baseline_share=0.3), None, 3)
+    learner = make_learner(config)
+    results = [learner.update(batch) for batch in batches[:3]]
+    learner.write(tmp_path)
+    resumed = make_learner(config, tmp_path)
+    assert resumed.baseline == learner.baseline
+    results.append(resumed.update(batches[3]))
+    named = {"learner/baseline", "learner/correlation_depth_1"}
+    found = [{name: r.metrics[name] for name in named & r.metrics.keys()} for r in results]
+    past = {"learner/baseline": 1 / 2}
+    assert found[:3] == [{"learner/baseline": 0}, past, past | {"learner/correlation_depth_1": 0}]
+    assert found[3] == pytest.approx(
+        {"learner/baseline": (1 / 2 + 1 / 2 + 5 / 8) / 3, "learner/correlation_depth_1": 1 / 4}
+    )
+    # The others' mean weighs 1/4 of 1, the past's 13/24 the rest, and 0.3 of that is taken off.
+    expected = 1 - 0.3 * (1 / 4 + 3 / 4 * 13 / 24)
+    np.testing.assert_allclose(results[3].trained.advantages[0], expected)
 
 
 def test_a_resumed_learner_takes_rate_and_decay_from_its_configuration(

@@ -20,7 +20,7 @@ from tests.support.learning.learner_runs import (
     run_worker,
 )
 from tests.support.learning.tiny_models import save_tiny_model
-from treerpo_ray.algo.advantages import AdvantageForm
+from treerpo_ray.algo.advantages.forms import AdvantageForm
 from treerpo_ray.config import Config
 
 
@@ -44,6 +44,10 @@ def cases(path: str) -> dict[str, tuple[Config, Updates]]:
             make_config(path, replace(FREE, advantage=AdvantageForm.PAST_BASELINE)),
             [halves, one_idle],
         ),
+        "shrunk_baseline": (
+            make_config(path, replace(FREE, advantage=AdvantageForm.SHRUNK_BASELINE)),
+            [halves, one_idle, [mixed(first=12, version=2)[:2], mixed(first=12, version=2)[2:]]],
+        ),
     }
 
 
@@ -62,7 +66,7 @@ def workers(cases: dict[str, tuple[Config, Updates]], folder: Path) -> list[dict
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("case", ["whole", "minibatches", "past_baseline"])
+@pytest.mark.parametrize("case", ["whole", "minibatches", "past_baseline", "shrunk_baseline"])
 def test_two_workers_make_the_update_of_one(
     cases: dict[str, tuple[Config, Updates]], workers: list[dict[str, Seen]], case: str
 ) -> None:

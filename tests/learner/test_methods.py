@@ -53,6 +53,12 @@ DEFINED_BY: dict[str, dict[str, object]] = {
     "reinforce": ALONE
     | UNFILTERED
     | {"learner.advantage": "past_baseline", "loss.normalisation": "constant"},
+    "shrunk_baseline": UNFILTERED
+    | {
+        "learner.advantage": "shrunk_baseline",
+        "learner.baseline_share": 1,
+        "loss.normalisation": "constant",
+    },
     "spo_tree": {"learner.advantage": "difference", "learner.prune_threshold": 0},
     "treerl": {
         "learner.advantage": "treerl",

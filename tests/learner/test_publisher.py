@@ -25,7 +25,6 @@ def publisher(send: Callable[..., None] = lambda *_: pytest.fail("nothing is sen
     return Publisher(
         send=send,
         transport=FileTransport(),
-        get=lambda answer: answer,
         node="here",
         probe_ids=[1, 2],
         dtype=torch.float32,

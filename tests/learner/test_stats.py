@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.learning.trees import by_range, make_tree, trees
-from treerpo_ray.algo.advantage_errors import advantage_errors
-from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
+from treerpo_ray.algo.advantages.errors import advantage_errors
+from treerpo_ray.algo.advantages.forms import AdvantageForm, step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import step_groups
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree

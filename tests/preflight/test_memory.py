@@ -219,6 +219,17 @@ def test_engines_that_sleep_and_learners_take_turns_at_a_gpu(tmp_path: Path) -> 
         assert (misfit(config, *sizes) is None) == fits
 
 
+def test_engines_of_adapters_that_sleep_have_their_weights_in_main_memory(tmp_path: Path) -> None:
+    asleep = ["engine.sleep=true", "lora.rank=8"]
+    config = recipe("treerpo_qwen2.5_math_1.5b", ONE_GPU, *asleep)
+    plan = MemoryPlan.of(config, *model("1.5b", tmp_path))
+    assert needs_more_memory(config, plan, plan.engine["weights"] + 0.01, "this machine") is None
+    told = needs_more_memory(config, plan, plan.engine["weights"] - 0.01, "this machine")
+    assert told is not None and told.endswith("set engine.sleep=false")
+    awake = recipe("treerpo_qwen2.5_math_1.5b", ONE_GPU, "lora.rank=8")
+    assert needs_more_memory(awake, plan, 0.0, "this machine") is None
+
+
 def test_weights_that_are_sent_from_the_gpu_lie_there(tmp_path: Path) -> None:
     config = recipe("treerpo_qwen2.5_math_1.5b", "sync.transport=nccl")
     plan = MemoryPlan.of(config, *model("1.5b", tmp_path))

@@ -15,6 +15,7 @@ from tests.support.learning.tiny_models import save_tiny_model
 from tests.support.learning.trees import full_tree
 from treerpo_ray.algo.packing import pack
 from treerpo_ray.config import load
+from treerpo_ray.config.lora import LoraConfig
 from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.preflight.machine import GIB
 from treerpo_ray.preflight.memory import MemoryPlan
@@ -51,10 +52,20 @@ def alone() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("vocabulary", [1100, 8000], ids=["layers", "head"])
+@pytest.mark.parametrize(
+    ("vocabulary", "lora"),
+    [(1100, LoraConfig()), (8000, LoraConfig()), (1100, LoraConfig(rank=4))],
+    ids=["layers", "head", "adapters"],
+)
 @pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
 def test_the_estimate_of_activations_is_what_an_update_takes(
-    dtype: str, checkpointing: bool, vocabulary: int, shard: bool, tmp_path: Path, alone: None
+    dtype: str,
+    checkpointing: bool,
+    vocabulary: int,
+    lora: LoraConfig,
+    shard: bool,
+    tmp_path: Path,
+    alone: None,
 ) -> None:
     """On a CPU: a GPU keeps the same tensors, but for those inside of its attention kernels. Most
     is taken by the layers, or by the logits of the head."""
@@ -69,6 +80,7 @@ def test_the_estimate_of_activations_is_what_an_update_takes(
         tree=shape,
         gate=replace(config.gate, trees_per_step=1),
         learner=settings,
+        lora=lora,
     )
     tree = full_tree(4, 2, step_length=48, prompt_length=64)
     forests = pack([tree], [np.tile([1.0, -1.0], len(tree) // 2)], 10**6)
@@ -82,8 +94,10 @@ def test_the_estimate_of_activations_is_what_an_update_takes(
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    sizes = ModelSizes.of(learner.policy.model.config)
-    parts = MemoryPlan.of(config, learner.policy.model.num_parameters(), sizes).worker
+    adapted = sum(weight.numel() for weight in learner.policy.trained) if lora.rank else 0
+    sizes = replace(ModelSizes.of(learner.policy.model.config), num_adapted=adapted)
+    count = learner.policy.model.num_parameters() - adapted
+    parts = MemoryPlan.of(config, count, sizes).worker
     passing = ("activations", "copies in bfloat16", "gathered")
     planned = sum(parts.get(part, 0.0) for part in passing) * GIB
     assert 1.0 < planned / peak < (1.35 if shard else 1.15)

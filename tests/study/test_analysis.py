@@ -97,6 +97,23 @@ def test_a_past_baseline_is_that_of_the_step_that_the_tree_was_trained_in(tmp_pa
     np.testing.assert_allclose(Run(folder).advantages(record), expected)
 
 
+def test_a_shrunk_baseline_is_that_of_the_metrics_and_the_share_of_the_configuration(tmp_path):
+    """Values .5 and 0 of the prompt's children, 1 and 0 below; rho is 1/2: b is (.2 + 0) / 2 of
+    step 0 and (.2 + .5) / 2 of the other. Of the second depth none is known: siblings alone."""
+    folder = write_small_run(tmp_path)
+    config = Path(folder, "config.yaml")
+    changed = config.read_text().replace("advantage: BERNOULLI", "advantage: shrunk_baseline")
+    changed = changed.replace("baseline_share: 1.0", "baseline_share: 0.5")
+    config.write_text(changed.replace("trees_per_step: 128", "trees_per_step: 4"))
+    row = {"learner/baseline": 0.2, "learner/correlation_depth_1": 0.5}
+    with Path(folder, "metrics.jsonl").open("a") as metrics:
+        print(json.dumps({"step": NUM_STEPS + 1} | row), file=metrics)
+    run, record = Run(folder), worked_record(ticket=4 * NUM_STEPS + 3)
+    expected = [0.5 - 0.05, 1 - 0.0, 0 - 0.5, 0 - 0.175, np.nan, np.nan]
+    np.testing.assert_allclose(run.advantages(record), expected)
+    assert np.isfinite(run.advantage_errors(record)[:4]).all()
+
+
 def test_metrics_are_indexed_by_step_and_the_last_row_wins(run):
     metrics = run.metrics()
     assert metrics.index.tolist() == list(range(NUM_STEPS + 1))

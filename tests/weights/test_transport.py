@@ -7,9 +7,10 @@ and what vLLM's workers receive with; gloo stands in for NCCL, shared memory for
 import asyncio
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,15 @@ from treerpo_ray.weights.broadcast import Broadcaster, join
 from treerpo_ray.weights.files import WeightsLost
 from treerpo_ray.weights.manifest import LoadProof, Manifest, pack_weights
 from treerpo_ray.weights.rounds import Poll, Round, Rounds
-from treerpo_ray.weights.source import Group, Place, Receiver, WeightSource
+from treerpo_ray.weights.source import (
+    FromGroup,
+    Group,
+    GroupPlace,
+    Place,
+    Receiver,
+    SenderPlace,
+    WeightSource,
+)
 from treerpo_ray.weights.store import WeightStore
 from treerpo_ray.weights.transport import Transport, make_transport
 
@@ -72,6 +81,7 @@ class FakeLlm:
 
     def __init__(self, num_workers: int) -> None:
         self.workers = [Worker(rank) for rank in range(num_workers)]
+        self.is_dead = False
 
     async def on_all(self, work: Callable[[Worker], object]) -> list:
         return await asyncio.gather(*(asyncio.to_thread(work, worker) for worker in self.workers))
@@ -79,23 +89,31 @@ class FakeLlm:
     async def collective_rpc(self, method: str, args: tuple) -> None:
         assert method == "treerpo_join"
         group, first_rank, limit_s = args
+        await self.check_health()
         await self.on_all(lambda each: each.transfer.join(Group(**group), first_rank, limit_s))
+
+    async def check_health(self) -> None:
+        if self.is_dead:
+            raise RuntimeError("its core is dead")
 
 
 class Engine:
     """An engine with the chunks of its actor and real workers, without a model."""
 
-    def __init__(self, start: str, num_workers: int = 1, node: str = NODE) -> None:
+    def __init__(
+        self, start: str, num_workers: int = 1, node: str = NODE, limit_s: float = LIMIT_S
+    ) -> None:
         from treerpo_ray.engine.engine import Engine as Real
 
+        self.is_alive = True
         self.receiver = Receiver(start=start, node=node, num_workers=num_workers)
         self.llm, self.real = FakeLlm(num_workers), Real.__new__(Real)
         self.real._llm, self.real._group = self.llm, ""
-        self.real.setup = SimpleNamespace(engine=SimpleNamespace(load_timeout_s=LIMIT_S))
+        self.real.setup = SimpleNamespace(engine=SimpleNamespace(join_timeout_s=limit_s))
 
     async def load(self, manifest: Manifest, place: Place) -> None:
-        from contextlib import ExitStack
-
+        if not self.is_alive:
+            raise RuntimeError("its node is gone")
         with ExitStack() as held:
             chunks = await self.real._chunks(place, held)
             digests = await self.llm.on_all(lambda worker: worker.receive(manifest, chunks))
@@ -129,8 +147,8 @@ class Handle:
 class Run:
     """A learner's transport, the weight sync, and the engines that it has."""
 
-    def __init__(self, kind: str, engines: list[Engine]) -> None:
-        self.kind, self.engines = kind, engines
+    def __init__(self, kind: str, engines: list[Engine], limit_s: float = LIMIT_S) -> None:
+        self.kind, self.engines, self.limit_s = kind, engines, limit_s
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
@@ -153,7 +171,7 @@ class Run:
             device=CPU,
             address="127.0.0.1",
             next_round=lambda poll: self.wait(self.sync.next_round(poll)),
-            limit_s=LIMIT_S,
+            limit_s=self.limit_s,
         )
 
     def wait(self, work):
@@ -163,7 +181,9 @@ class Run:
         self, manifest: Manifest, source: WeightSource, probe: Probe, should_probe: bool
     ) -> None:
         self.served = manifest, source
-        await self.bring(self.engines)
+        engines = self.engines
+        self.engines = [engine for engine in engines if engine.is_alive]
+        await self.bring(engines)
 
     async def bring(self, engines: list[Engine]) -> None:
         """Have engines load what is served, together."""
@@ -212,8 +232,8 @@ class Run:
 
 
 @contextmanager
-def a_run(kind: str, *engines: Engine) -> Iterator[Run]:
-    run = Run(kind, list(engines))
+def a_run(kind: str, *engines: Engine, limit_s: float = LIMIT_S) -> Iterator[Run]:
+    run = Run(kind, list(engines), limit_s)
     yield run
     run.close()
 
@@ -290,6 +310,23 @@ def test_a_learner_that_starts_anew_is_heard_and_the_one_before_is_not(kind: str
         gone.close()
 
 
+def test_the_memory_of_a_learner_that_has_ended_is_let_go_with_the_first_version_of_the_next() -> (
+    None
+):
+    engine = Engine("one")
+    [worker] = engine.llm.workers
+    worker.transfer._put_back = lambda: None  # there is no model
+    with a_run("ipc", engine) as run:
+        counts = []
+        for version in range(4):
+            if version == 2:
+                run.transport = run.new_transport()
+            run.publish(version)
+            worker.transfer.finish_weight_update()
+            counts.append(len(worker.transfer._shared._maps))
+        assert counts == [3, 3, 3, 3] and run.failed == []
+
+
 def test_weights_on_a_gpu_are_lost_for_an_engine_of_another_node() -> None:
     with a_run("ipc", Engine("one")) as run:
         run.publish(1)
@@ -300,6 +337,7 @@ def test_weights_on_a_gpu_are_lost_for_an_engine_of_another_node() -> None:
 def test_a_learner_gives_up_engines_that_do_not_receive_and_says_so_of_their_group() -> None:
     polls: list[Poll] = []
     joined: list[threading.Thread] = []
+    sealed: SimpleQueue[SenderPlace] = SimpleQueue()
 
     def next_round(poll: Poll) -> Round | None:
         polls.append(poll)
@@ -309,15 +347,78 @@ def test_a_learner_gives_up_engines_that_do_not_receive_and_says_so_of_their_gro
         silent = partial(join, group, rank=1, device=CPU, limit_s=LIMIT_S)
         joined.append(threading.Thread(target=silent, daemon=True))
         joined[0].start()
-        return Round(group=group, stamp=b"1")
+        return Round(group=group, stamp=sealed.get().stamp)
 
     learner = Broadcaster(device=CPU, address="127.0.0.1", next_round=next_round, limit_s=3.0)
     learner.begin()
     learner.part(2**26)  # more than waits on its way
-    learner.seal()
+    sealed.put(learner.seal())
     learner._thread.join(LIMIT_S)
     assert [poll.failed for poll in polls] == ["", "g"]
     joined[0].join(LIMIT_S)
+
+
+def test_an_engine_that_died_before_its_group_met_costs_the_others_nothing() -> None:
+    alive, dead = Engine("one", num_workers=2, limit_s=5.0), Engine("two")
+    dead.is_alive = False
+    with a_run("nccl", alive, dead, limit_s=5.0) as run:
+        run.publish(1)
+        assert run.failed == [] and alive.has(1)
+
+
+def test_an_engine_whose_core_is_dead_does_not_say_that_weights_are_lost() -> None:
+    engine, place = Engine("one"), Group(name="g", address="here", port=7, world_size=2)
+    engine.llm.is_dead = True
+    with ExitStack() as held, pytest.raises(RuntimeError, match="its core is dead") as caught:
+        asyncio.run(engine.real._chunks(GroupPlace(group=place, first_rank=1, sizes=(64,)), held))
+    assert not isinstance(caught.value, WeightsLost)
+
+
+def test_a_group_that_never_forms_does_not_keep_a_learner() -> None:
+    polls: list[Poll] = []
+    sealed: SimpleQueue[SenderPlace] = SimpleQueue()
+    never = threading.Event()
+
+    def next_round(poll: Poll) -> Round | None:
+        polls.append(poll)
+        if len(polls) > 1:
+            raise RuntimeError("the run ends")
+        group = Group(name="g", address=poll.address, port=poll.port, world_size=2)
+        return Round(group=group, stamp=sealed.get().stamp)
+
+    learner = Broadcaster(
+        device=CPU,
+        address="127.0.0.1",
+        next_round=next_round,
+        limit_s=0.1,
+        join=lambda *_, **__: never.wait(),
+    )
+    learner.begin()
+    learner.part(64)
+    sealed.put(learner.seal())
+    learner._thread.join(LIMIT_S)
+    assert [poll.failed for poll in polls] == ["", "g"]
+    learner.begin()
+    never.set()
+
+
+def test_engines_that_asked_for_the_version_before_are_not_sent_another() -> None:
+    failed: list[str] = []
+
+    def next_round(poll: Poll) -> Round | None:
+        failed.append(poll.failed)
+        if len(failed) > 1:
+            raise RuntimeError("the run ends")
+        # It would be waited for: nobody joins.
+        group = Group(name="g", address=poll.address, port=poll.port, world_size=2)
+        return Round(group=group, stamp=b"before")
+
+    learner = Broadcaster(device=CPU, address="127.0.0.1", next_round=next_round, limit_s=3600.0)
+    learner.begin()
+    learner.part(64)
+    learner.seal()
+    learner._thread.join(LIMIT_S)
+    assert failed == ["", "g"]
 
 
 def poll(sender: str, **fields: str) -> Poll:
@@ -349,3 +450,21 @@ def test_who_waits_for_a_learner_that_does_not_come_is_told_that_weights_are_los
         assert asdict(poll("me")) and rounds._asked == []
 
     asyncio.run(scenario())
+
+
+def test_a_learner_that_comes_as_the_time_is_over_waits_for_the_next_round() -> None:
+    async def scenario() -> None:
+        rounds, engines = Rounds(), [Engine("one").receiver]
+        late = asyncio.ensure_future(rounds.open("me", b"1", engines, LIMIT_S))
+        await asyncio.sleep(0)
+        found = asyncio.ensure_future(rounds.next(poll("me")))  # its turn comes first
+        late.cancel()  # as its limit does: what it waits for is done, and it is still in the list
+        again = asyncio.ensure_future(rounds.open("me", b"2", engines, LIMIT_S))
+        assert (await found).stamp == b"2"
+        await again
+
+    asyncio.run(scenario())
+
+
+def test_without_engines_no_group_is_asked_for() -> None:
+    assert FromGroup(sync=Handle(None), stamp=b"1", sizes=(64,)).places([]) == []

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from math import isinf
 from operator import attrgetter
 
-from treerpo_ray.algo.advantages import WITHOUT_SIBLINGS, AdvantageForm
+from treerpo_ray.algo.advantages.forms import WITHOUT_SIBLINGS, AdvantageForm
 from treerpo_ray.algo.groups import PruneRule
 from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.algo.search import TreeShape
@@ -148,7 +148,7 @@ class Config:
                 f"evaluate.num_samples={self.evaluate.num_samples}"
             )
         self._check_data()
-        self._check_only_children()
+        self._check_credit()
         self._check_engine()
         self._check_sync()
         self._check_workers()
@@ -215,6 +215,13 @@ class Config:
                 "learner.offload=true needs learner.shard=true: the parts of a sharded model are "
                 "what is kept in main memory"
             )
+        share = learner.resources.get("GPU", 0)
+        if learner.num_workers > 1 and 0 < share <= 0.5:
+            raise ValueError(
+                f"learner.num_workers={learner.num_workers} with GPU: {share:g} in "
+                "learner.resources puts several workers on one GPU, where NCCL has room for one: "
+                "set the first to 1, or the second to more than 0.5"
+            )
         if learner.min_workers is None:
             return
         if not set(learner.resources) - {"CPU", "GPU"}:
@@ -229,17 +236,25 @@ class Config:
                     "learner.min_workers is set"
                 )
 
-    def _check_only_children(self) -> None:
-        """Refuse trees of which no step would ever be trained: one answer a question."""
+    def _check_credit(self) -> None:
+        """Refuse trees of which no step would ever be trained, one answer a question, and a share
+        that no form takes."""
         learner = self.learner
+        is_shrunk = learner.advantage is AdvantageForm.SHRUNK_BASELINE
+        if learner.baseline_share != 1 and not is_shrunk:
+            raise ValueError(
+                f"learner.baseline_share={learner.baseline_share:g} is of "
+                "learner.advantage=shrunk_baseline alone: set that, or leave it at 1"
+            )
         if set(self.tree.num_children) != {1}:
             return
         form = learner.advantage
         if isinstance(form, AdvantageForm) and form not in WITHOUT_SIBLINGS:
             raise ValueError(
                 f"learner.advantage={form.value} compares siblings, of which "
-                f"tree.num_children={list(self.tree.num_children)} has none: set it to reward or "
-                "past_baseline (conf/methods/raft.yaml, conf/methods/reinforce.yaml)"
+                f"tree.num_children={list(self.tree.num_children)} has none: set it to reward, "
+                "past_baseline or shrunk_baseline (conf/methods/raft.yaml, "
+                "conf/methods/reinforce.yaml, conf/methods/shrunk_baseline.yaml)"
             )
         if learner.prune_threshold >= 0 or learner.prune is PruneRule.SHRINKAGE:
             raise ValueError(
@@ -312,6 +327,11 @@ class Config:
         shares = learner.resources.get("GPU", 0), engine.resources.get("GPU", 0)
         kind = self.sync.transport
         told = f"learner and engine have GPU: {shares[0]:g} and {shares[1]:g}"
+        if kind == "ipc" and self.gate.max_staleness:
+            raise ValueError(
+                f"sync.transport=ipc needs gate.max_staleness=0, not {self.gate.max_staleness}: an "
+                "engine may still copy what the learner writes next"
+            )
         if kind == "file" or not any(shares):
             return
         if kind == "nccl" and min(shares) < 1:

@@ -21,7 +21,7 @@ from functools import partial
 
 import numpy as np
 
-from treerpo_ray.algo.advantages import AdvantageForm, Form, OwnForm
+from treerpo_ray.algo.advantages.forms import AdvantageForm, Form, OwnForm
 from treerpo_ray.algo.groups import OwnRule, PruneRule
 from treerpo_ray.errors import UserCodeError, one_line
 from treerpo_ray.user_code import load_function, load_module, split_function, trace_of

@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from treerpo_ray.algo.advantages import AdvantageForm, Form
+from treerpo_ray.algo.advantages.forms import AdvantageForm, Form
 from treerpo_ray.algo.groups import PruneRule, Pruning
 from treerpo_ray.config.credit import own_form, own_rule
 from treerpo_ray.config.data import DataConfig, as_found_here
@@ -200,6 +200,12 @@ class EngineConfig:
         return self.num_engines if self.max_engines is None else self.max_engines
 
     @property
+    def join_timeout_s(self) -> float:
+        """Time that all engines get to join a group that sends weights: of what they have for a
+        version, so that those which wait for one that has died are not taken for dead, too."""
+        return self.load_timeout_s / 2
+
+    @property
     def start_share(self) -> float:
         """Share of a GPU that must be free before vLLM starts, whatever it takes afterwards.
 
@@ -243,6 +249,9 @@ class LearnerConfig:
     advantage: AdvantageForm | str = AdvantageForm.BERNOULLI
     """How values become advantages: a name, or a function of yours as module:function or
     file.py:function; see `treerpo_ray/config/credit.py`."""
+    baseline_share: float = field(default=1.0, metadata=SHARE)
+    """Share of its baseline that `shrunk_baseline` takes off from a step's value: with 0 only what
+    was right is trained (RAFT), whatever the shape of the trees."""
     prune: PruneRule | str = PruneRule.RANGE
     """What must be above `prune_threshold` for a step group to be trained: the `range` of its
     values (the paper) or of its whole tree's rewards (`tree_range`), the `significance` (spread of

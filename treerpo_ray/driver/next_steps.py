@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from treerpo_ray.algo.advantages import AdvantageForm
+from treerpo_ray.algo.advantages.forms import AdvantageForm
 from treerpo_ray.config import Config
 from treerpo_ray.config.data import INHERITED, PROJECT, DataConfig
 from treerpo_ray.config.files import load

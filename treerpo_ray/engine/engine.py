@@ -22,7 +22,7 @@ import numpy as np
 import ray
 from ray.actor import ActorHandle
 
-from treerpo_ray.actor import root_cause, shown_as
+from treerpo_ray.actor import first_line, root_cause, shown_as
 from treerpo_ray.algo.search import SiblingGroup, TreeShape, grow
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, error_step
 from treerpo_ray.engine._stop_strings import end_across_steps
@@ -31,7 +31,7 @@ from treerpo_ray.engine.replica import EngineActor, EngineApi
 from treerpo_ray.engine.types import EngineSetup, EngineStats, Sampling
 from treerpo_ray.metrics.busy_time import BusyTime, cpu_seconds
 from treerpo_ray.prompts.prompt_set import end_token_ids, load_tokenizer
-from treerpo_ray.weights.files import HeldFile
+from treerpo_ray.weights.files import HeldFile, WeightsLost
 from treerpo_ray.weights.manifest import LoadProof, Manifest
 from treerpo_ray.weights.source import DevicePlace, GroupPlace, Place
 
@@ -295,9 +295,12 @@ class Engine:
             return [{"handle": handle, "num_bytes": num_bytes} for handle, num_bytes in found]
         if isinstance(place, GroupPlace):
             if place.group.name != self._group:
-                limit_s = self.setup.engine.load_timeout_s
-                arguments = asdict(place.group), place.first_rank, limit_s
-                await self._llm.collective_rpc("treerpo_join", args=arguments)
+                arguments = asdict(place.group), place.first_rank, self.setup.engine.join_timeout_s
+                try:
+                    await self._llm.collective_rpc("treerpo_join", args=arguments)
+                except Exception as error:  # another one of the group did not come
+                    await self._llm.check_health()
+                    raise WeightsLost(f"their group failed: {first_line(error)}") from None
                 self._group = place.group.name
             return [{"num_bytes": num_bytes} for num_bytes in place.sizes]
         file = held.enter_context(closing(HeldFile(place))).place

@@ -86,6 +86,8 @@ class EnginePool:
         self._serving = asyncio.Lock()
         self._is_asleep = False
         """Whether the learner has the engines' memory."""
+        self._starting: set[Replica] = set()
+        """Those that take memory and do not serve yet."""
         self._waits = Waits(
             report=lambda seconds, what: self.note("waiting", seconds=round(seconds), what=what),
             report_every_s=times.report_every_s,
@@ -200,7 +202,12 @@ class EnginePool:
         await replica.find_node(self._needed_node)
         self._changed.notify()
         await self._changed.wait_for(lambda: not self._is_asleep)
-        pid, core = await replica.start(lambda: self._weights, self._tolerance)
+        self._starting.add(replica)
+        try:
+            pid, core = await replica.start(lambda: self._weights, self._tolerance)
+        finally:
+            self._starting.discard(replica)
+            self._changed.notify()
         self._router.fill()
         self.note(
             "engine_serving",
@@ -231,8 +238,7 @@ class EnginePool:
             RuntimeError: engines cannot be replaced any more.
         """
         async with self._serving:  # a worker that died may have left a publication under way
-            weights = WeightVersion(manifest=manifest, source=source, probe=probe)
-            self._weights = weights
+            self._weights = weights = WeightVersion(manifest=manifest, source=source, probe=probe)
             self._is_asleep = False
             self._changed.notify()
             replicas = [replica for replica in self._replicas if replica.takes_weights]
@@ -254,12 +260,23 @@ class EnginePool:
 
     async def sleep(self) -> None:
         """Have the engines give their GPUs' memory back until the next `serve` or `wake`; one that
-        fails, and any other that is to come, starts after that."""
+        fails, and any other that is to come, starts after that.
+
+        One that is loading into that memory is waited for, but for no longer than a start may take.
+        """
         async with self._serving:
             self._is_asleep = True
+            try:
+                await self._waits.wait(
+                    self._changed.wait_for(lambda: not self._starting),
+                    "engines that start, before the learner takes their memory",
+                    self._limits.start_timeout_s,
+                )
+            except TimeoutError as error:
+                for replica in tuple(self._starting):
+                    self.replace(replica, error)
             replicas = [replica for replica in self._replicas if replica.takes_weights]
-            sleeps = (replica.sleep() for replica in replicas)
-            results = await asyncio.gather(*sleeps, return_exceptions=True)
+            results = await asyncio.gather(*(r.sleep() for r in replicas), return_exceptions=True)
             for replica, result in zip(replicas, results, strict=True):
                 if isinstance(result, BaseException):
                     self.replace(replica, result)
@@ -361,6 +378,7 @@ class EnginePool:
     def _end(self, replica: Replica) -> None:
         """Let an engine go at once."""
         replica.kill()
+        self._starting.discard(replica)
         if replica in self._replicas:
             self._replicas.remove(replica)
         self._changed.notify()

@@ -31,6 +31,8 @@ from treerpo_ray.weights.source import Place, Receiver, WeightSource
 
 LOOK_EVERY_S = 0.5
 """Time between looks for weights in place of lost ones."""
+TRY_AGAIN_S = 300.0
+"""Time after which lost weights are asked for once more, if there are no others."""
 
 
 class EngineApi(Protocol):
@@ -257,12 +259,14 @@ class Replica:
             try:
                 await self.load(weights, place, tolerance)
             except WeightsLost:  # the learner that lost them, too, will publish others
-                await self._waits.wait(
-                    _another(weights, newest),
-                    f"weights for engine {self._index}, since those of version "
-                    f"{weights.number} are lost",
-                    math.inf,
-                )
+                with suppress(TimeoutError):
+                    await self._waits.wait(
+                        _another(weights, newest),
+                        f"weights for engine {self._index}, since those of version "
+                        f"{weights.number} are lost",
+                        TRY_AGAIN_S,
+                    )
+                weights = None  # it may wait for this engine, after a group that failed
         self._become(ReplicaState.SERVING)
         return processes
 

@@ -117,6 +117,7 @@ class StoreTransfer(WeightTransferEngine):
         """Join a group instead of the one before; see `WorkerExtension.treerpo_join`."""
         if self._group is not None:
             self._group.destroy()
+            self._group = None
         rank = first_rank + self.parallel_config.rank
         self._group = join(group, rank=rank, device=self.device, limit_s=limit_s)
 
@@ -170,9 +171,16 @@ class StoreTransfer(WeightTransferEngine):
 
     def finish_weight_update(self) -> None:
         """Put the parameters back in place, and refresh what was packed from them."""
-        if self.adapters is not None:
-            return
+        if self.adapters is None:
+            self._put_back()
+        self._shared.forget_others()
+
+    def _put_back(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type == "cuda":
+            # vLLM waits after each chunk, and layers with padding are copied only now: from memory
+            # that the learner may write again once it is told.
+            torch.cuda.synchronize(self.device)
         # On CPU a tied head multiplies with a packed copy of the embedding. The reload sees no
         # weights of the head's own, so nobody else packs it anew, and logits would stay stale.
         head = getattr(self.model, "lm_head", None)

@@ -17,8 +17,20 @@ import torch
 from jaxtyping import Float64
 from safetensors.torch import load_file, save_file
 
-from treerpo_ray.algo.advantage_errors import advantage_errors
-from treerpo_ray.algo.advantages import all_advantages, has_baseline, of_kept
+from treerpo_ray.algo.advantages.baselines import (
+    PAST_STEPS,
+    Baseline,
+    PastStep,
+    baseline_after,
+    variance_sums,
+)
+from treerpo_ray.algo.advantages.errors import advantage_errors
+from treerpo_ray.algo.advantages.forms import (
+    AdvantageForm,
+    all_advantages,
+    has_baseline,
+    of_kept,
+)
 from treerpo_ray.algo.backup import Values, mean_backup
 from treerpo_ray.algo.groups import StepGroups, step_groups
 from treerpo_ray.algo.loss_config import LossConfig
@@ -29,7 +41,7 @@ from treerpo_ray.config.sections import LearnerConfig, ModelConfig, TreeConfig
 from treerpo_ray.learner.optimizer import PolicyOptimizer, gathered
 from treerpo_ray.learner.policy import DTYPES, Policy, load_policy
 from treerpo_ray.learner.shards.sharding import Sharding
-from treerpo_ray.learner.stats import BatchStats, count
+from treerpo_ray.learner.stats import BatchStats, Sums, count
 from treerpo_ray.learner.update_result import TrainedTrees, UpdateResult
 from treerpo_ray.prompts.prompt_set import resolve_model_path
 from treerpo_ray.records import TreeRecord
@@ -39,9 +51,6 @@ from treerpo_ray.run_folder.files import ADAPTER_FOLDER, MODEL_FOLDER
 STATE_FILE = "learner.json"
 MOMENTS_FOLDER = "moments"
 RNG_FILE = "rng.safetensors"
-BASELINE_STEPS = 10
-"""Learner steps that the baseline of `past_baseline` is the mean of: many enough for a small error,
-few enough to follow a policy that learns."""
 
 
 class Learner:
@@ -109,8 +118,8 @@ class Learner:
             device=device,
         )
         self.version = 0
-        self._past_values: deque[float] = deque(maxlen=BASELINE_STEPS)
-        """Mean root values of the newest batches, of all workers."""
+        self._past: deque[PastStep] = deque(maxlen=PAST_STEPS)
+        """What the newest batches, of all workers, say of the next one."""
         if checkpoint is not None:
             self._restore(checkpoint)
 
@@ -141,9 +150,9 @@ class Learner:
     # The update ------------------------------------------------------------------------------
 
     @property
-    def baseline(self) -> float:
-        """Mean root value of the newest batches; 0 before the first."""
-        return float(np.mean(self._past_values)) if self._past_values else 0.0
+    def baseline(self) -> Baseline:
+        """What the newest batches tell of the next one."""
+        return baseline_after(self._past, self.settings.baseline_share)
 
     def update(self, records: Sequence[TreeRecord], progress: float = 0.0) -> UpdateResult:
         """Train on this worker's share of a batch; every worker must call it.
@@ -166,11 +175,11 @@ class Learner:
 
         stats = sum(gathered(own), start=BatchStats())
         if stats.num_valued:
-            self._past_values.append(stats.value_sum / stats.num_valued)
+            self._past.append(PastStep(stats.value_sum / stats.num_valued, stats.variances))
         metrics = self.optimizer.metrics(steps)
         num_trained = metrics.get("tokens/trained", 0.0)
         metrics["tokens/trained_share"] = num_trained / max(stats.num_sampled_tokens, 1)
-        baselines = {"learner/baseline": baseline} if has_baseline(self.form) else {}
+        baselines = baseline.metrics() if has_baseline(self.form) else {}
         return UpdateResult(
             has_updated=has_updated,
             stats=stats,
@@ -187,8 +196,9 @@ class Learner:
         trees = [record.tree for record in records]
         values = [mean_backup(record.tree, record.rewards) for record in records]
         groups = [step_groups(tree, own) for tree, own in zip(trees, values, strict=True)]
+        baseline = self.baseline
         found = [
-            all_advantages(self.form, tree, own, siblings, self.baseline)
+            all_advantages(self.form, tree, own, siblings, baseline)
             for tree, own, siblings in zip(trees, values, groups, strict=True)
         ]
         advantages = [
@@ -211,7 +221,9 @@ class Learner:
         advantages: Sequence[Float64[np.ndarray, " _"]],
     ) -> BatchStats:
         """Statistics of this worker's trees."""
-        total = BatchStats()
+        total, baseline = BatchStats(), self.baseline
+        # Before the first step there is no baseline that values could be measured against.
+        is_measured = self.form is AdvantageForm.SHRUNK_BASELINE and bool(self._past)
         for record, own, siblings, found in zip(records, values, groups, advantages, strict=True):
             errors = advantage_errors(
                 record.tree,
@@ -219,12 +231,15 @@ class Learner:
                 form=self.form,
                 pruning=self.pruning,
                 groups=siblings,
-                baseline=self.baseline,
+                baseline=baseline,
                 advantages=found,
             )
             total += count(
                 record, own, siblings, errors=errors, pruning=self.pruning, sets=self.sets
             )
+            if is_measured:
+                sums = variance_sums(record.tree, own, siblings, baseline)
+                total += BatchStats(variances=Sums(sums))
         return total
 
     def _minibatches(
@@ -275,7 +290,10 @@ class Learner:
             return
         save_file({"torch": torch.get_rng_state()}, folder / RNG_FILE)
         counts = {"version": self.version, "optimizer_steps": self.optimizer.num_steps}
-        past = {"past_values": list(self._past_values)}
+        past = {
+            "past_values": [step.value for step in self._past],
+            "past_variances": [step.variances for step in self._past],
+        }
         (folder / STATE_FILE).write_text(json.dumps(counts | past))
 
     def _restore(self, folder: Path) -> None:
@@ -287,4 +305,6 @@ class Learner:
         self.version = counts["version"]
         self.optimizer.restore(folder / MOMENTS_FOLDER, counts["optimizer_steps"])
         torch.set_rng_state(load_file(folder / RNG_FILE)["torch"])
-        self._past_values.extend(counts.get("past_values", []))  # older checkpoints have none
+        values = counts.get("past_values", [])  # older checkpoints have none
+        variances = counts.get("past_variances", [{} for _ in values])
+        self._past.extend(map(PastStep, values, variances))

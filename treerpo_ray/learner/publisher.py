@@ -7,10 +7,8 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
-import ray
 import torch
 
-from treerpo_ray.actor import Get
 from treerpo_ray.weight_sync import Probe
 from treerpo_ray.weights.manifest import Chunk, Manifest, pack_weights
 from treerpo_ray.weights.source import OutgoingPlace
@@ -36,29 +34,28 @@ class Publisher:
     thread, until it is closed.
 
     Args:
-        send: Has the engines serve what lies on a node; see `WeightSync.publish`.
+        send: Has the engines serve what lies on a node, and waits for that; see
+            `WeightSync.publish`.
         transport: Gives versions their memory.
         node: Ray's id of this process's node.
         probe_ids: Tokens of the probe.
         dtype: Floating type of the weights that are sent.
         chunk_bytes: Size of a chunk.
         until_written: As of `Patience`: gets memory for a chunk, which there may be none of.
-        get: Waits until the engines serve it.
     """
 
     def __init__(
         self,
         *,
-        send: Callable[[Manifest, OutgoingPlace, Probe, str], ray.ObjectRef[None]],
+        send: Callable[[Manifest, OutgoingPlace, Probe, str], None],
         transport: Transport,
         node: str,
         probe_ids: list[int],
         dtype: torch.dtype,
         chunk_bytes: int,
         until_written: Callable[[str, Callable[[], Chunk]], Chunk],
-        get: Get = ray.get,
     ) -> None:
-        self._until_written, self._get = until_written, get
+        self._until_written = until_written
         self.send, self.node, self.probe_ids = send, node, probe_ids
         self.dtype, self.chunk_bytes = dtype, chunk_bytes
         self._transport = transport
@@ -91,7 +88,7 @@ class Publisher:
     def _send(
         self, manifest: Manifest, memory: Outgoing, place: OutgoingPlace, probe: Probe
     ) -> None:
-        self._get(self.send(manifest, place, probe, self.node))
+        self.send(manifest, place, probe, self.node)
         memory.release()  # not if that failed: who knows who is still to read it
 
     def then(self, work: Callable[[], T]) -> Future[T]:

@@ -52,6 +52,8 @@ class BatchStats:
     depth d of their steps, of the differences of values to the mean, `signal_depth_d`, and of
     the standard errors of those, `noise_depth_d`. Over the advantages that have a standard error:
     `advantage_se`, and how many there are, `num_advantage_se`."""
+    variances: Sums = field(default_factory=Sums)
+    """`variance_sums` of the trees, where the form of advantages asks for them."""
     calibration: Sums = field(default_factory=Sums)
     """`calibration_bins`, by column and bin."""
     num_duplicates: int = 0

@@ -231,7 +231,7 @@ def _or_sleep(config: Config) -> str:
 
 
 def needs_more_memory(config: Config, plan: MemoryPlan, has_gib: float, where: str) -> str | None:
-    """What processes on CPUs take that one machine or node does not have, in one line.
+    """What processes take of main memory that one machine or node does not have, in one line.
 
     Args:
         config: The run's.
@@ -241,6 +241,10 @@ def needs_more_memory(config: Config, plan: MemoryPlan, has_gib: float, where: s
     """
     fewest = config.learner.fewest_workers
     needs = {"engine": 0.0, "learner": fewest * plan.offloaded}
+    keeps = config.engine.sleep and config.lora.rank > 0  # what adapters are beside, as it sleeps
+    if keeps:
+        own = plan.engine[WEIGHTS] * config.engine.tensor_parallel
+        needs["engine"] = config.engine.num_engines * own
     if not config.engine.resources.get("GPU", 0):
         needs["engine"] = config.engine.num_engines * sum(plan.engine.values())
     if not config.learner.resources.get("GPU", 0):
@@ -253,6 +257,8 @@ def needs_more_memory(config: Config, plan: MemoryPlan, has_gib: float, where: s
         f"learner.token_budget={config.learner.token_budget}": needs["learner"],
     }
     advice = f"lower {max(keys, key=lambda key: keys[key])}"
+    if keeps and config.engine.resources.get("GPU", 0):
+        advice = "set engine.sleep=false"
     if plan.offloaded:
         advice = "set learner.offload=false"
     return (

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from treerpo_ray.algo.advantage_errors import advantage_errors
-from treerpo_ray.algo.advantages import step_advantages
+from treerpo_ray.algo.advantages.errors import advantage_errors
+from treerpo_ray.algo.advantages.forms import step_advantages
 from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.groups import Pruning
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, Tree

@@ -15,8 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 from tokenizers import Tokenizer
 from yaml import YAMLError
 
-from treerpo_ray.algo.advantage_errors import advantage_errors
-from treerpo_ray.algo.advantages import AdvantageForm, Form, has_baseline, step_advantages
+from treerpo_ray.algo.advantages.baselines import NO_PAST, ROOT_VALUE, Baseline
+from treerpo_ray.algo.advantages.errors import advantage_errors
+from treerpo_ray.algo.advantages.forms import AdvantageForm, Form, has_baseline, step_advantages
 from treerpo_ray.algo.backup import Values, mean_backup
 from treerpo_ray.algo.groups import PruneRule, Pruning, step_groups
 from treerpo_ray.algo.tree import ROOT, Tree
@@ -45,7 +46,7 @@ class _Scheme(TypedDict):
 
     form: Form
     pruning: Pruning
-    baseline: float
+    baseline: Baseline
 
 
 class Run:
@@ -65,7 +66,7 @@ class Run:
         self.folder, self.trusts_code = folder, trusts_code
         self._files = RunFolder(folder)
         self._trees_of = lru_cache(1)(self._read_trees)
-        self._baselines: dict[int, float] = {}
+        self._baselines: dict[int, Baseline] = {}
         self._tokenizer: Tokenizer | None = None
         if not self._files.exists(CONFIG_FILE):
             raise ValueError(no_run(folder))
@@ -158,20 +159,25 @@ class Run:
             return record.training.advantages
         return step_advantages(record.tree, self.values(record), **self._scheme(record))
 
-    def _baseline(self, record: TreeRecord) -> float:
-        """What the learner took off from the values of this tree."""
+    def _baseline(self, record: TreeRecord) -> Baseline:
+        """What earlier steps told the learner of the values of this tree."""
         step = record.ticket // int(str(self.config["gate"]["trees_per_step"])) + 1
         if step not in self._baselines:
-            baselines = self.metrics().get("learner/baseline", pd.Series(dtype=float))
-            self._baselines = baselines.dropna().to_dict()
+            share = self._learner.baseline_share
+            rows = {int(row["step"]): row for row in latest_rows(self._files)}
+            self._baselines = {
+                number: Baseline.of_metrics(row, share)
+                for number, row in rows.items()
+                if ROOT_VALUE in row
+            }
         if step not in self._baselines:
-            raise NotThere(f"{self.folder} has no learner/baseline of step {step} yet")
-        return float(self._baselines[step])
+            raise NotThere(f"{self.folder} has no {ROOT_VALUE} of step {step} yet")
+        return self._baselines[step]
 
     def _scheme(self, record: TreeRecord) -> "_Scheme":
         self._check_code(self._learner.advantage)
         form = self._learner.form
-        baseline = self._baseline(record) if has_baseline(form) else 0.0
+        baseline = self._baseline(record) if has_baseline(form) else NO_PAST
         return {"form": form, "pruning": self.pruning, "baseline": baseline}
 
     def advantage_errors(self, record: TreeRecord) -> Float64[np.ndarray, " steps"]:
@@ -208,8 +214,8 @@ class Run:
     def _learner(self) -> LearnerConfig:
         """What tells the advantages; what else an earlier version had is left out."""
         learner = self.config["learner"]
-        names = ("advantage", "prune", "prune_threshold", "sources")
-        if missing := [name for name in names[:-1] if name not in learner]:
+        names = ("advantage", "prune", "prune_threshold", "sources", "baseline_share")
+        if missing := [name for name in names[:3] if name not in learner]:
             raise ValueError(
                 f"{self.folder}/{CONFIG_FILE} has no '{missing[0]}': it is of another version"
             )

@@ -10,7 +10,8 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable
-from contextlib import closing
+from concurrent.futures import Future, InvalidStateError, wait
+from contextlib import closing, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,6 +20,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from treerpo_ray.weights.device import DeviceMemory
+from treerpo_ray.weights.files import WeightsLost
 from treerpo_ray.weights.manifest import DeviceDigest, Digest
 from treerpo_ray.weights.rounds import Poll, Round
 from treerpo_ray.weights.source import Group, SenderPlace
@@ -109,6 +111,20 @@ def join(
         return PyNcclCommunicator(meeting, device=device)
 
 
+class Join(Protocol):
+    """As `join`."""
+
+    def __call__(
+        self,
+        group: Group,
+        *,
+        rank: int,
+        device: torch.device,
+        limit_s: float,
+        listener: socket.socket | None = None,
+    ) -> Communicator: ...
+
+
 class Broadcaster:
     """The learner's side: keeps the newest version on its device and sends it when engines ask.
 
@@ -117,6 +133,7 @@ class Broadcaster:
         address: Of its machine, for others.
         next_round: Asks for the next round; see `Rounds.next`.
         limit_s: Time that engines get to join a group and to receive.
+        join: Joins a group.
     """
 
     def __init__(
@@ -126,13 +143,17 @@ class Broadcaster:
         address: str,
         next_round: Callable[[Poll], Round | None],
         limit_s: float,
+        join: Join = join,
     ) -> None:
+        self._join = join
         self._device, self._address, self._limit_s = device, address, limit_s
         self._next_round = next_round
         self._memory = DeviceMemory(device)
         self._writing = threading.Lock()
         """Held while a version is written, and while it is sent."""
         self._sender = uuid.uuid4().hex
+        self._stamp = b""
+        """Of the publication that its memory holds."""
         self._communicator: Communicator | None = None
         self._name = ""
         """Of the group that it is of."""
@@ -158,11 +179,13 @@ class Broadcaster:
     def seal(self) -> SenderPlace:
         """All is written; it is sent from here on."""
         self._memory.finish()
+        self._stamp = uuid.uuid4().bytes
+        sizes = tuple(len(part) for part in self._memory.parts)
+        place = SenderPlace(stamp=self._stamp, sender=self._sender, sizes=sizes)
         self._writing.release()
         if self._thread.ident is None:
             self._thread.start()
-        sizes = tuple(len(part) for part in self._memory.parts)
-        return SenderPlace(stamp=uuid.uuid4().bytes, sender=self._sender, sizes=sizes)
+        return place
 
     def release(self) -> None:
         """Engines that ask later are sent it, too."""
@@ -196,22 +219,22 @@ class Broadcaster:
                 return True
             self._failed = ""
             try:
-                self._send(asked.group, listener)
+                self._send(asked, listener)
             except Exception as error:  # the engines have theirs, and their pool replaces them
                 log.warning("weights were not sent: %s", error)
                 self._failed = asked.group.name
                 self._leave()
             return True
 
-    def _send(self, group: Group, listener: socket.socket) -> None:
-        watch = threading.Timer(self._limit_s, self._leave)
+    def _send(self, asked: Round, listener: socket.socket) -> None:
+        group, watch = asked.group, threading.Timer(self._limit_s, self._leave)
         watch.daemon = True
         with self._writing:
+            if asked.stamp != self._stamp:  # it was written while an engine asked
+                raise WeightsLost("other weights were written meanwhile")
             if group.name != self._name:
                 self._leave()
-                self._communicator = join(
-                    group, rank=0, device=self._device, limit_s=self._limit_s, listener=listener
-                )
+                self._communicator = self._joined(group, listener)
                 self._name = group.name
             communicator = self._communicator
             assert communicator is not None  # of this group
@@ -227,6 +250,28 @@ class Broadcaster:
                 watch.cancel()
             if self._communicator is None:
                 raise TimeoutError(f"waited {self._limit_s:.0f} s for engines to receive weights")
+
+    def _joined(self, group: Group, listener: socket.socket) -> Communicator:
+        """Join a group, in a thread of its own: for one that dies once all have met NCCL waits
+        without limit, and with it whoever is to write the next version."""
+        joined: Future[Communicator] = Future()
+
+        def work() -> None:
+            with suppress(InvalidStateError):  # it was given up meanwhile
+                try:
+                    made = self._join(
+                        group, rank=0, device=self._device, limit_s=self._limit_s, listener=listener
+                    )
+                except Exception as error:
+                    joined.set_exception(error)
+                else:
+                    joined.set_result(made)
+
+        threading.Thread(target=work, name="joiner", daemon=True).start()
+        done, _ = wait([joined], self._limit_s)
+        if not done and joined.cancel():
+            raise TimeoutError(f"waited {self._limit_s:.0f} s for engines to join a group")
+        return joined.result()
 
     def _leave(self) -> None:
         """Leave the group, if there is one; may be called while something is sent in it."""

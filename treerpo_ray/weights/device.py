@@ -88,12 +88,21 @@ class DeviceMaps:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._maps: dict[str, Tensor] = {}
+        self._were_read: set[str] = set()
+        """Handles, since `forget_others`."""
 
     def read(self, handle: str, num_bytes: int) -> UInt8[Tensor, " num_bytes"]:
         """What lies there now, without a copy."""
         if handle not in self._maps:
             self._maps[handle] = self._mapped(pickle.loads(base64.b64decode(handle)))
+        self._were_read.add(handle)
         return self._maps[handle][:num_bytes]
+
+    def forget_others(self) -> None:
+        """Keep only what was read since the last call: the memory of a process that has ended stays
+        taken for as long as it is mapped."""
+        self._maps = {handle: self._maps[handle] for handle in self._were_read}
+        self._were_read = set()
 
     def _mapped(self, handle: tuple) -> Tensor:
         if self._device.type == "cpu":

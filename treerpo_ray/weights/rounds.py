@@ -86,7 +86,7 @@ class Rounds:
             self._group = None
         try:
             async with asyncio.timeout(POLL_S):
-                while not (mine := [each for each in self._asked if each.sender == poll.sender]):
+                while not (mine := self._asked_of(poll.sender)):
                     self._came.clear()
                     await self._came.wait()
         except TimeoutError:
@@ -104,3 +104,7 @@ class Rounds:
             self._made_for = made_for
         asked.group.set_result(self._group)
         return Round(group=self._group, stamp=asked.stamp)
+
+    def _asked_of(self, sender: str) -> list[_Asked]:
+        # Whose time is over is done, and leaves a moment later.
+        return [each for each in self._asked if each.sender == sender and not each.group.done()]

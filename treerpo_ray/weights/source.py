@@ -141,6 +141,8 @@ class FromGroup:
 
     def places(self, engines: Sequence[Receiver]) -> list[Awaitable[Place]]:
         """See `WeightSource`."""
+        if not engines:  # nobody would wait for the group
+            return []
         group = asyncio.ensure_future(self._opened(engines))
         ends = itertools.accumulate((engine.num_workers for engine in engines), initial=1)
         return [self._place(group, first) for first, _ in zip(ends, engines, strict=False)]

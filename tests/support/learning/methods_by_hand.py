@@ -93,6 +93,7 @@ ROWS: dict[str, Callable[[TreeRecord], list[Row]]] = {
     "treerpo": siblings(bernoulli),
     "raft": siblings(lambda values, own: values[own]),
     "reinforce": siblings(lambda values, own: values[own]),  # in the first step, without a past
+    "shrunk_baseline": siblings(leave_one_out),  # and without a past they alone are looked at
     "treerl": treerl,
     "treepo": treepo,
 }

@@ -58,7 +58,7 @@ class Learner:
 
     def publish(self, sync: object, version: int) -> None:
         publisher = Publisher(
-            send=sync.publish.remote,
+            send=lambda *sent: ray.get(sync.publish.remote(*sent)),
             transport=FileTransport(),
             node=ray.get_runtime_context().get_node_id(),
             probe_ids=[1, 2],

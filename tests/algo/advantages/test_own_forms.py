@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from tests.support.learning.trees import by_range, make_tree, on_leaves
-from treerpo_ray.algo.advantage_errors import advantage_errors
-from treerpo_ray.algo.advantages import (
+from treerpo_ray.algo.advantages.baselines import Baseline
+from treerpo_ray.algo.advantages.errors import advantage_errors
+from treerpo_ray.algo.advantages.forms import (
     AdvantageForm,
     OwnForm,
     bernoulli,
@@ -59,7 +60,7 @@ def test_a_form_from_elsewhere_is_trained_as_one_of_the_package(
     values = mean_backup(TREE, on_leaves(TREE, rewards))
     for pruning in (KEEP_ALL, by_range(0.3), Pruning(rule=PruneRule.SHRINKAGE, threshold=0.0)):
         advantages, errors = (
-            partial(each, TREE, values, pruning=pruning, baseline=0.3)
+            partial(each, TREE, values, pruning=pruning, baseline=Baseline(root=0.3))
             for each in (step_advantages, advantage_errors)
         )
         np.testing.assert_array_equal(advantages(form=form), advantages(form=builtin))

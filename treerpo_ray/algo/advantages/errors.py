@@ -12,7 +12,8 @@ from typing import Literal, assert_never
 import numpy as np
 from jaxtyping import Float64
 
-from treerpo_ray.algo.advantages import (
+from treerpo_ray.algo.advantages.baselines import NO_PAST, Baseline, step_baseline_errors
+from treerpo_ray.algo.advantages.forms import (
     AdvantageForm,
     Form,
     OwnForm,
@@ -37,7 +38,7 @@ def advantage_errors(
     form: Form,
     pruning: Pruning,
     groups: Sequence[StepGroups] | None = None,
-    baseline: float = 0.0,
+    baseline: Baseline = NO_PAST,
     advantages: Float64[np.ndarray, " steps"] | None = None,
 ) -> Float64[np.ndarray, " steps"]:
     """Standard error of each advantage of `step_advantages`; NaN where there is none. It has the
@@ -45,8 +46,8 @@ def advantage_errors(
 
     Over simulated trees (tests/algo/test_standard_errors.py) 1.96 of them cover 92 % or more of
     the steps with others below, and of the leaves 92 % in the forms of a group and 85 % in those
-    of the tree. BERNOULLI's divisor is an estimate, too: of what the advantage is with the true
-    one they cover 88 % or more.
+    of the tree; 90 % of both with SHRUNK_BASELINE. BERNOULLI's divisor is an estimate, too: of what
+    the advantage is with the true one they cover 88 % or more.
     """
     groups = step_groups(tree, values) if groups is None else groups
     errors = _all_errors(form, tree, values, groups, baseline, advantages)
@@ -58,12 +59,12 @@ def _all_errors(
     tree: Tree,
     values: Values,
     groups: Sequence[StepGroups],
-    baseline: float,
+    baseline: Baseline,
     advantages: Float64[np.ndarray, " steps"] | None,
 ) -> Float64[np.ndarray, " steps"]:
     match form:
         case OwnForm():
-            return form.errors(tree, values, groups, baseline)
+            return form.errors(tree, values, groups, baseline.root)
         case (
             AdvantageForm.BERNOULLI
             | AdvantageForm.BERNOULLI_STD
@@ -79,6 +80,9 @@ def _all_errors(
             return _of_tree(form, tree, values)
         case AdvantageForm.REWARD | AdvantageForm.PAST_BASELINE:
             return values.step_errors
+        case AdvantageForm.SHRUNK_BASELINE:
+            taken_off = baseline.share * step_baseline_errors(tree, values, baseline)
+            return np.hypot(values.step_errors, taken_off)
     assert_never(form)
 
 

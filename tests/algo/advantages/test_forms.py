@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.learning.trees import by_range, make_tree, on_leaves, rewards, shuffled, trees
-from treerpo_ray.algo.advantages import (
+from treerpo_ray.algo.advantages.baselines import Baseline
+from treerpo_ray.algo.advantages.forms import (
     WITHOUT_SIBLINGS,
     AdvantageForm,
     bernoulli,
@@ -270,7 +271,9 @@ def test_the_reward_itself_and_what_is_left_of_it_above_a_baseline_by_hand() -> 
     values = mean_backup(UNEVEN, on_leaves(UNEVEN, [1.0, 0.0, 0.0, 1.0, 0.0]))
     worth = np.array([1 / 6, 1, 1 / 2, 0, 0, 1, 0])
     for form, taken_off in ((AdvantageForm.REWARD, 0.0), (AdvantageForm.PAST_BASELINE, 0.3)):
-        found = step_advantages(UNEVEN, values, form=form, pruning=KEEP_ALL, baseline=0.3)
+        found = step_advantages(
+            UNEVEN, values, form=form, pruning=KEEP_ALL, baseline=Baseline(root=0.3)
+        )
         np.testing.assert_allclose(found, worth - taken_off)
 
 
@@ -278,8 +281,12 @@ def test_the_reward_itself_and_what_is_left_of_it_above_a_baseline_by_hand() -> 
 def test_an_only_child_is_trained_where_no_sibling_is_asked_for(form: AdvantageForm) -> None:
     tree = make_tree([-1])
     values = mean_backup(tree, np.array([1.0]))
-    found = step_advantages(tree, values, form=form, pruning=KEEP_ALL, baseline=0.25)
-    expected = {AdvantageForm.REWARD: 1.0, AdvantageForm.PAST_BASELINE: 0.75}
+    found = step_advantages(tree, values, form=form, pruning=KEEP_ALL, baseline=Baseline(root=0.25))
+    expected = {
+        AdvantageForm.REWARD: 1.0,
+        AdvantageForm.PAST_BASELINE: 0.75,
+        AdvantageForm.SHRUNK_BASELINE: 0.75,
+    }
     assert found.tolist() == [expected.get(form, 0.0)]
     assert expected.keys() == WITHOUT_SIBLINGS
 
@@ -293,7 +300,11 @@ def test_one_answer_a_question_has_the_gradient_of_the_expected_reward_for_any_p
     for answer, chance in enumerate(chances):
         values = mean_backup(tree, reward[[answer]])
         [found] = step_advantages(
-            tree, values, form=AdvantageForm.PAST_BASELINE, pruning=KEEP_ALL, baseline=baseline
+            tree,
+            values,
+            form=AdvantageForm.PAST_BASELINE,
+            pruning=KEEP_ALL,
+            baseline=Baseline(root=baseline),
         )
         mean += chance * found * (np.eye(3)[answer] - chances)
     np.testing.assert_allclose(mean, chances * (reward - chances @ reward))

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.learning.trees import by_range, full_tree, make_tree, on_leaves, rewards, trees
-from treerpo_ray.algo.advantage_errors import TreeForm, advantage_errors
-from treerpo_ray.algo.advantages import AdvantageForm, step_advantages
+from treerpo_ray.algo.advantages.errors import TreeForm, advantage_errors
+from treerpo_ray.algo.advantages.forms import AdvantageForm, step_advantages
 from treerpo_ray.algo.backup import Values, mean_backup
 from treerpo_ray.algo.groups import PruneRule, Pruning, step_groups
 from treerpo_ray.algo.tree import Tree

@@ -2,7 +2,7 @@
 
 A scheme is one small function: of the values of a step group, or of a whole tree. To add one,
 write it here, name it in `AdvantageForm` and in `all_advantages`, and one of a tree with what it
-is made of in `advantage_errors`. `OwnForm` is one that lies elsewhere.
+is made of in `errors`. `OwnForm` is one that lies elsewhere.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from typing import assert_never
 import numpy as np
 from jaxtyping import Float64
 
+from treerpo_ray.algo.advantages.baselines import NO_PAST, Baseline, step_baselines
 from treerpo_ray.algo.backup import Values
 from treerpo_ray.algo.groups import Pruning, StepGroups, step_groups
 from treerpo_ray.algo.standard_errors import ROUNDING
@@ -36,6 +37,7 @@ class AdvantageForm(StrEnum):
     POLICY_GRADIENT = "policy_gradient"
     REWARD = "reward"
     PAST_BASELINE = "past_baseline"
+    SHRUNK_BASELINE = "shrunk_baseline"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,15 +113,19 @@ class OwnForm:
 
 Form = AdvantageForm | OwnForm
 
-WITHOUT_SIBLINGS = {AdvantageForm.REWARD, AdvantageForm.PAST_BASELINE}
+WITHOUT_SIBLINGS = {
+    AdvantageForm.REWARD,
+    AdvantageForm.PAST_BASELINE,
+    AdvantageForm.SHRUNK_BASELINE,
+}
 """Forms in which a step needs no other of its tree to be compared with: an only child has one."""
 
 
 def has_baseline(form: Form) -> bool:
-    """Whether a form takes the mean root value of earlier learner steps."""
+    """Whether a form takes what earlier learner steps tell of the values."""
     if isinstance(form, OwnForm):
         return form.num_parameters == 3
-    return form is AdvantageForm.PAST_BASELINE
+    return form in (AdvantageForm.PAST_BASELINE, AdvantageForm.SHRUNK_BASELINE)
 
 
 # Of a step group ---------------------------------------------------------------------------------
@@ -243,6 +249,19 @@ def past_baseline(values: Values, baseline: float) -> Float64[np.ndarray, " step
     return values.steps - baseline
 
 
+def shrunk_baseline(
+    tree: Tree, values: Values, baseline: Baseline
+) -> Float64[np.ndarray, " steps"]:
+    """V - share b, b the siblings' mean shrunk towards the parent's b (arXiv 2511.03710, in trees).
+
+    See `baselines`: b depends neither on the step nor on what is below it, so that the gradient is
+    unbiased with any share and whatever earlier learner steps say of the shrinkage. Each step
+    counts once: a depth of N steps in a full tree has N times its part of the gradient. Where all
+    are only children this is `past_baseline`, with a share of 0 the reward.
+    """
+    return values.steps - baseline.share * step_baselines(tree, values, baseline)
+
+
 def subgroups(tree: Tree, counts: Float64[np.ndarray, " steps_and_root"], step: int) -> list[int]:
     """Ancestors of a step whose leaves, `counts` of them, are subgroups of `treepo`."""
     return [ROOT, *(above for above in tree.path(step)[:-1] if counts[above] > 1)]
@@ -269,12 +288,12 @@ def all_advantages(
     tree: Tree,
     values: Values,
     groups: Sequence[StepGroups],
-    baseline: float = 0.0,
+    baseline: Baseline = NO_PAST,
 ) -> Float64[np.ndarray, " steps"]:
     """Advantage of each step whose step group has no errored leaf below, pruned or not."""
     match form:
         case OwnForm():
-            return form.advantages(tree, values, groups, baseline)
+            return form.advantages(tree, values, groups, baseline.root)
         case AdvantageForm.BERNOULLI:
             return _by_group(bernoulli, tree, groups)
         case AdvantageForm.BERNOULLI_STD:
@@ -296,7 +315,9 @@ def all_advantages(
         case AdvantageForm.REWARD:
             return past_baseline(values, 0.0)
         case AdvantageForm.PAST_BASELINE:
-            return past_baseline(values, baseline)
+            return past_baseline(values, baseline.root)
+        case AdvantageForm.SHRUNK_BASELINE:
+            return shrunk_baseline(tree, values, baseline)
     assert_never(form)
 
 
@@ -307,7 +328,7 @@ def step_advantages(
     form: Form,
     pruning: Pruning,
     groups: Sequence[StepGroups] | None = None,
-    baseline: float = 0.0,
+    baseline: Baseline = NO_PAST,
 ) -> Float64[np.ndarray, " steps"]:
     """Advantage of each step of a kept group; NaN for every step that is not trained on.
 
@@ -319,7 +340,7 @@ def step_advantages(
         form: What an advantage is.
         pruning: Which groups are kept.
         groups: Those of `step_groups`, where the caller has them.
-        baseline: Mean root value of earlier learner steps, for forms that take it.
+        baseline: What earlier learner steps tell, for forms that take it.
 
     Raises:
         ValueError: a form or rule that is not of this package returns none of its kind.
