@@ -78,7 +78,7 @@ def test_the_chances_of_lines_make_that_of_the_solution_and_those_of_a_chain_its
 
 def test_prompts_and_padding_have_no_label_and_each_solution_ends_with_the_end_token():
     tokenizer = make_tokenizer()
-    token_ids, labels = script.draw_batch(SMALL, tokenizer, random.Random(0), 0.0)
+    token_ids, labels = script.draw_batch(SMALL, tokenizer, random.Random(0), slip_rate=0.0)
     assert token_ids.shape == labels.shape
     for row, label in zip(token_ids, labels, strict=True):
         num_prompt_tokens = (label != script.NO_LABEL).nonzero()[0].item()

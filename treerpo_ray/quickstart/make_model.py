@@ -134,7 +134,7 @@ def encode_prompt(question: str, tokenizer: Qwen2Tokenizer) -> list[int]:
 
 
 def draw_batch(
-    recipe: Recipe, tokenizer: Qwen2Tokenizer, rng: random.Random, slip_rate: float
+    recipe: Recipe, tokenizer: Qwen2Tokenizer, rng: random.Random, *, slip_rate: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids and labels, both (batch_size, longest row); prompts have no label."""
     exercises = draw_exercises(recipe.task, "train", rng)
@@ -175,7 +175,7 @@ def warm_start(model: Qwen2ForCausalLM, recipe: Recipe, tokenizer: Qwen2Tokenize
     losses = []
     for step in range(1, recipe.num_steps + 1):
         slip_rate = early_slip_rate if step <= EARLY_SHARE * recipe.num_steps else recipe.slip_rate
-        token_ids, labels = draw_batch(recipe, tokenizer, rng, slip_rate)
+        token_ids, labels = draw_batch(recipe, tokenizer, rng, slip_rate=slip_rate)
         loss = model(input_ids=token_ids, labels=labels, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
