@@ -108,16 +108,6 @@ def test_the_first_three_quarters_of_the_steps_have_the_early_slip_rate():
     assert all(a != b for a, b in zip(losses[0][15:], losses[1][15:], strict=True))
 
 
-@pytest.mark.slow
-def test_the_model_of_plans_picks_the_right_way_in_three_of_ten_and_is_sure_of_the_rest():
-    recipe, tokenizer = script.RECIPES["plan_first"], make_tokenizer()
-    model = script.make_model(recipe, tokenizer)
-    script.warm_start(model, recipe, tokenizer)
-    chances = script.line_chances(model.eval(), recipe, tokenizer, num_problems=200).mean(0)
-    assert 0.25 < chances[0] < 0.4
-    assert chances[1:].min() > 0.99
-
-
 @pytest.mark.parametrize("names", TASK_FILES)
 def test_a_task_file_fits_the_model_that_it_names(names):
     config = load([str(CONF / name) for name in names])
