@@ -1,6 +1,6 @@
 """Errors: on one line, of a run that failed, and what a command makes of them."""
 
-import importlib.metadata
+import importlib.util
 import os
 import re
 import select
@@ -56,14 +56,13 @@ def _remedy(error: BaseException) -> str:
     """What helps where a package is missing because this Python is not that of the project."""
     if not isinstance(error, ModuleNotFoundError):
         return ""
-    try:
-        importlib.metadata.version("treerpo_ray")
-    except importlib.metadata.PackageNotFoundError:
-        return (
-            f": {sys.executable} has not what the project needs; bash jobs/quickstart.sh makes "
-            ".venv, and `source .venv/bin/activate` takes it"
-        )
-    return ""
+    # Its name is known to any Python that is started in the checkout, once that was set up.
+    if all(importlib.util.find_spec(name) for name in ("numpy", "ray", "torch")):
+        return ""
+    return (
+        f": {sys.executable} has not what the project needs; bash jobs/quickstart.sh makes "
+        ".venv, and `source .venv/bin/activate` takes it"
+    )
 
 
 def run_command(

@@ -111,6 +111,11 @@ def test_trees_and_whole_answers_take_a_shrunk_baseline_by_its_method_file(
             ["sync.transport=nccl", "engine.resources={GPU: 0.5}", "learner.resources={GPU: 0.5}"],
             r"sync\.transport=nccl needs a GPU for each .* have GPU: 0\.5 and 0\.5 in .*=ipc",
         ),
+        (["lora.target_modules=[q_proj]"], r"lora\.target_modules=\['q_proj'\] has no effect with"),
+        (
+            ["sync.transport=ipc", "gate.max_staleness=0", "engine.num_engines=2"],
+            r"sync\.transport=ipc needs one worker and one engine, .*=1 and 2 engine\(s\): set it",
+        ),
         (
             ["sync.transport=ipc", "gate.max_staleness=1"],
             r"^sync\.transport=ipc needs gate\.max_staleness=0, not 1: an engine may still",
@@ -120,7 +125,7 @@ def test_trees_and_whole_answers_take_a_shrunk_baseline_by_its_method_file(
                 *("sync.transport=ipc", "gate.max_staleness=0"),
                 *("engine.resources={GPU: 1}", "learner.resources={GPU: 1}"),
             ],
-            r"sync\.transport=ipc needs one worker and one engine that share .* 1 engine\(s\): set",
+            r"sync\.transport=ipc needs worker and engine to share a GPU, .* GPU: 1 and 1 in .*",
         ),
         (["engine.max_trees=0"], "engine.max_trees=0 must be more than 0"),
         (

@@ -39,7 +39,8 @@ CLUSTERS = {
 """What each file is for."""
 TOO_LARGE = (
     r"^learner\.gpu_memory_gib=79: a worker of Qwen/Qwen2\.5-Math-7B needs 1\d\d\.\d GiB, .* raise "
-    r"learner\.{workers}=1 or set learner\.offload=true, which needs main memory instead$"
+    r"learner\.{workers}=1, train adapters alone by lora\.rank=32, or set learner\.offload=true, "
+    r"which needs main memory instead$"
 )
 REFUSED = {
     ("treerpo_qwen2.5_math_7b", "one_gpu"): TOO_LARGE.format(workers="num_workers"),

@@ -157,6 +157,11 @@ class Config:
                 f"lora.rank={self.lora.rank} must not be more than {MOST_RANK}, the largest that "
                 "vLLM serves"
             )
+        if self.lora.target_modules and not self.lora.rank:
+            raise ValueError(
+                f"lora.target_modules={list(self.lora.target_modules)} has no effect without "
+                "lora.rank, which is 0: set it, to 32 for example"
+            )
         if self.max_path_tokens > self.learner.token_budget:
             raise ValueError(
                 f"learner.token_budget={self.learner.token_budget} is smaller than one path: "
@@ -332,6 +337,11 @@ class Config:
                 f"sync.transport=ipc needs gate.max_staleness=0, not {self.gate.max_staleness}: an "
                 "engine may still copy what the learner writes next"
             )
+        if kind == "ipc" and not learner.num_workers == engine.most == 1:
+            raise ValueError(
+                f"sync.transport=ipc needs one worker and one engine, not learner.num_workers="
+                f"{learner.num_workers} and {engine.most} engine(s): set it to nccl or file"
+            )
         if kind == "file" or not any(shares):
             return
         if kind == "nccl" and min(shares) < 1:
@@ -339,12 +349,10 @@ class Config:
                 f"sync.transport=nccl needs a GPU for each worker and each engine, but {told} in "
                 "their resources: share a GPU by sync.transport=ipc, or set it to file"
             )
-        alone = learner.num_workers == engine.most == 1 and min(shares) > 0 and sum(shares) <= 1
-        if kind == "ipc" and not alone:
+        if kind == "ipc" and not (min(shares) > 0 and sum(shares) <= 1):
             raise ValueError(
-                f"sync.transport=ipc needs one worker and one engine that share a GPU, but {told} "
-                f"in their resources, with learner.num_workers={learner.num_workers} and "
-                f"{engine.most} engine(s): set it to nccl or file"
+                f"sync.transport=ipc needs worker and engine to share a GPU, but {told} in their "
+                "resources: set it to nccl or file"
             )
 
     @property

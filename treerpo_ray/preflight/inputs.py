@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from treerpo_ray.config import Config
 from treerpo_ray.config.data import DataConfig, MixedConfig
 from treerpo_ray.errors import one_line
-from treerpo_ray.preflight.machine import machine_gib
-from treerpo_ray.preflight.memory import MemoryPlan, misfit, needs_more_memory
+from treerpo_ray.preflight.machine import installed_gpus, machine_gib
+from treerpo_ray.preflight.memory import MemoryPlan, misfit, needs_more_memory, uses_gpus
 from treerpo_ray.preflight.model_check import ModelFacts, check_model
 from treerpo_ray.preflight.references import References, look_at_references
 from treerpo_ray.preflight.storage import StoragePlan
@@ -195,7 +195,9 @@ def _misfit(
         return None
     sizes = None if facts is None else facts.sizes
     found = misfit(config, size, sizes)
-    if found is None and not os.environ.get("RAY_ADDRESS"):
+    # A plan for GPUs that are not here is one for another machine.
+    is_here = not os.environ.get("RAY_ADDRESS") and (not uses_gpus(config) or installed_gpus())
+    if found is None and is_here:
         plan = MemoryPlan.of(config, size, sizes)
         return needs_more_memory(config, plan, memory_gib(), "this machine")
     return found

@@ -68,7 +68,7 @@ class MemoryPlan:
         if self.offloaded:
             rows.append(("in main memory", self.offloaded, None))
         unit, scale = _unit(value for _, *values in rows for value in values)
-        head = f"{unit} a GPU" if _uses_gpus(config) else unit
+        head = f"{unit} a GPU" if uses_gpus(config) else unit
         fewest, most = config.engine.num_engines, config.engine.most
         engines = f"{fewest} engine(s)" if fewest == most else f"{fewest} to {most} engines"
         return [
@@ -110,7 +110,8 @@ def number(amount: float, digits: int = 1) -> str:
     return f"{amount:.2g}" if is_small else f"{amount:.{digits}f}"
 
 
-def _uses_gpus(config: Config) -> bool:
+def uses_gpus(config: Config) -> bool:
+    """Whether workers or engines are to have GPUs."""
     return any(part.resources.get("GPU", 0) > 0 for part in (config.learner, config.engine))
 
 
@@ -154,8 +155,8 @@ def _worker_misfits(config: Config, parts: dict[str, float]) -> Iterator[str]:
         workers = "min_workers" if learner.min_workers is not None else "num_workers"
         yield (
             f"{start}, {number(fixed)} of them for its part of the model with gradients and "
-            f"optimizer: raise learner.{workers}={learner.fewest_workers} or set "
-            "learner.offload=true, which needs main memory instead"
+            f"optimizer: raise learner.{workers}={learner.fewest_workers}, train adapters alone by "
+            "lora.rank=32, or set learner.offload=true, which needs main memory instead"
         )
     elif not config.learner.gradient_checkpointing:
         yield (
@@ -260,7 +261,7 @@ def needs_more_memory(config: Config, plan: MemoryPlan, has_gib: float, where: s
     if keeps and config.engine.resources.get("GPU", 0):
         advice = "set engine.sleep=false"
     if plan.offloaded:
-        advice = "set learner.offload=false"
+        advice = "lower learner.num_workers or train adapters alone by lora.rank=32"
     return (
         f"{config.engine.num_engines} engine(s) take {number(needs['engine'])} GiB and "
         f"{fewest} worker(s) {number(needs['learner'])}, and {where} has "

@@ -20,6 +20,8 @@ USUAL = {
     "evaluate.temperature": (0.0, 1.5),
 }
 """Lowest and highest value that methods and models are trained with, by key."""
+ADAPTER_RATES = (1e-6, 2e-2)
+"""Usual learning rates of LoRA's adapters."""
 USUAL_CLIP = {Ratio.TOKEN: (0.05, 0.5), Ratio.SEQUENCE: (1e-5, 0.05)}
 """Of `loss.clip_low` and `loss.clip_high`, by what the ratio is taken of."""
 
@@ -28,6 +30,8 @@ def unusual(config: Config) -> Iterator[str]:
     """A line for each setting that is out of its usual range, or lets nothing be learned."""
     clip = USUAL_CLIP[config.loss.ratio]
     usual = USUAL | {"loss.clip_low": clip, "loss.clip_high": clip}
+    if config.lora.rank:
+        usual["learner.learning_rate"] = ADAPTER_RATES
     for key, (low, high) in usual.items():
         value = attrgetter(key)(config)
         if not low <= value <= high:

@@ -197,8 +197,9 @@ def resolve_model_path(path: str) -> str:
             f"model.path={path}: this small model is not made yet, which takes a few minutes: "
             f"python -m treerpo_ray.quickstart.make_model {given.name}"
         )
+    where = "" if Path(path).is_absolute() else f" in {Path.cwd()} or {PROJECT}"
     raise ValueError(
-        f"model.path={path!r}: no such folder in {Path.cwd()} or {PROJECT}; "
+        f"model.path={path!r}: no such folder{where}; "
         "give a model folder or a Hugging Face id such as org/name"
     )
 

@@ -208,6 +208,9 @@ class RunFolder:
         staging.chmod(0o755)
         try:
             write(staging)
+            for path in staging.rglob("*"):
+                if path.is_file():  # some that write weights leave them to their owner alone
+                    path.chmod(0o644)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
