@@ -171,8 +171,8 @@ async def _plain_speed(one: object, config: Config, sizes: Sizes) -> int:
 
 
 def train(sizes: Sizes, folder: Path, tell: Tell) -> None:
-    """Two whole runs by the command: the quickstart, and the recipe in small with a sharded
-    learner."""
+    """Two whole runs by the command: adapters on the quickstart, and the recipe in small, with a
+    sharded learner that has the GPU in turns with its engine."""
     _run("quickstart", quickstart_run(sizes, folder), tell)
     # The recipe asks for GPUs: where there is none its input is checked.
     own = recipe_run(folder)
@@ -184,6 +184,7 @@ def quickstart_run(sizes: Sizes, folder: Path) -> list[str]:
     file = str(PROJECT / "conf/quickstart.yaml")
     steps = 1 if sizes is REHEARSAL else 3
     own = [*sizes.gpu, *sizes.small, "gate.trees_per_step=6", f"run.num_steps={steps}"]
+    own += ["lora.rank=8"]  # the recipe trains all weights
     return [file, *own, *_common(folder)]
 
 

@@ -26,7 +26,6 @@ ELASTIC = [
     *("engine.num_engines=1", "engine.max_engines=2", "engine.max_trees=4"),
     *("learner.num_workers=2", "learner.min_workers=1", "learner.shard=true"),
     *("learner.resources={CPU: 0.5, train_slot: 1}", "evaluate.data.path=''"),
-    "sync.transport=nccl",  # by gloo: engines come, learners go
     *(
         "checkpoint.every=1",
         "run.num_steps=5000",

@@ -307,8 +307,8 @@ class SyncConfig:
 
     transport: Literal["file", "ipc", "nccl"] = "file"
     """How weights travel: `file`, through main memory, in one file a node; `ipc`, on the one GPU
-    that learner and engines share; `nccl`, from the learner's GPU to all others at once (gloo where
-    there is no GPU)."""
+    that worker and engine share; `nccl`, from the learner's GPU to all others at once (gloo where
+    there is no GPU), which get half of `engine.load_timeout_s` to meet."""
     chunk_mib: int = field(default=256, metadata=POSITIVE)
     """Size of the chunks that weights travel in."""
     probe_every: int = field(default=10, metadata=POSITIVE)
