@@ -405,16 +405,19 @@ SETTINGS = [
 ]
 
 
+IN_TURNS = ("engine.sleep=true", "sync.transport=nccl")
+
+
 def start_run(root: Path) -> subprocess.Popen[str]:
     """`jobs/train.py` with a cluster of its own, for the run that `strict` is without a break, on
-    engines that sleep while the learner updates."""
+    engines that sleep while the learner updates, and get its weights from a group."""
     return subprocess.Popen(
         [
             sys.executable,
             "jobs/train.py",
             *SMALL,
             *SETTINGS,
-            "engine.sleep=true",
+            *IN_TURNS,
             f"run.root={root}",
         ],
         cwd=PROJECT,
