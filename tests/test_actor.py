@@ -8,7 +8,7 @@ import pytest
 from ray.util.tracing.tracing_helper import _inject_tracing_into_class
 
 from treerpo_ray.engine.engine import Engine
-from treerpo_ray.engine.replica import EngineApi
+from treerpo_ray.engine.types import EngineApi
 from treerpo_ray.metrics.events import RunLogApi
 from treerpo_ray.metrics.run_log import RunLog
 from treerpo_ray.metrics.stage_status import StageApi

@@ -28,10 +28,10 @@ from treerpo_ray.engine.types import EngineSetup, EngineStats, Sampling
 from treerpo_ray.learner.policy import Policy, load_policy
 from treerpo_ray.prompts.prompt_set import load_tokenizer, resolve_model_path
 from treerpo_ray.weights.files import WeightFile, WeightFiles
-from treerpo_ray.weights.manifest import Manifest, pack_weights
+from treerpo_ray.weights.manifest import Digest, HostDigest, Manifest, pack_weights
 from treerpo_ray.weights.rounds import Poll, Round
 from treerpo_ray.weights.source import Group, GroupPlace, SenderPlace
-from treerpo_ray.weights.transport import make_transport
+from treerpo_ray.weights.transport import Outgoing, make_transport
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine]
 
@@ -77,14 +77,7 @@ class ServedEngine:
 
     def load(self, policy: Policy, version: int, chunk_bytes: int = 2**19) -> None:
         file = self.files.begin()
-        manifest, _ = pack_weights(
-            policy.named_weights(),
-            version=version,
-            dtype=torch.float32,
-            chunk_bytes=chunk_bytes,
-            allocate=file.part,
-        )
-        self.load_packed(manifest, file)
+        self.load_packed(packed(policy, version, file, HostDigest, chunk_bytes), file)
 
     def load_packed(self, manifest: Manifest, file: WeightFile) -> None:
         place = file.seal()
@@ -96,6 +89,24 @@ class ServedEngine:
     def stop(self) -> None:
         ray.get(self.actor.stop.remote())
         ray.kill(self.actor)
+
+
+def packed(
+    policy: Policy,
+    version: int,
+    memory: Outgoing,
+    new_digest: Callable[[], Digest],
+    chunk_bytes: int = 2**19,
+) -> Manifest:
+    manifest, _ = pack_weights(
+        policy.named_weights(),
+        version=version,
+        dtype=torch.float32,
+        chunk_bytes=chunk_bytes,
+        allocate=memory.part,
+        new_digest=new_digest,
+    )
+    return manifest
 
 
 def collect(prompt_ids: list[int], stream) -> Tree:
@@ -117,6 +128,17 @@ def policy(small_config) -> Policy:
         device=torch.device("cpu"),
         gradient_checkpointing=False,
     )
+
+
+@pytest.fixture
+def changing(policy, served) -> Iterator[Policy]:
+    """`policy`, to be changed: as it was, the engine serves it again afterwards."""
+    original = {name: weight.clone() for name, weight in policy.named_weights()}
+    yield policy
+    with torch.no_grad():
+        for name, weight in policy.named_weights():
+            weight.copy_(original[name])
+    served.load(policy, 0)
 
 
 @pytest.fixture(scope="module")
@@ -277,30 +299,24 @@ def test_children_find_their_parents_blocks_in_the_prefix_cache(served, prompts)
     assert 0 < cached <= whole
 
 
-def test_new_weights_are_proved_and_label_every_token(served, prompts, policy) -> None:
-    original = {name: weight.clone() for name, weight in policy.named_weights()}
+def test_new_weights_are_proved_and_label_every_token(served, prompts, changing) -> None:
     torch.manual_seed(0)
     for version in (7, 8):
         with torch.no_grad():
-            for weight in policy.model.parameters():
+            for weight in changing.model.parameters():
                 weight.add_(0.02 * torch.randn_like(weight))
-        served.load(policy, version)
+        served.load(changing, version)
         probed = served.probe(prompts[0])
-        expected = policy.sequence_logprobs(prompts[0]).tolist()
+        expected = changing.sequence_logprobs(prompts[0]).tolist()
         assert probed == pytest.approx(expected, abs=1e-3)
         tree = served.tree(prompts[0], seed=4)
         assert (tree.min_version, tree.max_version) == (version, version)
-    with torch.no_grad():
-        for name, weight in policy.named_weights():
-            weight.copy_(original[name])
-    served.load(policy, 0)
 
 
 @pytest.mark.parametrize("kind", ["ipc", "nccl"])
 def test_weights_that_lie_on_the_device_or_come_from_a_group_are_proved_and_served(
-    kind, served, policy, prompts
+    kind, served, changing, prompts
 ) -> None:
-    original = {name: weight.clone() for name, weight in policy.named_weights()}
     polls, rounds = SimpleQueue[Poll](), SimpleQueue[Round | None]()
 
     def next_round(poll: Poll) -> Round | None:
@@ -308,21 +324,14 @@ def test_weights_that_lie_on_the_device_or_come_from_a_group_are_proved_and_serv
         return rounds.get()
 
     transport = make_transport(
-        kind, device=policy.device, address="127.0.0.1", next_round=next_round, limit_s=60.0
+        kind, device=changing.device, address="127.0.0.1", next_round=next_round, limit_s=60.0
     )
     for version in (81, 82):  # the second time they are in the group
         with torch.no_grad():
-            for _, weight in policy.named_weights():
+            for _, weight in changing.named_weights():
                 weight.mul_(1.01)
         memory = transport.begin()
-        manifest, _ = pack_weights(
-            policy.named_weights(),
-            version=version,
-            dtype=torch.float32,
-            chunk_bytes=2**19,
-            allocate=memory.part,
-            new_digest=transport.new_digest,
-        )
+        manifest = packed(changing, version, memory, transport.new_digest)
         place = memory.seal()
         if isinstance(place, SenderPlace):
             poll = polls.get()
@@ -331,14 +340,10 @@ def test_weights_that_lie_on_the_device_or_come_from_a_group_are_proved_and_serv
             rounds.put(Round(group=group, stamp=place.stamp))
             place = GroupPlace(group=group, first_rank=1, sizes=place.sizes)
         ray.get(served.actor.load.remote(manifest, place))
-        ours = policy.sequence_logprobs(prompts[0]).tolist()
+        ours = changing.sequence_logprobs(prompts[0]).tolist()
         assert served.probe(prompts[0]) == pytest.approx(ours, abs=1e-4)
     transport.close()
     rounds.put(None)
-    with torch.no_grad():
-        for name, weight in policy.named_weights():
-            weight.copy_(original[name])
-    served.load(policy, 0)
 
 
 def test_a_request_that_vllm_turns_down_is_an_error_leaf_and_harms_nothing(served) -> None:

@@ -13,8 +13,7 @@ from tests.support.whole_runs import assert_gone
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config.sections import GateConfig
 from treerpo_ray.engine.engine import Engine, make_engine
-from treerpo_ray.engine.replica import EngineActor
-from treerpo_ray.engine.types import EngineSetup, Sampling
+from treerpo_ray.engine.types import EngineActor, EngineSetup, Sampling
 from treerpo_ray.learner.policy import load_policy
 from treerpo_ray.prompts.problems import Problem
 from treerpo_ray.prompts.prompt_set import PromptSet, load_tokenizer, resolve_model_path

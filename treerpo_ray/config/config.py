@@ -332,24 +332,24 @@ class Config:
         shares = learner.resources.get("GPU", 0), engine.resources.get("GPU", 0)
         kind = self.sync.transport
         told = f"learner and engine have GPU: {shares[0]:g} and {shares[1]:g}"
-        if kind == "ipc" and self.gate.max_staleness:
-            raise ValueError(
-                f"sync.transport=ipc needs gate.max_staleness=0, not {self.gate.max_staleness}: an "
-                "engine may still copy what the learner writes next"
-            )
-        if kind == "ipc" and not learner.num_workers == engine.most == 1:
-            raise ValueError(
-                f"sync.transport=ipc needs one worker and one engine, not learner.num_workers="
-                f"{learner.num_workers} and {engine.most} engine(s): set it to nccl or file"
-            )
-        if kind == "file" or not any(shares):
-            return
-        if kind == "nccl" and min(shares) < 1:
+        if kind == "nccl" and any(shares) and min(shares) < 1:
             raise ValueError(
                 f"sync.transport=nccl needs a GPU for each worker and each engine, but {told} in "
                 "their resources: share a GPU by sync.transport=ipc, or set it to file"
             )
-        if kind == "ipc" and not (min(shares) > 0 and sum(shares) <= 1):
+        if kind != "ipc":
+            return
+        if self.gate.max_staleness:
+            raise ValueError(
+                f"sync.transport=ipc needs gate.max_staleness=0, not {self.gate.max_staleness}: an "
+                "engine may still copy what the learner writes next"
+            )
+        if not learner.num_workers == engine.most == 1:
+            raise ValueError(
+                f"sync.transport=ipc needs one worker and one engine, not learner.num_workers="
+                f"{learner.num_workers} and {engine.most} engine(s): set it to nccl or file"
+            )
+        if any(shares) and not (min(shares) > 0 and sum(shares) <= 1):
             raise ValueError(
                 f"sync.transport=ipc needs worker and engine to share a GPU, but {told} in their "
                 "resources: set it to nccl or file"

@@ -27,8 +27,7 @@ from treerpo_ray.algo.search import SiblingGroup, TreeShape, grow
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, error_step
 from treerpo_ray.engine._stop_strings import end_across_steps
 from treerpo_ray.engine._vllm_args import adapter_request, engine_args, environment
-from treerpo_ray.engine.replica import EngineActor, EngineApi
-from treerpo_ray.engine.types import EngineSetup, EngineStats, Sampling
+from treerpo_ray.engine.types import EngineActor, EngineApi, EngineSetup, EngineStats, Sampling
 from treerpo_ray.metrics.busy_time import BusyTime, cpu_seconds
 from treerpo_ray.prompts.prompt_set import end_token_ids, load_tokenizer
 from treerpo_ray.weights.files import HeldFile, WeightsLost

@@ -8,17 +8,18 @@ given up, and the others go on.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from treerpo_ray.actor import first_line
 from treerpo_ray.config.sections import EngineConfig
 from treerpo_ray.engine._waits import Waits
 from treerpo_ray.engine.background import BackgroundTasks, Signal
-from treerpo_ray.engine.replica import EngineActor, Replica, ReplicaState, WeightVersion
+from treerpo_ray.engine.replica import Replica, ReplicaState, WeightVersion
 from treerpo_ray.engine.router import Router
-from treerpo_ray.engine.types import EngineStats
+from treerpo_ray.engine.types import EngineActor, EngineStats
 from treerpo_ray.metrics.events import Event, RunLogApi
 from treerpo_ray.weight_sync import Probe
 from treerpo_ray.weights.files import WeightsLost
@@ -26,6 +27,8 @@ from treerpo_ray.weights.manifest import Manifest
 from treerpo_ray.weights.source import WeightSource
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_STARTS = 5
 """Starts of one engine, without a tree in between, after which it is given up."""
@@ -246,15 +249,9 @@ class EnginePool:
             places = source.places([replica.receiver for replica in replicas])
             taken = zip(replicas, places, strict=True)
             loads = (replica.load(weights, place, tolerance) for replica, place in taken)
-            results = await asyncio.gather(*loads, return_exceptions=True)
-            lost: WeightsLost | None = None
-            for replica, result in zip(replicas, results, strict=True):
+            for result in await self._asked(replicas, loads):
                 if isinstance(result, WeightsLost):
-                    lost = result
-                elif isinstance(result, BaseException):
-                    self.replace(replica, result)
-            if lost is not None:
-                raise lost
+                    raise result
         # One that comes up anew has loaded this version before it serves.
         await self._until(self._is_serving)
 
@@ -276,10 +273,7 @@ class EnginePool:
                 for replica in tuple(self._starting):
                     self.replace(replica, error)
             replicas = [replica for replica in self._replicas if replica.takes_weights]
-            results = await asyncio.gather(*(r.sleep() for r in replicas), return_exceptions=True)
-            for replica, result in zip(replicas, results, strict=True):
-                if isinstance(result, BaseException):
-                    self.replace(replica, result)
+            await self._asked(replicas, (replica.sleep() for replica in replicas))
 
     async def wake(self) -> None:
         """Have engines that sleep load what they served before.
@@ -298,11 +292,18 @@ class EnginePool:
         """
         replicas = [replica for replica in self._replicas if replica.is_serving]
         asked = (replica.totals(self._times.answer_s) for replica in replicas)
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        for replica, answer in zip(replicas, answers, strict=True):
-            if isinstance(answer, BaseException):
-                self.replace(replica, answer)
+        answers = await self._asked(replicas, asked)
         return [answer for answer in answers if isinstance(answer, EngineStats)]
+
+    async def _asked(
+        self, replicas: Sequence[Replica], works: Iterable[Awaitable[T]]
+    ) -> list[T | BaseException]:
+        """What came of the work of each; one that failed is replaced, unless it lost weights."""
+        results = await asyncio.gather(*works, return_exceptions=True)
+        for replica, result in zip(replicas, results, strict=True):
+            if isinstance(result, BaseException) and not isinstance(result, WeightsLost):
+                self.replace(replica, result)
+        return results
 
     # Trees ---------------------------------------------------------------------------------------
 

@@ -10,20 +10,16 @@ import asyncio
 import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum, auto
-from typing import Protocol
 
-import ray
-
-from treerpo_ray.actor import actor_method, actor_stream
 from treerpo_ray.algo.search import SiblingGroup, TreeShape
 from treerpo_ray.config.sections import EngineConfig
 from treerpo_ray.engine._waits import Waits
 from treerpo_ray.engine.background import Signal
-from treerpo_ray.engine.types import EngineStats, Sampling
+from treerpo_ray.engine.types import EngineActor, EngineStats, Sampling
 from treerpo_ray.weight_sync import Probe
 from treerpo_ray.weights.files import WeightsLost
 from treerpo_ray.weights.manifest import Manifest
@@ -33,53 +29,6 @@ LOOK_EVERY_S = 0.5
 """Time between looks for weights in place of lost ones."""
 TRY_AGAIN_S = 300.0
 """Time after which lost weights are asked for once more, if there are no others."""
-
-
-class EngineApi(Protocol):
-    """Actor of `Engine`."""
-
-    @actor_method
-    def node(self) -> str:
-        """See `Engine`, as for all that follow."""
-
-    @actor_method
-    def start(self) -> tuple[int, int]: ...
-
-    @actor_stream
-    def grow(
-        self,
-        prompt_ids: list[int],
-        shape: TreeShape,
-        sampling: Sampling,
-        seed: int,
-        held: list[SiblingGroup],
-    ) -> AsyncIterator[SiblingGroup]: ...
-
-    @actor_method
-    def load(self, manifest: Manifest, place: Place) -> None: ...
-
-    @actor_method
-    def sleep(self) -> None: ...
-
-    @actor_method
-    def probe(self, token_ids: list[int]) -> list[float]: ...
-
-    @actor_method
-    def stats(self) -> EngineStats: ...
-
-    @actor_method
-    def stop(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineActor:
-    """An engine's actor, and how it or a tree on it is ended from outside."""
-
-    api: EngineApi
-    kill: Callable[[], None]
-    """End its process at once; whoever waits for it gets a RayError."""
-    cancel: Callable[[ray.ObjectRefGenerator], None] = ray.cancel
-    """Give up a tree that it grows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

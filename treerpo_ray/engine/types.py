@@ -1,16 +1,23 @@
-"""Types of the engine: what engines are started for, how they sample, and what they have done."""
+"""Types of the engine: what engines are started for, how they sample and are called, and what they
+have done."""
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
+import ray
+
+from treerpo_ray.actor import actor_method, actor_stream
+from treerpo_ray.algo.search import SiblingGroup, TreeShape
 from treerpo_ray.config import Config
 from treerpo_ray.config.lora import LoraConfig
 from treerpo_ray.config.sections import EngineConfig, ModelConfig
 from treerpo_ray.metrics.rows import Row
 from treerpo_ray.prompts.prompt_set import resolve_model_path
+from treerpo_ray.weights.manifest import Manifest
+from treerpo_ray.weights.source import Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +106,53 @@ class EngineStats:
     """Time since it could sample."""
     version: int
     """Version of the weights that vLLM serves."""
+
+
+class EngineApi(Protocol):
+    """Actor of `Engine`."""
+
+    @actor_method
+    def node(self) -> str:
+        """See `Engine`, as for all that follow."""
+
+    @actor_method
+    def start(self) -> tuple[int, int]: ...
+
+    @actor_stream
+    def grow(
+        self,
+        prompt_ids: list[int],
+        shape: TreeShape,
+        sampling: Sampling,
+        seed: int,
+        held: list[SiblingGroup],
+    ) -> AsyncIterator[SiblingGroup]: ...
+
+    @actor_method
+    def load(self, manifest: Manifest, place: Place) -> None: ...
+
+    @actor_method
+    def sleep(self) -> None: ...
+
+    @actor_method
+    def probe(self, token_ids: list[int]) -> list[float]: ...
+
+    @actor_method
+    def stats(self) -> EngineStats: ...
+
+    @actor_method
+    def stop(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineActor:
+    """An engine's actor, and how it or a tree on it is ended from outside."""
+
+    api: EngineApi
+    kill: Callable[[], None]
+    """End its process at once; whoever waits for it gets a RayError."""
+    cancel: Callable[[ray.ObjectRefGenerator], None] = ray.cancel
+    """Give up a tree that it grows."""
 
 
 class EngineTotals:

@@ -18,8 +18,7 @@ from treerpo_ray.engine.autoscaler import Autoscaler, Nodes, ScalingPolicy, see_
 from treerpo_ray.engine.background import BackgroundTasks, Signal
 from treerpo_ray.engine.engine import make_engine
 from treerpo_ray.engine.pool import TIMES, EnginePool, PoolTimes
-from treerpo_ray.engine.replica import EngineActor
-from treerpo_ray.engine.types import EngineSetup, EngineStats, Sampling
+from treerpo_ray.engine.types import EngineActor, EngineSetup, EngineStats, Sampling
 from treerpo_ray.metrics.events import RunLogApi
 from treerpo_ray.metrics.stage_status import StageStatus, WatchedStage
 from treerpo_ray.prompts.prompt_set import PromptSet

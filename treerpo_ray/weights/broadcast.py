@@ -168,6 +168,9 @@ class Broadcaster:
 
     def begin(self) -> "Broadcaster":
         """Begin to write the next version, once the one before is not being sent."""
+        if self._device.type == "cuda":
+            # By this thread, before the first update: it sets how torch compiles.
+            import vllm.distributed.device_communicators.pynccl  # noqa: F401
         self._writing.acquire()
         self._memory.begin()
         return self

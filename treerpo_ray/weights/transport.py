@@ -103,9 +103,6 @@ def make_transport(
         limit_s: Time that engines get to join a group, and to receive.
     """
     if kind == "nccl":
-        if device.type == "cuda":
-            # Now: it sets how torch compiles, which a thread is not to do while layers are.
-            import vllm.distributed.device_communicators.pynccl  # noqa: F401
         return Broadcaster(device=device, address=address, next_round=next_round, limit_s=limit_s)
     if kind == "ipc":
         return DeviceTransport(device)

@@ -16,8 +16,8 @@ from treerpo_ray.config.sections import EngineConfig
 from treerpo_ray.engine._waits import Waits
 from treerpo_ray.engine.autoscaler import Nodes
 from treerpo_ray.engine.pool import TIMES, PoolTimes
-from treerpo_ray.engine.replica import EngineActor, Replica
-from treerpo_ray.engine.types import EngineSetup, EngineStats, Sampling
+from treerpo_ray.engine.replica import Replica
+from treerpo_ray.engine.types import EngineActor, EngineSetup, EngineStats, Sampling
 from treerpo_ray.metrics.events import Event
 from treerpo_ray.prompts.problems import Problem
 from treerpo_ray.prompts.prompt_set import PromptSet
