@@ -27,7 +27,7 @@ trap 'rm -f "$findings"' EXIT
 mypy >"$findings" 2>&1 & types=$!
 status=0
 # A file stays in one process, for what its tests share; the order is that of tests/conftest.py.
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" || status=$?
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@" || status=$?
 if ! wait "$types"; then
     cat "$findings" >&2
     status=1

@@ -11,6 +11,8 @@ from xdist.scheduler import LoadFileScheduling
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("WANDB_MODE", "offline")
+# Workers of Ray give way to all others by default, and end when they wait 10 s for their threads.
+os.environ.setdefault("RAY_worker_niceness", "0")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other core is for the other process
 
@@ -49,13 +51,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFil
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs first, in one process, and beside them what computes alone, so that no two start
-    engines at a time; then what starts Ray or an engine, too."""
+    """Whole runs first, in one process, and beside them what computes alone; then what starts
+    engines, which takes longest, and what starts Ray."""
 
-    def rank(item: pytest.Item) -> tuple[bool, bool, bool]:
-        starts = any(item.get_closest_marker(name) for name in ("ray", "engine"))
-        is_slow = item.get_closest_marker("slow") is not None
-        return item.path.parent.name != "runs", starts, not is_slow
+    def rank(item: pytest.Item) -> tuple[bool, bool, bool, bool]:
+        is_whole, is_slow, on_engine, on_ray = (
+            item.path.parent.name == "runs",
+            *(item.get_closest_marker(name) is not None for name in ("slow", "engine", "ray")),
+        )
+        return not is_whole, on_engine or on_ray, not on_engine, not is_slow
 
     items.sort(key=rank)
 
