@@ -27,6 +27,7 @@ def group_of(*values: float, errors: Sequence[float] = (), leaf_range: float = 1
         children=np.arange(len(values))[None],
         values=np.array([values]),
         standard_errors=np.array([errors or [0.0] * len(values)]),
+        right_lengths=np.full((1, len(values)), np.nan),
         leaf_range=leaf_range,
     )
 

@@ -1,4 +1,4 @@
-"""Backup: rewards of leaves become a value for every step."""
+"""Backup: rewards of leaves become a value for every step, and lengths of right answers a mean."""
 
 from dataclasses import dataclass
 
@@ -71,3 +71,20 @@ def mean_backup(tree: Tree, rewards: Float[np.ndarray, " steps"]) -> Values:
         step_errors=errors[:ROOT],
         root_error=float(errors[ROOT]),
     )
+
+
+def right_lengths(tree: Tree, values: Values) -> Float64[np.ndarray, " steps"]:
+    """Mean length of the right answers below each step, in tokens from the step's first one on.
+
+    Right is a leaf with the whole reward, which is 1: partial credit is not, nor an errored leaf.
+    As in `mean_backup` each level averages its own children, those with a right leaf below. NaN
+    where there is none.
+    """
+    below, leaves = np.full(len(tree) + 1, np.nan), list(tree.leaves)
+    below[leaves] = np.where(values.steps[leaves] == 1, 0.0, np.nan)
+    for siblings in reversed(tree.siblings):  # the deepest first
+        own = below[siblings.children] + tree.lengths[siblings.children]
+        is_right = ~np.isnan(own)
+        total, count = np.where(is_right, own, 0.0).sum(-1), is_right.sum(-1)
+        below[siblings.parents] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    return below[:ROOT] + tree.lengths

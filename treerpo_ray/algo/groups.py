@@ -1,6 +1,6 @@
 """Step groups: the siblings below one parent, and which of them carry a signal."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
@@ -9,7 +9,7 @@ from typing import assert_never
 import numpy as np
 from jaxtyping import Bool, Float64, Int64, Shaped
 
-from treerpo_ray.algo.backup import Values
+from treerpo_ray.algo.backup import Values, right_lengths
 from treerpo_ray.algo.standard_errors import ROUNDING, standard_error_of_mean
 from treerpo_ray.algo.tree import StopReason, Tree
 
@@ -18,7 +18,8 @@ class GroupState(StrEnum):
     """What becomes of a step group."""
 
     KEPT = "kept"
-    """The children's values differ enough: the group is trained on."""
+    """The children differ enough in value or, where that counts, in length: the group is trained
+    on."""
     PRUNED = "pruned"
     """The children's values tell (nearly) nothing apart."""
     ERRORED = "errored"
@@ -57,10 +58,17 @@ class OwnRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pruning:
-    """Which step groups are kept. A negative threshold keeps all: GRPO without a filter."""
+    """Which step groups are kept. A negative threshold keeps all: GRPO without a filter.
+
+    Attributes:
+        rule, threshold: What of the values must be above which number.
+        keeps_lengths: Whether a group is kept, too, in which right answers differ in length. Where
+            the rule would not keep it, its values count for nothing: lengths alone are trained.
+    """
 
     rule: PruneRule | OwnRule
     threshold: float
+    keeps_lengths: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,6 +77,8 @@ class StepGroups:
 
     Attributes:
         standard_errors: Standard error of each child's value, given the child.
+        right_lengths: Mean tokens of the right answers below each child, its own with them; NaN
+            without any.
         leaf_range: max - min of the rewards of the whole tree, over leaves that have one.
 
     What follows from these is computed once.
@@ -79,22 +89,29 @@ class StepGroups:
     children: Int64[np.ndarray, "groups children"]
     values: Float64[np.ndarray, "groups children"]
     standard_errors: Float64[np.ndarray, "groups children"]
+    right_lengths: Float64[np.ndarray, "groups children"]
     leaf_range: float
 
     def states(self, pruning: Pruning) -> Shaped[np.ndarray, " groups"]:
-        """`GroupState` of each group; kept iff what the rule looks at is above the threshold."""
+        """`GroupState` of each group."""
         alive = np.where(self.is_kept(pruning), GroupState.KEPT, GroupState.PRUNED)
         return np.where(self.is_errored, GroupState.ERRORED, alive)
 
     def is_kept(self, pruning: Pruning) -> Bool[np.ndarray, " groups"]:
         """Whether each group is trained on."""
-        return (self._signal(pruning.rule) > pruning.threshold) & ~self.is_errored
+        is_kept = self._is_above(pruning)
+        if pruning.keeps_lengths:
+            is_kept |= self.length_ranges > ROUNDING
+        return is_kept & ~self.is_errored
 
     def weights(self, pruning: Pruning) -> Float64[np.ndarray, " groups"]:
-        """Factor of each group's advantages."""
-        if pruning.rule is PruneRule.SHRINKAGE:
-            return self.reliability
-        return np.ones(len(self.parents))
+        """Factor of what the form gives each group that is kept; 0 if its lengths alone keep it."""
+        is_scaled = pruning.rule is PruneRule.SHRINKAGE
+        weights = self.reliability if is_scaled else np.ones(len(self.parents))
+        return np.where(self._is_above(pruning), weights, 0.0) if pruning.keeps_lengths else weights
+
+    def _is_above(self, pruning: Pruning) -> Bool[np.ndarray, " groups"]:
+        return self._signal(pruning.rule) > pruning.threshold
 
     @cached_property
     def is_errored(self) -> Bool[np.ndarray, " groups"]:
@@ -105,6 +122,14 @@ class StepGroups:
     def ranges(self) -> Float64[np.ndarray, " groups"]:
         """max - min of the values of each group."""
         return self.values.max(-1) - self.values.min(-1)
+
+    @cached_property
+    def length_ranges(self) -> Float64[np.ndarray, " groups"]:
+        """max - min of `right_lengths`; 0 with less than two children that have any."""
+        is_right = ~np.isnan(self.right_lengths)
+        longest = np.where(is_right, self.right_lengths, -np.inf).max(-1)
+        shortest = np.where(is_right, self.right_lengths, np.inf).min(-1)
+        return np.where(is_right.any(-1), longest - shortest, 0.0)
 
     @cached_property
     def significance(self) -> Float64[np.ndarray, " groups"]:
@@ -186,6 +211,7 @@ class StepGroups:
             children=self.children[chosen],
             values=self.values[chosen],
             standard_errors=self.standard_errors[chosen],
+            right_lengths=self.right_lengths[chosen],
         )
 
 
@@ -194,6 +220,7 @@ def step_groups(tree: Tree, values: Values) -> list[StepGroups]:
     rewards = values.steps[list(tree.leaves)]
     rewards = rewards[~np.isnan(rewards)]
     leaf_range = float(rewards.max() - rewards.min()) if len(rewards) else 0.0
+    lengths = right_lengths(tree, values)
     return [
         StepGroups(
             depth=siblings.depth,
@@ -201,10 +228,23 @@ def step_groups(tree: Tree, values: Values) -> list[StepGroups]:
             children=siblings.children,
             values=values.steps[siblings.children],
             standard_errors=values.step_errors[siblings.children],
+            right_lengths=lengths[siblings.children],
             leaf_range=leaf_range,
         )
         for siblings in tree.siblings
     ]
+
+
+def of_kept(
+    found: Float64[np.ndarray, " steps"], groups: Sequence[StepGroups], pruning: Pruning
+) -> Float64[np.ndarray, " steps"]:
+    """What a form gives the steps of kept groups, by the weight of the group; NaN elsewhere."""
+    kept = np.full(len(found), np.nan)
+    for group in groups:
+        is_kept = group.is_kept(pruning)
+        children, weights = group.children[is_kept], group.weights(pruning)[is_kept, None]
+        kept[children] = np.where(weights == 0, 0.0, found[children] * weights)
+    return kept
 
 
 _MIX = 6364136223846793005

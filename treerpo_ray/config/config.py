@@ -242,8 +242,8 @@ class Config:
                 )
 
     def _check_credit(self) -> None:
-        """Refuse trees of which no step would ever be trained, one answer a question, and a share
-        that no form takes."""
+        """Refuse trees of which no step would ever be trained, one answer a question, a share that
+        no form takes and a weight of lengths that nothing is compared with."""
         learner = self.learner
         is_shrunk = learner.advantage is AdvantageForm.SHRUNK_BASELINE
         if learner.baseline_share != 1 and not is_shrunk:
@@ -253,6 +253,11 @@ class Config:
             )
         if set(self.tree.num_children) != {1}:
             return
+        if learner.length_weight:
+            raise ValueError(
+                f"learner.length_weight={learner.length_weight:g} compares right siblings, of which "
+                f"tree.num_children={list(self.tree.num_children)} has none: set it to 0"
+            )
         form = learner.advantage
         if isinstance(form, AdvantageForm) and form not in WITHOUT_SIBLINGS:
             raise ValueError(

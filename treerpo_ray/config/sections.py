@@ -259,6 +259,11 @@ class LearnerConfig:
     which the group's advantages are scaled too. Or a function of yours, as for `advantage`."""
     prune_threshold: float = 0.1
     """Threshold of `prune` (the paper's tau); negative: every group is trained."""
+    length_weight: float = field(default=0.0, metadata=NOT_NEGATIVE)
+    """Weight of length among right answers, added to the advantages of whatever form: a right step
+    that is longer than its right siblings by all the tokens that an answer may have gets so much
+    less, and groups are kept whose right answers differ in length. See
+    `treerpo_ray/algo/advantages/length.py`."""
     token_budget: int = field(default=16384, metadata=POSITIVE)
     """Most tokens of one forward pass."""
     gradient_checkpointing: bool = False
@@ -298,7 +303,11 @@ class LearnerConfig:
         Raises:
             UserCodeError: the rule of the user cannot be used.
         """
-        return Pruning(rule=own_rule(self.prune, self.sources), threshold=self.prune_threshold)
+        return Pruning(
+            rule=own_rule(self.prune, self.sources),
+            threshold=self.prune_threshold,
+            keeps_lengths=self.length_weight > 0,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,14 +25,10 @@ from treerpo_ray.algo.advantages.baselines import (
     variance_sums,
 )
 from treerpo_ray.algo.advantages.errors import advantage_errors
-from treerpo_ray.algo.advantages.forms import (
-    AdvantageForm,
-    all_advantages,
-    has_baseline,
-    of_kept,
-)
+from treerpo_ray.algo.advantages.forms import AdvantageForm, all_advantages, has_baseline
+from treerpo_ray.algo.advantages.length import length_advantages, token_price
 from treerpo_ray.algo.backup import Values, mean_backup
-from treerpo_ray.algo.groups import StepGroups, step_groups
+from treerpo_ray.algo.groups import StepGroups, of_kept, step_groups
 from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.algo.packing import Forest, pack
 from treerpo_ray.algo.tree import Tree
@@ -94,6 +90,7 @@ class Learner:
             dtype = DTYPES[model.dtype]
             self.sharding = Sharding.over_workers(device, dtype, offload=learner.offload)
         self.form, self.pruning = learner.form, learner.pruning
+        self.token_price = token_price(learner.length_weight, tree.step_tokens)
         # What is never updated is held in the type that is computed in.
         frozen, recomputes = DTYPES[model.dtype], learner.gradient_checkpointing
         # The KL is to the model that the run started from, whatever it is resumed from.
@@ -203,6 +200,7 @@ class Learner:
         ]
         advantages = [
             of_kept(own, siblings, self.pruning)
+            + length_advantages(len(own), siblings, self.token_price)
             for own, siblings in zip(found, groups, strict=True)
         ]
         trained = TrainedTrees(
@@ -232,6 +230,7 @@ class Learner:
                 pruning=self.pruning,
                 groups=siblings,
                 baseline=baseline,
+                token_price=self.token_price,
                 advantages=found,
             )
             total += count(

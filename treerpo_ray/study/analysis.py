@@ -18,6 +18,7 @@ from yaml import YAMLError
 from treerpo_ray.algo.advantages.baselines import NO_PAST, ROOT_VALUE, Baseline
 from treerpo_ray.algo.advantages.errors import advantage_errors
 from treerpo_ray.algo.advantages.forms import AdvantageForm, Form, has_baseline, step_advantages
+from treerpo_ray.algo.advantages.length import token_price
 from treerpo_ray.algo.backup import Values, mean_backup
 from treerpo_ray.algo.groups import PruneRule, Pruning, step_groups
 from treerpo_ray.algo.tree import ROOT, Tree
@@ -47,6 +48,7 @@ class _Scheme(TypedDict):
     form: Form
     pruning: Pruning
     baseline: Baseline
+    token_price: float
 
 
 class Run:
@@ -178,7 +180,19 @@ class Run:
         self._check_code(self._learner.advantage)
         form = self._learner.form
         baseline = self._baseline(record) if has_baseline(form) else NO_PAST
-        return {"form": form, "pruning": self.pruning, "baseline": baseline}
+        return {
+            "form": form,
+            "pruning": self.pruning,
+            "baseline": baseline,
+            "token_price": self._token_price,
+        }
+
+    @property
+    def _token_price(self) -> float:
+        weight = self._learner.length_weight
+        if not weight:
+            return 0.0  # of earlier versions, too
+        return token_price(weight, cast(Sequence[int], self.config["tree"]["step_tokens"]))
 
     def advantage_errors(self, record: TreeRecord) -> Float64[np.ndarray, " steps"]:
         """Standard error of each advantage; NaN where there is none."""
@@ -214,7 +228,8 @@ class Run:
     def _learner(self) -> LearnerConfig:
         """What tells the advantages; what else an earlier version had is left out."""
         learner = self.config["learner"]
-        names = ("advantage", "prune", "prune_threshold", "sources", "baseline_share")
+        names = ("advantage", "prune", "prune_threshold", "sources")
+        names += ("baseline_share", "length_weight")
         if missing := [name for name in names[:3] if name not in learner]:
             raise ValueError(
                 f"{self.folder}/{CONFIG_FILE} has no '{missing[0]}': it is of another version"

@@ -93,7 +93,7 @@ def step_baselines(tree: Tree, values: Values, baseline: Baseline) -> Float64[np
     """
     found = np.append(np.zeros(len(tree)), baseline.root)  # ROOT = -1 is the last
     for siblings in tree.siblings:  # parents come first
-        means, counts = _means_of_others(values.steps[siblings.children])
+        means, counts = means_of_others(values.steps[siblings.children])
         weights = baseline.sibling_weight(siblings.depth, counts)
         above = found[siblings.parents][:, None]
         found[siblings.children] = above + weights * (means - above)
@@ -108,7 +108,7 @@ def step_baseline_errors(
     variances = np.zeros(len(tree) + 1)
     for siblings in tree.siblings:
         own = values.steps[siblings.children]
-        _, counts = _means_of_others(own)
+        _, counts = means_of_others(own)
         weights = baseline.sibling_weight(siblings.depth, counts)
         of_one = own.shape[-1] * standard_error_of_mean(own)[:, None] ** 2
         of_others = of_one / np.maximum(counts, 1)
@@ -117,7 +117,7 @@ def step_baseline_errors(
     return np.sqrt(variances[:ROOT])
 
 
-def _means_of_others(
+def means_of_others(
     values: Float64[np.ndarray, "groups children"],
 ) -> tuple[Float64[np.ndarray, "groups children"], Int64[np.ndarray, "groups children"]]:
     """Mean value of the siblings of each step that have one, 0 without any, and how many."""

@@ -3,6 +3,9 @@
 Given the path to a step, what else its advantage is made of was drawn independently: the siblings
 of each step on the path with all below them, and what lies below the step itself. Each part adds
 its variance. Divisors and baselines of a form, and numbers of leaves, are taken as given.
+
+The term of `length` adds its own: given which answers are right, their lengths tell nothing of the
+values.
 """
 
 from collections.abc import Sequence
@@ -19,11 +22,11 @@ from treerpo_ray.algo.advantages.forms import (
     OwnForm,
     all_advantages,
     leaf_means,
-    of_kept,
     subgroups,
 )
+from treerpo_ray.algo.advantages.length import length_errors
 from treerpo_ray.algo.backup import Values
-from treerpo_ray.algo.groups import Pruning, StepGroups, step_groups
+from treerpo_ray.algo.groups import Pruning, StepGroups, of_kept, step_groups
 from treerpo_ray.algo.standard_errors import ROUNDING, standard_error_of_mean
 from treerpo_ray.algo.tree import ROOT, Tree
 
@@ -39,6 +42,7 @@ def advantage_errors(
     pruning: Pruning,
     groups: Sequence[StepGroups] | None = None,
     baseline: Baseline = NO_PAST,
+    token_price: float = 0.0,
     advantages: Float64[np.ndarray, " steps"] | None = None,
 ) -> Float64[np.ndarray, " steps"]:
     """Standard error of each advantage of `step_advantages`; NaN where there is none. It has the
@@ -51,7 +55,8 @@ def advantage_errors(
     """
     groups = step_groups(tree, values) if groups is None else groups
     errors = _all_errors(form, tree, values, groups, baseline, advantages)
-    return of_kept(errors, groups, pruning)
+    own = of_kept(errors, groups, pruning)
+    return np.hypot(own, length_errors(len(tree), groups, token_price))
 
 
 def _all_errors(

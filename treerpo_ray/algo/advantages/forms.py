@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Float64
 
 from treerpo_ray.algo.advantages.baselines import NO_PAST, Baseline, step_baselines
+from treerpo_ray.algo.advantages.length import length_advantages
 from treerpo_ray.algo.backup import Values
-from treerpo_ray.algo.groups import Pruning, StepGroups, step_groups
+from treerpo_ray.algo.groups import Pruning, StepGroups, of_kept, step_groups
 from treerpo_ray.algo.standard_errors import ROUNDING
 from treerpo_ray.algo.tree import ROOT, Tree
 
@@ -329,6 +330,7 @@ def step_advantages(
     pruning: Pruning,
     groups: Sequence[StepGroups] | None = None,
     baseline: Baseline = NO_PAST,
+    token_price: float = 0.0,
 ) -> Float64[np.ndarray, " steps"]:
     """Advantage of each step of a kept group; NaN for every step that is not trained on.
 
@@ -341,24 +343,14 @@ def step_advantages(
         pruning: Which groups are kept.
         groups: Those of `step_groups`, where the caller has them.
         baseline: What earlier learner steps tell, for forms that take it.
+        token_price: Of the term of `length`, which is added to the form's.
 
     Raises:
         ValueError: a form or rule that is not of this package returns none of its kind.
     """
     groups = step_groups(tree, values) if groups is None else groups
-    return of_kept(all_advantages(form, tree, values, groups, baseline), groups, pruning)
-
-
-def of_kept(
-    found: Float64[np.ndarray, " steps"], groups: Sequence[StepGroups], pruning: Pruning
-) -> Float64[np.ndarray, " steps"]:
-    """What was found of the steps of kept groups, by the weight of the group; NaN elsewhere."""
-    kept = np.full(len(found), np.nan)
-    for group in groups:
-        is_kept = group.is_kept(pruning)
-        children = group.children[is_kept]
-        kept[children] = found[children] * group.weights(pruning)[is_kept, None]
-    return kept
+    kept = of_kept(all_advantages(form, tree, values, groups, baseline), groups, pruning)
+    return kept + length_advantages(len(tree), groups, token_price)
 
 
 def _by_group(
