@@ -32,7 +32,7 @@ from treerpo_ray.tree_stream import (
     trained_tokens,
     worker_batches,
 )
-from treerpo_ray.verifier.verdict import Verdict
+from treerpo_ray.verifier.verdict import Grade, Verdict
 from treerpo_ray.verifier.verifier import VariableNotSet
 
 CONFIG = load(
@@ -222,6 +222,18 @@ def test_a_tree_has_a_signal_if_any_group_is_kept() -> None:
     assert has_signal(scored_tree(0, right, wrong), config.learner)
     assert not has_signal(scored_tree(0, right, right), config.learner)
     assert not has_signal(scored_tree(0, right, wrong, errored), config.learner)
+
+
+def test_right_answers_that_differ_in_length_are_a_signal_where_length_counts() -> None:
+    graded = {}
+    for answers in (("a", "longer"), ("a", "b")):
+        tree = tree_of(0, *answers)
+        graded[answers] = tree.graded([Grade(Verdict.CORRECT, 1.0)] * 2)
+    for weight in (0.0, 0.5):
+        learner = load([f"learner.length_weight={weight}"]).learner
+        found = [has_signal(each, learner) for each in graded.values()]
+        assert found == [weight > 0, False]
+        assert trained_tokens(graded["a", "longer"], learner) == (7 if weight else 0)
 
 
 # The next batch is fetched ahead

@@ -99,6 +99,10 @@ def test_trees_and_whole_answers_take_a_shrunk_baseline_by_its_method_file(
             ["learner.baseline_share=0.3", "learner.advantage=past_baseline"],
             r"learner.baseline_share=0\.3 is of learner.advantage=shrunk_baseline alone: set that",
         ),
+        (
+            [str(PROJECT / "conf/methods/raft.yaml"), "learner.length_weight=0.5"],
+            r"learner\.length_weight=0\.5 compares right siblings, .*=\[1\] has none: set it to 0",
+        ),
         (["tree.num_children=[8, 0, 8]"], "tree.num_children and tree.step_tokens must be pos"),
         (["engine.num_engines=3", "engine.max_engines=2"], "must not be less than engine.num_eng"),
         (["engine.max_engines=2"], "engine.max_engines=2 needs engine.max_trees"),

@@ -39,6 +39,9 @@ from treerpo_ray.config.data import MixedConfig
 from treerpo_ray.metrics.rows import BY_SET
 from treerpo_ray.verifier.verdict import Grade, Verdict
 
+RIGHT = ("cccc", "ccww", "wwww")
+"""Verdicts of flat trees; values tell the answers of the second apart alone."""
+
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -357,6 +360,30 @@ def test_a_shrunk_baseline_is_measured_on_the_steps_before_also_after_a_resume(
     # The others' mean weighs 1/4 of 1, the past's 13/24 the rest, and 0.3 of that is taken off.
     expected = 1 - 0.3 * (1 / 4 + 3 / 4 * 13 / 24)
     np.testing.assert_allclose(results[3].trained.advantages[0], expected)
+
+
+def test_right_answers_are_trained_by_their_lengths_too_in_units_of_the_longest(path: str) -> None:
+    """A weight of 1/2 with 5 + 5 tokens at most: a token costs 0.05."""
+    records = [make_record(k, verdicts, parents=(-1,) * 4) for k, verdicts in enumerate(RIGHT)]
+    learner = make_learner(make_config(path, replace(FREE, length_weight=0.5)))
+    trained, stats = learner.prepare(records)
+    assert stats.groups == {"kept": 2, "kept_depth_1": 2, "pruned": 1, "pruned_depth_1": 1}
+    for record, verdicts, found in zip(records, RIGHT, trained.advantages, strict=True):
+        lengths, expected = record.tree.lengths.tolist(), np.full(4, np.nan)
+        right = [place for place, letter in enumerate(verdicts) if letter == "c"]
+        if verdicts == "ccww":
+            expected[:] = [2, 2, -2, -2]  # over the Bernoulli variance of 1/4
+        elif right:
+            expected[:] = 0
+        for place in right:
+            others = [lengths[other] for other in right if other != place]
+            expected[place] -= 0.05 * (lengths[place] - sum(others) / len(others))
+        np.testing.assert_allclose(found, expected)
+    lengths = records[0].tree.lengths
+    assert learner.update(records).metrics["tokens/trained"] == sum(
+        int(record.tree.lengths.sum()) for record in records[:2]
+    )
+    assert len(set(lengths.tolist())) > 1
 
 
 def test_a_resumed_learner_takes_rate_and_decay_from_its_configuration(

@@ -151,6 +151,7 @@ def test_the_statistics_of_a_tree_by_hand() -> None:
         verdicts=Counter({C: 1, W: 3}),
         num_sampled_tokens=19,
         answer_tokens=8 + 4 + 6 + 6,
+        right_tokens=8,
         num_leaves=4,
         num_versioned=1,
         min_version=4,
@@ -222,6 +223,7 @@ def test_the_metrics_of_a_batch_by_hand() -> None:
         "groups/duplicate_share": 0,
         "tokens/sampled": 19 + 12,
         "length/mean": (24 + 12) / 10,
+        "length/right_mean": (8 + 2 + 2) / 3,
         "length/cut_off_share": 1 / 10,
         "staleness/max": 2,
         "staleness/mean": (2 + 0 + 1 + 0) / 4,
@@ -248,6 +250,7 @@ def test_a_batch_in_which_nothing_is_foretold_has_no_calibration() -> None:
 def test_a_batch_without_an_advantage_has_no_standard_error_of_one() -> None:
     _, stats = stats_of([record(make_tree(PARENTS), W, W, W, W)])
     assert "groups/advantage_se" not in stats.metrics(version=0)
+    assert "length/right_mean" not in stats.metrics(version=0), "nor has it a right answer"
 
 
 def test_a_tree_without_any_token_has_no_version_and_counts_as_neither_old_nor_valued() -> None:

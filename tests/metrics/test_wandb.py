@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import threading
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -96,7 +97,8 @@ def test_names_have_units_and_what_never_changes_has_no_panel(tmp_path, fake_wan
 
 def test_units_are_given_to_metrics_that_there_are():
     loss = LossSums.from_vector(torch.ones(12)).metrics()
-    assert UNITS.keys() <= {*BatchStats().metrics(0), *loss, "eval/length"}
+    batch = BatchStats(verdicts=Counter([Verdict.CORRECT])).metrics(0)
+    assert UNITS.keys() <= {*batch, *loss, "eval/length"}
 
 
 def test_evaluations_checkpoints_and_models_are_artifacts_that_lead_from_one_to_the_next(

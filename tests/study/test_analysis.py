@@ -38,6 +38,8 @@ from treerpo_ray.study.panels import panels_of
 from treerpo_ray.study.plots import plot_curves, plot_kept_by_depth, plot_pool
 from treerpo_ray.study.tree_plots import MAX_LEAVES, NOT_MIXED, plot_tree, plot_value_along_path
 from treerpo_ray.user_code import pack
+from treerpo_ray.verifier.verdict import Verdict
+from treerpo_ray.viewer.credit import credit_of
 
 HALF_FORM = "def half(values):\n    return values / 2\n"
 
@@ -112,6 +114,31 @@ def test_a_shrunk_baseline_is_that_of_the_metrics_and_the_share_of_the_configura
     expected = [0.5 - 0.05, 1 - 0.0, 0 - 0.5, 0 - 0.175, np.nan, np.nan]
     np.testing.assert_allclose(run.advantages(record), expected)
     assert np.isfinite(run.advantage_errors(record)[:4]).all()
+
+
+def test_lengths_of_right_answers_count_as_the_configuration_says(tmp_path):
+    """With 71 tokens at most and a weight of 7.1 a token costs 0.1."""
+    folder = write_small_run(tmp_path)
+    config = Path(folder, "config.yaml")
+    config.write_text(config.read_text().replace("length_weight: 0.0", "length_weight: 7.1"))
+    end = StopReason.END_OF_TEXT
+    shape = [(ROOT, "#### 2", end), (ROOT, "2\n#### 2", end), (ROOT, "10", end)]
+    steps = [text_step(*step) for step in shape]
+    answers = [text for _, text, _ in shape]
+    record = make_record(0, "1+1=?", "2", steps, answers)
+    lengths = [len(step.token_ids) for step in steps]
+    term = 0.1 * (lengths[1] - lengths[0])
+    assert term > 0
+    run = Run(folder)
+    np.testing.assert_allclose(run.advantages(record), [1.5 + term, 1.5 - term, -3])
+    plain = Run(write_small_run(tmp_path / "plain")).advantage_errors(record)
+    # Two lengths, 0.1 of the difference apart: s^2 is half its square, of one sibling.
+    np.testing.assert_allclose(
+        run.advantage_errors(record), np.hypot(plain, [term / 2**0.5, term / 2**0.5, 0])
+    )
+    right = replace(record, verdicts=(Verdict.CORRECT,) * 3)
+    credit = credit_of(run, right, run.values(right))
+    assert credit.groups == {"kept": 1, "pruned": 0, "errored": 0}
 
 
 def test_metrics_are_indexed_by_step_and_the_last_row_wins(run):

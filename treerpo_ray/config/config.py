@@ -255,8 +255,8 @@ class Config:
             return
         if learner.length_weight:
             raise ValueError(
-                f"learner.length_weight={learner.length_weight:g} compares right siblings, of which "
-                f"tree.num_children={list(self.tree.num_children)} has none: set it to 0"
+                f"learner.length_weight={learner.length_weight:g} compares right siblings, of "
+                f"which tree.num_children={list(self.tree.num_children)} has none: set it to 0"
             )
         form = learner.advantage
         if isinstance(form, AdvantageForm) and form not in WITHOUT_SIBLINGS:

@@ -65,6 +65,8 @@ class BatchStats:
     answer_tokens: int = 0
     """Tokens of all answers (paths to leaves), shared ones counted for each."""
     num_leaves: int = 0
+    right_tokens: int = 0
+    """Those of the right ones."""
     num_versioned: int = 0
     """Trees with any token: of the others every request was turned down."""
     min_version: int = 2**62
@@ -116,6 +118,7 @@ class BatchStats:
             / max(self.num_leaves, 1),
             "tokens/sampled": self.num_sampled_tokens,
             "length/mean": self.answer_tokens / max(self.num_leaves, 1),
+            **self._right_length(),
             "length/cut_off_share": self.verdicts[Verdict.CUT_OFF] / max(self.num_leaves, 1),
             "staleness/max": version - self.min_version if self.num_versioned else 0,
             "staleness/mean": (self.num_versioned * version - self.version_sum)
@@ -123,6 +126,11 @@ class BatchStats:
             "engine/moved_trees": self.num_moved,
             "gate/redraws": self.num_redraws,
         }
+
+    def _right_length(self) -> dict[str, float]:
+        """Mean tokens of the answers that have the whole reward; nothing without any."""
+        count = self.verdicts[Verdict.CORRECT]
+        return {"length/right_mean": self.right_tokens / count} if count else {}
 
     def _groups_by_depth(self) -> dict[str, float]:
         """Of each depth that has groups those of every state, none too: a curve has no gaps."""
@@ -184,6 +192,8 @@ def count(
     root = RootValue(record.ticket, record.num_redraws, float(values.root), variance)
     has_tokens = len(tree.token_ids) > 0
     verdicts = Counter[str](record.verdicts)
+    lengths = tree.path_lengths[list(tree.leaves)]
+    is_right = np.array([verdict is Verdict.CORRECT for verdict in record.verdicts], bool)
     num_duplicates, num_later_siblings = count_duplicates(tree)
     oldest = tree.min_version
     name = set_of(record.prompt_id, sets) if is_valued else None
@@ -201,8 +211,9 @@ def count(
         num_later_siblings=num_later_siblings,
         verdicts=verdicts,
         num_sampled_tokens=tree.num_sampled_tokens + record.redrawn_tokens,
-        answer_tokens=int(tree.path_lengths[list(tree.leaves)].sum()),
+        answer_tokens=int(lengths.sum()),
         num_leaves=len(tree.leaves),
+        right_tokens=int(lengths[is_right].sum()),
         num_versioned=int(has_tokens),
         min_version=oldest if has_tokens else BatchStats().min_version,
         max_version=tree.max_version if has_tokens else BatchStats().max_version,

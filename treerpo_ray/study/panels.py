@@ -37,7 +37,10 @@ PANELS = (
     Panel(title="entropy of the learner (nats a token)", lines={"": "loss/entropy"}),
     Panel(title="engine against learner (nats a token)", lines={"": "mismatch/mean"}),
     Panel(title="KL to the reference (nats a token)", lines={"": "loss/kl"}, is_off_at_zero=True),
-    Panel(title="answer length (tokens)", lines={"training": "length/mean", "test": "eval/length"}),
+    Panel(
+        title="answer length (tokens)",
+        lines={"training": "length/mean", "right": "length/right_mean", "test": "eval/length"},
+    ),
     Panel(
         title="staleness (steps)",
         lines={"mean": "staleness/mean", "max": "staleness/max"},

@@ -19,6 +19,7 @@ BY_TOKENS = ("eval", "reward")
 UNITS = {
     "eval/length": "tokens",
     "length/mean": "tokens",
+    "length/right_mean": "tokens",
     "loss/entropy": "nats",
     "loss/kl": "nats",
     "mismatch/kl": "nats",
