@@ -228,9 +228,9 @@ class Run:
     def _learner(self) -> LearnerConfig:
         """What tells the advantages; what else an earlier version had is left out."""
         learner = self.config["learner"]
-        names = ("advantage", "prune", "prune_threshold", "sources")
-        names += ("baseline_share", "length_weight")
-        if missing := [name for name in names[:3] if name not in learner]:
+        own = ("advantage", "prune", "prune_threshold")
+        names = (*own, "sources", "baseline_share", "length_weight")
+        if missing := [name for name in own if name not in learner]:
             raise ValueError(
                 f"{self.folder}/{CONFIG_FILE} has no '{missing[0]}': it is of another version"
             )
