@@ -104,3 +104,29 @@ def test_a_restatement_has_over_five_times_as_many_tokens_as_what_it_decides():
         sure = solution.index("?") + 1
         decided = len(solution) + 1 - sure  # with the end token
         assert 100 <= sure <= 250 and sure / decided > 5
+
+
+@given(st.integers(0, 2**32), st.sampled_from([0.0, 0.5, 1.0]))
+def test_a_checked_solution_has_all_its_lines_once_more_for_each_check_and_answers_the_same(
+    seed, slip_rate
+):
+    chain = chains.draw_chain(4, random.Random(seed), chains.CheckedChain)
+    plain = chains.Chain(first=chain.first, operands=chain.operands)
+    written, expected = (
+        each.write_solution(slip_rate=slip_rate, rng=random.Random(seed)) for each in (chain, plain)
+    )
+    *lines, answer = expected.split("\n")
+    *first, last, answered = written.split("\n")
+    assert (first, answered) == (lines[:-1], answer)
+    num_checks = last.count(" ") // 4
+    assert last.split(" ") == [lines[-1], *num_checks * lines]
+    assert num_checks <= chains.MOST_CHECKS
+
+
+def test_two_solutions_in_three_are_checked_and_of_those_two_in_three_again():
+    rng = random.Random(0)
+    chain = chains.CheckedChain(first=38, operands=(47, -27))
+    drawn = [chain.write_solution(slip_rate=0.0, rng=rng).count(" ") // 2 for _ in range(4000)]
+    for more in (1, 2, 3):
+        share = sum(n >= more for n in drawn) / sum(n >= more - 1 for n in drawn)
+        assert share == pytest.approx(2 / 3, abs=0.04)

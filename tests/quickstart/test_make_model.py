@@ -23,6 +23,7 @@ TASK_FILES = [
     ("quickstart.yaml", "tasks/restated4.yaml"),
     ("quickstart.yaml", "tasks/items6.yaml"),
     ("quickstart.yaml", "tasks/plan_first.yaml"),
+    ("quickstart.yaml", "tasks/checked4.yaml"),
 ]
 
 
@@ -117,7 +118,7 @@ def test_a_task_file_fits_the_model_that_it_names(names):
     assert config.evaluate.data.path == f"quickstart:{recipe.task}/test"
     rows = exercises.problems(recipe.task, "train", 300, 0)
     most = min(config.shape.max_answer_tokens, recipe.max_response_tokens)
-    assert max(len(row.solution) for row in rows) < most
+    assert recipe.task == "checked4" or max(len(row.solution) for row in rows) < most
     assert max(len(row.question) for row in rows) < config.prompts.max_prompt_tokens
 
 
@@ -140,6 +141,20 @@ def test_the_tree_of_graded_items_forks_before_the_last_and_that_of_plans_after_
     assert all(each[cut - 1] == "\n" and each[cut:].count("=") == 1 for each in solutions)
     solutions, tree = solutions_with_configuration("plan_first")
     assert all(each.index("\n") < tree.step_tokens[0] < len(each) for each in solutions)
+
+
+def test_the_cap_of_checked_chains_cuts_off_many_that_one_check_or_two_would_not():
+    """As TreeRPO's: the cap is about 1.5 times the mean length of what it leaves."""
+    solutions, tree = solutions_with_configuration("checked4")
+    fork, cap = tree.step_tokens[0], sum(tree.step_tokens)
+    lengths = [len(each) + 1 for each in solutions]  # with the end token
+    assert sum(length > cap for length in lengths) / len(lengths) == pytest.approx(0.3, abs=0.05)
+    mean = sum(min(length, cap) for length in lengths) / len(lengths)
+    assert 1.3 < cap / mean < 1.5
+    num_checks = [each.count(" ") // 4 for each in solutions]
+    assert all((n <= 2) == (length <= cap) for n, length in zip(num_checks, lengths, strict=True))
+    assert {each[fork] for each in solutions} == {"\n", " "}, "the first choice to check"
+    assert all(each[:fork].count("=") == 4 for each in solutions)
 
 
 def test_a_recipe_with_a_start_goes_on_from_its_weights():

@@ -17,6 +17,10 @@ from dataclasses import dataclass
 SMALLEST, LARGEST = 10, 99
 PARTS_SLIP = 2.0
 """How much more often a line in two parts slips."""
+CHECK_RATE = 2 / 3
+"""How often lines that are written, or were checked, are checked once more."""
+MOST_CHECKS = 6
+"""Of four lines that makes 260 tokens, which a model has room for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +73,28 @@ class WordyChain(Chain):
         tens = value + operand - units
         part, result = super().write_line(tens, units, PARTS_SLIP * slip_rate, rng)
         return f"{value}{operand:+d}={part}", result
+
+
+class CheckedChain(Chain):
+    """A chain whose solver checks its lines before it answers: it writes all of them once more.
+
+        51-38=13
+        13+17=30
+        30-16=14
+        14+26=40 51-38=13 13+17=30 30-16=14 14+26=40
+        #### 40
+
+    It does so with probability `CHECK_RATE`, and after each check again. A check finds nothing, for
+    it is a copy: it takes tokens alone. On average all lines are written nearly three times.
+    """
+
+    def write_solution(self, *, slip_rate: float, rng: random.Random) -> str:
+        """Write a plain chain with the checks behind its last line."""
+        *lines, answer = super().write_solution(slip_rate=slip_rate, rng=rng).split("\n")
+        num_checks = 0
+        while num_checks < MOST_CHECKS and rng.random() < CHECK_RATE:
+            num_checks += 1
+        return "\n".join([*lines[:-1], " ".join(lines[-1:] + num_checks * lines), answer])
 
 
 class RestatedChain(Chain):

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from treerpo_ray.quickstart.chains import RestatedChain, WordyChain, draw_chain
+from treerpo_ray.quickstart.chains import CheckedChain, RestatedChain, WordyChain, draw_chain
 from treerpo_ray.quickstart.countdown import draw_countdown
 from treerpo_ray.quickstart.items import draw_items
 from treerpo_ray.quickstart.plans import draw_plan
@@ -27,7 +27,7 @@ MODELS_FOLDER = "~/treerpo_models"
 """Folder in which `make_model` writes, by name."""
 MODELS = (
     *("chains4", "chains10", "chains10_hard", "wordy4", "countdown"),
-    *("restated4", "items6", "plan_first"),
+    *("restated4", "items6", "plan_first", "checked4"),
 )
 """Models that it makes."""
 SPLITS = ("train", "test")
@@ -61,6 +61,7 @@ TASKS: dict[str, Callable[[random.Random], Exercise]] = {
     "restated4": partial(draw_chain, 4, kind=RestatedChain),
     "items6": draw_items,
     "plan_first": draw_plan,
+    "checked4": partial(draw_chain, 4, kind=CheckedChain),
 }
 """Draws an exercise, by name of the task."""
 

@@ -100,6 +100,9 @@ RECIPES = {
         slip_rate=0.7,
         early_slip_rate=0.4,
     ),
+    "checked4": replace(
+        LONGER, task="checked4", max_response_tokens=120, num_steps=900, slip_rate=0.25
+    ),
 }
 """By name of the model; `chains4` is the embedded one."""
 
