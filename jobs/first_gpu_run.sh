@@ -21,9 +21,9 @@ out=${OUT:-$(mktemp -d)}
 mkdir -p "$out"
 echo "results: $out" >&2
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline VLLM_NO_USAGE_STATS=1
-declare -A limit_s=([machine]=15 [model]=40 [attention]=80 [learner]=100 [sharded]=170 [engine]=180 [train]=165)
+declare -A limit_s=([machine]=15 [model]=40 [attention]=80 [learner]=100 [sharded]=170 [engine]=180 [train]=165 [options]=110)
 if [ $# -eq 0 ]; then
-    set -- machine model attention learner sharded engine train
+    set -- machine model attention learner sharded engine train options
 fi
 for part in "$@"; do
     if [ -z "${limit_s[$part]:-}" ]; then

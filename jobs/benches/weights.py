@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
 
 import numpy as np
 import ray
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 SIZES = {"10 M": 10**7, "100 M": 10**8, "500 M": 5 * 10**8}
 """Parameters."""
+SENT_AS = (torch.float32, torch.bfloat16)
+"""What runs on CPUs send, which is what the learner has; and what runs on GPUs do, which is cast
+here, and there by the GPU."""
 WIDTH = 1024
 MAX_COPIES, MAX_PAUSED_COPIES = 3.0, 1.5
 """What a sync is to cost in all, and of it while engines are paused: copies of the same bytes."""
@@ -34,8 +37,10 @@ class Round:
     """CPU seconds of a sync and of a copy of the same bytes; other work of the machine is not in
     it, and more threads take as much."""
 
+    clone: float
+    """A copy into new memory, as `torch.clone` makes it."""
     copy: float
-    """Between pages that are there."""
+    """Between pages that are there, past the caches: the least that a copy takes."""
     pack: float
     """Cast and digest."""
     hand_on: float
@@ -51,13 +56,19 @@ class Round:
         return self.pack + self.hand_on + self.receive
 
 
-PARTS: tuple[tuple[str, float, Callable[[Round], float]], ...] = (
-    ("packed to proved", MAX_COPIES, lambda times: times.total),
-    ("packed", 1.0, lambda times: times.pack),
-    ("received, while paused", MAX_PAUSED_COPIES, lambda times: times.receive),
-    ("brought to another node's file", 1.0, lambda times: times.bring),
+Cost: TypeAlias = Callable[[Round], float]
+"""CPU seconds of a part of a round."""
+CLONES: tuple[str, Cost] = "clones", lambda times: times.clone
+COPIES: tuple[str, Cost] = "copies in place", lambda times: times.copy
+PARTS: tuple[tuple[str, Cost, float, tuple[str, Cost]], ...] = (
+    ("packed to proved", lambda times: times.total, MAX_COPIES, CLONES),
+    ("packed to proved", lambda times: times.total, MAX_COPIES, COPIES),
+    ("packed", lambda times: times.pack, 1.0, COPIES),
+    ("received, while paused", lambda times: times.receive, MAX_PAUSED_COPIES, CLONES),
+    ("received, while paused", lambda times: times.receive, MAX_PAUSED_COPIES, COPIES),
+    ("brought to another node's file", lambda times: times.bring, 1.0, COPIES),
 )
-"""Of a sync, with the copies that each is compared with."""
+"""Of a sync, with how many copies of which kind each is compared with."""
 
 
 class Parameters(torch.nn.Module):
@@ -90,7 +101,7 @@ class SyncPath:
         count = max(1, num_parameters // (rows * WIDTH))
         flat = torch.randn(count, rows, WIDTH)
         self.weights = {f"layer.{number}": flat[number] for number in range(count)}
-        loaded = torch.zeros(count, rows, WIDTH, dtype=sent_as)
+        self.loaded = loaded = torch.zeros(count, rows, WIDTH, dtype=sent_as)
         self.target = loaded.view(torch.uint8).view(-1).numpy()
         self.source = flat.view(torch.uint8).view(-1).numpy()[: len(self.target)]
         self.sent_as, self.chunk_bytes = sent_as, chunk_bytes
@@ -105,6 +116,8 @@ class SyncPath:
         from treerpo_ray.weights.manifest import LoadProof, pack_weights
 
         at = [time.process_time()]
+        self.loaded.clone()
+        at.append(time.process_time())
         np.copyto(self.target, self.source)
         at.append(time.process_time())
         file = self.files.begin()
@@ -127,8 +140,10 @@ class SyncPath:
         chunks = [await self.store.put(packed.stamp, n) for n in range(len(packed.parts))]
         await self.other_store.place(packed.stamp, chunks)
         at.append(time.process_time())
-        copy, pack, hand_on, receive, bring = np.diff(at).tolist()
-        return Round(copy=copy, pack=pack, hand_on=hand_on, receive=receive, bring=bring)
+        clone, copy, pack, hand_on, receive, bring = np.diff(at).tolist()
+        return Round(
+            clone=clone, copy=copy, pack=pack, hand_on=hand_on, receive=receive, bring=bring
+        )
 
     def _receive(self, manifest: "Manifest", place: FilePlace) -> None:
         from treerpo_ray.engine.vllm_worker import StoreUpdate
@@ -152,9 +167,7 @@ def bench_weights(config: Config) -> list[Row]:
     """A sync with its proof, and its pause, against copies of what is sent."""
     ray.init(num_cpus=1, object_store_memory=STORE_BYTES, include_dashboard=False)
     try:
-        rows = [_rows(size, torch.bfloat16, config) for size in SIZES]
-        rows.append(_rows("100 M", torch.float32, config))
-        return [row for group in rows for row in group]
+        return [row for kind in SENT_AS for size in SIZES for row in _rows(size, kind, config)]
     finally:
         ray.shutdown()
 
@@ -172,7 +185,7 @@ def _rows(size: str, sent_as: torch.dtype, config: Config) -> list[Row]:
         compared_rounds(
             f"weights: {size} parameters as {kind}, {what} (CPU time)",
             ("our path", [cost(each) for each in rounds]),
-            (f"{most:g} copies of the bytes", [most * each.copy for each in rounds]),
+            (f"{most:g} {kind_of_copy}", [most * copy(each) for each in rounds]),
         )
-        for what, most, cost in PARTS
+        for what, cost, most, (kind_of_copy, copy) in PARTS
     ]

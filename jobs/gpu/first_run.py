@@ -28,6 +28,7 @@ PARTS: dict[str, Callable[[Sizes, Path, Tell], None]] = {
     "sharded": torch_parts.sharded,
     "engine": ray_parts.engine,
     "train": ray_parts.train,
+    "options": ray_parts.options,
 }
 
 

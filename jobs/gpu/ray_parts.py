@@ -112,7 +112,7 @@ async def _load(
 ) -> None:
     """Have an engine take over the learner's weights and prove them.
 
-    `nccl` needs a GPU for each of its processes: on one GPU it can't be tried.
+    `nccl` needs a GPU for each of its processes, and is tried by `options` where there are two.
     """
     from treerpo_ray.weight_sync import Probe
     from treerpo_ray.weights.manifest import pack_weights
@@ -177,6 +177,43 @@ def train(sizes: Sizes, folder: Path, tell: Tell) -> None:
     # The recipe asks for GPUs: where there is none its input is checked.
     own = recipe_run(folder)
     _run("recipe", own if sizes is REAL else ["--dry-run", *own], tell)
+
+
+def options(sizes: Sizes, folder: Path, tell: Tell) -> None:
+    """Whole runs of what not every GPU can do: engines in fp8, and weights sent to a group."""
+    for name, own in option_runs(sizes, folder, _capabilities()).items():
+        if isinstance(own, str):
+            tell(**{name: f"left out: {own}"})
+        else:
+            _run(name, own, tell)
+
+
+def option_runs(
+    sizes: Sizes, folder: Path, gpus: list[tuple[int, int]]
+) -> dict[str, list[str] | str]:
+    """Arguments of each run, or why these GPUs, given by their compute capabilities, can't.
+
+    On CPUs the group is one of gloo, and nothing computes in fp8.
+    """
+    from treerpo_ray.config.config import FP8_TOLERANCE
+    from treerpo_ray.preflight.machine import FP8_CAPABILITY
+
+    runs: dict[str, list[str] | str] = {
+        "fp8": f"needs a GPU of compute capability {FP8_CAPABILITY} or newer",
+        "nccl": "needs two GPUs",
+    }
+    quickstart = quickstart_run(sizes, folder)
+    if gpus and min(gpus) >= tuple(map(int, FP8_CAPABILITY.split("."))):
+        tolerance = f"sync.probe_tolerance={FP8_TOLERANCE:g}"
+        runs["fp8"] = [*quickstart, "lora.rank=0", "engine.quantization=fp8", tolerance]
+    if len(gpus) != 1:
+        file = [str(PROJECT / "conf/hardware/two_gpus.yaml")] if gpus else []
+        runs["nccl"] = [*quickstart, *file, "lora.rank=0", "sync.transport=nccl"]
+    return runs
+
+
+def _capabilities() -> list[tuple[int, int]]:
+    return [torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count())]
 
 
 def quickstart_run(sizes: Sizes, folder: Path) -> list[str]:

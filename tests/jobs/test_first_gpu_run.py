@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from jobs.gpu import measures, torch_parts
-from jobs.gpu.ray_parts import quickstart_run, recipe_run
+from jobs.gpu.ray_parts import option_runs, quickstart_run, recipe_run
 from jobs.gpu.workload import REAL, REHEARSAL, forest_of
 from tests.support.project import PROJECT, load_script
 from tests.support.whole_runs import processes_with
@@ -95,6 +95,19 @@ def test_the_runs_on_a_gpu_would_start(tmp_path: Path) -> None:
     assert config.learner.shard and config.model.path == f"{tmp_path}/model"
 
 
+def test_runs_of_options_would_start_where_the_gpus_can_do_what_they_need(tmp_path: Path) -> None:
+    old, new = (8, 0), (9, 0)
+    for gpus, done in (([old], []), ([new], ["fp8"]), ([new] * 2, ["fp8", "nccl"]), ([], ["nccl"])):
+        runs = option_runs(REAL if gpus else REHEARSAL, tmp_path, gpus)
+        assert [name for name, own in runs.items() if not isinstance(own, str)] == done
+        for name in done:
+            config = load(runs[name])
+            assert (config.engine.quantization == "fp8") == (name == "fp8")
+            assert (config.sync.transport == "nccl") == (name == "nccl")
+            assert config.engine.resources.get("GPU", 0) == (name == "nccl" or 0.5 if gpus else 0)
+            assert len(preflight(config).inputs().prompts) >= config.gate.trees_per_step
+
+
 @pytest.mark.ray
 @pytest.mark.engine
 @pytest.mark.slow
@@ -121,4 +134,6 @@ def test_all_parts_run_on_a_cpu_in_tiny_sizes(tmp_path: Path) -> None:
     assert told["engine"]["sampled_logprobs_off"] < 0.01
     assert told["train"]["quickstart"]["sampled_tokens"] > 0
     assert "of gpu_memory_gib" in logs, "the recipe's plan"
+    assert told["options"]["nccl"]["sampled_tokens"] > 0
+    assert told["options"]["fp8"].startswith("left out: needs a GPU")
     assert processes_with(f"TREERPO_TEST={tmp_path}") == [], "each run ends the Ray that it started"

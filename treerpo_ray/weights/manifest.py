@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # manifests go through actors that have no use for it
 
 ALIGNMENT = 64
 """Offsets are multiples of this, so that every dtype can be viewed in place."""
-BLOCK = 2**20
+BLOCK = 2**19
 """Elements that are cast and digested at a time: they stay in the cache in between."""
 
 
