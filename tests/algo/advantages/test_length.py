@@ -130,6 +130,27 @@ def test_the_error_of_the_term_by_hand() -> None:
     np.testing.assert_allclose(length_errors(4, three, 1.0) ** 2, [13 / 2] * 3 + [0])
 
 
+def test_over_simulated_trees_the_squared_error_is_the_mean_squared_deviation() -> None:
+    """Of 4 x 4 answers with first steps whose answers differ in length, half of them right."""
+    rng, parents = np.random.default_rng(0), [-1] * 4 + [step for step in range(4) for _ in "1234"]
+    squares: list[list[tuple[float, float]]] = [[], []]
+    for _ in range(800):
+        means, lengths = rng.uniform(20, 50, 4), rng.integers(1, 10, 20)
+        lengths[4:] = rng.normal(np.repeat(means, 4), 5).round()
+        tree = make_tree(parents, lengths.tolist())
+        leaf_rewards = (rng.random(16) < 0.5).astype(float).tolist()
+        groups = step_groups(tree, mean_backup(tree, on_leaves(tree, leaf_rewards)))
+        found, errors = (each(20, groups, 1.0) for each in (length_advantages, length_errors))
+        expected = -(lengths - np.append(np.full(4, 40) - means, np.repeat(means, 4)))
+        for step in np.flatnonzero(found):
+            deviation = found[step] - expected[step]
+            if not np.isnan(errors[step]):
+                squares[int(step >= 4)].append((deviation**2, errors[step] ** 2))
+    for own in squares:
+        actual, told = np.mean(own, axis=0)
+        assert told == pytest.approx(actual, rel=0.1)
+
+
 # A gradient --------------------------------------------------------------------------------------
 
 

