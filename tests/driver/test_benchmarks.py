@@ -57,6 +57,7 @@ def test_the_preset_has_the_papers_sampling_and_its_benchmarks() -> None:
         ([], ["evaluate.pass_ks=[16]"], r"^evaluate\.pass_ks=\[16\] must lie between 1 and"),
         ([], ["evaluate.top_p=1.5"], r"^evaluate\.top_p=1\.5 must not be more than 1"),
         ([], ["evaluate.max_tokens=0"], r"^evaluate\.max_tokens=0 must be more than 0"),
+        ([], ["evaluate.data.num_problems=9"], r"^evaluate\.data\.num_problems=9: .*NAME\.num_pr"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_key(names, overrides, told) -> None:
@@ -79,6 +80,19 @@ def test_a_run_folder_stands_for_its_model_and_settings(tmp_path: Path) -> None:
         assert config.model.path == str(tmp_path / name)
         assert config.verifier.num_workers == 3
         assert not config.lora.rank, "they are merged into it"
+
+
+def test_a_model_and_the_run_that_is_called_as_its_folder_have_results_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for place in ("given/mine/model", "treerpo_runs/mine/model"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "model.safetensors").write_text("")
+    (tmp_path / "treerpo_runs/mine/config.yaml").write_text("{}")
+    places = ("given/mine/model", "treerpo_runs/mine", "treerpo_runs/mine/model")
+    names = [configure(f"{tmp_path}/{place}", [], []).run.name for place in places]
+    assert names == ["eval-mine-model", "eval-mine", "eval-mine"]
 
 
 def test_a_run_is_found_by_its_name_and_code_of_its_model_is_not_run_unasked(

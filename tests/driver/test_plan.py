@@ -222,6 +222,14 @@ def test_a_run_without_held_out_data_has_no_line_for_it() -> None:
     assert "held out" not in plan("evaluate.data.path=''")
 
 
+def test_the_plan_says_of_a_check_of_ones_own_that_it_was_tried(tmp_path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def check_answer(text):\n    return True\nSELF_TEST = [('a', ['a'], True)]\n"
+    )
+    own = plan(f"verifier.check={tmp_path}/mine.py")["reward"]
+    assert own.endswith(", which passed SELF_TEST") and "SELF_TEST" not in plan()["reward"]
+
+
 def test_the_plan_has_the_first_prompt_and_what_ends_an_answer(quickstart) -> None:
     problem = load_inputs(load(QUICKSTART)).prompts.problems[0]
     asked = f"{problem.question}\n"

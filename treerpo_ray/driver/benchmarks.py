@@ -60,6 +60,10 @@ PRESET = PROJECT / "conf/benchmarks.yaml"
 """Data sets and sampling settings, before what the command line says."""
 
 
+OF_TRAININGS = "evaluate.data."
+"""Start of the keys that an evaluation would leave without effect."""
+
+
 def place_of(model: str) -> str:
     """Where the model lies that a user means: a name alone may be that of a run."""
     place = named_folder(model)
@@ -93,12 +97,18 @@ def configure(
     else:
         raise ValueError(f"{model}: neither a run (config.yaml) nor a model (*.safetensors)")
     own = [
-        f"run.name=eval-{_without_model_folder(folder.root).name}",
+        f"run.name=eval-{_name_of(folder)}",
         "metrics.wandb_project=null",
         "prompts.path=''",
         "prompts.num_problems=null",
         "evaluate.data.path=''",
     ]
+    for argument in arguments:
+        if argument.startswith(OF_TRAININGS):
+            raise ValueError(
+                f"{argument}: the held-out set of a training is no benchmark; keys of one are "
+                "evaluate.benchmarks.NAME.num_problems and the like"
+            )
     config = load([*base, str(PRESET), *own, *arguments])
     known = config.evaluate.benchmarks
     if unknown := [name for name in names if name not in known]:
@@ -148,6 +158,14 @@ def _without_model_folder(path: str) -> PurePosixPath:
     """The run, whose name tells more than that of the folder with its model."""
     found = PurePosixPath(path)
     return found.parent if found.name == MODEL_FOLDER else found
+
+
+def _name_of(model: RunFolder) -> str:
+    """That of a run, whose exported model has it, too, or of a model."""
+    own, outer = PurePosixPath(model.root), _without_model_folder(model.root)
+    if own == outer or model.fs.exists(f"{outer}/{CONFIG_FILE}"):
+        return outer.name
+    return f"{outer.name}-{own.name}"  # a run may be called as the folder that a model lies in
 
 
 def _is_model(folder: RunFolder, name: str = "") -> bool:

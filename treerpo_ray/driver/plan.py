@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from treerpo_ray.config import Config
+from treerpo_ray.config.files import PACKAGE
+from treerpo_ray.config.verifier import VerifierConfig
 from treerpo_ray.driver.cluster import Available, look_at_resources, starting_stages
 from treerpo_ray.preflight.inputs import DataSet, Preflight, num_parameters, set_name
 from treerpo_ray.preflight.machine import check_gpus, check_vllm
@@ -49,7 +51,7 @@ def plan_lines(
         *_data_lines("held out", found.held_out),
         *_prompt_lines(config, found.train),
         *(f"no answer   {each}" for each in found.references),
-        f"reward      {config.verifier.identity}",
+        f"reward      {_reward(config.verifier)}",
         f"tree        {list(shape.num_children)} children of at most {list(shape.step_tokens)} "
         f"tokens: up to {shape.max_steps:,} steps, {shape.max_leaves:,} answers and "
         f"{shape.max_sampled_tokens:,} tokens a question",
@@ -70,6 +72,12 @@ def plan_lines(
         *(f"unusual     {line}" for line in unusual(config)),
         *(f"unchecked   {line}" for line in found.unchecked),
     ]
+
+
+def _reward(settings: VerifierConfig) -> str:
+    """The checks, of which those that are the user's own have been tried before there is a plan."""
+    is_own = any(not name.startswith(f"{PACKAGE}.") for name in settings.weights)
+    return f"{settings.identity}{', which passed SELF_TEST' if is_own else ''}"
 
 
 def counted(number: int, what: str) -> str:
