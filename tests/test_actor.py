@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 from ray.util.tracing.tracing_helper import _inject_tracing_into_class
 
+from treerpo_ray.actor import is_asynchronous
 from treerpo_ray.engine.engine import Engine
 from treerpo_ray.engine.types import EngineApi
 from treerpo_ray.metrics.events import RunLogApi
@@ -52,6 +53,14 @@ def test_a_signature_is_the_same_once_an_actor_was_made_of_its_class() -> None:
     _inject_tracing_into_class(Counter)
     assert "_ray_trace_ctx" in inspect.signature(Counter.add).parameters
     assert signature(Counter.add) == before == "(self, number: int) -> int"
+
+
+def test_stages_are_asynchronous_but_for_those_that_do_one_thing_at_a_time() -> None:
+    """Ray starts a thread for each call that another kind of actor may have under way."""
+    found = {kind: is_asynchronous(kind) for _, kind in PAIRS}
+    assert {kind for kind, is_so in found.items() if not is_so} == {Heartbeats, RunLog}
+    _inject_tracing_into_class(RunLog)
+    assert not is_asynchronous(RunLog)
 
 
 @pytest.mark.parametrize(("api", "kind"), PAIRS)

@@ -13,6 +13,7 @@ checked:
 That the actor's class has these methods is for a test to check (`tests/test_actor.py`).
 """
 
+import inspect
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,6 +24,8 @@ if TYPE_CHECKING:  # who only reads what a run wrote needs no Ray
 
 P = ParamSpec("P")
 R = TypeVar("R")
+MOST_CALLS = 10_000
+"""Calls of an asynchronous actor that may be under way."""
 
 
 class ActorMethod(Protocol[P, R]):
@@ -60,7 +63,7 @@ class MakeActor(Protocol):
     """As `make_actor`."""
 
     def __call__(
-        self, kind: Callable[P, object], *, name: str | None = None, concurrency: int = ...
+        self, kind: Callable[P, object], *, name: str | None = None
     ) -> Callable[P, Any]: ...
 
 
@@ -68,11 +71,14 @@ def make_actor(
     kind: Callable[P, object],
     *,
     name: str | None = None,
-    concurrency: int = 10_000,
     node: str | None = None,
 ) -> Callable[P, Any]:
     """What makes an actor on `node` (Ray's id) or that of the caller, called with the arguments of
-    its class. On a node that is gone, calls of the actor fail. Ray's dashboard shows its name."""
+    its class. On a node that is gone, calls of the actor fail. Ray's dashboard shows its name.
+
+    One with asynchronous methods has as many calls under way as come; any other has one at a time,
+    since Ray would start a thread for each, and ends an actor whose threads take 10 s to start.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -80,9 +86,20 @@ def make_actor(
         node or ray.get_runtime_context().get_node_id(), soft=False
     )
     made = ray.remote(kind).options(
-        num_cpus=0, scheduling_strategy=here, max_concurrency=concurrency, **shown_as(name)
+        num_cpus=0,
+        scheduling_strategy=here,
+        max_concurrency=MOST_CALLS if is_asynchronous(kind) else 1,
+        **shown_as(name),
     )
     return cast(Callable[P, Any], made.remote)
+
+
+def is_asynchronous(kind: object) -> bool:
+    """Whether a class has asynchronous methods, by which Ray runs all in one event loop."""
+    return any(
+        inspect.iscoroutinefunction(member) or inspect.isasyncgenfunction(member)
+        for _, member in inspect.getmembers(kind)
+    )
 
 
 def shown_as(name: str | None) -> dict[str, str]:

@@ -193,7 +193,7 @@ def option_runs(
 ) -> dict[str, list[str] | str]:
     """Arguments of each run, or why these GPUs, given by their compute capabilities, can't.
 
-    On CPUs the group is one of gloo, and nothing computes in fp8.
+    On CPUs nothing computes in fp8, and the run of the quickstart sends to a group, of gloo.
     """
     from treerpo_ray.config.config import FP8_TOLERANCE
     from treerpo_ray.preflight.machine import FP8_CAPABILITY
@@ -206,9 +206,9 @@ def option_runs(
     if gpus and min(gpus) >= tuple(map(int, FP8_CAPABILITY.split("."))):
         tolerance = f"sync.probe_tolerance={FP8_TOLERANCE:g}"
         runs["fp8"] = [*quickstart, "lora.rank=0", "engine.quantization=fp8", tolerance]
-    if len(gpus) != 1:
-        file = [str(PROJECT / "conf/hardware/two_gpus.yaml")] if gpus else []
-        runs["nccl"] = [*quickstart, *file, "lora.rank=0", "sync.transport=nccl"]
+    if len(gpus) > 1:
+        file = str(PROJECT / "conf/hardware/two_gpus.yaml")
+        runs["nccl"] = [*quickstart, file, "lora.rank=0", "sync.transport=nccl"]
     return runs
 
 

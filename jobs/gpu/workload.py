@@ -83,7 +83,10 @@ REHEARSAL = Sizes(
     new_shapes=3,
     engine_trees=1,
     gpu=("engine.kv_cache_gib=0.25", "model.dtype=float32", "sync.probe_tolerance=0.1"),
-    small=("prompts.num_problems=8", "engine.max_num_seqs=64", "metrics.wandb_project=null"),
+    small=(
+        *("prompts.num_problems=8", "engine.max_num_seqs=64", "metrics.wandb_project=null"),
+        "sync.transport=nccl",  # on CPUs that is gloo
+    ),
 )
 
 

@@ -255,9 +255,9 @@ def evaluated(ray_cluster, tmp_path_factory) -> tuple[Path, dict[str, Evaluation
     found = {}
     pools: list[TreePoolApi] = []
 
-    def make(kind: type, *, name: str, concurrency: int = 10_000) -> Callable[..., object]:
+    def make(kind: type, *, name: str) -> Callable[..., object]:
         if kind is not TreePool:
-            return make_actor(kind, name=name, concurrency=concurrency)
+            return make_actor(kind, name=name)
 
         def keep(**given: object) -> KeptPool:
             if not pools:

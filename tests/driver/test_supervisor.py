@@ -23,7 +23,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture
 def run_log(small_config, ray_cluster) -> Iterator[RunLogApi]:
-    actor = make_actor(RunLog, concurrency=1)(
+    actor = make_actor(RunLog)(
         setup=RunLogSetup.of(small_config("run.name=followed"), commit="0a1b2c3")
     )
     ray.get(actor.step.remote({"step": 1.0, "reward/mean": 0.111}))

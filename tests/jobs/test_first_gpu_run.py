@@ -97,14 +97,14 @@ def test_the_runs_on_a_gpu_would_start(tmp_path: Path) -> None:
 
 def test_runs_of_options_would_start_where_the_gpus_can_do_what_they_need(tmp_path: Path) -> None:
     old, new = (8, 0), (9, 0)
-    for gpus, done in (([old], []), ([new], ["fp8"]), ([new] * 2, ["fp8", "nccl"]), ([], ["nccl"])):
-        runs = option_runs(REAL if gpus else REHEARSAL, tmp_path, gpus)
+    for gpus, done in (([], []), ([old], []), ([new], ["fp8"]), ([new] * 2, ["fp8", "nccl"])):
+        runs = option_runs(REAL, tmp_path, gpus)
         assert [name for name, own in runs.items() if not isinstance(own, str)] == done
         for name in done:
             config = load(runs[name])
             assert (config.engine.quantization == "fp8") == (name == "fp8")
             assert (config.sync.transport == "nccl") == (name == "nccl")
-            assert config.engine.resources.get("GPU", 0) == (name == "nccl" or 0.5 if gpus else 0)
+            assert config.engine.resources["GPU"] == (1 if name == "nccl" else 0.5)
             assert len(preflight(config).inputs().prompts) >= config.gate.trees_per_step
 
 
@@ -134,6 +134,7 @@ def test_all_parts_run_on_a_cpu_in_tiny_sizes(tmp_path: Path) -> None:
     assert told["engine"]["sampled_logprobs_off"] < 0.01
     assert told["train"]["quickstart"]["sampled_tokens"] > 0
     assert "of gpu_memory_gib" in logs, "the recipe's plan"
-    assert told["options"]["nccl"]["sampled_tokens"] > 0
+    assert "transport: nccl" in (tmp_path / "runs/quickstart/config.yaml").read_text()
+    assert told["options"]["nccl"] == "left out: needs two GPUs"
     assert told["options"]["fp8"].startswith("left out: needs a GPU")
     assert processes_with(f"TREERPO_TEST={tmp_path}") == [], "each run ends the Ray that it started"

@@ -339,13 +339,13 @@ def evaluate_all(
 ) -> Iterator[tuple[str, Evaluation]]:
     """Evaluate each benchmark on the Ray cluster that is connected, on the same engines."""
     run = config.run.name
-    run_log: RunLogApi = make_actor(RunLog, name=f"run log of {run}", concurrency=1)(
+    run_log: RunLogApi = make_actor(RunLog, name=f"run log of {run}")(
         setup=RunLogSetup.of(config, commit=version_of(PROJECT))
     )
     pool: TreePoolApi = make_actor(TreePool, name=f"tree pool of {run}")(
         setup=EngineSetup.of(config), log_folder=config.log_folder
     )
-    heartbeats: HeartbeatsApi = make_actor(Heartbeats, name=f"heartbeats of {run}", concurrency=1)()
+    heartbeats: HeartbeatsApi = make_actor(Heartbeats, name=f"heartbeats of {run}")()
     first = next(iter(prompts.values()))
     try:
         begun = pool.begin.remote(

@@ -186,9 +186,9 @@ class RunSession:
         own: list[object] = []
         with self._ending:  # what was made ends where the rest fails
             self._ending.callback(end_actors, own, END_ACTORS_S)
-            run_log: RunLogApi = make_actor(
-                RunLog, name=f"run log of {config.run.name}", concurrency=1
-            )(setup=RunLogSetup.of(config, commit=version_of(PROJECT)))
+            run_log: RunLogApi = make_actor(RunLog, name=f"run log of {config.run.name}")(
+                setup=RunLogSetup.of(config, commit=version_of(PROJECT))
+            )
             self._at_end(run_log.close.remote, "the run log")
             if pool is None:
                 pool = _make_pool(config)
@@ -335,7 +335,7 @@ def _make_actors(
             fetch_limit_s=config.engine.load_timeout_s,
         ),
         run_log=run_log,
-        heartbeats=make_actor(Heartbeats, name=f"heartbeats of {run}", concurrency=1)(),
+        heartbeats=make_actor(Heartbeats, name=f"heartbeats of {run}")(),
     )
 
 
