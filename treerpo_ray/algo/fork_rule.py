@@ -1,211 +1,233 @@
-"""Fork rule: whether a tree pays, measured on the gradients of continuations of one prefix.
+"""Fork rule: whether a tree needs fewer sampled tokens than flat answers, by measured variances.
 
-A fork [1, N] at a cut samples one prefix of a tokens, and N continuations of b tokens each. Of the
-gradient of what is decided after the cut, let sigma^2 be the variance between continuations of one
-prefix and tau^2 that between prefixes of their mean, summed over parameters. The mean gradient of a
-fork has the variance tau^2 + sigma^2 / N and costs a + N b tokens; of independent forks, variance
-times tokens is what a gradient of a given error costs. Against one answer a question, N = 1, a fork
-needs the share
+A fork [1, N] samples a tokens, a prefix, and behind it N continuations of b tokens each. Its
+gradient is the mean over its N answers of
 
-    (tau^2 + sigma^2 / N) (a + N b) / ((tau^2 + sigma^2) (a + b))
+    g = (R - baseline) grad log p(answer)
 
-of the tokens. It is least at N* = sqrt(a sigma^2 / (b tau^2)), where it is 1 / G with the gain
+whose expectation is that of one flat answer whatever N is, and whose variance (the trace of the
+covariance) is tau^2 + sigma^2 / N: tau^2 is the variance between prefixes of the mean gradient
+given the prefix, sigma^2 the variance given the prefix. Tokens for a given variance go by
 
-    G = (tau^2 + sigma^2) (a + b) / (tau sqrt(a) + sigma sqrt(b))^2,
+    (tau^2 + sigma^2 / N) (a + N b)
 
-and N = 2 can pay at all only where a sigma^2 > b tau^2. This is the allocation between primary and
-secondary units of sampling in two stages (Cochran, Sampling Techniques, 3rd ed., section 10.6).
+so that over a flat answer, N = 1, a fork needs the share `token_share(N)` of the tokens, least at
 
-A prefix is one of a question, and both are drawn anew for each tree: tau^2 has what questions
-differ in. Any linear map of the gradients that keeps inner products on average will do for them.
+    N* = sqrt((a / b) (sigma^2 / tau^2)),   1 / G = (tau sqrt(a) + sigma sqrt(b))^2
+                                                     / ((tau^2 + sigma^2) (a + b))
+
+N > 1 pays if and only if sigma^2 / tau^2 > b / a. Prompts, dead prefixes and answers that end
+before the cut are all in tau^2, for a flat batch has one answer a question.
+
+g has the tokens before the cut too. Without them the rule would be that of parameters which act
+behind the cut alone, and a tree would seem to pay where the early tokens, of which it samples
+fewer, are the ones to learn.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Self
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 
-MOST_CHILDREN = 32
-"""Of forks that are considered."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ForkSample:
-    """What one tree tells of a cut. Trees are independent; its prefixes need not be.
-
-    Attributes:
-        within: Mean over prefixes of the sample variance of their continuations' gradients.
-        product: Mean over prefixes of the inner product of two continuations' gradients.
-        mean: Mean over prefixes of the mean gradient of their continuations.
-        before: Mean tokens before the cut.
-        after: Mean tokens of a continuation.
-        num_prefixes: How many have two continuations or more, which alone tell something.
-    """
-
-    within: float
-    product: float
-    mean: Float64[np.ndarray, " dims"]
-    before: float
-    after: float
-    num_prefixes: int
-
-    @classmethod
-    def of(
-        cls,
-        gradients: Float64[np.ndarray, "prefixes continuations dims"],
-        *,
-        before: Float64[np.ndarray, " prefixes"] | Int64[np.ndarray, " prefixes"],
-        after: Float64[np.ndarray, "prefixes continuations"]
-        | Int64[np.ndarray, "prefixes continuations"],
-    ) -> Self:
-        """Of the gradients of independent continuations, and the tokens before and of them.
-
-        Raises:
-            ValueError: there is no prefix with two continuations.
-        """
-        num_prefixes, count, _ = gradients.shape
-        if not num_prefixes or count < 2:
-            raise ValueError(
-                f"{num_prefixes} prefixes with {count} continuations tell nothing of a cut: each "
-                "needs two or more"
-            )
-        means = gradients.mean(1)
-        within = ((gradients - means[:, None]) ** 2).sum((1, 2)) / (count - 1)
-        product = (means**2).sum(-1) - within / count
-        return cls(
-            within=float(within.mean()),
-            product=float(product.mean()),
-            mean=means.mean(0),
-            before=float(before.mean()),
-            after=float(after.mean()),
-            num_prefixes=num_prefixes,
-        )
+MAX_CHILDREN = 16
+"""Most continuations that are recommended: where hardly any variance lies between prefixes, N* is
+as good as unbounded, and far from anything that was measured."""
+FEWEST_TREES = 4
+"""Trees below which nothing is said: the error of less is as uncertain as the number itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fork:
-    """Variances and tokens of a cut; see the module.
+    """Variances and tokens of one cut.
 
     Attributes:
-        between: tau^2, not less than 0.
-        within: sigma^2.
-        before: a, tokens.
-        after: b, tokens, more than 0.
+        within: sigma^2, 0 or more.
+        between: tau^2, 0 or more.
+        before: a, tokens from the prompt to the cut.
+        after: b, tokens from the cut to the end of an answer; above 0.
+
+    Raises:
+        ValueError: one is out of its range.
     """
 
-    between: float
     within: float
+    between: float
     before: float
     after: float
 
+    def __post_init__(self) -> None:
+        if not (min(self.within, self.between, self.before) >= 0 and self.after > 0):
+            raise ValueError(f"variances and tokens cannot be negative, nor b be 0: {self}")
+
+    def token_share(self, num_children: float) -> float:
+        """Tokens that a fork [1, num_children] needs over those that flat answers need, for the
+        same variance. Without any variance they need none, and cost alone is compared."""
+        cost = (self.before + num_children * self.after) / (self.before + self.after)
+        total = self.within + self.between
+        if not total:
+            return cost
+        return (self.between + self.within / num_children) / total * cost
+
     @property
-    def best(self) -> float:
-        """N*, which need not be a whole number; inf where prefixes do not differ, and 0 where
-        continuations do not (or there is nothing before the cut)."""
-        gained, paid = self.before * self.within, self.after * self.between
-        if not gained:
+    def best_children(self) -> float:
+        """N*: below 1 where flat answers are best, 0 without variance within prefixes, infinite
+        where there is none between them."""
+        if not self.within * self.before:
             return 0.0
-        return float(np.sqrt(gained / paid)) if paid else np.inf
+        if not self.between:
+            return float("inf")
+        return ((self.before / self.after) * (self.within / self.between)) ** 0.5
 
     @property
     def gain(self) -> float:
-        """G: how many times fewer tokens the best fork needs than one answer a question; of forks
-        of any N, whole or not, and 1 where one answer is best.
+        """G: by how much fewer tokens are needed at N*, which is at most (a + b) / b; 1 where flat
+        answers are best."""
+        if self.best_children <= 1:
+            return 1.0
+        root = (self.between * self.before) ** 0.5 + (self.within * self.after) ** 0.5
+        return (self.within + self.between) * (self.before + self.after) / root**2
 
-        16 sure steps and 4 that decide, sigma^2 = 15 tau^2: N* = 7.7 and G = 2.3.
-        """
-        return 1 / self.token_share(max(1.0, self.best))
-
-    def token_share(self, num_children: float) -> float:
-        """Tokens that a fork [1, `num_children`] needs, one answer a question needing 1.
-
-        With inf children it is what the share goes to.
-
-        Raises:
-            ValueError: all gradients are 0, so that nothing is known of any shape.
-        """
-        total = (self.between + self.within) * (self.before + self.after)
-        if not total:
-            raise ValueError("there is no gradient at this cut, whatever is sampled")
-        if np.isinf(num_children):
-            return np.inf if self.between else self.within * self.after / total
-        variance = self.between + self.within / num_children
-        return variance * (self.before + num_children * self.after) / total
-
-    def best_whole(self, most: int = MOST_CHILDREN) -> int:
-        """The number of children from 1 to `most` with the least share of tokens; of two that have
-        the same the smaller one."""
-        below = int(np.clip(self.best, 1, most))  # the share has one minimum
-        return min(range(below, min(below + 1, most) + 1), key=self.token_share)
+    @property
+    def children(self) -> int:
+        """Whole number of continuations, from 1 to MAX_CHILDREN, that needs the fewest tokens."""
+        below = int(min(max(self.best_children, 1.0), MAX_CHILDREN))
+        near = range(below, min(below + 1, MAX_CHILDREN) + 1)  # the share is convex in N
+        return min(near, key=self.token_share)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Forecast:
-    """What a fork at a cut would cost, as measured.
+# What trees tell ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CutSamples:
+    """What trees, one an entry, tell of one cut; `+` joins those of workers and of learner steps.
+
+    Each is the mean over a tree's prefixes, with the weight that they have in its root's value.
+    """
+
+    square: Float64[np.ndarray, " trees"]
+    """|g|^2 of one answer: estimates sigma^2 + tau^2 + |E g|^2."""
+    product: Float64[np.ndarray, " trees"]
+    """g_i . g_j of two answers from one prefix: estimates tau^2 + |E g|^2."""
+    others: Float64[np.ndarray, " trees"]
+    """Sum of g_i . g_j with answers of other trees of the same learner step: each estimates
+    |E g|^2."""
+    num_others: Float64[np.ndarray, " trees"]
+    """How many trees those are of."""
+    before: Float64[np.ndarray, " trees"]
+    """Tokens before the cut."""
+    after: Float64[np.ndarray, " trees"]
+    """Tokens behind it, of one answer."""
+    num_prefixes: Float64[np.ndarray, " trees"]
+    """Prefixes with continuations."""
+
+    @classmethod
+    def none(cls) -> Self:
+        """Of no trees, to start adding from."""
+        return cls.from_columns(np.zeros((len(fields(cls)), 0)))
+
+    @classmethod
+    def from_columns(cls, columns: Float64[np.ndarray, "fields trees"]) -> Self:
+        """The inverse of `columns`."""
+        names = (field.name for field in fields(cls))
+        return cls(**dict(zip(names, np.asarray(columns, np.float64), strict=True)))
+
+    @property
+    def columns(self) -> Float64[np.ndarray, "fields trees"]:
+        """All fields in order."""
+        return np.stack([getattr(self, field.name) for field in fields(self)])
+
+    def __len__(self) -> int:
+        """Number of trees."""
+        return len(self.square)
+
+    def __add__(self, other: Self) -> Self:
+        return self.from_columns(np.concatenate([self.columns, other.columns], axis=1))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ForkEstimate:
+    """What past learner steps tell of one cut.
 
     Attributes:
-        num_children: N of the fork [1, N] that needs the fewest tokens; 1 is no fork.
-        token_share: Tokens that it needs for a gradient of the same error, one answer a question
-            needing 1.
-        standard_error: Of `token_share` for this N, by the jackknife over trees. That N was chosen
-            by the same trees is not in it.
-        fork: What it was worked out from.
-        num_trees: How many trees it was measured on.
-        num_prefixes: How many prefixes these have.
+        depth: Depth of the steps before the cut.
+        samples: FEWEST_TREES or more, of learner steps of two trees or more.
     """
 
-    num_children: int
-    token_share: float
-    standard_error: float
-    fork: Fork
-    num_trees: int
-    num_prefixes: int
+    depth: int
+    samples: CutSamples
+
+    @cached_property
+    def variances(self) -> tuple[float, float]:
+        """Unbiased sigma^2 and tau^2, either of which noise may carry below 0."""
+        within, between = _variances(_sums(self.samples))
+        return float(within), float(between)
+
+    @cached_property
+    def fork(self) -> Fork:
+        """The rule at these variances, a negative one taken as 0."""
+        within, between = self.variances
+        return Fork(
+            within=max(within, 0.0),
+            between=max(between, 0.0),
+            before=float(self.samples.before.mean()),
+            after=float(self.samples.after.mean()),
+        )
+
+    def token_share_error(self, num_children: float) -> float:
+        """Standard error of `Fork.token_share`, by leaving out each tree in turn (the jackknife).
+
+        Trees are independent, and all that was sampled in one is left out with it. Variances are
+        taken as they are, negative ones too, so that an error is no smaller where they are cut off.
+        """
+        count = len(self.samples)
+        own = np.append(self.samples.columns[:6], np.ones((1, count)), axis=0)
+        own[2:4] *= 2  # a pair of trees is counted with both of them
+        shares = _token_share(_sums(self.samples)[:, None] - own, num_children)
+        return float(np.sqrt((count - 1) / count * ((shares - shares.mean()) ** 2).sum()))
+
+    @property
+    def num_prefixes(self) -> int:
+        """Prefixes with continuations behind it all."""
+        return int(self.samples.num_prefixes.sum())
 
 
-def forecast(samples: Sequence[ForkSample], most: int = MOST_CHILDREN) -> Forecast | None:
-    """The forecast of a cut from trees that were sampled independently; None if they are fewer
-    than three, or none has a gradient.
+def fork_estimate(depth: int, samples: Iterable[CutSamples]) -> ForkEstimate | None:
+    """What learner steps tell of the cut behind the steps of a depth; None if it is too little.
 
-    The squared norm of the mean gradient is estimated by products of different trees, so that
-    sigma^2 and tau^2 are unbiased (but for tau^2 being cut off at 0).
+    That is: fewer than FEWEST_TREES in learner steps of two trees or more, no prefix with
+    continuations, or gradients that are all 0.
     """
-    count = len(samples)
-    if count < 3:  # of two, the jackknife would leave one
+    told = sum((each for each in samples if len(each) > 1), start=CutSamples.none())
+    if len(told) < FEWEST_TREES or not told.num_prefixes.any() or not told.square.any():
         return None
-    rows = np.array([[s.within, s.product, s.before, s.after] for s in samples])
-    means = np.stack([sample.mean for sample in samples])
-    total, square = means.sum(0), (means**2).sum(-1)
-    fork = _fork(rows.sum(0), float(total @ total), float(square.sum()), count)
-    if not fork.between + fork.within:
-        return None
-    num_children = fork.best_whole(most)
-    others = rows.sum(0) - rows
-    products = total @ total - 2 * (means @ total) + square  # of the sum of all other means
-    without = [
-        _fork(sums, float(product), float(squares), count - 1)
-        for sums, product, squares in zip(others, products, square.sum() - square, strict=True)
-    ]
-    shares = [each.token_share(num_children) for each in without if each.between + each.within]
-    spread = np.var(shares) * (count - 1) if len(shares) == count else np.inf
-    return Forecast(
-        num_children=num_children,
-        token_share=fork.token_share(num_children),
-        standard_error=float(np.sqrt(spread)),
-        fork=fork,
-        num_trees=count,
-        num_prefixes=sum(sample.num_prefixes for sample in samples),
-    )
+    return ForkEstimate(depth=depth, samples=told)
 
 
-def _fork(
-    sums: Float64[np.ndarray, "4"], product_of_sum: float, sum_of_squares: float, count: int
-) -> Fork:
-    """From sums over `count` trees of within, product, before and after; and of their mean
-    gradients the squared norm of the sum, and the sum of the squared norms."""
-    within, product, before, after = (sums / count).tolist()
-    square_of_mean = (product_of_sum - sum_of_squares) / (count * (count - 1))
-    return Fork(
-        between=max(0.0, product - square_of_mean), within=within, before=before, after=after
-    )
+def _sums(samples: CutSamples) -> Float64[np.ndarray, " 7"]:
+    """Sums over trees of all fields but the last, and the number of trees."""
+    return np.append(samples.columns[:6].sum(1), len(samples))
+
+
+def _variances(
+    sums: Float64[np.ndarray, "7 ..."],
+) -> tuple[Float64[np.ndarray, "..."], Float64[np.ndarray, "..."]]:
+    """sigma^2 and tau^2 of sums over trees."""
+    square, product, others, num_others, _, _, num_trees = sums
+    return (square - product) / num_trees, product / num_trees - others / num_others
+
+
+def _token_share(
+    sums: Float64[np.ndarray, "7 ..."], num_children: float
+) -> Float64[np.ndarray, "..."]:
+    """`Fork.token_share`, whatever the signs of the variances are."""
+    within, between = _variances(sums)
+    *_, before, after, _ = sums
+    cost = (before + num_children * after) / (before + after)
+    total = within + between
+    is_told = total > 0
+    safe = np.where(is_told, total, 1.0)
+    return cost * np.where(is_told, (between + within / num_children) / safe, 1.0)
