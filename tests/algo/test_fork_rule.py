@@ -45,13 +45,13 @@ def test_the_best_number_needs_the_fewest_tokens_and_more_than_one_pays_by_the_r
     pays = within / 0.1 > 6.0 / before
     assert (fork.best_children > 1) == pays
     assert 1 / fork.gain == pytest.approx(min(shares), rel=1e-5)
-    whole = [fork.token_share(n) for n in range(1, MAX_CHILDREN + 1)]
-    assert fork.children == 1 + int(np.argmin(whole))
+    whole = [fork.token_share(n) for n in range(2, MAX_CHILDREN + 1)]
+    assert fork.children == 2 + int(np.argmin(whole))
 
 
 def test_where_all_variance_lies_on_one_side_of_the_cut() -> None:
     above = Fork(within=0.0, between=2.0, before=9.0, after=1.0)
-    assert (above.best_children, above.gain, above.children) == (0, 1, 1)
+    assert (above.best_children, above.gain, above.children) == (0, 1, 2)
     assert above.token_share(4) == pytest.approx(13 / 10), "only the cost changes"
     below = Fork(within=2.0, between=0.0, before=9.0, after=1.0)
     assert (below.best_children, below.children) == (np.inf, MAX_CHILDREN)
@@ -65,7 +65,7 @@ def test_without_variance_or_tokens_before_the_cut_flat_answers_are_best() -> No
         Fork(within=5.0, between=0.1, before=0.0, after=1.0),
         Fork(within=5.0, between=0.0, before=0.0, after=1.0),
     ):
-        assert (fork.best_children, fork.gain, fork.children) == (0, 1, 1)
+        assert (fork.best_children, fork.gain, fork.children) == (0, 1, 2)
 
 
 @pytest.mark.parametrize("wrong", [{"within": -1.0}, {"between": -0.1}, {"after": 0.0}])

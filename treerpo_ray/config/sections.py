@@ -259,6 +259,9 @@ class LearnerConfig:
     which the group's advantages are scaled too. Or a function of yours, as for `advantage`."""
     prune_threshold: float = 0.1
     """Threshold of `prune` (the paper's tau); negative: every group is trained."""
+    fork_every: int = field(default=10, metadata=NOT_NEGATIVE)
+    """Updates between two looks at whether another place or number of forks would need fewer
+    tokens (metrics `fork/`), by one more forward pass of the trees; 0: never."""
     token_budget: int = field(default=16384, metadata=POSITIVE)
     """Most tokens of one forward pass."""
     gradient_checkpointing: bool = False
