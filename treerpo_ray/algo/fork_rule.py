@@ -35,10 +35,6 @@ from jaxtyping import Float64
 MAX_CHILDREN = 16
 """Most continuations that are recommended: where hardly any variance lies between prefixes, N* is
 as good as unbounded, and far from anything that was measured."""
-AREA, AT = "fork/", "_depth_"
-CHILDREN, SHARE, SHARE_ERROR = "children", "token_share", "token_share_se"
-PREFIXES = "num_prefixes"
-"""Of the names of metrics, such as fork/token_share_depth_1."""
 FEWEST_TREES = 4
 """Trees below which nothing is said: the error of less is as uncertain as the number itself."""
 
@@ -193,21 +189,6 @@ class ForkEstimate:
         own[2:4] *= 2  # a pair of trees is counted with both of them
         shares = _token_share(_sums(self.samples)[:, None] - own, num_children)
         return float(np.sqrt((count - 1) / count * ((shares - shares.mean()) ** 2).sum()))
-
-    def metrics(self) -> dict[str, float]:
-        """As a row of metrics; `share` and its error are those of `Fork.children`."""
-        fork, (within, between) = self.fork, self.variances
-        number = fork.children
-        found = {
-            CHILDREN: number,
-            SHARE: fork.token_share(number),
-            SHARE_ERROR: self.token_share_error(number),
-            "best_children": min(fork.best_children, MAX_CHILDREN),
-            "gain": fork.gain,
-            "within": within / (within + between) if within + between > 0 else 0.0,
-            PREFIXES: self.num_prefixes,
-        }
-        return {f"{AREA}{name}{AT}{self.depth}": float(value) for name, value in found.items()}
 
     @property
     def num_prefixes(self) -> int:

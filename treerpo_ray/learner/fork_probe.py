@@ -20,11 +20,13 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from treerpo_ray.algo.fork_rule import CutSamples, ForkEstimate, fork_estimate
+from treerpo_ray.algo.fork_rule import MAX_CHILDREN, CutSamples, ForkEstimate, fork_estimate
 from treerpo_ray.algo.fork_samples import TreeGradients, step_samples, tree_gradients
 from treerpo_ray.algo.packing import pack
 from treerpo_ray.algo.tree import Tree
 from treerpo_ray.learner.optimizer import PolicyOptimizer, gathered
+from treerpo_ray.metrics.fork_lines import fork_row
+from treerpo_ray.metrics.rows import Row
 from treerpo_ray.records import TreeRecord
 
 WIDTH = 64
@@ -83,7 +85,7 @@ class ForkProbe:
         baseline: float,
         version: int,
         token_budget: int,
-    ) -> dict[str, float]:
+    ) -> Row:
         """Measure a worker's trees; every worker must call it. Returns metrics.
 
         Args:
@@ -108,7 +110,8 @@ class ForkProbe:
         told = [tree for part in gathered(own) for tree in part if tree is not None]
         self._looks.append(look_of(told, self.num_cuts))
         self._next = version + self.every
-        return {name: value for one in self.estimates for name, value in one.metrics().items()}
+        rows = (fork_row(one, MAX_CHILDREN) for one in self.estimates)
+        return {name: value for row in rows for name, value in row.items()}
 
     @property
     def estimates(self) -> tuple[ForkEstimate, ...]:
@@ -145,6 +148,7 @@ def step_scores(
     forests = pack(trees, [np.zeros(len(tree), np.float32) for tree in trees], token_budget)
     counts = [len(tree) for tree in trees]
     found = np.zeros((sum(counts), 0), np.float32)
+    # Strict, so that the passes are gone through that others need.
     for forest, (pulls, states) in zip(forests, optimizer.pulls(forests), strict=True):
         projection = Projection.of(pulls.shape[1], seed, pulls.device)
         left, right = pulls @ projection.of_pull, states @ projection.of_state
