@@ -8,6 +8,7 @@ import pytest
 import rich.console
 
 from tests.support.project import PROJECT
+from tests.support.saved_runs.fork_rows import measured_forks
 from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import GateConfig, LearnerConfig, RunConfig
@@ -81,6 +82,17 @@ def test_a_step_is_one_line_under_its_titles():
         assert cells(first) == ("2/10 0.412 63% -0.0123 0.0002 0.0011 0.50 12.3k 250k 1m05s -")
         assert cells(second) == ("4/10 0.412 63% -0.0123 0.0002 0.0011 0.50 12.3k 250k 2m05s 3m00s")
         assert len(titles) == len(first) == len(second) <= 80
+
+
+def test_the_place_to_fork_that_needs_the_fewest_tokens_stands_below_its_step():
+    printer, text = console()
+    printer.print_step(ROW | measured_forks(1.2, 0.6))
+    printer.print_step(ROW | {"step": 4, "time": 1060.0})
+    assert text.getvalue().splitlines()[2].strip() == (
+        "a tree of [1, 4] would need 0.60 ± 0.10 of the tokens of flat answers (fork at depth 2, "
+        "240 prefixes of 60 trees)"
+    )
+    assert len(text.getvalue().splitlines()) == 4
 
 
 def test_the_widest_table_has_80_columns():

@@ -1,12 +1,15 @@
 """What trees and evaluations tell, by hand."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from tests.support.learning.records import some_training
+from tests.support.saved_runs.fork_rows import measured_forks
 from tests.support.saved_runs.small_run import (
     NUM_STEPS,
     answers_to,
@@ -32,6 +35,7 @@ from treerpo_ray.study.findings import (
     decisive_steps,
     group_table,
     mismatch_by_staleness,
+    places_to_fork,
     steps_by_depth,
     worst_losses,
 )
@@ -193,3 +197,17 @@ def test_the_version_before_a_step_is_that_of_the_step_before(folder):
     lines = pd.DataFrame(rows).to_json(orient="records", lines=True)
     RunFolder(folder).publish_file("metrics.jsonl", lines.encode())
     assert [Run(folder).version_before(step) for step in (1, 2, 3)] == [0, 1, 1]
+
+
+def test_places_to_fork_are_those_that_were_measured_last(run):
+    with pytest.raises(NotThere, match="no metrics fork/"):
+        places_to_fork(run)
+    with (Path(run.folder) / "metrics.jsonl").open("a") as file:
+        for step, shares in ((STEP, (0.9, 1.1)), (STEP + 1, (0.6,)), (STEP + 2, ())):
+            print(
+                json.dumps({"step": step, "reward/mean": 0.5} | measured_forks(*shares)), file=file
+            )
+    table = places_to_fork(run)
+    assert table["token_share"].to_dict() == {1: 0.6, 2: 1.1}
+    assert table["step"].to_dict() == {1: STEP + 1, 2: STEP}
+    assert table["num_prefixes"].tolist() == [240, 240]

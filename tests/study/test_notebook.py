@@ -9,6 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from tests.support.learning.records import some_training
+from tests.support.saved_runs.fork_rows import measured_forks
 from tests.support.saved_runs.notebooks import (
     BY_HAND,
     COMPARE,
@@ -28,10 +29,11 @@ from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.study.analysis import Missing
 
 TREES, ANSWERS = "has no trees of any step", "has no two evaluations with answers"
+FORKS = "has no metrics fork/"
 TRAINING = "has trees without what the learner made of their tokens"
 
 
-def test_a_run_is_shown_in_ten_figures_and_three_tables(
+def test_a_run_is_shown_in_ten_figures_and_four_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kernel shows a real one in `tests/runs`."""
@@ -40,8 +42,10 @@ def test_a_run_is_shown_in_ten_figures_and_three_tables(
     save_trees(folder, NUM_STEPS + 1, [replace(record, training=some_training(record.tree))])
     for step, right in ((0, "#### 3"), (NUM_STEPS, "#### 2")):
         RunFolder(folder).publish_table(*answers_to(PROBLEMS[:1], step, [[right]]))
+    with (Path(folder) / "metrics.jsonl").open("a") as file:
+        print(json.dumps({"step": NUM_STEPS} | measured_forks(0.6)), file=file)
     monkeypatch.setenv("TREERPO_RUN", folder)
-    assert kinds(evaluate(READ_A_RUN)) == (10, 3)
+    assert kinds(evaluate(READ_A_RUN)) == (10, 4)
 
 
 def bare_run(root: Path, lacking: str) -> str:
@@ -69,9 +73,9 @@ def bare_run(root: Path, lacking: str) -> str:
 @pytest.mark.parametrize(
     ("lacking", "told"),
     [
-        ("trees and evaluations", [*[TREES] * 9, ANSWERS]),
-        ("a second step", [TRAINING, ANSWERS]),
-        ("any step", ["has no step in", "has no step in", "has no step in", *[TREES] * 9, ANSWERS]),
+        ("trees and evaluations", [*[TREES] * 9, ANSWERS, FORKS]),
+        ("a second step", [TRAINING, ANSWERS, FORKS]),
+        ("any step", [*["has no step in"] * 4, *[TREES] * 9, ANSWERS]),
     ],
 )
 def test_what_a_run_lacks_is_told_in_place_of_its_figure(
@@ -81,7 +85,7 @@ def test_what_a_run_lacks_is_told_in_place_of_its_figure(
     found = evaluate(READ_A_RUN)
     kinds(found)
     reasons = [repr(one) for one in found if isinstance(one, Missing)]
-    assert len(found) == 13 and len(reasons) == len(told)
+    assert len(found) == 14 and len(reasons) == len(told)
     for part in set(told):
         assert sum(part in reason for reason in reasons) == told.count(part)
 

@@ -264,6 +264,9 @@ class LearnerConfig:
     that is longer than its right siblings by all the tokens that an answer may have gets so much
     less, and groups are kept whose right answers differ in length. See
     `treerpo_ray/algo/advantages/length.py`."""
+    fork_every: int = field(default=10, metadata=NOT_NEGATIVE)
+    """Updates between two looks at whether another place or number of forks would need fewer
+    tokens (metrics `fork/`), by one more forward pass of the trees; 0: never."""
     token_budget: int = field(default=16384, metadata=POSITIVE)
     """Most tokens of one forward pass."""
     gradient_checkpointing: bool = False

@@ -14,7 +14,7 @@ cap tanh(scale x / cap) / T where the architecture has a cap, p = softmax(z) and
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple, Protocol, Self, cast
 
@@ -112,6 +112,23 @@ class Head:
         )
         found = _Scores.apply(hidden, self.weight, self.bias, row, target, how)
         return cast(tuple[Tensor, Tensor], found)
+
+    def pulls(
+        self,
+        hidden: Float[Tensor, "edges hidden"],
+        target: Int64[Tensor, " edges"],
+        temperature: float,
+    ) -> Float32[Tensor, "edges hidden"]:
+        """Gradient of each target's log-probability by the hidden state that predicts it; the
+        head's own weights get none."""
+        bias = None if self.bias is None else self.bias.detach()
+        fixed = replace(self, weight=self.weight.detach(), bias=bias)
+        with torch.enable_grad():
+            states = hidden.detach().float().requires_grad_()
+            row = torch.arange(len(target), device=target.device)
+            logprobs, _ = fixed.score(states, row, target, temperature)
+            [found] = torch.autograd.grad(logprobs.sum(), [states])
+        return found
 
 
 class Tempering(NamedTuple):

@@ -34,11 +34,11 @@ from treerpo_ray.algo.packing import Forest, pack
 from treerpo_ray.algo.tree import Tree
 from treerpo_ray.config.lora import LoraConfig
 from treerpo_ray.config.sections import LearnerConfig, ModelConfig, TreeConfig
+from treerpo_ray.learner.fork_probe import ForkProbe
 from treerpo_ray.learner.optimizer import PolicyOptimizer, gathered
 from treerpo_ray.learner.policy import DTYPES, Policy, load_policy
 from treerpo_ray.learner.shards.sharding import Sharding
-from treerpo_ray.learner.stats import BatchStats, Sums, count
-from treerpo_ray.learner.update_result import TrainedTrees, UpdateResult
+from treerpo_ray.learner.stats import BatchStats, Sums, TrainedTrees, UpdateResult, count
 from treerpo_ray.prompts.prompt_set import resolve_model_path
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder.checkpoints import BYTES_A_PARAMETER
@@ -117,6 +117,8 @@ class Learner:
         self.version = 0
         self._past: deque[PastStep] = deque(maxlen=PAST_STEPS)
         """What the newest batches, of all workers, say of the next one."""
+        self.forks = ForkProbe(every=learner.fork_every, num_cuts=len(tree.num_children) - 1)
+        """Where trees would pay, by past batches."""
         if checkpoint is not None:
             self._restore(checkpoint)
 
@@ -166,6 +168,7 @@ class Learner:
         rate, baseline = self.optimizer.learning_rate(progress), self.baseline
         trained, own = self.prepare(records)
         self._check_staleness(own)
+        forks = self._look_for_forks(records)
         steps = self.optimizer.steps(trained.minibatches, progress)
         has_updated = any(step.norm is not None for step in steps)
         self.version += has_updated
@@ -180,9 +183,22 @@ class Learner:
         return UpdateResult(
             has_updated=has_updated,
             stats=stats,
-            metrics={"learner/learning_rate": rate, **metrics, **baselines},
+            metrics={"learner/learning_rate": rate, **metrics, **baselines, **forks},
             seconds=time.monotonic() - start,
             trained=replace(trained, logprobs=[step.logprobs for step in steps]),
+        )
+
+    def _look_for_forks(self, records: Sequence[TreeRecord]) -> dict[str, float]:
+        """Metrics of where trees would pay, if these are to be measured for it; a baseline that
+        does not depend on them needs a past."""
+        if not self._past or not self.forks.is_due(self.version):
+            return {}
+        return self.forks.look(
+            self.optimizer,
+            records,
+            baseline=self.baseline.root,
+            version=self.version,
+            token_budget=self.settings.token_budget,
         )
 
     def prepare(self, records: Sequence[TreeRecord]) -> tuple[TrainedTrees, BatchStats]:
@@ -293,7 +309,7 @@ class Learner:
             "past_values": [step.value for step in self._past],
             "past_variances": [step.variances for step in self._past],
         }
-        (folder / STATE_FILE).write_text(json.dumps(counts | past))
+        (folder / STATE_FILE).write_text(json.dumps(counts | past | self.forks.state()))
 
     def _restore(self, folder: Path) -> None:
         """Take over moments, counts and the values of the newest batches.
@@ -307,3 +323,4 @@ class Learner:
         values = counts.get("past_values", [])  # older checkpoints have none
         variances = counts.get("past_variances", [{} for _ in values])
         self._past.extend(map(PastStep, values, variances))
+        self.forks.restore(counts.get("fork_looks", []), counts.get("fork_next", 0))

@@ -5,7 +5,7 @@ loss. Every worker holds the whole model and makes the same step or, where it is
 the model and of the step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -154,6 +154,14 @@ class PolicyOptimizer:
         self.num_steps += 1
         return OptimizerStep(sums=sums, norm=float(norm), logprobs=seen)
 
+    def pulls(self, forests: Sequence[Forest]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """`Policy.edge_pulls` of each forest; every worker must ask, and go through all of them."""
+        num_idle = self._idle_passes(len(forests))
+        for packed in forests:
+            yield self._pulls_now(packed)
+        for _ in range(num_idle):
+            self._pulls_now(IDLE)
+
     def metrics(self, steps: Sequence[OptimizerStep]) -> dict[str, float]:
         """Metrics of the losses of all workers, of the optimizer steps that were made."""
         own = sum((step.sums for step in steps), start=LossSums.zeros(self.device))
@@ -193,10 +201,19 @@ class PolicyOptimizer:
             return self._forward(self.policy, forest)[0]
 
     def _forward(self, policy: Policy, forest: ForestTensors) -> tuple[torch.Tensor, torch.Tensor]:
+        with self._computing():
+            return policy.edge_logprobs(forest, self.tree.temperature)
+
+    def _pulls_now(self, packed: Forest) -> tuple[torch.Tensor, torch.Tensor]:
+        with self._computing():
+            forest = ForestTensors.from_forest(packed, self.device)
+            return self.policy.edge_pulls(forest, self.tree.temperature)
+
+    def _computing(self) -> torch.autocast:
+        """In the type of the settings."""
         # What is sharded is gathered in the type that is computed in.
         is_cast = self.dtype != torch.float32 and not self.is_sharded
-        with torch.autocast(self.device.type, self.dtype, enabled=is_cast):
-            return policy.edge_logprobs(forest, self.tree.temperature)
+        return torch.autocast(self.device.type, self.dtype, enabled=is_cast)
 
     @torch.no_grad()
     def _logprobs_now(self, packed: Forest) -> torch.Tensor:

@@ -129,6 +129,23 @@ class Policy:
         )
 
     @torch.no_grad()
+    def edge_pulls(
+        self, forest: ForestTensors, temperature: float
+    ) -> tuple[Float32[Tensor, "edges hidden"], Float32[Tensor, "edges hidden"]]:
+        """Gradient of each edge's log-probability by the last hidden state at its source, and that
+        state; see `Head.pulls`. The weights get no gradients."""
+        return self._score(
+            forest.token_ids,
+            forest.position_ids,
+            forest.layout,
+            forest.source,
+            forest.edge_source,
+            forest.target,
+            temperature,
+            is_pull=True,
+        )
+
+    @torch.no_grad()
     def sequence_logprobs(self, token_ids: list[int]) -> Float32[Tensor, " targets"]:
         """Log-probability (nats, temperature 1) of each token after the first, given those before.
 
@@ -240,8 +257,12 @@ class Policy:
         row: Tensor,
         target: Tensor,
         temperature: float,
+        *,
+        is_pull: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        found = self._scores(token_ids, position_ids, layout, source, row, target, temperature)
+        found = self._scores(
+            token_ids, position_ids, layout, source, row, target, temperature, is_pull
+        )
         if self.sharding is not None and not torch.is_grad_enabled():
             # No backward pass will: the next one would compute with weights of before a step.
             cast(FSDPModule, self._scores).reshard()
@@ -269,13 +290,18 @@ class _Scores(nn.Module):
         row: Int64[Tensor, " edges"],
         target: Int64[Tensor, " edges"],
         temperature: float,
-    ) -> tuple[Float32[Tensor, " edges"], Float32[Tensor, " edges"]]:
-        """See `Head.score`; `source` has the positions whose hidden states are its rows."""
+        is_pull: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Head.score` or, where `is_pull`, `Policy.edge_pulls`; `source` has the positions
+        whose hidden states are the rows."""
         output = self.model.base_model(
             input_ids=token_ids, position_ids=position_ids, layout=layout, use_cache=False
         )
         hidden = output.last_hidden_state[0].index_select(0, source)
         head = Head.of(self.model, logit_budget=self.logit_budget, kernels=self.kernels)
+        if is_pull:
+            states = hidden.index_select(0, row)
+            return head.pulls(states, target, temperature), states.float()
         return head.score(hidden, row, target, temperature)
 
 

@@ -26,6 +26,7 @@ from rich.progress import (
 from rich.text import Text
 
 from treerpo_ray.errors import without_ids
+from treerpo_ray.metrics.fork_lines import fork_lines
 from treerpo_ray.metrics.step_table import MISSING, StepTable, duration
 
 if TYPE_CHECKING:  # the first line should not wait for what these import
@@ -112,7 +113,8 @@ class Console:
         self._last_evaluation_s = seconds
 
     def print_step(self, row: "Row") -> None:
-        """One line for a learner step, and one or two for the evaluation that the row holds."""
+        """One line for a learner step, one for the place to fork that needs the fewest tokens, and
+        one or two for the evaluation that the row holds."""
         if "eval/pass_at_1" in row:
             self._print_evaluation(row)
         if "reward/mean" not in row:
@@ -123,6 +125,8 @@ class Console:
         self._num_lines += 1
         elapsed, left = duration(self._clock() - self._started_at), self._time_left(row)
         self._print(f"{self._table.line(row)} {elapsed:>6} {left:>6}")
+        if forks := fork_lines(row):
+            self.note(f"        {min(forks, key=lambda fork: fork.token_share)}")
 
     def _print_evaluation(self, row: "Row") -> None:
         """The score, and how it was sampled where that is not as in the line before."""

@@ -6,11 +6,12 @@ of an answer's reward is the sum over all steps of `weight` times `change` squar
 much of what becomes of an answer each step decides.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
 
+from treerpo_ray.metrics.fork_lines import ForkLine, fork_lines
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.study.analysis import NotThere, Run
 from treerpo_ray.study.sightings import (
@@ -34,6 +35,26 @@ def steps_by_depth(run: Run) -> pd.DataFrame:
     shown = ["value", "value_se", "advantage_se", "length", "surprisal", "is_leaf", "is_kept"]
     groups = table.groupby("depth")
     return groups[shown].mean().assign(steps=groups.size())
+
+
+def places_to_fork(run: Run) -> pd.DataFrame:
+    """What each place to fork needs of the tokens that flat answers need, by depth, as the run
+    measured it last, at learner step `step`; the columns are those of `ForkLine`.
+
+    Raises:
+        NotThere: it has not, as flat runs and those of a few trees never do.
+    """
+    lines: dict[int, tuple[int, ForkLine]] = {}
+    for step, row in run.metrics().iterrows():
+        known = {str(name): float(value) for name, value in row.dropna().items()}
+        lines |= {line.depth: (int(str(step)), line) for line in fork_lines(known)}
+    if not lines:
+        raise NotThere(
+            f"{run.folder} has no metrics fork/... yet: they are measured every "
+            "`learner.fork_every` updates on trees of two levels or more"
+        )
+    rows = [asdict(line) | {"step": step} for _, (step, line) in sorted(lines.items())]
+    return pd.DataFrame(rows).set_index("depth")
 
 
 def decisive_steps(run: Run, count: int = 8, step: int | None = None) -> pd.DataFrame:

@@ -1,0 +1,146 @@
+"""What the learner measures of forks: exact gradients of the last layer, resumed, and when."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.support.learning.learner_runs import (
+    CPU,
+    FREE,
+    make_config,
+    make_learner,
+    make_record,
+    mixed,
+)
+from tests.support.learning.step_rows import plain_model
+from tests.support.learning.tiny_models import save_tiny_model
+from treerpo_ray.algo.fork_samples import tree_gradients
+from treerpo_ray.learner.fork_probe import WIDTH, Projection, look_of, step_scores
+from treerpo_ray.records import TreeRecord
+
+TEMPERATURE = 0.7
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("qwen2"), "qwen2")
+
+
+def by_autograd(path: str, record: TreeRecord) -> np.ndarray:
+    """Gradient of log p of each step, by a layer M = 1 that stands before the head, from a plain
+    forward of its whole path."""
+    model, found = plain_model(path), []
+    head = model.get_output_embeddings()
+    for index, step in enumerate(record.tree.steps):
+        tokens = [*record.tree.prompt_ids.tolist(), *record.tree.path_token_ids(index)]
+        with torch.no_grad():
+            ids = torch.tensor([tokens])
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        layer = nn.Parameter(torch.eye(hidden.shape[1]))
+        logits = head((hidden @ layer.T)[-len(step.token_ids) - 1 : -1]) / TEMPERATURE
+        own = torch.from_numpy(step.token_ids.astype(np.int64))
+        logprob = logits.log_softmax(-1).gather(1, own[:, None]).sum()
+        found.append(torch.autograd.grad(logprob, [layer])[0].flatten().numpy())
+    return np.stack(found)
+
+
+def test_scores_are_the_gradients_of_the_last_layer(path: str) -> None:
+    """Of trees that are packed into several forests, some of them cut."""
+    learner, records = make_learner(make_config(path, FREE)), mixed()
+    before = [each.detach().clone() for each in learner.policy.trained]
+    trees = [record.tree for record in records]
+    found = step_scores(learner.optimizer, trees, 0, learner.settings.token_budget)
+    for record, own in zip(records, found, strict=True):
+        expected = by_autograd(path, record)
+        assert np.abs(expected).max() > 0.1
+        np.testing.assert_allclose(own, expected, atol=1e-4, rtol=1e-3)
+    assert all(each.grad is None for each in learner.policy.trained)
+    torch.testing.assert_close([each.detach() for each in learner.policy.trained], before)
+
+
+def test_a_learner_tells_what_full_gradients_tell_of_its_past_batches(
+    path: str, tmp_path: Path
+) -> None:
+    """The first batch gives the baseline, the second one is measured."""
+    learner = make_learner(make_config(path, FREE))
+    first = learner.update(mixed())
+    assert not [name for name in first.metrics if name.startswith("fork/")], "no baseline yet"
+    learner.write(tmp_path)
+    now = str(tmp_path / "model")
+    records = mixed(first=4, version=1)
+    baseline = learner.baseline.root
+    assert 0 < baseline < 1
+    second = learner.update(records)
+    trees = [
+        tree_gradients(
+            record.tree,
+            by_autograd(now, record),
+            rewards=record.rewards,
+            baseline=baseline,
+            num_cuts=1,
+        )
+        for record in records
+    ]
+    [estimate] = learner.forks.estimates
+    [samples] = look_of([tree for tree in trees if tree is not None], 1)
+    np.testing.assert_allclose(estimate.samples.columns, samples.columns, rtol=1e-3, atol=1e-3)
+    assert estimate.num_prefixes == 8, "two steps of each tree have children"
+    fork = estimate.fork
+    assert second.metrics["fork/token_share_depth_1"] == fork.token_share(fork.children)
+    assert second.metrics["fork/num_prefixes_depth_1"] == 8
+
+
+def test_looks_are_so_many_updates_apart_and_are_kept_by_a_checkpoint(
+    path: str, tmp_path: Path
+) -> None:
+    config = make_config(path, replace(FREE, fork_every=2), max_staleness=9)
+    learner = make_learner(config)
+    told = [
+        "fork/gain_depth_1" in learner.update(mixed(first=4 * step, version=step)).metrics
+        for step in range(4)
+    ]
+    assert told == [False, True, False, True]
+    learner.write(tmp_path)
+    resumed = make_learner(config, tmp_path)
+    [one], [other] = learner.forks.estimates, resumed.forks.estimates
+    np.testing.assert_array_equal(one.samples.columns, other.samples.columns)
+    assert len(one.samples) == 8
+    assert not resumed.forks.is_due(4) and resumed.forks.is_due(5)
+
+
+def test_what_cannot_be_measured_is_not(path: str) -> None:
+    never = make_learner(make_config(path, replace(FREE, fork_every=0)))
+    assert not never.forks.is_due(7)
+    config = make_config(path, FREE)
+    flat = make_learner(
+        replace(config, tree=replace(config.tree, num_children=(4,), step_tokens=(10,)))
+    )
+    assert not flat.forks.is_due(7), "whole answers fork at the prompt alone"
+    learner = make_learner(config)
+    learner.update(mixed())
+    errored = [make_record(4 + i, "ecwcw", version=1) for i in range(4)]
+    assert "fork/gain_depth_1" not in learner.update(errored).metrics
+    assert learner.forks.estimates == ()
+
+
+def test_projections_leave_products_unbiased_and_are_the_same_for_all_workers() -> None:
+    rng = np.random.default_rng(0)
+    hidden = 3 * WIDTH
+    pulls, states = (torch.from_numpy(rng.normal(size=(2, hidden))).float() for _ in range(2))
+    pulls[1] += pulls[0]
+    states[1] += states[0]
+    products = []
+    for seed in range(200):
+        one, again = (Projection.of(hidden, seed, CPU) for _ in range(2))
+        assert torch.equal(one.of_pull, again.of_pull)
+        assert not torch.equal(one.of_pull, one.of_state)
+        left, right = pulls @ one.of_pull, states @ one.of_state
+        products.append(float((left[0] @ left[1]) * (right[0] @ right[1])))
+    exact = float((pulls[0] @ pulls[1]) * (states[0] @ states[1]))
+    error = np.std(products) / 200**0.5
+    assert error < 0.05 * exact
+    assert abs(np.mean(products) - exact) < 3 * error

@@ -1,0 +1,176 @@
+"""Fork probe: measures what the fork rule asks for, on the trees of a learner step now and then.
+
+The gradient is that of a linear layer M between the last hidden state h and the head, at M = 1:
+of the log-probability of a token it is the outer product of delta, the gradient by h, and h. It
+needs a forward pass and, of the backward pass, the head's part alone, is small where the head's
+own gradient has a row for each token of the vocabulary, and takes in whatever scales or caps the
+logits. What layers below get is linear in delta, too. Wide models are projected on both sides by
+random signs, drawn anew each time, which leaves squares and products unbiased.
+
+Pruned groups count as well: whether a group is kept depends on the rewards. All trees are taken to
+be of the policy that is measured, which those that are some updates behind are nearly.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from treerpo_ray.algo.fork_rule import MAX_CHILDREN, CutSamples, ForkEstimate, fork_estimate
+from treerpo_ray.algo.fork_samples import TreeGradients, step_samples, tree_gradients
+from treerpo_ray.algo.packing import pack
+from treerpo_ray.algo.tree import Tree
+from treerpo_ray.learner.optimizer import PolicyOptimizer, gathered
+from treerpo_ray.metrics.fork_lines import fork_row
+from treerpo_ray.metrics.rows import Row
+from treerpo_ray.records import TreeRecord
+
+WIDTH = 64
+"""Of each side of a gradient: wider ones are projected."""
+PAST_LOOKS = 5
+"""Looks that estimates are made of: of fewer, there are too few prefixes; of more, the policy has
+become another one."""
+MAX_STEPS = 4096
+"""Steps of trees that a worker measures at a time, for each of which it holds a gradient."""
+
+Look = tuple[CutSamples, ...]
+"""What the trees of one learner step tell of each cut, the shallow one first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Projection:
+    """How both sides of a gradient are made small."""
+
+    of_pull: Float32[Tensor, "hidden width"]
+    of_state: Float32[Tensor, "hidden width"]
+
+    @classmethod
+    def of(cls, hidden: int, seed: int, device: torch.device) -> "Projection":
+        """The same for all workers: signs, or nothing for what is small as it is."""
+        if hidden <= WIDTH:
+            one = torch.eye(hidden, device=device)
+            return cls(of_pull=one, of_state=one)
+        signs = np.random.default_rng(seed).choice([-1.0, 1.0], (2, hidden, WIDTH)) / WIDTH**0.5
+        left, right = torch.from_numpy(signs.astype(np.float32)).to(device)
+        return cls(of_pull=left, of_state=right)
+
+
+class ForkProbe:
+    """What the newest looks tell.
+
+    Args:
+        every: Updates between two looks; 0: there are none.
+        num_cuts: Places between the levels of the run's trees.
+    """
+
+    def __init__(self, *, every: int, num_cuts: int) -> None:
+        self.every, self.num_cuts = every, num_cuts
+        self._looks: deque[Look] = deque(maxlen=PAST_LOOKS)
+        self._next = 0
+
+    def is_due(self, version: int) -> bool:
+        """Whether the trees of this version's update are to be measured; trees of a single level
+        have no forks to be measured by."""
+        return bool(self.every and self.num_cuts) and version >= self._next
+
+    def look(
+        self,
+        optimizer: PolicyOptimizer,
+        records: Sequence[TreeRecord],
+        *,
+        baseline: float,
+        version: int,
+        token_budget: int,
+    ) -> Row:
+        """Measure a worker's trees; every worker must call it. Returns metrics.
+
+        Args:
+            optimizer: Whose policy it is.
+            records: The worker's trees.
+            baseline: Mean reward that is expected without these trees.
+            version: Of the policy.
+            token_budget: Most tokens of one forward pass.
+        """
+        chosen = _measurable(records)
+        scores = step_scores(optimizer, [each.tree for each in chosen], version, token_budget)
+        own = [
+            tree_gradients(
+                record.tree,
+                score,
+                rewards=record.rewards,
+                baseline=baseline,
+                num_cuts=self.num_cuts,
+            )
+            for record, score in zip(chosen, scores, strict=True)
+        ]
+        told = [tree for part in gathered(own) for tree in part if tree is not None]
+        self._looks.append(look_of(told, self.num_cuts))
+        self._next = version + self.every
+        rows = (fork_row(one, MAX_CHILDREN) for one in self.estimates)
+        return {name: value for row in rows for name, value in row.items()}
+
+    @property
+    def estimates(self) -> tuple[ForkEstimate, ...]:
+        """What the looks so far tell of each cut, of those that they tell enough of."""
+        found = (
+            fork_estimate(place + 1, (look[place] for look in self._looks))
+            for place in range(self.num_cuts)
+        )
+        return tuple(each for each in found if each is not None)
+
+    def state(self) -> dict[str, object]:
+        """For `restore`, as JSON holds it."""
+        looks = [[cut.columns.tolist() for cut in look] for look in self._looks]
+        return {"fork_looks": looks, "fork_next": self._next}
+
+    def restore(self, looks: Iterable[Sequence[Sequence[Sequence[float]]]], due: int) -> None:
+        """Take over what `state` gave; of trees of another depth nothing."""
+        self._next = due
+        for look in looks:
+            if len(look) == self.num_cuts:
+                columns = (np.array(cut, np.float64) for cut in look)
+                self._looks.append(tuple(CutSamples.from_columns(each) for each in columns))
+
+
+def look_of(trees: Sequence[TreeGradients], num_cuts: int) -> Look:
+    """What the trees of one learner step, those of all workers, tell."""
+    return tuple(step_samples(trees, depth) for depth in range(1, num_cuts + 1))
+
+
+def step_scores(
+    optimizer: PolicyOptimizer, trees: Sequence[Tree], seed: int, token_budget: int
+) -> list[Float32[np.ndarray, "steps gradient"]]:
+    """Gradient of log p of each step of each tree, by M; every worker must call it."""
+    forests = pack(trees, [np.zeros(len(tree), np.float32) for tree in trees], token_budget)
+    counts = [len(tree) for tree in trees]
+    found = np.zeros((sum(counts), 0), np.float32)
+    # Strict, so that the passes are gone through that others need.
+    for forest, (pulls, states) in zip(forests, optimizer.pulls(forests), strict=True):
+        projection = Projection.of(pulls.shape[1], seed, pulls.device)
+        left, right = pulls @ projection.of_pull, states @ projection.of_state
+        lengths = np.bincount(forest.step, minlength=forest.num_steps).tolist()
+        parts = zip(left.split(lengths), right.split(lengths), strict=True)
+        own = torch.stack([(pull.T @ state).flatten() for pull, state in parts])
+        if not found.shape[1]:
+            found = np.zeros((len(found), own.shape[1]), np.float32)
+        found[forest.origin] = own.cpu().numpy()
+    return np.split(found, np.cumsum(counts)[:-1]) if trees else []
+
+
+def _measurable(records: Sequence[TreeRecord]) -> list[TreeRecord]:
+    """The first trees, by ticket, whose leaves all have rewards, with MAX_STEPS steps in all."""
+    found: list[TreeRecord] = []
+    room = MAX_STEPS
+    for record in sorted(records, key=lambda record: record.ticket):
+        tree = record.tree
+        has_all = len(tree) and tree.lengths.all() and len(tree.prompt_ids)
+        if has_all and not np.isnan(record.rewards[list(tree.leaves)]).any():
+            room -= len(tree)
+            if room < 0:
+                break
+            found.append(record)
+    return found
