@@ -127,6 +127,16 @@ def test_what_cannot_be_measured_is_not(path: str) -> None:
     assert learner.forks.estimates == ()
 
 
+def test_of_many_trees_the_first_quarter_is_measured(path: str) -> None:
+    learner = make_learner(make_config(path, FREE))
+    learner.update(mixed())
+    records = [make_record(4 + i, "cwwcw", version=1) for i in range(40)]
+    learner.update(records[::-1])
+    [estimate] = learner.forks.estimates
+    tokens = [record.tree.path_lengths[[0, 1, 2]].mean() for record in records[:10]]
+    np.testing.assert_allclose(estimate.samples.before, tokens)
+
+
 def test_projections_leave_products_unbiased_and_are_the_same_for_all_workers() -> None:
     rng = np.random.default_rng(0)
     hidden = 3 * WIDTH
