@@ -11,10 +11,10 @@ from xdist.scheduler import LoadFileScheduling
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("WANDB_MODE", "offline")
-# Workers of Ray give way to all others by default, and end when they wait 10 s for their threads.
+# By default workers of Ray give way to all others: beside other tests they would stand still.
 os.environ.setdefault("RAY_worker_niceness", "0")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other core is for the other process
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other cores are for the other processes
 
 from tests.support.planted_secrets import SECRETS
 from tests.support.project import PROJECT, SMALL

@@ -16,8 +16,8 @@ import ray
 from treerpo_ray.engine.types import EngineTotals
 from treerpo_ray.learner.policy import DTYPES
 from treerpo_ray.learner.publisher import Publisher
-from treerpo_ray.learner.stats import UpdateResult
 from treerpo_ray.learner.together import Together
+from treerpo_ray.learner.update_result import UpdateResult
 from treerpo_ray.metrics.events import Event, write_done, write_failed, write_waits
 from treerpo_ray.metrics.rows import Row, latest
 from treerpo_ray.metrics.stage_status import IdleTimes

@@ -33,8 +33,8 @@ from treerpo_ray.coordinator import Coordinator
 from treerpo_ray.evaluate.evaluation import read_evaluation
 from treerpo_ray.evaluate.grading import HeldOutEvaluator
 from treerpo_ray.learner.learner import Learner
-from treerpo_ray.learner.stats import UpdateResult
 from treerpo_ray.learner.together import Together, once_a_machine
+from treerpo_ray.learner.update_result import UpdateResult
 from treerpo_ray.metrics.watchdog import Heartbeat
 from treerpo_ray.records import with_training
 from treerpo_ray.run_folder import trees as saved_trees

@@ -40,7 +40,7 @@ class Round:
     clone: float
     """A copy into new memory, as `torch.clone` makes it."""
     copy: float
-    """Between pages that are there, past the caches: the least that a copy takes."""
+    """Between pages that are there."""
     pack: float
     """Cast and digest."""
     hand_on: float
@@ -116,8 +116,9 @@ class SyncPath:
         from treerpo_ray.weights.manifest import LoadProof, pack_weights
 
         at = [time.process_time()]
-        self.loaded.clone()
+        cloned = self.loaded.clone()
         at.append(time.process_time())
+        del cloned  # to give its pages back is no part of a copy
         np.copyto(self.target, self.source)
         at.append(time.process_time())
         file = self.files.begin()

@@ -45,7 +45,8 @@ def written(file: Path) -> Iterator[Tell]:
     start = time.monotonic()
     try:
         yield tell
-        tell(status="ok")
+        if found["status"] == "not finished":  # else it says why it was left out
+            tell(status="ok")
     except Exception as error:
         traceback.print_exc()
         tell(status=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")

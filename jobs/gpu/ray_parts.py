@@ -181,7 +181,10 @@ def train(sizes: Sizes, folder: Path, tell: Tell) -> None:
 
 def options(sizes: Sizes, folder: Path, tell: Tell) -> None:
     """Whole runs of what not every GPU can do: engines in fp8, and weights sent to a group."""
-    for name, own in option_runs(sizes, folder, _capabilities()).items():
+    runs = option_runs(sizes, folder, _capabilities() if sizes is REAL else [])
+    if all(isinstance(own, str) for own in runs.values()):
+        tell(status="left out: no GPU here can do any of it")
+    for name, own in runs.items():
         if isinstance(own, str):
             tell(**{name: f"left out: {own}"})
         else:

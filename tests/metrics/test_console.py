@@ -89,7 +89,7 @@ def test_the_place_to_fork_that_needs_the_fewest_tokens_stands_below_its_step():
     printer.print_step(ROW | measured_forks(1.2, 0.6))
     printer.print_step(ROW | {"step": 4, "time": 1060.0})
     assert text.getvalue().splitlines()[2].strip() == (
-        "a tree of [1, 4] would need 0.60 ± 0.10 of the tokens of flat answers (fork at depth 2, "
+        "a tree of [1, 4] would need 0.60 ± 0.10 of the tokens of single answers (fork at depth 2, "
         "240 prefixes of 60 trees)"
     )
     assert len(text.getvalue().splitlines()) == 4

@@ -40,7 +40,7 @@ def test_a_row_has_what_was_measured_and_reads_as_a_sentence() -> None:
     assert line.token_share == pytest.approx(23 / 128 * 12 / 5, rel=0.01)
     assert line.token_share_se == own.token_share_error(8) > 0
     assert str(replace(line, token_share=0.6, token_share_se=0.1)) == (
-        "a tree of [1, 8] would need 0.60 ± 0.10 of the tokens of flat answers (fork at depth 1, "
+        "a tree of [1, 8] would need 0.60 ± 0.10 of the tokens of single answers (fork at depth 1, "
         "100 prefixes of 50 trees)"
     )
 

@@ -393,6 +393,7 @@ def test_a_train_worker_that_stands_still_ends_the_run_with_a_report(
                 process.kill()
     [report] = (Path(config.folder) / "logs").glob("stall-*.txt")
     assert str(report) in str(caught.value)
+    assert "stalled: learner 0 (" in report.read_text()
     for stage in ("gate", "engines", "weight sync", "metrics", "scoring", "learner 0"):
         assert f"{stage} (" in report.read_text()
 

@@ -60,8 +60,8 @@ PRESET = PROJECT / "conf/benchmarks.yaml"
 """Data sets and sampling settings, before what the command line says."""
 
 
-OF_TRAININGS = "evaluate.data."
-"""Start of the keys that an evaluation would leave without effect."""
+HELD_OUT = "evaluate.data."
+"""Start of the keys of a training's held-out set, which is no benchmark."""
 
 
 def place_of(model: str) -> str:
@@ -84,6 +84,12 @@ def configure(
         ValueError: a benchmark is not known, or there is no model.
         ImportError: the package that the URI needs is not installed.
     """
+    for argument in arguments:
+        if argument.startswith(HELD_OUT):
+            raise ValueError(
+                f"{argument}: the held-out set of a training is no benchmark; keys of one are "
+                "evaluate.benchmarks.NAME.num_problems and the like"
+            )
     folder = RunFolder(model)
     if folder.exists(CONFIG_FILE):
         base = [_fetched(folder, CONFIG_FILE), f"model.path={_fetched(folder, _model_of(folder))}"]
@@ -103,12 +109,6 @@ def configure(
         "prompts.num_problems=null",
         "evaluate.data.path=''",
     ]
-    for argument in arguments:
-        if argument.startswith(OF_TRAININGS):
-            raise ValueError(
-                f"{argument}: the held-out set of a training is no benchmark; keys of one are "
-                "evaluate.benchmarks.NAME.num_problems and the like"
-            )
     config = load([*base, str(PRESET), *own, *arguments])
     known = config.evaluate.benchmarks
     if unknown := [name for name in names if name not in known]:

@@ -8,7 +8,8 @@ logits. What layers below get is linear in delta, too. Wide models are projected
 random signs, drawn anew each time, which leaves squares and products unbiased.
 
 Pruned groups count as well: whether a group is kept depends on the rewards. All trees are taken to
-be of the policy that is measured, which those that are some updates behind are nearly.
+be of the policy that is measured, which those that are some updates behind are nearly; with
+`gate.max_redraws`, which leaves out trees by their rewards, it is measured on those that stay.
 """
 
 from collections import deque

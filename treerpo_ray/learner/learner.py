@@ -25,10 +25,15 @@ from treerpo_ray.algo.advantages.baselines import (
     variance_sums,
 )
 from treerpo_ray.algo.advantages.errors import advantage_errors
-from treerpo_ray.algo.advantages.forms import AdvantageForm, all_advantages, has_baseline
-from treerpo_ray.algo.advantages.length import length_advantages, token_price
+from treerpo_ray.algo.advantages.forms import (
+    AdvantageForm,
+    all_advantages,
+    has_baseline,
+    trained_advantages,
+)
+from treerpo_ray.algo.advantages.length import token_price
 from treerpo_ray.algo.backup import Values, mean_backup
-from treerpo_ray.algo.groups import StepGroups, of_kept, step_groups
+from treerpo_ray.algo.groups import StepGroups, step_groups
 from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.algo.packing import Forest, pack
 from treerpo_ray.algo.tree import Tree
@@ -38,7 +43,8 @@ from treerpo_ray.learner.fork_probe import ForkProbe
 from treerpo_ray.learner.optimizer import PolicyOptimizer, gathered
 from treerpo_ray.learner.policy import DTYPES, Policy, load_policy
 from treerpo_ray.learner.shards.sharding import Sharding
-from treerpo_ray.learner.stats import BatchStats, Sums, TrainedTrees, UpdateResult, count
+from treerpo_ray.learner.stats import BatchStats, Sums, count
+from treerpo_ray.learner.update_result import TrainedTrees, UpdateResult
 from treerpo_ray.prompts.prompt_set import resolve_model_path
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder.checkpoints import BYTES_A_PARAMETER
@@ -215,8 +221,7 @@ class Learner:
             for tree, own, siblings in zip(trees, values, groups, strict=True)
         ]
         advantages = [
-            of_kept(own, siblings, self.pruning)
-            + length_advantages(len(own), siblings, self.token_price)
+            trained_advantages(own, siblings, self.pruning, self.token_price)
             for own, siblings in zip(found, groups, strict=True)
         ]
         trained = TrainedTrees(

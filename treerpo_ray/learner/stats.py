@@ -1,10 +1,8 @@
-"""Statistics: what the trees of a learner step say, as sums that add over workers, and what the
-update by them made of them."""
+"""Batch statistics: what the trees of a learner step say, as sums that add over workers."""
 
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float64
@@ -12,15 +10,10 @@ from jaxtyping import Float64
 from treerpo_ray.algo.backup import Values, reward_variance
 from treerpo_ray.algo.calibration import NUM_BINS, calibration_bins, calibration_error
 from treerpo_ray.algo.groups import GroupState, Pruning, StepGroups, count_duplicates
-from treerpo_ray.algo.packing import Forest, unpack
-from treerpo_ray.algo.tree import Tree
 from treerpo_ray.metrics.rows import BY_SET
 from treerpo_ray.prompts.mixture import set_of
-from treerpo_ray.records import RootValue, Training, TreeRecord
+from treerpo_ray.records import RootValue, TreeRecord
 from treerpo_ray.verifier.verdict import Verdict
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Sums(dict[str, float]):
@@ -268,54 +261,3 @@ def _calibration_sums(step_groups: Sequence[StepGroups]) -> Sums:
             for place in np.flatnonzero(bins[:, 0]).tolist()
         }
     )
-
-
-# What an update tells ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TrainedTrees:
-    """What an update made of its trees.
-
-    Args:
-        order: Place of each tree among those that were given.
-        trees: In the order in which they were trained.
-        advantages: Of each tree, one a step.
-        minibatches: Forests of each.
-        logprobs: Of each minibatch, forest and edge: `LossInputs.old_logprobs`; none before they
-            are trained.
-    """
-
-    order: Sequence[int]
-    trees: Sequence[Tree]
-    advantages: Sequence[Float64[np.ndarray, " _"]]
-    minibatches: Sequence[Sequence[Forest]]
-    logprobs: Sequence[Sequence["torch.Tensor"]] = ()
-
-    def training(self) -> tuple[Training, ...]:
-        """What was made of each tree, in the order in which they were given; the log-probabilities
-        are those before the first optimizer step of the update."""
-        size = len(self.trees) // len(self.minibatches)
-        by_token: list[np.ndarray] = []
-        for number, (forests, own) in enumerate(zip(self.minibatches, self.logprobs, strict=True)):
-            part = self.trees[number * size : (number + 1) * size]
-            by_token += unpack(part, forests, [values.cpu().numpy() for values in own])
-        found = {
-            place: Training(advantages=own, logprobs=values)
-            for place, own, values in zip(self.order, self.advantages, by_token, strict=True)
-        }
-        return tuple(found[place] for place in range(len(found)))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateResult:
-    """What a learner step did."""
-
-    has_updated: bool
-    """False if no step group of any worker was kept: nothing moved then."""
-    stats: BatchStats
-    metrics: dict[str, float]
-    seconds: float = field(compare=False)
-    """Wall time of the update."""
-    trained: TrainedTrees
-    """This worker's."""

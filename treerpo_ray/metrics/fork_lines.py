@@ -1,13 +1,17 @@
 """Fork lines: what a row of metrics tells of the fork rule, by the depth d behind which to fork.
 
 fork/children_depth_d        number N of continuations, of 2 and more, that needs the fewest tokens
-fork/token_share_depth_d     tokens that trees [1, N] need, over those that flat answers need
+fork/token_share_depth_d     tokens that trees [1, N] need, over those that single answers need
 fork/token_share_se_depth_d  its standard error
 fork/best_children_depth_d   N*, the best number if it need not be whole; at most MAX_CHILDREN
 fork/gain_depth_d            G, by how much fewer tokens are needed at N*
 fork/within_depth_d          sigma^2 / (sigma^2 + tau^2), with noise below 0 or above 1
 fork/num_prefixes_depth_d    prefixes that all of these were measured on
 fork/num_trees_depth_d       trees that those are of
+
+All is measured on gradients of the last layer; that all parameters agree is not shown.
+Single answers are one a question. The number N is the best one on the very trees that the share is
+measured on, so that the share is a little low; its error does not know of the choice.
 """
 
 from dataclasses import dataclass
@@ -60,8 +64,8 @@ class ForkLine:
     def __str__(self) -> str:
         return (
             f"a tree of [1, {self.children}] would need {self.token_share:.2f} \u00b1 "
-            f"{self.token_share_se:.2f} of the tokens of flat answers (fork at depth {self.depth}, "
-            f"{self.num_prefixes} prefixes of {self.num_trees} trees)"
+            f"{self.token_share_se:.2f} of the tokens of single answers (fork at "
+            f"depth {self.depth}, {self.num_prefixes} prefixes of {self.num_trees} trees)"
         )
 
 

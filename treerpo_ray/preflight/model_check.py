@@ -27,8 +27,8 @@ from treerpo_ray.config.sections import ModelConfig
 from treerpo_ray.errors import one_line
 from treerpo_ray.learner.adapters.targets import num_adapter_parameters
 from treerpo_ray.learner.layers import layers_of
-from treerpo_ray.learner.packing_check import PackingCheck
 from treerpo_ray.preflight.model_sizes import ModelSizes
+from treerpo_ray.preflight.packing_check import PackingCheck
 from treerpo_ray.prompts.hub import Unreachable, is_unreachable, offline_because, refusal
 from treerpo_ray.prompts.prompt_set import resolve_model_path
 

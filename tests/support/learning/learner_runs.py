@@ -21,7 +21,7 @@ from treerpo_ray.config.data import PromptsConfig
 from treerpo_ray.config.sections import GateConfig, LearnerConfig, ModelConfig, TreeConfig
 from treerpo_ray.learner.learner import Learner
 from treerpo_ray.learner.shards.sharding import whole
-from treerpo_ray.learner.stats import UpdateResult
+from treerpo_ray.learner.update_result import UpdateResult
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.verifier.verdict import Verdict
 

@@ -349,8 +349,18 @@ def step_advantages(
         ValueError: a form or rule that is not of this package returns none of its kind.
     """
     groups = step_groups(tree, values) if groups is None else groups
-    kept = of_kept(all_advantages(form, tree, values, groups, baseline), groups, pruning)
-    return kept + length_advantages(len(tree), groups, token_price)
+    found = all_advantages(form, tree, values, groups, baseline)
+    return trained_advantages(found, groups, pruning, token_price)
+
+
+def trained_advantages(
+    found: Float64[np.ndarray, " steps"],
+    groups: Sequence[StepGroups],
+    pruning: Pruning,
+    token_price: float,
+) -> Float64[np.ndarray, " steps"]:
+    """Of what a form gives each step that of kept groups, and the term of lengths; else NaN."""
+    return of_kept(found, groups, pruning) + length_advantages(len(found), groups, token_price)
 
 
 def _by_group(

@@ -18,7 +18,8 @@ at every parent: of leaves the gradient of the mean length of right answers, wha
 how many there are. (Of a reward less price times length it would be that of the length of all
 answers, and of right ones against wrong ones.) Siblings count by their mean, not by their number
 of right answers, for that to hold. Each step counts once, as in most forms, and no rule of pruning
-leaves a difference of lengths out (`Pruning.keeps_lengths`), which would bias.
+leaves a difference of lengths out (`Pruning.keeps_lengths`), which would bias. All steps of a group
+that is kept for its lengths alone count as trained, those without a right answer with 0.
 
 The price is `learner.length_weight` over the most tokens of an answer, the sum of
 `tree.step_tokens`, so that the weight has no unit: of two right answers one of which is longer by

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
-from treerpo_ray.learner import packing_check
 from treerpo_ray.learner.layers import fix_rotary
-from treerpo_ray.learner.packing_check import PackingCheck
+from treerpo_ray.preflight import packing_check
+from treerpo_ray.preflight.packing_check import PackingCheck
 
 LONGEST = 60
 """Tokens of the longest path."""
