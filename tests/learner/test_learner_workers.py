@@ -79,6 +79,8 @@ def test_two_workers_make_the_update_of_one(
             assert (state.version, state.num_steps) == (whole.version, whole.num_steps)
             assert result.stats.metrics(1) == pytest.approx(expected.stats.metrics(1))
             assert result.metrics == pytest.approx(expected.metrics, rel=1e-4, abs=1e-6)
+    if len(alone) > 1:
+        assert any("fork/gain_depth_1" in result.metrics for result, _ in alone)
     ours, theirs = (seen[case][-1][1].parameters for seen in workers)
     torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
 
