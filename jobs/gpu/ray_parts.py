@@ -191,22 +191,20 @@ def options(sizes: Sizes, folder: Path, tell: Tell) -> None:
             _run(name, own, tell)
 
 
-def option_runs(
-    sizes: Sizes, folder: Path, gpus: list[tuple[int, int]]
-) -> dict[str, list[str] | str]:
+def option_runs(sizes: Sizes, folder: Path, gpus: list[str]) -> dict[str, list[str] | str]:
     """Arguments of each run, or why these GPUs, given by their compute capabilities, can't.
 
     On CPUs nothing computes in fp8, and the run of the quickstart sends to a group, of gloo.
     """
     from treerpo_ray.config.config import FP8_TOLERANCE
-    from treerpo_ray.preflight.machine import FP8_CAPABILITY
+    from treerpo_ray.preflight.machine import FP8_CAPABILITY, has_fp8
 
     runs: dict[str, list[str] | str] = {
         "fp8": f"needs a GPU of compute capability {FP8_CAPABILITY} or newer",
         "nccl": "needs two GPUs",
     }
     quickstart = quickstart_run(sizes, folder)
-    if gpus and min(gpus) >= tuple(map(int, FP8_CAPABILITY.split("."))):
+    if gpus and all(map(has_fp8, gpus)):
         tolerance = f"sync.probe_tolerance={FP8_TOLERANCE:g}"
         runs["fp8"] = [*quickstart, "lora.rank=0", "engine.quantization=fp8", tolerance]
     if len(gpus) > 1:
@@ -215,8 +213,10 @@ def option_runs(
     return runs
 
 
-def _capabilities() -> list[tuple[int, int]]:
-    return [torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count())]
+def _capabilities() -> list[str]:
+    """Of the GPUs that this process may use, which need not be all of the machine."""
+    found = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    return [f"{major}.{minor}" for major, minor in found]
 
 
 def quickstart_run(sizes: Sizes, folder: Path) -> list[str]:

@@ -98,7 +98,7 @@ def test_the_runs_on_a_gpu_would_start(tmp_path: Path) -> None:
 
 
 def test_runs_of_options_would_start_where_the_gpus_can_do_what_they_need(tmp_path: Path) -> None:
-    old, new = (8, 0), (9, 0)
+    old, new = "8.0", "9.0"
     for gpus, done in (([], []), ([old], []), ([new], ["fp8"]), ([new] * 2, ["fp8", "nccl"])):
         runs = option_runs(REAL, tmp_path, gpus)
         assert [name for name, own in runs.items() if not isinstance(own, str)] == done

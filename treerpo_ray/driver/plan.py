@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from treerpo_ray.config import Config
-from treerpo_ray.config.files import PACKAGE
 from treerpo_ray.config.verifier import VerifierConfig
 from treerpo_ray.driver.cluster import Available, look_at_resources, starting_stages
 from treerpo_ray.preflight.inputs import DataSet, Preflight, num_parameters, set_name
@@ -16,6 +15,7 @@ from treerpo_ray.preflight.model_check import ModelFacts
 from treerpo_ray.preflight.model_sizes import most_tokens
 from treerpo_ray.preflight.pace import lines as pace_lines
 from treerpo_ray.preflight.placement import check_places, missing_resources, needed_resources
+from treerpo_ray.preflight.trial import own_checks
 from treerpo_ray.preflight.unusual import unusual
 from treerpo_ray.run_folder.files import RunFolder
 
@@ -76,8 +76,7 @@ def plan_lines(
 
 def _reward(settings: VerifierConfig) -> str:
     """The checks, of which those that are the user's own have been tried before there is a plan."""
-    is_own = any(not name.startswith(f"{PACKAGE}.") for name in settings.weights)
-    return f"{settings.identity}{', which passed SELF_TEST' if is_own else ''}"
+    return f"{settings.identity}{', which passed SELF_TEST' if own_checks(settings) else ''}"
 
 
 def counted(number: int, what: str) -> str:

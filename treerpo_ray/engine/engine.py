@@ -22,7 +22,7 @@ import numpy as np
 import ray
 from ray.actor import ActorHandle
 
-from treerpo_ray.actor import first_line, root_cause, shown_as
+from treerpo_ray.actor import MOST_CALLS, first_line, root_cause, shown_as
 from treerpo_ray.algo.search import SiblingGroup, TreeShape, grow
 from treerpo_ray.algo.tree import ROOT, Step, StopReason, error_step
 from treerpo_ray.engine._stop_strings import end_across_steps
@@ -366,7 +366,7 @@ def make_engine(
         num_gpus=resources.pop("GPU", 0),
         resources=resources,  # what the two above left
         label_selector=setup.engine.labels or None,
-        max_concurrency=10_000,
+        max_concurrency=MOST_CALLS,
         **shown_as(f"engine {index}"),
     )
     actor = cast(ActorHandle, made.remote(setup=setup, index=index, log_folder=log_folder))

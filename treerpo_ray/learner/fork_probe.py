@@ -151,9 +151,10 @@ def step_scores(
     forests = pack(trees, [np.zeros(len(tree), np.float32) for tree in trees], token_budget)
     counts = [len(tree) for tree in trees]
     found = np.zeros((sum(counts), 0), np.float32)
+    projection: Projection | None = None
     # Strict, so that the passes are gone through that others need.
     for forest, (pulls, states) in zip(forests, optimizer.pulls(forests), strict=True):
-        projection = Projection.of(pulls.shape[1], seed, pulls.device)
+        projection = projection or Projection.of(pulls.shape[1], seed, pulls.device)
         left, right = pulls @ projection.of_pull, states @ projection.of_state
         lengths = np.bincount(forest.step, minlength=forest.num_steps).tolist()
         parts = zip(left.split(lengths), right.split(lengths), strict=True)

@@ -118,15 +118,7 @@ class Policy:
 
         Both are of the distribution softmax(logits / temperature), the one that was sampled from.
         """
-        return self._score(
-            forest.token_ids,
-            forest.position_ids,
-            forest.layout,
-            forest.source,
-            forest.edge_source,
-            forest.target,
-            temperature,
-        )
+        return self._score_edges(forest, temperature)
 
     @torch.no_grad()
     def edge_pulls(
@@ -134,16 +126,7 @@ class Policy:
     ) -> tuple[Float32[Tensor, "edges hidden"], Float32[Tensor, "edges hidden"]]:
         """Gradient of each edge's log-probability by the last hidden state at its source, and that
         state; see `Head.pulls`. The weights get no gradients."""
-        return self._score(
-            forest.token_ids,
-            forest.position_ids,
-            forest.layout,
-            forest.source,
-            forest.edge_source,
-            forest.target,
-            temperature,
-            is_pull=True,
-        )
+        return self._score_edges(forest, temperature, is_pull=True)
 
     @torch.no_grad()
     def sequence_logprobs(self, token_ids: list[int]) -> Float32[Tensor, " targets"]:
@@ -247,6 +230,20 @@ class Policy:
         for _, part in groupby(named, key=lambda each: _layer_name(each[0])):
             weights = {name: _whole(weight, dtype) for name, weight in part}
             yield from revert_weight_conversion(self.model, weights).items()
+
+    def _score_edges(
+        self, forest: ForestTensors, temperature: float, *, is_pull: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        return self._score(
+            forest.token_ids,
+            forest.position_ids,
+            forest.layout,
+            forest.source,
+            forest.edge_source,
+            forest.target,
+            temperature,
+            is_pull=is_pull,
+        )
 
     def _score(
         self,

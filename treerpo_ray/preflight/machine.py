@@ -116,7 +116,7 @@ def _check_capabilities(quantization: str, found: list[str]) -> None:
         ValueError: one is such.
     """
     for capability in found:
-        if _numbers(capability) < _numbers(FP8_CAPABILITY):
+        if not has_fp8(capability):
             raise ValueError(
                 f"engine.quantization={quantization} needs GPUs of compute capability "
                 f"{FP8_CAPABILITY} or newer, and one of this machine has {capability}: set it to "
@@ -131,6 +131,11 @@ def installed_gpus() -> list[tuple[str, float]]:
         return [(driver, float(mib) / 1024) for driver, mib in rows]
     except ValueError:
         return []
+
+
+def has_fp8(capability: str) -> bool:
+    """Whether the tensor cores of a GPU of this compute capability multiply fp8."""
+    return _numbers(capability) >= _numbers(FP8_CAPABILITY)
 
 
 def gpu_capabilities() -> list[str]:

@@ -34,6 +34,11 @@ REWARDS = (
 """Right and wrong; with partial credit; with a leaf that has no verdict."""
 
 
+def own_checks(settings: VerifierConfig) -> list[str]:
+    """The checks that are not of this package."""
+    return [name for name in settings.weights if not name.startswith(f"{PACKAGE}.")]
+
+
 def try_checks(settings: VerifierConfig) -> bool:
     """Have each check that is not of this package grade its `SELF_TEST`.
 
@@ -46,7 +51,7 @@ def try_checks(settings: VerifierConfig) -> bool:
     for name in settings.weights:
         if not is_file(name) and not is_module(name):
             raise ValueError(f"verifier.check={name}: no such module{file_hint(name)}")
-    if all(name.startswith(f"{PACKAGE}.") for name in settings.weights):
+    if not own_checks(settings):
         return False
     with ExitStack() as ending:
         told: list[str] = []
@@ -77,10 +82,8 @@ def code_lines(settings: VerifierConfig, run: str, *, trusts_run: bool) -> list[
         UserCodeError: it brings code that is not here; with that code, to be read.
     """
     lines = []
-    for name in settings.weights:
+    for name in own_checks(settings):
         shown, source = with_checksum(name, settings.sources), settings.sources.get(name)
-        if name.startswith(f"{PACKAGE}."):
-            continue
         if not is_file(name):
             lines.append(f"graded by the module {name}, as it is installed here")
         elif source is None or is_here(name, source):

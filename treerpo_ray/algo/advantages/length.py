@@ -30,7 +30,7 @@ that is itself measured on the siblings would bias.
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64, Int64
 
 from treerpo_ray.algo.advantages.baselines import means_of_others
 from treerpo_ray.algo.groups import StepGroups
@@ -48,10 +48,9 @@ def length_advantages(
     found = np.zeros(num_steps)
     if price:
         for group in groups:
-            others, counts = means_of_others(group.right_lengths)
-            has_others = ~np.isnan(group.right_lengths) & (counts > 0)
+            others, _, is_compared = _others(group)
             found[group.children] = np.where(
-                has_others, price * (others - group.right_lengths), 0.0
+                is_compared, price * (others - group.right_lengths), 0.0
             )
     return found
 
@@ -75,11 +74,23 @@ def length_errors(
         counts = (~np.isnan(group.right_lengths)).sum(-1)
         below[group.parents] = variances[group.depth] / np.maximum(counts, 1)
     for group in groups:
-        _, counts = means_of_others(group.right_lengths)
-        has_others = ~np.isnan(group.right_lengths) & (counts > 0)
+        _, counts, is_compared = _others(group)
         total = below[group.children] + variances[group.depth] / np.maximum(counts, 1)
-        found[group.children] = np.where(has_others, price * np.sqrt(total), 0.0)
+        found[group.children] = np.where(is_compared, price * np.sqrt(total), 0.0)
     return found
+
+
+def _others(
+    group: StepGroups,
+) -> tuple[
+    Float64[np.ndarray, "groups children"],
+    Int64[np.ndarray, "groups children"],
+    Bool[np.ndarray, "groups children"],
+]:
+    """Of each child: the mean L of its right siblings, how many they are, and whether it is right
+    and has one."""
+    others, counts = means_of_others(group.right_lengths)
+    return others, counts, ~np.isnan(group.right_lengths) & (counts > 0)
 
 
 def _variances(groups: Sequence[StepGroups]) -> dict[int, float]:
