@@ -5,11 +5,8 @@
 #   bash jobs/test.sh -m 'slow or not slow'   # with what takes longer than a minute, as CI does
 #   TREERPO_VENV=.venv-gpu bash jobs/test.sh -m gpu   # on an NVIDIA GPU: without one it fails
 set -euo pipefail
-extras=cpu,dev previous= processes=3
+extras=cpu,dev previous=
 for word in "$@"; do
-    if [[ $word == "slow or not slow" ]]; then
-        processes=2  # long tests start whole clusters, and three of these at a time are no faster
-    fi
     if [[ $previous == -m && $word =~ (^|[^[:alnum:]])gpu && ! $word =~ not\ +gpu ]]; then
         extras=gpu,dev
     fi
@@ -30,7 +27,7 @@ trap 'rm -f "$findings"' EXIT
 mypy >"$findings" 2>&1 & types=$!
 status=0
 # A file stays in one process, for what its tests share; the order is that of tests/conftest.py.
-python -m pytest -n "$processes" --dist loadfile --no-loadscope-reorder "$@" || status=$?
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@" || status=$?
 if ! wait "$types"; then
     cat "$findings" >&2
     status=1

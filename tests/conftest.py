@@ -28,21 +28,30 @@ settings.register_profile("reproducible", derandomize=True, database=None, deadl
 settings.load_profile("reproducible")
 
 
+RUNS, CLUSTERS = "whole runs", "whole clusters"
 TOGETHER = {
-    "tests/runs/": "whole runs, of which no two are made at a time",
+    "tests/runs/": RUNS,
+    "tests/jobs/test_autoscale_demo.py": CLUSTERS,
+    "tests/jobs/test_chaos.py": CLUSTERS,
+    "tests/jobs/test_first_gpu_run.py": CLUSTERS,
+    "tests/jobs/test_jobs.py": CLUSTERS,
     "tests/learner/shards/": "learners in processes that are forked from one",
     "tests/learner/test_learner_workers.py": "learners in processes that are forked from one",
 }
-"""Files and folders that go to the same process, and what they share."""
+"""Files and folders that go to the same process, and what they share. Of runs, and of clusters, no
+two are made at a time: each takes gigabytes."""
+
+
+def shared_by(nodeid: str) -> str | None:
+    """What the tests of the file share with others."""
+    return next((what for start, what in TOGETHER.items() if nodeid.startswith(start)), None)
 
 
 class SomeTogether(LoadFileScheduling):
     """Files go to whichever process is free, but those of TOGETHER to the same one."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file = super()._split_scope(nodeid)
-        shared = (what for start, what in TOGETHER.items() if file.startswith(start))
-        return next(shared, file)
+        return shared_by(nodeid) or super()._split_scope(nodeid)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
@@ -51,15 +60,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFil
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs first, in one process, and beside them what computes alone; then what starts
-    engines, which takes longest, and what starts Ray."""
+    """Whole runs first, in one process, and whole clusters in another; beside them what computes
+    alone; then what starts engines, which takes longest, and what starts Ray."""
 
-    def rank(item: pytest.Item) -> tuple[bool, bool, bool, bool]:
-        is_whole, is_slow, on_engine, on_ray = (
-            item.path.parent.name == "runs",
-            *(item.get_closest_marker(name) is not None for name in ("slow", "engine", "ray")),
+    def rank(item: pytest.Item) -> tuple[bool, bool, bool, bool, bool]:
+        shared = shared_by(item.nodeid)
+        is_slow, on_engine, on_ray = (
+            item.get_closest_marker(name) is not None for name in ("slow", "engine", "ray")
         )
-        return not is_whole, on_engine or on_ray, not on_engine, not is_slow
+        starts_any = on_engine or on_ray
+        return shared != RUNS, shared != CLUSTERS, starts_any, not on_engine, not is_slow
 
     items.sort(key=rank)
 

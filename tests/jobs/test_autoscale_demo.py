@@ -86,6 +86,7 @@ def test_ray_starts_and_takes_away_nodes_as_trees_come_and_go(tmp_path) -> None:
     smaller = [
         *("run.name=scaled", "run.num_steps=1000", "gate.trees_per_step=2"),
         *("engine.max_engines=2", "engine.max_trees=4", "engine.shrink_after_s=4"),
+        "evaluate.data.num_problems=150",
     ]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
     shown = tmp_path / "shown"

@@ -15,7 +15,6 @@ from tests.support.project import PROJECT, load_script
 from tests.support.whole_runs import (
     assert_no_tree_was_finished_twice,
     assert_promises_kept,
-    assert_saved_trees_were_reused,
     assert_versions_count_updates,
 )
 from treerpo_ray.config import load
@@ -68,14 +67,15 @@ def test_a_signal_at_any_time_ends_a_drills_job_and_takes_its_cluster_down(monke
 @pytest.mark.ray
 @pytest.mark.engine
 def test_a_run_keeps_its_promises_while_its_parts_are_killed(tmp_path) -> None:
-    """One of each kind but an engine's actor, which goes with its node, and a core that is killed,
-    which `test_engine_faults` has."""
-    kinds = (Victim.HUNG_CORE, Victim.LEARNER, Victim.VERIFIER, Victim.NODE)
+    """One of each kind but an engine's actor, which goes with its node, a core that is killed,
+    which `test_engine_faults` has, and a learner, which `test_training` has, and `test_elastic`."""
+    kinds = (Victim.HUNG_CORE, Victim.VERIFIER, Victim.NODE)
     done = subprocess.run(
         [
-            *(sys.executable, "jobs/drills/chaos.py", "--kills", "4", "--steps", "6"),
+            *(sys.executable, "jobs/drills/chaos.py", "--kills", "3", "--steps", "5"),
             *("--victims", ",".join(kinds)),
             *(f"run.root={tmp_path}", "run.name=drill", "engine.request_timeout_s=30"),
+            "verifier.check=tests.support.answers.slow_grades",
         ],
         cwd=PROJECT,
         capture_output=True,
@@ -91,12 +91,11 @@ def test_a_run_keeps_its_promises_while_its_parts_are_killed(tmp_path) -> None:
     assert_versions_count_updates(metrics)
     assert metrics["staleness/max"].max() <= 1
     assert_no_tree_was_finished_twice(run)
-    # Killing the first of two workers ends the group; a verifier dies without it.
-    assert events[events.kind == "learner_started"]["workers"].tolist() == [2, 2]
-    assert_saved_trees_were_reused(run)
+    # Neither a verifier nor an engine takes the workers with it.
+    assert events[events.kind == "learner_started"]["workers"].tolist() == [2]
     # That of the core, and the one that was on the node.
     assert (events.kind == "engine_lost").sum() >= 2
-    assert "engine lost: " in done.stderr and "learner lost: " in done.stderr
+    assert "engine lost: " in done.stderr
     # The drill ends it by Ctrl-C, as `test_elastic` does by SIGTERM.
     assert "stopped with a checkpoint" in done.stderr
     last = run.folder + f"/checkpoints/step={metrics.index.max():06d}/files.json"
