@@ -67,7 +67,7 @@ REAL = Sizes(  # Qwen2.5-Math-1.5B
     new_shapes=20,
     engine_trees=8,
     gpu=(str(PROJECT / "conf/hardware/one_gpu.yaml"),),
-    small=(),
+    small=("prompts.num_problems=64",),
 )
 REHEARSAL = Sizes(
     device=torch.device("cpu"),

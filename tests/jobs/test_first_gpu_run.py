@@ -14,8 +14,10 @@ from jobs.gpu.workload import REAL, REHEARSAL, forest_of
 from tests.support.project import PROJECT, load_script
 from tests.support.whole_runs import processes_with
 from treerpo_ray.config import load
+from treerpo_ray.driver.cluster import local_resources, starting_stages
 from treerpo_ray.learner.forest_layout import ForestLayout
 from treerpo_ray.preflight.inputs import preflight
+from treerpo_ray.preflight.placement import Node, check_places
 
 SCRIPT = load_script("jobs/gpu/first_run.py")
 
@@ -98,16 +100,31 @@ def test_the_runs_on_a_gpu_would_start(tmp_path: Path) -> None:
 
 
 def test_runs_of_options_would_start_where_the_gpus_can_do_what_they_need(tmp_path: Path) -> None:
-    old, new = "8.0", "9.0"
-    for gpus, done in (([], []), ([old], []), ([new], ["fp8"]), ([new] * 2, ["fp8", "nccl"])):
+    old, new, two = "8.0", "9.0", ["two_workers", "tensor_parallel", "nccl"]
+    started: list[list[str]] = []
+    for gpus, done in (
+        ([], []), ([old], []), ([new], ["fp8"]), ([old] * 2, two),
+        ([new] * 2, [*two, "fp8"]), ([new] * 3, [*two, "fp8"]),
+    ):  # fmt: skip
         runs = option_runs(REAL, tmp_path, gpus)
         assert [name for name, own in runs.items() if not isinstance(own, str)] == done
-        for name in done:
-            config = load(runs[name])
-            assert (config.engine.quantization == "fp8") == (name == "fp8")
+        for name, own in runs.items():
+            if isinstance(own, str):
+                assert own.startswith("needs ")
+                continue
+            config = load(own)
+            learner, engine = config.learner, config.engine
+            assert (engine.quantization == "fp8") == (name == "fp8")
             assert (config.sync.transport == "nccl") == (name == "nccl")
-            assert config.engine.resources["GPU"] == (1 if name == "nccl" else 0.5)
-            assert len(preflight(config).inputs().prompts) >= config.gate.trees_per_step
+            is_split = name == "tensor_parallel" or (name == "nccl" and len(gpus) == 3)
+            assert engine.tensor_parallel == 1 + is_split
+            assert learner.shard == engine.sleep == (name == "two_workers")
+            assert learner.num_workers == 1 + learner.shard
+            there = local_resources(config, cpus=8, gpus=len(gpus))
+            check_places(starting_stages(config, trains=True), [Node(there, {})])
+            if own not in started:
+                assert len(preflight(config).inputs().prompts) >= config.gate.trees_per_step
+                started.append(own)
 
 
 @pytest.mark.ray
@@ -137,6 +154,6 @@ def test_all_parts_run_on_a_cpu_in_tiny_sizes(tmp_path: Path) -> None:
     assert told["train"]["quickstart"]["sampled_tokens"] > 0
     assert "of gpu_memory_gib" in logs, "the recipe's plan"
     assert "transport: nccl" in (tmp_path / "runs/quickstart/config.yaml").read_text()
-    assert told["options"]["nccl"] == "left out: needs two GPUs"
-    assert told["options"]["fp8"].startswith("left out: needs a GPU")
+    for name in ("two_workers", "tensor_parallel", "nccl", "fp8"):
+        assert told["options"][name].startswith("left out: needs ")
     assert processes_with(f"TREERPO_TEST={tmp_path}") == [], "each run ends the Ray that it started"
