@@ -255,7 +255,8 @@ def recipe_run(folder: Path) -> list[str]:
     own = [f"model.path={folder}/model", "prompts.path=quickstart:train"]
     own += ["prompts.num_problems=64"]
     own += ["prompts.question_column=question", "prompts.answer_column=answer"]
-    own += ["gate.trees_per_step=8", "tree.step_tokens=[64, 64, 64]", "run.num_steps=2"]
+    own += ["tree.num_children=[4, 4, 4]", "tree.step_tokens=[64, 64, 64]"]
+    own += ["gate.trees_per_step=8", "run.num_steps=2"]
     own += ["learner.advantage=STANDARD", "learner.prune_threshold=-1"]  # no answer is right
     own += ["learner.shard=true"]  # the quickstart's learner is not
     own += ["gate.max_staleness=0", "engine.sleep=true", "sync.transport=ipc"]  # likewise

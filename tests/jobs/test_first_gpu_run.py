@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -43,6 +44,22 @@ def test_without_a_gpu_nothing_is_begun(tmp_path: Path) -> None:
     done = first_gpu_run("--rehearse", "maschine", OUT=str(tmp_path / "out"))
     assert done.returncode == 2
     assert "error: no part is called maschine" in done.stderr
+
+
+def test_the_parts_take_no_longer_than_their_script_says() -> None:
+    """In minutes: all on one GPU, what two or more add, and either half of the parts."""
+    script = (PROJECT / "jobs/first_gpu_run.sh").read_text()
+    [declared] = re.findall(r"declare -A limit_s=\((.+)\)", script)
+    limits = {part: int(seconds) for part, seconds in re.findall(r"\[(\w+)\]=(\d+)", declared)}
+    [with_more_gpus] = map(int, re.findall(r" limit_s\[options\]=(\d+)", script))
+    assert list(limits) == list(SCRIPT.PARTS)
+    told = " ".join(script.replace("\n#", " ").split())
+    assert "at most 15 minutes" in told and sum(limits.values()) <= 15 * 60
+    assert "at most 6 minutes more" in told and with_more_gpus - limits["options"] <= 6 * 60
+    assert "up to four runs" in told and with_more_gpus == 4 * limits["options"]
+    alone = sum(limits[part] for part in SCRIPT.TORCH_ALONE)
+    assert "less than 8 minutes each" in told
+    assert max(alone, sum(limits.values()) - alone) < 8 * 60
 
 
 def test_what_becomes_of_each_part_is_one_line(tmp_path: Path, capsys) -> None:
