@@ -209,9 +209,10 @@ def option_runs(sizes: Sizes, folder: Path, gpus: list[str]) -> dict[str, list[s
 
     runs: dict[str, list[str] | str] = {
         "two_workers": "needs two GPUs, one for each worker",
-        "tensor_parallel": "needs two GPUs for one engine",
-        "nccl": "needs two GPUs",
         "fp8": f"needs a GPU of compute capability {FP8_CAPABILITY} or newer",
+        "nccl": "needs two GPUs",
+        # The last: where there is a CUDA compiler, vLLM may first have kernels made for it.
+        "tensor_parallel": "needs two GPUs for one engine",
     }
     whole_model = [*quickstart_run(sizes, folder), "lora.rank=0"]
     if len(gpus) > 1:
