@@ -129,10 +129,10 @@ class _Free(NamedTuple):
 def _gpus_after(gpus: tuple[float, ...], asked: float) -> tuple[float, ...] | None:
     """What is left of each GPU, as Ray hands them out: parts of a GPU are of a single one, of
     those with enough of it the one that has least; above that GPUs are whole."""
-    share, count = (asked, 1) if asked < 1 else (1.0, ceil(asked))
-    enough = [index for index, has in enumerate(gpus) if has >= share - 1e-9][:count]
     if not asked:
         return gpus
+    share, count = (asked, 1) if asked < 1 else (1.0, ceil(asked))
+    enough = [index for index, has in enumerate(gpus) if has >= share - 1e-9][:count]
     if len(enough) < count:
         return None
     return tuple(sorted(has - share * (index in enough) for index, has in enumerate(gpus)))
