@@ -180,15 +180,23 @@ def train(sizes: Sizes, folder: Path, tell: Tell) -> None:
 
 
 def options(sizes: Sizes, folder: Path, tell: Tell) -> None:
-    """Whole runs of what not every GPU can do: engines in fp8, and weights sent to a group."""
+    """Whole runs of what not every machine can do: engines in fp8 or split over two GPUs, weights
+    sent to a group, a learner that is sharded over two GPUs."""
     runs = option_runs(sizes, folder, _capabilities() if sizes is REAL else [])
     if all(isinstance(own, str) for own in runs.values()):
         tell(status="left out: no GPU here can do any of it")
+    failed: list[RuntimeError] = []
     for name, own in runs.items():
         if isinstance(own, str):
             tell(**{name: f"left out: {own}"})
-        else:
+            continue
+        try:
             _run(name, own, tell)
+        except RuntimeError as error:  # it says nothing of the others
+            tell(**{name: str(error)})
+            failed.append(error)
+    if failed:
+        raise failed[0]
 
 
 def option_runs(sizes: Sizes, folder: Path, gpus: list[str]) -> dict[str, list[str] | str]:
@@ -200,16 +208,28 @@ def option_runs(sizes: Sizes, folder: Path, gpus: list[str]) -> dict[str, list[s
     from treerpo_ray.preflight.machine import FP8_CAPABILITY, has_fp8
 
     runs: dict[str, list[str] | str] = {
+        "two_workers": "needs two GPUs, one for each worker",
         "fp8": f"needs a GPU of compute capability {FP8_CAPABILITY} or newer",
         "nccl": "needs two GPUs",
+        # The last: where there is a CUDA compiler, vLLM may first have kernels made for it.
+        "tensor_parallel": "needs two GPUs for one engine",
     }
-    quickstart = quickstart_run(sizes, folder)
+    whole_model = [*quickstart_run(sizes, folder), "lora.rank=0"]
+    if len(gpus) > 1:
+        # NCCL has room for one worker on a GPU; the engine takes turns with one of them.
+        shares = ["learner.resources.GPU=0.6", "engine.resources.GPU=0.4"]
+        turns = ["engine.sleep=true", "gate.max_staleness=0"]
+        two = ["learner.num_workers=2", "learner.shard=true"]
+        runs["two_workers"] = [*whole_model, *two, *shares, *turns]
+        split = ["engine.tensor_parallel=2", "engine.resources.GPU=2"]
+        # An engine of two GPUs shares none: where there is no third, the learner is on the CPU.
+        runs["tensor_parallel"] = [*whole_model, *split, "learner.resources.GPU=0"]
+        file = str(PROJECT / "conf/hardware/two_gpus.yaml")
+        sent = [*whole_model, file, "sync.transport=nccl"]
+        runs["nccl"] = [*sent, *split] if len(gpus) > 2 else sent
     if gpus and all(map(has_fp8, gpus)):
         tolerance = f"sync.probe_tolerance={FP8_TOLERANCE:g}"
-        runs["fp8"] = [*quickstart, "lora.rank=0", "engine.quantization=fp8", tolerance]
-    if len(gpus) > 1:
-        file = str(PROJECT / "conf/hardware/two_gpus.yaml")
-        runs["nccl"] = [*quickstart, file, "lora.rank=0", "sync.transport=nccl"]
+        runs["fp8"] = [*whole_model, "engine.quantization=fp8", tolerance]
     return runs
 
 
@@ -225,6 +245,8 @@ def quickstart_run(sizes: Sizes, folder: Path) -> list[str]:
     steps = 1 if sizes is REHEARSAL else 3
     own = [*sizes.gpu, *sizes.small, "gate.trees_per_step=6", f"run.num_steps={steps}"]
     own += ["lora.rank=8"]  # the recipe trains all weights
+    if sizes is REAL:  # so small a model fits GPUs of any size
+        own += ["engine.gpu_memory_gib=null", "learner.gpu_memory_gib=null"]
     return [file, *own, *_common(folder)]
 
 
@@ -234,7 +256,8 @@ def recipe_run(folder: Path) -> list[str]:
     own = [f"model.path={folder}/model", "prompts.path=quickstart:train"]
     own += ["prompts.num_problems=64"]
     own += ["prompts.question_column=question", "prompts.answer_column=answer"]
-    own += ["gate.trees_per_step=8", "tree.step_tokens=[64, 64, 64]", "run.num_steps=2"]
+    own += ["tree.num_children=[4, 4, 4]", "tree.step_tokens=[64, 64, 64]"]
+    own += ["gate.trees_per_step=8", "run.num_steps=2"]
     own += ["learner.advantage=STANDARD", "learner.prune_threshold=-1"]  # no answer is right
     own += ["learner.shard=true"]  # the quickstart's learner is not
     own += ["gate.max_staleness=0", "engine.sleep=true", "sync.transport=ipc"]  # likewise
@@ -251,6 +274,6 @@ def _run(name: str, arguments: list[str], tell: Tell) -> None:
     done = subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
     tell(**{f"{name}_s": round(time.monotonic() - start, 1)})
     if done.returncode:
-        raise RuntimeError(f"the {name} run ended with status {done.returncode}; see train.log")
+        raise RuntimeError(f"the {name} run ended with status {done.returncode}; see the log")
     if done.stdout:
         tell(**{name: json.loads(done.stdout.splitlines()[-1])})

@@ -78,13 +78,22 @@ def machine(sizes: Sizes, folder: Path, tell: Tell) -> None:
 
 
 def model(sizes: Sizes, folder: Path, tell: Tell) -> None:
-    """A random model of the recipe's size, with the quickstart's tokenizer."""
+    """A random model of the recipe's size, and one of few layers, with the quickstart's
+    tokenizer."""
     start = time.monotonic()
+    torch.manual_seed(0)
+    parameters = _make_model(sizes, sizes.layers, folder / "model")
+    _make_model(sizes, sizes.few_layers, folder / "few_layers")
+    tell(parameters=parameters, seconds_to_make=round(time.monotonic() - start, 1))
+
+
+def _make_model(sizes: Sizes, layers: int, folder: Path) -> int:
+    """Returns the number of its parameters."""
     config = Qwen2Config(
         vocab_size=sizes.vocabulary,
         hidden_size=sizes.hidden,
         intermediate_size=sizes.intermediate,
-        num_hidden_layers=sizes.layers,
+        num_hidden_layers=layers,
         num_attention_heads=sizes.heads,
         num_key_value_heads=sizes.kv_heads,
         max_position_embeddings=4096,
@@ -93,14 +102,13 @@ def model(sizes: Sizes, folder: Path, tell: Tell) -> None:
         eos_token_id=256,  # the tokenizer's, and the next
         pad_token_id=257,
     )
-    torch.manual_seed(0)
     with sizes.device:
         made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     made.generation_config = GenerationConfig(eos_token_id=256)
-    made.save_pretrained(folder / "model")
+    made.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(QUICKSTART / name, folder / "model")
-    tell(parameters=made.num_parameters(), seconds_to_make=round(time.monotonic() - start, 1))
+        shutil.copy(QUICKSTART / name, folder)
+    return made.num_parameters()
 
 
 def attention(sizes: Sizes, folder: Path, tell: Tell) -> None:
@@ -182,12 +190,12 @@ class _WithMasks(Policy):
 
 
 def sharded(sizes: Sizes, folder: Path, tell: Tell) -> None:
-    """An update of a learner that is sharded over one worker against that of one with the whole
-    model, whose head is not compiled: its gradients, what it publishes, resumes from and exports,
-    its time and memory."""
-    config = recipe(sizes, folder)
+    """A learner that is sharded over one worker: of few layers, its gradients against those of one
+    with the whole model, whose head is not compiled, and what it publishes, resumes from and
+    exports; of all layers, the time and memory of an update."""
+    few = recipe(sizes, folder, "few_layers")
     records = [random_record(ticket, sizes) for ticket in range(2)]
-    plain = make_learner(config, sizes, dtype="float32")
+    plain = make_learner(few, sizes, dtype="float32")
     policy = plain.policy
     plain.optimizer.policy = Policy(policy.model, policy.tokenizer, kernels=kernels("cpu"))
     expected = _gradients(plain, records[:1])
@@ -195,9 +203,8 @@ def sharded(sizes: Sizes, folder: Path, tell: Tell) -> None:
 
     def compare(what: str, limit: float, **settings: Any) -> Learner:
         gc.collect()  # a sharded model holds itself, and a GPU has no room for all that were made
-        made = make_learner(config, sizes, shard=True, **settings)
-        found = _gradients(made, records[:1])
-        off = _distance(found, expected)
+        made = make_learner(few, sizes, shard=True, **settings)
+        off = _distance(_gradients(made, records[:1]), expected)
         tell(**{f"gradient_off_{what}": off})
         if not off < limit:
             raise RuntimeError(f"the gradient of a sharded learner {what} is off by {off:.3g}")
@@ -209,14 +216,20 @@ def sharded(sizes: Sizes, folder: Path, tell: Tell) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as place:
         _export(made, Path(place) / "export", tell)
         Together(made).write(Path(place))
-        again = make_learner(config, sizes, shard=True, checkpoint=Path(place))
+        again = make_learner(few, sizes, shard=True, checkpoint=Path(place))
     _resume(made, again, records, tell)
-    del again
-    tell(as_is=measured(made, records))
-    del made
     # Where it is for nothing, the compiler takes minutes.
-    for name in ("offload", "compiled") if sizes is REAL else ("offload",):
-        one = compare(f"with_{name}", 0.1, **{name: True})
+    others: dict[str, Any] = {"offload": {"offload": True}}
+    if sizes is REAL:
+        others["compiled"] = {"compiled": True}
+    for name, settings in others.items():
+        compare(f"with_{name}", 0.1, **settings)
+
+    del made, again
+    config = recipe(sizes, folder)
+    for name, settings in {"as_is": {}, **others}.items():
+        gc.collect()
+        one = make_learner(config, sizes, shard=True, **settings)
         one.update(records)
         tell(**{name: measured(one, records)})
         del one

@@ -30,6 +30,8 @@ class Sizes:
 
     device: torch.device
     layers: int
+    few_layers: int
+    """Of a second model, on which is held together what does not depend on their number."""
     hidden: int
     intermediate: int
     heads: int
@@ -56,6 +58,7 @@ class Sizes:
 REAL = Sizes(  # Qwen2.5-Math-1.5B
     device=torch.device("cuda"),
     layers=28,
+    few_layers=4,
     hidden=1536,
     intermediate=8960,
     heads=12,
@@ -67,11 +70,12 @@ REAL = Sizes(  # Qwen2.5-Math-1.5B
     new_shapes=20,
     engine_trees=8,
     gpu=(str(PROJECT / "conf/hardware/one_gpu.yaml"),),
-    small=(),
+    small=("prompts.num_problems=64",),
 )
 REHEARSAL = Sizes(
     device=torch.device("cpu"),
     layers=2,
+    few_layers=1,
     hidden=128,
     intermediate=352,
     heads=4,
@@ -90,10 +94,10 @@ REHEARSAL = Sizes(
 )
 
 
-def recipe(sizes: Sizes, folder: Path) -> Config:
-    """The recipe's learner and engine for this model, on one GPU or the CPU."""
+def recipe(sizes: Sizes, folder: Path, model: str = "model") -> Config:
+    """The recipe's learner and engine for a model of the part `model`, on one GPU or the CPU."""
     file = str(PROJECT / "conf/treerpo_qwen2.5_math_1.5b.yaml")
-    config = load([file, *sizes.gpu, f"model.path={folder}/model"])
+    config = load([file, *sizes.gpu, f"model.path={folder}/{model}"])
     lengths = (sizes.step_tokens,) * len(sizes.children)
     config = replace(
         config,

@@ -2,20 +2,23 @@
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-from jobs.gpu import measures, torch_parts
+from jobs.gpu import measures, ray_parts, torch_parts
 from jobs.gpu.ray_parts import option_runs, quickstart_run, recipe_run
-from jobs.gpu.workload import REAL, REHEARSAL, forest_of
+from jobs.gpu.workload import REAL, REHEARSAL, Tell, forest_of
 from tests.support.project import PROJECT, load_script
 from tests.support.whole_runs import processes_with
 from treerpo_ray.config import load
+from treerpo_ray.driver.cluster import local_resources, starting_stages
 from treerpo_ray.learner.forest_layout import ForestLayout
 from treerpo_ray.preflight.inputs import preflight
+from treerpo_ray.preflight.placement import Node, check_places
 
 SCRIPT = load_script("jobs/gpu/first_run.py")
 
@@ -41,6 +44,22 @@ def test_without_a_gpu_nothing_is_begun(tmp_path: Path) -> None:
     done = first_gpu_run("--rehearse", "maschine", OUT=str(tmp_path / "out"))
     assert done.returncode == 2
     assert "error: no part is called maschine" in done.stderr
+
+
+def test_the_parts_take_no_longer_than_their_script_says() -> None:
+    """In minutes: all on one GPU, what two or more add, and either half of the parts."""
+    script = (PROJECT / "jobs/first_gpu_run.sh").read_text()
+    [declared] = re.findall(r"declare -A limit_s=\((.+)\)", script)
+    limits = {part: int(seconds) for part, seconds in re.findall(r"\[(\w+)\]=(\d+)", declared)}
+    [with_more_gpus] = map(int, re.findall(r" limit_s\[options\]=(\d+)", script))
+    assert list(limits) == list(SCRIPT.PARTS)
+    told = " ".join(script.replace("\n#", " ").split())
+    assert "at most 15 minutes" in told and sum(limits.values()) <= 15 * 60
+    assert "at most 8 minutes more" in told and with_more_gpus - limits["options"] <= 8 * 60
+    assert "up to four runs" in told and with_more_gpus > 4 * limits["options"]
+    alone = sum(limits[part] for part in SCRIPT.TORCH_ALONE)
+    assert "less than 8 minutes each" in told
+    assert max(alone, sum(limits.values()) - alone) < 8 * 60
 
 
 def test_what_becomes_of_each_part_is_one_line(tmp_path: Path, capsys) -> None:
@@ -98,16 +117,53 @@ def test_the_runs_on_a_gpu_would_start(tmp_path: Path) -> None:
 
 
 def test_runs_of_options_would_start_where_the_gpus_can_do_what_they_need(tmp_path: Path) -> None:
-    old, new = "8.0", "9.0"
-    for gpus, done in (([], []), ([old], []), ([new], ["fp8"]), ([new] * 2, ["fp8", "nccl"])):
+    old, new, every = "8.0", "9.0", ["two_workers", "fp8", "nccl", "tensor_parallel"]
+    started: list[list[str]] = []
+    for gpus, done in (
+        ([], []), ([old], []), ([new], ["fp8"]), ([old] * 2, [*every[:1], *every[2:]]),
+        ([new] * 2, every), ([new] * 3, every),
+    ):  # fmt: skip
         runs = option_runs(REAL, tmp_path, gpus)
         assert [name for name, own in runs.items() if not isinstance(own, str)] == done
-        for name in done:
-            config = load(runs[name])
-            assert (config.engine.quantization == "fp8") == (name == "fp8")
+        for name, own in runs.items():
+            if isinstance(own, str):
+                assert own.startswith("needs ")
+                continue
+            config = load(own)
+            learner, engine = config.learner, config.engine
+            assert (engine.quantization == "fp8") == (name == "fp8")
             assert (config.sync.transport == "nccl") == (name == "nccl")
-            assert config.engine.resources["GPU"] == (1 if name == "nccl" else 0.5)
-            assert len(preflight(config).inputs().prompts) >= config.gate.trees_per_step
+            is_split = name == "tensor_parallel" or (name == "nccl" and len(gpus) == 3)
+            assert engine.tensor_parallel == 1 + is_split
+            assert learner.shard == engine.sleep == (name == "two_workers")
+            assert learner.num_workers == 1 + learner.shard
+            there = local_resources(config, cpus=8, gpus=len(gpus))
+            check_places(starting_stages(config, trains=True), [Node(there, {})])
+            if own not in started:
+                assert len(preflight(config).inputs().prompts) >= config.gate.trees_per_step
+                started.append(own)
+
+
+def test_an_option_that_fails_leaves_the_others_to_be_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    told: dict[str, object] = {}
+
+    def run(name: str, arguments: list[str], tell: Tell) -> None:
+        ran.append(name)
+        if name in ("two_workers", "nccl"):
+            raise RuntimeError(f"the {name} run ended with status 1")
+
+    monkeypatch.setattr(ray_parts, "_run", run)
+    monkeypatch.setattr(ray_parts, "_capabilities", lambda: ["8.0"] * 2)
+    with pytest.raises(RuntimeError, match="the two_workers run ended"):
+        ray_parts.options(REAL, tmp_path, lambda **found: told.update(found))
+    assert ran == ["two_workers", "nccl", "tensor_parallel"]
+    assert {name: told[name] for name in ("two_workers", "nccl")} == {
+        name: f"the {name} run ended with status 1" for name in ("two_workers", "nccl")
+    }
+    assert str(told["fp8"]).startswith("left out: needs a GPU")
 
 
 @pytest.mark.ray
@@ -137,6 +193,6 @@ def test_all_parts_run_on_a_cpu_in_tiny_sizes(tmp_path: Path) -> None:
     assert told["train"]["quickstart"]["sampled_tokens"] > 0
     assert "of gpu_memory_gib" in logs, "the recipe's plan"
     assert "transport: nccl" in (tmp_path / "runs/quickstart/config.yaml").read_text()
-    assert told["options"]["nccl"] == "left out: needs two GPUs"
-    assert told["options"]["fp8"].startswith("left out: needs a GPU")
+    for name in ("two_workers", "fp8", "nccl", "tensor_parallel"):
+        assert told["options"][name].startswith("left out: needs ")
     assert processes_with(f"TREERPO_TEST={tmp_path}") == [], "each run ends the Ray that it started"

@@ -70,6 +70,33 @@ def test_each_process_of_each_stage_needs_a_node_beside_all_others(overrides, no
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("engine", "learner", "gpus", "is_told"),
+    [
+        (0.4, 0.6, [2], False),  # the engine beside one of the workers
+        (0.5, 0.75, [2], True),  # a quarter of each GPU is left
+        (0.5, 0.75, [2, 1], False),
+        (1, 0.6, [2], True),  # the second worker has none
+        (2, 0.6, [3], True),  # both workers on one
+        (2, 0.6, [4], False),
+        (2, 1, [2, 1, 1], False),
+        (2, 1, [1, 1, 1, 1], True),  # the engine's are on one node
+        (2, 0, [2], False),
+    ],
+)
+def test_a_part_of_a_gpu_is_of_a_single_one(
+    engine: float, learner: float, gpus: list[int], is_told: bool
+) -> None:
+    shares = [f"engine.resources.GPU={engine}", f"learner.resources.GPU={learner}"]
+    config = load([*shares, "learner.num_workers=2", "gate.trees_per_step=4"])
+    nodes = [Node({"CPU": 8.0, "GPU": float(count)}, {}) for count in gpus]
+    if not is_told:
+        check_places(stages(config, 1), nodes)
+        return
+    with pytest.raises(ValueError, match=r"no way to place|no node has all of that"):
+        check_places(stages(config, 1), nodes)
+
+
 def test_a_role_goes_to_nodes_with_its_labels() -> None:
     config = load([*SPREAD, "engine.labels={role: rollout}"])
     rollout = Node({"CPU": 2.0}, {"role": "rollout", "market": "spot"})

@@ -1,8 +1,9 @@
 """Placement: what each stage of a run asks of Ray, and whether the nodes of a cluster have it."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from math import ceil
+from typing import NamedTuple, Self
 
 from treerpo_ray.config import Config
 
@@ -84,11 +85,13 @@ def check_places(starting: Sequence[Stage], nodes: Sequence[Node]) -> None:
                 f"{stage.key}={stage.resources}: no node{where} has all of that at once"
             )
     processes = [stage for stage in starting for _ in range(stage.count)]
-    if not _fit_together(processes, nodes, iter(range(MOST_TRIES))):
+    free = [_Free.of(node) for node in nodes]
+    if not _fit_together(processes, free, iter(range(MOST_TRIES))):
         asked = ", ".join(f"{s.count} x {s.key}={s.resources}" for s in starting if s.count)
         raise ValueError(
             f"the nodes of the cluster have enough in all, but each process needs a node that has "
-            f"all of what it asks for, and there is no way to place {asked}"
+            f"all of what it asks for, and for a part of a GPU one GPU that has it free; there is "
+            f"no way to place {asked}"
         )
 
 
@@ -96,22 +99,57 @@ MOST_TRIES = 10_000
 """Placements that are tried before a run is let start in the hope that Ray finds one."""
 
 
-def _fit_together(processes: Sequence[Stage], nodes: Sequence[Node], tries: Iterator[int]) -> bool:
+class _Free(NamedTuple):
+    """What a node has left."""
+
+    resources: dict[str, float]
+    """All but GPUs."""
+    gpus: tuple[float, ...]
+    """Of each GPU, least first."""
+    labels: dict[str, str]
+
+    @classmethod
+    def of(cls, node: Node) -> Self:
+        """A node that has nothing to do."""
+        resources = dict(node.resources)
+        gpus = (1.0,) * int(resources.pop("GPU", 0.0))
+        return cls(resources, gpus, node.labels)
+
+    def after(self, stage: Stage) -> Self | None:
+        """What is left beside a process of a stage; None if it has no place."""
+        asked = dict(stage.resources)
+        gpus = _gpus_after(self.gpus, asked.pop("GPU", 0.0))
+        node = Node(self.resources, self.labels)
+        if gpus is None or not fits(replace(stage, resources=asked), node):
+            return None
+        left = {name: has - asked.get(name, 0.0) for name, has in self.resources.items()}
+        return self._replace(resources=left, gpus=gpus)
+
+
+def _gpus_after(gpus: tuple[float, ...], asked: float) -> tuple[float, ...] | None:
+    """What is left of each GPU, as Ray hands them out: parts of a GPU are of a single one, of
+    those with enough of it the one that has least; above that GPUs are whole."""
+    if not asked:
+        return gpus
+    share, count = (asked, 1) if asked < 1 else (1.0, ceil(asked))
+    enough = [index for index, has in enumerate(gpus) if has >= share - 1e-9][:count]
+    if len(enough) < count:
+        return None
+    return tuple(sorted(has - share * (index in enough) for index, has in enumerate(gpus)))
+
+
+def _fit_together(processes: Sequence[Stage], nodes: Sequence[_Free], tries: Iterator[int]) -> bool:
     """Whether there is a node for each process; true, too, if that takes too long to find out."""
     if not processes:
         return True
     stage, *rest = processes
-    seen: list[Node] = []
+    seen: list[_Free] = []
     for index, node in enumerate(nodes):
-        if node in seen or not fits(stage, node):
+        if node in seen or (left := node.after(stage)) is None:
             continue
         seen.append(node)  # one like it was tried
         if next(tries, None) is None:
             return True
-        taken = stage.resources
-        left = {name: has - taken.get(name, 0.0) for name, has in node.resources.items()}
-        if _fit_together(
-            rest, [*nodes[:index], Node(left, node.labels), *nodes[index + 1 :]], tries
-        ):
+        if _fit_together(rest, [*nodes[:index], left, *nodes[index + 1 :]], tries):
             return True
     return False
