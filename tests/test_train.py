@@ -69,7 +69,9 @@ class FakeLearner:
     def update(self) -> SimpleNamespace:
         self.version += 1
         stats = BatchStats(root_values=(RootValue(0, 0, 0.5),))
-        return SimpleNamespace(has_updated=True, stats=stats, metrics={})
+        return SimpleNamespace(
+            has_updated=True, stats=stats, metrics={}, chosen=None, chosen_before=None
+        )
 
 
 class FakeRunActors(AnsweringAtOnce):
@@ -265,7 +267,7 @@ def test_with_staleness_the_next_update_is_made_while_engines_load_and_the_gate_
     worker.coordinator.publisher.wait()
     told = [name for name in fakes.calls if name in ("publish", "consumed")]
     assert told == ["publish", "consumed"] * 2
-    assert fakes.arguments["consumed"] == (1, (RootValue(0, 0, 0.5),))
+    assert fakes.arguments["consumed"] == (1, (RootValue(0, 0, 0.5),), None)
     assert [fakes.arguments["publish"][0].version, worker.learner.version] == [2, 2]
 
 
@@ -406,7 +408,9 @@ def test_a_publication_that_failed_is_found_by_a_step_that_publishes_nothing(
     update = worker.learner.update()
     worker.publish()
     worker.consume(0, update)
-    nothing = SimpleNamespace(has_updated=False, stats=BatchStats(), metrics={})
+    nothing = SimpleNamespace(
+        has_updated=False, stats=BatchStats(), metrics={}, chosen=None, chosen_before=None
+    )
     with pytest.raises(RuntimeError, match="no engine took version 1 over"):
         worker.consume(1, nothing)
 

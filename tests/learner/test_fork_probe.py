@@ -18,7 +18,7 @@ from tests.support.learning.learner_runs import (
 )
 from tests.support.learning.step_rows import plain_model
 from tests.support.learning.tiny_models import save_tiny_model
-from treerpo_ray.algo.fork_samples import tree_gradients
+from treerpo_ray.algo.forks.samples import tree_gradients
 from treerpo_ray.learner.fork_probe import WIDTH, Projection, look_of, step_scores
 from treerpo_ray.records import TreeRecord
 

@@ -14,6 +14,7 @@ from tests.support.stages.fake_engines import (
     ENDS,
     PROMPTS,
     SEED,
+    SHAPE,
     STEPS,
     TREES,
     Fault,
@@ -418,6 +419,7 @@ def test_a_saved_tree_of_another_seed_or_prompt_is_not_used(other: tuple[int, in
         max_staleness=0,
         num_steps=STEPS,
         seed=seed,
+        num_children=SHAPE.num_children,
     )
     tickets = [new.ticket(number) for number in range(TREES)]
     expected = [contents(whole_tree(ticket.prompt, ticket.seed)) for ticket in tickets]
@@ -483,7 +485,7 @@ def test_a_redrawn_tree_is_saved_as_such_and_goes_on_as_such() -> None:
         (again,) = [tree for tree in await take(other, TREES) if tree.ticket == 2]
         assert contents(again.tree) == contents(other_prompt.tree)
         assert (again.num_redraws, again.redrawn_tokens) == (1, other_prompt.redrawn_tokens)
-        assert again.seed == redrawn(2, 1, mixture=PROMPTS.sets, seed=SEED).seed
+        assert again.seed == redrawn(gate.ticket(2), 1, mixture=PROMPTS.sets, seed=SEED).seed
         await other.stop()
 
     run(scenario(Fleet()))

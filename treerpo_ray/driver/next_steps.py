@@ -154,7 +154,7 @@ def _other_method(
 
 def _as_long(config: Config, other: Config, sampled_tokens: int) -> list[str]:
     """Overrides that end another run at as many tokens, whatever a learner step of it takes."""
-    ratio = config.shape.max_sampled_tokens / other.shape.max_sampled_tokens
+    ratio = config.largest_shape.max_sampled_tokens / other.shape.max_sampled_tokens
     num_steps = math.ceil(SPARE_STEPS * config.run.num_steps * ratio)
     length = [f"run.max_sampled_tokens={sampled_tokens}"]
     return [f"run.num_steps={num_steps}", *length] if num_steps > other.run.num_steps else length

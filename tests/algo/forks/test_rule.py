@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.learning.tiny_policies import POLICIES, Policy, grown
 from tests.support.learning.trees import make_tree, on_leaves
-from treerpo_ray.algo.fork_rule import (
+from treerpo_ray.algo.forks.rule import (
     FEWEST_TREES,
     MAX_CHILDREN,
     CutSamples,
@@ -17,7 +17,7 @@ from treerpo_ray.algo.fork_rule import (
     ForkEstimate,
     fork_estimate,
 )
-from treerpo_ray.algo.fork_samples import TreeGradients, step_samples, tree_gradients
+from treerpo_ray.algo.forks.samples import TreeGradients, step_samples, tree_gradients
 from treerpo_ray.algo.tree import ROOT
 
 LATE = Fork(within=15.0, between=1.0, before=16.0, after=4.0)
