@@ -337,3 +337,67 @@ def test_measurements_of_prompts_that_the_data_set_no_longer_has_are_left_out() 
     gate = revisiting(0)
     gate.restart(1, to_state([Measurement(0, 39, 0.5), Measurement(0, 40, 0.5)], []))
     assert gate.curriculum.measurements == [Measurement(0, 39, 0.5)]
+
+
+# Shapes ----------------------------------------------------------------------------------------
+
+
+def adapting(staleness: int) -> Gate:
+    return Gate(
+        mixture=one_set(40),
+        trees_per_step=3,
+        max_staleness=staleness,
+        num_steps=14,
+        seed=3,
+        num_children=SHAPE,
+        adapt_every=4,
+        revisit=0.5,
+    )
+
+
+def adapt(gate: Gate, told: dict[int, int]) -> tuple[dict[int, Ticket], list[GateState]]:
+    """Consume all steps, of which some tell the number of answers behind the fork; returns the
+    tickets that were let out, and the state after each step."""
+    issued: dict[int, Ticket] = {}
+    states = []
+    while gate.done() < gate.num_steps:
+        while gate.issued < gate.limit:
+            ticket = asyncio.run(gate.next(gate.session))
+            issued[ticket.number] = ticket
+        step = gate.done()
+        roots = [RootValue(n, 0, value_of(issued[n])) for n in range(step * 3, step * 3 + 3)]
+        chosen = (1, told[step]) if step in told else None
+        states.append(gate.consumed(step, roots, chosen))
+    return issued, states
+
+
+TOLD = st.fixed_dictionaries({}, optional={step: st.integers(1, 16) for step in (1, 5, 9, 13)})
+"""A look may tell nothing."""
+
+
+@settings(max_examples=30, deadline=None)
+@given(staleness=st.integers(0, 2), told=TOLD, step=st.integers(1, 13))
+def test_a_resumed_run_grows_the_shapes_of_one_without_a_break(
+    staleness: int, told: dict[int, int], step: int
+) -> None:
+    ahead = adapting(staleness)
+    whole, states = adapt(ahead, told)
+    for gate in (adapting(staleness), ahead):  # in another process, or the same one put back
+        gate.restart(step, states[step - 1])
+        assert adapt(gate, told)[0] == {number: whole[number] for number in range(step * 3, 42)}
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_a_shape_follows_from_steps_that_were_consumed_before_any_of_its_trees_began(
+    staleness: int,
+) -> None:
+    told = {1: 8, 5: 1, 9: 16}
+    whole, _ = adapt(adapting(staleness), told)
+    for step in range(14):
+        known = {past: chosen for past, chosen in told.items() if past <= step - 1 - staleness}
+        measures = not known or step in (1, 5, 9, 13)
+        shape = SHAPE if measures else (1, known[max(known)])
+        without, _ = adapt(adapting(staleness), known)
+        for number in range(step * 3, step * 3 + 3):
+            assert whole[number].num_children == shape
+            assert without[number] == whole[number], "whatever is told afterwards"
