@@ -139,6 +139,8 @@ def _other_method(
     else:
         title, suffix, words = "GRPO", "grpo", [*arguments, _file("conf/methods/grpo.yaml")]
     words = [word for word in words if not word.startswith(("run.name=", *LENGTH))]
+    if config.tree.adaptive:
+        words.append("tree.adaptive=false")
     if any(word.startswith("run.name=") for word in arguments):
         words.append(f"run.name={config.run.name}-{suffix}")
     try:
