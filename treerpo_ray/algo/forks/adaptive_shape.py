@@ -5,8 +5,11 @@ at each would save (`rule`). The trees of all others have the shape that was cho
 one fork, (1, .., 1, N, 1, .., 1), or single answers, (1, .., 1), where none saves enough.
 
 A batch's shape is settled before any of its tokens is drawn, by batches before it alone: whatever
-it is, the gradients of the trees that have it are unbiased, and so are those of the run. With a say
-of the batch's own rewards, shapes would win that happened to come out well.
+it is, its trees are then drawn as trees of a fixed shape are, and every step's credit is as
+unbiased. With a say of the batch's own rewards, shapes would win that happened to come out well.
+
+The rule is of the mean gradient of a tree's answers. What a step weighs in an update the loss says:
+where all trained steps weigh the same, the N continuations of a fork weigh N times their prefix.
 """
 
 from collections.abc import Iterable, Sequence
