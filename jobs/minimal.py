@@ -37,7 +37,7 @@ from treerpo_ray.verifier import check, verdict
 
 LEFT_OUT = "gate.max_redraws gate.revisit tree.delimiter loss.kl_coef run.max_sampled_tokens "
 LEFT_OUT += "verifier.false_positive_rate verifier.false_negative_rate verifier.checks "
-LEFT_OUT += "model.trust_remote_code model.stop prompts.mix learner.length_weight"
+LEFT_OUT += "model.trust_remote_code model.stop prompts.mix learner.length_weight tree.adaptive"
 
 
 def train(config: Config) -> int:

@@ -18,10 +18,12 @@ import torch.distributed as dist
 from tests.support.answers.evaluations import EVALUATION
 from tests.support.learning.records import tree_of
 from tests.support.stages.answering_at_once import AnsweringAtOnce
+from treerpo_ray.algo.forks.adaptive_shape import ShapeChoice
 from treerpo_ray.config import Config, load
 from treerpo_ray.driver.result import finished_result
 from treerpo_ray.evaluate.evaluation import save_evaluation
 from treerpo_ray.learner.stats import BatchStats
+from treerpo_ray.metrics.console import sentence
 from treerpo_ray.records import RootValue, TreeRecord, to_table
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
@@ -69,7 +71,9 @@ class FakeLearner:
     def update(self) -> SimpleNamespace:
         self.version += 1
         stats = BatchStats(root_values=(RootValue(0, 0, 0.5),))
-        return SimpleNamespace(has_updated=True, stats=stats, metrics={})
+        return SimpleNamespace(
+            has_updated=True, stats=stats, metrics={}, chosen=None, chosen_before=None
+        )
 
 
 class FakeRunActors(AnsweringAtOnce):
@@ -265,8 +269,31 @@ def test_with_staleness_the_next_update_is_made_while_engines_load_and_the_gate_
     worker.coordinator.publisher.wait()
     told = [name for name in fakes.calls if name in ("publish", "consumed")]
     assert told == ["publish", "consumed"] * 2
-    assert fakes.arguments["consumed"] == (1, (RootValue(0, 0, 0.5),))
+    assert fakes.arguments["consumed"] == (1, (RootValue(0, 0, 0.5),), None)
     assert [fakes.arguments["publish"][0].version, worker.learner.version] == [2, 2]
+
+
+@pytest.mark.parametrize(("before", "is_told"), [(None, True), ((1, 4), True), ((1, 8), False)])
+def test_the_gate_hears_what_shape_is_chosen_and_the_log_where_it_is_another(
+    tmp_path: Path, before: tuple[int, ...] | None, is_told: bool
+) -> None:
+    fakes = FakeActors({"consumed": "state", "is_told_to_stop": False})
+    worker = make_worker(config_of(tmp_path, staleness=2, num_steps=20), fakes, step=11)
+    update = worker.learner.update()
+    update.chosen = ShapeChoice(num_children=(1, 8), token_share=0.45)
+    update.chosen_before = before and ShapeChoice(num_children=before, token_share=0.6)
+    worker.consume(11, update)
+    worker.coordinator.publisher.wait()
+    assert fakes.arguments["consumed"][2] == (1, 8)
+    [event] = fakes.arguments["event"]
+    assert event.kind == ("shape_chosen" if is_told else "consumed")
+    if is_told:
+        # The first tickets that wait for learner step 11 are of step 14, whose row is the 15th.
+        assert event.fields == {"shape": "[1, 8]", "step": 15, "token_share": 0.45}
+        assert sentence(event) == (
+            "shape chosen: [1, 8] children from step 15 on, predicted to need 0.45 of the tokens "
+            "of single answers"
+        )
 
 
 def test_weights_that_are_on_their_way_are_not_those_of_the_next_update(tmp_path: Path) -> None:
@@ -406,7 +433,9 @@ def test_a_publication_that_failed_is_found_by_a_step_that_publishes_nothing(
     update = worker.learner.update()
     worker.publish()
     worker.consume(0, update)
-    nothing = SimpleNamespace(has_updated=False, stats=BatchStats(), metrics={})
+    nothing = SimpleNamespace(
+        has_updated=False, stats=BatchStats(), metrics={}, chosen=None, chosen_before=None
+    )
     with pytest.raises(RuntimeError, match="no engine took version 1 over"):
         worker.consume(1, nothing)
 

@@ -22,7 +22,7 @@ from treerpo_ray.metrics.events import Event, write_done, write_failed, write_wa
 from treerpo_ray.metrics.rows import Row, latest
 from treerpo_ray.metrics.stage_status import IdleTimes
 from treerpo_ray.metrics.watchdog import Heartbeat
-from treerpo_ray.records import RootValue, TreeRecord
+from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.checkpoints import CheckpointContents
 from treerpo_ray.run_folder.files import RunFolder
@@ -196,15 +196,21 @@ class Coordinator:
         """
         if not update.has_updated:
             self.await_engines()  # no publication of this step has waited for the one before
-        roots = update.stats.root_values
-        self.consumed = self.publisher.then(partial(self._consumed, step, self.version, roots))
+        self.consumed = self.publisher.then(partial(self._consumed, step, self.version, update))
         if not self.config.gate.max_staleness:
             self.await_engines()
 
-    def _consumed(self, step: int, version: int, root_values: tuple[RootValue, ...]) -> GateState:
-        size = self.config.gate.trees_per_step
-        state: GateState = self.get(self.actors.gate.consumed.remote(step, root_values))
+    def _consumed(self, step: int, version: int, update: UpdateResult) -> GateState:
+        size, chosen = self.config.gate.trees_per_step, update.chosen
+        shape = None if chosen is None else chosen.num_children
+        roots = update.stats.root_values
+        state: GateState = self.get(self.actors.gate.consumed.remote(step, roots, shape))
         self._note("consumed", step=step, first=step * size, trees=size, version=version)
+        before = update.chosen_before
+        if chosen is not None and (before is None or before.num_children != shape):
+            first = step + 2 + self.config.gate.max_staleness  # as rows count steps
+            share = chosen.token_share
+            self._note("shape_chosen", shape=str(list(shape or ())), step=first, token_share=share)
         return state
 
     def report(

@@ -38,6 +38,8 @@ class Ticket:
     """Row of the prompt in the training set."""
     seed: int
     """Seed of the tree."""
+    num_children: tuple[int, ...]
+    """Its shape, as `TreeShape.num_children`."""
 
 
 GateState = NewType("GateState", str)
@@ -52,7 +54,12 @@ class GateApi(StageApi, Protocol):
         """See `Gate`, as for all that follow."""
 
     @actor_method
-    def consumed(self, step: int, root_values: Sequence[RootValue]) -> GateState: ...
+    def consumed(
+        self,
+        step: int,
+        root_values: Sequence[RootValue],
+        num_children: tuple[int, ...] | None = None,
+    ) -> GateState: ...
 
     @actor_method
     def restart(self, step: int, state: GateState | None) -> int: ...

@@ -15,6 +15,7 @@ from treerpo_ray.config.files import load, to_yaml
 from treerpo_ray.user_code import RAY_JOB
 
 ALONE = ["tree.num_children=[1]", "tree.step_tokens=[9]"]
+ADAPTIVE = [str(PROJECT / "conf/methods/adaptive.yaml")]
 FP8 = ["engine.quantization=fp8", "engine.resources={GPU: 1}", "model.dtype=bfloat16"]
 
 
@@ -38,6 +39,20 @@ def test_trees_and_whole_answers_take_a_shrunk_baseline_by_its_method_file(
     overrides = [f"tree.num_children={num_children}", f"learner.baseline_share={share}"]
     learner = load([str(file), *overrides]).learner
     assert (learner.form, learner.baseline_share) == (AdvantageForm.SHRUNK_BASELINE, share)
+
+
+def test_a_shape_that_adapts_lies_between_single_answers_and_the_largest_forks() -> None:
+    found = load([*ADAPTIVE, "tree.num_children=[2, 3, 1, 2]", "tree.step_tokens=[9, 8, 7, 6]"])
+    assert [shape.num_children for shape in found.shapes] == [
+        *((2, 3, 1, 2), (1, 1, 1, 1)),
+        *((1, 16, 1, 1), (1, 1, 1, 16)),
+    ]
+    assert {shape.step_tokens for shape in found.shapes} == {(9, 8, 7, 6)}
+    assert found.largest_shape.num_children == (1, 16, 1, 1)
+    wide = load([*ADAPTIVE, "tree.num_children=[8, 8]"])
+    assert wide.largest_shape == wide.shape, "those that measure"
+    fixed = load(["tree.num_children=[4, 4]"])
+    assert fixed.shapes == (fixed.largest_shape,) == (fixed.shape,)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +117,27 @@ def test_trees_and_whole_answers_take_a_shrunk_baseline_by_its_method_file(
         (
             [str(PROJECT / "conf/methods/raft.yaml"), "learner.length_weight=0.5"],
             r"learner\.length_weight=0\.5 compares right siblings, .*=\[1\] has none: set it to 0",
+        ),
+        (
+            [*ADAPTIVE, "tree.num_children=[8]"],
+            r"tree.adaptive=true measures forks .*, of which tree.num_children=\[8\] has none: set",
+        ),
+        ([*ADAPTIVE, "tree.num_children=[8, 1]"], r"num_children=\[8, 1\] has none"),
+        (
+            [*ADAPTIVE, "learner.fork_every=0"],
+            "learner.fork_every=0 measures nothing that tree.adaptive=true could go by: set it",
+        ),
+        (
+            [*ADAPTIVE, "learner.advantage=bernoulli"],
+            "bernoulli compares siblings, of which a single answer of tree.adaptive=true has none",
+        ),
+        (
+            [*ADAPTIVE, "learner.length_weight=1"],
+            r"length_weight=1 .* of which a single answer of tree.adaptive=true has none: set it",
+        ),
+        (
+            [*ADAPTIVE, "learner.prune_threshold=0.1"],
+            r"threshold=0\.1 leaves nothing to train of a single answer of tree\.adaptive=true",
         ),
         (["tree.num_children=[8, 0, 8]"], "tree.num_children and tree.step_tokens must be pos"),
         (["engine.num_engines=3", "engine.max_engines=2"], "must not be less than engine.num_eng"),

@@ -114,6 +114,16 @@ def test_the_other_method_is_a_run_of_its_own_on_as_many_tokens() -> None:
     assert back.endswith(f" jobs/train.py conf/quickstart.yaml {length}"), "35 steps are fewer"
 
 
+def test_the_other_method_of_a_run_whose_shape_adapts_has_one_shape() -> None:
+    """[1, 16] steps of 23 tokens have at most 391 of them."""
+    found = steps("conf/quickstart.yaml", "conf/methods/adaptive.yaml", "run.num_steps=30")[OTHER]
+    assert math.ceil(1.2 * 30 * 391 / 368) == 39
+    assert found.split(" && ")[0].endswith(
+        f"conf/methods/grpo.yaml tree.adaptive=false run.num_steps=39 "
+        f"run.max_sampled_tokens={TOKENS}"
+    )
+
+
 def test_the_commands_do_where_the_user_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(STARTED_IN, str(tmp_path))  # by a script, which then went to the project
     for line in steps("conf/quickstart.yaml").values():

@@ -97,6 +97,8 @@ def test_the_command_trains_and_prints_a_line_a_step(capsys: pytest.CaptureFixtu
 def test_what_it_leaves_out_is_refused() -> None:
     with pytest.raises(ValueError, match=r"not in jobs/minimal.py: \['gate.max_redraws'\]"):
         train(method("dapo"))
+    with pytest.raises(ValueError, match=r"not in jobs/minimal.py: \['tree.adaptive'\]"):
+        train(method("adaptive"))
     for override in (
         "model.dtype=bfloat16",
         "learner.advantage=past_baseline",

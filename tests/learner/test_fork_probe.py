@@ -1,5 +1,6 @@
 """What the learner measures of forks: exact gradients of the last layer, resumed, and when."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,11 @@ from tests.support.learning.learner_runs import (
 )
 from tests.support.learning.step_rows import plain_model
 from tests.support.learning.tiny_models import save_tiny_model
-from treerpo_ray.algo.fork_samples import tree_gradients
+from treerpo_ray.algo.advantages.forms import AdvantageForm
+from treerpo_ray.algo.forks.adaptive_shape import choice_by
+from treerpo_ray.algo.forks.samples import tree_gradients
+from treerpo_ray.config import Config
+from treerpo_ray.config.sections import TreeConfig
 from treerpo_ray.learner.fork_probe import WIDTH, Projection, look_of, step_scores
 from treerpo_ray.records import TreeRecord
 
@@ -94,7 +99,7 @@ def test_a_learner_tells_what_full_gradients_tell_of_its_past_batches(
     assert second.metrics["fork/num_prefixes_depth_1"] == 8
 
 
-def test_looks_are_so_many_updates_apart_and_are_kept_by_a_checkpoint(
+def test_looks_are_so_many_learner_steps_apart_and_are_kept_by_a_checkpoint(
     path: str, tmp_path: Path
 ) -> None:
     config = make_config(path, replace(FREE, fork_every=2), max_staleness=9)
@@ -110,6 +115,93 @@ def test_looks_are_so_many_updates_apart_and_are_kept_by_a_checkpoint(
     np.testing.assert_array_equal(one.samples.columns, other.samples.columns)
     assert len(one.samples) == 8
     assert not resumed.forks.is_due(4) and resumed.forks.is_due(5)
+
+
+ADAPTIVE = replace(
+    FREE, advantage=AdvantageForm.SHRUNK_BASELINE, prune_threshold=-1.0, fork_every=2
+)
+SINGLE, FORKED = (-1, 0), (-1, 0, 0)
+"""Parents of a single answer of two steps, and of a tree [1, 2]."""
+
+
+def adaptive(path: str) -> Config:
+    config = make_config(path, replace(ADAPTIVE, token_budget=999), max_staleness=9)
+    tree = TreeConfig(num_children=(1, 2), step_tokens=(5, 5), temperature=0.7, adaptive=True)
+    return replace(config, tree=tree)
+
+
+def batch(step: int, count: int = 12) -> list[TreeRecord]:
+    """Trees [1, 2] in the first three learner steps and each that measures, then single answers."""
+    first = step * count
+    if step < 3 or step % 2:
+        return [
+            make_record(first + i, ("cw", "ww", "wc", "cc")[i % 4], parents=FORKED, version=step)
+            for i in range(count)
+        ]
+    return [make_record(first + i, "cw"[i % 2], parents=SINGLE, version=step) for i in range(count)]
+
+
+def test_where_the_shape_adapts_each_look_is_at_all_trees_of_a_step_that_measures(
+    path: str, tmp_path: Path
+) -> None:
+    learner = make_learner(adaptive(path))
+    results = [learner.update(batch(step)) for step in range(5)]
+    assert [result.chosen is not None for result in results] == [False, True, False, True, False]
+    [estimate] = learner.forks.estimates
+    assert len(estimate.samples) == 24, "of two steps"
+    assert results[3].chosen == learner.forks.choice == choice_by([estimate], 2)
+    assert (results[1].chosen_before, results[3].chosen_before) == (None, results[1].chosen)
+    chosen = results[3].chosen
+    assert chosen is not None
+    shown = [results[3].metrics[f"tree/next_children_depth_{depth}"] for depth in (0, 1)]
+    assert tuple(shown) == chosen.num_children
+    assert "tree/next_children_depth_1" not in results[4].metrics
+    answers = [result.stats.metrics(0)["tree/answers"] for result in results]
+    assert answers == [2, 2, 2, 2, 1]
+
+    learner.write(tmp_path)
+    resumed = make_learner(adaptive(path), tmp_path)
+    assert (resumed.step, resumed.forks.choice) == (5, chosen)
+    ours, theirs = (each.update(batch(5)) for each in (learner, resumed))
+    assert ours.chosen == theirs.chosen is not None and ours.metrics == theirs.metrics
+
+
+def test_steps_that_move_nothing_count_between_looks_and_a_look_that_fails_chooses_nothing(
+    path: str, tmp_path: Path
+) -> None:
+    learner = make_learner(adaptive(path))
+    learner.update(batch(0))
+    errored = [make_record(12 + i, "ee", parents=FORKED, version=1) for i in range(12)]
+    failed = learner.update(errored)
+    assert (failed.has_updated, failed.chosen, learner.forks.estimates) == (False, None, ())
+    assert (learner.version, learner.step) == (1, 2)
+    learner.write(tmp_path)
+    state = tmp_path / "learner.json"
+    counts = json.loads(state.read_text())
+    assert counts.pop("step") == 2
+    state.write_text(json.dumps(counts))
+    assert make_learner(adaptive(path), tmp_path).step == 1, "the updates, in older checkpoints"
+    records = [replace(each, ticket=each.ticket + 24) for each in batch(1)]
+    assert learner.update(records).chosen is None, "step 2 is none that measures"
+    assert learner.update([replace(each, ticket=each.ticket + 24) for each in records]).chosen
+
+
+def test_single_answers_and_trees_of_one_batch_have_the_advantages_that_each_has_alone(
+    path: str,
+) -> None:
+    learner = make_learner(adaptive(path))
+    for step in range(2):
+        learner.update(batch(step))
+    together = [*batch(4, count=2), *batch(5, count=2)]
+    trained, stats = learner.prepare(together)
+    alone = [learner.prepare([record])[0].advantages[0] for record in together]
+    for own, expected in zip(trained.advantages, alone, strict=True):
+        np.testing.assert_array_equal(own, expected)
+    root = learner.baseline.root
+    assert 0 < root < 1
+    for own, reward in zip(trained.advantages, (1.0, 0.0), strict=False):
+        np.testing.assert_allclose(own, [reward - root] * 2)
+    assert stats.num_leaves == 6
 
 
 def test_what_cannot_be_measured_is_not(path: str) -> None:

@@ -59,6 +59,15 @@ DEFINED_BY: dict[str, dict[str, object]] = {
         "learner.baseline_share": 1,
         "loss.normalisation": "constant",
     },
+    "adaptive": UNFILTERED
+    | {
+        "tree.adaptive": True,
+        "tree.num_children": (1, 4),
+        "tree.step_tokens": (23, 23),
+        "learner.advantage": "shrunk_baseline",
+        "learner.baseline_share": 1,
+        "loss.normalisation": "constant",
+    },
     "spo_tree": {"learner.advantage": "difference", "learner.prune_threshold": 0},
     "treerl": {
         "learner.advantage": "treerl",

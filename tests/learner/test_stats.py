@@ -221,6 +221,7 @@ def test_the_metrics_of_a_batch_by_hand() -> None:
         "values/calibration_error": (3 / 2 + 1 / 2 + 1) / 8,
         "values/num_predictions": 8,
         "groups/duplicate_share": 0,
+        "tree/answers": 10 / 4,
         "tokens/sampled": 19 + 12,
         "length/mean": (24 + 12) / 10,
         "length/right_mean": (8 + 2 + 2) / 3,

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from treerpo_ray.algo.fork_rule import CutSamples, ForkEstimate, fork_estimate
+from treerpo_ray.algo.forks.rule import CutSamples, ForkEstimate, fork_estimate
 from treerpo_ray.metrics.fork_lines import fork_lines, fork_row
 
 

@@ -13,13 +13,14 @@ from torch.profiler import ProfilerActivity, profile
 from tests.support.learning.learner_runs import make_config, make_learner
 from tests.support.learning.tiny_models import save_tiny_model
 from tests.support.learning.trees import full_tree
+from tests.support.project import PROJECT
 from treerpo_ray.algo.packing import pack
 from treerpo_ray.config import load
 from treerpo_ray.config.lora import LoraConfig
 from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.preflight.machine import GIB
 from treerpo_ray.preflight.memory import MemoryPlan
-from treerpo_ray.preflight.model_sizes import ModelSizes, keys_and_pairs
+from treerpo_ray.preflight.model_sizes import ModelSizes, keys_and_pairs, most_tokens
 
 
 def test_keys_and_pairs_of_a_tree_are_those_counted_by_hand() -> None:
@@ -28,6 +29,20 @@ def test_keys_and_pairs_of_a_tree_are_those_counted_by_hand() -> None:
     keys, pairs = keys_and_pairs(load(shape))
     assert keys == pytest.approx((10 + 2 * 15 + 4 * 19) / 36)
     assert pairs == pytest.approx((10 * 10 + 10 * 15 + 16 * 19) / 36)
+
+
+def test_of_a_shape_that_adapts_the_sizes_are_those_of_the_largest_that_may_come() -> None:
+    """A prompt of 10 tokens, a step of 5 and 16 of 4 make 79; of [1, 2] there are 23."""
+    adaptive = [
+        *(str(PROJECT / "conf/methods/adaptive.yaml"), "tree.num_children=[1, 2]"),
+        *("tree.step_tokens=[5, 4]", "prompts.max_prompt_tokens=10", "gate.trees_per_step=3"),
+    ]
+    config = load(adaptive)
+    keys, pairs = keys_and_pairs(config)
+    assert keys == pytest.approx((10 + 15 + 16 * 19) / 79)
+    assert pairs == pytest.approx((10 * 10 + 5 * 15 + 64 * 19) / 79)
+    assert most_tokens(config) == 3 * 79
+    assert most_tokens(load([*adaptive, "tree.adaptive=false"])) == 3 * 23
 
 
 SIZES = {

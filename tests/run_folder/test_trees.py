@@ -72,7 +72,14 @@ def test_every_tree_that_the_gate_admitted_can_be_used_if_each_step_is_an_update
     staleness: int, data: st.DataObject
 ) -> None:
     """A tree is sampled at the earliest when the gate lets its ticket out."""
-    gate = Gate(mixture=one_set(9), trees_per_step=2, max_staleness=staleness, num_steps=9, seed=0)
+    gate = Gate(
+        mixture=one_set(9),
+        trees_per_step=2,
+        max_staleness=staleness,
+        num_steps=9,
+        seed=0,
+        num_children=(2,),
+    )
     versions, trees = [0], []
     for step in range(9):
         gate.steps_done = step

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treerpo_ray.search.curriculum import Curriculum, Measurement, from_state, to_state
+from treerpo_ray.search.curriculum import Curriculum, Measurement
 
 MEASURED = [
     Measurement(0, 3, 0.5),
@@ -89,9 +89,3 @@ def test_what_is_given_up_is_nothing_that_later_tickets_ask_for(
         for last_step in range(step - staleness, step + 1):
             assert drawn.weights(last_step) == whole.weights(last_step)
         assert len(drawn.measurements) <= 5 + 4 * staleness, "bounded by prompts and window"
-
-
-def test_measurements_come_back_from_a_state_as_they_were() -> None:
-    thirds = [*MEASURED, Measurement(3, 5, 1 / 3)]
-    assert from_state(to_state(thirds)) == thirds
-    assert from_state(to_state([])) == from_state(None) == []

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 
 from treerpo_ray.prompts.mixture import Mixture, Turns, one_set
 from treerpo_ray.records import RootValue
-from treerpo_ray.search.curriculum import Measurement, to_state
+from treerpo_ray.search.curriculum import Measurement
 from treerpo_ray.search.gate import Gate, redrawn
+from treerpo_ray.search.gate_state import to_state
 from treerpo_ray.task import GateState, Ticket
 
 SMALL = st.integers(1, 7)
+SHAPE = (1, 4)
 
 
 def make_gate(
@@ -29,6 +31,7 @@ def make_gate(
         max_staleness=max_staleness,
         num_steps=num_steps,
         seed=seed,
+        num_children=SHAPE,
     )
 
 
@@ -180,7 +183,7 @@ def test_a_stop_ends_the_run_with_the_step_that_is_under_way() -> None:
 
 def test_who_waits_for_a_ticket_at_the_end_gets_none() -> None:
     async def scenario() -> Ticket | None:
-        gate = Gate(mixture=one_set(8), trees_per_step=2, max_staleness=0, num_steps=1, seed=0)
+        gate = make_gate(num_prompts=8, trees_per_step=2, max_staleness=0, num_steps=1)
         for _ in range(2):
             await gate.next(0)
         late = asyncio.create_task(gate.next(0))
@@ -193,7 +196,7 @@ def test_who_waits_for_a_ticket_at_the_end_gets_none() -> None:
 
 def test_who_waits_from_before_a_restart_gets_no_ticket_of_the_new_session() -> None:
     async def scenario() -> tuple[Ticket | None, list[int]]:
-        gate = Gate(mixture=one_set(8), trees_per_step=2, max_staleness=0, num_steps=4, seed=0)
+        gate = make_gate(num_prompts=8, trees_per_step=2, max_staleness=0, num_steps=4)
         for _ in range(2):
             await gate.next(0)
         late = asyncio.create_task(gate.next(0))
@@ -209,13 +212,20 @@ def test_tickets_of_several_sets_follow_their_mixture_and_come_again_as_they_wer
     mixture = Mixture(sizes=(3, 7), weights=(1.0, 1.0))
 
     def make() -> Gate:
-        return Gate(mixture=mixture, trees_per_step=4, max_staleness=1, num_steps=50, seed=2)
+        return Gate(
+            mixture=mixture,
+            trees_per_step=4,
+            max_staleness=1,
+            num_steps=50,
+            seed=2,
+            num_children=SHAPE,
+        )
 
     turns = Turns(mixture=mixture, seed=2)
     prompts = [make().ticket(number).prompt for number in range(60)]
     assert prompts == [turns.prompt(number) for number in range(60)]
     assert sum(prompt < 3 for prompt in prompts) > 20, "not by their sizes"
-    again = [redrawn(n, 1, mixture=mixture, seed=2).prompt for n in range(60)]
+    again = [redrawn(make().ticket(n), 1, mixture=mixture, seed=2).prompt for n in range(60)]
     assert 20 < sum(prompt < 3 for prompt in again) < 40
     gate = make()
     gate.consumed(0, ())
@@ -224,11 +234,13 @@ def test_tickets_of_several_sets_follow_their_mixture_and_come_again_as_they_wer
 
 
 def test_a_redrawn_ticket_keeps_its_number_and_draws_another_prompt_each_time() -> None:
+    ticket = make_gate().ticket(7)
+
     def again(num_redraws: int) -> Ticket:
-        return redrawn(7, num_redraws, mixture=one_set(1000), seed=3)
+        return redrawn(ticket, num_redraws, mixture=one_set(1000), seed=3)
 
     drawn = [again(n) for n in range(1, 200)]
-    assert {ticket.number for ticket in drawn} == {7}
+    assert {(each.number, each.num_children) for each in drawn} == {(7, SHAPE)}
     assert again(1) == drawn[0]
     assert len({ticket.seed for ticket in drawn}) == 199
     # 199 draws of 1000 prompts: 180 different ones are expected, with a deviation of 4
@@ -251,6 +263,7 @@ def revisiting(staleness: int, revisit: float = 0.5) -> Gate:
         max_staleness=staleness,
         num_steps=12,
         seed=3,
+        num_children=SHAPE,
         revisit=revisit,
     )
 
@@ -316,11 +329,75 @@ def test_a_redrawn_tree_measures_the_prompt_that_it_was_grown_from() -> None:
     gate.consumed(0, [RootValue(4, 2, 0.5), RootValue(1, 0, 0.25)])
     assert gate.curriculum.measurements == [
         Measurement(0, gate.ticket(1).prompt, 0.25),
-        Measurement(0, redrawn(4, 2, mixture=one_set(40), seed=3).prompt, 0.5),
+        Measurement(0, redrawn(gate.ticket(4), 2, mixture=one_set(40), seed=3).prompt, 0.5),
     ]
 
 
 def test_measurements_of_prompts_that_the_data_set_no_longer_has_are_left_out() -> None:
     gate = revisiting(0)
-    gate.restart(1, to_state([Measurement(0, 39, 0.5), Measurement(0, 40, 0.5)]))
+    gate.restart(1, to_state([Measurement(0, 39, 0.5), Measurement(0, 40, 0.5)], []))
     assert gate.curriculum.measurements == [Measurement(0, 39, 0.5)]
+
+
+# Shapes ----------------------------------------------------------------------------------------
+
+
+def adapting(staleness: int) -> Gate:
+    return Gate(
+        mixture=one_set(40),
+        trees_per_step=3,
+        max_staleness=staleness,
+        num_steps=14,
+        seed=3,
+        num_children=SHAPE,
+        adapt_every=4,
+        revisit=0.5,
+    )
+
+
+def adapt(gate: Gate, told: dict[int, int]) -> tuple[dict[int, Ticket], list[GateState]]:
+    """Consume all steps, of which some tell the number of answers behind the fork; returns the
+    tickets that were let out, and the state after each step."""
+    issued: dict[int, Ticket] = {}
+    states = []
+    while gate.done() < gate.num_steps:
+        while gate.issued < gate.limit:
+            ticket = asyncio.run(gate.next(gate.session))
+            issued[ticket.number] = ticket
+        step = gate.done()
+        roots = [RootValue(n, 0, value_of(issued[n])) for n in range(step * 3, step * 3 + 3)]
+        chosen = (1, told[step]) if step in told else None
+        states.append(gate.consumed(step, roots, chosen))
+    return issued, states
+
+
+TOLD = st.fixed_dictionaries({}, optional={step: st.integers(1, 16) for step in (1, 5, 9, 13)})
+"""A look may tell nothing."""
+
+
+@settings(max_examples=30, deadline=None)
+@given(staleness=st.integers(0, 2), told=TOLD, step=st.integers(1, 13))
+def test_a_resumed_run_grows_the_shapes_of_one_without_a_break(
+    staleness: int, told: dict[int, int], step: int
+) -> None:
+    ahead = adapting(staleness)
+    whole, states = adapt(ahead, told)
+    for gate in (adapting(staleness), ahead):  # in another process, or the same one put back
+        gate.restart(step, states[step - 1])
+        assert adapt(gate, told)[0] == {number: whole[number] for number in range(step * 3, 42)}
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_a_shape_follows_from_steps_that_were_consumed_before_any_of_its_trees_began(
+    staleness: int,
+) -> None:
+    told = {1: 8, 5: 1, 9: 16}
+    whole, _ = adapt(adapting(staleness), told)
+    for step in range(14):
+        known = {past: chosen for past, chosen in told.items() if past <= step - 1 - staleness}
+        measures = not known or step in (1, 5, 9, 13)
+        shape = SHAPE if measures else (1, known[max(known)])
+        without, _ = adapt(adapting(staleness), known)
+        for number in range(step * 3, step * 3 + 3):
+            assert whole[number].num_children == shape
+            assert without[number] == whole[number], "whatever is told afterwards"

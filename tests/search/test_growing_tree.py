@@ -19,6 +19,7 @@ from tests.support.stages.fake_engines import (
     whole_tree,
 )
 from tests.support.stages.virtual_time import run
+from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.algo.tree import Tree
 from treerpo_ray.engine.types import Sampling
 from treerpo_ray.records import TreeRecord
@@ -28,9 +29,9 @@ TICKET = make_gate(make_config()).ticket(2)
 WHOLE = whole_tree(TICKET.prompt, TICKET.seed)
 
 
-def growing() -> GrowingTree:
+def growing(shape: TreeShape = SHAPE) -> GrowingTree:
     return GrowingTree(
-        ticket=TICKET, prompts=PROMPTS, shape=SHAPE, sampling=Sampling(temperature=1.0)
+        ticket=TICKET, prompts=PROMPTS, shape=shape, sampling=Sampling(temperature=1.0)
     )
 
 
@@ -105,6 +106,16 @@ def test_a_tree_goes_on_from_a_record_of_it_and_not_from_that_of_another() -> No
     assert is_same(record.tree, WHOLE) and fleet.started[0][0].held == [1]
     assert (record.attempt, record.num_redraws, record.redrawn_tokens) == (3, 2, 17)
     assert record.grow_s >= 50.0, "the time before the resume counts"
+
+
+@pytest.mark.parametrize("num_children", [(1, 2, 2), (2, 2, 1), (2, 2), (3, 2, 2)])
+def test_a_tree_does_not_go_on_from_groups_of_another_shape(num_children: tuple[int, ...]) -> None:
+    done, _ = grown(growing())
+    assert max(done.tree.depths) == 3
+    shape = replace(SHAPE, num_children=num_children, step_tokens=(3,) * len(num_children))
+    tree = growing(shape)
+    assert not tree.take_up(done)
+    assert tree.groups == [] and not tree.finished_at_s
 
 
 def part_of(tree: GrowingTree) -> list:

@@ -14,6 +14,7 @@ from tests.support.stages.fake_engines import (
     ENDS,
     PROMPTS,
     SEED,
+    SHAPE,
     STEPS,
     TREES,
     Fault,
@@ -418,6 +419,7 @@ def test_a_saved_tree_of_another_seed_or_prompt_is_not_used(other: tuple[int, in
         max_staleness=0,
         num_steps=STEPS,
         seed=seed,
+        num_children=SHAPE.num_children,
     )
     tickets = [new.ticket(number) for number in range(TREES)]
     expected = [contents(whole_tree(ticket.prompt, ticket.seed)) for ticket in tickets]
@@ -483,7 +485,53 @@ def test_a_redrawn_tree_is_saved_as_such_and_goes_on_as_such() -> None:
         (again,) = [tree for tree in await take(other, TREES) if tree.ticket == 2]
         assert contents(again.tree) == contents(other_prompt.tree)
         assert (again.num_redraws, again.redrawn_tokens) == (1, other_prompt.redrawn_tokens)
-        assert again.seed == redrawn(2, 1, mixture=PROMPTS.sets, seed=SEED).seed
+        assert again.seed == redrawn(gate.ticket(2), 1, mixture=PROMPTS.sets, seed=SEED).seed
+        await other.stop()
+
+    run(scenario(Fleet()))
+
+
+def counts(tree: Tree) -> set[tuple[int, int]]:
+    """Depth and number of children of each step that has some; 0 is the prompt's."""
+    depths = [*tree.depths, 0]  # ROOT = -1 is the last
+    return {(depths[parent], len(children)) for parent, children in tree.children.items()}
+
+
+def test_a_tree_has_the_shape_of_its_ticket_redrawn_and_resumed_too() -> None:
+    """Step 0 grows the first shape, step 1 measures, step 2 is grown as was chosen in step 0."""
+    chosen = (1, 1, 3)
+
+    async def scenario(fleet: Fleet) -> None:
+        config = make_config("gate.max_redraws=2")
+        gate = make_gate(config, adapt_every=5)
+        pool = await opened(config, fleet, gate)
+        for step in range(2):
+            batch = await take(pool, TREES)
+            assert all(children == 2 for tree in batch for _, children in counts(tree.tree))
+            await serve(pool, step + 1)
+            state = gate.consumed(step, (), None if step else chosen)
+        batch = {tree.ticket: tree for tree in await take(pool, TREES)}
+        number, past = next((n, tree) for n, tree in batch.items() if n >= 2 * TREES)
+        await pool.redraw("reader", past)
+        (again,) = [tree for tree in await take(pool, 1) if tree.ticket == number]
+        assert again.num_redraws == 1
+        batch[number] = again
+        expected = set(enumerate(chosen))
+        assert all(counts(tree.tree) <= expected for tree in batch.values())
+        assert set().union(*(counts(tree.tree) for tree in batch.values())) == expected
+        saved = await pool.unconsumed(2 * TREES)
+        await pool.stop()
+
+        later = make_gate(config, adapt_every=5)
+        session = later.restart(2, state)
+        other = await make_pool(config, fleet)
+        await serve_from_start(other, version=2)
+        await other.grow_tickets(Handle(later), session, 2 * TREES, 1, saved)
+        resumed = {tree.ticket: tree for tree in await take(other, TREES)}
+        assert {n: contents(tree.tree) for n, tree in resumed.items()} == {
+            n: contents(tree.tree) for n, tree in batch.items()
+        }
+        assert {event["ticket"] for event in fleet.of("tree_reused")} >= batch.keys()
         await other.stop()
 
     run(scenario(Fleet()))

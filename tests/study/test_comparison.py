@@ -13,6 +13,7 @@ from treerpo_ray.config.files import to_yaml
 from treerpo_ray.evaluate.evaluation import Evaluation
 from treerpo_ray.study.comparison import (
     CURVE,
+    Arm,
     Comparison,
     Result,
     Trial,
@@ -139,6 +140,18 @@ def test_steps_share_their_tokens_and_an_answer_ends_where_it_ends() -> None:
     assert expected_tokens(flat, 50) == 460
     tree = TreeShape(num_children=(4, 4, 4), step_tokens=(23, 23, 23))
     assert expected_tokens(tree, 40) == 4 * 23 + 16 * 17 + 64 * 0
+
+
+def test_a_run_whose_shape_adapts_has_steps_enough_for_single_answers(
+    comparison: Comparison,
+) -> None:
+    """Of 24 answers of 40 and of 46 tokens a step, a fifth to spare."""
+    adaptive = Arm(overrides=["conf/methods/adaptive.yaml"], num_seeds=1)
+    configs = replace(comparison, arms={"flat": adaptive}).configs([])
+    assert {t.setting: config.run.num_steps for t, config in configs.items()} == {
+        "short": 120,
+        "long": 105,
+    }
 
 
 def test_every_run_samples_the_tokens_of_its_setting(comparison: Comparison) -> None:

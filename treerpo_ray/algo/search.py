@@ -81,6 +81,12 @@ class TreeShape:
         """Tokens of the longest path."""
         return sum(self.step_tokens)
 
+    def has_group(self, group: "SiblingGroup") -> bool:
+        """Whether a tree of this shape may have that group."""
+        depth = len(group.parent)
+        is_inside = depth < len(self.num_children)
+        return is_inside and len(group.steps) == self.num_children[depth]
+
 
 class Sampler(Protocol):
     """What the search asks of an engine: token ids in, one continuation out."""

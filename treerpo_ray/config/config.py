@@ -6,14 +6,14 @@ numbers are properties, not keys.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from math import isinf
 from operator import attrgetter
 
-from treerpo_ray.algo.advantages.forms import WITHOUT_SIBLINGS, AdvantageForm
-from treerpo_ray.algo.groups import PruneRule
+from treerpo_ray.algo.forks.adaptive_shape import largest_forks, single_answers
 from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.algo.search import TreeShape
+from treerpo_ray.config.credit_checks import check_credit
 from treerpo_ray.config.data import DataConfig, PromptsConfig
 from treerpo_ray.config.health import HealthConfig
 from treerpo_ray.config.lora import MOST_RANK, LoraConfig
@@ -148,7 +148,7 @@ class Config:
                 f"evaluate.num_samples={self.evaluate.num_samples}"
             )
         self._check_data()
-        self._check_credit()
+        check_credit(self.learner, self.tree)
         self._check_engine()
         self._check_sync()
         self._check_workers()
@@ -241,38 +241,6 @@ class Config:
                     "learner.min_workers is set"
                 )
 
-    def _check_credit(self) -> None:
-        """Refuse trees of which no step would ever be trained, one answer a question, a share that
-        no form takes and a weight of lengths that nothing is compared with."""
-        learner = self.learner
-        is_shrunk = learner.advantage is AdvantageForm.SHRUNK_BASELINE
-        if learner.baseline_share != 1 and not is_shrunk:
-            raise ValueError(
-                f"learner.baseline_share={learner.baseline_share:g} is of "
-                "learner.advantage=shrunk_baseline alone: set that, or leave it at 1"
-            )
-        if set(self.tree.num_children) != {1}:
-            return
-        if learner.length_weight:
-            raise ValueError(
-                f"learner.length_weight={learner.length_weight:g} compares right siblings, of "
-                f"which tree.num_children={list(self.tree.num_children)} has none: set it to 0"
-            )
-        form = learner.advantage
-        if isinstance(form, AdvantageForm) and form not in WITHOUT_SIBLINGS:
-            raise ValueError(
-                f"learner.advantage={form.value} compares siblings, of which "
-                f"tree.num_children={list(self.tree.num_children)} has none: set it to reward, "
-                "past_baseline or shrunk_baseline (conf/methods/raft.yaml, "
-                "conf/methods/reinforce.yaml, conf/methods/shrunk_baseline.yaml)"
-            )
-        if learner.prune_threshold >= 0 or learner.prune is PruneRule.SHRINKAGE:
-            raise ValueError(
-                f"learner.prune={learner.prune} with learner.prune_threshold="
-                f"{learner.prune_threshold:g} leaves nothing to train where "
-                f"tree.num_children={list(self.tree.num_children)}: set them to range and -1"
-            )
-
     def _check_engine(self) -> None:
         """Check the engine's share of the machine, and how far the pool may grow."""
         engine, num_gpus = self.engine, self.engine.resources.get("GPU", 0)
@@ -362,12 +330,28 @@ class Config:
 
     @property
     def shape(self) -> TreeShape:
-        """Shape of the training trees; the delimiter's token id is known only to the engines."""
+        """Shape of the training trees, of adaptive ones of those that measure; the delimiter's
+        token id is known only to the engines."""
         return TreeShape(
             num_children=self.tree.num_children,
             step_tokens=self.tree.step_tokens,
             entropy_window=self.tree.entropy_window,
         )
+
+    @property
+    def shapes(self) -> tuple[TreeShape, ...]:
+        """Shapes between which all training trees lie: `shape`, and where it adapts single answers
+        and each fork with as many children as it may ever have."""
+        shape = self.shape
+        if not self.tree.adaptive:
+            return (shape,)
+        chosen = single_answers(len(shape.num_children)), *largest_forks(shape.num_children)
+        return shape, *(replace(shape, num_children=each) for each in chosen)
+
+    @property
+    def largest_shape(self) -> TreeShape:
+        """The one of them that takes the most tokens."""
+        return max(self.shapes, key=attrgetter("max_sampled_tokens"))
 
     @property
     def data_sections(self) -> dict[str, DataConfig]:

@@ -126,6 +126,11 @@ class TreeConfig:
     number of depths, their sum is shared out equally: an answer is as long as before."""
     delimiter: str | None = None
     """Text of one token that also ends a step above the last depth; none: by length alone."""
+    adaptive: bool = False
+    """Whether forks are where the measured variance is: in one learner step of `learner.fork_every`
+    trees of `num_children`, two levels or more, measure each fork behind a first step, and in all
+    others trees have the one fork that needs the fewest tokens, or are single answers where none
+    pays. See `treerpo_ray/algo/forks/adaptive_shape.py`."""
     entropy_window: int = 0
     """Entropy branching: a full step above the last depth is cut before the least likely of so
     many tokens at its end; 0: off."""
@@ -265,7 +270,7 @@ class LearnerConfig:
     less, and groups are kept whose right answers differ in length. See
     `treerpo_ray/algo/advantages/length.py`."""
     fork_every: int = field(default=10, metadata=NOT_NEGATIVE)
-    """Updates between two looks at whether another place or number of forks would need fewer
+    """Learner steps between two looks at whether another place or number of forks would need fewer
     tokens (metrics `fork/`), by one more forward pass of the trees; 0: never."""
     token_budget: int = field(default=16384, metadata=POSITIVE)
     """Most tokens of one forward pass."""

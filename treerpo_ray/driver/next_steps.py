@@ -139,6 +139,8 @@ def _other_method(
     else:
         title, suffix, words = "GRPO", "grpo", [*arguments, _file("conf/methods/grpo.yaml")]
     words = [word for word in words if not word.startswith(("run.name=", *LENGTH))]
+    if config.tree.adaptive:
+        words.append("tree.adaptive=false")
     if any(word.startswith("run.name=") for word in arguments):
         words.append(f"run.name={config.run.name}-{suffix}")
     try:
@@ -154,7 +156,7 @@ def _other_method(
 
 def _as_long(config: Config, other: Config, sampled_tokens: int) -> list[str]:
     """Overrides that end another run at as many tokens, whatever a learner step of it takes."""
-    ratio = config.shape.max_sampled_tokens / other.shape.max_sampled_tokens
+    ratio = config.largest_shape.max_sampled_tokens / other.shape.max_sampled_tokens
     num_steps = math.ceil(SPARE_STEPS * config.run.num_steps * ratio)
     length = [f"run.max_sampled_tokens={sampled_tokens}"]
     return [f"run.num_steps={num_steps}", *length] if num_steps > other.run.num_steps else length

@@ -32,9 +32,10 @@ def plan_lines(
 
     `look` tells what there is of resources.
     """
-    shape, gate, run = config.shape, config.gate, config.run
+    gate, run = config.gate, config.run
     trees, minibatches = gate.trees_per_step, config.learner.minibatches
     in_flight = trees * (1 + gate.max_staleness)
+    max_steps = max(shape.max_steps for shape in config.shapes)
     length = f"{run.num_steps} learner steps, {run.num_steps * trees:,} trees"
     if found.train is not None and found.train.prompts is not None:
         length += _epochs(found.train, run.num_steps * trees)
@@ -52,11 +53,9 @@ def plan_lines(
         *_prompt_lines(config, found.train),
         *(f"no answer   {each}" for each in found.references),
         f"reward      {_reward(config.verifier)}",
-        f"tree        {list(shape.num_children)} children of at most {list(shape.step_tokens)} "
-        f"tokens: up to {shape.max_steps:,} steps, {shape.max_leaves:,} answers and "
-        f"{shape.max_sampled_tokens:,} tokens a question",
-        f"step        {trees} trees: up to {trees * shape.max_steps:,} requests and "
-        f"{trees * shape.max_sampled_tokens:,} sampled tokens, "
+        f"tree        {_tree_line(config)}",
+        f"step        {trees} trees: up to {trees * max_steps:,} requests and "
+        f"{trees * config.largest_shape.max_sampled_tokens:,} sampled tokens, "
         f"{counted(minibatches, 'optimizer step')}",
         *_budget_lines(config),
         f"staleness   at most {counted(gate.max_staleness, 'version')}: "
@@ -72,6 +71,25 @@ def plan_lines(
         *(f"unusual     {line}" for line in unusual(config)),
         *(f"unchecked   {line}" for line in found.unchecked),
     ]
+
+
+def _tree_line(config: Config) -> str:
+    """What one tree is, at most."""
+    shape, shapes = config.shape, config.shapes
+    tokens = f"of at most {list(shape.step_tokens)} tokens"
+    if not config.tree.adaptive:
+        return (
+            f"{list(shape.num_children)} children {tokens}: up to {shape.max_steps:,} steps, "
+            f"{shape.max_leaves:,} answers and {shape.max_sampled_tokens:,} tokens a question"
+        )
+    _, single, *forks = (list(each.num_children) for each in shapes)
+    sizes = [each.max_sampled_tokens for each in shapes]
+    return (
+        f"{list(shape.num_children)} children {tokens} measure forks, in one learner step of "
+        f"{config.learner.fork_every} and until something is measured; in all others the best "
+        f"fork, up to {' or '.join(map(str, forks))}, or single answers, {single}, where none "
+        f"pays: at most {min(sizes):,} to {max(sizes):,} tokens a question, by shape"
+    )
 
 
 def _reward(settings: VerifierConfig) -> str:

@@ -321,6 +321,8 @@ def _make_actors(
         max_staleness=config.gate.max_staleness,
         num_steps=config.run.num_steps,
         seed=config.run.seed,
+        num_children=config.tree.num_children,
+        adapt_every=config.learner.fork_every if config.tree.adaptive else 0,
         revisit=config.gate.revisit,
     )
     return RunActors(

@@ -22,8 +22,9 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from treerpo_ray.algo.fork_rule import MAX_CHILDREN, CutSamples, ForkEstimate, fork_estimate
-from treerpo_ray.algo.fork_samples import TreeGradients, step_samples, tree_gradients
+from treerpo_ray.algo.forks.adaptive_shape import ShapeChoice, choice_by, is_measured
+from treerpo_ray.algo.forks.rule import MAX_CHILDREN, CutSamples, ForkEstimate, fork_estimate
+from treerpo_ray.algo.forks.samples import TreeGradients, step_samples, tree_gradients
 from treerpo_ray.algo.packing import pack
 from treerpo_ray.algo.tree import Tree
 from treerpo_ray.learner.optimizer import PolicyOptimizer, gathered
@@ -66,19 +67,20 @@ class ForkProbe:
     """What the newest looks tell.
 
     Args:
-        every: Updates between two looks; 0: there are none.
+        every: Learner steps between two looks; 0: there are none.
         num_cuts: Places between the levels of the run's trees.
+        is_adaptive: Whether trees to come have the shape that looks choose. Then a look is at all
+            trees of its learner step, for those of others have no forks that tell.
     """
 
-    def __init__(self, *, every: int, num_cuts: int) -> None:
-        self.every, self.num_cuts = every, num_cuts
+    def __init__(self, *, every: int, num_cuts: int, is_adaptive: bool = False) -> None:
+        self.every, self.num_cuts, self.is_adaptive = every, num_cuts, is_adaptive
         self._looks: deque[Look] = deque(maxlen=PAST_LOOKS)
-        self._next = 0
 
-    def is_due(self, version: int) -> bool:
-        """Whether the trees of this version's update are to be measured; trees of a single level
-        have no forks to be measured by."""
-        return bool(self.every and self.num_cuts) and version >= self._next
+    def is_due(self, step: int) -> bool:
+        """Whether the trees of a learner step, counted from 0, are to be measured; trees of a
+        single level have no forks to be measured by."""
+        return self.num_cuts > 0 and is_measured(step, self.every)
 
     def look(
         self,
@@ -89,7 +91,8 @@ class ForkProbe:
         version: int,
         token_budget: int,
     ) -> Row:
-        """Measure a worker's trees; every worker must call it. Returns metrics.
+        """Measure a worker's trees; every worker must call it. Returns metrics, none if no tree of
+        any worker tells anything.
 
         Args:
             optimizer: Whose policy it is.
@@ -98,7 +101,7 @@ class ForkProbe:
             version: Of the policy.
             token_budget: Most tokens of one forward pass.
         """
-        chosen = _measurable(records)
+        chosen = self._measurable(records)
         scores = step_scores(optimizer, [each.tree for each in chosen], version, token_budget)
         own = [
             tree_gradients(
@@ -111,8 +114,9 @@ class ForkProbe:
             for record, score in zip(chosen, scores, strict=True)
         ]
         told = [tree for part in gathered(own) for tree in part if tree is not None]
+        if not told:
+            return {}
         self._looks.append(look_of(told, self.num_cuts))
-        self._next = version + self.every
         rows = (fork_row(one, MAX_CHILDREN) for one in self.estimates)
         return {name: value for row in rows for name, value in row.items()}
 
@@ -125,18 +129,35 @@ class ForkProbe:
         )
         return tuple(each for each in found if each is not None)
 
+    @property
+    def choice(self) -> ShapeChoice | None:
+        """The shape that the looks so far choose for trees to come; None: they tell too little, or
+        have nothing to choose."""
+        return choice_by(self.estimates, self.num_cuts + 1) if self.is_adaptive else None
+
     def state(self) -> dict[str, object]:
         """For `restore`, as JSON holds it."""
         looks = [[cut.columns.tolist() for cut in look] for look in self._looks]
-        return {"fork_looks": looks, "fork_next": self._next}
+        return {"fork_looks": looks}
 
-    def restore(self, looks: Iterable[Sequence[Sequence[Sequence[float]]]], due: int) -> None:
+    def restore(self, looks: Iterable[Sequence[Sequence[Sequence[float]]]]) -> None:
         """Take over what `state` gave; of trees of another depth nothing."""
-        self._next = due
         for look in looks:
             if len(look) == self.num_cuts:
                 columns = (np.array(cut, np.float64) for cut in look)
                 self._looks.append(tuple(CutSamples.from_columns(each) for each in columns))
+
+    def _measurable(self, records: Sequence[TreeRecord]) -> list[TreeRecord]:
+        """Some of a worker's trees, the first ones by ticket, or all of them, without those that
+        lack a reward."""
+        own = sorted(records, key=lambda record: record.ticket)
+        count = len(own) if self.is_adaptive else max(FEWEST, ceil(SHARE * len(own)))
+        return [
+            record
+            for record in own[:count]
+            if record.tree.lengths.all()
+            and not np.isnan(record.rewards[list(record.tree.leaves)]).any()
+        ]
 
 
 def look_of(trees: Sequence[TreeGradients], num_cuts: int) -> Look:
@@ -163,14 +184,3 @@ def step_scores(
             found = np.zeros((len(found), own.shape[1]), np.float32)
         found[forest.origin] = own.cpu().numpy()
     return np.split(found, np.cumsum(counts)[:-1]) if trees else []
-
-
-def _measurable(records: Sequence[TreeRecord]) -> list[TreeRecord]:
-    """Some of a worker's trees, the first ones by ticket, without those that lack a reward."""
-    own = sorted(records, key=lambda record: record.ticket)
-    return [
-        record
-        for record in own[: max(FEWEST, ceil(SHARE * len(own)))]
-        if record.tree.lengths.all()
-        and not np.isnan(record.rewards[list(record.tree.leaves)]).any()
-    ]

@@ -120,10 +120,12 @@ class Learner:
             dtype=DTYPES[model.dtype],
             device=device,
         )
-        self.version = 0
+        self.version = self.step = 0
+        """Updates that moved the policy, and learner steps, with those that moved nothing."""
         self._past: deque[PastStep] = deque(maxlen=PAST_STEPS)
         """What the newest batches, of all workers, say of the next one."""
-        self.forks = ForkProbe(every=learner.fork_every, num_cuts=len(tree.num_children) - 1)
+        cuts = len(tree.num_children) - 1
+        self.forks = ForkProbe(every=learner.fork_every, num_cuts=cuts, is_adaptive=tree.adaptive)
         """Where trees would pay, by past batches."""
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -174,10 +176,13 @@ class Learner:
         rate, baseline = self.optimizer.learning_rate(progress), self.baseline
         trained, own = self.prepare(records)
         self._check_staleness(own)
+        chosen_before = self.forks.choice
         forks = self._look_for_forks(records)
+        chosen = self.forks.choice if forks else None
         steps = self.optimizer.steps(trained.minibatches, progress)
         has_updated = any(step.norm is not None for step in steps)
         self.version += has_updated
+        self.step += 1
 
         stats = sum(gathered(own), start=BatchStats())
         if stats.num_valued:
@@ -186,18 +191,21 @@ class Learner:
         num_trained = metrics.get("tokens/trained", 0.0)
         metrics["tokens/trained_share"] = num_trained / max(stats.num_sampled_tokens, 1)
         baselines = baseline.metrics() if has_baseline(self.form) else {}
+        shapes = {} if chosen is None else chosen.metrics()
         return UpdateResult(
             has_updated=has_updated,
             stats=stats,
-            metrics={"learner/learning_rate": rate, **metrics, **baselines, **forks},
+            metrics={"learner/learning_rate": rate, **metrics, **baselines, **forks, **shapes},
             seconds=time.monotonic() - start,
             trained=replace(trained, logprobs=[step.logprobs for step in steps]),
+            chosen=chosen,
+            chosen_before=chosen_before,
         )
 
     def _look_for_forks(self, records: Sequence[TreeRecord]) -> dict[str, float]:
         """Metrics of where trees would pay, if these are to be measured for it; a baseline that
         does not depend on them needs a past."""
-        if not self._past or not self.forks.is_due(self.version):
+        if not self._past or not self.forks.is_due(self.step):
             return {}
         return self.forks.look(
             self.optimizer,
@@ -309,7 +317,11 @@ class Learner:
         if self.sharding is not None and not self.sharding.is_first:
             return
         save_file({"torch": torch.get_rng_state()}, folder / RNG_FILE)
-        counts = {"version": self.version, "optimizer_steps": self.optimizer.num_steps}
+        counts = {
+            "version": self.version,
+            "step": self.step,
+            "optimizer_steps": self.optimizer.num_steps,
+        }
         past = {
             "past_values": [step.value for step in self._past],
             "past_variances": [step.variances for step in self._past],
@@ -323,9 +335,10 @@ class Learner:
         """
         counts = json.loads((folder / STATE_FILE).read_text())
         self.version = counts["version"]
+        self.step = counts.get("step", self.version)  # older checkpoints have none
         self.optimizer.restore(folder / MOMENTS_FOLDER, counts["optimizer_steps"])
         torch.set_rng_state(load_file(folder / RNG_FILE)["torch"])
         values = counts.get("past_values", [])  # older checkpoints have none
         variances = counts.get("past_variances", [{} for _ in values])
         self._past.extend(map(PastStep, values, variances))
-        self.forks.restore(counts.get("fork_looks", []), counts.get("fork_next", 0))
+        self.forks.restore(counts.get("fork_looks", []))

@@ -116,6 +116,7 @@ class BatchStats:
                 count for verdict, count in self.verdicts.items() if not Verdict(verdict).is_reward
             )
             / max(self.num_leaves, 1),
+            "tree/answers": self.num_leaves / max(self.num_trees, 1),
             "tokens/sampled": self.num_sampled_tokens,
             "length/mean": self.answer_tokens / max(self.num_leaves, 1),
             **self._right_length(),

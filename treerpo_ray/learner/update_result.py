@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 
+from treerpo_ray.algo.forks.adaptive_shape import ShapeChoice
 from treerpo_ray.algo.packing import Forest, unpack
 from treerpo_ray.algo.tree import Tree
 from treerpo_ray.learner.stats import BatchStats
@@ -59,3 +60,7 @@ class UpdateResult:
     """Wall time of the update."""
     trained: TrainedTrees
     """This worker's."""
+    chosen: ShapeChoice | None = None
+    """Where the shape of trees adapts, what the looks so far choose; None: this step added none."""
+    chosen_before: ShapeChoice | None = None
+    """What they chose without this step's, if there were any."""

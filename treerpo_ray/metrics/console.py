@@ -41,6 +41,7 @@ INDENT = 12
 IDS = {"pid", "core", "node"}
 """Fields of events that are ids."""
 ROUTINE = {"engine_serving", "engine_draining", "engine_left", "learner_started", "write_done"}
+ROUTINE |= {"shape_chosen"}
 """Kinds of events that are no warning."""
 SENTENCES = {
     "waiting": "waiting for {what}, for {seconds} s so far",
@@ -55,6 +56,8 @@ SENTENCES = {
     "write_done": "write done: {what}, after {seconds:.0f} s",
     "checkpoint_passed_over": "checkpoint passed over: step {step}: {fault}",
     "check_failed": "check failed: {reason}",
+    "shape_chosen": "shape chosen: {shape} children from step {step} on, predicted to need "
+    "{token_share:.2f} of the tokens of single answers",
     "wandb_offline": "W&B goes on offline: {reason}",
     "wandb_stopped": "W&B gets no more: {reason}",
 }

@@ -19,7 +19,7 @@ NOTICES = {
     *("engine_serving", "engine_lost", "engine_draining", "engine_left", "tree_moved"),
     *(FATAL, UNHEALTHY, "waiting", "learner_started", "learner_lost"),
     *("write_failed", "write_waits", "write_done"),
-    *("checkpoint_passed_over", "engine_work_failed", "check_failed"),
+    *("checkpoint_passed_over", "engine_work_failed", "check_failed", "shape_chosen"),
 }
 """Events that whoever follows the run should see; what the run log warns of comes with them."""
 

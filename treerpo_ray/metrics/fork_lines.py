@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the first line should not wait for what these import
-    from treerpo_ray.algo.fork_rule import ForkEstimate
+    from treerpo_ray.algo.forks.rule import ForkEstimate
     from treerpo_ray.metrics.rows import Row
 
 AREA, AT = "fork/", "_depth_"

@@ -10,6 +10,7 @@ from typing import Self
 
 from transformers import PreTrainedConfig
 
+from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config import Config
 from treerpo_ray.learner.head import LOGIT_BUDGET
 from treerpo_ray.preflight.machine import GIB
@@ -159,20 +160,26 @@ def _activation_bytes(config: Config, sizes: ModelSizes) -> float:
 
 def most_tokens(config: Config) -> int:
     """Tokens of a worker's share of a minibatch, if every tree is as large as it may be."""
-    learner, shape = config.learner, config.shape
+    learner, shape = config.learner, config.largest_shape
     trees = config.gate.trees_per_step // (learner.fewest_workers * learner.minibatches)
     return trees * (config.prompts.max_prompt_tokens + shape.max_sampled_tokens)
 
 
 def keys_and_pairs(config: Config) -> tuple[float, float]:
-    """Gathered keys, and pairs of query and key, a token of a tree that is as large as it may be.
+    """Gathered keys, and pairs of query and key, a token of a tree that is as large as it may be:
+    the most that any shape has which trees may have."""
+    found = [_keys_and_pairs(shape, config.prompts.max_prompt_tokens) for shape in config.shapes]
+    keys, pairs = zip(*found, strict=True)
+    return max(keys), max(pairs)
 
-    Each segment's keys are those of its whole path, and each of its tokens is paired with all.
-    """
-    path = tokens = config.prompts.max_prompt_tokens
+
+def _keys_and_pairs(shape: TreeShape, max_prompt_tokens: int) -> tuple[float, float]:
+    """Of one shape: each segment's keys are those of its whole path, and each of its tokens is
+    paired with all."""
+    path = tokens = max_prompt_tokens
     keys, pairs = float(path), float(path * path)
     steps = 1
-    for children, length in zip(config.shape.num_children, config.shape.step_tokens, strict=True):
+    for children, length in zip(shape.num_children, shape.step_tokens, strict=True):
         steps, path = steps * children, path + length
         queries = steps * length
         tokens, keys, pairs = tokens + queries, keys + steps * path, pairs + queries * path

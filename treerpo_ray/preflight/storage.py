@@ -64,7 +64,7 @@ class StoragePlan:
             checkpoint=int(BYTES_A_PARAMETER * (num_adapted if has_adapters else num_parameters)),
             num_checkpoints=config.checkpoint.keep + 1,
             model=int(model_bytes * num_parameters),
-            trees=TREE_BYTES * config.gate.trees_per_step * config.shape.max_sampled_tokens
+            trees=TREE_BYTES * config.gate.trees_per_step * config.largest_shape.max_sampled_tokens
             if every
             else 0,
             num_steps=config.run.num_steps // every if every else 0,

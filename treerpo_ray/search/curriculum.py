@@ -4,13 +4,10 @@ A prompt's weight is the variance of one leaf's reward: v(1 - v) where it is rig
 where it is as often the one as the other; none where nothing can be told apart.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-
-from treerpo_ray.task import GateState
 
 REVISITS = 1
 """Sets the draws of a ticket apart from those of its tree's seed and of its other prompts."""
@@ -85,13 +82,3 @@ class Curriculum:
             *(m for m in together if m.step > last_step),
         ]
         self._weights.clear()
-
-
-def to_state(measurements: Sequence[Measurement]) -> GateState:
-    """Measurements as text."""
-    return GateState(json.dumps(measurements))
-
-
-def from_state(state: GateState | None) -> list[Measurement]:
-    """Measurements as they were; none of a gate that has not issued a ticket yet."""
-    return [Measurement(*row) for row in json.loads(state)] if state else []

@@ -5,22 +5,26 @@ other. Ticket t may be issued once t < B (steps done + 1 + max_staleness), which
 issued - consumed by B (1 + max_staleness) and the age of every tree by max_staleness, without
 throwing any work away.
 
-A ticket is a pure function of its number and, where some come back to prompts for their values, of
-what was measured in the learner steps that its admission waits for: up to k - 1 - max_staleness for
-batch k. So a run that is resumed issues the same tickets.
+A ticket is a pure function of its number and, where some come back to prompts for their values or
+trees fork where it pays, of what was measured in the learner steps that its admission waits for: up
+to k - 1 - max_staleness for batch k. So a run that is resumed issues the same tickets.
 """
 
 import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from treerpo_ray.algo.forks.adaptive_shape import Shape
 from treerpo_ray.metrics.stage_status import StageStatus, WatchedStage
 from treerpo_ray.prompts.mixture import Mixture, Turns
 from treerpo_ray.records import RootValue
-from treerpo_ray.search.curriculum import Curriculum, Measurement, from_state, to_state
+from treerpo_ray.search.adaptive import AdaptiveShapes, ChosenShape
+from treerpo_ray.search.curriculum import Curriculum, Measurement
+from treerpo_ray.search.gate_state import from_state, to_state
 from treerpo_ray.task import GateState, Ticket
 
 log = logging.getLogger(__name__)
@@ -36,6 +40,8 @@ class Gate(WatchedStage):
         max_staleness: Learner steps by which a tree may be behind; 0 is strictly on-policy.
         num_steps: Learner steps of the whole run; no ticket is issued for later ones.
         seed: Seed of the permutations, the revisits and of every tree.
+        num_children: Shape of the trees; where it adapts, of those that measure.
+        adapt_every: Learner steps between two that measure, where it adapts; see `AdaptiveShapes`.
         revisit: Share of tickets that come back to a measured prompt; see `Curriculum`.
     """
 
@@ -47,12 +53,15 @@ class Gate(WatchedStage):
         max_staleness: int,
         num_steps: int,
         seed: int,
+        num_children: Shape,
+        adapt_every: int = 0,
         revisit: float = 0.0,
     ) -> None:
         self.mixture, self.trees_per_step = mixture, trees_per_step
         self.max_staleness, self.num_steps, self.seed = max_staleness, num_steps, seed
         self._turns = Turns(mixture=mixture, seed=seed)
         self.curriculum = Curriculum(share=revisit, seed=seed)
+        self.shapes = AdaptiveShapes(measuring=num_children, every=adapt_every)
         self.steps_done = 0
         self.issued = 0
         self.session = 0
@@ -65,12 +74,14 @@ class Gate(WatchedStage):
 
     def ticket(self, number: int) -> Ticket:
         """The ticket with that number, of a step that is not done; see the module text."""
-        last_step = self._last_measured(number // self.trees_per_step)
+        step = number // self.trees_per_step
+        last_step = self._last_measured(step)
         prompt = self.curriculum.revisited(number, last_step)
         if prompt is None:
             prompt = self._turns.prompt(number)
         seed = int(np.random.SeedSequence((self.seed, number)).generate_state(1, np.uint64)[0])
-        return Ticket(number=number, prompt=prompt, seed=seed >> 1)
+        shape = self.shapes.shape(step, last_step)
+        return Ticket(number=number, prompt=prompt, seed=seed >> 1, num_children=shape)
 
     @property
     def limit(self) -> int:
@@ -93,12 +104,15 @@ class Gate(WatchedStage):
         self._moved_at = time.monotonic()
         return ticket
 
-    def consumed(self, step: int, root_values: Sequence[RootValue]) -> GateState:
+    def consumed(
+        self, step: int, root_values: Sequence[RootValue], num_children: Shape | None = None
+    ) -> GateState:
         """Learner step `step` has consumed its tickets and every engine serves what came of it.
 
         Args:
             step: The learner step that is due.
             root_values: Those of its trees, in any order; those that errored have none.
+            num_children: The shape that is chosen with what it measured; None: it measured none.
 
         Returns:
             What `restart` at the next step needs to issue the same tickets.
@@ -109,10 +123,13 @@ class Gate(WatchedStage):
         if step != self.steps_done:
             raise RuntimeError(f"learner step {step} consumed, but step {self.steps_done} is due")
         self._measure(step, root_values)
+        if num_children is not None:
+            chosen = ChosenShape(step, tuple(num_children))
+            self.shapes.add(chosen, self._last_measured(step + 1))
         self.steps_done = step + 1
         self._moved_at = time.monotonic()
         self._moved.set()
-        return to_state(self.curriculum.measurements)
+        return to_state(self.curriculum.measurements, self.shapes.chosen)
 
     def restart(self, step: int, state: GateState | None) -> int:
         """Begin again at learner step `step`: tickets from there on are issued anew.
@@ -158,12 +175,16 @@ class Gate(WatchedStage):
         """End the run after the learner step that is under way."""
         self.is_stopping = True
 
-    # Revisits: what was measured, and what a resumed run needs of it -----------------------------
+    # What was measured, and what a resumed run needs of it ---------------------------------------
 
     def _remember(self, state: GateState | None) -> None:
         num_prompts = self.mixture.num_prompts
-        own = [m for m in from_state(state) if m.prompt < num_prompts]  # data sets may shrink
+        measured, chosen = from_state(state)
+        own = [m for m in measured if m.prompt < num_prompts]  # data sets may shrink
         self.curriculum = Curriculum(share=self.curriculum.share, seed=self.seed, measurements=own)
+        self.shapes = AdaptiveShapes(
+            measuring=self.shapes.measuring, every=self.shapes.every, chosen=chosen
+        )
 
     def _measure(self, step: int, root_values: Sequence[RootValue]) -> None:
         if self.curriculum.share:
@@ -175,22 +196,23 @@ class Gate(WatchedStage):
             self.curriculum.add(found, self._last_measured(step + 1))
 
     def _prompt_of(self, root: RootValue) -> int:
+        ticket = self.ticket(root.ticket)
         if not root.num_redraws:
-            return self.ticket(root.ticket).prompt
-        again = redrawn(root.ticket, root.num_redraws, mixture=self.mixture, seed=self.seed)
-        return again.prompt
+            return ticket.prompt
+        return redrawn(ticket, root.num_redraws, mixture=self.mixture, seed=self.seed).prompt
 
     def _last_measured(self, step: int) -> int:
         """The last learner step that is done whenever tickets of learner step `step` are issued."""
         return step - 1 - self.max_staleness
 
 
-def redrawn(number: int, num_redraws: int, *, mixture: Mixture, seed: int) -> Ticket:
-    """Ticket `number` with another prompt, any of the data set, drawn for the n-th time; of several
-    sets one is drawn by weight first.
+def redrawn(ticket: Ticket, num_redraws: int, *, mixture: Mixture, seed: int) -> Ticket:
+    """A ticket with another prompt, any of the data set, drawn for the n-th time; of several sets
+    one is drawn by weight first.
 
-    It stays the same ticket: issued once, consumed once, by the same learner step.
+    It stays the same ticket: issued once, consumed once, by the same learner step, for a tree of
+    the same shape.
     """
-    sequence = np.random.SeedSequence((seed, number, num_redraws))
+    sequence = np.random.SeedSequence((seed, ticket.number, num_redraws))
     prompt, tree_seed = sequence.generate_state(2, np.uint64).tolist()
-    return Ticket(number=number, prompt=mixture.at(prompt), seed=tree_seed >> 1)
+    return replace(ticket, prompt=mixture.at(prompt), seed=tree_seed >> 1)

@@ -51,10 +51,14 @@ class GrowingTree:
         return self.prompts.token_ids[self.ticket.prompt]
 
     def take_up(self, past: TreeRecord) -> bool:
-        """Go on from a record, finished or not; False, and as before, if it is another tree's."""
+        """Go on from a record, finished or not; False, and as before, if it is another tree's, or
+        of another shape."""
         if past.seed != self.ticket.seed or past.tree.prompt_ids.tolist() != self.prompt_ids:
             return False
-        self.groups = sibling_groups(past.tree)
+        groups = sibling_groups(past.tree)
+        if not all(self.shape.has_group(group) for group in groups):
+            return False
+        self.groups = groups
         self.attempt, self.engine, self.grow_s = past.attempt, past.engine, past.grow_s
         self.num_redraws, self.redrawn_tokens = past.num_redraws, past.redrawn_tokens
         self.finished_at_s = past.finished_at_s

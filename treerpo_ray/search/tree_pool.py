@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from dataclasses import replace
 
 from treerpo_ray.algo.search import TreeShape, step_seed
 from treerpo_ray.config.sections import GateConfig
@@ -88,6 +89,8 @@ class TreePool(WatchedStage):
         self._finished: dict[int, TreeRecord] = {}
         self._taken: dict[int, TreeRecord] = {}
         """Trees in the stream, at least all that no learner step has consumed."""
+        self._tickets: dict[int, Ticket] = {}
+        """Those of all these trees, as the gate issued them."""
         self._released = 0
         self._num_workers = 1
         self._reader = ""
@@ -116,7 +119,8 @@ class TreePool(WatchedStage):
         Args:
             gate: How many trees a learner step has, and how stale they may be.
             prompts: The training set.
-            shape: Shape of the training trees, with the delimiter's token id.
+            shape: Shape of the training trees, with the delimiter's token id; how many children
+                each has its ticket says.
             sampling: How their tokens are drawn.
             seed: Of the run.
             run_log: Actor of `RunLog`, told of every tree and failure.
@@ -184,8 +188,8 @@ class TreePool(WatchedStage):
 
     def _drop_work(self) -> None:
         self._work.cancel()
-        for trees in (self._saved, self.growing, self._finished, self._taken):
-            trees.clear()
+        for held in (self._saved, self.growing, self._finished, self._taken, self._tickets):
+            held.clear()
         self._reader = ""  # the one of the stream that ended may still be waiting
         self._failure = None
 
@@ -204,11 +208,15 @@ class TreePool(WatchedStage):
         while (ticket := await gate.next.remote(session)) is not None:
             due = (ticket.number // size - staleness) * size  # the gate lets no ticket out sooner
             self._taken = {n: tree for n, tree in self._taken.items() if n >= due}
+            self._tickets = {n: each for n, each in self._tickets.items() if n >= due}
+            self._tickets[ticket.number] = ticket
             self._work.spawn(self._grow_ticket(ticket))
 
     async def _grow_ticket(self, ticket: Ticket) -> None:
         past = self._saved.pop(ticket.number, None)
-        tree = self._tree(ticket if past is None else self._as_drawn(ticket, past))
+        if past is not None and past.num_redraws:
+            ticket = self._redrawn(ticket, past.num_redraws)
+        tree = self._tree(ticket)
         if past is not None and tree.take_up(past):
             self.engines.note(
                 "tree_reused",
@@ -222,7 +230,7 @@ class TreePool(WatchedStage):
         return GrowingTree(
             ticket=ticket,
             prompts=self.prompts,
-            shape=self.shape,
+            shape=replace(self.shape, num_children=ticket.num_children),
             sampling=self.sampling,
         )
 
@@ -318,7 +326,12 @@ class TreePool(WatchedStage):
         """
         trees = [
             GrowingTree(
-                ticket=Ticket(number=number, prompt=number, seed=step_seed(seed, (number,))),
+                ticket=Ticket(
+                    number=number,
+                    prompt=number,
+                    seed=step_seed(seed, (number,)),
+                    num_children=shape.num_children,
+                ),
                 prompts=prompts,
                 shape=shape,
                 sampling=sampling,
@@ -351,14 +364,11 @@ class TreePool(WatchedStage):
         if reader == self._reader:
             self._released -= 1
             del self._taken[past.ticket]
-            tree = self._tree(self._redrawn(past.ticket, past.num_redraws + 1))
+            ticket = self._tickets[past.ticket]
+            tree = self._tree(self._redrawn(ticket, past.num_redraws + 1))
             tree.num_redraws = past.num_redraws + 1
             tree.redrawn_tokens = past.redrawn_tokens + past.tree.num_sampled_tokens
             self._work.spawn(self._grow_trained(tree))
 
-    def _as_drawn(self, ticket: Ticket, past: TreeRecord) -> Ticket:
-        """The ticket as it was when the saved tree was begun."""
-        return self._redrawn(ticket.number, past.num_redraws) if past.num_redraws else ticket
-
-    def _redrawn(self, number: int, num_redraws: int) -> Ticket:
-        return redrawn(number, num_redraws, mixture=self.prompts.sets, seed=self.seed)
+    def _redrawn(self, ticket: Ticket, num_redraws: int) -> Ticket:
+        return redrawn(ticket, num_redraws, mixture=self.prompts.sets, seed=self.seed)

@@ -113,7 +113,8 @@ class Comparison:
         name = f"run.name={trial.setting}-{trial.arm}-{trial.seed}"
         own = [f"run.seed={trial.seed}", name, *NO_CURVE, *common]
         config = load([CHECKPOINTS, *self.base, *setting.overrides, *arm.overrides, *own])
-        step = config.gate.trees_per_step * expected_tokens(config.shape, setting.answer_tokens)
+        fewest = min(expected_tokens(shape, setting.answer_tokens) for shape in config.shapes)
+        step = config.gate.trees_per_step * fewest
         # Answers that come out shorter than expected take some more steps; tokens end the run.
         num_steps = math.ceil(SPARE_STEPS * setting.sampled_tokens / step)
         length = replace(config.run, num_steps=num_steps, max_sampled_tokens=setting.sampled_tokens)

@@ -94,6 +94,7 @@ ROWS: dict[str, Callable[[TreeRecord], list[Row]]] = {
     "raft": siblings(lambda values, own: values[own]),
     "reinforce": siblings(lambda values, own: values[own]),  # in the first step, without a past
     "shrunk_baseline": siblings(leave_one_out),  # and without a past they alone are looked at
+    "adaptive": siblings(leave_one_out),  # the same form, whatever the shape
     "treerl": treerl,
     "treepo": treepo,
 }

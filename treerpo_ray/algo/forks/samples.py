@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Float64
 
-from treerpo_ray.algo.fork_rule import CutSamples
+from treerpo_ray.algo.forks.rule import CutSamples
 from treerpo_ray.algo.tree import ROOT, Tree
 
 

@@ -7,9 +7,10 @@ from math import prod
 import numpy as np
 import pytest
 
+from tests.support.learning.simulated_forks import CONTEXTS, SURE, UNSURE, late_forks
 from tests.support.learning.tiny_policies import POLICIES, Policy, grown
 from tests.support.learning.trees import make_tree, on_leaves
-from treerpo_ray.algo.fork_rule import (
+from treerpo_ray.algo.forks.rule import (
     FEWEST_TREES,
     MAX_CHILDREN,
     CutSamples,
@@ -17,8 +18,7 @@ from treerpo_ray.algo.fork_rule import (
     ForkEstimate,
     fork_estimate,
 )
-from treerpo_ray.algo.fork_samples import TreeGradients, step_samples, tree_gradients
-from treerpo_ray.algo.tree import ROOT
+from treerpo_ray.algo.forks.samples import TreeGradients, step_samples, tree_gradients
 
 LATE = Fork(within=15.0, between=1.0, before=16.0, after=4.0)
 """16 sure tokens, then 4 that are all to be right, each at 1/2."""
@@ -239,30 +239,6 @@ def test_without_the_tokens_before_the_cut_the_rule_would_promise_what_no_tree_h
 
 # Simulation --------------------------------------------------------------------------------------
 
-SURE, UNSURE, CONTEXTS = 16, 4, 16
-
-
-def forks(
-    rng: np.random.Generator, num_trees: int, num_children: int, chance: float = 0.5
-) -> list[TreeGradients]:
-    """Trees [1, N] of 16 sure tokens and 4 that must all be right, each of one of 16 prompts, which
-    have nothing in common."""
-    tree = make_tree([ROOT, *[0] * num_children], [SURE, *[UNSURE] * num_children])
-    found = []
-    for tokens in rng.binomial(1, chance, (num_trees, num_children, UNSURE)):
-        scores = np.zeros((1 + num_children, CONTEXTS, UNSURE))
-        scores[1:, rng.integers(CONTEXTS)] = tokens - chance
-        own = tree_gradients(
-            tree,
-            scores.reshape(1 + num_children, -1),
-            rewards=on_leaves(tree, tokens.min(-1).astype(float).tolist()),
-            baseline=0.0,
-            num_cuts=1,
-        )
-        assert own is not None
-        found.append(own)
-    return found
-
 
 def told_by(steps: Iterable[CutSamples]) -> ForkEstimate:
     found = fork_estimate(1, steps)
@@ -279,7 +255,7 @@ def share_of(within: float, between: float, number: int) -> float:
 def test_a_simulation_recovers_the_best_number_and_the_gain() -> None:
     """sigma^2 / tau^2 is 15 where prompts have nothing in common, and 16 of 16 prompts."""
     rng = np.random.default_rng(0)
-    found = told_by(step_samples(forks(rng, 300, 4), 1) for _ in range(5))
+    found = told_by(step_samples(late_forks(rng, 300, 4), 1) for _ in range(5))
     assert found.num_prefixes == 1500
     assert (found.fork.before, found.fork.after) == (SURE, UNSURE)
     assert found.fork.best_children == pytest.approx(64**0.5, rel=0.15)
@@ -304,7 +280,7 @@ def test_a_simulation_needs_the_tokens_that_are_foretold() -> None:
 def test_the_standard_error_is_how_far_estimates_lie_apart() -> None:
     """200 runs of 5 learner steps of 12 trees, drawn from 1000."""
     rng = np.random.default_rng(2)
-    pool, shares, errors = forks(rng, 1000, 4, chance=0.8), [], []
+    pool, shares, errors = late_forks(rng, 1000, 4, chance=0.8), [], []
     for _ in range(200):
         drawn = [[pool[place] for place in rng.integers(1000, size=12)] for _ in range(5)]
         run = told_by(step_samples(trees, 1) for trees in drawn)
@@ -321,7 +297,7 @@ def test_the_standard_error_is_how_far_estimates_lie_apart() -> None:
 
 def test_what_workers_and_steps_tell_adds_up_in_any_order() -> None:
     rng = np.random.default_rng(2)
-    steps = [step_samples(forks(rng, 6, 3, chance=0.8), 1) for _ in range(3)]
+    steps = [step_samples(late_forks(rng, 6, 3, chance=0.8), 1) for _ in range(3)]
     one = steps[0] + steps[1] + steps[2]
     again = CutSamples.from_columns(one.columns)
     assert len(again) == 18
@@ -334,7 +310,7 @@ def test_what_workers_and_steps_tell_adds_up_in_any_order() -> None:
 
 def test_the_error_by_leaving_out_trees_is_that_of_estimates_without_each() -> None:
     """Of one learner step, with the jackknife's formula."""
-    trees = forks(np.random.default_rng(3), 7, 3, chance=0.8)
+    trees = late_forks(np.random.default_rng(3), 7, 3, chance=0.8)
     left = [told_by([step_samples(trees[:i] + trees[i + 1 :], 1)]) for i in range(7)]
     shares = np.array([share_of(*each.variances, 2) for each in left])
     expected = (6 / 7 * ((shares - shares.mean()) ** 2).sum()) ** 0.5
@@ -343,12 +319,12 @@ def test_the_error_by_leaving_out_trees_is_that_of_estimates_without_each() -> N
 
 def test_too_little_says_nothing() -> None:
     rng = np.random.default_rng(4)
-    trees = forks(rng, FEWEST_TREES, 3)
+    trees = late_forks(rng, FEWEST_TREES, 3)
     assert fork_estimate(1, []) is None
     assert fork_estimate(1, [step_samples(trees[1:], 1)]) is None
     alone = [step_samples([tree], 1) for tree in trees]
     assert fork_estimate(1, alone) is None, "trees of other steps have another mean gradient"
-    flat = [step_samples(forks(rng, 9, 3), 1)]
+    flat = [step_samples(late_forks(rng, 9, 3), 1)]
     dead = [
         CutSamples.from_columns(each.columns * [[0], [0], [0], [1], [1], [1], [1]]) for each in flat
     ]

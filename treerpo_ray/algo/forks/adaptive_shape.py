@@ -1,0 +1,98 @@
+"""Adaptive shape: trees that fork where the variance is, by what earlier learner steps measured.
+
+Some learner steps measure: their trees fork at all places that may be chosen, and tell what a fork
+at each would save (`rule`). The trees of all others have the shape that was chosen by that:
+one fork, (1, .., 1, N, 1, .., 1), or single answers, (1, .., 1), where none saves enough.
+
+A batch's shape is settled before any of its tokens is drawn, by batches before it alone: whatever
+it is, its trees are then drawn as trees of a fixed shape are, and every step's credit is as
+unbiased. With a say of the batch's own rewards, shapes would win that happened to come out well.
+
+The rule is of the mean gradient of a tree's answers. What a step weighs in an update the loss says:
+where all trained steps weigh the same, the N continuations of a fork weigh N times their prefix.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from treerpo_ray.algo.forks.rule import MAX_CHILDREN, ForkEstimate
+
+Shape = tuple[int, ...]
+"""Children of an expanded step, by depth: `TreeShape.num_children`."""
+FEWEST_GAIN = 1.1
+"""By how much fewer tokens a fork must need to be grown: by simulations of the rule (the study of
+when trees pay) what is below that is lost again to the error of what was measured. It is asked
+of a whole number N of continuations, whose `Fork.token_share` must be less than 1 / 1.1; N*, the
+best number if it need not be whole or within MAX_CHILDREN, would gain a little more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShapeChoice:
+    """What the next trees are to be.
+
+    Attributes:
+        num_children: Their shape.
+        token_share: Tokens that they are predicted to need, over those that single answers need
+            for gradients of the same variance; 1 of single answers.
+    """
+
+    num_children: Shape
+    token_share: float
+
+    def metrics(self) -> dict[str, float]:
+        """As a row of metrics: children behind each step of a depth, 0 the prompt."""
+        return {
+            f"tree/next_children_depth_{depth}": float(children)
+            for depth, children in enumerate(self.num_children)
+        }
+
+
+def is_measured(step: int, every: int) -> bool:
+    """Whether the trees of a learner step, counted from 0, measure forks: one step of `every`, none
+    where that is 0. The first step has no past that a baseline could be of."""
+    return step > 0 and every > 0 and (step - 1) % every == 0
+
+
+def choice_by(estimates: Iterable[ForkEstimate], num_levels: int) -> ShapeChoice | None:
+    """The shape that trees of so many levels are to have; None where nothing is known of any cut.
+
+    Args:
+        estimates: What earlier learner steps tell of each cut.
+        num_levels: Entries of the shape.
+    """
+    forks = [
+        ShapeChoice(
+            num_children=_forked(num_levels, each.depth, each.fork.children),
+            token_share=each.fork.token_share(each.fork.children),
+        )
+        for each in estimates
+    ]
+    if not forks:
+        return None
+    best = min(forks, key=lambda fork: fork.token_share)
+    if best.token_share < 1 / FEWEST_GAIN:
+        return best
+    return ShapeChoice(num_children=single_answers(num_levels), token_share=1.0)
+
+
+def measured_cuts(num_children: Sequence[int]) -> tuple[int, ...]:
+    """Depths of the steps behind which trees of a shape measure a fork: a step that has another
+    before it and siblings. Behind the prompt there is nothing that a fork could share."""
+    return tuple(depth for depth in range(1, len(num_children)) if num_children[depth] > 1)
+
+
+def single_answers(num_levels: int) -> Shape:
+    """One answer a question."""
+    return (1,) * num_levels
+
+
+def largest_forks(num_children: Sequence[int]) -> tuple[Shape, ...]:
+    """Of each fork that trees of a shape measure, the largest that may be chosen."""
+    return tuple(
+        _forked(len(num_children), depth, MAX_CHILDREN) for depth in measured_cuts(num_children)
+    )
+
+
+def _forked(num_levels: int, depth: int, children: int) -> Shape:
+    """One fork, behind the steps of a depth."""
+    return tuple(children if level == depth else 1 for level in range(num_levels))
