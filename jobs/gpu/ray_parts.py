@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -182,7 +183,25 @@ def train(sizes: Sizes, folder: Path, tell: Tell) -> None:
 def options(sizes: Sizes, folder: Path, tell: Tell) -> None:
     """Whole runs of what not every machine can do: engines in fp8 or split over two GPUs, weights
     sent to a group, a learner that is sharded over two GPUs."""
-    runs = option_runs(sizes, folder, _capabilities() if sizes is REAL else [])
+    make_runs(option_runs(sizes, folder, _capabilities() if sizes is REAL else []), tell)
+
+
+def make_runs(
+    runs: Mapping[str, list[str] | str],
+    tell: Tell,
+    make: Callable[[str, list[str], Tell], None] | None = None,
+) -> None:
+    """Make each run, whatever becomes of the others, or tell why it is left out.
+
+    Args:
+        runs: Arguments of each, by its name, or why there are none.
+        tell: Told of each.
+        make: What makes one; by default the command.
+
+    Raises:
+        RuntimeError: one failed; the first of those that did.
+    """
+    make = make or _run
     if all(isinstance(own, str) for own in runs.values()):
         tell(status="left out: no GPU here can do any of it")
     failed: list[RuntimeError] = []
@@ -191,7 +210,7 @@ def options(sizes: Sizes, folder: Path, tell: Tell) -> None:
             tell(**{name: f"left out: {own}"})
             continue
         try:
-            _run(name, own, tell)
+            make(name, own, tell)
         except RuntimeError as error:  # it says nothing of the others
             tell(**{name: str(error)})
             failed.append(error)

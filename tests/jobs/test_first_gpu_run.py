@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.gpu import measures, ray_parts, torch_parts
-from jobs.gpu.ray_parts import option_runs, quickstart_run, recipe_run
+from jobs.gpu import measures, torch_parts
+from jobs.gpu.ray_parts import make_runs, option_runs, quickstart_run, recipe_run
 from jobs.gpu.workload import REAL, REHEARSAL, Tell, forest_of
 from tests.support.project import PROJECT, load_script
 from tests.support.whole_runs import processes_with
@@ -144,9 +144,7 @@ def test_runs_of_options_would_start_where_the_gpus_can_do_what_they_need(tmp_pa
                 started.append(own)
 
 
-def test_an_option_that_fails_leaves_the_others_to_be_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_option_that_fails_leaves_the_others_to_be_run(tmp_path: Path) -> None:
     ran: list[str] = []
     told: dict[str, object] = {}
 
@@ -155,10 +153,9 @@ def test_an_option_that_fails_leaves_the_others_to_be_run(
         if name in ("two_workers", "nccl"):
             raise RuntimeError(f"the {name} run ended with status 1")
 
-    monkeypatch.setattr(ray_parts, "_run", run)
-    monkeypatch.setattr(ray_parts, "_capabilities", lambda: ["8.0"] * 2)
+    runs = option_runs(REAL, tmp_path, ["8.0"] * 2)
     with pytest.raises(RuntimeError, match="the two_workers run ended"):
-        ray_parts.options(REAL, tmp_path, lambda **found: told.update(found))
+        make_runs(runs, lambda **found: told.update(found), run)
     assert ran == ["two_workers", "nccl", "tensor_parallel"]
     assert {name: told[name] for name in ("two_workers", "nccl")} == {
         name: f"the {name} run ended with status 1" for name in ("two_workers", "nccl")
