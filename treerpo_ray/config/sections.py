@@ -59,7 +59,9 @@ def _named(key: str, value: str, kind: type[KindT]) -> KindT | str:
         split_function(value)
     except ValueError as error:
         names = ", ".join(member.name for member in kind)
-        raise ValueError(f"{key}: {value} is none of {names}, nor module:function") from error
+        raise ValueError(
+            f"{key}: {value} is none of {names}, nor module:function or file.py:function"
+        ) from error
     return value
 
 

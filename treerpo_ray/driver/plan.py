@@ -5,7 +5,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from treerpo_ray.algo.advantages.forms import AdvantageForm
+from treerpo_ray.algo.groups import PruneRule
 from treerpo_ray.config import Config
+from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.config.verifier import VerifierConfig
 from treerpo_ray.driver.cluster import Available, look_at_resources, starting_stages
 from treerpo_ray.preflight.inputs import DataSet, Preflight, num_parameters, set_name
@@ -53,6 +56,7 @@ def plan_lines(
         *_prompt_lines(config, found.train),
         *(f"no answer   {each}" for each in found.references),
         f"reward      {_reward(config.verifier)}",
+        *_credit_lines(config.learner),
         f"tree        {_tree_line(config)}",
         f"step        {trees} trees: up to {trees * max_steps:,} requests and "
         f"{trees * config.largest_shape.max_sampled_tokens:,} sampled tokens, "
@@ -95,6 +99,13 @@ def _tree_line(config: Config) -> str:
 def _reward(settings: VerifierConfig) -> str:
     """The checks, of which those that are the user's own have been tried before there is a plan."""
     return f"{settings.identity}{', which passed SELF_TEST' if own_checks(settings) else ''}"
+
+
+def _credit_lines(settings: LearnerConfig) -> list[str]:
+    """Functions of the user's that make credit, which have been tried likewise."""
+    own = {"advantage": (settings.advantage, AdvantageForm), "prune": (settings.prune, PruneRule)}
+    names = [f"{key} {name}" for key, (name, kind) in own.items() if not isinstance(name, kind)]
+    return [f"credit      {' and '.join(names)}, tried on trees of every kind"] if names else []
 
 
 def counted(number: int, what: str) -> str:

@@ -22,6 +22,7 @@ from treerpo_ray.prompts.prompt_set import PromptSet, resolve_model_path
 from treerpo_ray.run_folder.checkpoints import Checkpoints
 from treerpo_ray.run_folder.disk import refusal_of
 from treerpo_ray.run_folder.files import CONFIG_FILE, WHOLE_MODEL, RunFolder
+from treerpo_ray.run_folder.lock import check_unwritten
 from treerpo_ray.user_code import unpack
 
 MOST_SHOWN = 4
@@ -68,12 +69,13 @@ def look_at_folder(config: Config) -> EarlierStarts:
     """Look at the run folder, before all that takes longer.
 
     Raises:
-        ValueError: the folder cannot be written, or holds results of a run with other settings or
-            of a longer one.
+        ValueError: the folder cannot be written, another job writes it, or it holds results of a
+            run with other settings or of a longer one.
         RunFailed: it cannot be read.
     """
     check_folder(config)
     folder = RunFolder(config.folder)
+    check_unwritten(folder)
     with reading(folder):
         return EarlierStarts(
             changed=_changes(config, folder),

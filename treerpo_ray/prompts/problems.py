@@ -75,9 +75,9 @@ class DataReport:
         answered = self.num_rows - self.num_empty_answers
         left_out = {
             "without an answer": self.num_empty_answers,
-            "duplicates": self.num_duplicates,
+            "asked by an earlier row": self.num_duplicates,
             "beyond num_problems": answered - self.num_duplicates - self.num_problems,
-            "prompts too long": num_too_long or 0,
+            "too long": num_too_long or 0,
         }
         why = ", ".join(f"{number:,} {what}" for what, number in left_out.items() if number)
         used = self.num_problems - (num_too_long or 0)

@@ -3,14 +3,28 @@
 import fcntl
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from treerpo_ray.run_folder.files import RunFolder
 
 log = logging.getLogger(__name__)
 
 FILE = "lock"
+
+
+def check_unwritten(folder: RunFolder) -> None:
+    """Refuse a folder that a job writes at the moment; nothing is made or held.
+
+    Raises:
+        ValueError: another process is its `only_writer`.
+    """
+    place = Path(folder.root, FILE)
+    if not folder.is_local or not place.exists():
+        return
+    with suppress(OSError), place.open() as file:  # who may not read it, or lock it, cannot know
+        _lock(file, fcntl.LOCK_SH, folder)
 
 
 @contextmanager
@@ -29,11 +43,17 @@ def only_writer(folder: RunFolder) -> Iterator[None]:
     with Path(folder.root, FILE).open("a") as file:
         try:
             # It ends with this process, however that ends, so that the file itself may stay.
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another job writes {folder}; wait for it or choose another run.name"
-            ) from None
+            _lock(file, fcntl.LOCK_EX, folder)
         except OSError as error:  # a file system without locks
             log.warning("nothing keeps other jobs from writing %s: %s", folder, error)
         yield
+
+
+def _lock(file: IO[str], kind: int, folder: RunFolder) -> None:
+    """Take a lock of that kind, which ends with the file; raises ValueError if it is held."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another job writes {folder}; wait for it or choose another run.name"
+        ) from None
