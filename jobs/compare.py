@@ -23,10 +23,11 @@ def compare(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(__doc__)
         return 0
-    from treerpo_ray.study.comparison import read_comparison, read_results
-    from treerpo_ray.study.comparison_curves import write_plot
-    from treerpo_ray.study.comparison_report import print_table, report
-    from treerpo_ray.study.runner import Trials
+    from treerpo_ray.study.comparisons.comparison import read_comparison, read_results
+    from treerpo_ray.study.comparisons.curves import write_plot
+    from treerpo_ray.study.comparisons.report import report
+    from treerpo_ray.study.comparisons.runner import Trials
+    from treerpo_ray.study.comparisons.tables import print_table
 
     is_report = "--report" in arguments
     path, *common = [argument for argument in arguments if argument != "--report"]

@@ -14,8 +14,13 @@ from treerpo_ray.config import Config
 from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation, save_evaluation
 from treerpo_ray.run_folder.files import RunFolder
-from treerpo_ray.study.comparison import CURVE, Comparison, read_comparison, read_results
-from treerpo_ray.study.runner import Trials
+from treerpo_ray.study.comparisons.comparison import (
+    CURVE,
+    Comparison,
+    read_comparison,
+    read_results,
+)
+from treerpo_ray.study.comparisons.runner import Trials
 
 FILE = """
 base: [conf/quickstart.yaml, prompts.num_problems=20, evaluate.data.num_problems=4]
