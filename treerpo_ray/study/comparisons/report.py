@@ -62,7 +62,7 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """Write the table as JSON, in which an unknown number is null."""
-        table = _without_nan(asdict(self))
+        table = without_nan(asdict(self))
         (folder / "table.json").write_text(json.dumps(table, indent=1, allow_nan=False) + "\n")
 
     def frame(self) -> pd.DataFrame:
@@ -86,11 +86,12 @@ class Report:
         return pd.DataFrame(columns).set_index(["setting", "arm"])
 
 
-def _without_nan(node: object) -> object:
+def without_nan(node: object) -> object:
+    """What JSON can hold: an unknown number is null."""
     if isinstance(node, dict):
-        return {name: _without_nan(value) for name, value in node.items()}
+        return {name: without_nan(value) for name, value in node.items()}
     if isinstance(node, list):
-        return [_without_nan(value) for value in node]
+        return [without_nan(value) for value in node]
     return None if isinstance(node, float) and np.isnan(node) else node
 
 
