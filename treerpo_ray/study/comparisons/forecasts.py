@@ -76,7 +76,7 @@ def forecasts(comparison: Comparison, results: list[Result]) -> list[Forecast]:
 
 
 def share_at(line: ForkLine, num_children: int) -> tuple[float, float]:
-    """Tokens that trees [1, num_children] need over those of single answers, and its standard error.
+    """Tokens that trees [1, num_children] need over those of single answers, and the error of it.
 
     It is that of the line, at the line's own number, of the share of variance within prefixes, in
     which a token share is linear: that of the tokens before and behind the cut is left out.
