@@ -16,14 +16,14 @@ COMPARISON = Comparison(
 
 
 def test_holm_multiplies_the_smallest_by_all_and_never_falls() -> None:
-    p = np.array([0.04, 0.01, np.nan, 0.015, 0.9])
-    # In order 0.01 * 4, 0.015 * 3, 0.04 * 2, 0.9 * 1: four of them count
-    assert holm(p) == pytest.approx(np.array([0.08, 0.04, np.nan, 0.045, 0.9]), nan_ok=True)
+    p = np.array([0.04, 0.01, 0.015, 0.9])
+    # In order 0.01 * 4, 0.015 * 3, 0.04 * 2, 0.9 * 1
+    assert holm(p) == pytest.approx(np.array([0.08, 0.04, 0.045, 0.9]))
     assert holm(np.array([0.02, 0.0199])) == pytest.approx(np.array([0.0398, 0.0398]))
     assert holm(np.array([0.6, 0.7])) == pytest.approx(np.array([1.0, 1.0]))
 
 
-def test_every_pair_is_listed_with_the_better_arm_first() -> None:
+def test_every_pair_of_two_seeds_is_listed_with_the_better_arm_first() -> None:
     shares = {"low": [0.1, 0.2], "high": [0.5, 0.5001], "even": [0.3, 0.3], "single": [0.4]}
     results = [
         make_result(Trial(setting="short", arm=arm, seed=seed), share)
@@ -31,20 +31,13 @@ def test_every_pair_is_listed_with_the_better_arm_first() -> None:
         for seed, share in enumerate(own)
     ]
     found = {(pair.arm, pair.other): pair for pair in pairs(COMPARISON, results)}
-    assert list(found) == [
-        *(("high", "low"), ("even", "low"), ("single", "low")),
-        *(("high", "even"), ("high", "single"), ("single", "even")),
-    ]
-    known = [pair for pair in found.values() if not np.isnan(pair.p)]
-    assert {(pair.arm, pair.other) for pair in known} == {
-        *(("high", "low"), ("even", "low"), ("high", "even"))
-    }
+    assert list(found) == [("high", "low"), ("even", "low"), ("high", "even")]
     # 15 points with a standard error of 5 and one degree of freedom: p = 1 - 2 atan(3) / pi
     even = found["even", "low"]
     assert even.ahead.mean == pytest.approx(15)
     assert even.p == pytest.approx(1 - 2 * np.arctan(3) / np.pi)
     assert found["high", "even"].p_corrected == pytest.approx(3 * found["high", "even"].p)
-    assert [pair.is_told_apart for pair in known] == [False, False, True]
+    assert [pair.is_told_apart for pair in found.values()] == [False, False, True]
 
 
 def test_arms_of_which_neither_varies_are_not_tested() -> None:
@@ -53,6 +46,4 @@ def test_arms_of_which_neither_varies_are_not_tested() -> None:
         for arm, share in (("low", 0.0), ("even", 0.5))
         for seed in range(2)
     ]
-    [pair] = pairs(COMPARISON, results)
-    assert np.isnan(pair.p) and not pair.is_told_apart
-    assert pair.ahead.mean == 50
+    assert pairs(COMPARISON, results) == []

@@ -22,9 +22,9 @@ class Pair:
     ahead: Interval
     """Points of held-out Pass@1 that the first is ahead."""
     p: float
-    """Of Welch's t test, two-sided; NaN where an arm has a single seed, or neither varies."""
+    """Of Welch's t test, two-sided."""
     p_corrected: float
-    """By Holm's procedure over all pairs of the comparison that have a p."""
+    """By Holm's procedure over all pairs of the comparison."""
 
     @property
     def is_told_apart(self) -> bool:
@@ -33,38 +33,38 @@ class Pair:
 
 
 def pairs(comparison: Comparison, results: list[Result]) -> list[Pair]:
-    """All pairs of arms that have results in the same setting, by setting."""
+    """All pairs of arms that can be tested, by setting: both of two seeds or more in it, which are
+    not the same number each."""
     found = []
     for setting in comparison.settings:
+        own = {arm: of_arm(results, setting, arm) for arm in comparison.arms}
         arms = {
-            arm: np.array([100 * each.after.pass_at_1 for each in own])
-            for arm in comparison.arms
-            if (own := of_arm(results, setting, arm))
+            arm: np.array([100 * each.after.pass_at_1 for each in runs])
+            for arm, runs in own.items()
+            if len(runs) > 1
         }
         for pair in combinations(arms, 2):
             first, other = sorted(pair, key=lambda arm: -arms[arm].mean())
-            ahead, p = difference_interval(arms[first], arms[other]), _p(arms[first], arms[other])
-            found.append((setting, first, other, ahead, p))
+            if np.ptp(arms[first]) or np.ptp(arms[other]):
+                ahead = difference_interval(arms[first], arms[other])
+                found.append((setting, first, other, ahead, _p(arms[first], arms[other])))
     corrected = holm(np.array([p for *_, p in found]))
     return [
-        Pair(setting=setting, arm=arm, other=other, ahead=ahead, p=p, p_corrected=float(own))
-        for (setting, arm, other, ahead, p), own in zip(found, corrected, strict=True)
+        Pair(setting=setting, arm=arm, other=other, ahead=ahead, p=p, p_corrected=float(own_p))
+        for (setting, arm, other, ahead, p), own_p in zip(found, corrected, strict=True)
     ]
 
 
 def holm(p: Float[np.ndarray, " pairs"]) -> Float[np.ndarray, " pairs"]:
-    """p values by Holm's procedure: what is below a level then, all of them with a probability of
-    at most that level wrongly. NaN does not count and stays."""
-    corrected = np.full(len(p), np.nan)
-    order = np.argsort(p)[: np.isfinite(p).sum()]  # NaN comes last
-    left = np.arange(len(order), 0, -1)
+    """p values by Holm's procedure: that any is below a level then where there is no difference has
+    at most that level as its probability."""
+    corrected, order = np.empty(len(p)), np.argsort(p)
+    left = np.arange(len(p), 0, -1)
     corrected[order] = np.minimum(np.maximum.accumulate(p[order] * left), 1)
     return corrected
 
 
 def _p(ours: Float[np.ndarray, " seeds"], theirs: Float[np.ndarray, " others"]) -> float:
-    if min(len(ours), len(theirs)) < 2 or not (np.ptp(ours) or np.ptp(theirs)):
-        return float("nan")
     told = ((own.mean(), own.std(ddof=1), len(own)) for own in (ours, theirs))
     (mean, std, count), (other_mean, other_std, other_count) = told
     # Of the moments: `ttest_ind` warns where an arm does not vary.

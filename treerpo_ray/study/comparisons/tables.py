@@ -11,29 +11,31 @@ from treerpo_ray.study.comparisons.report import Report
 
 
 def print_table(table: Report) -> None:
-    """Print the table to stdout: Pass@1, then tokens to the best flat arm's level, then pairs."""
+    """Print to stdout: Pass@1, who is ahead of the references, tokens to the best flat arm's level,
+    and which arms are told apart."""
     console = rich.console.Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
     console.print(_scores(table))
+    if table.references:
+        console.print(_ahead(table))
     if table.best_flat:
         console.print(_tokens(table))
         console.print(_levels_in_words(table), highlight=False)
     console.print(_pairs_in_words(table.pairs), highlight=False)
 
 
+def _empty(title: str, *numbers: str) -> rich.table.Table:
+    """A table whose rows are arms; narrow terminals break numbers, and cut nothing off."""
+    shown = rich.table.Table(title=title)
+    for name in ("setting", "arm"):
+        shown.add_column(name, no_wrap=True, overflow="fold")
+    for name in numbers:
+        shown.add_column(name, justify="right", overflow="fold")
+    return shown
+
+
 def _scores(table: Report) -> rich.table.Table:
-    shown = rich.table.Table(title=f"Pass@1 in % ({table.sampling}), mean over seeds [95 %]")
-    for title in (
-        "setting",
-        "arm",
-        "seeds",
-        "steps",
-        "tokens",
-        "Pass@1",
-        *(f"ahead of {name}" for name in table.references),
-        "same steps",
-        "length",
-    ):
-        shown.add_column(title, justify="left" if title in ("setting", "arm") else "right")
+    title = f"Pass@1 in % ({table.sampling}), mean over seeds [95 %]"
+    shown = _empty(title, "seeds", "steps", "tokens", "Pass@1", "same steps", "length")
     for line in table.lines:
         shown.add_row(
             line.setting,
@@ -42,23 +44,28 @@ def _scores(table: Report) -> rich.table.Table:
             f"{line.num_steps:.0f}",
             f"{line.sampled_tokens / 1000:.0f} k",
             str(line.pass_at_1),
-            *(str(line.ahead.get(name, "")) for name in table.references),
             str(line.same_steps),
             f"{line.length.mean:.1f}",
         )
     return shown
 
 
+def _ahead(table: Report) -> rich.table.Table:
+    shown = _empty("Points of Pass@1 ahead of each reference [95 %]", *table.references)
+    for line in table.lines:
+        ahead = (str(line.ahead.get(name, "")) for name in table.references)
+        shown.add_row(line.setting, line.arm, *ahead)
+    return shown
+
+
 def _tokens(table: Report) -> rich.table.Table:
-    shown = rich.table.Table(title="Sampled tokens to the best flat arm's level, over that arm's")
-    for title in ("setting", "arm", "answers"):
-        shown.add_column(title)
-    samples = "/".join(str(number) for number in table.num_samples)
-    for title in (f"pass@{samples}", "get there", "after", "ratio"):
-        shown.add_column(title, justify="right")
+    passed = [f"pass@{'/'.join(map(str, table.num_samples))}"] if table.num_samples != [1] else []
+    title = "Sampled tokens to the best flat arm's level, over that arm's"
+    shown = _empty(title, "answers", *passed, "get there", "after", "ratio")
     for line in table.lines:
         needed = line.token_ratio
-        row = [line.setting, line.arm, "flat" if line.is_flat else "tree", str(line.pass_at_k)]
+        row = [line.setting, line.arm, "flat" if line.is_flat else "tree"]
+        row += [str(line.pass_at_k)] if passed else []
         if needed is not None:
             there = [tokens for tokens in needed.tokens if tokens is not None]
             after = f"{np.mean(there) / 1000:.0f} k" if there else ""
@@ -81,18 +88,17 @@ def _levels_in_words(table: Report) -> str:
 
 
 def _pairs_in_words(found: list[Pair]) -> str:
-    num_tested = sum(not np.isnan(pair.p) for pair in found)
-    words = f"{len(found)} pairs of arms, of which Pass@1 of {num_tested} can be tested"
-    if not num_tested:
-        return f"{words}: it takes two seeds."
+    if not found:
+        return "No pair of arms can be tested: it takes two seeds of each."
     num_settings = len({pair.setting for pair in found})
     behind: dict[str, list[str]] = {}
     for pair in found:
         if pair.is_told_apart:
             name = pair.arm if num_settings == 1 else f"{pair.arm} ({pair.setting})"
             behind.setdefault(name, []).append(pair.other)
-    count = sum(map(len, behind.values()))
-    words += f" (Welch). {count} are told apart at 5 % after Holm's correction for all"
-    return "\n  ".join(
-        [f"{words}.", *(f"{arm} is ahead of {', '.join(own)}" for arm, own in behind.items())]
+    words = (
+        f"Pass@1 of all {len(found)} pairs of arms with two seeds or more was tested (Welch). "
+        f"{sum(map(len, behind.values()))} are told apart at 5 % after Holm's correction for all."
     )
+    ahead = (f"{arm} is ahead of {', '.join(own)}" for arm, own in behind.items())
+    return "\n  ".join([words, *ahead])

@@ -51,11 +51,6 @@ class TokenRatio:
     is_bound: bool
     """Whether the ratio is a lower bound, for some run of the arm does not get there."""
 
-    @property
-    def num_there(self) -> int:
-        """Runs of the arm that get there."""
-        return len(self.tokens) - self.tokens.count(None)
-
     def __str__(self) -> str:
         low, high = self.ratio.low, self.ratio.high
         interval = "" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
