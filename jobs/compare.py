@@ -21,7 +21,7 @@ from treerpo_ray.errors import run_command
 
 def compare(arguments: list[str]) -> int:
     """Train what has no result yet, then tabulate and plot; returns the exit status."""
-    if {"-h", "--help"} & set(arguments) or not arguments:
+    if {"-h", "--help"} & set(arguments) or not set(arguments) - {"--report"}:
         print(__doc__)
         return 0
     from treerpo_ray.study.comparisons.comparison import read_comparison, read_results
@@ -45,7 +45,8 @@ def compare(arguments: list[str]) -> int:
         results = read_results(configs, folder)
         if not results:
             print(f"there are no results in {folder} yet", file=sys.stderr)
-            return 1
+            num_failed += 1
+            continue
         table = report(comparison, results)
         table.write(folder)
         print_table(table)
