@@ -97,6 +97,7 @@ def test_a_run_that_has_made_steps_tells_its_pace_and_another_one_nothing(
     measured = measured_of(RunFolder(folder), 1)
     assert measured is not None and measured.found.engine_rate == 900.0 / 0.9
     assert (measured.found.update_s, measured.found.load_s) == (3.0, 0.5)
+    assert len(measured.found.tree_tokens) == 8, "of both steps whose trees are saved"
     [line] = lines(load(["gate.trees_per_step=8"]), RunFolder(folder))
     assert "a step with 1 engine, by its steps so far: engines idle" in line
     more = ["gate.trees_per_step=8", "engine.num_engines=1024"]

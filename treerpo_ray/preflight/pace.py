@@ -13,6 +13,7 @@ import heapq
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,6 +35,9 @@ NUM_STEPS = 40
 """Learner steps of a simulation, of which the first quarter is left out: it starts empty."""
 FEWEST_ROWS = 5
 """Learner steps that tell a pace; the first one holds the start of everything and is left out."""
+TREE_STEPS = 10
+"""Newest saved learner steps whose trees are drawn from: where the shape adapts, one alone may be
+of the shape that few have."""
 ENGINE_COUNT = "engine/count"
 """Metric: engines that were there at the end of a learner step."""
 NEAR_BEST = 1.05
@@ -274,7 +278,8 @@ def measured_of(folder: RunFolder, num_engines: int) -> Measurement | None:
         return None
     tokens: list[float] = []
     grow_s: list[float] = []
-    for file in saved_trees.saved_files(folder, steps[-1]):
+    newest = (saved_trees.saved_files(folder, step) for step in steps[-TREE_STEPS:])
+    for file in chain.from_iterable(newest):
         table = saved_trees.read_columns(folder, file, ("length", "grow_s"))
         tokens += [float(sum(lengths)) for lengths in table["length"].to_pylist()]
         grow_s += table["grow_s"].to_pylist()
