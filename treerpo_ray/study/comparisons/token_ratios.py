@@ -16,6 +16,8 @@ A run that does not get there counts with all its tokens:
   little below; as it is, the ratio favours the flat arm, and its interval is a little narrow.
 
 The interval is that of these seeds at this level, whose own error is not in it.
+Simulated with five seeds of 55 steps of 16 answers, which rise from 22 % to 53 %, a true ratio of
+0.5 came out as 0.6, clear of 1 in 63 % of 150 comparisons, and arms that were alike never were.
 """
 
 from dataclasses import dataclass, replace
