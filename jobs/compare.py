@@ -2,7 +2,8 @@
 
 python jobs/compare.py jobs/comparisons/main.yaml
 python jobs/compare.py jobs/comparisons/main.yaml run.root=/data/runs   # overrides for all runs
-python jobs/compare.py --report jobs/comparisons/main.yaml              # only the table and plot
+python jobs/compare.py --report jobs/comparisons/main.yaml              # only tables and plots
+python jobs/compare.py --report jobs/comparisons/*.yaml                 # and ratio.png of them all
 ray job submit --working-dir . -- python jobs/compare.py /shared/comparisons/main.yaml
 
 Results lie beside the file, in a folder of its name, one small file a run; runs that have one are
@@ -20,28 +21,40 @@ from treerpo_ray.errors import run_command
 
 def compare(arguments: list[str]) -> int:
     """Train what has no result yet, then tabulate and plot; returns the exit status."""
-    if {"-h", "--help"} & set(arguments) or not arguments:
+    if {"-h", "--help"} & set(arguments) or not set(arguments) - {"--report"}:
         print(__doc__)
         return 0
-    from treerpo_ray.study.comparison import read_comparison, read_results
-    from treerpo_ray.study.comparison_curves import write_plot
-    from treerpo_ray.study.comparison_report import print_table, report
-    from treerpo_ray.study.runner import Trials
+    from treerpo_ray.study.comparisons.comparison import read_comparison, read_results
+    from treerpo_ray.study.comparisons.curves import write_plot
+    from treerpo_ray.study.comparisons.forecasts import Forecast, forecasts, write_forecasts
+    from treerpo_ray.study.comparisons.report import report
+    from treerpo_ray.study.comparisons.runner import Trials
+    from treerpo_ray.study.comparisons.tables import print_table
 
     is_report = "--report" in arguments
-    path, *common = [argument for argument in arguments if argument != "--report"]
-    folder = Path(path).with_suffix("")
-    comparison = read_comparison(path)
-    configs = comparison.configs(common)
-    num_failed = 0 if is_report else Trials(configs=configs, folder=folder).run()
-    results = read_results(configs, folder)
-    if not results:
-        print(f"there are no results in {folder} yet", file=sys.stderr)
-        return 1
-    table = report(comparison, results)
-    table.write(folder)
-    print_table(table)
-    write_plot(comparison, results, folder)
+    given = [argument for argument in arguments if argument != "--report"]
+    paths = [each for each in given if "=" not in each] if is_report else given[:1]
+    common = [each for each in given if each not in paths]
+    num_failed, found = 0, list[Forecast]()
+    for path in paths:
+        folder = Path(path).with_suffix("")
+        comparison = read_comparison(path)
+        configs = comparison.configs(common)
+        if not is_report:
+            num_failed = Trials(configs=configs, folder=folder).run()
+        results = read_results(configs, folder)
+        if not results:
+            print(f"there are no results in {folder} yet", file=sys.stderr)
+            num_failed += 1
+            continue
+        table = report(comparison, results)
+        table.write(folder)
+        print_table(table)
+        write_plot(comparison, results, folder)
+        write_forecasts(own := forecasts(comparison, results), folder)
+        found += own
+    if len(paths) > 1:
+        write_forecasts(found, Path(paths[0]).parent)
     return 1 if num_failed else 0
 
 

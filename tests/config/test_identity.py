@@ -12,7 +12,7 @@ from treerpo_ray.config.data import DataConfig
 from treerpo_ray.config.files import flat_settings, to_yaml
 from treerpo_ray.config.identity import FREE, LONG_NAME, differences, flatten, is_free
 from treerpo_ray.config.sections import EvaluateConfig, RunConfig
-from treerpo_ray.study.comparison import read_comparison
+from treerpo_ray.study.comparisons.comparison import read_comparison
 
 QUICK = "conf/quickstart.yaml"
 

@@ -34,6 +34,7 @@ def test_a_row_has_what_was_measured_and_reads_as_a_sentence() -> None:
     row = fork_row(own, 16)
     [line] = fork_lines(json.loads(json.dumps({"step": 3.0, "reward/mean": 0.5} | row)))
     assert (line.depth, line.children, line.num_prefixes, line.num_trees) == (1, 8, 100, 50)
+    assert (line.before, line.after) == (16, 4)
     assert line.best_children == pytest.approx(60**0.5, rel=0.01)
     assert line.gain == pytest.approx(2.32, abs=0.01)
     assert line.within == pytest.approx(15 / 16, rel=0.01)

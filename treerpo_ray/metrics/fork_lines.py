@@ -6,6 +6,8 @@ fork/token_share_se_depth_d  its standard error
 fork/best_children_depth_d   N*, the best number if it need not be whole; at most MAX_CHILDREN
 fork/gain_depth_d            G, by how much fewer tokens are needed at N*
 fork/within_depth_d          sigma^2 / (sigma^2 + tau^2), with noise below 0 or above 1
+fork/before_depth_d          a, tokens from the prompt to the cut
+fork/after_depth_d           b, tokens from the cut to the end of an answer
 fork/num_prefixes_depth_d    prefixes that all of these were measured on
 fork/num_trees_depth_d       trees that those are of
 
@@ -41,6 +43,8 @@ def fork_row(estimate: "ForkEstimate", most: int) -> "Row":
         "best_children": min(fork.best_children, most),
         "gain": fork.gain,
         "within": within / (within + between) if within + between > 0 else 0.0,
+        "before": fork.before,
+        "after": fork.after,
         "num_prefixes": estimate.num_prefixes,
         "num_trees": len(estimate.samples),
     }
@@ -58,6 +62,8 @@ class ForkLine:
     best_children: float
     gain: float
     within: float
+    before: float
+    after: float
     num_prefixes: int
     num_trees: int
 
@@ -87,6 +93,8 @@ def _line(row: "Row", depth: int) -> ForkLine:
         best_children=number("best_children"),
         gain=number("gain"),
         within=number("within"),
+        before=number("before"),
+        after=number("after"),
         num_prefixes=round(number("num_prefixes")),
         num_trees=round(number("num_trees")),
     )

@@ -1,7 +1,8 @@
 """Rows of metrics that hold what was measured of places to fork."""
 
 MEASURED = {"children": 4.0, "token_share_se": 0.1, "best_children": 4.4, "gain": 1.7}
-MEASURED |= {"within": 0.9, "num_prefixes": 240.0, "num_trees": 60.0}
+MEASURED |= {"within": 0.9, "before": 40.0, "after": 10.0}
+MEASURED |= {"num_prefixes": 240.0, "num_trees": 60.0}
 
 
 def measured_forks(*shares: float) -> dict[str, float]:

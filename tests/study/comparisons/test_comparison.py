@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 
 from tests.support.project import PROJECT
+from tests.support.saved_runs.results import make_result
 from treerpo_ray.algo.search import TreeShape
 from treerpo_ray.config.files import to_yaml
-from treerpo_ray.evaluate.evaluation import Evaluation
-from treerpo_ray.study.comparison import (
-    CURVE,
+from treerpo_ray.study.comparisons.comparison import (
     Arm,
     Comparison,
-    Result,
     Trial,
     expected_tokens,
     read_comparison,
@@ -23,8 +21,8 @@ from treerpo_ray.study.comparison import (
     result_path,
     write_result,
 )
-from treerpo_ray.study.comparison_curves import write_plot
-from treerpo_ray.study.comparison_report import difference_interval, mean_interval, report
+from treerpo_ray.study.comparisons.curves import write_plot
+from treerpo_ray.study.comparisons.report import report
 
 FILE = """
 base: [conf/quickstart.yaml]
@@ -46,27 +44,6 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comparison:
     path = tmp_path / "two.yaml"
     path.write_text(FILE)
     return read_comparison(str(path))
-
-
-def make_result(trial: Trial, pass_at_1: float, num_steps: int = 20) -> Result:
-    """A run of 96,000 tokens whose training reward is 0.04 times the step of 2 CPU seconds."""
-    evaluation = Evaluation(
-        **dict.fromkeys(Evaluation.__dataclass_fields__, 0.0)
-        | {"pass_at_1": pass_at_1, "length": 40.0, "scores": {}}
-    )
-    steps = [float(step) for step in range(1, num_steps + 1)]
-    curve = {name: [2.0] * num_steps for name in CURVE}
-    curve |= {"step": steps, "reward/mean": [0.04 * step for step in steps]}
-    curve["tokens/sampled"] = [96000 / num_steps] * num_steps
-    return Result(
-        trial=trial,
-        version="v",
-        start="",
-        config="",
-        before=evaluation,
-        after=evaluation,
-        curve=curve,
-    )
 
 
 def test_trials_come_by_number_of_seeds_then_seed(comparison: Comparison) -> None:
@@ -243,38 +220,3 @@ def test_the_training_reward_of_what_was_chosen_is_not_compared(
     assert not (tmp_path / "curves.csv").exists()
     write_plot(comparison, results, tmp_path)
     assert ",tree," not in (tmp_path / "curves.csv").read_text()
-
-
-def test_a_mean_has_the_interval_of_student() -> None:
-    interval = mean_interval(np.array([1.0, 2.0, 3.0]))
-    # t(0.975, 2) = 4.30265, standard error 1 / sqrt(3)
-    assert (interval.mean, interval.low) == pytest.approx((2, 2 - 4.30265 / 3**0.5), rel=1e-4)
-    assert np.isnan(mean_interval(np.array([5.0])).low)
-
-
-def test_a_difference_has_the_interval_of_welch() -> None:
-    interval = difference_interval(np.array([3.0, 5.0]), np.array([1.0, 1.0, 1.0]))
-    # Only the first varies: one degree of freedom, standard error 1, t(0.975, 1) = 12.7062
-    assert (interval.mean, interval.high) == pytest.approx((3, 3 + 12.7062), rel=1e-4)
-
-
-def test_intervals_of_means_cover_in_simulation() -> None:
-    rng = np.random.default_rng(0)
-    draws = rng.normal(10, 3, (2000, 5))
-    found = [mean_interval(row) for row in draws]
-    share = np.mean([interval.low < 10 < interval.high for interval in found])
-    # 4 standard deviations of a share of 2000 at 0.95
-    assert share == pytest.approx(0.95, abs=0.02)
-
-
-@pytest.mark.parametrize("deviations", [(3.0, 1.0), (1.0, 3.0)])
-def test_intervals_of_differences_cover_in_simulation(deviations: tuple[float, float]) -> None:
-    """Five draws around 7 less three around 5.
-
-    Welch's degrees of freedom are an estimate: it costs a point where the three are the wider ones.
-    """
-    rng = np.random.default_rng(0)
-    ours, theirs = rng.normal(7, deviations[0], (2000, 5)), rng.normal(5, deviations[1], (2000, 3))
-    found = [difference_interval(*pair) for pair in zip(ours, theirs, strict=True)]
-    share = np.mean([interval.low < 2 < interval.high for interval in found])
-    assert 0.92 < share < 0.97

@@ -16,7 +16,13 @@ from treerpo_ray.metrics.console import Console
 from treerpo_ray.preflight.inputs import Inputs, load_inputs
 from treerpo_ray.preflight.machine import check_vllm
 from treerpo_ray.run_folder.files import RunFolder
-from treerpo_ray.study.comparison import Result, Trial, read_results, result_of, write_result
+from treerpo_ray.study.comparisons.comparison import (
+    Result,
+    Trial,
+    read_results,
+    result_of,
+    write_result,
+)
 from treerpo_ray.task import TreePoolApi
 
 

@@ -10,12 +10,19 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.project import PROJECT
+from tests.support.saved_runs.fork_rows import measured_forks
 from treerpo_ray.config import Config
 from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation, save_evaluation
+from treerpo_ray.metrics.fork_lines import fork_lines
 from treerpo_ray.run_folder.files import RunFolder
-from treerpo_ray.study.comparison import CURVE, Comparison, read_comparison, read_results
-from treerpo_ray.study.runner import Trials
+from treerpo_ray.study.comparisons.comparison import (
+    CURVE,
+    Comparison,
+    read_comparison,
+    read_results,
+)
+from treerpo_ray.study.comparisons.runner import Trials
 
 FILE = """
 base: [conf/quickstart.yaml, prompts.num_problems=20, evaluate.data.num_problems=4]
@@ -59,7 +66,7 @@ class Sessions:
             assert len(self.started[-1]) == 1  # a start is evaluated on fresh engines
             save_evaluation(START, folder)
         save_evaluation(replace(START, step=1), folder)
-        row = dict.fromkeys(CURVE, 1.0) | {"tokens/sampled": 20000.0}
+        row = dict.fromkeys(CURVE, 1.0) | {"tokens/sampled": 20000.0} | measured_forks(0.5)
         (Path(config.folder) / "metrics.jsonl").write_text(json.dumps(row) + "\n")
         return SimpleNamespace(is_complete=True)
 
@@ -90,7 +97,9 @@ def test_runs_share_engines_once_their_start_is_known_and_are_not_run_again(
             *("short-flat-1", "short-tree-1", "long-flat-1", "long-tree-1"),
         ],
     ]
-    assert len(read_results(comparison.configs([]), tmp_path)) == 8
+    results = read_results(comparison.configs([]), tmp_path)
+    assert len(results) == 8
+    assert {len(fork_lines(row)) for result in results for row in result.forks} == {1}
     again = Sessions()
     assert run_trials(comparison, tmp_path, again) == 0
     assert again.started == []

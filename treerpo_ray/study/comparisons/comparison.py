@@ -28,7 +28,8 @@ from treerpo_ray.config.identity import Flat, check_file_name
 from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.driver.sources import version_of
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation
-from treerpo_ray.metrics.rows import last_step, latest_rows
+from treerpo_ray.metrics.fork_lines import fork_lines
+from treerpo_ray.metrics.rows import Row, last_step, latest_rows
 from treerpo_ray.run_folder.files import RunFolder
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ CURVE = (
     "groups/kept_share",
 )
 """Metrics of a learner step that a result keeps."""
+FORKS = ("fork/", "tree/next_children_depth_")
+"""How metrics begin that a result keeps of the learner steps in which they were measured."""
 LENGTH = ("run.num_steps", "run.max_sampled_tokens")
 """Settings that say how long a run is."""
 NO_CURVE = ("evaluate.every=0", "evaluate.interim_samples=null")
@@ -146,11 +149,28 @@ class Result:
     after: Evaluation
     curve: dict[str, list[float]]
     """Values of the metrics in CURVE, by learner step."""
+    forks: list[Row] = field(default_factory=list)
+    """What was measured of places to fork, by learner step: metrics in FORKS and the step."""
 
     @cached_property
     def settings(self) -> Flat:
         """What the configuration says, by whole keys."""
         return flat_settings(self.config)
+
+    @property
+    def num_children(self) -> list[int]:
+        """Shape of its trees; of adaptive ones that of those that measure."""
+        return cast(list[int], self.settings["tree.num_children"])
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether its trees change their shape."""
+        return bool(self.settings.get("tree.adaptive"))
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether its trees are whole answers, which share nothing but the prompt."""
+        return not self.is_adaptive and all(number == 1 for number in self.num_children[1:])
 
 
 def read_comparison(path: str) -> Comparison:
@@ -196,7 +216,13 @@ def result_of(trial: Trial, config: Config) -> Result:
         before=before,
         after=after,
         curve={name: [round(row[name], 4) for row in rows] for name in CURVE},
+        forks=[forks_of(row) for row in rows if fork_lines(row)],
     )
+
+
+def forks_of(row: Row) -> Row:
+    """What a result keeps of a row that tells of forks."""
+    return {name: value for name, value in row.items() if name == "step" or name.startswith(FORKS)}
 
 
 def _without_home(config: Config) -> str:
@@ -251,6 +277,7 @@ def _read_result(path: Path) -> Result:
         before=Evaluation.from_fields(found["before"]),
         after=Evaluation.from_fields(found["after"]),
         curve={name: found["curve"].get(name, []) for name in CURVE},
+        forks=found.get("forks", []),
     )
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from scipy import stats
 
-from treerpo_ray.study.comparison import Comparison, Result
+from treerpo_ray.study.comparisons.comparison import Comparison, Result
 
 GRID_POINTS = 40
 """Points of a plotted curve."""

@@ -1,35 +1,20 @@
-"""Comparison report: table of the results that a comparison has so far."""
+"""Report: what the results that a comparison has so far come to."""
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import rich.console
-import rich.table
 from jaxtyping import Float
 from matplotlib.figure import Figure
-from scipy import stats
 
-from treerpo_ray.study.comparison import Comparison, Result
-from treerpo_ray.study.comparison_curves import is_chosen_mix, of_arm, places, rewards, total
+from treerpo_ray.study.comparisons.comparison import Comparison, Result
+from treerpo_ray.study.comparisons.curves import is_chosen_mix, of_arm, places, rewards, total
+from treerpo_ray.study.comparisons.intervals import Interval, difference_interval, mean_interval
+from treerpo_ray.study.comparisons.pairs import Pair, pairs
+from treerpo_ray.study.comparisons.token_ratios import TokenRatio, token_ratio
 from treerpo_ray.study.plots import KEPT, figure_grid
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Interval:
-    """A mean over seeds with its 95 % interval (Student's t); NaN bounds for one seed."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        if np.isnan(self.low):
-            return "" if np.isnan(self.mean) else f"{self.mean:.1f}"
-        return f"{self.mean:.1f} [{self.low:.1f}, {self.high:.1f}]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +23,16 @@ class Line:
 
     setting: str
     arm: str
+    is_flat: bool
+    """Whether its answers share nothing but the prompt."""
     num_seeds: int
     num_steps: float
     """Learner steps of a run, mean over seeds."""
     sampled_tokens: float
     start: float
     pass_at_1: Interval
+    pass_at_k: Interval
+    """Of the k answers that the problems were sampled; NaN where k is 1."""
     ahead: dict[str, Interval]
     """Pass@1 less that of each other reference arm (Welch), at the same sampled tokens."""
     same_steps: Interval
@@ -51,6 +40,9 @@ class Line:
     that chooses what it trains on, which does not count among them."""
     length: Interval
     """Tokens of a held-out answer."""
+    token_ratio: TokenRatio | None
+    """Tokens to the last training reward of the best flat arm, over that arm's; None without such
+    an arm, and for one that chooses what it trains on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,10 +53,16 @@ class Report:
     lines: list[Line]
     sampling: str
     """How the held-out answers were sampled."""
+    num_samples: list[int]
+    """Answers a held-out problem, the k of pass@k; several where results differ."""
+    best_flat: dict[str, str]
+    """By setting the flat arm with the highest mean Pass@1, of those that take prompts as they
+    come. It is chosen by the very results that it is compared in, which favours it."""
+    pairs: list[Pair]
 
     def write(self, folder: Path) -> None:
         """Write the table as JSON, in which an unknown number is null."""
-        table = _without_nan(asdict(self))
+        table = without_nan(asdict(self))
         (folder / "table.json").write_text(json.dumps(table, indent=1, allow_nan=False) + "\n")
 
     def frame(self) -> pd.DataFrame:
@@ -80,25 +78,31 @@ class Report:
                 **{f"ahead of {name}": str(line.ahead.get(name, "")) for name in self.references},
                 "same steps": str(line.same_steps),
                 "length": str(line.length),
+                "pass@k": str(line.pass_at_k),
+                "tokens over the best flat's": str(line.token_ratio or ""),
             }
             for line in self.lines
         ]
         return pd.DataFrame(columns).set_index(["setting", "arm"])
 
 
-def _without_nan(node: object) -> object:
+def without_nan(node: object) -> object:
+    """What JSON can hold: an unknown number is null."""
     if isinstance(node, dict):
-        return {name: _without_nan(value) for name, value in node.items()}
+        return {name: without_nan(value) for name, value in node.items()}
     if isinstance(node, list):
-        return [_without_nan(value) for value in node]
+        return [without_nan(value) for value in node]
     return None if isinstance(node, float) and np.isnan(node) else node
 
 
 def report(comparison: Comparison, results: list[Result]) -> Report:
     """Means, intervals and differences by setting and arm."""
-    lines = []
+    lines, best_flat = [], {}
     for setting in comparison.settings:
         here = [result for result in results if result.trial.setting == setting]
+        best = _best_flat(here, setting, comparison)
+        if best:
+            best_flat[setting] = best[0].trial.arm
         for arm in comparison.arms:
             if own := of_arm(here, setting, arm):
                 others = {
@@ -106,55 +110,46 @@ def report(comparison: Comparison, results: list[Result]) -> Report:
                     for reference in comparison.references
                     if reference != arm
                 }
-                lines.append(_line(own, others, here))
-    ways = sorted({result.after.sampling for result in results})
-    return Report(references=comparison.references, lines=lines, sampling="; or ".join(ways))
+                lines.append(_line(own, others, here, best))
+    return Report(
+        references=comparison.references,
+        lines=lines,
+        sampling="; or ".join(sorted({result.after.sampling for result in results})),
+        num_samples=sorted({result.after.num_samples for result in results}),
+        best_flat=best_flat,
+        pairs=pairs(comparison, results),
+    )
+
+
+def _best_flat(here: list[Result], setting: str, comparison: Comparison) -> list[Result]:
+    fair = [result for result in here if result.is_flat and not is_chosen_mix(result)]
+    arms = [own for arm in comparison.arms if (own := of_arm(fair, setting, arm))]
+    return max(arms, key=lambda own: _percent(own).mean(), default=[])
 
 
 def _line(
-    own: list[Result], others: dict[str, Float[np.ndarray, " seeds"]], here: list[Result]
+    own: list[Result],
+    others: dict[str, Float[np.ndarray, " seeds"]],
+    here: list[Result],
+    best_flat: list[Result],
 ) -> Line:
     passed = _percent(own)
+    any_of = [each.after.pass_at_k if each.after.num_samples > 1 else None for each in own]
     return Line(
         setting=own[0].trial.setting,
         arm=own[0].trial.arm,
+        is_flat=own[0].is_flat,
         num_seeds=len(own),
         num_steps=float(np.mean([len(result.curve["step"]) for result in own])),
         sampled_tokens=float(np.mean([sum(r.curve["tokens/sampled"]) for r in own])),
         start=100 * own[0].before.pass_at_1,
         pass_at_1=mean_interval(passed),
+        pass_at_k=mean_interval(100 * np.array(any_of, np.float64)),
         ahead={name: difference_interval(passed, theirs) for name, theirs in others.items()},
         same_steps=mean_interval(_rewards_at_fewest_steps(own, here)),
         length=mean_interval(np.array([result.after.length for result in own])),
+        token_ratio=token_ratio(own, best_flat),
     )
-
-
-def mean_interval(values: Float[np.ndarray, " seeds"]) -> Interval:
-    """Mean and its 95 % interval by Student's t."""
-    mean = float(values.mean())
-    if len(values) < 2:
-        return Interval(mean=mean, low=float("nan"), high=float("nan"))
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return Interval(mean=mean, low=float(mean - half), high=float(mean + half))
-
-
-def difference_interval(
-    ours: Float[np.ndarray, " seeds"], theirs: Float[np.ndarray, " others"]
-) -> Interval:
-    """Difference of two means and its 95 % interval (Welch's t, unequal variances)."""
-    if not len(theirs):
-        return Interval(mean=float("nan"), low=float("nan"), high=float("nan"))
-    mean = float(ours.mean() - theirs.mean())
-    if min(len(ours), len(theirs)) < 2:
-        return Interval(mean=mean, low=float("nan"), high=float("nan"))
-    squares = [values.var(ddof=1) / len(values) for values in (ours, theirs)]
-    parts = [
-        square**2 / (len(values) - 1)
-        for square, values in zip(squares, (ours, theirs), strict=True)
-    ]
-    freedom = sum(squares) ** 2 / max(sum(parts), np.finfo(float).tiny)
-    half = float(stats.t.ppf(0.975, max(freedom, 1.0)) * sum(squares) ** 0.5)
-    return Interval(mean=mean, low=mean - half, high=mean + half)
 
 
 def plot_intervals(table: Report) -> Figure:
@@ -175,36 +170,6 @@ def plot_intervals(table: Report) -> Figure:
         axes.set_xlabel("Pass@1 in % (seeds in brackets)", fontsize=8)
         axes.set_title(setting, loc="left", fontsize=10)
     return figure
-
-
-def print_table(table: Report) -> None:
-    """Print the table to stdout."""
-    shown = rich.table.Table(title=f"Pass@1 in % ({table.sampling}), mean over seeds [95 %]")
-    for title in (
-        "setting",
-        "arm",
-        "seeds",
-        "steps",
-        "tokens",
-        "Pass@1",
-        *(f"ahead of {name}" for name in table.references),
-        "same steps",
-        "length",
-    ):
-        shown.add_column(title, justify="left" if title in ("setting", "arm") else "right")
-    for line in table.lines:
-        shown.add_row(
-            line.setting,
-            line.arm,
-            str(line.num_seeds),
-            f"{line.num_steps:.0f}",
-            f"{line.sampled_tokens / 1000:.0f} k",
-            str(line.pass_at_1),
-            *(str(line.ahead.get(name, "")) for name in table.references),
-            str(line.same_steps),
-            f"{line.length.mean:.1f}",
-        )
-    rich.console.Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(shown)
 
 
 def _rewards_at_fewest_steps(own: list[Result], here: list[Result]) -> Float[np.ndarray, " seeds"]:

@@ -1,0 +1,1 @@
+"""Comparisons: methods trained for the same sampled tokens, and what came out."""

@@ -1,0 +1,63 @@
+"""Intervals: 95 % intervals over seeds, of means, differences and ratios."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A mean over seeds with its 95 % interval (Student's t); NaN bounds for one seed."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if np.isnan(self.low):
+            return "" if np.isnan(self.mean) else f"{self.mean:.1f}"
+        return f"{self.mean:.1f} [{self.low:.1f}, {self.high:.1f}]"
+
+
+def mean_interval(values: Float[np.ndarray, " seeds"]) -> Interval:
+    """Mean and its 95 % interval by Student's t."""
+    mean = float(values.mean())
+    if len(values) < 2:
+        return Interval(mean=mean, low=float("nan"), high=float("nan"))
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return Interval(mean=mean, low=float(mean - half), high=float(mean + half))
+
+
+def difference_interval(
+    ours: Float[np.ndarray, " seeds"], theirs: Float[np.ndarray, " others"]
+) -> Interval:
+    """Difference of two means and its 95 % interval (Welch's t, unequal variances)."""
+    if not len(theirs):
+        return Interval(mean=float("nan"), low=float("nan"), high=float("nan"))
+    mean = float(ours.mean() - theirs.mean())
+    if min(len(ours), len(theirs)) < 2:
+        return Interval(mean=mean, low=float("nan"), high=float("nan"))
+    squares = [values.var(ddof=1) / len(values) for values in (ours, theirs)]
+    parts = [
+        square**2 / (len(values) - 1)
+        for square, values in zip(squares, (ours, theirs), strict=True)
+    ]
+    freedom = sum(squares) ** 2 / max(sum(parts), np.finfo(float).tiny)
+    half = float(stats.t.ppf(0.975, max(freedom, 1.0)) * sum(squares) ** 0.5)
+    return Interval(mean=mean, low=mean - half, high=mean + half)
+
+
+def ratio_interval(
+    ours: Float[np.ndarray, " seeds"], theirs: Float[np.ndarray, " others"]
+) -> Interval:
+    """Ratio of two geometric means and its 95 % interval: Welch's of the difference of logarithms.
+
+    Args:
+        ours: Numbers above 0.
+        theirs: Numbers above 0.
+    """
+    log = difference_interval(np.log(ours), np.log(theirs))
+    mean, low, high = np.exp([log.mean, log.low, log.high]).tolist()
+    return Interval(mean=mean, low=low, high=high)
