@@ -1,10 +1,12 @@
 """Engines and learner workers that leave with their nodes and come with new ones: a job on several
 real Ray nodes."""
 
+import gc
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -59,6 +61,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.setenv("RAY_ADDRESS", made.address)
     yield made
     made.shutdown()
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+        gc.collect()  # Ray leaves the socket open that it tries a port with
 
 
 def add_train_node(cluster: Cluster):
