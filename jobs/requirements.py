@@ -89,7 +89,8 @@ def state(
         if extra in BUILDS and find(BUILDS[extra][1]) is not None:
             yield "holds", BUILDS[extra][1], BUILDS[extra][0]
     if "cpu" in extras:
-        yield from (("unfit", name) for name in UNFIT if find(name) is not None)
+        built = ((name, find(name)) for name in UNFIT)
+        yield from (("unfit", name) for name, own in built if own and "+cpu" not in own.version)
     own = find(NAME)
     if own is None:
         yield ("absent",)

@@ -53,6 +53,12 @@ progress() {
     echo "installing: $((there > all ? all + 1 : there)) of about $((all + 1)) packages are there"
 }
 
+# vLLM's CPU build brings them for CUDA, where they do not fit; text models need none of them.
+take_away() {
+    "$venv/bin/python" -m pip --quiet --disable-pip-version-check uninstall --yes \
+        torchvision torchaudio torchcodec
+}
+
 # pip install with these arguments; every few seconds a line says what it is at.
 install() {
     local log=$venv/setup.log ticker status=0 start=$SECONDS
@@ -67,8 +73,7 @@ install() {
         >"$log" 2>&1 || status=$?
     # Before anything that takes time: what is cut short would leave an environment without use.
     if [ "$status" = 0 ] && [[ $extras == *cpu* ]]; then
-        "$venv/bin/python" -m pip --quiet --disable-pip-version-check uninstall --yes \
-            torchvision torchaudio torchcodec >>"$log" 2>&1 || status=$?
+        take_away >>"$log" 2>&1 || status=$?
     fi
     if [ "$status" = 0 ]; then
         echo "compiling what was installed" >>"$log"
@@ -116,7 +121,7 @@ if [ -n "$elsewhere" ]; then
         <<<"$missing"): install that there, or set TREERPO_VENV to a folder of its own"
     echo "$venv stays that of $elsewhere; this folder is used by PYTHONPATH" >&2
     export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-elif [ -n "$missing" ] || grep -qE '^(absent|unfit)' <<<"$state"; then
+elif [ -n "$missing" ] || grep -q '^absent' <<<"$state"; then
     echo "installing $extras into $venv (a few minutes the first time) ..." >&2
     index=()
     if [[ $extras == *cpu* ]] && ! "$venv/bin/python" -m pip --quiet --disable-pip-version-check \
@@ -124,6 +129,8 @@ elif [ -n "$missing" ] || grep -qE '^(absent|unfit)' <<<"$state"; then
         index=(--extra-index-url https://download.pytorch.org/whl/cpu)
     fi
     install "${index[@]}" --editable ".[$extras]"
+elif grep -q '^unfit' <<<"$state"; then
+    take_away >&2  # an installation was cut short
 fi
 # A run is a dozen processes that import the same files: the project's own are compiled once, too.
 unset PYTHONDONTWRITEBYTECODE

@@ -289,9 +289,10 @@ def test_the_gate_hears_what_shape_is_chosen_and_the_log_where_it_is_another(
     assert event.kind == ("shape_chosen" if is_told else "consumed")
     if is_told:
         # The first tickets that wait for learner step 11 are of step 14, whose row is the 15th.
-        assert event.fields == {"shape": "[1, 8]", "step": 15, "token_share": 0.45}
+        fields = {"shape": "[1, 8]", "from_step": 15, "token_share": 0.45}
+        assert event.fields.items() > fields.items()
         assert sentence(event) == (
-            "shape chosen: [1, 8] children from step 15 on, predicted to need 0.45 of the tokens "
+            "shape chosen: trees of [1, 8] from step 15 on: predicted to need 0.45 of the tokens "
             "of single answers"
         )
 

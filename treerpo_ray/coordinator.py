@@ -13,6 +13,7 @@ from pathlib import Path
 
 import ray
 
+from treerpo_ray.algo.forks.adaptive_shape import ShapeChoice, is_measured
 from treerpo_ray.engine.types import EngineTotals
 from treerpo_ray.learner.policy import DTYPES
 from treerpo_ray.learner.publisher import Publisher
@@ -207,11 +208,26 @@ class Coordinator:
         state: GateState = self.get(self.actors.gate.consumed.remote(step, roots, shape))
         self._note("consumed", step=step, first=step * size, trees=size, version=version)
         before = update.chosen_before
-        if chosen is not None and (before is None or before.num_children != shape):
-            first = step + 2 + self.config.gate.max_staleness  # as rows count steps
-            share = chosen.token_share
-            self._note("shape_chosen", shape=str(list(shape or ())), step=first, token_share=share)
+        if chosen is not None and (before is None or before.num_children != chosen.num_children):
+            self._note_shape(chosen, step)
         return state
+
+    def _note_shape(self, chosen: ShapeChoice, step: int) -> None:
+        """Tell of another shape that is chosen in a learner step."""
+        first = step + 1 + self.config.gate.max_staleness
+        first += is_measured(first, self.config.learner.fork_every)
+        share = chosen.token_share
+        told = f"trees of {list(chosen.num_children)}", f"predicted to need {share:.2f} of"
+        if not chosen.is_forked:
+            told = "single answers", "no fork is predicted to save a tenth of"
+        what, why = told
+        self._note(
+            "shape_chosen",
+            shape=str(list(chosen.num_children)),
+            from_step=first + 1,  # as rows count steps
+            token_share=share,
+            what=f"{what} from step {first + 1} on: {why} the tokens of single answers",
+        )
 
     def report(
         self, step: int, batch: WorkerBatch, update: UpdateResult, sampled_tokens: float

@@ -123,10 +123,8 @@ def test_a_shape_that_adapts_lies_between_single_answers_and_the_largest_forks()
             r"tree.adaptive=true measures forks .*, of which tree.num_children=\[8\] has none: set",
         ),
         ([*ADAPTIVE, "tree.num_children=[8, 1]"], r"num_children=\[8, 1\] has none"),
-        (
-            [*ADAPTIVE, "learner.fork_every=0"],
-            "learner.fork_every=0 measures nothing that tree.adaptive=true could go by: set it",
-        ),
+        ([*ADAPTIVE, "learner.fork_every=0"], "learner.fork_every=0 measures in none, and tree.ad"),
+        ([*ADAPTIVE, "learner.fork_every=1"], "learner.fork_every=1 measures in every step, and"),
         (
             [*ADAPTIVE, "learner.advantage=bernoulli"],
             "bernoulli compares siblings, of which a single answer of tree.adaptive=true has none",

@@ -1,6 +1,7 @@
 """The gate admits what may be trained in time; a ticket follows from number and measurements."""
 
 import asyncio
+import json
 from collections.abc import Coroutine
 
 import pytest
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 from treerpo_ray.prompts.mixture import Mixture, Turns, one_set
 from treerpo_ray.records import RootValue
 from treerpo_ray.search.curriculum import Measurement
-from treerpo_ray.search.gate import Gate, redrawn
-from treerpo_ray.search.gate_state import to_state
+from treerpo_ray.search.gate import Gate, from_state, redrawn, to_state
+from treerpo_ray.search.shapes import ChosenShape
 from treerpo_ray.task import GateState, Ticket
 
 SMALL = st.integers(1, 7)
@@ -401,3 +402,13 @@ def test_a_shape_follows_from_steps_that_were_consumed_before_any_of_its_trees_b
         for number in range(step * 3, step * 3 + 3):
             assert whole[number].num_children == shape
             assert without[number] == whole[number], "whatever is told afterwards"
+
+
+MEASURED = [Measurement(0, 3, 0.5), Measurement(2, 6, 1.0, 0.0), Measurement(3, 5, 1 / 3)]
+
+
+def test_measurements_and_shapes_come_back_from_a_state_as_they_were() -> None:
+    shapes = [ChosenShape(1, (1, 8)), ChosenShape(11, (1, 1, 16))]
+    assert from_state(to_state(MEASURED, shapes)) == (MEASURED, shapes)
+    assert from_state(to_state([], [])) == from_state(None) == ([], [])
+    assert from_state(GateState(json.dumps(MEASURED))) == (MEASURED, []), "without shapes"

@@ -7,8 +7,8 @@ from treerpo_ray.config.sections import LearnerConfig, TreeConfig
 
 
 def check_credit(learner: LearnerConfig, tree: TreeConfig) -> None:
-    """Refuse single answers of which no step would ever be trained, a share that no form takes and
-    a weight of lengths that nothing is compared with.
+    """Refuse single answers of which no step would ever be trained, a share that no form takes, a
+    weight of lengths that nothing is compared with and a shape with nothing to be chosen by.
 
     Raises:
         ValueError: one line that names the keys.
@@ -33,10 +33,11 @@ def _check_measuring(learner: LearnerConfig, tree: TreeConfig) -> None:
             f"tree.adaptive=true measures forks behind a first step, of which tree.num_children="
             f"{list(tree.num_children)} has none: set it to [1, 4] for example"
         )
-    if not learner.fork_every:
+    if learner.fork_every < 2:
+        when = "in every step" if learner.fork_every else "in none"
         raise ValueError(
-            "learner.fork_every=0 measures nothing that tree.adaptive=true could go by: set it to "
-            "10 for example"
+            f"learner.fork_every={learner.fork_every} measures {when}, and tree.adaptive=true "
+            "chooses for the steps between: set it to 10 for example"
         )
 
 

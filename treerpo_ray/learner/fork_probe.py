@@ -39,7 +39,8 @@ PAST_LOOKS = 5
 become another one."""
 SHARE, FEWEST = 1 / 4, 8
 """Of a worker's trees those that it measures, and at least how many: enough for a standard error
-of some hundredths, at about 3 % of the time of updates where it is done every ten."""
+of some hundredths, at about 3 % of the time of updates where it is done every ten. Where the shape
+of trees adapts, all of a step's are measured, which takes about 10 %."""
 
 Look = tuple[CutSamples, ...]
 """What the trees of one learner step tell of each cut, the shallow one first."""

@@ -45,6 +45,7 @@ from treerpo_ray.learner.policy import DTYPES, Policy, load_policy
 from treerpo_ray.learner.shards.sharding import Sharding
 from treerpo_ray.learner.stats import BatchStats, Sums, count
 from treerpo_ray.learner.update_result import TrainedTrees, UpdateResult
+from treerpo_ray.metrics.fork_lines import shape_row
 from treerpo_ray.prompts.prompt_set import resolve_model_path
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder.checkpoints import BYTES_A_PARAMETER
@@ -191,7 +192,7 @@ class Learner:
         num_trained = metrics.get("tokens/trained", 0.0)
         metrics["tokens/trained_share"] = num_trained / max(stats.num_sampled_tokens, 1)
         baselines = baseline.metrics() if has_baseline(self.form) else {}
-        shapes = {} if chosen is None else chosen.metrics()
+        shapes = {} if chosen is None else shape_row(chosen.num_children)
         return UpdateResult(
             has_updated=has_updated,
             stats=stats,

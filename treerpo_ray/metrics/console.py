@@ -40,8 +40,10 @@ INDENT = 12
 """Where the text of a plan's line begins, behind its title."""
 IDS = {"pid", "core", "node"}
 """Fields of events that are ids."""
-ROUTINE = {"engine_serving", "engine_draining", "engine_left", "learner_started", "write_done"}
-ROUTINE |= {"shape_chosen"}
+ROUTINE = {
+    *("engine_serving", "engine_draining", "engine_left", "learner_started"),
+    *("shape_chosen", "write_done"),
+}
 """Kinds of events that are no warning."""
 SENTENCES = {
     "waiting": "waiting for {what}, for {seconds} s so far",
@@ -56,8 +58,7 @@ SENTENCES = {
     "write_done": "write done: {what}, after {seconds:.0f} s",
     "checkpoint_passed_over": "checkpoint passed over: step {step}: {fault}",
     "check_failed": "check failed: {reason}",
-    "shape_chosen": "shape chosen: {shape} children from step {step} on, predicted to need "
-    "{token_share:.2f} of the tokens of single answers",
+    "shape_chosen": "shape chosen: {what}",
     "wandb_offline": "W&B goes on offline: {reason}",
     "wandb_stopped": "W&B gets no more: {reason}",
 }

@@ -53,7 +53,7 @@ class Limits:
     clip_grad_norm: float
     max_staleness: int
     has_common_steps: bool
-    """Whether answers of a tree share more than their prompt."""
+    """Whether answers of a tree share more than their prompt in every step."""
 
     @classmethod
     def of(cls, config: Config) -> Self:
@@ -62,7 +62,7 @@ class Limits:
             health=config.health,
             clip_grad_norm=config.learner.clip_grad_norm,
             max_staleness=config.gate.max_staleness,
-            has_common_steps=len(config.tree.num_children) > 1,
+            has_common_steps=len(config.tree.num_children) > 1 and not config.tree.adaptive,
         )
 
 

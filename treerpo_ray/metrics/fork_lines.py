@@ -11,6 +11,9 @@ fork/after_depth_d           b, tokens from the cut to the end of an answer
 fork/num_prefixes_depth_d    prefixes that all of these were measured on
 fork/num_trees_depth_d       trees that those are of
 
+tree/next_children_depth_d   of an adaptive run: children, behind a step of depth d (0: the prompt),
+                             of the trees that are grown by this measurement
+
 All is measured on gradients of the last layer; that all parameters agree is not shown.
 Single answers are one a question. The number N is the best one on the very trees that the share is
 measured on, so that the share is a little low; its error does not know of the choice.
@@ -20,11 +23,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the first line should not wait for what these import
+    from treerpo_ray.algo.forks.adaptive_shape import Shape
     from treerpo_ray.algo.forks.rule import ForkEstimate
     from treerpo_ray.metrics.rows import Row
 
 AREA, AT = "fork/", "_depth_"
 SHARE = f"{AREA}token_share{AT}"
+NEXT = f"tree/next_children{AT}"
 
 
 def fork_row(estimate: "ForkEstimate", most: int) -> "Row":
@@ -49,6 +54,16 @@ def fork_row(estimate: "ForkEstimate", most: int) -> "Row":
         "num_trees": len(estimate.samples),
     }
     return {f"{AREA}{name}{AT}{estimate.depth}": float(value) for name, value in found.items()}
+
+
+def shape_row(num_children: "Shape") -> "Row":
+    """The metrics of the shape that was chosen."""
+    return {f"{NEXT}{depth}": float(number) for depth, number in enumerate(num_children)}
+
+
+def shape_of(row: "Row", else_: "Shape") -> "Shape":
+    """What `shape_row` gave, or else another shape where a row has none."""
+    return tuple(round(row.get(f"{NEXT}{depth}", own)) for depth, own in enumerate(else_))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

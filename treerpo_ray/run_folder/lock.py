@@ -2,6 +2,7 @@
 
 import fcntl
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +13,8 @@ from treerpo_ray.run_folder.files import RunFolder
 log = logging.getLogger(__name__)
 
 FILE = "lock"
+LOOK_S = 0.2
+"""Longer than `check_unwritten` holds the lock."""
 
 
 def check_unwritten(folder: RunFolder) -> None:
@@ -50,10 +53,11 @@ def only_writer(folder: RunFolder) -> Iterator[None]:
 
 
 def _lock(file: IO[str], kind: int, folder: RunFolder) -> None:
-    """Take a lock of that kind, which ends with the file; raises ValueError if it is held."""
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"another job writes {folder}; wait for it or choose another run.name"
-        ) from None
+    """Take a lock of that kind, which ends with the file; raises ValueError if it is held, but for
+    the moment in which another job only looks."""
+    for wait_s in (LOOK_S, 0.0):
+        with suppress(BlockingIOError):
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return
+        time.sleep(wait_s)
+    raise ValueError(f"another job writes {folder}; wait for it or choose another run.name")

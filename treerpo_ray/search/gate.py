@@ -11,6 +11,7 @@ to k - 1 - max_staleness for batch k. So a run that is resumed issues the same t
 """
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -22,9 +23,8 @@ from treerpo_ray.algo.forks.adaptive_shape import Shape
 from treerpo_ray.metrics.stage_status import StageStatus, WatchedStage
 from treerpo_ray.prompts.mixture import Mixture, Turns
 from treerpo_ray.records import RootValue
-from treerpo_ray.search.adaptive import AdaptiveShapes, ChosenShape
 from treerpo_ray.search.curriculum import Curriculum, Measurement
-from treerpo_ray.search.gate_state import from_state, to_state
+from treerpo_ray.search.shapes import AdaptiveShapes, ChosenShape
 from treerpo_ray.task import GateState, Ticket
 
 log = logging.getLogger(__name__)
@@ -216,3 +216,20 @@ def redrawn(ticket: Ticket, num_redraws: int, *, mixture: Mixture, seed: int) ->
     sequence = np.random.SeedSequence((seed, ticket.number, num_redraws))
     prompt, tree_seed = sequence.generate_state(2, np.uint64).tolist()
     return replace(ticket, prompt=mixture.at(prompt), seed=tree_seed >> 1)
+
+
+def to_state(measurements: Sequence[Measurement], shapes: Sequence[ChosenShape]) -> GateState:
+    """What was measured of prompts, and the shapes that were chosen, as text."""
+    return GateState(json.dumps({"measurements": measurements, "shapes": shapes}))
+
+
+def from_state(state: GateState | None) -> tuple[list[Measurement], list[ChosenShape]]:
+    """Both as they were; none of a gate that has not issued a ticket yet. A list is of measurements
+    alone, as checkpoints have it that know of no shapes."""
+    if not state:
+        return [], []
+    found = json.loads(state)
+    if isinstance(found, list):
+        found = {"measurements": found, "shapes": []}
+    shapes = [ChosenShape(step, tuple(shape)) for step, shape in found["shapes"]]
+    return [Measurement(*row) for row in found["measurements"]], shapes

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.learning.simulated_forks import early_forks, late_forks
 from treerpo_ray.algo.forks.adaptive_shape import (
-    FEWEST_GAIN,
+    LEAST_GAIN,
     ShapeChoice,
     choice_by,
     is_measured,
@@ -83,7 +83,7 @@ def test_a_fork_is_grown_just_where_its_whole_number_of_answers_gains_enough() -
         best = min(fork.token_share(number) for number in range(2, 17))
         found = choice_by([told(1, **(LATE | {"within": within}))], 2)
         assert found is not None
-        assert (found.num_children != (1, 1)) == (1 / best > FEWEST_GAIN)
+        assert (found.num_children != (1, 1)) == (1 / best > LEAST_GAIN)
         grown.append(found.num_children != (1, 1))
     assert 20 < sum(grown) < 180 and grown == sorted(grown)
 

@@ -40,5 +40,5 @@ def test_a_table_names_the_best_flat_arm_who_gets_there_and_who_is_told_apart(
     assert ["short", "slow", "flat", "0", "of", "2", ">", "1.00"] in rows
     assert "2 of 2" in printed and "10 k" in printed and "0.50 [0.50, 0.50]" in printed
     assert "short: flat, 97.5 %" in printed
-    assert "all 2 pairs of arms" in printed and "2 are told apart" in printed
+    assert "all 2 pairs of arms" in printed and "2 of them differ" in printed
     assert "flat is ahead of slow" in printed and "tree is ahead of slow" in printed

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from tests.support.saved_runs.results import curve_result
-from treerpo_ray.study.comparisons.token_ratios import token_ratio, tokens_to
+from treerpo_ray.study.comparisons.comparison import Result
+from treerpo_ray.study.comparisons.token_ratios import TokenRatio, token_ratio, tokens_to
 
 RISING = [0.05 * step for step in range(1, 21)]
 """Twenty steps, of which the last two are the last tenth: 0.975."""
@@ -59,13 +60,14 @@ def test_a_run_that_never_gets_there_makes_a_lower_bound_without_an_interval() -
     assert np.isnan(found.ratio.low) and str(found) == "> 1.00"
 
 
-def test_a_flat_run_below_the_level_of_its_arm_counts_with_all_its_tokens() -> None:
-    flat = [curve_result("flat", RISING, seed=0), curve_result("flat", [0.5] * 20, seed=1)]
+def test_a_flat_run_needs_what_takes_it_to_where_it_ends() -> None:
+    ends_low = curve_result("flat", [*[0.1] * 4, *[0.5] * 16], seed=1)
+    flat = [curve_result("flat", RISING, seed=0), ends_low]
     found = token_ratio([curve_result("tree", FAST, seed=seed) for seed in range(2)], flat)
     assert found is not None
     assert found.level == pytest.approx((97.5 + 50) / 2)
-    assert (found.tokens, found.flat_tokens) == ([8000, 8000], [15_000, None])
-    assert found.ratio.mean == pytest.approx(8 / (15 * 20) ** 0.5)
+    assert (found.tokens, found.flat_tokens) == ([8000, 8000], [20_000, 5000])
+    assert found.ratio.mean == pytest.approx(8 / (20 * 5) ** 0.5)
     assert not found.is_bound
     itself = token_ratio(flat, flat)
     assert itself is not None
@@ -77,3 +79,27 @@ def test_rewards_of_what_was_chosen_have_no_ratio() -> None:
     chosen = curve_result("dapo", RISING, more="gate:\n  max_redraws: 2\n")
     assert token_ratio([chosen], flat) is None
     assert token_ratio(flat, []) is None
+
+
+def noisy(arm: str, speed: float, seed: int) -> Result:
+    """55 steps of 16 answers, whose chance rises from 22 % to 53 % over 55 / speed of them."""
+    rng = np.random.default_rng([seed, round(100 * speed)])
+    chances = 0.22 + 0.31 * np.minimum(np.arange(1, 56) * speed / 55, 1)
+    return curve_result(arm, list(rng.binomial(16, chances) / 16), seed=seed)
+
+
+def test_of_noisy_runs_half_the_tokens_come_out_as_that_and_arms_that_are_alike_as_alike() -> None:
+    """Forty comparisons of five seeds each. That a run is early or late by chance draws ratios
+    towards 1, and makes some of them lower bounds."""
+    found: dict[float, list[TokenRatio]] = {1.0: [], 2.0: []}
+    for number in range(40):
+        seeds = range(5 * number, 5 * number + 5)
+        flat = [noisy("flat", 1.0, 1000 + seed) for seed in seeds]
+        for speed, ratios in found.items():
+            ratio = token_ratio([noisy("own", speed, seed) for seed in seeds], flat)
+            assert ratio is not None
+            ratios.append(ratio)
+    halves, alike = ([each for each in found[speed] if not each.is_bound] for speed in (2.0, 1.0))
+    assert len(halves) >= 20
+    assert 0.4 < np.median([each.ratio.mean for each in halves]) < 0.75
+    assert np.mean([each.ratio.high < 1 for each in alike]) < 0.2

@@ -9,7 +9,8 @@ it is, its trees are then drawn as trees of a fixed shape are, and every step's 
 unbiased. With a say of the batch's own rewards, shapes would win that happened to come out well.
 
 The rule is of the mean gradient of a tree's answers. What a step weighs in an update the loss says:
-where all trained steps weigh the same, the N continuations of a fork weigh N times their prefix.
+where all trained steps weigh the same, the N continuations of a fork weigh N times their prefix. It
+is of (R - baseline) grad log p, too: a form without a baseline (RAFT) has another gradient.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,11 +20,11 @@ from treerpo_ray.algo.forks.rule import MAX_CHILDREN, ForkEstimate
 
 Shape = tuple[int, ...]
 """Children of an expanded step, by depth: `TreeShape.num_children`."""
-FEWEST_GAIN = 1.1
-"""By how much fewer tokens a fork must need to be grown: by simulations of the rule (the study of
-when trees pay) what is below that is lost again to the error of what was measured. It is asked
-of a whole number N of continuations, whose `Fork.token_share` must be less than 1 / 1.1; N*, the
-best number if it need not be whole or within MAX_CHILDREN, would gain a little more."""
+LEAST_GAIN = 1.1
+"""Single answers must need so many times the tokens of a fork for that to be grown: what is below
+is easily lost again to the error of what was measured. It is asked of a whole number N of
+continuations, whose `Fork.token_share` must be less than 1 / 1.1; N*, the best number if it need
+not be whole or within MAX_CHILDREN, would gain a little more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +40,10 @@ class ShapeChoice:
     num_children: Shape
     token_share: float
 
-    def metrics(self) -> dict[str, float]:
-        """As a row of metrics: children behind each step of a depth, 0 the prompt."""
-        return {
-            f"tree/next_children_depth_{depth}": float(children)
-            for depth, children in enumerate(self.num_children)
-        }
+    @property
+    def is_forked(self) -> bool:
+        """Whether there is more than one answer."""
+        return max(self.num_children) > 1
 
 
 def is_measured(step: int, every: int) -> bool:
@@ -70,7 +69,7 @@ def choice_by(estimates: Iterable[ForkEstimate], num_levels: int) -> ShapeChoice
     if not forks:
         return None
     best = min(forks, key=lambda fork: fork.token_share)
-    if best.token_share < 1 / FEWEST_GAIN:
+    if best.token_share < 1 / LEAST_GAIN:
         return best
     return ShapeChoice(num_children=single_answers(num_levels), token_share=1.0)
 

@@ -28,7 +28,7 @@ from treerpo_ray.config.identity import Flat, check_file_name
 from treerpo_ray.config.sections import RunConfig
 from treerpo_ray.driver.sources import version_of
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation
-from treerpo_ray.metrics.fork_lines import fork_lines
+from treerpo_ray.metrics.fork_lines import AREA, NEXT, fork_lines
 from treerpo_ray.metrics.rows import Row, last_step, latest_rows
 from treerpo_ray.run_folder.files import RunFolder
 
@@ -39,7 +39,7 @@ CURVE = (
     "groups/kept_share",
 )
 """Metrics of a learner step that a result keeps."""
-FORKS = ("fork/", "tree/next_children_depth_")
+FORKS = (AREA, NEXT)
 """How metrics begin that a result keeps of the learner steps in which they were measured."""
 LENGTH = ("run.num_steps", "run.max_sampled_tokens")
 """Settings that say how long a run is."""

@@ -10,7 +10,8 @@ What is left between an arm and REINFORCE is then the arm's form too.
 Predicted is the mean over the measurements of a run, each at the N that its trees have then, in the
 mean over seeds; realised is the `TokenRatio` to the partner's level. The two are the same only
 where the noise of gradients is what learning waits for, at the same rate and number of tokens a
-learner step.
+learner step. Of an adaptive run the N is that which the same measurement chose, so that its share
+is a little low, and the steps that measure are in what was realised alone.
 """
 
 import json
@@ -27,7 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from treerpo_ray.algo.forks.rule import Fork
-from treerpo_ray.metrics.fork_lines import ForkLine, fork_lines
+from treerpo_ray.metrics.fork_lines import ForkLine, fork_lines, shape_of
 from treerpo_ray.metrics.rows import Row
 from treerpo_ray.study.comparisons.comparison import Comparison, Result
 from treerpo_ray.study.comparisons.curves import is_chosen_mix, of_arm
@@ -119,14 +120,10 @@ def _shares(result: Result) -> list[tuple[float, float]]:
     return found
 
 
-def _shape(row: Row, result: Result) -> list[int]:
+def _shape(row: Row, result: Result) -> tuple[int, ...]:
     """What trees had from the row on: what an adaptive run chose by it, or what was set."""
-    if not result.is_adaptive:
-        return result.num_children
-    return [
-        round(row.get(f"tree/next_children_depth_{depth}", number))
-        for depth, number in enumerate(result.num_children)
-    ]
+    own = tuple(result.num_children)
+    return shape_of(row, own) if result.is_adaptive else own
 
 
 def _partner(own: list[Result], here: list[Result]) -> list[Result]:

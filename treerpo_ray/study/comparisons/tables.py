@@ -61,7 +61,7 @@ def _ahead(table: Report) -> rich.table.Table:
 def _tokens(table: Report) -> rich.table.Table:
     passed = [f"pass@{'/'.join(map(str, table.num_samples))}"] if table.num_samples != [1] else []
     title = "Sampled tokens to the best flat arm's level, over that arm's"
-    shown = _empty(title, "answers", *passed, "get there", "after", "ratio")
+    shown = _empty(title, "trees", *passed, "get there", "after", "ratio")
     for line in table.lines:
         needed = line.token_ratio
         row = [line.setting, line.arm, "flat" if line.is_flat else "tree"]
@@ -97,8 +97,8 @@ def _pairs_in_words(found: list[Pair]) -> str:
             name = pair.arm if num_settings == 1 else f"{pair.arm} ({pair.setting})"
             behind.setdefault(name, []).append(pair.other)
     words = (
-        f"Pass@1 of all {len(found)} pairs of arms with two seeds or more was tested (Welch). "
-        f"{sum(map(len, behind.values()))} are told apart at 5 % after Holm's correction for all."
+        f"Pass@1 was tested for all {len(found)} pairs of arms with two seeds or more (Welch); at "
+        f"5 % after Holm's correction {sum(map(len, behind.values()))} of them differ."
     )
     ahead = (f"{arm} is ahead of {', '.join(own)}" for arm, own in behind.items())
     return "\n  ".join([words, *ahead])

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treerpo_ray.algo.forks.adaptive_shape import is_measured
-from treerpo_ray.search.adaptive import AdaptiveShapes, ChosenShape
+from treerpo_ray.search.shapes import AdaptiveShapes, ChosenShape
 
 MEASURING = (1, 4)
 CHOSEN = [ChosenShape(1, (1, 8)), ChosenShape(4, (1, 1)), ChosenShape(7, (1, 6))]
