@@ -214,7 +214,7 @@ def test_rows_without_an_answer_and_repeated_questions_are_counted_and_left_out(
     assert report == DataReport(
         path=path, num_rows=10, num_empty_answers=6, num_duplicates=1, num_problems=3
     )
-    told = "3 problems in use of 10 rows; left out: 6 without an answer, 1 duplicates"
+    told = "3 problems in use of 10 rows; left out: 6 without an answer, 1 asked by an earlier row"
     assert told in report.told(None)
 
 

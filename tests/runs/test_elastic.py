@@ -1,12 +1,10 @@
 """Engines and learner workers that leave with their nodes and come with new ones: a job on several
 real Ray nodes."""
 
-import gc
 import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -15,6 +13,7 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
+from jobs.drills.autoscale_demo import free_ports
 from tests.support.project import PROJECT, SMALL
 from tests.support.whole_runs import (
     Job,
@@ -54,6 +53,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     head = {
         "num_cpus": 1,
         "include_dashboard": False,
+        # Ray tries it all the same, and leaves a socket open where another Ray has the port.
+        "dashboard_port": free_ports(1)[0],
         "dashboard_agent_listen_port": 0,
         "_system_config": HEALTH,
     }
@@ -61,8 +62,6 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.setenv("RAY_ADDRESS", made.address)
     yield made
     made.shutdown()
-    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
-        gc.collect()  # Ray leaves the socket open that it tries a port with
 
 
 def add_train_node(cluster: Cluster):
