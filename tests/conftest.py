@@ -30,7 +30,9 @@ settings.load_profile("reproducible")
 
 RUNS, CLUSTERS = "whole runs", "whole clusters"
 TOGETHER = {
-    "tests/runs/": RUNS,
+    "tests/runs/test_training.py": RUNS,
+    "tests/runs/test_elastic.py": CLUSTERS,
+    "tests/runs/test_weights_on_nodes.py": CLUSTERS,
     "tests/jobs/test_autoscale_demo.py": CLUSTERS,
     "tests/jobs/test_chaos.py": CLUSTERS,
     "tests/jobs/test_first_gpu_run.py": CLUSTERS,
