@@ -30,8 +30,8 @@ settings.load_profile("reproducible")
 
 RUNS, CLUSTERS = "whole runs", "whole clusters"
 TOGETHER = {
+    "tests/runs/test_elastic.py": RUNS,
     "tests/runs/test_training.py": RUNS,
-    "tests/runs/test_elastic.py": CLUSTERS,
     "tests/runs/test_weights_on_nodes.py": CLUSTERS,
     "tests/jobs/test_autoscale_demo.py": CLUSTERS,
     "tests/jobs/test_chaos.py": CLUSTERS,
