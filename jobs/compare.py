@@ -51,7 +51,8 @@ def compare(arguments: list[str]) -> int:
         table.write(folder)
         print_table(table)
         write_plot(comparison, results, folder)
-        write_forecasts(own := forecasts(comparison, results), folder)
+        own = forecasts(comparison, results)
+        write_forecasts(own, folder)
         found += own
     if len(paths) > 1:
         write_forecasts(found, Path(paths[0]).parent)

@@ -5,11 +5,10 @@ from itertools import combinations
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
 
 from treerpo_ray.study.comparisons.comparison import Comparison, Result
 from treerpo_ray.study.comparisons.curves import of_arm
-from treerpo_ray.study.comparisons.intervals import Interval, difference_interval
+from treerpo_ray.study.comparisons.intervals import Interval, difference_interval, difference_p
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +46,7 @@ def pairs(comparison: Comparison, results: list[Result]) -> list[Pair]:
             first, other = sorted(pair, key=lambda arm: -arms[arm].mean())
             if np.ptp(arms[first]) or np.ptp(arms[other]):
                 ahead = difference_interval(arms[first], arms[other])
-                found.append((setting, first, other, ahead, _p(arms[first], arms[other])))
+                found.append((setting, first, other, ahead, difference_p(arms[first], arms[other])))
     corrected = holm(np.array([p for *_, p in found]))
     return [
         Pair(setting=setting, arm=arm, other=other, ahead=ahead, p=p, p_corrected=float(own_p))
@@ -62,13 +61,3 @@ def holm(p: Float[np.ndarray, " pairs"]) -> Float[np.ndarray, " pairs"]:
     left = np.arange(len(p), 0, -1)
     corrected[order] = np.minimum(np.maximum.accumulate(p[order] * left), 1)
     return corrected
-
-
-def _p(ours: Float[np.ndarray, " seeds"], theirs: Float[np.ndarray, " others"]) -> float:
-    told = ((own.mean(), own.std(ddof=1), len(own)) for own in (ours, theirs))
-    (mean, std, count), (other_mean, other_std, other_count) = told
-    # Of the moments: `ttest_ind` warns where an arm does not vary.
-    test = stats.ttest_ind_from_stats(
-        mean, std, count, other_mean, other_std, other_count, equal_var=False
-    )
-    return float(test.pvalue)
