@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -214,6 +215,22 @@ def test_workers_get_about_as_much_to_train() -> None:
     batches = list(shares.complete())
     assert [sum(trained_tokens(tree, learner) > 0 for tree in batch) for batch in batches] == [1, 1]
     assert all(len(batch) == 2 for batch in batches)
+
+
+@pytest.mark.parametrize("size", [8, 4, 2])
+def test_minibatches_are_of_the_same_trees_whatever_the_number_of_workers(size: int) -> None:
+    """A worker cuts its own by ticket."""
+    learner = load(["learner.minibatches=2"]).learner
+    shares = WorkerBatches(trees_per_step=8, size=size, first=0, learner=learner)
+    for ticket in (6, 1, 3, 0, 7, 5, 2, 4):  # some have something to train
+        verdicts = (
+            Verdict.CORRECT,
+            Verdict.WRONG if ticket in (0, 1, 4, 6, 7) else Verdict.CORRECT,
+        )
+        shares.add(scored_tree(ticket, *verdicts))
+    batches = [sorted(tree.ticket for tree in batch) for batch in shares.complete()]
+    minibatches = np.array(batches).reshape(8 // size, 2, -1)
+    assert [sorted(minibatches[:, k].flat) for k in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_a_tree_has_a_signal_if_any_group_is_kept() -> None:

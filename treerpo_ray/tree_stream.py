@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from treerpo_ray.algo.advantages.forms import step_advantages
 from treerpo_ray.algo.backup import mean_backup
-from treerpo_ray.algo.shares import balanced_shares
+from treerpo_ray.algo.shares import step_shares
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.metrics.events import Event, RunLogApi, check_failed, run_ends
@@ -136,7 +136,7 @@ class WorkerBatches:
         trees_per_step: Trees that a learner step consumes.
         size: Trees of a worker's batch.
         first: A ticket of the learner step that is due first.
-        learner: Decides what is trained.
+        learner: Decides what is trained, and in how many minibatches.
     """
 
     def __init__(
@@ -153,10 +153,12 @@ class WorkerBatches:
     def complete(self) -> Iterator[list[TreeRecord]]:
         """Give out the batches of the steps that are due and complete."""
         while len(self.held.get(self.due, [])) == self.trees_per_step:
-            trees = self.held.pop(self.due)
+            # By ticket, as the learner cuts its minibatches.
+            trees = sorted(self.held.pop(self.due), key=lambda tree: tree.ticket)
             self.due += 1
             sizes = [trained_tokens(tree, self.learner) for tree in trees]
-            for share in balanced_shares(sizes, self.trees_per_step // self.size):
+            num_workers = self.trees_per_step // self.size
+            for share in step_shares(sizes, num_workers, self.learner.minibatches):
                 yield [trees[place] for place in share]
 
 
