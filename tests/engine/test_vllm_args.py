@@ -106,6 +106,9 @@ MISTAKES = {
     "SamplingParams(no_such=1)": '"no_such" for "SamplingParams"',
     "WeightTransferConfig(no_such=1)": '"no_such" for "WeightTransferConfig"',
     "WeightTransferUpdateRequest(no_such=1)": '"no_such" for "WeightTransferUpdateRequest"',
+    "PEFTHelper(no_such=1)": '"no_such" for "PEFTHelper"',
+    "LoRAModel.from_lora_tensors(no_such=1)": '"no_such" for "from_lora_tensors"',
+    "PyNcclCommunicator(no_such=1)": '"no_such" for "PyNcclCommunicator"',
     "tokens_input([1], no_such=1)": '"no_such" for "tokens_input"',
     "llm.no_such()": '"AsyncLLM" has no attribute "no_such"',
     "llm.pause_generation(no_such=1)": '"no_such" for "pause_generation" of "AsyncLLM"',
@@ -124,9 +127,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.nn.attention.varlen import varlen_attn
 from vllm import SamplingParams
 from vllm.config import WeightTransferConfig
+from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs.engine import tokens_input
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.async_llm import AsyncLLM
 from treerpo_ray.engine.vllm_worker import StoreTransfer
@@ -158,6 +164,13 @@ def test_an_argument_that_a_gpu_build_has_lost_is_found(gpu_build: GpuBuild) -> 
     finally:
         engine.write_text(text)
     assert "treerpo_ray/engine/engine.py:" in fault and '"clear_cache" for "pause_gen' in fault
+
+
+@pytest.mark.slow
+def test_torch_is_of_the_version_that_the_gpu_build_asks_for(gpu_build: GpuBuild) -> None:
+    """Else its names and arguments are not those that a GPU machine would have."""
+    version = importlib.metadata.version("torch").partition("+")[0]
+    assert f"torch=={version}" in gpu_build.requires
 
 
 @pytest.mark.slow

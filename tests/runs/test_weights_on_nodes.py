@@ -33,4 +33,5 @@ def test_weights_lie_where_the_learner_is_and_their_loss_is_told() -> None:
         "published from another node": "whole",
         "nodes that are alike": None,
         "nodes that differ": True,
+        "one node that differs from the driver's": True,
     }

@@ -1,6 +1,7 @@
 """vLLM's build for GPUs: downloaded, and read by mypy, which imports nothing of it."""
 
 import ast
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -29,7 +30,7 @@ follow_imports = skip
 """
 FOREIGN = ("datasets", "pandas", "ray", "scipy", "torch._dynamo", "torch._inductor", "torch.fx")
 FOREIGN += ("transformers", "triton")
-UNUSED = ("compilation", "distributed.kv_transfer", "entrypoints", "lora", "multimodal")
+UNUSED = ("compilation", "distributed.kv_transfer", "entrypoints", "multimodal")
 UNUSED += ("model_executor.layers", "model_executor.models", "third_party", "v1.attention")
 UNUSED += ("v1.worker",)
 DOWNLOAD = (
@@ -99,6 +100,13 @@ class GpuBuild:
         unused = ",".join(f"vllm.{name}.*" for name in UNUSED)
         (folder / "mypy.ini").write_text(SETTINGS.format(foreign=foreign, unused=unused))
         return cls(wheel=wheel, sources=sources / "vllm")
+
+    @property
+    def requires(self) -> list[str]:
+        """What pip installs with it."""
+        name, version, *_ = self.wheel.name.split("-")
+        info = zipfile.Path(self.wheel, f"{name}-{version}.dist-info/")
+        return importlib.metadata.PathDistribution(info).requires or []
 
     def faults(self, *files: Path) -> list[str]:
         """What of some files does not fit this build, a line each, as mypy tells it."""

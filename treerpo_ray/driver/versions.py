@@ -59,7 +59,7 @@ def check_versions(stages: Sequence[Stage], look: Callable[[], Versions] = versi
         if node["Alive"]
         and any(s.count and fits(s, Node(node["Resources"], node["Labels"])) for s in stages)
     ]
-    if len(nodes) < 2:
+    if {node["NodeID"] for node in nodes} <= {ray.get_runtime_context().get_node_id()}:
         return
     ask = ray.remote(num_cpus=0, max_retries=0)(look)
     asked = {

@@ -201,6 +201,8 @@ def main() -> None:
     told["nodes that are alike"] = refusal(lambda: check_versions(stages))
     differing = refusal(lambda: check_versions(stages, look=lambda: {"node": own_node()}))
     told["nodes that differ"] = "install the same on all nodes" in str(differing)
+    alone = refusal(lambda: check_versions(stages[:1], look=lambda: {"node": own_node()}))
+    told["one node that differs from the driver's"] = "and the driver" in str(alone)
     ray.shutdown()
     cluster.shutdown()
     print(json.dumps(told))
