@@ -1,11 +1,13 @@
 """What is done to each layer leaves its numbers as they are."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._dynamo.utils import counters
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -14,19 +16,30 @@ from tests.support.learning.tiny_models import save_tiny_model
 from treerpo_ray.learner.layers import layers_of
 
 
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A group of workers of its own that a sharded learner makes ends with the test."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
 )  # torch's own
+@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
 def test_compiled_layers_make_the_same_updates_and_one_program_serves_all_forests(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shard: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: None
 ) -> None:
     """The compiler's front end alone: what it makes of the graphs is its own business."""
+    torch._dynamo.reset()
+    counters.clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     path = save_tiny_model(tmp_path, "qwen2")
     # A look at forks goes through the layers without gradients, for which they have a program more.
     settings = replace(FREE, gradient_checkpointing=True, fork_every=0)
     plain = make_learner(make_config(path, settings))
-    compiled = make_learner(make_config(path, replace(settings, compile=True)))
+    compiled = make_learner(make_config(path, replace(settings, compile=True, shard=shard)))
     frames = []
     for k in range(2):
         for learner in (plain, compiled):
