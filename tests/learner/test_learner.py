@@ -239,6 +239,16 @@ def test_two_minibatches_are_two_steps_against_the_logprobs_from_before_the_firs
     assert result.metrics["loss/clip_share"] == pytest.approx(num_clipped / len(expected))
 
 
+def test_only_minibatches_after_the_first_are_passed_before_any_step(path: str) -> None:
+    learner = make_learner(make_config(path, replace(FREE, minibatches=2)))
+    passes: list[bool] = []
+    learner.policy.model.base_model.register_forward_hook(
+        lambda *_: passes.append(torch.is_grad_enabled())
+    )
+    first, second = map(len, learner.update(mixed()).trained.minibatches)
+    assert passes == [False] * second + [True] * (first + second)
+
+
 def test_a_minibatch_without_a_kept_group_makes_no_step(path: str) -> None:
     config = make_config(path, replace(FREE, minibatches=2))
     records = [*mixed()[:2], *all_wrong(first=2, count=2)]

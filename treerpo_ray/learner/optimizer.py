@@ -96,11 +96,11 @@ class PolicyOptimizer:
         self, minibatches: Sequence[Sequence[Forest]], progress: float
     ) -> list[OptimizerStep]:
         """An optimizer step for each minibatch, all with the ratios to the policy before them."""
-        # With one minibatch the policy of the iteration's start is the current one.
+        # The first one's policy is the one before them, so that its own pass tells.
         old: list[list[torch.Tensor | None]] = [[None] * len(forests) for forests in minibatches]
-        if len(minibatches) > 1:
-            num_idle = self._idle_passes(sum(map(len, minibatches)))
-            old = [[self._logprobs_now(forest) for forest in forests] for forests in minibatches]
+        if later := minibatches[1:]:
+            num_idle = self._idle_passes(sum(map(len, later)))
+            old[1:] = [[self._logprobs_now(forest) for forest in forests] for forests in later]
             for _ in range(num_idle):
                 self._logprobs_now(IDLE)
         return [
