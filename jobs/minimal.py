@@ -35,7 +35,7 @@ from treerpo_ray.prompts import problems, prompt_set
 from treerpo_ray.user_code import load_module
 from treerpo_ray.verifier import check, verdict
 
-LEFT_OUT = "gate.max_redraws gate.revisit tree.delimiter loss.kl_coef run.max_sampled_tokens "
+LEFT_OUT = "gate.max_redraws tree.delimiter loss.kl_coef run.max_sampled_tokens "
 LEFT_OUT += "verifier.false_positive_rate verifier.false_negative_rate verifier.checks "
 LEFT_OUT += "model.trust_remote_code model.stop prompts.mix learner.length_weight tree.adaptive"
 

@@ -24,7 +24,7 @@ from treerpo_ray.driver.result import finished_result
 from treerpo_ray.evaluate.evaluation import save_evaluation
 from treerpo_ray.learner.stats import BatchStats
 from treerpo_ray.metrics.console import sentence
-from treerpo_ray.records import RootValue, TreeRecord, to_table
+from treerpo_ray.records import TreeRecord, to_table
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.run_folder.files import RunFolder
 from treerpo_ray.task import WorkerTask
@@ -70,9 +70,8 @@ class FakeLearner:
 
     def update(self) -> SimpleNamespace:
         self.version += 1
-        stats = BatchStats(root_values=(RootValue(0, 0, 0.5),))
         return SimpleNamespace(
-            has_updated=True, stats=stats, metrics={}, chosen=None, chosen_before=None
+            has_updated=True, stats=BatchStats(), metrics={}, chosen=None, chosen_before=None
         )
 
 
@@ -269,7 +268,7 @@ def test_with_staleness_the_next_update_is_made_while_engines_load_and_the_gate_
     worker.coordinator.publisher.wait()
     told = [name for name in fakes.calls if name in ("publish", "consumed")]
     assert told == ["publish", "consumed"] * 2
-    assert fakes.arguments["consumed"] == (1, (RootValue(0, 0, 0.5),), None)
+    assert fakes.arguments["consumed"] == (1, None)
     assert [fakes.arguments["publish"][0].version, worker.learner.version] == [2, 2]
 
 
@@ -284,7 +283,7 @@ def test_the_gate_hears_what_shape_is_chosen_and_the_log_where_it_is_another(
     update.chosen_before = before and ShapeChoice(num_children=before, token_share=0.6)
     worker.consume(11, update)
     worker.coordinator.publisher.wait()
-    assert fakes.arguments["consumed"][2] == (1, 8)
+    assert fakes.arguments["consumed"][1] == (1, 8)
     [event] = fakes.arguments["event"]
     assert event.kind == ("shape_chosen" if is_told else "consumed")
     if is_told:

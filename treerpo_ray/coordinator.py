@@ -204,8 +204,7 @@ class Coordinator:
     def _consumed(self, step: int, version: int, update: UpdateResult) -> GateState:
         size, chosen = self.config.gate.trees_per_step, update.chosen
         shape = None if chosen is None else chosen.num_children
-        roots = update.stats.root_values
-        state: GateState = self.get(self.actors.gate.consumed.remote(step, roots, shape))
+        state: GateState = self.get(self.actors.gate.consumed.remote(step, shape))
         self._note("consumed", step=step, first=step * size, trees=size, version=version)
         before = update.chosen_before
         if chosen is not None and (before is None or before.num_children != chosen.num_children):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -342,13 +342,3 @@ def _members(kind: type[MemberT], values: pa.Array) -> tuple[MemberT, ...]:
     encoded = values.dictionary_encode()
     members = np.array([kind(value) for value in encoded.dictionary.to_pylist()], object)
     return tuple(members[encoded.indices.to_numpy()].tolist())
-
-
-class RootValue(NamedTuple):
-    """Value of a tree's root, and what tells the tree's prompt."""
-
-    ticket: int
-    num_redraws: int
-    value: float
-    variance: float | None = None
-    """Of an answer's reward; None: value (1 - value), as all rewards are 0 or 1."""

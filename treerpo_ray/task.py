@@ -1,6 +1,6 @@
 """Task: what crosses between the stages of a run, and what its train workers are told."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NewType, Protocol, TypeVar
 
@@ -12,7 +12,7 @@ from treerpo_ray.metrics.events import RunLogApi
 from treerpo_ray.metrics.stage_status import StageApi
 from treerpo_ray.metrics.watchdog import HeartbeatsApi
 from treerpo_ray.prompts.prompt_set import PromptSet
-from treerpo_ray.records import RootValue, TreeRecord
+from treerpo_ray.records import TreeRecord
 from treerpo_ray.weights.source import OutgoingPlace
 
 if TYPE_CHECKING:  # the stages stand above this module
@@ -54,12 +54,7 @@ class GateApi(StageApi, Protocol):
         """See `Gate`, as for all that follow."""
 
     @actor_method
-    def consumed(
-        self,
-        step: int,
-        root_values: Sequence[RootValue],
-        num_children: tuple[int, ...] | None = None,
-    ) -> GateState: ...
+    def consumed(self, step: int, num_children: tuple[int, ...] | None = None) -> GateState: ...
 
     @actor_method
     def restart(self, step: int, state: GateState | None) -> int: ...

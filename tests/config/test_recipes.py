@@ -35,7 +35,6 @@ SHARED = {
     "gate.trees_per_step": 128,
     "gate.max_staleness": 0,  # synchronous
     "gate.max_redraws": 0,  # no refill
-    "gate.revisit": 0.0,
     "learner.learning_rate": 1e-6,
     "learner.final_rate": 1.0,  # constant
     "learner.warmup_steps": 0,  # [C], and the next two

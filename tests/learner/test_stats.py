@@ -16,7 +16,7 @@ from treerpo_ray.algo.groups import step_groups
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree
 from treerpo_ray.learner.stats import BatchStats, Sums, count
 from treerpo_ray.metrics.rows import BY_SET
-from treerpo_ray.records import RootValue, TreeRecord
+from treerpo_ray.records import TreeRecord
 from treerpo_ray.verifier.verdict import Grade, Verdict
 
 C, W, E = Verdict.CORRECT, Verdict.WRONG, Verdict.ERRORED
@@ -71,10 +71,7 @@ def stats_of(records: list[TreeRecord]) -> tuple[list[np.ndarray], BatchStats]:
 
 
 def test_partial_credit_is_counted_by_hand() -> None:
-    """Rewards 1/2 and 0 below the one step, 1 and 1/4 below the other: 1/4 and 5/8, mean 7/16.
-
-    The squares have the means 1/8 and 17/32, so 21/64 altogether, less 49/256: 35/256.
-    """
+    """Rewards 1/2 and 0 below the one step, 1 and 1/4 below the other: 1/4 and 5/8, mean 7/16."""
     grades = [
         Grade(Verdict.PARTIAL, 0.5),
         Grade(W, 0.0),
@@ -82,14 +79,11 @@ def test_partial_credit_is_counted_by_hand() -> None:
         Grade(Verdict.PARTIAL, 0.25),
     ]
     _, stats = stats_of([record(make_tree(PARENTS), C, C, C, C).graded(grades)])
-    assert stats.root_values == (RootValue(0, 0, 7 / 16, 35 / 256),)
     assert (stats.value_sum, stats.num_with_correct) == (7 / 16, 1)
     metrics = stats.metrics(0)
     assert (metrics["verdict/partial"], metrics["verdict/correct"]) == (2, 1)
     # Of leaves that differ it is sqrt(N) whatever their rewards.
     assert metrics["groups/signal_to_noise_depth_2"] == pytest.approx(2**0.5)
-    _, plain = stats_of([record(make_tree(PARENTS), C, W, W, W)])
-    assert plain.root_values == (RootValue(0, 0, 1 / 4),)
 
 
 def test_the_mean_reward_by_data_set_is_over_its_trees_that_have_one() -> None:
@@ -159,7 +153,6 @@ def test_the_statistics_of_a_tree_by_hand() -> None:
         version_sum=4,
         last_finished_s=9,
         last_scored_s=10,
-        root_values=(RootValue(ticket=7, num_redraws=0, value=0.25),),
         num_moved=2,
         num_later_siblings=3,
     )
@@ -177,7 +170,6 @@ def test_an_errored_leaf_leaves_out_its_groups_up_to_the_prompt_and_no_others() 
         "errored_depth_2": 1,
     }
     assert (stats.num_valued, stats.value_sum, stats.num_with_correct) == (0, 0.0, 1)
-    assert stats.root_values == ()
 
 
 def test_the_metrics_of_a_batch_by_hand() -> None:

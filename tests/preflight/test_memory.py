@@ -84,6 +84,8 @@ def test_of_adapters_a_worker_holds_gradients_and_moments_and_of_the_model_its_w
         {part: size / GIB for part, size in counted.items()}
     )
     assert "reference model" not in plan.worker, "it is the model itself"
+    by_name = MemoryPlan.of(config, count, None).worker
+    assert not {"gradients and AdamW", "copies in bfloat16"} & by_name.keys(), "nothing told as 0"
     assert plan.engine["weights"] == pytest.approx((2 * count + 4 * adapted) / 2 / GIB)
     file = PROJECT / "conf/hardware/one_gpu_lora.yaml"
     on_one = recipe("treerpo_qwen2.5_math_7b", str(file))

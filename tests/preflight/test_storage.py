@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.project import PROJECT, load_script
 from treerpo_ray.config import load
-from treerpo_ray.preflight.storage import check_folder
+from treerpo_ray.preflight.storage import StoragePlan, check_folder
 
 QUICKSTART = [str(PROJECT / "conf/quickstart.yaml"), "run.root=/runs"]
 
@@ -38,6 +38,16 @@ def test_a_run_inside_the_folder_of_another_one_is_refused(tmp_path) -> None:
             check(f"run.root={tmp_path}", f"run.name={name}")
     check(f"run.root={tmp_path}", "run.name=other")
     check(f"run.root={tmp_path}", "run.name=group/mine")
+
+
+def test_checkpoints_of_adapters_have_a_size_once_the_model_is_at_hand(tmp_path: Path) -> None:
+    config = load([*QUICKSTART, f"run.root={tmp_path}", "lora.rank=8"])
+    known = StoragePlan.of(config, 1e9, 1e6)
+    assert known.line().startswith("3 checkpoints of 12 MB, ")
+    unknown = StoragePlan.of(config, 1e15, None)
+    assert unknown.line().startswith("3 checkpoints of adapters alone, ")
+    assert known.total - StoragePlan.of(config, 1e9, None).total == 3 * 12_000_000
+    assert unknown.misfit() is None
 
 
 class Store(fsspec.implementations.memory.MemoryFileSystem):

@@ -1,7 +1,6 @@
-"""The gate admits what may be trained in time; a ticket follows from number and measurements."""
+"""The gate admits what may be trained in time; a ticket follows from number and shapes."""
 
 import asyncio
-import json
 from collections.abc import Coroutine
 
 import pytest
@@ -9,8 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treerpo_ray.prompts.mixture import Mixture, Turns, one_set
-from treerpo_ray.records import RootValue
-from treerpo_ray.search.curriculum import Measurement
 from treerpo_ray.search.gate import Gate, from_state, redrawn, to_state
 from treerpo_ray.search.shapes import ChosenShape
 from treerpo_ray.task import GateState, Ticket
@@ -67,7 +64,7 @@ def test_issued_less_consumed_never_exceeds_the_window_and_every_ticket_is_issue
             issued += await all_now(gate)
             assert len(issued) - step * trees == min(window, (num_steps - step) * trees)
             assert len(issued) >= (step + 1) * trees, "the next batch can always be finished"
-            gate.consumed(step, ())
+            gate.consumed(step)
         assert await all_now(gate) == []
         assert issued == list(range(num_steps * trees))
 
@@ -122,12 +119,12 @@ def test_those_who_wait_for_a_ticket_are_woken_when_a_step_is_consumed_and_get_o
         waiting = [asyncio.create_task(gate.next(gate.session)) for _ in range(3)]
         await asyncio.sleep(0)
         assert not any(task.done() for task in waiting)
-        gate.consumed(0, ())
+        gate.consumed(0)
         async with asyncio.timeout(600):
             done, still = await asyncio.wait(waiting, return_when="FIRST_COMPLETED")
             await asyncio.sleep(0)
         assert sorted(task.result().number for task in done) == [2, 3]
-        gate.consumed(1, ())
+        gate.consumed(1)
         async with asyncio.timeout(600):
             assert [(await task).number for task in still] == [4]
 
@@ -137,9 +134,9 @@ def test_those_who_wait_for_a_ticket_are_woken_when_a_step_is_consumed_and_get_o
 @pytest.mark.parametrize("step", [0, 2, 7])
 def test_a_step_that_is_consumed_twice_or_skips_others_is_refused(step: int) -> None:
     gate = make_gate()
-    gate.consumed(0, ())
+    gate.consumed(0)
     with pytest.raises(RuntimeError, match=f"step {step} consumed, but step 1 is due"):
-        gate.consumed(step, ())
+        gate.consumed(step)
     assert gate.done() == 1
 
 
@@ -148,14 +145,14 @@ def test_a_restart_issues_the_tickets_from_its_step_on_once_more(step: int) -> N
     async def scenario() -> None:
         gate = make_gate(trees_per_step=2, max_staleness=1, num_steps=4)
         await all_now(gate)
-        gate.consumed(0, ())
-        gate.consumed(1, ())
+        gate.consumed(0)
+        gate.consumed(1)
         await all_now(gate)
         gate.restart(step, None)
         assert gate.done() == step
         last = min(step + 2, 4) * 2
         assert await all_now(gate) == list(range(step * 2, last))
-        gate.consumed(step, ())
+        gate.consumed(step)
         assert gate.done() == step + 1
 
     asyncio.run(scenario())
@@ -166,7 +163,7 @@ def test_nothing_is_issued_past_the_last_step_and_its_consumption_ends_the_run()
         gate = make_gate(trees_per_step=2, max_staleness=3, num_steps=2)
         assert await all_now(gate) == [0, 1, 2, 3]
         for step in range(2):
-            gate.consumed(step, ())
+            gate.consumed(step)
         assert await all_now(gate) == []
 
     asyncio.run(scenario())
@@ -174,11 +171,11 @@ def test_nothing_is_issued_past_the_last_step_and_its_consumption_ends_the_run()
 
 def test_a_stop_ends_the_run_with_the_step_that_is_under_way() -> None:
     gate = make_gate(num_steps=5)
-    gate.consumed(0, ())
+    gate.consumed(0)
     assert not gate.is_told_to_stop()
     gate.stop()
     assert gate.is_told_to_stop()
-    gate.consumed(1, ())
+    gate.consumed(1)
     assert gate.done() == 2
 
 
@@ -229,8 +226,7 @@ def test_tickets_of_several_sets_follow_their_mixture_and_come_again_as_they_wer
     again = [redrawn(make().ticket(n), 1, mixture=mixture, seed=2).prompt for n in range(60)]
     assert 20 < sum(prompt < 3 for prompt in again) < 40
     gate = make()
-    gate.consumed(0, ())
-    gate.restart(1, ())
+    gate.restart(1, gate.consumed(0))
     assert [gate.ticket(n).prompt for n in range(4, 60)] == prompts[4:]
 
 
@@ -249,97 +245,6 @@ def test_a_redrawn_ticket_keeps_its_number_and_draws_another_prompt_each_time() 
     assert max(ticket.prompt for ticket in drawn) < 1000
 
 
-# Revisits --------------------------------------------------------------------------------------
-
-
-def value_of(ticket: Ticket) -> float:
-    """A value that follows from the ticket; one in three is 0 or 1."""
-    return ticket.seed % 7 / 6
-
-
-def revisiting(staleness: int, revisit: float = 0.5) -> Gate:
-    return Gate(
-        mixture=one_set(40),
-        trees_per_step=6,
-        max_staleness=staleness,
-        num_steps=12,
-        seed=3,
-        num_children=SHAPE,
-        revisit=revisit,
-    )
-
-
-def run_on(gate: Gate, num_steps: int) -> tuple[dict[int, Ticket], GateState | None]:
-    """Consume steps until `num_steps` are done; returns the tickets that were let out, and the
-    state after the last step."""
-    issued: dict[int, Ticket] = {}
-    state = None
-    while gate.done() < num_steps:
-        while gate.issued < gate.limit:
-            ticket = asyncio.run(gate.next(gate.session))
-            issued[ticket.number] = ticket
-        due = [issued[gate.done() * 6 + place] for place in (4, 1, 5, 0, 3, 2)]  # as they finish
-        roots = [RootValue(t.number, 0, value_of(t)) for t in due]
-        state = gate.consumed(gate.done(), roots)
-    return issued, state
-
-
-@pytest.mark.parametrize("staleness", [0, 2])
-def test_tickets_come_back_only_to_what_was_measured_before_their_admission(
-    staleness: int,
-) -> None:
-    gate, plain = revisiting(staleness), revisiting(staleness, revisit=0.0)
-    issued, _ = run_on(gate, 12)
-    num_back = 0
-    for number, ticket in issued.items():
-        assert ticket.seed == plain.ticket(number).seed
-        if ticket == plain.ticket(number):
-            continue
-        known = [issued[n] for n in range(max(number // 6 - staleness, 0) * 6)]
-        newest = {past.prompt: value_of(past) for past in known}
-        assert 0 < newest[ticket.prompt] < 1
-        num_back += 1
-    # Half of those for whom anything was known; a revisit to the prompt in turn is not seen.
-    expected = 6 * (11 - staleness) / 2
-    assert num_back == pytest.approx(expected, abs=3 * (expected / 2) ** 0.5)
-
-
-@pytest.mark.parametrize("staleness", [0, 2])
-@pytest.mark.parametrize("step", [1, 2, 5, 11])
-def test_a_run_that_goes_on_from_its_measurements_issues_the_tickets_of_one_without_a_break(
-    staleness: int, step: int
-) -> None:
-    ahead = revisiting(staleness)
-    _, state = run_on(revisiting(staleness), step)
-    whole, _ = run_on(ahead, 12)
-    for gate in (revisiting(staleness), ahead):  # in another process, or the same one put back
-        gate.restart(step, state)
-        assert run_on(gate, 12)[0] == {number: whole[number] for number in range(step * 6, 72)}
-
-
-def test_without_revisits_values_change_no_ticket_and_are_not_kept() -> None:
-    gate = revisiting(0, revisit=0.0)
-    issued, _ = run_on(gate, 12)
-    assert issued == {number: revisiting(0, revisit=0.0).ticket(number) for number in range(72)}
-    assert sorted(issued[n].prompt for n in range(40)) == list(range(40))
-    assert gate.curriculum.measurements == []
-
-
-def test_a_redrawn_tree_measures_the_prompt_that_it_was_grown_from() -> None:
-    gate = revisiting(1)
-    gate.consumed(0, [RootValue(4, 2, 0.5), RootValue(1, 0, 0.25)])
-    assert gate.curriculum.measurements == [
-        Measurement(0, gate.ticket(1).prompt, 0.25),
-        Measurement(0, redrawn(gate.ticket(4), 2, mixture=one_set(40), seed=3).prompt, 0.5),
-    ]
-
-
-def test_measurements_of_prompts_that_the_data_set_no_longer_has_are_left_out() -> None:
-    gate = revisiting(0)
-    gate.restart(1, to_state([Measurement(0, 39, 0.5), Measurement(0, 40, 0.5)], []))
-    assert gate.curriculum.measurements == [Measurement(0, 39, 0.5)]
-
-
 # Shapes ----------------------------------------------------------------------------------------
 
 
@@ -352,7 +257,6 @@ def adapting(staleness: int) -> Gate:
         seed=3,
         num_children=SHAPE,
         adapt_every=4,
-        revisit=0.5,
     )
 
 
@@ -366,9 +270,8 @@ def adapt(gate: Gate, told: dict[int, int]) -> tuple[dict[int, Ticket], list[Gat
             ticket = asyncio.run(gate.next(gate.session))
             issued[ticket.number] = ticket
         step = gate.done()
-        roots = [RootValue(n, 0, value_of(issued[n])) for n in range(step * 3, step * 3 + 3)]
         chosen = (1, told[step]) if step in told else None
-        states.append(gate.consumed(step, roots, chosen))
+        states.append(gate.consumed(step, chosen))
     return issued, states
 
 
@@ -404,11 +307,7 @@ def test_a_shape_follows_from_steps_that_were_consumed_before_any_of_its_trees_b
             assert without[number] == whole[number], "whatever is told afterwards"
 
 
-MEASURED = [Measurement(0, 3, 0.5), Measurement(2, 6, 1.0, 0.0), Measurement(3, 5, 1 / 3)]
-
-
-def test_measurements_and_shapes_come_back_from_a_state_as_they_were() -> None:
+def test_shapes_come_back_from_a_state_as_they_were() -> None:
     shapes = [ChosenShape(1, (1, 8)), ChosenShape(11, (1, 1, 16))]
-    assert from_state(to_state(MEASURED, shapes)) == (MEASURED, shapes)
-    assert from_state(to_state([], [])) == from_state(None) == ([], [])
-    assert from_state(GateState(json.dumps(MEASURED))) == (MEASURED, []), "without shapes"
+    assert from_state(to_state(shapes)) == shapes
+    assert from_state(to_state([])) == from_state(None) == []

@@ -37,7 +37,7 @@ from treerpo_ray.engine.pool import MAX_STARTS
 from treerpo_ray.engine.types import Sampling
 from treerpo_ray.metrics.stage_status import stalled
 from treerpo_ray.prompts.mixture import one_set
-from treerpo_ray.records import RootValue, TreeRecord
+from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder import trees as saved_trees
 from treerpo_ray.search.gate import Gate, redrawn
 from treerpo_ray.search.tree_pool import TreePool
@@ -78,7 +78,7 @@ async def consume(
             assert tree.tree.max_version <= step
         consumed += batch
         await serve(pool, step + 1)
-        gate.consumed(step, ())
+        gate.consumed(step)
     return consumed
 
 
@@ -169,7 +169,7 @@ def test_an_engine_that_does_not_prove_new_weights_serves_none_and_is_replaced(
         assert fleet.killed == [fleet.started[0][0]]
         serving = {replica.index: replica.is_serving for replica in pool.engines.replicas}
         assert serving == {0: False, 1: True}
-        gate.consumed(0, ())
+        gate.consumed(0)
         while len(fleet.of("engine_serving")) < 3:
             await asyncio.sleep(0.01)
         assert fleet.started[0][1].calls[:3] == ["start", "load 1", "probe"]
@@ -323,7 +323,7 @@ def test_a_pool_goes_on_from_what_another_one_had_not_had_consumed(
         for done in range(step):
             await take(pool, TREES)
             await serve(pool, done + 1)
-            gate.consumed(done, ())
+            gate.consumed(done)
         for _ in range(turns):
             await asyncio.sleep(0)
         await pool.take("reader", taken, 0.0)
@@ -369,7 +369,7 @@ def test_a_learner_that_is_lost_goes_on_from_what_its_own_pool_holds_of_the_vers
         for done in range(lost):
             await take(pool, TREES)
             await serve(pool, done + 1)
-            gate.consumed(done, ())
+            gate.consumed(done)
         for _ in range(turns):
             await asyncio.sleep(0)
         grown = await pool.recall(first * TREES)
@@ -400,7 +400,7 @@ def test_trees_in_the_stream_are_kept_until_their_step_is_consumed() -> None:
         assert {tree.ticket for tree in await pool.unconsumed(0)} >= tickets
         for step in range(3):
             await serve(pool, step + 1)
-            gate.consumed(step, ())
+            gate.consumed(step)
             await take(pool, TREES)
         kept = [tree.ticket for tree in await pool.unconsumed(0)]
         assert min(kept) >= TREES, "what was consumed steps ago is given up"
@@ -436,34 +436,6 @@ def test_a_saved_tree_of_another_seed_or_prompt_is_not_used(other: tuple[int, in
         await pool.stop()
 
     assert differs
-    run(scenario(Fleet()))
-
-
-@pytest.mark.parametrize("keeps_values", [True, False])
-def test_a_saved_tree_of_a_revisited_prompt_is_used_where_its_ticket_comes_back_to_it_again(
-    keeps_values: bool,
-) -> None:
-    async def scenario(fleet: Fleet) -> None:
-        config = make_config()
-        gate = make_gate(config, revisit=0.9)
-        pool = await opened(config, fleet, gate)
-        for step in range(2):
-            batch = await take(pool, TREES)
-            await serve(pool, step + 1)
-            state = gate.consumed(step, [RootValue(tree.ticket, 0, 0.5) for tree in batch])
-        await pool.take("reader", TREES, 1.0)
-        saved = await pool.unconsumed(2 * TREES)
-        before = {tree.ticket: gate.ticket(tree.ticket) for tree in saved}
-        session = gate.restart(2, state if keeps_values else None)
-        same = {number for number, ticket in before.items() if gate.ticket(number) == ticket}
-        assert (len(same) == len(saved) > 0) == keeps_values
-        await pool.grow_tickets(Handle(gate), session, 2 * TREES, 1, saved)
-        for tree in await take(pool, TREES, "another reader"):
-            prompt = gate.ticket(tree.ticket).prompt
-            assert tree.tree.prompt_ids.tolist() == PROMPTS.token_ids[prompt]
-        assert {event["ticket"] for event in fleet.of("tree_reused")} == same
-        await pool.stop()
-
     run(scenario(Fleet()))
 
 
@@ -509,7 +481,7 @@ def test_a_tree_has_the_shape_of_its_ticket_redrawn_and_resumed_too() -> None:
             batch = await take(pool, TREES)
             assert all(children == 2 for tree in batch for _, children in counts(tree.tree))
             await serve(pool, step + 1)
-            state = gate.consumed(step, (), None if step else chosen)
+            state = gate.consumed(step, None if step else chosen)
         batch = {tree.ticket: tree for tree in await take(pool, TREES)}
         number, past = next((n, tree) for n, tree in batch.items() if n >= 2 * TREES)
         await pool.redraw("reader", past)

@@ -25,8 +25,8 @@ from treerpo_ray.study.analysis import Run
 from treerpo_ray.study.audit import faults
 from treerpo_ray.task import TreePoolApi
 
-STRICT = ("gate.max_staleness=0", "gate.revisit=0.5", "sync.probe_every=1")
-"""Every prompt follows from the trees of the steps before."""
+STRICT = ("gate.max_staleness=0", "sync.probe_every=1")
+"""Every tree is grown by the weights that all steps before it have made."""
 GONE_S = 1500.0
 """Far more than a process takes to be gone."""
 

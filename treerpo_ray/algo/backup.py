@@ -28,16 +28,6 @@ class Values:
     root_error: float
 
 
-def reward_variance(tree: Tree, rewards: Float[np.ndarray, " steps"]) -> float:
-    """Variance of the reward of one answer, drawn with the weight that it has in the root's value.
-
-    v (1 - v) with the root's value v where all rewards are 0 or 1. The arguments and errors are
-    those of `mean_backup`.
-    """
-    root = mean_backup(tree, rewards).root
-    return max(0.0, mean_backup(tree, rewards**2).root - root**2)
-
-
 def mean_backup(tree: Tree, rewards: Float[np.ndarray, " steps"]) -> Values:
     """Value of a step := plain mean of its children's values (arXiv 2506.05183, section 3.1).
 

@@ -119,11 +119,6 @@ class Config:
             raise ValueError(f"run.root={self.run.root}: there is no such home; give a whole path")
         for key, value, limits in numbers(self):
             _check_number(key, value, limits)
-        if not 0 <= self.gate.revisit < 1:
-            raise ValueError(
-                f"gate.revisit={self.gate.revisit} must be at least 0 and less than 1: only what "
-                "follows the data set meets new prompts"
-            )
         for key, times in (("engine.request_timeout_s", 1), ("engine.load_timeout_s", 2)):
             if self.run.stall_timeout_s <= times * (value := attrgetter(key)(self)):
                 raise ValueError(

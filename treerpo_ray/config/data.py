@@ -100,8 +100,7 @@ class PromptsConfig(DataConfig):
     mix: dict[str, MixedConfig] = field(default_factory=dict)
     """In place of `path`: several data sets by name, such as {a: {path: a.jsonl, weight: 2}}. Each
     ticket draws a set by weight, and its prompts come in turn: none again before all others of
-    its set, so that small sets begin again while large ones go on. `gate.revisit` draws by value
-    alone."""
+    its set, so that small sets begin again while large ones go on."""
 
     @property
     def sets(self) -> tuple[str, ...]:

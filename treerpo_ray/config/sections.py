@@ -150,10 +150,6 @@ class GateConfig:
     """Learner steps by which a tree may be behind; 0 is strictly on-policy."""
     max_redraws: int = field(default=0, metadata=NOT_NEGATIVE)
     """Times a ticket whose tree has no kept group draws another prompt (DAPO's refill)."""
-    revisit: float = 0.0
-    """Share of tickets that come back to a prompt, drawn in proportion to the variance of an
-    answer's reward when it was last measured: v(1 - v) with the root value v, where rewards are 0
-    or 1. The others follow the data set."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -323,7 +323,6 @@ def _make_actors(
         seed=config.run.seed,
         num_children=config.tree.num_children,
         adapt_every=config.learner.fork_every if config.tree.adaptive else 0,
-        revisit=config.gate.revisit,
     )
     return RunActors(
         gate=gate,

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float64
 
-from treerpo_ray.algo.backup import Values, reward_variance
+from treerpo_ray.algo.backup import Values
 from treerpo_ray.algo.calibration import NUM_BINS, calibration_bins, calibration_error
 from treerpo_ray.algo.groups import GroupState, Pruning, StepGroups, count_duplicates
 from treerpo_ray.metrics.rows import BY_SET
 from treerpo_ray.prompts.mixture import set_of
-from treerpo_ray.records import RootValue, TreeRecord
+from treerpo_ray.records import TreeRecord
 from treerpo_ray.verifier.verdict import Verdict
 
 
@@ -79,8 +79,6 @@ class BatchStats:
     """Unix time at which the last tree was scored."""
     num_moved: int = 0
     """Times a tree had to go to another engine."""
-    root_values: tuple[RootValue, ...] = ()
-    """Root values of the trees that have one."""
     num_redraws: int = 0
     """Trees that were put aside for having no kept group; their tokens count as sampled."""
 
@@ -188,9 +186,6 @@ def count(
     groups, sums = _count_groups(step_groups, pruning)
     known = errors[~np.isnan(errors)]
     sums += Sums(advantage_se=float(known.sum()), num_advantage_se=len(known))
-    # Where all rewards are 0 or 1 it follows from the value.
-    variance = reward_variance(tree, record.rewards) if record.leaf_rewards else None
-    root = RootValue(record.ticket, record.num_redraws, float(values.root), variance)
     has_tokens = len(tree.token_ids) > 0
     verdicts = Counter[str](record.verdicts)
     lengths = tree.path_lengths[list(tree.leaves)]
@@ -222,7 +217,6 @@ def count(
         last_finished_s=record.finished_at_s,
         last_scored_s=record.scored_at_s,
         num_moved=record.attempt,
-        root_values=(root,) if is_valued else (),
         num_redraws=record.num_redraws,
     )
 

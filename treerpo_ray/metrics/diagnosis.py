@@ -220,8 +220,8 @@ RULES = (
         key="min_kept_share",
         metric="groups/kept_share",
         what="hardly any step group is kept, so that hardly anything is learned",
-        remedy="take prompts of other difficulty (prompts.path), raise gate.max_redraws, "
-        "gate.revisit or tree.num_children, or lower learner.prune_threshold",
+        remedy="take prompts of other difficulty (prompts.path), raise gate.max_redraws "
+        "or tree.num_children, or lower learner.prune_threshold",
         is_low=True,
         measure=_kept_share,
     ),
@@ -229,7 +229,7 @@ RULES = (
         key="min_trained_share",
         metric="tokens/trained_share",
         what="hardly any of the sampled tokens are trained",
-        remedy="raise tree.num_children or gate.revisit, or lower learner.prune_threshold",
+        remedy="raise tree.num_children, or lower learner.prune_threshold",
         is_low=True,
         measure=_trained_share,
     ),

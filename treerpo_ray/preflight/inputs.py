@@ -224,7 +224,7 @@ def _storage(config: Config, facts: ModelFacts | None) -> tuple[str, str | None]
     size = num_parameters(config, facts)
     if size is None:
         return "unknown, as the model is", None
-    plan = StoragePlan.of(config, size, 0 if facts is None else facts.sizes.num_adapted)
+    plan = StoragePlan.of(config, size, None if facts is None else facts.sizes.num_adapted)
     try:
         return plan.line(), plan.misfit()
     except OSError as error:

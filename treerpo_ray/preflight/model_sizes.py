@@ -101,7 +101,8 @@ def worker_parts(config: Config, count: float, sizes: ModelSizes | None) -> dict
         parts[ACTIVATIONS] = _activation_bytes(config, sizes)
     if config.sync.transport != "file":  # on the first worker's GPU
         parts[OUTGOING] = computes_in * trained
-    found = {part: size / GIB for part, size in parts.items()}
+    # Adapters of a model that is not at hand are not counted: their parts are missing.
+    found = {part: size / GIB for part, size in parts.items() if size > 0}
     if config.learner.resources.get("GPU", 0) > 0:
         found[CUDA] = CUDA_GIB + GAPS * found.get(ACTIVATIONS, 0.0)
     return found

@@ -32,7 +32,7 @@ class StoragePlan:
     """Bytes of each part, and the disk that it goes to.
 
     Args:
-        checkpoint: One of them.
+        checkpoint: One of them; None where it is not known, as no model is at hand.
         num_checkpoints: Those that are kept, and the one that is being written.
         model: The exported model.
         trees: Of one learner step, at most; 0 if none are saved.
@@ -42,7 +42,7 @@ class StoragePlan:
         is_local: Whether the run folder is on a disk.
     """
 
-    checkpoint: int
+    checkpoint: int | None
     num_checkpoints: int
     model: int
     trees: int
@@ -52,16 +52,17 @@ class StoragePlan:
     is_local: bool
 
     @classmethod
-    def of(cls, config: Config, num_parameters: float, num_adapted: float = 0.0) -> Self:
-        """The plan of a run of a model with so many parameters, of which so many numbers in
-        adapters are trained where `lora.rank` is above 0."""
+    def of(cls, config: Config, num_parameters: float, num_adapted: float | None) -> Self:
+        """The plan of a run of a model with so many parameters and, where `lora.rank` is above 0,
+        so many numbers in the adapters that are trained; None: that is not known."""
         has_adapters = config.lora.rank > 0
+        trained = num_adapted if has_adapters else num_parameters
         model_bytes = DTYPE_BYTES[config.model.dtype] if has_adapters else MODEL_BYTES
         folder, every = RunFolder(config.folder), config.metrics.save_trees_every
         place = Path(folder.root if folder.is_local else tempfile.gettempdir())
         there = [place / CHECKPOINTS, place / MODEL_FOLDER] if folder.is_local else []
         return cls(
-            checkpoint=int(BYTES_A_PARAMETER * (num_adapted if has_adapters else num_parameters)),
+            checkpoint=None if trained is None else int(BYTES_A_PARAMETER * trained),
             num_checkpoints=config.checkpoint.keep + 1,
             model=int(model_bytes * num_parameters),
             trees=TREE_BYTES * config.gate.trees_per_step * config.largest_shape.max_sampled_tokens
@@ -78,7 +79,9 @@ class StoragePlan:
     @property
     def total(self) -> int:
         """Bytes that the run will have written at most, but for lines and logs."""
-        return self.num_checkpoints * self.checkpoint + self.model + self.trees * self.num_steps
+        return (
+            self.num_checkpoints * (self.checkpoint or 0) + self.model + self.trees * self.num_steps
+        )
 
     def line(self) -> str:
         """The plan in one line.
@@ -87,13 +90,14 @@ class StoragePlan:
             OSError: the disk does not say how much room it has.
         """
         free, disk = free_bytes(self.place), disk_of(self.place)
+        checkpoint = "adapters alone" if self.checkpoint is None else size(self.checkpoint)
         parts = (
-            f"{self.num_checkpoints} checkpoints of {size(self.checkpoint)}, model "
+            f"{self.num_checkpoints} checkpoints of {checkpoint}, model "
             f"{size(self.model)}, trees up to {size(self.trees)} a step"
         )
         short = self.total - self.written - free if self.is_local else 0
         lacking = f", {size(short)} too little: it would wait for room" if short > 0 else ""
-        if free < self.checkpoint:
+        if self.checkpoint is not None and free < self.checkpoint:
             lacking = ", too little for one checkpoint"
         use = "" if self.is_local else " for one checkpoint at a time"
         return f"{parts}: {size(self.total)}; {size(free)} free on {disk}{use}{lacking}"
@@ -105,7 +109,7 @@ class StoragePlan:
             OSError: it does not say.
         """
         free = free_bytes(self.place)
-        if free >= self.checkpoint:
+        if self.checkpoint is None or free >= self.checkpoint:
             return None
         use = "" if self.is_local else ", where a checkpoint lies until it is uploaded,"
         return (

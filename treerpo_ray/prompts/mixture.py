@@ -32,11 +32,6 @@ class Mixture:
     weights: tuple[float, ...]
 
     @property
-    def num_prompts(self) -> int:
-        """Size of the training set."""
-        return sum(self.sizes)
-
-    @property
     def shares(self) -> tuple[float, ...]:
         """Share of the tickets that each set gets."""
         return tuple(weight / sum(self.weights) for weight in self.weights)

@@ -5,9 +5,9 @@ other. Ticket t may be issued once t < B (steps done + 1 + max_staleness), which
 issued - consumed by B (1 + max_staleness) and the age of every tree by max_staleness, without
 throwing any work away.
 
-A ticket is a pure function of its number and, where some come back to prompts for their values or
-trees fork where it pays, of what was measured in the learner steps that its admission waits for: up
-to k - 1 - max_staleness for batch k. So a run that is resumed issues the same tickets.
+A ticket is a pure function of its number and, where trees fork where it pays, of what was measured
+in the learner steps that its admission waits for: up to k - 1 - max_staleness for batch k. So a run
+that is resumed issues the same tickets.
 """
 
 import asyncio
@@ -22,8 +22,6 @@ import numpy as np
 from treerpo_ray.algo.forks.adaptive_shape import Shape
 from treerpo_ray.metrics.stage_status import StageStatus, WatchedStage
 from treerpo_ray.prompts.mixture import Mixture, Turns
-from treerpo_ray.records import RootValue
-from treerpo_ray.search.curriculum import Curriculum, Measurement
 from treerpo_ray.search.shapes import AdaptiveShapes, ChosenShape
 from treerpo_ray.task import GateState, Ticket
 
@@ -35,14 +33,13 @@ class Gate(WatchedStage):
 
     Args:
         mixture: The data sets that are trained on, one or several, whose prompts take turns as its
-            module says; the turn of a prompt is lost where its ticket comes back to another one.
+            module says.
         trees_per_step: B, trees that one learner step consumes.
         max_staleness: Learner steps by which a tree may be behind; 0 is strictly on-policy.
         num_steps: Learner steps of the whole run; no ticket is issued for later ones.
-        seed: Seed of the permutations, the revisits and of every tree.
+        seed: Seed of the permutations and of every tree.
         num_children: Shape of the trees; where it adapts, of those that measure.
         adapt_every: Learner steps between two that measure, where it adapts; see `AdaptiveShapes`.
-        revisit: Share of tickets that come back to a measured prompt; see `Curriculum`.
     """
 
     def __init__(
@@ -55,12 +52,10 @@ class Gate(WatchedStage):
         seed: int,
         num_children: Shape,
         adapt_every: int = 0,
-        revisit: float = 0.0,
     ) -> None:
-        self.mixture, self.trees_per_step = mixture, trees_per_step
-        self.max_staleness, self.num_steps, self.seed = max_staleness, num_steps, seed
+        self.trees_per_step, self.max_staleness = trees_per_step, max_staleness
+        self.num_steps, self.seed = num_steps, seed
         self._turns = Turns(mixture=mixture, seed=seed)
-        self.curriculum = Curriculum(share=revisit, seed=seed)
         self.shapes = AdaptiveShapes(measuring=num_children, every=adapt_every)
         self.steps_done = 0
         self.issued = 0
@@ -75,13 +70,13 @@ class Gate(WatchedStage):
     def ticket(self, number: int) -> Ticket:
         """The ticket with that number, of a step that is not done; see the module text."""
         step = number // self.trees_per_step
-        last_step = self._last_measured(step)
-        prompt = self.curriculum.revisited(number, last_step)
-        if prompt is None:
-            prompt = self._turns.prompt(number)
         seed = int(np.random.SeedSequence((self.seed, number)).generate_state(1, np.uint64)[0])
-        shape = self.shapes.shape(step, last_step)
-        return Ticket(number=number, prompt=prompt, seed=seed >> 1, num_children=shape)
+        return Ticket(
+            number=number,
+            prompt=self._turns.prompt(number),
+            seed=seed >> 1,
+            num_children=self.shapes.shape(step, self._last_measured(step)),
+        )
 
     @property
     def limit(self) -> int:
@@ -104,14 +99,11 @@ class Gate(WatchedStage):
         self._moved_at = time.monotonic()
         return ticket
 
-    def consumed(
-        self, step: int, root_values: Sequence[RootValue], num_children: Shape | None = None
-    ) -> GateState:
+    def consumed(self, step: int, num_children: Shape | None = None) -> GateState:
         """Learner step `step` has consumed its tickets and every engine serves what came of it.
 
         Args:
             step: The learner step that is due.
-            root_values: Those of its trees, in any order; those that errored have none.
             num_children: The shape that is chosen with what it measured; None: it measured none.
 
         Returns:
@@ -122,14 +114,13 @@ class Gate(WatchedStage):
         """
         if step != self.steps_done:
             raise RuntimeError(f"learner step {step} consumed, but step {self.steps_done} is due")
-        self._measure(step, root_values)
         if num_children is not None:
             chosen = ChosenShape(step, tuple(num_children))
             self.shapes.add(chosen, self._last_measured(step + 1))
         self.steps_done = step + 1
         self._moved_at = time.monotonic()
         self._moved.set()
-        return to_state(self.curriculum.measurements, self.shapes.chosen)
+        return to_state(self.shapes.chosen)
 
     def restart(self, step: int, state: GateState | None) -> int:
         """Begin again at learner step `step`: tickets from there on are issued anew.
@@ -143,7 +134,9 @@ class Gate(WatchedStage):
         """
         log.info("gate restarts at step %d (was %d)", step, self.steps_done)
         self.steps_done, self.issued = step, step * self.trees_per_step
-        self._remember(state)
+        self.shapes = AdaptiveShapes(
+            measuring=self.shapes.measuring, every=self.shapes.every, chosen=from_state(state)
+        )
         self.session += 1
         self._moved.set()
         return self.session
@@ -175,32 +168,6 @@ class Gate(WatchedStage):
         """End the run after the learner step that is under way."""
         self.is_stopping = True
 
-    # What was measured, and what a resumed run needs of it ---------------------------------------
-
-    def _remember(self, state: GateState | None) -> None:
-        num_prompts = self.mixture.num_prompts
-        measured, chosen = from_state(state)
-        own = [m for m in measured if m.prompt < num_prompts]  # data sets may shrink
-        self.curriculum = Curriculum(share=self.curriculum.share, seed=self.seed, measurements=own)
-        self.shapes = AdaptiveShapes(
-            measuring=self.shapes.measuring, every=self.shapes.every, chosen=chosen
-        )
-
-    def _measure(self, step: int, root_values: Sequence[RootValue]) -> None:
-        if self.curriculum.share:
-            values = sorted(root_values)  # so that two trees of a prompt have an order
-            found = [
-                Measurement(step, self._prompt_of(root), root.value, root.variance)
-                for root in values
-            ]
-            self.curriculum.add(found, self._last_measured(step + 1))
-
-    def _prompt_of(self, root: RootValue) -> int:
-        ticket = self.ticket(root.ticket)
-        if not root.num_redraws:
-            return ticket.prompt
-        return redrawn(ticket, root.num_redraws, mixture=self.mixture, seed=self.seed).prompt
-
     def _last_measured(self, step: int) -> int:
         """The last learner step that is done whenever tickets of learner step `step` are issued."""
         return step - 1 - self.max_staleness
@@ -218,18 +185,13 @@ def redrawn(ticket: Ticket, num_redraws: int, *, mixture: Mixture, seed: int) ->
     return replace(ticket, prompt=mixture.at(prompt), seed=tree_seed >> 1)
 
 
-def to_state(measurements: Sequence[Measurement], shapes: Sequence[ChosenShape]) -> GateState:
-    """What was measured of prompts, and the shapes that were chosen, as text."""
-    return GateState(json.dumps({"measurements": measurements, "shapes": shapes}))
+def to_state(shapes: Sequence[ChosenShape]) -> GateState:
+    """The shapes that were chosen, as text."""
+    return GateState(json.dumps({"shapes": shapes}))
 
 
-def from_state(state: GateState | None) -> tuple[list[Measurement], list[ChosenShape]]:
-    """Both as they were; none of a gate that has not issued a ticket yet. A list is of measurements
-    alone, as checkpoints have it that know of no shapes."""
+def from_state(state: GateState | None) -> list[ChosenShape]:
+    """Those shapes; none of a gate that has not issued a ticket yet."""
     if not state:
-        return [], []
-    found = json.loads(state)
-    if isinstance(found, list):
-        found = {"measurements": found, "shapes": []}
-    shapes = [ChosenShape(step, tuple(shape)) for step, shape in found["shapes"]]
-    return [Measurement(*row) for row in found["measurements"]], shapes
+        return []
+    return [ChosenShape(step, tuple(shape)) for step, shape in json.loads(state)["shapes"]]

@@ -19,7 +19,7 @@ from treerpo_ray.algo.advantages.forms import (
     step_advantages,
     treerl,
 )
-from treerpo_ray.algo.backup import Values, mean_backup, reward_variance
+from treerpo_ray.algo.backup import Values, mean_backup
 from treerpo_ray.algo.groups import GroupState, OwnRule, PruneRule, Pruning, StepGroups, step_groups
 from treerpo_ray.algo.tree import Tree
 
@@ -136,15 +136,3 @@ def test_a_rule_sees_no_errored_group_and_must_give_a_number_for_each() -> None:
         bad = OwnRule(name="own", function=lambda groups, wrong=wrong: wrong)
         with pytest.raises(ValueError, match="the rule own must return one number for each of 1"):
             second.states(Pruning(rule=bad, threshold=0.0))
-
-
-def test_the_variance_of_a_reward_by_hand() -> None:
-    """Steps 0 and 1 weigh half; of 0/1 rewards with value v it is v (1 - v)."""
-    zero_one = on_leaves(TREE, [1.0, 0.0, 0.0, 1.0, 0.0])
-    value = (1 / 3 + 1 / 2) / 2
-    assert reward_variance(TREE, zero_one) == pytest.approx(value * (1 - value))
-    parts = on_leaves(TREE, [0.5, 0.5, 0.5, 0.5, 0.5])
-    assert reward_variance(TREE, parts) == 0.0
-    parts = on_leaves(TREE, [0.0, 0.6, 0.3, 1.0, 0.5])
-    # E r^2 = ((.36 + .09) / 3 + 1.25 / 2) / 2 = .3875; E r = (.3 + .75) / 2 = .525
-    assert reward_variance(TREE, parts) == pytest.approx(0.3875 - 0.525**2)

@@ -306,7 +306,7 @@ def make_config(*overrides: str) -> Config:
     return load([*own, *overrides])
 
 
-def make_gate(config: Config, revisit: float = 0.0, adapt_every: int = 0) -> Gate:
+def make_gate(config: Config, adapt_every: int = 0) -> Gate:
     return Gate(
         mixture=PROMPTS.sets,
         trees_per_step=TREES,
@@ -315,7 +315,6 @@ def make_gate(config: Config, revisit: float = 0.0, adapt_every: int = 0) -> Gat
         seed=SEED,
         num_children=SHAPE.num_children,
         adapt_every=adapt_every,
-        revisit=revisit,
     )
 
 

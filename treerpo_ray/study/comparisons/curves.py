@@ -127,8 +127,8 @@ def rewards(result: Result) -> Float[np.ndarray, " steps"]:
 
 
 def is_chosen_mix(result: Result) -> bool:
-    """Whether the run refilled or came back to prompts, so that its reward is of no fair sample."""
-    return any(result.settings.get(f"gate.{key}") for key in ("max_redraws", "revisit"))
+    """Whether the run refilled, so that its reward is of no fair sample."""
+    return bool(result.settings.get("gate.max_redraws"))
 
 
 def of_arm(results: list[Result], setting: str, arm: str) -> list[Result]:
