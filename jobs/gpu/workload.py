@@ -172,17 +172,17 @@ def forest_of(prompt: int, steps: list[int]) -> Forest:
     own = [np.arange(prompt, prompt + length) for length in steps]
     source = [np.concatenate([[prompt - 1], np.arange(s, s + n - 1)]) for s, n in
               zip(starts[1:], steps, strict=True)]  # fmt: skip
-    total = sum(lengths)
+    tokens = (np.arange(sum(lengths)) % 200 + 3).astype(np.int32)
     edges = sum(steps)
     return Forest(
-        token_ids=np.arange(total) % 200 + 3,
-        position_ids=np.concatenate([np.arange(prompt), *own]),
+        token_ids=tokens,
+        position_ids=np.concatenate([np.arange(prompt), *own], dtype=np.int32),
         segment_start=starts,
         segment_length=np.array(lengths),
         segment_parent=np.array([-1, *[0] * len(steps)]),
         segment_depth=np.array([0, *[1] * len(steps)]),
-        source=np.concatenate(source),
-        target=(np.arange(total) % 200 + 3)[prompt:],
+        source=np.concatenate(source, dtype=np.int32),
+        target=tokens[prompt:],
         advantage=np.zeros(edges, np.float32),
         behaviour_logprob=np.zeros(edges, np.float32),
         step=np.repeat(np.arange(len(steps), dtype=np.int32), steps),

@@ -308,7 +308,7 @@ def batch_inputs(model: ToyModel, forests: list[Forest]) -> list[LossInputs]:
     found = []
     for forest in forests:
         logits = torch.stack([model(seen) for seen in edge_contexts(forest)])
-        target = torch.from_numpy(forest.target)
+        target = torch.from_numpy(forest.target).long()
         logprobs = logits.gather(1, target[:, None])[:, 0]
         off = torch.sin(target.double())
         found.append(

@@ -20,18 +20,20 @@ class Forest:
     The loss runs over edges: edge e says that the hidden state at position `source[e]` predicts
     `target[e]`. The first token of a step is predicted from the last position of its parent,
     which so has as many edges as it has trained children.
+
+    Forests of a whole batch are held at once, so that what is of tokens and edges takes four bytes.
     """
 
-    token_ids: Int64[np.ndarray, " tokens"]
-    position_ids: Int64[np.ndarray, " tokens"]
+    token_ids: Int32[np.ndarray, " tokens"]
+    position_ids: Int32[np.ndarray, " tokens"]
     """Distance from the start of the prompt along the segment's own path."""
     segment_start: Int64[np.ndarray, " segments"]
     segment_length: Int64[np.ndarray, " segments"]
     segment_parent: Int64[np.ndarray, " segments"]
     """Index of the parent segment; -1 for a prompt."""
     segment_depth: Int64[np.ndarray, " segments"]
-    source: Int64[np.ndarray, " edges"]
-    target: Int64[np.ndarray, " edges"]
+    source: Int32[np.ndarray, " edges"]
+    target: Int32[np.ndarray, " edges"]
     advantage: Float32[np.ndarray, " edges"]
     behaviour_logprob: Float32[np.ndarray, " edges"]
     step: Int32[np.ndarray, " edges"]
@@ -115,7 +117,7 @@ def pack(
             bins.append([])
         bins[index].append(part)
         free[index] -= part.num_tokens
-    ramp = np.arange(token_budget)
+    ramp = np.arange(token_budget, dtype=np.int32)
     return [_lay_out(parts, ramp) for parts in bins]
 
 
@@ -255,7 +257,7 @@ def _check_lengths(tree: Tree, paths: Int64[np.ndarray, "paths depth"], token_bu
         )
 
 
-def _lay_out(parts: list[_Part], ramp: Int64[np.ndarray, " budget"]) -> Forest:
+def _lay_out(parts: list[_Part], ramp: Int32[np.ndarray, " budget"]) -> Forest:
     """Segments of all parts in one row of tokens, an edge for each token of the trained ones.
 
     Args:
@@ -271,12 +273,12 @@ def _lay_out(parts: list[_Part], ramp: Int64[np.ndarray, " budget"]) -> Forest:
     first, begin, stop = place[trained], start[trained], end[trained]
     whole = _runs(segments.origin, (place, place + length))
     texts = [text for part in parts for text in (part.tree.prompt_ids, part.tree.token_ids)]
-    token_ids = np.concatenate([texts[own][a:b] for own, a, b in whole], dtype=np.int64)
+    token_ids = np.concatenate([texts[own][a:b] for own, a, b in whole])
     runs = _runs(segments.origin[trained], (first, first + count), (begin, stop))
     logprobs = [own for part in parts for own in (_NOTHING, part.tree.logprobs)]
     source = np.concatenate([ramp[a - 1 : b - 1] for *_, a, b in runs])
     source[count.cumsum() - count] = (end - 1)[parent[trained]]
-    position_ids = (segments.offset - start).repeat(length)
+    position_ids = (segments.offset - start).astype(np.int32).repeat(length)
     position_ids += ramp[: len(position_ids)]
     return Forest(
         token_ids=token_ids,
@@ -289,7 +291,7 @@ def _lay_out(parts: list[_Part], ramp: Int64[np.ndarray, " budget"]) -> Forest:
         target=np.concatenate([token_ids[a:b] for *_, a, b in runs]),
         advantage=advantage[trained].repeat(count),
         behaviour_logprob=np.concatenate([logprobs[own][a:b] for own, a, b, *_ in runs]),
-        step=ramp[: len(trained)].astype(np.int32).repeat(count),
+        step=ramp[: len(trained)].repeat(count),
         origin=segments.index[trained],
     )
 

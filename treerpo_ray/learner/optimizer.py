@@ -23,14 +23,14 @@ from treerpo_ray.learner.shards.moments import read_moments, write_moments
 
 T = TypeVar("T")
 IDLE = Forest(
-    token_ids=np.zeros(3, np.int64),
-    position_ids=np.arange(3),
+    token_ids=np.zeros(3, np.int32),
+    position_ids=np.arange(3, dtype=np.int32),
     segment_start=np.array([0, 1]),
     segment_length=np.array([1, 2]),
     segment_parent=np.array([-1, 0]),
     segment_depth=np.array([0, 1]),
-    source=np.array([0, 1]),
-    target=np.zeros(2, np.int64),
+    source=np.array([0, 1], np.int32),
+    target=np.zeros(2, np.int32),
     advantage=np.zeros(2, np.float32),
     behaviour_logprob=np.zeros(2, np.float32),
     step=np.zeros(2, np.int32),

@@ -37,7 +37,10 @@ from treerpo_ray.run_folder.files import ADAPTER_FOLDER
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForestTensors:
-    """A packed forest on the learner's device; edges stand in the forest's order."""
+    """A packed forest on the learner's device; edges stand in the forest's order.
+
+    Indices are int64, which all of torch's functions and compiled kernels take.
+    """
 
     token_ids: Int64[Tensor, "1 tokens"]
     position_ids: Int64[Tensor, "1 tokens"]
@@ -60,12 +63,12 @@ class ForestTensors:
             return torch.from_numpy(array).to(device)
 
         return cls(
-            token_ids=tensor(forest.token_ids)[None],
-            position_ids=tensor(forest.position_ids)[None],
+            token_ids=tensor(forest.token_ids).long()[None],
+            position_ids=tensor(forest.position_ids).long()[None],
             layout=ForestLayout.from_forest(forest, device),
-            source=tensor(source),
+            source=tensor(source).long(),
             edge_source=tensor(edge_source.reshape(-1)),
-            target=tensor(forest.target),
+            target=tensor(forest.target).long(),
             advantage=tensor(forest.advantage),
             behaviour_logprob=tensor(forest.behaviour_logprob),
             step=tensor(forest.step),

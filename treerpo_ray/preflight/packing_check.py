@@ -250,18 +250,18 @@ def _forest(length: int, start: int, vocabulary: int) -> Forest:
     starts = np.cumsum(lengths) - lengths
     ends = starts + lengths - 1
     before = np.array([0, prompt, prompt, prompt + step, prompt + step])
-    tokens = np.arange(lengths.sum()) * 7919 % vocabulary
+    tokens = (np.arange(lengths.sum()) * 7919 % vocabulary).astype(np.int32)
     steps = [np.arange(first, first + step) for first in starts[1:]]
+    positions = start + np.arange(lengths.sum()) + np.repeat(before - starts, lengths)
+    source = [[ends[parent], *own[:-1]] for parent, own in zip(parents[1:], steps, strict=True)]
     return Forest(
         token_ids=tokens,
-        position_ids=start + np.arange(lengths.sum()) + np.repeat(before - starts, lengths),
+        position_ids=positions.astype(np.int32),
         segment_start=starts,
         segment_length=lengths,
         segment_parent=parents,
         segment_depth=np.array([0, 1, 1, 2, 2]),
-        source=np.concatenate(
-            [[ends[parent], *own[:-1]] for parent, own in zip(parents[1:], steps, strict=True)]
-        ),
+        source=np.concatenate(source, dtype=np.int32),
         target=tokens[prompt:],
         advantage=np.zeros(4 * step, np.float32),
         behaviour_logprob=np.zeros(4 * step, np.float32),
@@ -281,7 +281,7 @@ def _largest_difference(
         edges = np.concatenate([np.flatnonzero(forest.step == segment - 1) for segment in path[1:]])
         own = _row_logits(plain, forest, np.concatenate(tokens)).log_softmax(-1)
         own = own[lengths[0] - 1 : -1]
-        target = torch.from_numpy(forest.target[edges])
+        target = torch.from_numpy(forest.target[edges]).long()
         difference = logprobs[torch.from_numpy(edges)] - own[range(len(target)), target]
         largest.append(float(difference.abs().max() / own.std()))
     return max(largest)
@@ -293,8 +293,8 @@ def _row_logits(
 ) -> Float[Tensor, "row vocabulary"]:
     """The model's own logits for some tokens of a forest as a plain row."""
     output = model(
-        input_ids=torch.from_numpy(forest.token_ids[tokens])[None],
-        position_ids=torch.from_numpy(forest.position_ids[tokens])[None],
+        input_ids=torch.from_numpy(forest.token_ids[tokens]).long()[None],
+        position_ids=torch.from_numpy(forest.position_ids[tokens]).long()[None],
         use_cache=False,
     )
     return output.logits[0].float()

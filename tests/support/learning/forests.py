@@ -88,16 +88,16 @@ def lay_out(trees: list[TestTree]) -> Forest:
             steps += [num_steps] * len(segment.tokens)
             num_steps += 1
     return Forest(
-        token_ids=np.concatenate([segment.tokens for segment in segments]),
+        token_ids=np.concatenate([segment.tokens for segment in segments], dtype=np.int32),
         position_ids=np.concatenate(
-            [o + np.arange(n) for o, n in zip(offset, length, strict=True)]
+            [o + np.arange(n) for o, n in zip(offset, length, strict=True)], dtype=np.int32
         ),
         segment_start=start,
         segment_length=length,
         segment_parent=parent,
         segment_depth=np.array([segment.depth for segment in segments]),
-        source=np.array(source),
-        target=np.array(target),
+        source=np.array(source, dtype=np.int32),
+        target=np.array(target, dtype=np.int32),
         advantage=np.array([advantage for advantage, _ in edges], dtype=np.float32),
         behaviour_logprob=np.array([behaviour for _, behaviour in edges], dtype=np.float32),
         step=np.array(steps, dtype=np.int32),
