@@ -91,6 +91,16 @@ def no_evaluator(tokenizer: object) -> object:
     raise AssertionError("nothing is evaluated")
 
 
+def make_task(config: Config, actors: FakeRunActors, held_out: object) -> WorkerTask:
+    return WorkerTask(
+        config=config,
+        probe_ids=[1, 2],
+        held_out=held_out,
+        actors=actors,
+        check_node=lambda: None,
+    )
+
+
 def make_worker(
     config: Config,
     fakes: FakeActors,
@@ -106,7 +116,7 @@ def make_worker(
         gate=fakes, pool=fakes, weight_sync=fakes, run_log=fakes, heartbeats=fakes
     )
     return TrainWorker(
-        task=WorkerTask(config=config, probe_ids=[1, 2], held_out=held_out, actors=actors),
+        task=make_task(config, actors, held_out),
         rank=rank,
         num_workers=num_workers,
         node="node",
@@ -217,7 +227,7 @@ def test_an_evaluation_on_the_way_has_its_own_number_of_samples(tmp_path: Path) 
     settings = ["evaluate.num_samples=4", "evaluate.interim_samples=1"]
     config = load([f"run.root={tmp_path}", *settings])
     actors = FakeRunActors(gate=None, pool=None, weight_sync=None, run_log=None, heartbeats=None)
-    task = WorkerTask(config=config, probe_ids=[1, 2], held_out=(), actors=actors)
+    task = make_task(config, actors, held_out=())
     with closing(interim_evaluator(task, None)) as evaluator:
         assert evaluator.config.evaluate.num_samples == 1
         [verifier] = evaluator._scorer.verifiers

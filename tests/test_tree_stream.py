@@ -19,6 +19,7 @@ from tests.support.project import PROJECT
 from tests.support.stages.answering_at_once import AnsweringAtOnce
 from treerpo_ray.algo.tree import ROOT, StopReason, Tree
 from treerpo_ray.config import load
+from treerpo_ray.errors import NodeDiffers
 from treerpo_ray.metrics.events import FATAL, Event
 from treerpo_ray.prompts.prompt_set import load_tokenizer
 from treerpo_ray.records import SCHEMA, TreeRecord, from_table, to_table
@@ -66,7 +67,7 @@ class Handle:
 def stream() -> Iterator[Callable[..., SimpleNamespace]]:
     """Streams what the pool gives, one list after the other; the result has `shares`, `events`."""
 
-    def run(*given: list[TreeRecord], config=CONFIG) -> SimpleNamespace:
+    def run(*given: list[TreeRecord], config=CONFIG, check_node=lambda: None) -> SimpleNamespace:
         found, rest = SimpleNamespace(events=[], redrawn=[], moved=[]), iter([*given, None])
         pool = Handle(
             take=lambda *arguments: next(rest),
@@ -83,6 +84,7 @@ def stream() -> Iterator[Callable[..., SimpleNamespace]]:
                 heartbeats=Handle(moved=found.moved.append),
             ),
             reader="me",
+            check_node=check_node,
         )
         return found
 
@@ -157,6 +159,17 @@ def test_a_variable_that_this_node_lacks_ends_the_run_as_further_tries_would_not
         next(found.shares)
     [fatal] = found.events
     assert fatal.kind == FATAL and "NO_SUCH_KEY, which is not set on" in fatal.fields["reason"]
+
+
+def test_a_node_with_other_versions_scores_nothing_and_ends_the_run_with_its_line(stream) -> None:
+    def differs() -> None:
+        raise NodeDiffers("10.0.0.9 has torch 2.8.0, and the driver 2.9.1: install the same")
+
+    found = stream([tree_of(0, "right", "left")], check_node=differs)
+    with pytest.raises(NodeDiffers, match=r"has torch 2\.8\.0"):
+        next(found.shares)
+    [fatal] = found.events
+    assert fatal.kind == FATAL and fatal.fields["reason"].startswith("10.0.0.9 has torch 2.8.0")
 
 
 # Batches of workers

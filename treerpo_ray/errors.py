@@ -41,6 +41,10 @@ class RunFailed(Exception):
     """A run ended for good; one line with the cause and where to look."""
 
 
+class NodeDiffers(ValueError):
+    """A node has other versions than the rest of the run: one line with the node and the fix."""
+
+
 class UserCodeError(ValueError):
     """The user's own code cannot be used: one line that says why, and the user's traceback."""
 

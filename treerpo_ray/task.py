@@ -1,6 +1,6 @@
 """Task: what crosses between the stages of a run, and what its train workers are told."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NewType, Protocol, TypeVar
 
@@ -179,3 +179,5 @@ class WorkerTask:
     """Sequence that engines and learner are compared on."""
     held_out: PromptSet | None
     actors: RunActors
+    check_node: Callable[[], None]
+    """Raises NodeDiffers on a node that came later and has other versions than the run."""

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,6 +31,7 @@ from treerpo_ray.algo.backup import mean_backup
 from treerpo_ray.algo.shares import step_shares
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import LearnerConfig
+from treerpo_ray.errors import NodeDiffers
 from treerpo_ray.metrics.events import Event, RunLogApi, check_failed, run_ends
 from treerpo_ray.metrics.watchdog import Heartbeat
 from treerpo_ray.prompts.prompt_set import load_tokenizer
@@ -196,8 +197,11 @@ def from_worker_batch(batch: pa.Table) -> pa.Table:
     return pa.Table.from_batches(rows).replace_schema_metadata(SCHEMA.metadata)
 
 
-def tree_stream(config: Config, actors: RunActors) -> Callable[[], ray.data.Dataset]:
-    """A callable that makes the data set of batches; each call is a stream of its own."""
+def tree_stream(
+    config: Config, actors: RunActors, check_node: Callable[[], None]
+) -> Callable[[], ray.data.Dataset]:
+    """A callable that makes the data set of batches; each call is a stream of its own, read where
+    `check_node` raises nothing."""
 
     def make() -> ray.data.Dataset:
         resources = dict(config.verifier.resources)
@@ -210,6 +214,7 @@ def tree_stream(config: Config, actors: RunActors) -> Callable[[], ray.data.Data
                     config,
                     actors=actors,
                     reader=uuid.uuid4().hex,
+                    check_node=check_node,
                 )
             ),
             override_num_blocks=1,
@@ -263,6 +268,7 @@ def worker_batches(
     *,
     actors: RunActors,
     reader: str,
+    check_node: Callable[[], None],
 ) -> Iterator[pa.Table]:
     """Take finished trees from the pool, score them and give them out, until the stream is ended.
 
@@ -270,10 +276,11 @@ def worker_batches(
         config: Of the run.
         actors: Those of the run; the run log is told of a verifier that starts or fails.
         reader: Name of this stream; the pool serves the newest alone.
+        check_node: Raises NodeDiffers where the node has other versions than the run.
 
     Raises:
-        VariableNotSet, VerifierFailing: the verifier cannot start, or fails too often; the run log
-            is told that the run ends of it.
+        NodeDiffers, VariableNotSet, VerifierFailing: the node differs, the verifier cannot start or
+            fails too often; the run log is told that the run ends of it.
     """
     heartbeat = Heartbeat(
         heartbeats=actors.heartbeats,
@@ -284,7 +291,10 @@ def worker_batches(
     heartbeat.at("starting the verifier")
     pool = actors.pool
     batches: WorkerBatches | None = None
-    with _failures_told(actors), closing(_start_scorer(config, actors.run_log)) as scorer:
+    with ExitStack() as ending:
+        ending.enter_context(_failures_told(actors))
+        check_node()
+        scorer = ending.enter_context(closing(_start_scorer(config, actors.run_log)))
         heartbeat.at("waiting for finished trees", is_busy=False)
         while True:
             trees = actors.get(pool.take.remote(reader, SCORED_TREES, WAIT_S))
@@ -336,7 +346,7 @@ def _failures_told(actors: RunActors) -> Iterator[None]:
     again."""
     try:
         yield
-    except (VariableNotSet, VerifierFailing) as error:
+    except (NodeDiffers, VariableNotSet, VerifierFailing) as error:
         actors.get(actors.run_log.event.remote(run_ends(error)))
         raise
 

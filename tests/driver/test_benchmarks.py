@@ -28,6 +28,7 @@ from treerpo_ray.driver.benchmarks import (
     run_benchmarks,
     source_of,
 )
+from treerpo_ray.driver.versions import AgreedVersions, versions_here
 from treerpo_ray.evaluate.evaluation import Evaluation
 from treerpo_ray.evaluate.report import comparison, read_samples, table, with_mean
 from treerpo_ray.metrics.console import Console
@@ -37,6 +38,7 @@ from treerpo_ray.search.tree_pool import TreePool
 from treerpo_ray.task import TreePoolApi
 
 MODEL = str(PROJECT / "treerpo_ray/quickstart/model")
+VERSIONS = AgreedVersions.of_driver(versions_here())
 
 
 def test_the_preset_has_the_papers_sampling_and_its_benchmarks() -> None:
@@ -223,6 +225,7 @@ def test_a_job_whose_engines_are_gone_says_so_and_ends(ray_cluster, tmp_path: Pa
                 {"one": prompts},
                 None,
                 console,
+                VERSIONS,
                 make_actor=make,
                 make_scorer=lambda **settings: io.BytesIO(),
             )
@@ -285,7 +288,7 @@ def evaluated(ray_cluster, tmp_path_factory) -> tuple[Path, dict[str, Evaluation
         found |= {
             f"{name}/{key}": each
             for key, each in evaluate_all(
-                config, "mine", prompts, tokenizer, console, make_actor=make
+                config, "mine", prompts, tokenizer, console, VERSIONS, make_actor=make
             )
         }
     ray.get(pools[0].stop.remote())

@@ -12,6 +12,7 @@ import ray.train
 from tests.support.stages.answering_at_once import AnsweringAtOnce
 from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.driver.train_group import TrainGroup, restart_wait_s
+from treerpo_ray.errors import NodeDiffers
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.events import Event
 from treerpo_ray.run_folder.patience import DiskRefused
@@ -94,6 +95,12 @@ def test_input_that_a_worker_refuses_is_not_given_to_it_again() -> None:
     refused = {0: RuntimeError("connection closed by peer"), 1: ValueError("two rows\nof tokens")}
     with pytest.raises(ValueError, match=r"^two rows of tokens$"):
         fit([3, None], max_failures=5, failures=refused)
+
+
+def test_a_node_with_other_versions_is_not_tried_again_and_ends_the_run_with_its_line() -> None:
+    differs = NodeDiffers("10.0.0.9 has torch 2.8.0, and the driver 2.9.1: install the same")
+    with pytest.raises(ValueError, match=f"^{differs}$"):
+        fit([3, None], max_failures=5, failures={0: RuntimeError("closed by peer"), 1: differs})
 
 
 def test_a_file_that_a_store_gave_in_half_is_read_again() -> None:

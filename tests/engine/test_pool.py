@@ -8,6 +8,7 @@ import asyncio
 import pytest
 
 from tests.support.stages.fake_engines import (
+    DIFFERS,
     ENDS,
     TREES,
     Fault,
@@ -109,6 +110,40 @@ def test_a_run_of_which_no_engine_comes_up_ends_with_the_reason() -> None:
         await pool.stop()
 
     fleet = Fleet({index: [Fault("start", "core dead")] * MAX_STARTS for index in (0, 1)})
+    run(scenario())
+
+
+def test_an_engine_on_a_node_with_other_versions_is_given_up_at_once_and_the_others_go_on() -> None:
+    async def scenario() -> None:
+        config = make_config("engine.num_engines=2")
+        pool = await make_pool(config, fleet)
+        await serve_from_start(pool)
+        await until(lambda: bool(fleet.of("engine_left")))
+        await asyncio.sleep(30)  # some looks of the autoscaler
+        assert [len(started) for started in fleet.started.values()] == [1, 1]
+        [lost], [left] = fleet.of("engine_lost"), fleet.of("engine_left")
+        assert lost == {"engine": 1, "reason": f"NodeDiffers: {DIFFERS}"}
+        assert left["reason"] == "it is given up, since its node differs"
+        gate = make_gate(config)
+        await pool.grow_tickets(Handle(gate), gate.session, 0, 1, [])
+        await take(pool, TREES)
+        await pool.stop()
+
+    fleet = Fleet({1: [Fault("start", "differs")]})
+    run(scenario())
+
+
+def test_a_run_all_of_whose_engines_are_on_nodes_with_other_versions_ends_with_what_differs() -> (
+    None
+):
+    async def scenario() -> None:
+        pool = await make_pool(make_config("engine.num_engines=2"), fleet)
+        with pytest.raises(RuntimeError, match=f"the last one differs: NodeDiffers: {DIFFERS}$"):
+            await pool.start()
+        assert [len(started) for started in fleet.started.values()] == [1, 1]
+        await pool.stop()
+
+    fleet = Fleet({index: [Fault("start", "differs")] for index in (0, 1)})
     run(scenario())
 
 

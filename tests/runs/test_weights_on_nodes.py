@@ -31,7 +31,11 @@ def test_weights_lie_where_the_learner_is_and_their_loss_is_told() -> None:
         "published for a lost node": "RayTaskError(ActorUnschedulableError)",  # and not waited for
         "moved with the learner": 1,
         "published from another node": "whole",
-        "nodes that are alike": None,
+        "nodes that are alike": 2,
         "nodes that differ": True,
         "one node that differs from the driver's": True,
+        "a node that was compared": None,
+        "a later one that is alike": None,
+        "a later one that differs": True,
+        "an engine on one that differs": True,
     }

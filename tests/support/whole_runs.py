@@ -15,6 +15,7 @@ from treerpo_ray.config import Config, load
 from treerpo_ray.driver.result import RunResult
 from treerpo_ray.driver.run import train
 from treerpo_ray.driver.start import contents_of
+from treerpo_ray.driver.versions import AgreedVersions, versions_here
 from treerpo_ray.metrics.console import Console
 from treerpo_ray.metrics.events import EVENTS_FILE
 from treerpo_ray.preflight.inputs import load_inputs
@@ -32,12 +33,14 @@ GONE_S = 1500.0
 
 
 def run_training(config: Config, pool: TreePoolApi | None = None) -> tuple[RunResult, str]:
-    """Train in the cluster that is connected; returns what the terminal showed too."""
+    """Train in the cluster that is connected; returns what the terminal showed too. To workers its
+    node is one that came later, and has what the driver has."""
     shown = io.StringIO()
     console = Console(console=rich.console.Console(file=shown, width=120))
     inputs = load_inputs(config)
     contents = contents_of(config, inputs.prompts, inputs.held_out)
-    return train(config, inputs, contents, console, Stop(), pool), shown.getvalue()
+    versions = AgreedVersions.of_driver(versions_here())
+    return train(config, inputs, contents, console, Stop(), versions, pool), shown.getvalue()
 
 
 @dataclass

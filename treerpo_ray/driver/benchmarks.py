@@ -26,6 +26,8 @@ from treerpo_ray.driver.cluster import connected
 from treerpo_ray.driver.sources import version_of
 from treerpo_ray.driver.start import then_and_now
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
+from treerpo_ray.driver.versions import AgreedVersions
+from treerpo_ray.engine.engine import make_engine
 from treerpo_ray.engine.types import EngineSetup, Sampling
 from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, Graded, save_evaluation, save_samples
@@ -288,8 +290,8 @@ def run_benchmarks(
         try:
             with ExitStack() as session:
                 with console.stage("starting Ray"):
-                    session.enter_context(connected(config, trains=False))
-                return dict(evaluate_all(config, source, prompts, tokenizer, console))
+                    versions = session.enter_context(connected(config, trains=False))
+                return dict(evaluate_all(config, source, prompts, tokenizer, console, versions))
         except Exception as error:
             if isinstance(error, ValueError) and not isinstance(error, ray.exceptions.RayError):
                 raise
@@ -333,6 +335,7 @@ def evaluate_all(
     prompts: dict[str, PromptSet],
     tokenizer: PreTrainedTokenizerBase,
     console: Console,
+    versions: AgreedVersions,
     *,
     make_actor: MakeActor = make_actor,
     make_scorer: StartScorer = Scorer,
@@ -343,7 +346,9 @@ def evaluate_all(
         setup=RunLogSetup.of(config, commit=version_of(PROJECT))
     )
     pool: TreePoolApi = make_actor(TreePool, name=f"tree pool of {run}")(
-        setup=EngineSetup.of(config), log_folder=config.log_folder
+        setup=EngineSetup.of(config),
+        log_folder=config.log_folder,
+        make_engine=partial(make_engine, check_node=versions.check_node),
     )
     heartbeats: HeartbeatsApi = make_actor(Heartbeats, name=f"heartbeats of {run}")()
     first = next(iter(prompts.values()))

@@ -22,7 +22,7 @@ from ray.core.generated import gcs_service_pb2
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
 from treerpo_ray.config import Config
-from treerpo_ray.driver.versions import check_versions
+from treerpo_ray.driver.versions import AgreedVersions, check_versions
 from treerpo_ray.errors import one_line
 from treerpo_ray.preflight.machine import GIB, check_gpus, machine_gib
 from treerpo_ray.preflight.placement import (
@@ -140,8 +140,9 @@ class RequestResources(Protocol):
 
 
 @contextmanager
-def connected(config: Config, *, trains: bool = True) -> Iterator[None]:
-    """Connect to the cluster that the environment names, or start one here for the while.
+def connected(config: Config, *, trains: bool = True) -> Iterator[AgreedVersions]:
+    """Connect to the cluster that the environment names, or start one here for the while; yields
+    what its nodes have.
 
     Raises:
         ValueError: nothing answers at `RAY_ADDRESS`, the GPUs here cannot be used, the run needs
@@ -168,8 +169,8 @@ def connected(config: Config, *, trains: bool = True) -> Iterator[None]:
         **where,
     ):
         with places_held(config, trains=trains):
-            check_versions(stages(config, config.engine.most, trains=trains))
-        yield
+            versions = check_versions(stages(config, config.engine.most, trains=trains))
+        yield versions
 
 
 @contextmanager

@@ -6,7 +6,7 @@ gate ──► tree pool ──► tree stream (scoring) ──► train workers
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Self
@@ -32,6 +32,8 @@ from treerpo_ray.driver.start import (
 )
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
 from treerpo_ray.driver.train_group import TrainGroup, make_trainer
+from treerpo_ray.driver.versions import AgreedVersions
+from treerpo_ray.engine.engine import make_engine
 from treerpo_ray.engine.types import EngineSetup, Sampling
 from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation, step_name
@@ -60,12 +62,20 @@ END_ACTORS_S = 10.0
 """Time for the actors of a run to end by themselves, once their work is done."""
 
 
+@dataclass(frozen=True, slots=True)
+class KeptEngines:
+    """Engines for runs one after the other, in one session of Ray."""
+
+    pool: TreePoolApi
+    versions: AgreedVersions
+
+
 def run(
     config: Config,
     inputs: Inputs,
     earlier: EarlierStarts,
     console: Console,
-    pool: TreePoolApi | None = None,
+    kept: KeptEngines | None = None,
 ) -> RunResult:
     """Run, resume or just report what `config` describes, on the cluster that is there.
 
@@ -74,7 +84,7 @@ def run(
         inputs: What was loaded for it.
         earlier: What was found in its folder.
         console: Shows what happens.
-        pool: That of `kept_engines`, for one run of several that share engines.
+        kept: Those of `kept_engines`, for one run of several that share them.
 
     Raises:
         ValueError: the cluster lacks resources for it, another job writes its folder, or the
@@ -97,12 +107,12 @@ def run(
     stop = Stop()
     with stop.at_work(), only_writer(folder), output_to_log(folder):
         try:
-            if pool is not None:
-                return train(config, inputs, contents, console, stop, pool)
+            if kept is not None:
+                return train(config, inputs, contents, console, stop, kept.versions, kept.pool)
             with ExitStack() as session:
                 with console.stage("starting Ray"):
-                    session.enter_context(connected(config))
-                return train(config, inputs, contents, console, stop)
+                    versions = session.enter_context(connected(config))
+                return train(config, inputs, contents, console, stop, versions)
         except Exception as error:
             if isinstance(error, ValueError) and not isinstance(error, ray.exceptions.RayError):
                 raise
@@ -116,13 +126,13 @@ def run(
 
 
 @contextmanager
-def kept_engines(config: Config) -> Iterator[TreePoolApi]:
+def kept_engines(config: Config) -> Iterator[KeptEngines]:
     """A Ray session and an engine pool for runs one after the other, of whose setups the one of
     `config` `can_serve` each."""
-    with Stop().at_work(), connected(config):
-        pool = _make_pool(config)
+    with Stop().at_work(), connected(config) as versions:
+        pool = _make_pool(config, versions)
         try:
-            yield pool
+            yield KeptEngines(pool, versions)
         finally:
             stop_actor(pool.stop.remote, "the engines")
 
@@ -133,11 +143,12 @@ def train(
     contents: Mapping[str, str],
     console: Console,
     stop: Stop,
+    versions: AgreedVersions,
     pool: TreePoolApi | None = None,
 ) -> RunResult:
     """Run or resume a training on the Ray cluster that is connected, with a pool kept or its own.
 
-    `contents` is what `contents_of` gave of the inputs.
+    `contents` is what `contents_of` gave of the inputs, `versions` what `connected` gave.
 
     Raises:
         ray.exceptions.RayError, RuntimeError: something failed for good; the run folder holds
@@ -146,7 +157,9 @@ def train(
     record_start(config, contents)
     console.expect_steps(StepTable.of(config))
     was_evaluated = read_evaluation(RunFolder(config.folder), 0) is not None
-    with RunSession(config=config, inputs=inputs, console=console, pool=pool, stop=stop) as session:
+    with RunSession(
+        config=config, inputs=inputs, console=console, versions=versions, pool=pool, stop=stop
+    ) as session:
         session.start_engines()
         before = session.evaluate(step=0)
         if before is not None:
@@ -168,6 +181,7 @@ class RunSession:
         config: The run's configuration.
         inputs: Its checked inputs.
         console: Shows what happens.
+        versions: What nodes must have that come later.
         pool: A pool that outlives the session; None: it has its own.
         stop: What signals ask of it.
     """
@@ -178,10 +192,12 @@ class RunSession:
         config: Config,
         inputs: Inputs,
         console: Console,
+        versions: AgreedVersions,
         pool: TreePoolApi | None,
         stop: Stop,
     ) -> None:
         self.config, self.inputs, self.console, self.stop = config, inputs, console, stop
+        self._versions = versions
         self._ending = ExitStack()
         own: list[object] = []
         with self._ending:  # what was made ends where the rest fails
@@ -191,7 +207,7 @@ class RunSession:
             )
             self._at_end(run_log.close.remote, "the run log")
             if pool is None:
-                pool = _make_pool(config)
+                pool = _make_pool(config, versions)
                 own += [run_log, pool]  # a pool that is kept still tells the log of its engines
                 self._at_end(pool.stop.remote, "the engines")
             self.actors = _make_actors(config, inputs, pool, run_log)
@@ -287,8 +303,10 @@ class RunSession:
             self.console.training(),
         ):
             try:
-                fit = make_trainer(self.config, self.inputs, self.actors, storage).fit
-                self.supervisor.run(fit)
+                trainer = make_trainer(
+                    self.config, self.inputs, self.actors, storage, self._versions
+                )
+                self.supervisor.run(trainer.fit)
             except ray.train.TrainingFailedError as error:
                 return error
         return None
@@ -340,9 +358,11 @@ def _make_actors(
     )
 
 
-def _make_pool(config: Config) -> TreePoolApi:
+def _make_pool(config: Config, versions: AgreedVersions) -> TreePoolApi:
     return make_actor(TreePool, name=f"tree pool of {config.run.name}")(
-        setup=EngineSetup.of(config), log_folder=config.log_folder
+        setup=EngineSetup.of(config),
+        log_folder=config.log_folder,
+        make_engine=partial(make_engine, check_node=versions.check_node),
     )
 
 

@@ -12,8 +12,9 @@ from treerpo_ray.actor import root_cause
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import LearnerConfig
 from treerpo_ray.driver.supervisor import Supervisor
+from treerpo_ray.driver.versions import AgreedVersions
 from treerpo_ray.driver.worker_entry import run_worker
-from treerpo_ray.errors import UserCodeError, one_line
+from treerpo_ray.errors import NodeDiffers, UserCodeError, one_line
 from treerpo_ray.metrics.events import Event
 from treerpo_ray.preflight.inputs import Inputs
 from treerpo_ray.run_folder.patience import DiskRefused
@@ -28,13 +29,17 @@ COLLECTIVE_TIMEOUT_S = 6 * 3600
 """Time after which a worker gives up waiting for the others."""
 
 
-def make_trainer(config: Config, inputs: Inputs, actors: RunActors, storage: str) -> TorchTrainer:
-    """Ray Train's group of workers; what it writes of its own goes to `storage`."""
+def make_trainer(
+    config: Config, inputs: Inputs, actors: RunActors, storage: str, versions: AgreedVersions
+) -> TorchTrainer:
+    """Ray Train's group of workers; what it writes of its own goes to `storage`, and nodes that
+    come later must have `versions`."""
     task = WorkerTask(
         config=config,
         probe_ids=max(inputs.prompts.token_ids, key=len)[:PROBE_TOKENS],
         held_out=inputs.held_out,
         actors=actors,
+        check_node=versions.check_node,
     )
     learner, resources = config.learner, dict(config.learner.resources)
     is_fixed = learner.min_workers is None
@@ -57,7 +62,7 @@ def make_trainer(config: Config, inputs: Inputs, actors: RunActors, storage: str
             # Whoever runs the trainer starts it again, and says so.
             failure_config=ray.train.FailureConfig(max_failures=0),
         ),
-        datasets={STREAM: tree_stream(config, actors)},
+        datasets={STREAM: tree_stream(config, actors, versions.check_node)},
         dataset_config=ray.train.DataConfig(enable_shard_locality=False),
     )
 
@@ -98,7 +103,7 @@ class TrainGroup:
         """Train to the end of the run or to its stop; returns the learner steps that are done.
 
         Raises:
-            ValueError: a worker refuses its input, as it would again.
+            ValueError: a worker refuses its input or its node, as it would again.
             KeyboardInterrupt: the run was told to stop before a group was started, or one failed
                 that was: the last checkpoint is the end.
             Exception: what the last group failed of, after too many failures without progress.
@@ -135,7 +140,7 @@ class TrainGroup:
 
 
 def _wrong_input(error: Exception) -> ValueError | None:
-    """What a worker says of its input, if that is why the group failed.
+    """What a worker says of its input or its node, if that is why the group failed.
 
     The other workers of the group fail with it, of a collective that nobody joins. Other kinds of
     ValueError are left out: a file that a store gave in half is one, and comes whole
@@ -145,7 +150,7 @@ def _wrong_input(error: Exception) -> ValueError | None:
         for failure in error.worker_failures.values():
             if isinstance(failure, UserCodeError):
                 return failure  # with the user's own traceback
-            if type(failure) is ValueError:
+            if type(failure) in (ValueError, NodeDiffers):
                 return ValueError(one_line(failure))
     return None
 

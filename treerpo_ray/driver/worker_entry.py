@@ -9,6 +9,9 @@ def run_worker(settings: dict[str, WorkerTask]) -> None:
     Ray's own actors of a trainer import this module, too: what only a worker needs is imported
     here.
     """
+    task = settings["task"]
+    task.check_node()
+
     from treerpo_ray.train import train
 
-    train(settings["task"])
+    train(task)

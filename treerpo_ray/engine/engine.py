@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import re
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -72,10 +72,18 @@ class Engine:
         setup: What it is started for.
         index: Number of the engine, for logs.
         log_folder: Where vLLM's output goes; None leaves it to Ray.
+        check_node: Raises NodeDiffers where the node has other versions than the run.
     """
 
-    def __init__(self, *, setup: EngineSetup, index: int, log_folder: str | None) -> None:
-        self.setup, self.index = setup, index
+    def __init__(
+        self,
+        *,
+        setup: EngineSetup,
+        index: int,
+        log_folder: str | None,
+        check_node: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.setup, self.index, self._check_node = setup, index, check_node
         self._num_loads = 0
         self._version = 0
         """The last that it proved."""
@@ -103,9 +111,11 @@ class Engine:
         """Load the model; returns the ids of this process and of vLLM's core once it can sample.
 
         Raises:
+            NodeDiffers: its node has other versions than the run.
             RuntimeError: vLLM does not start; one line with its cause.
         """
         os.environ |= environment(self.setup.engine, self.index)
+        self._check_node()
         from pydantic import ValidationError
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -357,7 +367,11 @@ class Engine:
 
 
 def make_engine(
-    setup: EngineSetup, index: int, log_folder: str | None, kind: type[Engine] = Engine
+    setup: EngineSetup,
+    index: int,
+    log_folder: str | None,
+    kind: type[Engine] = Engine,
+    check_node: Callable[[], None] = lambda: None,
 ) -> EngineActor:
     """An actor of `kind`; Ray places it by the resources and labels of `engine`."""
     resources = dict(setup.engine.resources)
@@ -369,7 +383,8 @@ def make_engine(
         max_concurrency=MOST_CALLS,
         **shown_as(f"engine {index}"),
     )
-    actor = cast(ActorHandle, made.remote(setup=setup, index=index, log_folder=log_folder))
+    arguments = {"setup": setup, "index": index, "log_folder": log_folder}
+    actor = cast(ActorHandle, made.remote(**arguments, check_node=check_node))
     return EngineActor(api=cast(EngineApi, actor), kill=partial(ray.kill, actor))
 
 

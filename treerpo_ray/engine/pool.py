@@ -2,7 +2,7 @@
 
 An engine that the cluster has no room for is a pending actor, which is the demand that Ray's
 autoscaler sees; nothing but the start of a run waits for it. One that fails time and again is
-given up, and the others go on.
+given up, at once if its node has other versions than the run, and the others go on.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from treerpo_ray.engine.background import BackgroundTasks, Signal
 from treerpo_ray.engine.replica import Replica, ReplicaState, WeightVersion
 from treerpo_ray.engine.router import Router
 from treerpo_ray.engine.types import EngineActor, EngineStats
+from treerpo_ray.errors import NodeDiffers
 from treerpo_ray.metrics.events import Event, RunLogApi
 from treerpo_ray.weight_sync import Probe
 from treerpo_ray.weights.files import WeightsLost
@@ -340,10 +341,12 @@ class EnginePool:
             self._note_end("engine_left", replica, f"it failed: {first_line(error)}")
             return
         self.note("engine_lost", engine=replica.index, reason=first_line(error))
-        if replica.num_starts < MAX_STARTS:
+        reason = f"it is given up after {MAX_STARTS} starts without a tree"
+        if isinstance(error, NodeDiffers):  # another start there would differ, too
+            reason = "it is given up, since its node differs"
+        elif replica.num_starts < MAX_STARTS:
             self._add(replica.index, replica.num_starts + 1)
             return
-        reason = f"it is given up after {MAX_STARTS} starts without a tree"
         self.note("engine_left", engine=replica.index, node=replica.node, trees=0, reason=reason)
         now = asyncio.get_running_loop().time()
         self._failure, self._rests_until = error, now + self._times.rest_s
@@ -352,9 +355,10 @@ class EnginePool:
 
     def _gave_up(self) -> RuntimeError:
         assert self._failure is not None  # it is why the last engine was not replaced
-        return RuntimeError(
-            f"an engine failed {MAX_STARTS} times in a row: {first_line(self._failure)}"
-        )
+        what = f"an engine failed {MAX_STARTS} times in a row"
+        if isinstance(self._failure, NodeDiffers):
+            what = "no engine is left, and the node of the last one differs"
+        return RuntimeError(f"{what}: {first_line(self._failure)}")
 
     def let_go(self, replica: Replica, reason: str) -> None:
         """Have an engine go: at once if it does not serve, else when its trees are finished."""

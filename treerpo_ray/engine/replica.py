@@ -193,6 +193,7 @@ class Replica:
 
         Raises:
             TimeoutError: it does not come up.
+            NodeDiffers: its node has other versions than the run.
             RayError, RuntimeError: it failed, or serves something else.
         """
         processes = await self._waits.wait(

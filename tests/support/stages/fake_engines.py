@@ -18,6 +18,7 @@ from treerpo_ray.engine.autoscaler import Nodes
 from treerpo_ray.engine.pool import TIMES, PoolTimes
 from treerpo_ray.engine.replica import Replica
 from treerpo_ray.engine.types import EngineActor, EngineSetup, EngineStats, Sampling
+from treerpo_ray.errors import NodeDiffers
 from treerpo_ray.metrics.events import Event
 from treerpo_ray.prompts.problems import Problem
 from treerpo_ray.prompts.prompt_set import PromptSet
@@ -36,6 +37,7 @@ PROMPTS = PromptSet(
     num_too_long=0,
 )
 LOGPROB = -0.5
+DIFFERS = "10.0.0.9 has torch 2.8.0, and the driver 2.9.1: install the same on all nodes"
 ENDS = ["killed", "core dead", "out of memory"]
 TREES = 4
 STEPS = 4
@@ -90,8 +92,8 @@ class Fault:
 
     method: str
     how: str
-    """killed, core dead, out of memory, hung, lost (the weights); while it grows also stale, or
-    busy: one tree after the other takes `BUSY_S` to go on."""
+    """killed, core dead, out of memory, differs (its node), hung, lost (the weights); while it
+    grows also stale, or busy: one tree after the other takes `BUSY_S` to go on."""
     after: int = 0
 
 
@@ -145,6 +147,8 @@ class FakeEngine:
         if fault.how == "core dead":
             dead = RuntimeError("vLLM's core is dead")
             raise RayTaskError(method, "trace", dead).as_instanceof_cause()
+        if fault.how == "differs":
+            raise RayTaskError(method, "trace", NodeDiffers(DIFFERS)).as_instanceof_cause()
         return True
 
     async def node(self) -> str:

@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 
 from treerpo_ray.actor import make_actor
 from treerpo_ray.config import load
-from treerpo_ray.driver.versions import check_versions
+from treerpo_ray.driver.versions import AgreedVersions, Versions, check_versions
 from treerpo_ray.engine.engine import Engine as RealEngine
 from treerpo_ray.engine.engine import make_engine
 from treerpo_ray.engine.types import EngineSetup
@@ -198,14 +198,41 @@ def main() -> None:
         Stage(key=f"{role}.resources", count=1, resources={role: 1})
         for role in ("learner", "engine")
     ]
-    told["nodes that are alike"] = refusal(lambda: check_versions(stages))
+    told["nodes that are alike"] = len(check_versions(stages).nodes)
     differing = refusal(lambda: check_versions(stages, look=lambda: {"node": own_node()}))
     told["nodes that differ"] = "install the same on all nodes" in str(differing)
     alone = refusal(lambda: check_versions(stages[:1], look=lambda: {"node": own_node()}))
     told["one node that differs from the driver's"] = "and the driver" in str(alone)
+    told |= late_nodes(stages[0])
     ray.shutdown()
     cluster.shutdown()
     print(json.dumps(told))
+
+
+def late_nodes(learner: Stage) -> dict[str, object]:
+    """What becomes of processes on the engines' node, which is not compared before as the
+    learner's is; a real engine is one of them."""
+    agreed = check_versions([learner], look=lambda: {"torch": "1"})
+
+    def differs() -> Versions:
+        return {"torch": "2"}
+
+    def check(look: Callable[[], Versions], role: str) -> str | None:
+        ask = ray.remote(lambda: refusal(lambda: agreed.check_node(look)))
+        return ray.get(ask.options(num_cpus=0, resources={role: 0.01}).remote())
+
+    setup = EngineSetup.of(load(["engine.resources={CPU: 0, engine: 0.01}"]))
+    older = AgreedVersions.of_driver({"Python": "2.7.18"})
+    engine = make_engine(setup, 0, None, check_node=older.check_node)
+    started = refusal(lambda: ray.get(engine.api.start.remote()))
+    engine.kill()
+    late = check(differs, "engine")
+    return {
+        "a node that was compared": check(differs, "learner"),
+        "a later one that is alike": check(lambda: {"torch": "1"}, "engine"),
+        "a later one that differs": "has torch 2, and the driver 1" in str(late),
+        "an engine on one that differs": "and the driver 2.7.18: install the same" in str(started),
+    }
 
 
 class EngineOnGpus(RealEngine):
@@ -245,7 +272,7 @@ def own_node() -> str:
     return ray.get_runtime_context().get_node_id()
 
 
-def refusal(check: Callable[[], None]) -> str | None:
+def refusal(check: Callable[[], object]) -> str | None:
     try:
         check()
     except ValueError as error:

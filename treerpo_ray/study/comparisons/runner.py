@@ -7,7 +7,7 @@ from pathlib import Path
 
 from treerpo_ray.config import Config
 from treerpo_ray.driver.result import RunResult
-from treerpo_ray.driver.run import kept_engines, run
+from treerpo_ray.driver.run import KeptEngines, kept_engines, run
 from treerpo_ray.driver.start import EarlierStarts, look_at_folder
 from treerpo_ray.engine.types import EngineSetup
 from treerpo_ray.errors import RunFailed
@@ -23,7 +23,6 @@ from treerpo_ray.study.comparisons.comparison import (
     result_of,
     write_result,
 )
-from treerpo_ray.task import TreePoolApi
 
 
 class Trials:
@@ -42,9 +41,9 @@ class Trials:
         configs: Mapping[Trial, Config],
         folder: Path,
         run: Callable[
-            [Config, Inputs, EarlierStarts, Console, TreePoolApi | None], RunResult
+            [Config, Inputs, EarlierStarts, Console, KeptEngines | None], RunResult
         ] = run,
-        kept_engines: Callable[[Config], AbstractContextManager[TreePoolApi]] = kept_engines,
+        kept_engines: Callable[[Config], AbstractContextManager[KeptEngines]] = kept_engines,
     ) -> None:
         self.folder, self.configs = folder, configs
         self._run_on, self._kept_engines = run, kept_engines
@@ -55,7 +54,7 @@ class Trials:
         }
         self._session = ExitStack()
         self._started: EngineSetup | None = None
-        self._pool: TreePoolApi | None = None
+        self._kept: KeptEngines | None = None
 
     def run(self) -> int:
         """Run what has no result yet; returns how many runs failed.
@@ -93,7 +92,7 @@ class Trials:
         setup = EngineSetup.of(config)
         if self._started is None or start is None or not self._started.can_serve(setup):
             self._restart(setup)
-        if not self._run_on(config, inputs, earlier, console, self._pool).is_complete:
+        if not self._run_on(config, inputs, earlier, console, self._kept).is_complete:
             raise KeyboardInterrupt
         return result_of(trial, config)
 
@@ -105,4 +104,4 @@ class Trials:
         ]
         most = max(able, key=lambda config: config.max_model_tokens)
         self._started = EngineSetup.of(most)
-        self._pool = self._session.enter_context(self._kept_engines(most))
+        self._kept = self._session.enter_context(self._kept_engines(most))
