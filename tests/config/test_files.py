@@ -247,6 +247,21 @@ def test_an_argument_that_is_neither_file_nor_override_is_refused() -> None:
         (["conf/quickstart.yaml", "conf/tasks/chains10.yaml", "conf/methods/grpo.yaml"], (104,)),
         (["conf/quickstart.yaml", "conf/tasks/restated4.yaml", "conf/methods/raft.yaml"], (288,)),
         (["conf/quickstart.yaml", "conf/few_tokens.yaml"], (23, 23)),
+        (
+            ["conf/tasks/restated4.yaml", "conf/methods/raft.yaml", "tree.num_children=[1, 8]"],
+            (240, 48),
+        ),
+        (
+            ["tree.num_children=[2, 2]", "tree.step_tokens=[100, 50]", "tree.num_children=[8]"],
+            (150,),
+        ),
+        (
+            [
+                *("tree.num_children=[2, 2]", "tree.step_tokens=[100, 50]"),
+                *("tree.num_children=[8]", "tree.step_tokens=[99]", "tree.num_children=[2, 2]"),
+            ],
+            (50, 49),
+        ),
         (["conf/treerpo_qwen2.5_math_1.5b.yaml", "conf/methods/rloo.yaml"], (1152,)),
     ],
 )
