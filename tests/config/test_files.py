@@ -151,6 +151,12 @@ def test_an_unknown_key_like_no_other_points_to_the_list() -> None:
     assert mistake("zzz=1") == "zzz=1: unknown key zzz; --help lists them all"
 
 
+def test_an_entry_of_a_list_that_is_none_is_told_in_words() -> None:
+    for key in ("tree.step_tokens", "evaluate.pass_ks"):
+        told = f"{key}=[1, a]: an entry could not be converted to Integer"
+        assert mistake(f"{key}=[1, a]") == told
+
+
 @pytest.mark.parametrize(
     ("argument", "told"),
     [

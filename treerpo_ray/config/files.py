@@ -318,7 +318,7 @@ def _explain(error: OmegaConfBaseException, argument: str = "") -> str:
         near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
         hint = f"; did you mean {' or '.join(near)}?" if near else "; --help lists them all"
         return f"unknown key {key}{hint}"
-    reason = str(error).splitlines()[0]
+    reason = str(error).splitlines()[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "an entry")
     return f"{key}: {reason}" if key and key != argument.partition("=")[0] else reason
 
 
