@@ -70,6 +70,20 @@ def test_what_must_not_be_interrupted_is_told_of_it_afterwards() -> None:
     assert done == [True], "a second one is not held back"
 
 
+def test_an_interrupt_that_falls_into_a_destructor_comes_once_more() -> None:
+    class Cleared:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    hook, stop = sys.unraisablehook, Stop(same_s=900)
+    with stop.at_work():
+        cleared = [Cleared()]
+        with pytest.raises(KeyboardInterrupt):
+            cleared.clear()
+            threading.Event().wait(60)
+    assert stop.is_asked and sys.unraisablehook is hook
+
+
 def test_a_handler_that_a_library_sets_for_itself_is_taken_back() -> None:
     stop = Stop()
     with stop.at_work():

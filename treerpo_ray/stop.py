@@ -6,6 +6,9 @@
 - Where there is a better end, such as that of a learner step (`Stop.gently`), the first signal asks
   for it, and another one ends the command as before.
 
+Python drops what is raised while it clears an object away, in a `__del__` say: an interrupt that
+falls there comes once more, as often as it takes.
+
 A cluster manager, `timeout` and a terminal may send the same signal twice at once, to a process and
 to its group: signals within a second count as one.
 """
@@ -18,11 +21,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAME_S = 1.0
 """Time within which several signals are one."""
+AGAIN_S = 0.05
+"""Time after which an interrupt that Python has dropped comes once more."""
 STOPPED = 130
 """Exit status of a command that was stopped, by whichever signal."""
 
@@ -111,8 +117,13 @@ class Stop:
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """Meanwhile a signal raises KeyboardInterrupt in the main thread."""
-        with _handled(self._on_signal):
-            yield
+        before = sys.unraisablehook
+        sys.unraisablehook = partial(self._on_dropped, before)
+        try:
+            with _handled(self._on_signal):
+                yield
+        finally:
+            sys.unraisablehook = before
 
     @contextmanager
     def gently(self, ask: Callable[[], object]) -> Iterator[None]:
@@ -135,6 +146,20 @@ class Stop:
             _tell("stopping ...")  # what has been started is ended first, which takes its time
             raise KeyboardInterrupt
         self._ask()
+
+    def _on_dropped(
+        self,
+        others: Callable[["sys.UnraisableHookArgs"], object],
+        dropped: "sys.UnraisableHookArgs",
+    ) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            others(dropped)
+            return
+        self._last = -math.inf
+        # From another thread, since what is raised in here is dropped as well; and to this one, so
+        # that whatever it then waits for is interrupted.
+        here = threading.get_ident()
+        threading.Timer(AGAIN_S, signal.pthread_kill, [here, signal.SIGINT]).start()
 
     def _leave_terminal(self) -> None:
         """Send what would be printed there nowhere: it is closed, and printing would fail."""
