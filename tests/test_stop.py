@@ -84,6 +84,26 @@ def test_an_interrupt_that_falls_into_a_destructor_comes_once_more() -> None:
     assert stop.is_asked and sys.unraisablehook is hook
 
 
+def test_a_signal_that_comes_twice_at_once_is_not_lost_between_a_destructor_and_its_return(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Cleared:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    class Timer(threading.Timer):
+        def start(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+            super().start()
+
+    monkeypatch.setattr(threading, "Timer", Timer)
+    with Stop(same_s=900).at_work():
+        cleared = [Cleared()]
+        with pytest.raises(KeyboardInterrupt):
+            cleared.clear()
+            threading.Event().wait(60)
+
+
 def test_a_handler_that_a_library_sets_for_itself_is_taken_back() -> None:
     stop = Stop()
     with stop.at_work():

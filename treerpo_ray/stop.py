@@ -7,7 +7,7 @@
   for it, and another one ends the command as before.
 
 Python drops what is raised while it clears an object away, in a `__del__` say: an interrupt that
-falls there comes once more, as often as it takes.
+is dropped so is sent again, until one gets through.
 
 A cluster manager, `timeout` and a terminal may send the same signal twice at once, to a process and
 to its group: signals within a second count as one.
@@ -155,11 +155,15 @@ class Stop:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
             others(dropped)
             return
+        # From another thread, since what is raised in here is dropped as well.
+        threading.Timer(AGAIN_S, self._interrupt_again, [threading.get_ident()]).start()
+
+    def _interrupt_again(self, thread: int) -> None:
+        """Interrupt `thread`, so that whatever it waits for ends."""
+        # Not sooner: until the hook has returned, one that comes at once with the first would be
+        # raised in it, and dropped as well.
         self._last = -math.inf
-        # From another thread, since what is raised in here is dropped as well; and to this one, so
-        # that whatever it then waits for is interrupted.
-        here = threading.get_ident()
-        threading.Timer(AGAIN_S, signal.pthread_kill, [here, signal.SIGINT]).start()
+        signal.pthread_kill(thread, signal.SIGINT)
 
     def _leave_terminal(self) -> None:
         """Send what would be printed there nowhere: it is closed, and printing would fail."""
