@@ -21,7 +21,8 @@ class Forest:
     `target[e]`. The first token of a step is predicted from the last position of its parent,
     which so has as many edges as it has trained children.
 
-    Forests of a whole batch are held at once, so that what is of tokens and edges takes four bytes.
+    Forests of a whole batch are held at once: to save memory, arrays over tokens and edges have
+    four bytes an entry.
     """
 
     token_ids: Int32[np.ndarray, " tokens"]

@@ -25,13 +25,13 @@ def step_shares(sizes: Sequence[int], num_shares: int, num_minibatches: int) -> 
     size = len(sizes) // num_minibatches
     shares: list[list[int]] = [[] for _ in range(num_shares)]
     for start in range(0, len(sizes), size):
-        own = balanced_shares(sizes[start : start + size], num_shares)
+        own = _balanced_shares(sizes[start : start + size], num_shares)
         for share, places in zip(shares, own, strict=True):
             share += sorted(start + place for place in places)
     return shares
 
 
-def balanced_shares(sizes: Sequence[int], num_shares: int) -> list[list[int]]:
+def _balanced_shares(sizes: Sequence[int], num_shares: int) -> list[list[int]]:
     """Places of each share: the largest first, each to the share with the least that has room.
 
     Args:

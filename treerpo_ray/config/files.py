@@ -77,7 +77,7 @@ def load(arguments: list[str]) -> Config:
 def _load(arguments: list[str]) -> Config:
     merged, naming, given = deepcopy(_defaults()), list[str](), set[str]()
     renewed, is_one_check = set[str](), False
-    said = dict[int, list[int]]()  # step lengths, by the number of depths
+    steps_of = dict[int, list[int]]()  # last given, by number of depths
     for argument in arguments:
         try:
             part = _part(argument)
@@ -91,9 +91,9 @@ def _load(arguments: list[str]) -> Config:
             )
             if "tree.step_tokens" in keys:
                 steps = OmegaConf.select(merged, "tree.step_tokens")
-                said[len(steps)] = list(steps)
+                steps_of[len(steps)] = list(steps)
             elif "tree.num_children" in keys:
-                merged = _share_out_answer(merged, said, "tree.entropy_window" in keys)
+                merged = _share_out_answer(merged, steps_of, "tree.entropy_window" in keys)
             given |= set(keys)
             has_checks = any(key.startswith("verifier.checks") for key in keys)
             is_one_check = not has_checks and ("verifier.check" in keys or is_one_check)
@@ -186,18 +186,18 @@ def _sources(named: dict[str, str], known: dict[str, str]) -> dict[str, str]:
 
 
 def _share_out_answer(
-    merged: Container, said: Mapping[int, list[int]], has_window: bool
+    merged: Container, steps_of: Mapping[int, list[int]], has_window: bool
 ) -> Container:
-    """Keep the length of an answer where the number of depths has changed: steps that were said for
-    as many depths, if they are as long, else equal ones. Where an entropy window comes with the
-    branches, the last step makes good what it may take of others."""
+    """Keep the length of an answer where the number of depths has changed: the steps that were last
+    given for as many depths, if they sum to it, else equal ones. Where an entropy window comes with
+    the branches, the last step makes good what it may take of others."""
     counts, lengths = (OmegaConf.select(merged, f"tree.{key}") for key in SHAPE_KEYS)
     if not counts:
         return merged
     total, number, steps = sum(lengths), len(counts), list(lengths)
     if number != len(lengths):
         steps = [total // number + (depth < total % number) for depth in range(number)]
-        if sum(earlier := said.get(number, [])) == total:
+        if sum(earlier := steps_of.get(number, [])) == total:
             steps = list(earlier)
     if has_window:
         steps[-1] += OmegaConf.select(merged, "tree.entropy_window") * (number - 1)

@@ -1,7 +1,7 @@
 """Versions: whether the nodes that a run may use have the same libraries and the same project.
 
-Those that are there are compared before anything starts. Of one that comes later, whoever starts
-there compares it: engines, train workers and the task that scores trees are given `check_node`.
+Nodes that are there are compared before anything starts. A node that joins later is compared by
+what starts on it: engines, train workers and the task that scores trees are given `check_node`.
 """
 
 import importlib.metadata
@@ -50,7 +50,7 @@ def versions_here() -> Versions:
 
 @dataclass(frozen=True, slots=True)
 class AgreedVersions:
-    """What the driver and the nodes have that were compared with it.
+    """Versions of the driver and of the nodes that were compared with it.
 
     What none of them has, such as NVIDIA's driver where GPUs only come later, says nothing of
     another node.
@@ -75,7 +75,7 @@ class AgreedVersions:
             versions: What it has.
 
         Raises:
-            NodeDiffers: it has not the same.
+            NodeDiffers: a version of it differs.
         """
         for name, version in versions.items():
             first, expected = self.expected.get(name, (address, version))
@@ -94,7 +94,7 @@ class AgreedVersions:
             look: Tells the versions of the machine that it is called on.
 
         Raises:
-            NodeDiffers: it has not the same.
+            NodeDiffers: a version of it differs.
         """
         node = ray.get_runtime_context().get_node_id()
         if node not in self.nodes:

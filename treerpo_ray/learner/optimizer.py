@@ -96,7 +96,8 @@ class PolicyOptimizer:
         self, minibatches: Sequence[Sequence[Forest]], progress: float
     ) -> list[OptimizerStep]:
         """An optimizer step for each minibatch, all with the ratios to the policy before them."""
-        # The first one's policy is the one before them, so that its own pass tells.
+        # When the first one is trained on, the policy is still the one before them: the pass of its
+        # own step gives the old log-probs, too.
         old: list[list[torch.Tensor | None]] = [[None] * len(forests) for forests in minibatches]
         if later := minibatches[1:]:
             num_idle = self._idle_passes(sum(map(len, later)))
