@@ -169,7 +169,11 @@ def connected(config: Config, *, trains: bool = True) -> Iterator[AgreedVersions
         **where,
     ):
         with places_held(config, trains=trains):
-            versions = check_versions(stages(config, config.engine.most, trains=trains))
+            versions = (
+                check_versions(stages(config, config.engine.most, trains=trains))
+                if address
+                else AgreedVersions.of_this_node()
+            )
         yield versions
 
 

@@ -66,6 +66,12 @@ class AgreedVersions:
         """Before any node was compared."""
         return cls({name: ("the driver", version) for name, version in versions.items()})
 
+    @classmethod
+    def of_this_node(cls) -> Self:
+        """Of a Ray that the driver has started, whose only node has the driver's environment."""
+        here = frozenset({ray.get_runtime_context().get_node_id()})
+        return replace(cls.of_driver(versions_here()), nodes=here)
+
     def joined(self, node: str, address: str, versions: Versions) -> "AgreedVersions":
         """With a node that has the same, and perhaps what none had so far.
 
@@ -106,6 +112,9 @@ def check_versions(
 ) -> AgreedVersions:
     """Check that all nodes on which a stage may run have the same, those of the driver too.
 
+    The driver's own node is asked as well: what runs there has the environment in which Ray was
+    started, which may be another one than the driver's.
+
     One that leaves meanwhile or does not answer is told of, and left to whoever starts there, as is
     one that comes later.
 
@@ -125,9 +134,6 @@ def check_versions(
         if node["Alive"]
         and any(s.count and fits(s, Node(node["Resources"], node["Labels"])) for s in stages)
     ]
-    agreed, here = AgreedVersions.of_driver(look()), ray.get_runtime_context().get_node_id()
-    if {node["NodeID"] for node in nodes} <= {here}:
-        return replace(agreed, nodes=frozenset({here}))
     ask = ray.remote(num_cpus=0, max_retries=0)(look)
     asked = {
         ask.options(
@@ -136,7 +142,8 @@ def check_versions(
         ).remote(): (node["NodeID"], node["NodeManagerAddress"])
         for node in nodes
     }
-    log.info("waiting for the versions of %d nodes, for at most %.0f s", len(nodes), ANSWER_S)
+    log.info("waiting for the versions of %d node(s), for at most %.0f s", len(nodes), ANSWER_S)
+    agreed = AgreedVersions.of_driver(look())
     done, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
     for ref in late:
         log.warning("%s has not told its versions in %.0f s", asked[ref][1], ANSWER_S)
