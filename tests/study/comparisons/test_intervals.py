@@ -45,10 +45,19 @@ def test_intervals_of_differences_cover_in_simulation(deviations: tuple[float, f
     assert 0.92 < share < 0.97
 
 
-def test_a_ratio_has_the_interval_of_welch_on_logarithms() -> None:
-    """Geometric means 8 and 2; only the first varies, by a factor of 4 between its two seeds."""
-    interval = ratio_interval(np.array([4.0, 16.0]), np.array([2.0, 2.0, 2.0]))
-    # One degree of freedom, standard error of the log is log 2, t(0.975, 1) = 12.7062
+def test_a_ratio_has_the_interval_of_a_jackknife_on_logarithms() -> None:
+    """The ratio is 2 without one seed of ours and 8 without the other, else 4."""
+    interval = ratio_interval(np.log(4.0), np.log([2.0, 8.0]), np.log([4.0, 4.0, 4.0]))
+    # (n - 1)/n of the squares: half of 2 log(2)^2; one degree of freedom, t(0.975, 1) = 12.7062
     assert (interval.mean, interval.high) == pytest.approx((4, 4 * 2**12.7062), rel=1e-4)
     assert interval.low * interval.high == pytest.approx(4**2)
-    assert np.isnan(ratio_interval(np.array([4.0]), np.array([2.0, 3.0])).high)
+    assert np.isnan(ratio_interval(0.0, np.array([]), np.log([4.0, 4.0])).high)
+
+
+def test_of_means_the_jackknife_is_the_interval_of_welch() -> None:
+    ours, theirs = np.array([1.0, 2.0, 4.0]), np.array([0.5, 0.7])
+    without = [(each.sum() - each) / (len(each) - 1) for each in (ours, theirs)]
+    log = ours.mean() - theirs.mean()
+    found = ratio_interval(log, without[0] - theirs.mean(), ours.mean() - without[1])
+    expected = difference_interval(ours, theirs)
+    assert [np.log(found.low), np.log(found.high)] == pytest.approx([expected.low, expected.high])

@@ -64,14 +64,24 @@ def _welch(
 
 
 def ratio_interval(
-    ours: Float[np.ndarray, " seeds"], theirs: Float[np.ndarray, " others"]
+    log_ratio: float,
+    without_ours: Float[np.ndarray, " seeds"],
+    without_theirs: Float[np.ndarray, " others"],
 ) -> Interval:
-    """Ratio of two geometric means and its 95 % interval: Welch's of the difference of logarithms.
+    """Ratio whose logarithm was estimated from the seeds of two arms, and its 95 % interval.
+
+    The variance is the jackknife's (Efron and Stein, 1981): of each arm, with n seeds, (n - 1)/n
+    times the squares of what it is without each of them, off their mean. Student's t has Welch's
+    degrees of freedom.
 
     Args:
-        ours: Numbers above 0.
-        theirs: Numbers above 0.
+        log_ratio: By all seeds.
+        without_ours: Without each seed of one arm.
+        without_theirs: Without each of the other.
     """
-    log = difference_interval(np.log(ours), np.log(theirs))
-    mean, low, high = np.exp([log.mean, log.low, log.high]).tolist()
-    return Interval(mean=mean, low=low, high=high)
+    mean = float(np.exp(log_ratio))
+    if min(len(without_ours), len(without_theirs)) < 2:
+        return Interval(mean=mean, low=float("nan"), high=float("nan"))
+    error, freedom = _welch(*((len(each) - 1) * each for each in (without_ours, without_theirs)))
+    half = float(stats.t.ppf(0.975, freedom) * error)
+    return Interval(mean=mean, low=mean * float(np.exp(-half)), high=mean * float(np.exp(half)))

@@ -2,7 +2,6 @@
 
 import sys
 
-import numpy as np
 import rich.console
 import rich.table
 
@@ -61,15 +60,14 @@ def _ahead(table: Report) -> rich.table.Table:
 def _tokens(table: Report) -> rich.table.Table:
     passed = [f"pass@{'/'.join(map(str, table.num_samples))}"] if table.num_samples != [1] else []
     title = "Sampled tokens to the best flat arm's level, over that arm's"
-    shown = _empty(title, "trees", *passed, "get there", "after", "ratio")
+    shown = _empty(title, "trees", *passed, "tokens", "ratio")
     for line in table.lines:
         needed = line.token_ratio
         row = [line.setting, line.arm, "flat" if line.is_flat else "tree"]
         row += [str(line.pass_at_k)] if passed else []
         if needed is not None:
-            there = [tokens for tokens in needed.tokens if tokens is not None]
-            after = f"{np.mean(there) / 1000:.0f} k" if there else ""
-            row += [f"{len(there)} of {line.num_seeds}", after, str(needed)]
+            tokens = "" if needed.tokens is None else f"{needed.tokens / 1000:.0f} k"
+            row += [tokens, str(needed)]
         shown.add_row(*row)
     return shown
 
@@ -83,7 +81,7 @@ def _levels_in_words(table: Report) -> str:
     best = "; ".join(f"{setting}: {level}" for setting, level in levels.items())
     return (
         f"Best flat arm, and its training reward over its last tokens: {best}. It is chosen by "
-        "these very results, which favours it. >: not all runs get there, a lower bound."
+        "these very results, which favours it. >: the arm does not get there, a lower bound."
     )
 
 

@@ -4,30 +4,35 @@ How far is read off training rewards: a prompt is met about once, so that the me
 learner step estimates Pass@1 at the sampling temperature, or the mean reward where there is partial
 credit. Held-out problems, which are sampled otherwise and at the end alone, have no part in it.
 
-A run is at a level with the tokens from which on its reward stays there: where the isotonic
-regression of its reward over learner steps, each with the weight of its tokens, reaches the level.
-Its last tenth is one value of these, lest a single good step at the end pass for a level.
+All seeds of an arm make one curve: a single run, of a few answers a learner step, is at a level
+early or late by chance. An arm is at a level with the tokens from which on its reward stays there:
+where the isotonic regression of the rewards of all its runs' steps, each with the weight of its
+tokens, reaches the level. The last tenth is one value of these, lest a few good steps at the end
+pass for a level.
 
-- A run of the flat arm needs what it takes it to its own last tenth, which it always reaches.
-- The level that a run of the other arm must come to is the mean of these last tenths. One that does
-  not get there counts with all its tokens, which are fewer than it would need: the ratio is then a
-  lower bound, without an interval.
+- The level is the flat arm's last tenth. It needs what takes itself there, which is less than all
+  its tokens where it learns no more at the end.
+- An arm that does not get there counts with all its tokens, which are fewer than it would need: the
+  ratio is then a lower bound, without an interval.
 
-The interval is that of these seeds at this level, whose own error is not in it.
+The interval is a jackknife's, which leaves out each seed of either arm in turn, with the level that
+the others then make. In simulations of W1 (55 to 103 steps, five seeds each) it holds the true
+ratio in nine of ten; the ratio itself is drawn towards 1: a half comes out as 0.6.
 """
 
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import numpy as np
 from jaxtyping import Float
 from scipy.optimize import isotonic_regression
 
 from treerpo_ray.study.comparisons.comparison import Result
-from treerpo_ray.study.comparisons.curves import is_chosen_mix, places
+from treerpo_ray.study.comparisons.curves import is_chosen_mix, places, total
 from treerpo_ray.study.comparisons.intervals import Interval, ratio_interval
 
 LAST = 0.1
-"""Share of a run's tokens, those at its end, that tell how far it has come."""
+"""Share of the tokens, those at the end, that tell how far an arm has come."""
 ROUNDING = 1e-9
 """By which a mean may miss a level that it equals."""
 
@@ -40,14 +45,14 @@ class TokenRatio:
     """The flat arm."""
     level: float
     """Its last training reward, in percent."""
-    tokens: list[float | None]
-    """Sampled tokens of each run of the arm until it is there; None: it never is."""
-    flat_tokens: list[float]
-    """Of each run of the flat arm until it is where it ends."""
+    tokens: float | None
+    """Sampled tokens of a run of the arm until it is there; None: it never is."""
+    flat_tokens: float
+    """Of a run of the flat arm."""
     ratio: Interval
-    """Of geometric means over seeds; without bounds of the flat arm itself and of a lower bound."""
+    """Without bounds for the flat arm itself, of a lower bound, and where an arm has one seed."""
     is_bound: bool
-    """Whether the ratio is a lower bound, for some run of the arm does not get there."""
+    """Whether the ratio is a lower bound, for the arm does not get there."""
 
     def __str__(self) -> str:
         low, high = self.ratio.low, self.ratio.high
@@ -63,51 +68,81 @@ def token_ratio(own: list[Result], flat: list[Result]) -> TokenRatio | None:
     """
     if not (own and flat) or any(map(is_chosen_mix, own + flat)):
         return None
-    level = float(np.mean([_curve(result)[0][-1] for result in flat]))
-    is_itself = own[0].trial.arm == flat[0].trial.arm
-    theirs = [_tokens_to_its_end(result) for result in flat]
-    ours: list[float | None] = [*theirs]
-    if not is_itself:
-        ours = [tokens_to(level, result) for result in own]
-    counted = ratio_interval(_counted(ours, own), np.array(theirs))
-    is_bound = None in ours
-    if is_bound or is_itself:
-        counted = replace(counted, low=float("nan"), high=float("nan"))
+    level = _last_reward(flat)
+    tokens, flat_tokens = tokens_to(level, own), tokens_to(level, flat)
+    assert flat_tokens is not None  # the regression ends no lower than the last value
+    interval = ratio_interval(
+        _log_ratio(own, flat),
+        np.array([_log_ratio(rest, flat) for rest in _each_left_out(own)]),
+        np.array([_log_ratio(own, rest) for rest in _each_left_out(flat)]),
+    )
+    is_bound = tokens is None
+    if is_bound or own[0].trial.arm == flat[0].trial.arm:
+        interval = replace(interval, low=float("nan"), high=float("nan"))
     return TokenRatio(
         flat=flat[0].trial.arm,
         level=100 * level,
-        tokens=ours,
-        flat_tokens=theirs,
-        ratio=counted,
+        tokens=tokens,
+        flat_tokens=flat_tokens,
+        ratio=interval,
         is_bound=is_bound,
     )
 
 
-def tokens_to(level: float, result: Result) -> float | None:
-    """Sampled tokens of a run from which on its training reward stays at a level or above it; None
-    if it never does."""
-    values, sizes = _curve(result)
-    fit = isotonic_regression(values, weights=sizes).x
+def tokens_to(level: float, results: list[Result]) -> float | None:
+    """Sampled tokens of a run from which on the training rewards of an arm's runs stay at a level
+    or above it; None if they never do."""
+    values, weights, ends = _curve(results)
+    fit = isotonic_regression(values, weights=weights).x
     there = np.flatnonzero(fit >= level - ROUNDING)
-    return float(sizes.cumsum()[there[0]]) if len(there) else None
+    return float(ends[there[0]]) if len(there) else None
 
 
-def _tokens_to_its_end(result: Result) -> float:
-    needed = tokens_to(float(_curve(result)[0][-1]), result)
-    assert needed is not None  # the regression ends no lower than the last value
-    return needed
+def _log_ratio(own: list[Result], flat: list[Result]) -> float:
+    """Logarithm of the ratio; what does not get there counts with all its tokens."""
+    level = _last_reward(flat)
+    tokens = [tokens_to(level, results) or _all_tokens(results) for results in (own, flat)]
+    return float(np.log(tokens[0] / tokens[1]))
 
 
-def _curve(result: Result) -> tuple[Float[np.ndarray, " at"], Float[np.ndarray, " at"]]:
-    """Training rewards and the tokens that each is of: of single steps, and the last tenth's."""
-    rewards, ends = np.array(result.curve["reward/mean"]), places(result, "tokens/sampled")
-    sizes = np.array(result.curve["tokens/sampled"])
+def _each_left_out(results: list[Result]) -> list[list[Result]]:
+    """The other results, for each of them; none where there is one alone."""
+    rest = [results[:place] + results[place + 1 :] for place in range(len(results))]
+    return rest if len(results) > 1 else []
+
+
+def _last_reward(results: list[Result]) -> float:
+    return float(_curve(results)[0][-1])
+
+
+def _all_tokens(results: list[Result]) -> float:
+    return float(np.mean([total(result, "tokens/sampled") for result in results]))
+
+
+def _curve(
+    results: list[Result],
+) -> tuple[
+    Float[np.ndarray, " at"],
+    Float[np.ndarray, " at"],
+    Float[np.ndarray, " at"],
+]:
+    """Training rewards of all runs' steps by the tokens of a run until then, the weight of each and
+    those tokens: of single steps, and the last tenth's."""
+    steps = [
+        (end, reward, size)
+        for result in results
+        for end, reward, size in zip(
+            places(result, "tokens/sampled"),
+            result.curve["reward/mean"],
+            result.curve["tokens/sampled"],
+            strict=True,
+        )
+    ]
+    ends, rewards, sizes = np.array(sorted(steps, key=itemgetter(0))).T
     first = int(np.argmax(ends > (1 - LAST) * ends[-1]))
     last = np.average(rewards[first:], weights=sizes[first:])
-    return np.append(rewards[:first], last), np.append(sizes[:first], sizes[first:].sum())
-
-
-def _counted(tokens: list[float | None], results: list[Result]) -> Float[np.ndarray, " seeds"]:
-    """The same numbers, of runs that do not get there all their tokens."""
-    ends = [sum(result.curve["tokens/sampled"]) for result in results]
-    return np.array([end if own is None else own for own, end in zip(tokens, ends, strict=True)])
+    return (
+        np.append(rewards[:first], last),
+        np.append(sizes[:first], sizes[first:].sum()),
+        np.append(ends[:first], _all_tokens(results)),
+    )
