@@ -15,6 +15,10 @@ from scipy import stats
 
 from treerpo_ray.study.comparisons.comparison import Comparison, Result
 
+LEGEND_LINE = 0.16
+"""Height (inches) of an arm's line in the legend."""
+STYLES = ("-", "--", ":", "-.")
+"""Of the first ten arms, the next and so on: there are ten colours."""
 GRID_POINTS = 40
 """Points of a plotted curve."""
 WINDOW_TOKENS = 12_000
@@ -42,7 +46,8 @@ def plot_comparison(
     if not results:
         return None
     settings = [s for s in comparison.settings if any(r.trial.setting == s for r in results)]
-    figure = Figure(figsize=(9, 3.2 * len(settings)), layout="constrained")
+    height = max(3.2 * len(settings), LEGEND_LINE * len(comparison.arms))
+    figure = Figure(figsize=(10.5, height), layout="constrained")
     grid = figure.subplots(len(settings), len(AXES), squeeze=False)
     rows: list[Point] = []
     for axes_row, setting in zip(grid, settings, strict=True):
@@ -55,8 +60,8 @@ def plot_comparison(
                 ]
             axes.set_xlabel(title)
         axes_row[0].set_ylabel(f"{setting}: training reward")
-        if axes_row[0].lines:
-            axes_row[0].legend(fontsize=7)
+    lines = {str(line.get_label()): line for axes in grid[:, 0] for line in axes.lines}
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=7)
     return figure, rows
 
 
@@ -85,8 +90,9 @@ def _draw(
         curves[arm] = _curve(own, metric)
         if len(own) >= min(MIN_PLOTTED, most):
             at, mean, half = curves[arm].T
-            color = f"C{number}"  # the same in every setting
-            axes.plot(at, mean, label=arm, linewidth=1.4, color=color)
+            color = f"C{number}"  # the same in every setting, and again after ten
+            style = STYLES[number // 10 % len(STYLES)]
+            axes.plot(at, mean, style, label=arm, linewidth=1.4, color=color)
             axes.fill_between(at, mean - half, mean + half, alpha=0.15, color=color)
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
