@@ -27,8 +27,7 @@ from treerpo_ray.driver.sources import version_of
 from treerpo_ray.driver.start import then_and_now
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
 from treerpo_ray.driver.versions import AgreedVersions
-from treerpo_ray.engine.engine import make_engine
-from treerpo_ray.engine.types import EngineSetup, Sampling
+from treerpo_ray.engine.types import Sampling
 from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, Graded, save_evaluation, save_samples
 from treerpo_ray.evaluate.grading import grade_trees, sampled_trees, summarise
@@ -54,7 +53,7 @@ from treerpo_ray.run_folder.files import (
 from treerpo_ray.run_folder.lock import only_writer
 from treerpo_ray.run_folder.logs import output_to_log
 from treerpo_ray.scoring import Scorer, StartScorer
-from treerpo_ray.search.tree_pool import TreePool
+from treerpo_ray.search.tree_pool import make_pool
 from treerpo_ray.stop import Stop
 from treerpo_ray.task import TreePoolApi
 
@@ -345,11 +344,7 @@ def evaluate_all(
     run_log: RunLogApi = make_actor(RunLog, name=f"run log of {run}")(
         setup=RunLogSetup.of(config, commit=version_of(PROJECT))
     )
-    pool: TreePoolApi = make_actor(TreePool, name=f"tree pool of {run}")(
-        setup=EngineSetup.of(config),
-        log_folder=config.log_folder,
-        make_engine=partial(make_engine, check_node=versions.check_node),
-    )
+    pool = make_pool(config, versions.check_node, make_actor)
     heartbeats: HeartbeatsApi = make_actor(Heartbeats, name=f"heartbeats of {run}")()
     first = next(iter(prompts.values()))
     try:

@@ -33,8 +33,7 @@ from treerpo_ray.driver.start import (
 from treerpo_ray.driver.supervisor import Supervisor, evaluation_progress, stop_actor
 from treerpo_ray.driver.train_group import TrainGroup, make_trainer
 from treerpo_ray.driver.versions import AgreedVersions
-from treerpo_ray.engine.engine import make_engine
-from treerpo_ray.engine.types import EngineSetup, Sampling
+from treerpo_ray.engine.types import Sampling
 from treerpo_ray.errors import RunFailed
 from treerpo_ray.evaluate.evaluation import Evaluation, read_evaluation, step_name
 from treerpo_ray.evaluate.examples import examples
@@ -53,7 +52,7 @@ from treerpo_ray.run_folder.lock import only_writer
 from treerpo_ray.run_folder.logs import output_to_log
 from treerpo_ray.run_folder.writer import BackgroundWriter
 from treerpo_ray.search.gate import Gate
-from treerpo_ray.search.tree_pool import TreePool
+from treerpo_ray.search.tree_pool import make_pool
 from treerpo_ray.stop import Stop
 from treerpo_ray.task import RunActors, TreePoolApi
 from treerpo_ray.weight_sync import WeightSync
@@ -130,7 +129,7 @@ def kept_engines(config: Config) -> Iterator[KeptEngines]:
     """A Ray session and an engine pool for runs one after the other, of whose setups the one of
     `config` `can_serve` each."""
     with Stop().at_work(), connected(config) as versions:
-        pool = _make_pool(config, versions)
+        pool = make_pool(config, versions.check_node)
         try:
             yield KeptEngines(pool, versions)
         finally:
@@ -207,7 +206,7 @@ class RunSession:
             )
             self._at_end(run_log.close.remote, "the run log")
             if pool is None:
-                pool = _make_pool(config, versions)
+                pool = make_pool(config, versions.check_node)
                 own += [run_log, pool]  # a pool that is kept still tells the log of its engines
                 self._at_end(pool.stop.remote, "the engines")
             self.actors = _make_actors(config, inputs, pool, run_log)
@@ -355,14 +354,6 @@ def _make_actors(
         ),
         run_log=run_log,
         heartbeats=make_actor(Heartbeats, name=f"heartbeats of {run}")(),
-    )
-
-
-def _make_pool(config: Config, versions: AgreedVersions) -> TreePoolApi:
-    return make_actor(TreePool, name=f"tree pool of {config.run.name}")(
-        setup=EngineSetup.of(config),
-        log_folder=config.log_folder,
-        make_engine=partial(make_engine, check_node=versions.check_node),
     )
 
 

@@ -12,8 +12,11 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
+from treerpo_ray.actor import MakeActor, make_actor
 from treerpo_ray.algo.search import TreeShape, step_seed
+from treerpo_ray.config import Config
 from treerpo_ray.config.sections import GateConfig
 from treerpo_ray.engine.autoscaler import Autoscaler, Nodes, ScalingPolicy, see_nodes
 from treerpo_ray.engine.background import BackgroundTasks, Signal
@@ -26,7 +29,7 @@ from treerpo_ray.prompts.prompt_set import PromptSet
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.search.gate import redrawn
 from treerpo_ray.search.growing_tree import GrowingTree
-from treerpo_ray.task import GateApi, Ticket
+from treerpo_ray.task import GateApi, Ticket, TreePoolApi
 from treerpo_ray.weight_sync import Probe
 from treerpo_ray.weights.manifest import Manifest
 from treerpo_ray.weights.source import WeightSource
@@ -372,3 +375,14 @@ class TreePool(WatchedStage):
 
     def _redrawn(self, ticket: Ticket, num_redraws: int) -> Ticket:
         return redrawn(ticket, num_redraws, mixture=self.prompts.sets, seed=self.seed)
+
+
+def make_pool(
+    config: Config, check_node: Callable[[], None], make_actor: MakeActor = make_actor
+) -> TreePoolApi:
+    """An actor with a run's engines, each of which starts where `check_node` raises nothing."""
+    return make_actor(TreePool, name=f"tree pool of {config.run.name}")(
+        setup=EngineSetup.of(config),
+        log_folder=config.log_folder,
+        make_engine=partial(make_engine, check_node=check_node),
+    )
