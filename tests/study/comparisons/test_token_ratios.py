@@ -5,7 +5,7 @@ import pytest
 
 from tests.support.saved_runs.results import curve_result
 from treerpo_ray.study.comparisons.comparison import Result
-from treerpo_ray.study.comparisons.token_ratios import TokenRatio, token_ratio, tokens_to
+from treerpo_ray.study.comparisons.token_ratios import ArmCurve, TokenRatio, token_ratio
 
 RISING = [0.05 * step for step in range(1, 21)]
 """Twenty steps, of which the last two are the last tenth: 0.975."""
@@ -15,20 +15,20 @@ FAST = [min(0.1 * step, 1.0) for step in range(1, 21)]
 def test_a_run_is_there_where_its_rewards_first_stay_at_a_level() -> None:
     # The second step is above the level, but the mean of all steps up to the fourth is not
     early = curve_result("arm", [0.1, 0.6, 0.1, 0.2, *[0.6] * 16])
-    assert tokens_to(0.5, [early]) == 5000
-    assert tokens_to(0.5, [curve_result("arm", FAST)]) == 5000
-    assert tokens_to(0.0, [early]) == 1000
-    assert tokens_to(0.61, [early]) is None
+    assert ArmCurve.of([early]).tokens_to(0.5) == 5000
+    assert ArmCurve.of([curve_result("arm", FAST)]).tokens_to(0.5) == 5000
+    assert ArmCurve.of([early]).tokens_to(0.0) == 1000
+    assert ArmCurve.of([early]).tokens_to(0.61) is None
 
 
 def test_a_single_good_step_at_the_end_is_no_level() -> None:
     run = curve_result("arm", [*[0.2] * 19, 0.9])
-    assert tokens_to(0.5, [run]) == 20_000, "the mean of the last two is 0.55"
-    assert tokens_to(0.56, [run]) is None
+    assert ArmCurve.of([run]).tokens_to(0.5) == 20_000, "the mean of the last two is 0.55"
+    assert ArmCurve.of([run]).tokens_to(0.56) is None
 
 
 def test_what_was_lost_again_was_not_reached() -> None:
-    assert tokens_to(0.5, [curve_result("arm", [*[0.8] * 10, *[0.0] * 10])]) is None
+    assert ArmCurve.of([curve_result("arm", [*[0.8] * 10, *[0.0] * 10])]).tokens_to(0.5) is None
 
 
 def test_seeds_make_one_curve_and_each_left_out_the_interval() -> None:

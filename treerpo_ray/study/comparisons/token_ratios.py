@@ -22,6 +22,7 @@ ratio in nine of ten; the ratio itself is drawn towards 1: a half comes out as 0
 
 from dataclasses import dataclass, replace
 from operator import itemgetter
+from typing import Self
 
 import numpy as np
 from jaxtyping import Float
@@ -68,20 +69,20 @@ def token_ratio(own: list[Result], flat: list[Result]) -> TokenRatio | None:
     """
     if not (own and flat) or any(map(is_chosen_mix, own + flat)):
         return None
-    level = _last_reward(flat)
-    tokens, flat_tokens = tokens_to(level, own), tokens_to(level, flat)
+    ours, theirs = ArmCurve.of(own), ArmCurve.of(flat)
+    tokens, flat_tokens = ours.tokens_to(theirs.last), theirs.tokens_to(theirs.last)
     assert flat_tokens is not None  # the regression ends no lower than the last value
     interval = ratio_interval(
-        _log_ratio(own, flat),
-        np.array([_log_ratio(rest, flat) for rest in _each_left_out(own)]),
-        np.array([_log_ratio(own, rest) for rest in _each_left_out(flat)]),
+        _log_ratio(ours, theirs),
+        np.array([_log_ratio(rest, theirs) for rest in _each_left_out(own)]),
+        np.array([_log_ratio(ours, rest) for rest in _each_left_out(flat)]),
     )
     is_bound = tokens is None
     if is_bound or own[0].trial.arm == flat[0].trial.arm:
         interval = replace(interval, low=float("nan"), high=float("nan"))
     return TokenRatio(
         flat=flat[0].trial.arm,
-        level=100 * level,
+        level=100 * theirs.last,
         tokens=tokens,
         flat_tokens=flat_tokens,
         ratio=interval,
@@ -89,60 +90,62 @@ def token_ratio(own: list[Result], flat: list[Result]) -> TokenRatio | None:
     )
 
 
-def tokens_to(level: float, results: list[Result]) -> float | None:
-    """Sampled tokens of a run from which on the training rewards of an arm's runs stay at a level
-    or above it; None if they never do."""
-    values, weights, ends = _curve(results)
-    fit = isotonic_regression(values, weights=weights).x
-    there = np.flatnonzero(fit >= level - ROUNDING)
-    return float(ends[there[0]]) if len(there) else None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmCurve:
+    """Training rewards of all steps of an arm's runs, in the order of the tokens of a run until
+    then; those of the last tenth are one."""
+
+    rewards: Float[np.ndarray, " at"]
+    weights: Float[np.ndarray, " at"]
+    """Sampled tokens that each reward is of."""
+    ends: Float[np.ndarray, " at"]
+    """Sampled tokens of a run until then; the last: of all of it, in the mean over runs."""
+
+    @classmethod
+    def of(cls, results: list[Result]) -> Self:
+        """That of one run or more."""
+        steps = [
+            (end, reward, size)
+            for result in results
+            for end, reward, size in zip(
+                places(result, "tokens/sampled"),
+                result.curve["reward/mean"],
+                result.curve["tokens/sampled"],
+                strict=True,
+            )
+        ]
+        ends, rewards, sizes = np.array(sorted(steps, key=itemgetter(0))).T
+        first = int(np.argmax(ends > (1 - LAST) * ends[-1]))
+        last = np.average(rewards[first:], weights=sizes[first:])
+        return cls(
+            rewards=np.append(rewards[:first], last),
+            weights=np.append(sizes[:first], sizes[first:].sum()),
+            ends=np.append(
+                ends[:first], np.mean([total(result, "tokens/sampled") for result in results])
+            ),
+        )
+
+    @property
+    def last(self) -> float:
+        """How far the arm has come."""
+        return float(self.rewards[-1])
+
+    def tokens_to(self, level: float) -> float | None:
+        """Sampled tokens of a run from which on rewards stay at a level or above it; None if they
+        never do."""
+        fit = isotonic_regression(self.rewards, weights=self.weights).x
+        there = np.flatnonzero(fit >= level - ROUNDING)
+        return float(self.ends[there[0]]) if len(there) else None
 
 
-def _log_ratio(own: list[Result], flat: list[Result]) -> float:
+def _log_ratio(own: ArmCurve, flat: ArmCurve) -> float:
     """Logarithm of the ratio; what does not get there counts with all its tokens."""
-    level = _last_reward(flat)
-    tokens = [tokens_to(level, results) or _all_tokens(results) for results in (own, flat)]
+    tokens = [curve.tokens_to(flat.last) or curve.ends[-1] for curve in (own, flat)]
     return float(np.log(tokens[0] / tokens[1]))
 
 
-def _each_left_out(results: list[Result]) -> list[list[Result]]:
-    """The other results, for each of them; none where there is one alone."""
-    rest = [results[:place] + results[place + 1 :] for place in range(len(results))]
-    return rest if len(results) > 1 else []
-
-
-def _last_reward(results: list[Result]) -> float:
-    return float(_curve(results)[0][-1])
-
-
-def _all_tokens(results: list[Result]) -> float:
-    return float(np.mean([total(result, "tokens/sampled") for result in results]))
-
-
-def _curve(
-    results: list[Result],
-) -> tuple[
-    Float[np.ndarray, " at"],
-    Float[np.ndarray, " at"],
-    Float[np.ndarray, " at"],
-]:
-    """Training rewards of all runs' steps by the tokens of a run until then, the weight of each and
-    those tokens: of single steps, and the last tenth's."""
-    steps = [
-        (end, reward, size)
-        for result in results
-        for end, reward, size in zip(
-            places(result, "tokens/sampled"),
-            result.curve["reward/mean"],
-            result.curve["tokens/sampled"],
-            strict=True,
-        )
-    ]
-    ends, rewards, sizes = np.array(sorted(steps, key=itemgetter(0))).T
-    first = int(np.argmax(ends > (1 - LAST) * ends[-1]))
-    last = np.average(rewards[first:], weights=sizes[first:])
-    return (
-        np.append(rewards[:first], last),
-        np.append(sizes[:first], sizes[first:].sum()),
-        np.append(ends[:first], _all_tokens(results)),
-    )
+def _each_left_out(results: list[Result]) -> list[ArmCurve]:
+    """The curve of the others, for each result; none where there is one alone."""
+    if len(results) < 2:
+        return []
+    return [ArmCurve.of(results[:place] + results[place + 1 :]) for place in range(len(results))]
