@@ -10,7 +10,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from treerpo_ray.config import Config, load
-from treerpo_ray.config.files import to_yaml
+from treerpo_ray.config.files import PAST_KEYS, to_yaml
 from treerpo_ray.driver.start import (
     check_same_contents,
     contents_of,
@@ -182,6 +182,27 @@ def test_a_folder_of_an_earlier_version_is_the_same_run_where_what_is_new_has_it
     assert look_at_folder(config).changed == []
     with pytest.raises(ValueError, match=r"gate\.max_redraws=2 \(was 0\)"):
         look_at_folder(again(str(tmp_path), "gate.max_redraws=2"))
+
+
+@pytest.mark.parametrize(("key", "idle"), PAST_KEYS.items())
+def test_a_run_that_did_what_this_version_no_longer_can_is_not_gone_on_with(
+    key: str, idle: object, tmp_path: Path
+) -> None:
+    config = started(str(tmp_path))
+    section, _, name = key.partition(".")
+    file = tmp_path / "one/config.yaml"
+    was = file.read_text()
+    for value in (idle, 0.5):
+        file.write_text(was.replace(f"{section}:\n", f"{section}:\n  {name}: {value}\n", 1))
+        assert f"  {name}: {value}\n" in file.read_text()
+        if value == idle:
+            assert look_at_folder(config).changed == []
+            assert load([str(file)]) == config
+            continue
+        with pytest.raises(ValueError, match=rf"other settings: {key} is no longer there \(was "):
+            look_at_folder(config)
+        with pytest.raises(ValueError, match=f"{key} is a setting of an earlier version; .*=0.0"):
+            load([str(file)])
 
 
 def test_many_settings_are_counted(tmp_path: Path) -> None:

@@ -33,6 +33,9 @@ MOVED_MODULES = {
     "treerpo_ray.boxed_answer": "treerpo_ray.verifier.boxed_answer",
 }
 """Modules that configurations of earlier versions name, and where they are now."""
+PAST_KEYS: Flat = {"gate.revisit": 0.0}
+"""Settings of earlier versions that are no longer there, with the value at which they did nothing:
+that is read as if it were not said, and no other is."""
 YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """Ten times as fast where libyaml is there."""
 BENCHMARKS = "evaluate.benchmarks"
@@ -57,6 +60,30 @@ def with_moved_modules(value: T) -> T:
     if isinstance(value, list):
         return cast(T, [with_moved_modules(part) for part in value])
     return cast(T, MOVED_MODULES.get(value, value)) if isinstance(value, str) else value
+
+
+def _without_past_keys(content: object) -> object:
+    """A configuration as YAML gives it, without those PAST_KEYS that do nothing."""
+    for key, value in PAST_KEYS.items():
+        section, _, name = key.partition(".")
+        part = content.get(section) if isinstance(content, dict) else None
+        if isinstance(part, dict) and name in part and part[name] == value:
+            del part[name]
+    return content
+
+
+def lost_settings(kept: Flat) -> list[str]:
+    """What an earlier version's configuration had switched on that is no longer there, one phrase
+    each.
+
+    >>> lost_settings({"gate.revisit": 0.5})
+    ['gate.revisit is no longer there (was 0.5)']
+    """
+    return [
+        f"{key} is no longer there (was {kept[key]})"
+        for key, value in PAST_KEYS.items()
+        if kept.get(key, value) != value
+    ]
 
 
 def load(arguments: list[str]) -> Config:
@@ -279,7 +306,7 @@ def _nested(key: str, value: object) -> object:
 
 
 def _in_present_names(content: object) -> Container:
-    content = with_moved_modules(_as_it_stands(content))
+    content = with_moved_modules(_without_past_keys(_as_it_stands(content)))
     return cast(Container, OmegaConf.create(cast(dict[str, object], _with_joined_paths(content))))
 
 
@@ -313,6 +340,11 @@ def _explain(error: OmegaConfBaseException, argument: str = "") -> str:
         given = argument.partition("=")[0]
         if given.startswith(f"{key}."):  # the error names the section that is unknown
             key = given
+        if key in PAST_KEYS:
+            return (
+                f"{key} is a setting of an earlier version; this one can only do without, which is "
+                f"{key}={PAST_KEYS[key]}"
+            )
         known = known_keys(Config)
         near = [each for each in known if each.rpartition(".")[2] == key.rpartition(".")[2]]
         near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.4)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from treerpo_ray.config import Config
-from treerpo_ray.config.files import flat_settings, placeless, to_yaml
+from treerpo_ray.config.files import flat_settings, lost_settings, placeless, to_yaml
 from treerpo_ray.config.identity import Flat, differences, is_free
 from treerpo_ray.driver.result import RunResult, finished_result
 from treerpo_ray.errors import RunFailed, one_line
@@ -96,7 +96,8 @@ def _changes(config: Config, folder: RunFolder) -> list[str]:
     if not folder.exists(CONFIG_FILE):
         return []
     before, now = then_and_now(folder.read_text(CONFIG_FILE), config)
-    fixed = differences(before, {key: value for key, value in now.items() if not is_free(key)})
+    fixed = lost_settings(before)
+    fixed += differences(before, {key: value for key, value in now.items() if not is_free(key)})
     if fixed and _has_results(folder):
         more = f" and {len(fixed) - MOST_SHOWN} more" if len(fixed) > MOST_SHOWN else ""
         raise ValueError(
