@@ -41,8 +41,8 @@ class Line:
     length: Interval
     """Tokens of a held-out answer."""
     token_ratio: TokenRatio | None
-    """Tokens to the last training reward of the best flat arm, over that arm's; None without such
-    an arm, and for one that chooses what it trains on."""
+    """Tokens to nine tenths of the last training reward of the best flat arm, over that arm's; None
+    without such an arm, and for one that chooses what it trains on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -80,8 +80,9 @@ def _levels_in_words(table: Report) -> str:
     }
     best = "; ".join(f"{setting}: {level}" for setting, level in levels.items())
     return (
-        f"Best flat arm, and its training reward over its last tokens: {best}. It is chosen by "
-        "these very results, which favours it. >: the arm does not get there, a lower bound."
+        f"Best flat arm, and the level, nine tenths of its last training reward: {best}. It is "
+        "chosen by these very results, which favours it. >: the arm does not get there, a lower "
+        "bound."
     )
 
 
