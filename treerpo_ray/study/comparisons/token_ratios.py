@@ -74,8 +74,7 @@ def token_ratio(own: list[Result], flat: list[Result]) -> TokenRatio | None:
     if not (own and flat) or any(map(is_chosen_mix, own + flat)):
         return None
     ours, theirs = ArmCurve.of(own), ArmCurve.of(flat)
-    level = LEVEL * theirs.last
-    tokens, flat_tokens = ours.tokens_to(level), theirs.tokens_to(level)
+    tokens, flat_tokens = ours.tokens_to(theirs.level), theirs.tokens_to(theirs.level)
     assert flat_tokens is not None  # the regression ends no lower than the last value
     interval = ratio_interval(
         _log_ratio(ours, theirs),
@@ -87,7 +86,7 @@ def token_ratio(own: list[Result], flat: list[Result]) -> TokenRatio | None:
         interval = replace(interval, low=float("nan"), high=float("nan"))
     return TokenRatio(
         flat=flat[0].trial.arm,
-        level=100 * level,
+        level=100 * theirs.level,
         tokens=tokens,
         flat_tokens=flat_tokens,
         ratio=interval,
@@ -131,9 +130,9 @@ class ArmCurve:
         )
 
     @property
-    def last(self) -> float:
-        """How far the arm has come."""
-        return float(self.rewards[-1])
+    def level(self) -> float:
+        """How far others are to get: nearly as far as the arm has come."""
+        return LEVEL * float(self.rewards[-1])
 
     def tokens_to(self, level: float) -> float | None:
         """Sampled tokens of a run from which on rewards stay at a level or above it; None if they
@@ -145,7 +144,7 @@ class ArmCurve:
 
 def _log_ratio(own: ArmCurve, flat: ArmCurve) -> float:
     """Logarithm of the ratio; what does not get there counts with all its tokens."""
-    tokens = [curve.tokens_to(LEVEL * flat.last) or curve.ends[-1] for curve in (own, flat)]
+    tokens = [curve.tokens_to(flat.level) or curve.ends[-1] for curve in (own, flat)]
     return float(np.log(tokens[0] / tokens[1]))
 
 
