@@ -21,7 +21,7 @@ from treerpo_ray.stop import STOPPED
 def train(arguments: list[str]) -> int:
     """Check all input, train and print the result; returns the exit status."""
     if {"-h", "--help"} & set(arguments):
-        from treerpo_ray.config.files import describe
+        from treerpo_ray.config.keys import describe
 
         print(f"{__doc__}\nSections and keys, with their defaults:\n{describe()}")
         return 0

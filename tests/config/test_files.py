@@ -20,11 +20,11 @@ from treerpo_ray.config.data import INHERITED, DataConfig
 from treerpo_ray.config.files import (
     MOVED_MODULES,
     YAML,
-    describe,
     load,
     to_yaml,
     with_moved_modules,
 )
+from treerpo_ray.config.keys import describe
 from treerpo_ray.evaluate.evaluation import Evaluation
 from treerpo_ray.user_code import RAY_JOB, load_module, unpack
 

@@ -6,8 +6,8 @@ from dataclasses import asdict, fields, replace
 import pytest
 
 from treerpo_ray.config import Config, load
-from treerpo_ray.config.files import describe
 from treerpo_ray.config.health import HealthConfig
+from treerpo_ray.config.keys import describe
 from treerpo_ray.metrics.diagnosis import NOTHING_KEPT, RULES, Diagnosis, Finding, Limits
 
 HEALTHY = {

@@ -1,9 +1,6 @@
 """Configuration files: merged left to right, then `section.key=value` overrides; and back."""
 
-import ast
 import difflib
-import inspect
-import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -364,41 +361,3 @@ def _mapping_keys(section: type = Config, prefix: str = "") -> frozenset[str]:
         elif isinstance(kind, type) and is_dataclass(kind):
             keys |= _mapping_keys(kind, f"{prefix}{name}.")
     return frozenset(keys)
-
-
-def describe() -> str:
-    """Every section with its keys, their defaults, what they mean, and which of them may change
-    when a run is started again."""
-    plain = OmegaConf.to_container(OmegaConf.structured(Config), enum_to_str=True)
-    defaults = cast(dict[str, dict[str, object]], plain)
-    lines = []
-    for section, kind in get_type_hints(Config).items():
-        lines.append(f"\n{section}: {inspect.getdoc(kind)}")
-        notes = _field_notes(kind)
-        lines += [
-            f"  {section}.{name} = {json.dumps(default)}\n      {notes[name]}"
-            f"{' (A run may be resumed with another.)' * is_free(f'{section}.{name}')}"
-            for name, default in defaults[section].items()
-        ]
-    return "\n".join(lines)
-
-
-def _field_notes(kind: type) -> dict[str, str]:
-    """The sentence under each field of a dataclass."""
-    bases = [base for base in reversed(kind.__mro__) if is_dataclass(base)]
-    body = [
-        statement
-        for base in bases
-        for section in ast.parse(inspect.getsource(base)).body
-        if isinstance(section, ast.ClassDef)
-        for statement in section.body
-    ]
-    notes = {}
-    for pair in itertools.pairwise(body):
-        match pair:
-            case (
-                ast.AnnAssign(target=ast.Name(id=name)),
-                ast.Expr(value=ast.Constant(value=str(note))),
-            ):
-                notes[name] = inspect.cleandoc(note).replace("\n", " ")
-    return notes

@@ -1,13 +1,20 @@
-"""Keys: the settings that there are, the kind of each, and texts on the command line."""
+"""Keys: the settings that there are, what they mean, the kind of each, and texts on the command
+line."""
 
+import ast
+import inspect
+import itertools
+import json
 from dataclasses import is_dataclass
 from types import NoneType
-from typing import get_args, get_origin, get_type_hints
+from typing import cast, get_args, get_origin, get_type_hints
 
 import yaml
+from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from treerpo_ray.config.config import Config
+from treerpo_ray.config.identity import is_free
 
 
 def known_keys(section: type, prefix: str = "") -> list[str]:
@@ -65,3 +72,41 @@ def kind_in_words(key: str) -> str:
     if origin is dict:
         return "a mapping such as '{a: 1, b: 2}'"
     return "a list such as '[4, 2]'" if origin in (list, tuple) else "a YAML value"
+
+
+def describe() -> str:
+    """Every section with its keys, their defaults, what they mean, and which of them may change
+    when a run is started again."""
+    plain = OmegaConf.to_container(OmegaConf.structured(Config), enum_to_str=True)
+    defaults = cast(dict[str, dict[str, object]], plain)
+    lines = []
+    for section, kind in get_type_hints(Config).items():
+        lines.append(f"\n{section}: {inspect.getdoc(kind)}")
+        notes = _field_notes(kind)
+        lines += [
+            f"  {section}.{name} = {json.dumps(default)}\n      {notes[name]}"
+            f"{' (A run may be resumed with another.)' * is_free(f'{section}.{name}')}"
+            for name, default in defaults[section].items()
+        ]
+    return "\n".join(lines)
+
+
+def _field_notes(kind: type) -> dict[str, str]:
+    """The sentence under each field of a dataclass."""
+    bases = [base for base in reversed(kind.__mro__) if is_dataclass(base)]
+    body = [
+        statement
+        for base in bases
+        for section in ast.parse(inspect.getsource(base)).body
+        if isinstance(section, ast.ClassDef)
+        for statement in section.body
+    ]
+    notes = {}
+    for pair in itertools.pairwise(body):
+        match pair:
+            case (
+                ast.AnnAssign(target=ast.Name(id=name)),
+                ast.Expr(value=ast.Constant(value=str(note))),
+            ):
+                notes[name] = inspect.cleandoc(note).replace("\n", " ")
+    return notes
