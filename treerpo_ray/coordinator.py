@@ -13,7 +13,7 @@ from pathlib import Path
 
 import ray
 
-from treerpo_ray.algo.forks.adaptive_shape import ShapeChoice, is_measured
+from treerpo_ray.algo.forks.adaptive_shape import ShapeChoice
 from treerpo_ray.engine.types import EngineTotals
 from treerpo_ray.learner.policy import DTYPES
 from treerpo_ray.learner.publisher import Publisher
@@ -214,7 +214,6 @@ class Coordinator:
     def _note_shape(self, chosen: ShapeChoice, step: int) -> None:
         """Tell of another shape that is chosen in a learner step."""
         first = step + 1 + self.config.gate.max_staleness
-        first += is_measured(first, self.config.learner.fork_every)
         share = chosen.token_share
         told = f"trees of {list(chosen.num_children)}", f"predicted to need {share:.2f} of"
         if not chosen.is_forked:

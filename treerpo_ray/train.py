@@ -103,7 +103,7 @@ def restore(task: WorkerTask) -> Iterator["TrainWorker"]:
             learner=config.learner,
             loss=config.loss,
             tree=config.tree,
-            max_staleness=config.gate.max_staleness,
+            gate=config.gate,
             max_tokens=config.max_model_tokens,
             device=ray.train.torch.get_device(),
             sets=config.prompts.sets,

@@ -117,7 +117,7 @@ def packing_learner(config: Config) -> Learner:
         learner=LearnerConfig(),
         loss=config.loss,
         tree=config.tree,
-        max_staleness=0,
+        gate=config.gate,
         max_tokens=config.max_model_tokens,
         device=torch.device("cpu"),
     )

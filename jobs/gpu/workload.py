@@ -148,7 +148,7 @@ def make_learner(
         learner=settings,
         loss=config.loss,
         tree=config.tree,
-        max_staleness=1000,
+        gate=replace(config.gate, max_staleness=1000),
         max_tokens=config.max_model_tokens,
         device=sizes.device,
         checkpoint=checkpoint,

@@ -100,9 +100,9 @@ def test_the_plan_of_a_shape_that_adapts_says_between_which_it_lies() -> None:
     """One answer has 23 + 20 tokens, [1, 16] 23 + 16 * 20."""
     shown = plan(str(PROJECT / "conf/methods/adaptive.yaml"))
     assert shown["tree"] == (
-        "[1, 4] children of at most [23, 20] tokens measure forks, in one learner step of 10 and "
-        "until something is measured; in all others the best fork, up to [1, 16], or single "
-        "answers, [1, 1], where none pays: at most 43 to 343 tokens a question, by shape"
+        "[1, 4] children of at most [23, 20] tokens measure forks, 8 trees in one learner step of "
+        "10; all others are the best fork, up to [1, 16], or single answers, [1, 1], where none "
+        "pays: at most 43 to 343 tokens a question, by shape"
     )
     assert shown["step"] == (
         "24 trees: up to 408 requests and 8,232 sampled tokens, 2 optimizer steps"

@@ -15,7 +15,7 @@ from tests.support.project import PROJECT
 def test_sh(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(PROJECT / "jobs/test.sh"), *arguments]
     environment = os.environ | variables
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 test_sh.__test__ = False

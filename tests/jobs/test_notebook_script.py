@@ -33,7 +33,7 @@ def show(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
         env=environment | variables,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
 
 

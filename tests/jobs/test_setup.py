@@ -51,7 +51,7 @@ class Setup:
             env=clean | variables,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
         self.status, self.told = done.returncode, done.stderr.strip()
         self.python, _, self.path = done.stdout.strip().partition(" ")

@@ -20,7 +20,7 @@ from tests.support.learning.learner_runs import (
 from tests.support.learning.step_rows import plain_model
 from tests.support.learning.tiny_models import save_tiny_model
 from treerpo_ray.algo.advantages.forms import AdvantageForm
-from treerpo_ray.algo.forks.adaptive_shape import choice_by
+from treerpo_ray.algo.forks.adaptive_shape import choice_by, measures
 from treerpo_ray.algo.forks.samples import tree_gradients
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import TreeConfig
@@ -127,28 +127,30 @@ SINGLE, FORKED = (-1, 0), (-1, 0, 0)
 def adaptive(path: str) -> Config:
     config = make_config(path, replace(ADAPTIVE, token_budget=999), max_staleness=9)
     tree = TreeConfig(num_children=(1, 2), step_tokens=(5, 5), temperature=0.7, adaptive=True)
-    return replace(config, tree=tree)
+    return replace(config, tree=tree, gate=replace(config.gate, trees_per_step=12))
 
 
 def batch(step: int, count: int = 12) -> list[TreeRecord]:
-    """Trees [1, 2] in the first three learner steps and each that measures, then single answers."""
-    first = step * count
-    if step < 3 or step % 2:
-        return [
-            make_record(first + i, ("cw", "ww", "wc", "cc")[i % 4], parents=FORKED, version=step)
-            for i in range(count)
-        ]
-    return [make_record(first + i, "cw"[i % 2], parents=SINGLE, version=step) for i in range(count)]
+    """Single answers; of a learner step that measures two trees of three are [1, 2]."""
+    forked = [
+        make_record(step * 12 + i, ("cw", "ww", "wc", "cc")[i % 4], parents=FORKED, version=step)
+        for i in range(count)
+    ]
+    single = [
+        make_record(step * 12 + i, "cw"[i % 2], parents=SINGLE, version=step) for i in range(count)
+    ]
+    is_forked = [step % 2 == 1 and measures(i, 12) for i in range(count)]
+    return [forked[i] if is_forked[i] else single[i] for i in range(count)]
 
 
-def test_where_the_shape_adapts_each_look_is_at_all_trees_of_a_step_that_measures(
+def test_where_the_shape_adapts_each_look_is_at_the_trees_that_were_grown_for_it(
     path: str, tmp_path: Path
 ) -> None:
     learner = make_learner(adaptive(path))
     results = [learner.update(batch(step)) for step in range(5)]
     assert [result.chosen is not None for result in results] == [False, True, False, True, False]
     [estimate] = learner.forks.estimates
-    assert len(estimate.samples) == 24, "of two steps"
+    assert len(estimate.samples) == 16, "of two steps, without their single answers"
     assert results[3].chosen == learner.forks.choice == choice_by([estimate], 2)
     assert (results[1].chosen_before, results[3].chosen_before) == (None, results[1].chosen)
     chosen = results[3].chosen
@@ -157,7 +159,7 @@ def test_where_the_shape_adapts_each_look_is_at_all_trees_of_a_step_that_measure
     assert tuple(shown) == chosen.num_children
     assert "tree/next_children_depth_1" not in results[4].metrics
     answers = [result.stats.metrics(0)["tree/answers"] for result in results]
-    assert answers == [2, 2, 2, 2, 1]
+    assert answers == pytest.approx([1, 5 / 3, 1, 5 / 3, 1])
 
     learner.write(tmp_path)
     resumed = make_learner(adaptive(path), tmp_path)
@@ -192,7 +194,7 @@ def test_single_answers_and_trees_of_one_batch_have_the_advantages_that_each_has
     learner = make_learner(adaptive(path))
     for step in range(2):
         learner.update(batch(step))
-    together = [*batch(4, count=2), *batch(5, count=2)]
+    together = [*batch(4, count=2), *batch(5)[2:4]]
     trained, stats = learner.prepare(together)
     alone = [learner.prepare([record])[0].advantages[0] for record in together]
     for own, expected in zip(trained.advantages, alone, strict=True):

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-PATIENCE_S = 300.0
+PATIENCE_S = 900.0
 """Far more than anything takes that is waited for."""
 
 

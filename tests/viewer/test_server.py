@@ -195,7 +195,7 @@ def test_the_command_serves_until_it_is_interrupted_and_then_ends_quietly(folder
         with urllib.request.urlopen(f"{address}/api/status") as answer:
             assert json.load(answer)["name"] == "small"
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=60) == ("", "stopped\n")
+        assert process.communicate(timeout=600) == ("", "stopped\n")
         assert process.returncode == STOPPED
 
 

@@ -58,7 +58,7 @@ def test_another_process_finds_the_chunks_for_as_long_as_it_has_the_file_open() 
         assert process.stdout.readline() == "held\n"
         del files  # the maker's own
         assert not Path(place.path).exists()
-        found, _ = process.communicate("\n", timeout=60)
+        found, _ = process.communicate("\n", timeout=600)
     assert found == f"{[chunk.tobytes().hex() for chunk in CHUNKS]}\n"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from treerpo_ray.algo.advantages.forms import AdvantageForm
+from treerpo_ray.algo.forks.adaptive_shape import num_measured
 from treerpo_ray.algo.groups import PruneRule
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import LearnerConfig
@@ -89,10 +90,11 @@ def _tree_line(config: Config) -> str:
     _, single, *forks = (list(each.num_children) for each in shapes)
     sizes = [each.max_sampled_tokens for each in shapes]
     return (
-        f"{list(shape.num_children)} children {tokens} measure forks, in one learner step of "
-        f"{config.learner.fork_every} and until something is measured; in all others the best "
-        f"fork, up to {' or '.join(map(str, forks))}, or single answers, {single}, where none "
-        f"pays: at most {min(sizes):,} to {max(sizes):,} tokens a question, by shape"
+        f"{list(shape.num_children)} children {tokens} measure forks, "
+        f"{num_measured(config.gate.trees_per_step)} trees in one learner step of "
+        f"{config.learner.fork_every}; all others are the best fork, up to "
+        f"{' or '.join(map(str, forks))}, or single answers, {single}, where none pays: at most "
+        f"{min(sizes):,} to {max(sizes):,} tokens a question, by shape"
     )
 
 

@@ -15,14 +15,19 @@ be of the policy that is measured, which those that are some updates behind are 
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import ceil
 
 import numpy as np
 import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from treerpo_ray.algo.forks.adaptive_shape import ShapeChoice, choice_by, is_measured
+from treerpo_ray.algo.forks.adaptive_shape import (
+    ShapeChoice,
+    choice_by,
+    is_measured,
+    measures,
+    num_measured,
+)
 from treerpo_ray.algo.forks.rule import MAX_CHILDREN, CutSamples, ForkEstimate, fork_estimate
 from treerpo_ray.algo.forks.samples import TreeGradients, step_samples, tree_gradients
 from treerpo_ray.algo.packing import pack
@@ -37,11 +42,6 @@ WIDTH = 64
 PAST_LOOKS = 5
 """Looks that estimates are made of: of fewer, there are too few prefixes; of more, the policy has
 become another one."""
-SHARE, FEWEST = 1 / 4, 8
-"""Of a worker's trees those that it measures, and at least how many: enough for a standard error
-of some hundredths, at about 3 % of the time of updates where it is done every ten. Where the shape
-of trees adapts, all of a step's are measured, which takes about 10 %."""
-
 Look = tuple[CutSamples, ...]
 """What the trees of one learner step tell of each cut, the shallow one first."""
 
@@ -70,12 +70,16 @@ class ForkProbe:
     Args:
         every: Learner steps between two looks; 0: there are none.
         num_cuts: Places between the levels of the run's trees.
-        is_adaptive: Whether trees to come have the shape that looks choose. Then a look is at all
-            trees of its learner step, for those of others have no forks that tell.
+        trees_per_step: Of a learner step, of all workers.
+        is_adaptive: Whether trees to come have the shape that looks choose. Then a look is at those
+            trees of its learner step that were grown for it; else at as many of each worker's.
     """
 
-    def __init__(self, *, every: int, num_cuts: int, is_adaptive: bool = False) -> None:
+    def __init__(
+        self, *, every: int, num_cuts: int, trees_per_step: int, is_adaptive: bool = False
+    ) -> None:
         self.every, self.num_cuts, self.is_adaptive = every, num_cuts, is_adaptive
+        self.trees_per_step = trees_per_step
         self._looks: deque[Look] = deque(maxlen=PAST_LOOKS)
 
     def is_due(self, step: int) -> bool:
@@ -149,13 +153,20 @@ class ForkProbe:
                 self._looks.append(tuple(CutSamples.from_columns(each) for each in columns))
 
     def _measurable(self, records: Sequence[TreeRecord]) -> list[TreeRecord]:
-        """Some of a worker's trees, the first ones by ticket, or all of them, without those that
-        lack a reward."""
+        """Of a worker's trees those that measure, without those that lack a reward.
+
+        Which those are must not depend on what was sampled: an answer that ended before the cut is
+        part of what is measured, and looks like a single one.
+        """
         own = sorted(records, key=lambda record: record.ticket)
-        count = len(own) if self.is_adaptive else max(FEWEST, ceil(SHARE * len(own)))
+        if self.is_adaptive:
+            size = self.trees_per_step
+            own = [record for record in own if measures(record.ticket % size, size)]
+        else:
+            own = own[: num_measured(len(own))]
         return [
             record
-            for record in own[:count]
+            for record in own
             if record.tree.lengths.all()
             and not np.isnan(record.rewards[list(record.tree.leaves)]).any()
         ]

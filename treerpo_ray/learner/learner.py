@@ -38,7 +38,7 @@ from treerpo_ray.algo.loss_config import LossConfig
 from treerpo_ray.algo.packing import Forest, pack
 from treerpo_ray.algo.tree import Tree
 from treerpo_ray.config.lora import LoraConfig
-from treerpo_ray.config.sections import LearnerConfig, ModelConfig, TreeConfig
+from treerpo_ray.config.sections import GateConfig, LearnerConfig, ModelConfig, TreeConfig
 from treerpo_ray.learner.fork_probe import ForkProbe
 from treerpo_ray.learner.optimizer import PolicyOptimizer, gathered
 from treerpo_ray.learner.policy import DTYPES, Policy, load_policy
@@ -64,7 +64,7 @@ class Learner:
         learner: Settings of the optimizer and of the training signal.
         loss: Settings of the loss.
         tree: Shape of the trees and the temperature that they are sampled at.
-        max_staleness: Updates that a tree may be behind.
+        gate: Trees of a learner step, of all workers, and how many updates they may be behind.
         max_tokens: Of the longest prompt with its answer, which engines have room for.
         device: Where this worker computes.
         sets: Names of the data sets that are trained on, where several are mixed.
@@ -79,7 +79,7 @@ class Learner:
         learner: LearnerConfig,
         loss: LossConfig,
         tree: TreeConfig,
-        max_staleness: int,
+        gate: GateConfig,
         max_tokens: int,
         device: torch.device,
         sets: Collection[str] = (),
@@ -87,7 +87,8 @@ class Learner:
         checkpoint: Path | None = None,
     ) -> None:
         self.model, self.settings = model, learner
-        self.max_staleness, self.max_tokens, self.device = max_staleness, max_tokens, device
+        self.max_staleness = gate.max_staleness
+        self.max_tokens, self.device = max_tokens, device
         self.sets = sets
         if device.type == "cpu":
             torch.set_num_threads(learner.cpu_threads)
@@ -126,7 +127,12 @@ class Learner:
         self._past: deque[PastStep] = deque(maxlen=PAST_STEPS)
         """What the newest batches, of all workers, say of the next one."""
         cuts = len(tree.num_children) - 1
-        self.forks = ForkProbe(every=learner.fork_every, num_cuts=cuts, is_adaptive=tree.adaptive)
+        self.forks = ForkProbe(
+            every=learner.fork_every,
+            num_cuts=cuts,
+            trees_per_step=gate.trees_per_step,
+            is_adaptive=tree.adaptive,
+        )
         """Where trees would pay, by past batches."""
         if checkpoint is not None:
             self._restore(checkpoint)

@@ -56,7 +56,9 @@ class Gate(WatchedStage):
         self.trees_per_step, self.max_staleness = trees_per_step, max_staleness
         self.num_steps, self.seed = num_steps, seed
         self._turns = Turns(mixture=mixture, seed=seed)
-        self.shapes = AdaptiveShapes(measuring=num_children, every=adapt_every)
+        self.shapes = AdaptiveShapes(
+            measuring=num_children, every=adapt_every, trees_per_step=trees_per_step
+        )
         self.steps_done = 0
         self.issued = 0
         self.session = 0
@@ -69,13 +71,13 @@ class Gate(WatchedStage):
 
     def ticket(self, number: int) -> Ticket:
         """The ticket with that number, of a step that is not done; see the module text."""
-        step = number // self.trees_per_step
+        step, place = divmod(number, self.trees_per_step)
         seed = int(np.random.SeedSequence((self.seed, number)).generate_state(1, np.uint64)[0])
         return Ticket(
             number=number,
             prompt=self._turns.prompt(number),
             seed=seed >> 1,
-            num_children=self.shapes.shape(step, self._last_measured(step)),
+            num_children=self.shapes.shape(step, place, self._last_measured(step)),
         )
 
     @property
@@ -135,7 +137,10 @@ class Gate(WatchedStage):
         log.info("gate restarts at step %d (was %d)", step, self.steps_done)
         self.steps_done, self.issued = step, step * self.trees_per_step
         self.shapes = AdaptiveShapes(
-            measuring=self.shapes.measuring, every=self.shapes.every, chosen=from_state(state)
+            measuring=self.shapes.measuring,
+            every=self.shapes.every,
+            trees_per_step=self.trees_per_step,
+            chosen=from_state(state),
         )
         self.session += 1
         self._moved.set()

@@ -1,4 +1,4 @@
-"""Adaptive shapes: which shape the trees of each learner step have, where earlier steps choose it.
+"""Adaptive shapes: which shape each tree of a learner step has, where earlier steps choose it.
 
 Who chooses is the learner, by `treerpo_ray.algo.forks.adaptive_shape`; here is kept what it chose,
 for as long as a ticket to come may ask for it.
@@ -7,7 +7,7 @@ for as long as a ticket to come may ask for it.
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from treerpo_ray.algo.forks.adaptive_shape import Shape, is_measured
+from treerpo_ray.algo.forks.adaptive_shape import Shape, is_measured, measures, single_answers
 
 
 class ChosenShape(NamedTuple):
@@ -18,25 +18,35 @@ class ChosenShape(NamedTuple):
 
 
 class AdaptiveShapes:
-    """Shapes of the trees of a run, by learner step.
+    """Shapes of the trees of a run, by learner step and place in it.
 
     Args:
-        measuring: Shape of the trees that measure, and of all until something is measured.
+        measuring: Shape of the trees that measure.
         every: Learner steps between two that measure; 0: all trees have the one shape.
+        trees_per_step: Of a learner step.
         chosen: Those of earlier learner steps, in the order of the steps.
     """
 
-    def __init__(self, *, measuring: Shape, every: int, chosen: Iterable[ChosenShape] = ()) -> None:
-        self.measuring, self.every = measuring, every
+    def __init__(
+        self,
+        *,
+        measuring: Shape,
+        every: int,
+        trees_per_step: int,
+        chosen: Iterable[ChosenShape] = (),
+    ) -> None:
+        self.measuring, self.every, self.trees_per_step = measuring, every, trees_per_step
         self.chosen = list(chosen) if every else []
 
-    def shape(self, step: int, last_step: int) -> Shape:
-        """Shape of the trees of learner step `step`: a pure function of that and of what the steps
-        up to `last_step` chose."""
-        known = [each.num_children for each in self.chosen if each.step <= last_step]
-        if not known or is_measured(step, self.every):
+    def shape(self, step: int, place: int, last_step: int) -> Shape:
+        """Shape of the tree at a place of learner step `step`: a pure function of both and of what
+        the steps up to `last_step` chose; a single answer while they chose nothing."""
+        if not self.every:
             return self.measuring
-        return known[-1]
+        if is_measured(step, self.every) and measures(place, self.trees_per_step):
+            return self.measuring
+        known = [each.num_children for each in self.chosen if each.step <= last_step]
+        return known[-1] if known else single_answers(len(self.measuring))
 
     def add(self, chosen: ChosenShape, last_step: int) -> None:
         """Add that of a learner step; steps to come ask for what was chosen up to `last_step` or

@@ -14,6 +14,8 @@ from treerpo_ray.algo.forks.adaptive_shape import (
     is_measured,
     largest_forks,
     measured_cuts,
+    measures,
+    num_measured,
     single_answers,
 )
 from treerpo_ray.algo.forks.rule import CutSamples, Fork, ForkEstimate, fork_estimate
@@ -92,6 +94,23 @@ def test_measured_are_the_second_learner_step_and_each_so_many_behind_it() -> No
     assert [step for step in range(25) if is_measured(step, 10)] == [1, 11, 21]
     assert [step for step in range(5) if is_measured(step, 1)] == [1, 2, 3, 4]
     assert not any(is_measured(step, 0) for step in range(25))
+
+
+@pytest.mark.parametrize(
+    ("num_trees", "places"),
+    [
+        (1, [0]),
+        (8, list(range(8))),
+        (12, [0, 2, 3, 5, 6, 8, 9, 11]),  # those that begin another of eight equal parts
+        (16, [0, 2, 4, 6, 8, 10, 12, 14]),
+        (64, list(range(0, 64, 4))),
+    ],
+)
+def test_a_quarter_of_a_learner_steps_trees_measures_in_even_distances_and_eight_at_least(
+    num_trees: int, places: list[int]
+) -> None:
+    assert [place for place in range(num_trees) if measures(place, num_trees)] == places
+    assert num_measured(num_trees) == len(places)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import time
 from treerpo_ray.verifier import math_answer
 
 SELF_TEST = math_answer.SELF_TEST
-PAUSE_S = 0.05
+PAUSE_S = 0.2
 """Time for each answer, in which nothing is computed."""
 
 

@@ -21,7 +21,7 @@ def main() -> None:
     told: dict[str, object] = {}
     with load_script("jobs/drills/autoscale_demo.py").autoscaling_cluster() as address:
         os.environ["RAY_ADDRESS"] = address
-        with connected(load([*NEEDED, "engine.start_timeout_s=300"])):
+        with connected(load([*NEEDED, "engine.start_timeout_s=1200"])):
             told["slots"] = ray.cluster_resources().get("rollout_slot")
         try:
             with connected(

@@ -1,12 +1,14 @@
 """Adaptive shape: trees that fork where the variance is, by what earlier learner steps measured.
 
-Some learner steps measure: their trees fork at all places that may be chosen, and tell what a fork
-at each would save (`rule`). The trees of all others have the shape that was chosen by that:
-one fork, (1, .., 1, N, 1, .., 1), or single answers, (1, .., 1), where none saves enough.
+Some trees of some learner steps measure: they fork at all places that may be chosen, and tell what
+a fork at each would save (`rule`). All others have the shape that was chosen by that: one fork,
+(1, .., 1, N, 1, .., 1), or single answers, (1, .., 1), where none saves enough or nothing is known.
+So what is lost where no fork pays is what measures: in a quarter of the trees of every tenth
+learner step, tokens that single answers would not have had.
 
-A batch's shape is settled before any of its tokens is drawn, by batches before it alone: whatever
-it is, its trees are then drawn as trees of a fixed shape are, and every step's credit is as
-unbiased. With a say of the batch's own rewards, shapes would win that happened to come out well.
+A tree's shape is settled before any of its tokens is drawn, by batches before it alone: whatever
+it is, it is then drawn as a tree of a fixed shape is, and every step's credit is as unbiased. With
+a say of the batch's own rewards, shapes would win that happened to come out well.
 
 The rule is of the mean gradient of a tree's answers. What a step weighs in an update the loss says:
 where all trained steps weigh the same, the N continuations of a fork weigh N times their prefix. It
@@ -15,6 +17,7 @@ is of (R - baseline) grad log p, too: a form without a baseline (RAFT) has anoth
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from treerpo_ray.algo.forks.rule import MAX_CHILDREN, ForkEstimate
 
@@ -25,6 +28,10 @@ LEAST_GAIN = 1.1
 is easily lost again to the error of what was measured. It is asked of a whole number N of
 continuations, whose `Fork.token_share` must be less than 1 / 1.1; N*, the best number if it need
 not be whole or within MAX_CHILDREN, would gain a little more."""
+
+MEASURED_SHARE, FEWEST_MEASURED = 1 / 4, 8
+"""Of the trees that there are those that measure, and at least how many, if there are: enough for a
+standard error of some hundredths of the tokens after five learner steps that measure."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +57,19 @@ def is_measured(step: int, every: int) -> bool:
     """Whether the trees of a learner step, counted from 0, measure forks: one step of `every`, none
     where that is 0. The first step has no past that a baseline could be of."""
     return step > 0 and every > 0 and (step - 1) % every == 0
+
+
+def num_measured(num_trees: int) -> int:
+    """How many of so many trees measure."""
+    return min(num_trees, max(FEWEST_MEASURED, ceil(MEASURED_SHARE * num_trees)))
+
+
+def measures(place: int, num_trees: int) -> bool:
+    """Whether the tree at a place, from 0 on, of a learner step that measures is one of those that
+    do: of `num_trees` there are `num_measured`, in even distances, so that workers and minibatches
+    have about equally many."""
+    count = num_measured(num_trees)
+    return place * count % num_trees < count
 
 
 def choice_by(estimates: Iterable[ForkEstimate], num_levels: int) -> ShapeChoice | None:
