@@ -35,6 +35,7 @@ COVERED = {
     r"jobs/drills/chaos\.py": "tests/jobs/test_chaos.py",
     r"jobs/drills/autoscale_demo\.py": "tests/jobs/test_autoscale_demo.py",
     r"jobs/notebook\.sh": "tests/jobs/test_notebook_script.py",
+    r"jobs/forks\.py": "tests/runs/test_training.py",  # of a run with trees
     r"jobs/requirements\.py": "tests/jobs/test_setup.py",
     r"^kubectl |^helm |^docker |^ray (exec|get-auth-token)": "tests/jobs/test_cluster_files.py",
     r"^ray metrics ": "tests/metrics/test_stage_metrics.py",  # it downloads Prometheus

@@ -1,6 +1,7 @@
 """Whole runs: real Ray, real vLLM, real Ray Data and Ray Train, on two CPUs."""
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -21,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.planted_secrets import holds_secret
-from tests.support.project import PROJECT, SMALL
+from tests.support.project import PROJECT, SMALL, load_script
 from tests.support.ray_tables import actors, failed_tasks
 from tests.support.saved_runs.notebooks import READ_A_RUN, complaints, execute
 from tests.support.saved_runs.small_disk import small_disk
@@ -208,6 +209,17 @@ def test_engines_that_hold_the_weights_of_a_run_cannot_evaluate_the_start_of_ano
     held = small_config("run.name=held", "run.num_steps=1", *STRICT)
     with pytest.raises(RuntimeError, match="cannot evaluate the start"):
         run_training(held, kept)
+
+
+def test_what_trees_would_need_is_measured_on_what_a_run_has_saved(strict, capsys) -> None:
+    run, _, _ = strict
+    assert load_script("jobs/forks.py").forks([run.folder, "--steps", "1"]) == 0
+    shown = capsys.readouterr()
+    [line] = shown.out.splitlines()
+    found = json.loads(line)
+    assert found["steps"] == [run.metrics().index.max()]
+    assert [each["num_children"] for each in found["shapes"]] == [[4, 4], [4, 2], [4, 1]]
+    assert "6 trees of learner steps" in shown.err and "[4, 2]" in shown.err
 
 
 def test_the_notebook_shows_a_real_run(strict) -> None:

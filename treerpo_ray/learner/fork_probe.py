@@ -32,6 +32,7 @@ from treerpo_ray.algo.forks.rule import MAX_CHILDREN, CutSamples, ForkEstimate, 
 from treerpo_ray.algo.forks.samples import TreeGradients, step_samples, tree_gradients
 from treerpo_ray.algo.packing import pack
 from treerpo_ray.algo.tree import Tree
+from treerpo_ray.config.sections import TreeConfig
 from treerpo_ray.learner.optimizer import PolicyOptimizer, gathered
 from treerpo_ray.metrics.fork_lines import fork_row
 from treerpo_ray.metrics.rows import Row
@@ -69,17 +70,15 @@ class ForkProbe:
 
     Args:
         every: Learner steps between two looks; 0: there are none.
-        num_cuts: Places between the levels of the run's trees.
-        trees_per_step: Of a learner step, of all workers.
-        is_adaptive: Whether trees to come have the shape that looks choose. Then a look is at those
-            trees of its learner step that were grown for it; else at as many of each worker's.
+        tree: Shape of the run's trees. Where it adapts, a look is at those trees of its learner
+            step that were grown for it; else at as many of each worker's.
+        size: Trees of a learner step, of all workers.
     """
 
-    def __init__(
-        self, *, every: int, num_cuts: int, trees_per_step: int, is_adaptive: bool = False
-    ) -> None:
-        self.every, self.num_cuts, self.is_adaptive = every, num_cuts, is_adaptive
-        self.trees_per_step = trees_per_step
+    def __init__(self, *, every: int, tree: TreeConfig, size: int) -> None:
+        self.every, self.is_adaptive, self.size = every, tree.adaptive, size
+        self.num_cuts = len(tree.num_children) - 1
+        """Places between the levels of the run's trees."""
         self._looks: deque[Look] = deque(maxlen=PAST_LOOKS)
 
     def is_due(self, step: int) -> bool:
@@ -160,8 +159,7 @@ class ForkProbe:
         """
         own = sorted(records, key=lambda record: record.ticket)
         if self.is_adaptive:
-            size = self.trees_per_step
-            own = [record for record in own if measures(record.ticket % size, size)]
+            own = [each for each in own if measures(each.ticket % self.size, self.size)]
         else:
             own = own[: num_measured(len(own))]
         return [

@@ -126,13 +126,7 @@ class Learner:
         """Updates that moved the policy, and learner steps, with those that moved nothing."""
         self._past: deque[PastStep] = deque(maxlen=PAST_STEPS)
         """What the newest batches, of all workers, say of the next one."""
-        cuts = len(tree.num_children) - 1
-        self.forks = ForkProbe(
-            every=learner.fork_every,
-            num_cuts=cuts,
-            trees_per_step=gate.trees_per_step,
-            is_adaptive=tree.adaptive,
-        )
+        self.forks = ForkProbe(every=learner.fork_every, tree=tree, size=gate.trees_per_step)
         """Where trees would pay, by past batches."""
         if checkpoint is not None:
             self._restore(checkpoint)

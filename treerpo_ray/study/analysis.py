@@ -212,6 +212,11 @@ class Run:
         self._check_code(self._learner.prune)
         return self._learner.pruning
 
+    def check_code(self) -> None:
+        """Raise NotThere for any of `own_code` that may not be run."""
+        for name in self.own_code:
+            self._check_code(name)
+
     def _check_code(self, name: str) -> None:
         """Raise NotThere for a function that the folder brings along, unless that may be run."""
         if self.trusts_code or name not in self.own_code:
@@ -221,7 +226,7 @@ class Run:
         if is_file(file) and source is not None and not is_here(file, source):
             raise NotThere(
                 f"{self.folder} brings {name} along, which is not here as it was and is not run; "
-                "if you trust it: Run(folder, trusts_code=True)"
+                "if you trust it: Run(folder, trusts_code=True), of a command --trust-run"
             )
 
     @cached_property

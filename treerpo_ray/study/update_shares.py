@@ -1,0 +1,218 @@
+"""Update shares: which shape of trees a model's updates need the fewest tokens with.
+
+Measured on trees that a run has saved, by the weights of its newest checkpoint: as they were grown,
+and as they would have been with fewer children. `treerpo_ray.algo.forks.updates` has the formula.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from treerpo_ray.algo.advantages.forms import AdvantageForm
+from treerpo_ray.algo.forks.adaptive_shape import Shape, measured_cuts
+from treerpo_ray.algo.forks.rule import fork_estimate
+from treerpo_ray.algo.forks.samples import step_samples, tree_gradients
+from treerpo_ray.algo.forks.updates import (
+    TreeUpdates,
+    UpdateShare,
+    first_children,
+    part_of,
+    update_share,
+)
+from treerpo_ray.algo.loss_config import Normalisation
+from treerpo_ray.config import Config
+from treerpo_ray.learner.fork_probe import step_scores
+from treerpo_ray.learner.learner import Learner
+from treerpo_ray.records import TreeRecord
+
+PASS_TOKENS = 8192
+"""Most tokens of one forward pass."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShapeShare:
+    """What updates of trees of a shape need."""
+
+    num_children: Shape
+    tokens: float
+    """Sampled tokens of a tree."""
+    as_trained: UpdateShare | None
+    """Tokens over those of single answers, with the run's credit; None: the trees are too few."""
+    by_rule: float | None
+    """The same by the fork rule, which takes every answer for as useful wherever it forked; None
+    where a shape forks at the prompt, or at two places."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Scored:
+    """A tree with the gradients of its steps."""
+
+    record: TreeRecord
+    scores: np.ndarray
+
+
+def shape_shares(
+    config: Config, checkpoint: Path, steps: Sequence[Sequence[TreeRecord]]
+) -> list[ShapeShare]:
+    """The shares of the run's shape and of smaller ones, the largest first.
+
+    Args:
+        config: The run's.
+        checkpoint: Local folder of the checkpoint whose weights are measured.
+        steps: Trees of some learner steps, nearly of these weights. Those that lack a reward are
+            left out.
+
+    Raises:
+        ValueError: the trees are of several shapes, or picked by their rewards.
+    """
+    if config.tree.adaptive:
+        raise ValueError("tree.adaptive=true grows several shapes: set it to false")
+    if config.gate.max_redraws:
+        raise ValueError("gate.max_redraws picks trees by their rewards: set it to 0")
+    learner = Learner(
+        model=config.model,
+        learner=config.learner,
+        loss=config.loss,
+        tree=config.tree,
+        gate=config.gate,
+        max_tokens=config.max_model_tokens,
+        device=torch.device("cpu"),
+        lora=config.lora,
+        checkpoint=checkpoint,
+    )
+    own = [[each for each in step if _is_whole(each)] for step in steps]
+    scored = [_score(learner, step, config.loss.normalisation) for step in own]
+    trees = [each for step in scored for each in step]
+    baseline = single_baseline(learner)
+    singles = _singles(trees, baseline)
+    return [
+        ShapeShare(
+            num_children=shape,
+            tokens=float(ours.tokens.mean()) if trees else float("nan"),
+            as_trained=update_share(ours, singles),
+            by_rule=_by_rule(scored, shape, baseline),
+        )
+        for shape in smaller_shapes(config.tree.num_children)
+        for ours in [_updates(learner, trees, shape)]
+    ]
+
+
+def smaller_shapes(num_children: Shape) -> Iterator[Shape]:
+    """A shape, and those whose last fork is halved, down to the last one that forks at all.
+
+    Example: (1, 8) gives (1, 8), (1, 4) and (1, 2), (4, 4) gives (4, 4), (4, 2) and (4, 1).
+    """
+    shape = list(num_children)
+    forked = [level for level, children in enumerate(shape) if children > 1]
+    while forked and max(shape) > 1:
+        yield tuple(shape)
+        if shape[forked[-1]] == 1:
+            return
+        shape[forked[-1]] //= 2
+
+
+def single_baseline(learner: Learner) -> float:
+    """What a single answer's reward is held against, by the run's form, or by REINFORCE's where
+    that compares siblings."""
+    root = learner.baseline.root
+    if learner.form is AdvantageForm.REWARD:
+        return 0.0
+    return root * learner.baseline.share if learner.form is AdvantageForm.SHRUNK_BASELINE else root
+
+
+def _is_whole(record: TreeRecord) -> bool:
+    """Whether all answers have rewards, and all steps tokens."""
+    rewards = record.rewards[list(record.tree.leaves)]
+    return bool(record.tree.lengths.all()) and not np.isnan(rewards).any()
+
+
+def _score(
+    learner: Learner, records: Sequence[TreeRecord], normalisation: Normalisation
+) -> list[_Scored]:
+    """Gradients of log p of each step, over its tokens where the loss lets steps weigh the same."""
+    found = step_scores(learner.optimizer, [each.tree for each in records], 0, PASS_TOKENS)
+    if normalisation is Normalisation.SEQUENCE_MEAN:
+        found = [
+            own / record.tree.lengths[:, None] for own, record in zip(found, records, strict=True)
+        ]
+    pairs = zip(records, found, strict=True)
+    return [_Scored(record=record, scores=own.astype(np.float64)) for record, own in pairs]
+
+
+def _singles(trees: Sequence[_Scored], baseline: float) -> TreeUpdates:
+    """Single answers: any one of each tree."""
+    told = [
+        tree_gradients(
+            each.record.tree,
+            each.scores,
+            rewards=each.record.rewards,
+            baseline=baseline,
+            num_cuts=1,
+        )
+        for each in trees
+    ]
+    assert all(each is not None for each in told)
+    means = [each.mean for each in told if each is not None]
+    columns = np.array([each.columns[0] for each in told if each is not None]).reshape(-1, 5)
+    return TreeUpdates(
+        means=np.array(means), squares=columns[:, 0], tokens=columns[:, 2] + columns[:, 3]
+    )
+
+
+def _updates(learner: Learner, trees: Sequence[_Scored], shape: Shape) -> TreeUpdates:
+    """What trees give to an update, as they would have been grown in a shape."""
+    kept = [first_children(each.record.tree, shape) for each in trees]
+    records = [
+        _part(each.record, own, ticket)
+        for ticket, (each, own) in enumerate(zip(trees, kept, strict=True))
+    ]
+    trained, _ = learner.prepare(records)
+    means = np.array(
+        [
+            np.nan_to_num(advantages) @ each.scores[own]
+            for each, own, advantages in zip(trees, kept, trained.advantages, strict=True)
+        ]
+    )
+    tokens = [float(each.tree.lengths.sum()) for each in records]
+    return TreeUpdates(means=means, squares=(means**2).sum(-1), tokens=np.array(tokens))
+
+
+def _part(record: TreeRecord, kept: Sequence[int], ticket: int) -> TreeRecord:
+    """A record of these steps alone."""
+    places = {leaf: place for place, leaf in enumerate(record.tree.leaves)}
+    leaves = [places[step] for step in kept if step in places]
+    return replace(
+        record,
+        ticket=ticket,
+        tree=part_of(record.tree, kept),
+        leaf_texts=tuple(record.leaf_texts[place] for place in leaves),
+        verdicts=tuple(record.verdicts[place] for place in leaves),
+        leaf_rewards=tuple(record.leaf_rewards[place] for place in leaves if record.leaf_rewards),
+        training=None,
+    )
+
+
+def _by_rule(steps: Sequence[Sequence[_Scored]], shape: Shape, baseline: float) -> float | None:
+    """What the fork rule says of a shape that forks at one place, behind a first step."""
+    forked = [depth for depth, children in enumerate(shape) if children > 1]
+    if len(forked) != 1 or not measured_cuts(shape):
+        return None
+    [depth] = forked
+    looks = []
+    for step in steps:
+        told = [
+            tree_gradients(
+                each.record.tree,
+                each.scores,
+                rewards=each.record.rewards,
+                baseline=baseline,
+                num_cuts=len(shape) - 1,
+            )
+            for each in step
+        ]
+        looks.append(step_samples([each for each in told if each is not None], depth))
+    found = fork_estimate(depth, looks)
+    return None if found is None else found.fork.token_share(shape[depth])
