@@ -8,7 +8,9 @@ The first line grows trees of a model that stays as it is, to ask before anythin
 second prints a table: of the run's shape and of smaller ones the tokens that an update needs, over
 those of single answers, for as much signal beside its noise. It takes some hundred trees to know.
 `as trained` has the run's own credit, and what its loss lets a step weigh; `by rule` is what the
-fork rule, which runs print while they train, says of the same trees. The last line is JSON.
+fork rule, by which runs print a line while they train, says of the same trees and shapes. Weights
+are those of the newest checkpoint: trees that were grown many updates before it say less of them
+than it seems. The last line is JSON.
 """
 
 import argparse
@@ -32,33 +34,35 @@ def forks(arguments: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", help="a run folder, or the name of a run")
-    parser.add_argument("--steps", type=int, default=10, help="learner steps whose trees are used")
+    parser.add_argument(
+        "--steps", type=positive, default=10, help="newest learner steps whose trees are used"
+    )
     parser.add_argument(
         "--trust-run", action="store_true", help="run code that the folder brings along"
     )
     options = parser.parse_args(arguments)
     from treerpo_ray.config import load
-    from treerpo_ray.run_folder import trees as saved_trees
     from treerpo_ray.run_folder.checkpoints import Checkpoints
     from treerpo_ray.run_folder.files import RunFolder, run_at
     from treerpo_ray.study.analysis import Run
     from treerpo_ray.study.update_shares import shape_shares
 
     place = run_at(options.run)
-    Run(place, trusts_code=options.trust_run).check_code()
+    run = Run(place, trusts_code=options.trust_run)
+    run.check_code()
     untrusted = [] if options.trust_run else ["model.trust_remote_code=false"]
     folder, config = RunFolder(place), load([f"{place}/config.yaml", *untrusted])
     with Checkpoints(folder, keep=1).newest() as newest:
         if newest is None:
             raise ValueError(f"{place} has no checkpoint, whose weights are measured")
         step, checkpoint = newest
-        saved = [each for each in saved_trees.saved_steps(folder) if each <= step]
+        saved = [each for each in run.tree_steps() if each <= step]
         if not saved:
             raise ValueError(
                 f"{place} has no trees up to step {step}: set metrics.save_trees_every=1"
             )
         steps = saved[-options.steps :]
-        batches = [saved_trees.saved(folder, each) for each in steps]
+        batches = [run.trees(each) for each in steps]
         print(
             f"{sum(map(len, batches))} trees of learner steps {steps[0]} to {steps[-1]}, by the "
             f"weights after step {step}",
@@ -78,6 +82,13 @@ def forks(arguments: list[str]) -> int:
     ]
     print(json.dumps({"run": place, "steps": steps, "shapes": rows}))
     return 0
+
+
+def positive(text: str) -> int:
+    """A whole number above 0; raises ValueError for another."""
+    if (number := int(text)) < 1:
+        raise ValueError(f"{number} is not above 0")
+    return number
 
 
 def print_shares(found: "Sequence[ShapeShare]") -> None:

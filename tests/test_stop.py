@@ -173,7 +173,7 @@ def test_before_anything_is_started_a_signal_ends_the_command_with_one_line(numb
     command = started("start")
     os.killpg(command.pid, number)
     os.killpg(command.pid, number)
-    _, shown = command.communicate(timeout=60)
+    _, shown = command.communicate(timeout=600)
     assert (command.returncode, shown) == (STOPPED, "stopped\n")
 
 
@@ -184,7 +184,7 @@ def test_a_command_whose_terminal_is_closed_ends_as_by_any_other_signal(tmp_path
         os.close(theirs)
         os.close(ours)  # the terminal is gone
         os.kill(command.pid, signal.SIGHUP)
-        assert command.wait(60) == STOPPED
+        assert command.wait(600) == STOPPED
     assert (tmp_path / "checkpoint").exists()
 
 
@@ -195,5 +195,5 @@ def test_under_nohup_the_end_of_the_terminal_means_nothing(tmp_path) -> None:
     time.sleep(0.2)
     assert command.poll() is None
     os.kill(command.pid, signal.SIGTERM)
-    _, shown = command.communicate(timeout=60)
+    _, shown = command.communicate(timeout=600)
     assert (command.returncode, shown) == (STOPPED, "asked\nwrote the checkpoint\n")

@@ -282,18 +282,26 @@ def test_with_staleness_the_next_update_is_made_while_engines_load_and_the_gate_
     assert [fakes.arguments["publish"][0].version, worker.learner.version] == [2, 2]
 
 
-@pytest.mark.parametrize(("before", "is_told"), [(None, True), ((1, 4), True), ((1, 8), False)])
+@pytest.mark.parametrize(
+    ("before", "chosen", "is_told"),
+    [
+        (None, (1, 8), True),
+        ((1, 4), (1, 8), True),
+        ((1, 8), (1, 8), False),
+        (None, (1, 1), False),  # before anything is known answers are single
+    ],
+)
 def test_the_gate_hears_what_shape_is_chosen_and_the_log_where_it_is_another(
-    tmp_path: Path, before: tuple[int, ...] | None, is_told: bool
+    tmp_path: Path, before: tuple[int, ...] | None, chosen: tuple[int, ...], is_told: bool
 ) -> None:
     fakes = FakeActors({"consumed": "state", "is_told_to_stop": False})
     worker = make_worker(config_of(tmp_path, staleness=2, num_steps=20), fakes, step=11)
     update = worker.learner.update()
-    update.chosen = ShapeChoice(num_children=(1, 8), token_share=0.45)
+    update.chosen = ShapeChoice(num_children=chosen, token_share=0.45)
     update.chosen_before = before and ShapeChoice(num_children=before, token_share=0.6)
     worker.consume(11, update)
     worker.coordinator.publisher.wait()
-    assert fakes.arguments["consumed"][1] == (1, 8)
+    assert fakes.arguments["consumed"][1] == chosen
     [event] = fakes.arguments["event"]
     assert event.kind == ("shape_chosen" if is_told else "consumed")
     if is_told:

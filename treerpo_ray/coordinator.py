@@ -13,7 +13,7 @@ from pathlib import Path
 
 import ray
 
-from treerpo_ray.algo.forks.adaptive_shape import ShapeChoice
+from treerpo_ray.algo.forks.adaptive_shape import ShapeChoice, single_answers
 from treerpo_ray.engine.types import EngineTotals
 from treerpo_ray.learner.policy import DTYPES
 from treerpo_ray.learner.publisher import Publisher
@@ -206,9 +206,13 @@ class Coordinator:
         shape = None if chosen is None else chosen.num_children
         state: GateState = self.get(self.actors.gate.consumed.remote(step, shape))
         self._note("consumed", step=step, first=step * size, trees=size, version=version)
-        before = update.chosen_before
-        if chosen is not None and (before is None or before.num_children != chosen.num_children):
-            self._note_shape(chosen, step)
+        if chosen is not None:
+            before = update.chosen_before
+            known = (
+                single_answers(len(chosen.num_children)) if before is None else before.num_children
+            )
+            if chosen.num_children != known:
+                self._note_shape(chosen, step)
         return state
 
     def _note_shape(self, chosen: ShapeChoice, step: int) -> None:

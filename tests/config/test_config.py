@@ -124,6 +124,10 @@ def test_a_shape_that_adapts_lies_between_single_answers_and_the_largest_forks()
         ),
         ([*ADAPTIVE, "tree.num_children=[8, 1]"], r"num_children=\[8, 1\] has none"),
         ([*ADAPTIVE, "learner.fork_every=0"], "learner.fork_every=0 measures in none, and tree.ad"),
+        (
+            [*ADAPTIVE, "gate.trees_per_step=1"],
+            "gate.trees_per_step=1 gives tree.adaptive=true no t",
+        ),
         ([*ADAPTIVE, "learner.fork_every=1"], "learner.fork_every=1 measures in every step, and"),
         (
             [*ADAPTIVE, "learner.advantage=bernoulli"],

@@ -227,7 +227,7 @@ def head(kind: str) -> Iterator[str]:
 def test_what_listens_at_the_address_must_be_ray(kind: str, told: str | None) -> None:
     with head(kind) as address:
         if told is None:
-            return await_head(address, patience_s=60)
+            return await_head(address, patience_s=600)
         with pytest.raises(ValueError, match=rf"^RAY_ADDRESS={address}: {told}") as caught:
             await_head(address, patience_s=0.5)
         assert "\n" not in str(caught.value)

@@ -324,7 +324,7 @@ def test_weights_that_lie_on_the_device_or_come_from_a_group_are_proved_and_serv
         return rounds.get()
 
     transport = make_transport(
-        kind, device=changing.device, address="127.0.0.1", next_round=next_round, limit_s=60.0
+        kind, device=changing.device, address="127.0.0.1", next_round=next_round, limit_s=600.0
     )
     for version in (81, 82):  # the second time they are in the group
         with torch.no_grad():

@@ -1,5 +1,6 @@
 """Shares of updates on a model: the same as worked out step by step from plain gradients."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +10,18 @@ import pytest
 
 from tests.support.learning.learner_runs import FREE, make_config, make_learner, make_record
 from tests.support.learning.tiny_models import save_tiny_model
+from tests.support.project import load_script
+from tests.support.saved_runs.small_run import write_small_run
 from treerpo_ray.algo.advantages.forms import AdvantageForm
+from treerpo_ray.algo.forks.rule import fork_estimate
+from treerpo_ray.algo.forks.samples import step_samples, tree_gradients
 from treerpo_ray.algo.forks.updates import TreeUpdates, update_share
 from treerpo_ray.algo.loss_config import LossConfig, Normalisation
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import TreeConfig
 from treerpo_ray.learner.fork_probe import step_scores
 from treerpo_ray.records import TreeRecord
-from treerpo_ray.study.update_shares import shape_shares, smaller_shapes
+from treerpo_ray.study.update_shares import shape_shares, single_baseline, smaller_shapes
 
 FORKED = (-1, 0, 0, 0, 0)
 """Parents of a tree [1, 4]."""
@@ -98,6 +103,60 @@ def test_shares_are_of_what_is_trained_in_trees_with_fewer_children_too(
         assert share.by_rule is not None
 
 
+def test_single_answers_are_held_against_what_the_form_takes_off_and_the_rule_against_the_past(
+    tmp_path: Path,
+) -> None:
+    """Of an update before the checkpoint the mean reward is known; RAFT takes off nothing."""
+    path = save_tiny_model(tmp_path / "model", "qwen2")
+    config = raft(path)
+    learner = make_learner(config)
+    learner.update([make_record(900 + i, "cwcw", parents=FORKED) for i in range(4)])
+    (tmp_path / "checkpoint").mkdir()
+    learner.write(tmp_path / "checkpoint")
+    assert learner.baseline.root == 0.5
+    forms = {
+        AdvantageForm.REWARD: 0.0,
+        AdvantageForm.PAST_BASELINE: 0.5,
+        AdvantageForm.SHRUNK_BASELINE: 0.25,  # a share of one half of it
+        AdvantageForm.LEAVE_ONE_OUT: 0.5,  # REINFORCE's
+    }
+    by_rule = set()
+    for form, expected in forms.items():
+        share = 0.5 if form is AdvantageForm.SHRUNK_BASELINE else 1.0
+        settings = replace(config.learner, advantage=form, baseline_share=share)
+        own = replace(config, learner=settings)
+        assert single_baseline(make_learner(own, tmp_path / "checkpoint")) == expected
+        found = shape_shares(own, tmp_path / "checkpoint", trees())
+        by_rule |= {each.by_rule for each in found if each.num_children == (1, 4)}
+    [share] = by_rule
+    looks = []
+    for step in trees():
+        scores = step_scores(
+            make_learner(config, tmp_path / "checkpoint").optimizer,
+            [each.tree for each in step],
+            0,
+            999,
+        )
+        told = [
+            tree_gradients(each.tree, own, rewards=each.rewards, baseline=0.5, num_cuts=1)
+            for each, own in zip(step, scores, strict=True)
+        ]
+        looks.append(step_samples([each for each in told if each is not None], 1))
+    estimate = fork_estimate(1, looks)
+    assert estimate is not None
+    assert share == pytest.approx(estimate.fork.token_share(4), rel=1e-4)
+
+
+def test_an_answer_that_ended_before_the_fork_is_a_tree_of_every_shape(tmp_path: Path) -> None:
+    """It is its own single answer, with all of its tokens, whatever the shape is."""
+    config = raft(save_tiny_model(tmp_path / "model", "qwen2"))
+    short = [make_record(first, "c", parents=(-1,)) for first in range(20)]
+    [four, two] = shape_shares(config, checkpoint(config, tmp_path / "checkpoint"), [short])
+    assert four.as_trained is not None and two.as_trained is not None
+    assert four.as_trained.value == two.as_trained.value == pytest.approx(1.0)
+    assert four.tokens == two.tokens == np.mean([each.tree.lengths.sum() for each in short])
+
+
 def test_trees_that_lack_a_reward_are_left_out_and_few_tell_nothing(tmp_path: Path) -> None:
     config = raft(save_tiny_model(tmp_path / "model", "qwen2"))
     folder = checkpoint(config, tmp_path / "checkpoint")
@@ -110,18 +169,29 @@ def test_trees_that_lack_a_reward_are_left_out_and_few_tell_nothing(tmp_path: Pa
     assert [each.as_trained for each in few] == [None, None]
 
 
-def test_trees_of_several_shapes_or_picked_by_their_rewards_are_not_measured(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("section", "settings", "told"),
+    [
+        ("tree", {"adaptive": True}, "tree.adaptive=true grows several shapes: set it to false"),
+        (
+            "tree",
+            {"num_children": (1, 1)},
+            "tree.num_children=[1, 1] has no fork: set it to [1, 8]",
+        ),
+        ("gate", {"max_redraws": 2}, "gate.max_redraws picks trees by their rewards: set it to 0"),
+        ("learner", {"length_weight": 0.5}, "learner.length_weight gives trees a term that single"),
+    ],
+)
+def test_what_would_be_told_of_another_thing_than_shapes_is_refused(
+    tmp_path: Path, section: str, settings: dict[str, object], told: str
 ) -> None:
     config = raft(save_tiny_model(tmp_path / "model", "qwen2"))
-    adaptive = replace(config, tree=replace(config.tree, adaptive=True))
-    with pytest.raises(
-        ValueError, match=r"tree\.adaptive=true grows several shapes: set it to fal"
-    ):
-        shape_shares(adaptive, tmp_path, [])
-    refilled = replace(config, gate=replace(config.gate, max_redraws=2))
-    with pytest.raises(ValueError, match=r"gate\.max_redraws picks trees by their rewards: set it"):
-        shape_shares(refilled, tmp_path, [])
+    other = replace(config, **{section: replace(getattr(config, section), **settings)})
+    with pytest.raises(ValueError, match=re.escape(told)):
+        shape_shares(other, tmp_path, trees())
+    errored = [make_record(90, "cecc", parents=FORKED)]
+    with pytest.raises(ValueError, match="no tree has rewards of all its answers"):
+        shape_shares(config, tmp_path, [errored])
 
 
 @pytest.mark.parametrize(
@@ -135,3 +205,15 @@ def test_trees_of_several_shapes_or_picked_by_their_rewards_are_not_measured(
 )
 def test_smaller_shapes_halve_the_last_fork(shape, smaller) -> None:
     assert list(smaller_shapes(shape)) == smaller
+
+
+def test_the_command_says_what_a_run_lacks(tmp_path: Path) -> None:
+    job = load_script("jobs/forks.py")
+    folder = write_small_run(tmp_path)
+    with pytest.raises(ValueError, match="has no checkpoint, whose weights are measured"):
+        job.forks([folder])
+    with pytest.raises(ValueError, match="is no run: it has no config.yaml"):
+        job.forks([str(tmp_path)])
+    for steps in ("0", "-3", "many"):
+        with pytest.raises(SystemExit):
+            job.forks([folder, "--steps", steps])

@@ -10,7 +10,7 @@ def _ask(service: str, method: str, **fields: object) -> object:
     with init_grpc_channel(ray.get_runtime_context().gcs_address) as channel:
         stub = getattr(services, f"{service}GcsServiceStub")(channel)
         request = getattr(gcs_service_pb2, f"{method}Request")(**fields)
-        return getattr(stub, method)(request, timeout=60)
+        return getattr(stub, method)(request, timeout=600)
 
 
 def actors() -> list[dict[str, str]]:

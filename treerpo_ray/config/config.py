@@ -143,7 +143,7 @@ class Config:
                 f"evaluate.num_samples={self.evaluate.num_samples}"
             )
         self._check_data()
-        check_credit(self.learner, self.tree)
+        check_credit(self.learner, self.tree, self.gate)
         self._check_engine()
         self._check_sync()
         self._check_workers()

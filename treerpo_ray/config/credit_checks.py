@@ -3,10 +3,10 @@
 from treerpo_ray.algo.advantages.forms import WITHOUT_SIBLINGS, AdvantageForm
 from treerpo_ray.algo.forks.adaptive_shape import measured_cuts
 from treerpo_ray.algo.groups import PruneRule
-from treerpo_ray.config.sections import LearnerConfig, TreeConfig
+from treerpo_ray.config.sections import GateConfig, LearnerConfig, TreeConfig
 
 
-def check_credit(learner: LearnerConfig, tree: TreeConfig) -> None:
+def check_credit(learner: LearnerConfig, tree: TreeConfig, gate: GateConfig) -> None:
     """Refuse single answers of which no step would ever be trained, a share that no form takes, a
     weight of lengths that nothing is compared with and a shape with nothing to be chosen by.
 
@@ -20,13 +20,13 @@ def check_credit(learner: LearnerConfig, tree: TreeConfig) -> None:
             "learner.advantage=shrunk_baseline alone: set that, or leave it at 1"
         )
     if tree.adaptive:
-        _check_measuring(learner, tree)
+        _check_measuring(learner, tree, gate)
         _check_single_answers(learner, "a single answer of tree.adaptive=true")
     elif set(tree.num_children) == {1}:
         _check_single_answers(learner, f"tree.num_children={list(tree.num_children)}")
 
 
-def _check_measuring(learner: LearnerConfig, tree: TreeConfig) -> None:
+def _check_measuring(learner: LearnerConfig, tree: TreeConfig, gate: GateConfig) -> None:
     """Check that forks are measured, and that there is one to choose."""
     if not measured_cuts(tree.num_children):
         raise ValueError(
@@ -38,6 +38,11 @@ def _check_measuring(learner: LearnerConfig, tree: TreeConfig) -> None:
         raise ValueError(
             f"learner.fork_every={learner.fork_every} measures {when}, and tree.adaptive=true "
             "chooses for the steps between: set it to 10 for example"
+        )
+    if gate.trees_per_step < 2:
+        raise ValueError(
+            f"gate.trees_per_step={gate.trees_per_step} gives tree.adaptive=true no two trees of a "
+            "learner step to compare: set it to 8 or more"
         )
 
 

@@ -130,9 +130,9 @@ class TreeConfig:
     """Text of one token that also ends a step above the last depth; none: by length alone."""
     adaptive: bool = False
     """Whether forks are where the measured variance is: in one learner step of `learner.fork_every`
-    a quarter of the trees, 8 or more, have `num_children`, two levels or more, and measure each
-    fork behind a first step; all others have the one fork that needs the fewest tokens, or are
-    single answers where none pays. See `treerpo_ray/algo/forks/adaptive_shape.py`."""
+    a quarter of the trees, and 8 if there are so many, have `num_children`, two levels or more,
+    and measure each fork behind a first step; all others have the one fork that needs the fewest
+    tokens, or are single answers where none pays: `treerpo_ray/algo/forks/adaptive_shape.py`."""
     entropy_window: int = 0
     """Entropy branching: a full step above the last depth is cut before the least likely of so
     many tokens at its end; 0: off."""

@@ -55,12 +55,12 @@ class Projection:
     of_state: Float32[Tensor, "hidden width"]
 
     @classmethod
-    def of(cls, hidden: int, seed: int, device: torch.device) -> "Projection":
-        """The same for all workers: signs, or nothing for what is small as it is."""
-        if hidden <= WIDTH:
+    def of(cls, hidden: int, seed: int, device: torch.device, width: int = WIDTH) -> "Projection":
+        """The same for all workers: signs, or nothing for what is as narrow as it is to be."""
+        if hidden <= width:
             one = torch.eye(hidden, device=device)
             return cls(of_pull=one, of_state=one)
-        signs = np.random.default_rng(seed).choice([-1.0, 1.0], (2, hidden, WIDTH)) / WIDTH**0.5
+        signs = np.random.default_rng(seed).choice([-1.0, 1.0], (2, hidden, width)) / width**0.5
         left, right = torch.from_numpy(signs.astype(np.float32)).to(device)
         return cls(of_pull=left, of_state=right)
 
@@ -71,7 +71,7 @@ class ForkProbe:
     Args:
         every: Learner steps between two looks; 0: there are none.
         tree: Shape of the run's trees. Where it adapts, a look is at those trees of its learner
-            step that were grown for it; else at as many of each worker's.
+            step that were grown for it; else at a quarter of each worker's, 8 or more.
         size: Trees of a learner step, of all workers.
     """
 
@@ -176,16 +176,28 @@ def look_of(trees: Sequence[TreeGradients], num_cuts: int) -> Look:
 
 
 def step_scores(
-    optimizer: PolicyOptimizer, trees: Sequence[Tree], seed: int, token_budget: int
+    optimizer: PolicyOptimizer,
+    trees: Sequence[Tree],
+    seed: int,
+    token_budget: int,
+    width: int = WIDTH,
 ) -> list[Float32[np.ndarray, "steps gradient"]]:
-    """Gradient of log p of each step of each tree, by M; every worker must call it."""
+    """Gradient of log p of each step of each tree, by M; every worker must call it.
+
+    Args:
+        optimizer: Whose policy it is.
+        trees: A worker's.
+        seed: Of the projection.
+        token_budget: Most tokens of one forward pass.
+        width: Of each side of a gradient: wider ones are projected.
+    """
     forests = pack(trees, [np.zeros(len(tree), np.float32) for tree in trees], token_budget)
     counts = [len(tree) for tree in trees]
     found = np.zeros((sum(counts), 0), np.float32)
     projection: Projection | None = None
     # Strict, so that the passes are gone through that others need.
     for forest, (pulls, states) in zip(forests, optimizer.pulls(forests), strict=True):
-        projection = projection or Projection.of(pulls.shape[1], seed, pulls.device)
+        projection = projection or Projection.of(pulls.shape[1], seed, pulls.device, width)
         left, right = pulls @ projection.of_pull, states @ projection.of_state
         lengths = np.bincount(forest.step, minlength=forest.num_steps).tolist()
         parts = zip(left.split(lengths), right.split(lengths), strict=True)

@@ -2,6 +2,8 @@
 
 Measured on trees that a run has saved, by the weights of its newest checkpoint: as they were grown,
 and as they would have been with fewer children. `treerpo_ray.algo.forks.updates` has the formula.
+The gradient is that of the layer before the head, as of the fork rule (`fork_probe`): that all
+parameters agree is not shown.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,8 +30,9 @@ from treerpo_ray.learner.fork_probe import step_scores
 from treerpo_ray.learner.learner import Learner
 from treerpo_ray.records import TreeRecord
 
-PASS_TOKENS = 8192
-"""Most tokens of one forward pass."""
+WIDTH = 128
+"""Of each side of a gradient: that of wider models is projected, which adds an error that is the
+same for all shapes where they teach the same, and is not in the standard errors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +46,7 @@ class ShapeShare:
     """Tokens over those of single answers, with the run's credit; None: the trees are too few."""
     by_rule: float | None
     """The same by the fork rule, which takes every answer for as useful wherever it forked; None
-    where a shape forks at the prompt, or at two places."""
+    where a shape forks at the prompt or at two places, or the trees are too few."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,38 +69,29 @@ def shape_shares(
             left out.
 
     Raises:
-        ValueError: the trees are of several shapes, or picked by their rewards.
+        ValueError: the trees are of several shapes, of single answers or picked by their rewards,
+            none has all of its rewards, or their credit is not of rewards alone.
     """
-    if config.tree.adaptive:
-        raise ValueError("tree.adaptive=true grows several shapes: set it to false")
-    if config.gate.max_redraws:
-        raise ValueError("gate.max_redraws picks trees by their rewards: set it to 0")
-    learner = Learner(
-        model=config.model,
-        learner=config.learner,
-        loss=config.loss,
-        tree=config.tree,
-        gate=config.gate,
-        max_tokens=config.max_model_tokens,
-        device=torch.device("cpu"),
-        lora=config.lora,
-        checkpoint=checkpoint,
-    )
+    _check(config)
     own = [[each for each in step if _is_whole(each)] for step in steps]
+    if not any(own):
+        raise ValueError("no tree has rewards of all its answers")
+    learner = _learner(config, checkpoint)
     scored = [_score(learner, step, config.loss.normalisation) for step in own]
     trees = [each for step in scored for each in step]
-    baseline = single_baseline(learner)
-    singles = _singles(trees, baseline)
-    return [
-        ShapeShare(
-            num_children=shape,
-            tokens=float(ours.tokens.mean()) if trees else float("nan"),
-            as_trained=update_share(ours, singles),
-            by_rule=_by_rule(scored, shape, baseline),
+    singles = _singles(trees, single_baseline(learner))
+    found = []
+    for shape in smaller_shapes(config.tree.num_children):
+        ours = _updates(learner, trees, shape)
+        found.append(
+            ShapeShare(
+                num_children=shape,
+                tokens=float(ours.tokens.mean()),
+                as_trained=update_share(ours, singles),
+                by_rule=_by_rule(scored, shape, learner.baseline.root),
+            )
         )
-        for shape in smaller_shapes(config.tree.num_children)
-        for ours in [_updates(learner, trees, shape)]
-    ]
+    return found
 
 
 def smaller_shapes(num_children: Shape) -> Iterator[Shape]:
@@ -123,6 +117,39 @@ def single_baseline(learner: Learner) -> float:
     return root * learner.baseline.share if learner.form is AdvantageForm.SHRUNK_BASELINE else root
 
 
+def _check(config: Config) -> None:
+    """Refuse trees that tell of no shape, or of another one than they seem to."""
+    if config.tree.adaptive:
+        raise ValueError("tree.adaptive=true grows several shapes: set it to false")
+    if max(config.tree.num_children) < 2:
+        shape = list(config.tree.num_children)
+        raise ValueError(f"tree.num_children={shape} has no fork: set it to [1, 8] for example")
+    if config.gate.max_redraws:
+        raise ValueError("gate.max_redraws picks trees by their rewards: set it to 0")
+    if config.learner.length_weight:
+        raise ValueError(
+            "learner.length_weight gives trees a term that single answers lack: set it to 0"
+        )
+
+
+def _learner(config: Config, checkpoint: Path) -> Learner:
+    """The run's policy and credit, on one device and for no update."""
+    settings = replace(
+        config.learner, minibatches=1, shard=False, offload=False, compile=False, fork_every=0
+    )
+    return Learner(
+        model=config.model,
+        learner=settings,
+        loss=replace(config.loss, kl_coef=0.0),
+        tree=config.tree,
+        gate=config.gate,
+        max_tokens=config.max_model_tokens,
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        lora=config.lora,
+        checkpoint=checkpoint,
+    )
+
+
 def _is_whole(record: TreeRecord) -> bool:
     """Whether all answers have rewards, and all steps tokens."""
     rewards = record.rewards[list(record.tree.leaves)]
@@ -133,7 +160,13 @@ def _score(
     learner: Learner, records: Sequence[TreeRecord], normalisation: Normalisation
 ) -> list[_Scored]:
     """Gradients of log p of each step, over its tokens where the loss lets steps weigh the same."""
-    found = step_scores(learner.optimizer, [each.tree for each in records], 0, PASS_TOKENS)
+    found = step_scores(
+        learner.optimizer,
+        [each.tree for each in records],
+        seed=0,
+        token_budget=learner.settings.token_budget,
+        width=WIDTH,
+    )
     if normalisation is Normalisation.SEQUENCE_MEAN:
         found = [
             own / record.tree.lengths[:, None] for own, record in zip(found, records, strict=True)

@@ -88,7 +88,7 @@ class Screen:
             self.complaints.append(f"{request.url}: {request.failure}")
 
     def wait(self, expression):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while not self.page.evaluate(expression):  # not in the page, whose policy allows no eval
             assert time.monotonic() < deadline, f"{expression}: {self.page.content()[-3000:]}"
             time.sleep(0.02)

@@ -142,7 +142,7 @@ def main() -> None:
         run_log=pool,
         folder=tempfile.gettempdir(),
         probe_every=10,
-        fetch_limit_s=60.0,
+        fetch_limit_s=600.0,
     )
     told: dict[str, object] = {"GPUs of two engines of two": gpus_of_engines()}
 
@@ -186,7 +186,7 @@ def main() -> None:
     place = FilePlace(path="", stamp=b"", parts=())
     late = sync.publish.remote(nothing, place, probe, learner_node.node_id)
     try:
-        ray.get(late, timeout=60)
+        ray.get(late, timeout=600)
     except ray.exceptions.RayError as error:
         told["published for a lost node"] = type(error).__name__
     back = add("learner")

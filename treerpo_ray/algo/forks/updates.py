@@ -46,7 +46,7 @@ class TreeUpdates:
 
     @property
     def cost(self) -> float:
-        """T V / |E G|^2; infinite where |E G|^2 is not told from 0."""
+        """T V / |E G|^2; infinite where the estimate of |E G|^2 is not above 0."""
         own = (self.means**2).sum()
         total = (self.means.sum(0) ** 2).sum()
         return float(_cost(len(self), self.squares.sum(), total - own, self.tokens.sum()))
