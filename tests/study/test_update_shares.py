@@ -212,7 +212,7 @@ def test_the_command_says_what_a_run_lacks(tmp_path: Path) -> None:
     folder = write_small_run(tmp_path)
     with pytest.raises(ValueError, match="has no checkpoint, whose weights are measured"):
         job.forks([folder])
-    with pytest.raises(ValueError, match="is no run: it has no config.yaml"):
+    with pytest.raises(ValueError, match=r"is no run: it has no config\.yaml"):
         job.forks([str(tmp_path)])
     for steps in ("0", "-3", "many"):
         with pytest.raises(SystemExit):
