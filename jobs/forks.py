@@ -41,12 +41,15 @@ def forks(arguments: list[str]) -> int:
         "--trust-run", action="store_true", help="run code that the folder brings along"
     )
     options = parser.parse_args(arguments)
+    from transformers.utils.logging import disable_progress_bar
+
     from treerpo_ray.config import load
     from treerpo_ray.run_folder.checkpoints import Checkpoints
     from treerpo_ray.run_folder.files import RunFolder, run_at
     from treerpo_ray.study.analysis import Run
     from treerpo_ray.study.update_shares import shape_shares
 
+    disable_progress_bar()  # of loading weights, which would run into the table
     place = run_at(options.run)
     run = Run(place, trusts_code=options.trust_run)
     run.check_code()
