@@ -105,7 +105,7 @@ def print_shares(found: "Sequence[ShapeShare]") -> None:
     for each in found:
         own, rule = each.as_trained, each.by_rule
         table.add_row(
-            str(list(each.num_children)).replace("[", r"\["),
+            str(list(each.num_children)),
             f"{each.tokens:.0f}",
             "too few trees" if own is None else f"{own.value:.2f} ± {own.error:.2f}",
             "" if rule is None else f"{rule:.2f}",

@@ -162,12 +162,13 @@ class ForkProbe:
             own = [each for each in own if measures(each.ticket % self.size, self.size)]
         else:
             own = own[: num_measured(len(own))]
-        return [
-            record
-            for record in own
-            if record.tree.lengths.all()
-            and not np.isnan(record.rewards[list(record.tree.leaves)]).any()
-        ]
+        return [record for record in own if is_whole(record)]
+
+
+def is_whole(record: TreeRecord) -> bool:
+    """Whether all answers of a tree have rewards, and all its steps tokens."""
+    rewards = record.rewards[list(record.tree.leaves)]
+    return bool(record.tree.lengths.all()) and not np.isnan(rewards).any()
 
 
 def look_of(trees: Sequence[TreeGradients], num_cuts: int) -> Look:

@@ -16,7 +16,7 @@ import torch
 from treerpo_ray.algo.advantages.forms import AdvantageForm
 from treerpo_ray.algo.forks.adaptive_shape import Shape, measured_cuts
 from treerpo_ray.algo.forks.rule import fork_estimate
-from treerpo_ray.algo.forks.samples import step_samples, tree_gradients
+from treerpo_ray.algo.forks.samples import TreeGradients, step_samples, tree_gradients
 from treerpo_ray.algo.forks.updates import (
     TreeUpdates,
     UpdateShare,
@@ -26,7 +26,7 @@ from treerpo_ray.algo.forks.updates import (
 )
 from treerpo_ray.algo.loss_config import Normalisation
 from treerpo_ray.config import Config
-from treerpo_ray.learner.fork_probe import step_scores
+from treerpo_ray.learner.fork_probe import is_whole, step_scores
 from treerpo_ray.learner.learner import Learner
 from treerpo_ray.records import TreeRecord
 
@@ -73,13 +73,15 @@ def shape_shares(
             none has all of its rewards, or their credit is not of rewards alone.
     """
     _check(config)
-    own = [[each for each in step if _is_whole(each)] for step in steps]
+    own = [[each for each in step if is_whole(each)] for step in steps]
     if not any(own):
         raise ValueError("no tree has rewards of all its answers")
     learner = _learner(config, checkpoint)
     scored = [_score(learner, step, config.loss.normalisation) for step in own]
     trees = [each for step in scored for each in step]
     singles = _singles(trees, single_baseline(learner))
+    root, num_cuts = learner.baseline.root, len(config.tree.num_children) - 1
+    looks = [_gradients(step, root, num_cuts) for step in scored]
     found = []
     for shape in smaller_shapes(config.tree.num_children):
         ours = _updates(learner, trees, shape)
@@ -88,7 +90,7 @@ def shape_shares(
                 num_children=shape,
                 tokens=float(ours.tokens.mean()),
                 as_trained=update_share(ours, singles),
-                by_rule=_by_rule(scored, shape, learner.baseline.root),
+                by_rule=_by_rule(looks, shape),
             )
         )
     return found
@@ -150,12 +152,6 @@ def _learner(config: Config, checkpoint: Path) -> Learner:
     )
 
 
-def _is_whole(record: TreeRecord) -> bool:
-    """Whether all answers have rewards, and all steps tokens."""
-    rewards = record.rewards[list(record.tree.leaves)]
-    return bool(record.tree.lengths.all()) and not np.isnan(rewards).any()
-
-
 def _score(
     learner: Learner, records: Sequence[TreeRecord], normalisation: Normalisation
 ) -> list[_Scored]:
@@ -175,23 +171,29 @@ def _score(
     return [_Scored(record=record, scores=own.astype(np.float64)) for record, own in pairs]
 
 
-def _singles(trees: Sequence[_Scored], baseline: float) -> TreeUpdates:
-    """Single answers: any one of each tree."""
-    told = [
+def _gradients(trees: Sequence[_Scored], baseline: float, num_cuts: int) -> list[TreeGradients]:
+    """What each tree tells of its cuts, row by row: none lacks a reward."""
+    told = (
         tree_gradients(
             each.record.tree,
             each.scores,
             rewards=each.record.rewards,
             baseline=baseline,
-            num_cuts=1,
+            num_cuts=num_cuts,
         )
         for each in trees
-    ]
-    assert all(each is not None for each in told)
-    means = [each.mean for each in told if each is not None]
-    columns = np.array([each.columns[0] for each in told if each is not None]).reshape(-1, 5)
+    )
+    return [each for each in told if each is not None]
+
+
+def _singles(trees: Sequence[_Scored], baseline: float) -> TreeUpdates:
+    """Single answers: any one of each tree."""
+    told = _gradients(trees, baseline, num_cuts=1)
+    columns = np.array([each.columns[0] for each in told])
     return TreeUpdates(
-        means=np.array(means), squares=columns[:, 0], tokens=columns[:, 2] + columns[:, 3]
+        means=np.array([each.mean for each in told]),
+        squares=columns[:, 0],
+        tokens=columns[:, 2] + columns[:, 3],
     )
 
 
@@ -228,24 +230,11 @@ def _part(record: TreeRecord, kept: Sequence[int], ticket: int) -> TreeRecord:
     )
 
 
-def _by_rule(steps: Sequence[Sequence[_Scored]], shape: Shape, baseline: float) -> float | None:
+def _by_rule(looks: Sequence[Sequence[TreeGradients]], shape: Shape) -> float | None:
     """What the fork rule says of a shape that forks at one place, behind a first step."""
     forked = [depth for depth, children in enumerate(shape) if children > 1]
     if len(forked) != 1 or not measured_cuts(shape):
         return None
     [depth] = forked
-    looks = []
-    for step in steps:
-        told = [
-            tree_gradients(
-                each.record.tree,
-                each.scores,
-                rewards=each.record.rewards,
-                baseline=baseline,
-                num_cuts=len(shape) - 1,
-            )
-            for each in step
-        ]
-        looks.append(step_samples([each for each in told if each is not None], depth))
-    found = fork_estimate(depth, looks)
+    found = fork_estimate(depth, (step_samples(look, depth) for look in looks))
     return None if found is None else found.fork.token_share(shape[depth])
