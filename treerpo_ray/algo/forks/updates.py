@@ -16,6 +16,7 @@ the rule knows of. That has a price: |E G|^2 is small beside V, and is told from
 trees of one policy, not by those of a learner step.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -99,13 +100,12 @@ def first_children(tree: Tree, num_children: Sequence[int]) -> list[int]:
     """Steps of the tree that would have been grown with fewer children: of each step, and of the
     prompt, the first ones, as many as its depth has. None is drawn by what came of it."""
     kept: list[int] = []
-    counts: dict[int, int] = {}
+    grown, places = {ROOT}, Counter[int]()
     for step, parent in enumerate(tree.parents.tolist()):
-        place = counts.get(parent, 0)
-        counts[parent] = place + 1
-        depth = 0 if parent == ROOT else tree.depths[parent]
-        if place < num_children[depth] and (parent == ROOT or parent in kept):
+        if parent in grown and places[parent] < num_children[tree.depths[step] - 1]:
             kept.append(step)
+            grown.add(step)
+        places[parent] += 1
     return kept
 
 
