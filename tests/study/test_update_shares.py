@@ -18,6 +18,7 @@ from treerpo_ray.algo.forks.samples import step_samples, tree_gradients
 from treerpo_ray.algo.forks.updates import TreeUpdates, update_share
 from treerpo_ray.algo.loss_config import LossConfig, Normalisation
 from treerpo_ray.config import Config
+from treerpo_ray.config.lora import LoraConfig
 from treerpo_ray.config.sections import TreeConfig
 from treerpo_ray.learner.fork_probe import step_scores
 from treerpo_ray.records import TreeRecord
@@ -155,6 +156,34 @@ def test_an_answer_that_ended_before_the_fork_is_a_tree_of_every_shape(tmp_path:
     assert four.as_trained is not None and two.as_trained is not None
     assert four.as_trained.value == two.as_trained.value == pytest.approx(1.0)
     assert four.tokens == two.tokens == np.mean([each.tree.lengths.sum() for each in short])
+
+
+def test_runs_with_adapters_or_parts_of_a_model_tell_what_the_whole_one_does(
+    tmp_path: Path,
+) -> None:
+    """Adapters that have learned tell what the model tells that they are merged into; the
+    checkpoint of a run whose workers have parts is measured by one learner that has all."""
+    path = save_tiny_model(tmp_path / "model", "qwen2")
+    fast = replace(raft(path).learner, learning_rate=0.05)
+    adapted = replace(raft(path), learner=fast, lora=LoraConfig(rank=4, alpha=8))
+    learner = make_learner(adapted)
+    for first in (900, 904):
+        learner.update([make_record(first + i, "cwcw", parents=FORKED) for i in range(4)])
+    (tmp_path / "checkpoint").mkdir()
+    learner.write(tmp_path / "checkpoint")
+    learner.policy.save_pretrained(tmp_path / "merged_model")
+    plain = raft(str(tmp_path / "merged_model"))
+    of_adapters = shape_shares(adapted, tmp_path / "checkpoint", trees())
+    of_merged = shape_shares(plain, checkpoint(plain, tmp_path / "merged"), trees())
+    of_start = shape_shares(raft(path), checkpoint(raft(path), tmp_path / "start"), trees())
+    for own, merged, start in zip(of_adapters, of_merged, of_start, strict=True):
+        assert own.as_trained is not None and merged.as_trained is not None
+        assert own.as_trained.value == pytest.approx(merged.as_trained.value, rel=1e-3)
+        assert own.as_trained.error == pytest.approx(merged.as_trained.error, rel=1e-2)
+        assert start.as_trained is not None, "what the adapters learned is measured"
+        assert own.as_trained.value != pytest.approx(start.as_trained.value, rel=1e-2)
+    parts = replace(plain, learner=replace(plain.learner, shard=True, num_workers=2))
+    assert shape_shares(parts, tmp_path / "merged", trees()) == of_merged
 
 
 def test_trees_that_lack_a_reward_are_left_out_and_few_tell_nothing(tmp_path: Path) -> None:
