@@ -5,6 +5,7 @@ import pytest
 
 from treerpo_ray.study.comparisons.intervals import (
     difference_interval,
+    jackknife_interval,
     mean_interval,
     ratio_interval,
 )
@@ -52,6 +53,14 @@ def test_a_ratio_has_the_interval_of_a_jackknife_on_logarithms() -> None:
     assert (interval.mean, interval.high) == pytest.approx((4, 4 * 2**12.7062), rel=1e-4)
     assert interval.low * interval.high == pytest.approx(4**2)
     assert np.isnan(ratio_interval(0.0, np.array([]), np.log([4.0, 4.0])).high)
+
+
+def test_of_a_mean_the_jackknife_is_the_interval_of_student() -> None:
+    values = np.array([1.0, 2.0, 4.0])
+    without = (values.sum() - values) / 2
+    found, expected = jackknife_interval(values.mean(), without), mean_interval(values)
+    assert [found.low, found.high] == pytest.approx([expected.low, expected.high])
+    assert np.isnan(jackknife_interval(3.0, np.array([])).low)
 
 
 def test_of_means_the_jackknife_is_the_interval_of_welch() -> None:

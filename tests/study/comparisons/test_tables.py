@@ -42,3 +42,21 @@ def test_a_table_names_the_best_flat_arm_who_gets_there_and_who_is_told_apart(
     assert "short: flat, 87.8 %" in printed
     assert "all 2 pairs of arms" in printed and "2 of them differ" in printed
     assert "flat is ahead of slow" in printed and "tree is ahead of slow" in printed
+
+
+@pytest.mark.parametrize("is_shorter", [False, True])
+def test_lengths_half_way_are_told_where_answers_differ(
+    capsys: pytest.CaptureFixture[str], is_shorter: bool
+) -> None:
+    """The flat arm is half-way, at 52.5 %, with its eleventh step, the tree with its sixth."""
+    shorter = [90.0 - step for step in range(20)] if is_shorter else [40.0] * 20
+    results = [
+        *(curve_result("flat", RISING, seed=seed, lengths=shorter) for seed in range(2)),
+        curve_result("tree", FAST, shape="[1, 4]", lengths=shorter),
+    ]
+    print_table(report(COMPARISON, results))
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.replace("│", " ").splitlines()]
+    assert ("Half-way: where the training reward is first in the middle" in printed) == is_shorter
+    assert ("short: 52.5 %" in printed) == is_shorter
+    assert (["short", "tree", "85.0", "1.06"] in rows) == is_shorter

@@ -28,10 +28,21 @@ def make_result(trial: Trial, pass_at_1: float, num_steps: int = 20) -> Result:
 
 
 def curve_result(
-    arm: str, rewards: list[float], *, seed: int = 0, shape: str = "[1]", more: str = ""
+    arm: str,
+    rewards: list[float],
+    *,
+    seed: int = 0,
+    shape: str = "[1]",
+    more: str = "",
+    lengths: list[float] | None = None,
 ) -> Result:
-    """A run of 1,000 tokens a learner step with these training rewards, of trees of a shape."""
+    """A run of 1,000 tokens a learner step with these training rewards, of trees of a shape; its
+    answers have 40 tokens unless `lengths` says it step by step."""
     made = make_result(Trial(setting="short", arm=arm, seed=seed), rewards[-1], len(rewards))
-    sizes = {"tokens/sampled": [1000.0] * len(rewards), "reward/mean": rewards}
+    own = {
+        "tokens/sampled": [1000.0] * len(rewards),
+        "reward/mean": rewards,
+        "length/mean": lengths or [40.0] * len(rewards),
+    }
     config = f"tree:\n  num_children: {shape}\n{more}"
-    return replace(made, curve=made.curve | sizes, config=config)
+    return replace(made, curve=made.curve | own, config=config)

@@ -63,6 +63,16 @@ def _welch(
     return float(sum(squares) ** 0.5), float(max(freedom, 1.0))
 
 
+def jackknife_interval(value: float, without: Float[np.ndarray, " seeds"]) -> Interval:
+    """What was estimated from the seeds of an arm together, and its 95 % interval, from what it is
+    without each of them (Efron and Stein, 1981); of a mean it is that of `mean_interval`."""
+    if len(without) < 2:
+        return Interval(mean=value, low=float("nan"), high=float("nan"))
+    around = mean_interval((len(without) - 1) * without)
+    half = around.high - around.mean
+    return Interval(mean=value, low=value - half, high=value + half)
+
+
 def ratio_interval(
     log_ratio: float,
     without_ours: Float[np.ndarray, " seeds"],
@@ -85,3 +95,9 @@ def ratio_interval(
     error, freedom = _welch(*((len(each) - 1) * each for each in (without_ours, without_theirs)))
     half = float(stats.t.ppf(0.975, freedom) * error)
     return Interval(mean=mean, low=mean * float(np.exp(-half)), high=mean * float(np.exp(half)))
+
+
+def ratio_text(ratio: Interval) -> str:
+    """A ratio and its interval, if it has one, to two places."""
+    interval = "" if np.isnan(ratio.low) else f" [{ratio.low:.2f}, {ratio.high:.2f}]"
+    return f"{ratio.mean:.2f}{interval}"

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from treerpo_ray.study.comparisons.comparison import Comparison, Result
 from treerpo_ray.study.comparisons.curves import is_chosen_mix, of_arm, places, rewards, total
 from treerpo_ray.study.comparisons.intervals import Interval, difference_interval, mean_interval
+from treerpo_ray.study.comparisons.lengths import HalfwayLength, halfway_length
 from treerpo_ray.study.comparisons.pairs import Pair, pairs
 from treerpo_ray.study.comparisons.token_ratios import TokenRatio, token_ratio
 from treerpo_ray.study.plots import KEPT, figure_grid
@@ -40,6 +41,10 @@ class Line:
     that chooses what it trains on, which does not count among them."""
     length: Interval
     """Tokens of a held-out answer."""
+    halfway: HalfwayLength | None
+    """Tokens of an answer where the arm is as good as the best flat arm half-way, over those of
+    each other reference arm; None without such an arm, where it is never so good, and for one that
+    chooses what it trains on."""
     token_ratio: TokenRatio | None
     """Tokens to nine tenths of the last training reward of the best flat arm, over that arm's; None
     without such an arm, and for one that chooses what it trains on."""
@@ -78,6 +83,7 @@ class Report:
                 **{f"ahead of {name}": str(line.ahead.get(name, "")) for name in self.references},
                 "same steps": str(line.same_steps),
                 "length": str(line.length),
+                "length half-way": "" if line.halfway is None else str(line.halfway.tokens),
                 "pass@k": str(line.pass_at_k),
                 "tokens over the best flat's": str(line.token_ratio or ""),
             }
@@ -106,7 +112,7 @@ def report(comparison: Comparison, results: list[Result]) -> Report:
         for arm in comparison.arms:
             if own := of_arm(here, setting, arm):
                 others = {
-                    reference: _percent(of_arm(here, setting, reference))
+                    reference: of_arm(here, setting, reference)
                     for reference in comparison.references
                     if reference != arm
                 }
@@ -129,7 +135,7 @@ def _best_flat(here: list[Result], setting: str, comparison: Comparison) -> list
 
 def _line(
     own: list[Result],
-    others: dict[str, Float[np.ndarray, " seeds"]],
+    others: dict[str, list[Result]],
     here: list[Result],
     best_flat: list[Result],
 ) -> Line:
@@ -145,9 +151,12 @@ def _line(
         start=100 * own[0].before.pass_at_1,
         pass_at_1=mean_interval(passed),
         pass_at_k=mean_interval(100 * np.array(any_of, np.float64)),
-        ahead={name: difference_interval(passed, theirs) for name, theirs in others.items()},
+        ahead={
+            name: difference_interval(passed, _percent(theirs)) for name, theirs in others.items()
+        },
         same_steps=mean_interval(_rewards_at_fewest_steps(own, here)),
         length=mean_interval(np.array([result.after.length for result in own])),
+        halfway=halfway_length(own, others, best_flat),
         token_ratio=token_ratio(own, best_flat),
     )
 

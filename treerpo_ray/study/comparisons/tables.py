@@ -5,8 +5,12 @@ import sys
 import rich.console
 import rich.table
 
+from treerpo_ray.study.comparisons.intervals import ratio_text
 from treerpo_ray.study.comparisons.pairs import Pair
 from treerpo_ray.study.comparisons.report import Report
+
+ALIKE = 1.02
+"""Answers of arms that differ by no more than this have a fixed form."""
 
 
 def print_table(table: Report) -> None:
@@ -19,6 +23,9 @@ def print_table(table: Report) -> None:
     if table.best_flat:
         console.print(_tokens(table))
         console.print(_levels_in_words(table), highlight=False)
+    if _has_lengths(table):
+        console.print(_lengths(table))
+        console.print(_halfway_in_words(table), highlight=False)
     console.print(_pairs_in_words(table.pairs), highlight=False)
 
 
@@ -70,6 +77,36 @@ def _tokens(table: Report) -> rich.table.Table:
             row += [tokens, str(needed)]
         shown.add_row(*row)
     return shown
+
+
+def _has_lengths(table: Report) -> bool:
+    """Whether answers differ in length: in many tasks they have a fixed form."""
+    tokens = [line.halfway.tokens.mean for line in table.lines if line.halfway is not None]
+    return bool(tokens) and max(tokens) > ALIKE * min(tokens)
+
+
+def _lengths(table: Report) -> rich.table.Table:
+    title = "Tokens of an answer half-way, and over those of each reference [95 %]"
+    shown = _empty(title, "half-way", *table.references)
+    for line in table.lines:
+        if line.halfway is not None:
+            over = (line.halfway.over.get(name) for name in table.references)
+            ratios = ("" if each is None else ratio_text(each) for each in over)
+            shown.add_row(line.setting, line.arm, str(line.halfway.tokens), *ratios)
+    return shown
+
+
+def _halfway_in_words(table: Report) -> str:
+    levels = {
+        line.setting: f"{line.halfway.level:.1f} %"
+        for line in table.lines
+        if line.halfway is not None
+    }
+    places = "; ".join(f"{setting}: {level}" for setting, level in levels.items())
+    return (
+        "Half-way: where the training reward is first in the middle between the first and the last "
+        f"tenth of the best flat arm's ({places})."
+    )
 
 
 def _levels_in_words(table: Report) -> str:

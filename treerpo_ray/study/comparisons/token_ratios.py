@@ -32,12 +32,14 @@ from scipy.optimize import isotonic_regression
 
 from treerpo_ray.study.comparisons.comparison import Result
 from treerpo_ray.study.comparisons.curves import is_chosen_mix, places, total
-from treerpo_ray.study.comparisons.intervals import Interval, ratio_interval
+from treerpo_ray.study.comparisons.intervals import Interval, ratio_interval, ratio_text
 
 LAST = 0.1
 """Share of the tokens, those at the end, that tell how far an arm has come."""
 LEVEL = 0.9
 """Share of the flat arm's last reward that both are to get to."""
+CURVE_COLUMNS = ("reward/mean", "tokens/sampled", "length/mean")
+"""Of a run's steps, what `ArmCurve` has of each."""
 ROUNDING = 1e-9
 """By which a mean may miss a level that it equals."""
 
@@ -60,9 +62,7 @@ class TokenRatio:
     """Whether the ratio is a lower bound, for the arm does not get there."""
 
     def __str__(self) -> str:
-        low, high = self.ratio.low, self.ratio.high
-        interval = "" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
-        return f"{'> ' if self.is_bound else ''}{self.ratio.mean:.2f}{interval}"
+        return f"{'> ' if self.is_bound else ''}{ratio_text(self.ratio)}"
 
 
 def token_ratio(own: list[Result], flat: list[Result]) -> TokenRatio | None:
@@ -78,8 +78,8 @@ def token_ratio(own: list[Result], flat: list[Result]) -> TokenRatio | None:
     assert flat_tokens is not None  # the regression ends no lower than the last value
     interval = ratio_interval(
         _log_ratio(ours, theirs),
-        np.array([_log_ratio(rest, theirs) for rest in _each_left_out(own)]),
-        np.array([_log_ratio(ours, rest) for rest in _each_left_out(flat)]),
+        np.array([_log_ratio(rest, theirs) for rest in each_left_out(own)]),
+        np.array([_log_ratio(ours, rest) for rest in each_left_out(flat)]),
     )
     is_bound = tokens is None
     if is_bound or own[0].trial.arm == flat[0].trial.arm:
@@ -104,35 +104,45 @@ class ArmCurve:
     """Sampled tokens that each reward is of."""
     ends: Float[np.ndarray, " at"]
     """Sampled tokens of a run until then; the last: of all of it, in the mean over runs."""
+    lengths: Float[np.ndarray, " at"]
+    """Tokens of an answer, in the mean over those of the step."""
+    start: float
+    """The mean reward of the first tenth."""
 
     @classmethod
     def of(cls, results: list[Result]) -> Self:
         """That of one run or more."""
         steps = [
-            (end, reward, size)
+            row
             for result in results
-            for end, reward, size in zip(
+            for row in zip(
                 places(result, "tokens/sampled"),
-                result.curve["reward/mean"],
-                result.curve["tokens/sampled"],
+                *(result.curve[name] for name in CURVE_COLUMNS),
                 strict=True,
             )
         ]
-        ends, rewards, sizes = np.array(sorted(steps, key=itemgetter(0))).T
+        ends, rewards, sizes, lengths = np.array(sorted(steps, key=itemgetter(0))).T
         first = int(np.argmax(ends > (1 - LAST) * ends[-1]))
-        last = np.average(rewards[first:], weights=sizes[first:])
+        beginning = ends <= max(LAST * ends[-1], ends[0])
         return cls(
-            rewards=np.append(rewards[:first], last),
+            rewards=np.append(rewards[:first], np.average(rewards[first:], weights=sizes[first:])),
             weights=np.append(sizes[:first], sizes[first:].sum()),
             ends=np.append(
                 ends[:first], np.mean([total(result, "tokens/sampled") for result in results])
             ),
+            lengths=np.append(lengths[:first], lengths[first:].mean()),
+            start=float(np.average(rewards[beginning], weights=sizes[beginning])),
         )
 
     @property
     def level(self) -> float:
         """How far others are to get: nearly as far as the arm has come."""
         return LEVEL * float(self.rewards[-1])
+
+    @property
+    def halfway(self) -> float:
+        """The level in the middle between the first and the last tenth."""
+        return (self.start + float(self.rewards[-1])) / 2
 
     def tokens_to(self, level: float) -> float | None:
         """Sampled tokens of a run from which on rewards stay at a level or above it; None if they
@@ -141,6 +151,16 @@ class ArmCurve:
         there = np.flatnonzero(fit >= level - ROUNDING)
         return float(self.ends[there[0]]) if len(there) else None
 
+    def length_at(self, level: float) -> float:
+        """Tokens of an answer where rewards are first at a level, as `tokens_to` has it: in the
+        mean over the steps of a tenth of a run's tokens around that place. If they never are, of
+        the last tenth."""
+        there = self.tokens_to(level)
+        if there is None or there > (1 - LAST) * self.ends[-1]:
+            return float(self.lengths[-1])
+        is_near = np.abs(self.ends[:-1] - there) <= LAST / 2 * self.ends[-1]
+        return float(self.lengths[:-1][is_near].mean())
+
 
 def _log_ratio(own: ArmCurve, flat: ArmCurve) -> float:
     """Logarithm of the ratio; what does not get there counts with all its tokens."""
@@ -148,7 +168,7 @@ def _log_ratio(own: ArmCurve, flat: ArmCurve) -> float:
     return float(np.log(tokens[0] / tokens[1]))
 
 
-def _each_left_out(results: list[Result]) -> list[ArmCurve]:
+def each_left_out(results: list[Result]) -> list[ArmCurve]:
     """The curve of the others, for each result; none where there is one alone."""
     if len(results) < 2:
         return []
