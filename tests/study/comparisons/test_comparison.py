@@ -58,24 +58,29 @@ def test_a_result_of_other_settings_start_or_tokens_is_passed_over(
     comparison: Comparison, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     common = ["learner.cpu_threads=2"]
-    trials = list(comparison.trials())[:4]
-    for trial, rate in zip(trials, (1e-5, 3e-4, 3e-4, 3e-4), strict=True):
+    trials = list(comparison.trials())[:5]
+    for trial, rate in zip(trials, (1e-5, *[3e-4] * 4), strict=True):
         overrides = ["run.root=elsewhere", f"learner.learning_rate={rate}", *common]
         config = to_yaml(comparison.configs(overrides)[trial])
         write_result(replace(make_result(trial, 0.5), config=config), tmp_path)
-    for trial, changed in ((trials[1], "start"), (trials[2], "tokens")):
+    changes = ("start", "more tokens", "fewer tokens")
+    for trial, changed in zip(trials[1:4], changes, strict=True):
         path = result_path(trial, tmp_path)
         found = json.loads(path.read_text())
         if changed == "start":
             found["start"] = "0123456789abcdef"
-        else:
+        elif changed == "more tokens":
             found["curve"]["tokens/sampled"] += [4800.0, 4800.0]  # two steps more
+        else:
+            found["curve"]["tokens/sampled"][:2] = [0.0, 0.0]
         path.write_text(json.dumps(found))
-    assert [r.trial for r in read_results(comparison.configs(common), tmp_path)] == [trials[3]]
+    assert [r.trial for r in read_results(comparison.configs(common), tmp_path)] == [trials[4]]
     told = [record.message.partition("it has other ")[2] for record in caplog.records]
     assert told == [
         *("learner.learning_rate", "weights at the start"),
         "tokens: 105,600 instead of 96,000",
+        "tokens: 86,400 instead of 96,000: answers are much shorter than the setting's "
+        "answer_tokens",
     ]
 
 
@@ -122,24 +127,24 @@ def test_steps_share_their_tokens_and_an_answer_ends_where_it_ends() -> None:
 def test_a_run_whose_shape_adapts_has_steps_enough_for_single_answers(
     comparison: Comparison,
 ) -> None:
-    """Of 24 answers of 40 and of 46 tokens a step, a fifth to spare."""
+    """Of 24 answers of 40 and of 46 tokens a step, five times as many as that is."""
     adaptive = Arm(overrides=["conf/methods/adaptive.yaml"], num_seeds=1)
     configs = replace(comparison, arms={"flat": adaptive}).configs([])
     assert {t.setting: config.run.num_steps for t, config in configs.items()} == {
-        "short": 120,
-        "long": 105,
+        "short": 500,
+        "long": 435,
     }
 
 
 def test_every_run_samples_the_tokens_of_its_setting(comparison: Comparison) -> None:
     configs = comparison.configs(["run.root=runs"])
     steps = {(t.setting, t.arm): config.run.num_steps for t, config in configs.items()}
-    # 24 trees a step: of 10 * 40, of 4 * 23 + 16 * 17, and of 10 * 46 tokens; a fifth to spare
+    # 24 trees a step: of 10 * 40, of 4 * 23 + 16 * 17, and of 10 * 46 tokens; five times that
     assert steps == {
-        ("short", "flat"): 12,
-        ("short", "tree"): 14,
-        ("long", "flat"): 11,
-        ("long", "tree"): 11,
+        ("short", "flat"): 50,
+        ("short", "tree"): 55,
+        ("long", "flat"): 44,
+        ("long", "tree"): 44,
     }
     assert {config.run.max_sampled_tokens for config in configs.values()} == {96000}
     seeded = configs[Trial(setting="long", arm="flat", seed=1)]

@@ -48,8 +48,9 @@ NO_CURVE = ("evaluate.every=0", "evaluate.interim_samples=null")
 CHECKPOINTS = "checkpoint.every=20"
 """Of all runs, unless their file says otherwise: what checkpoints cost is part of a result's time,
 and the same for all."""
-SPARE_STEPS = 1.2
-"""Learner steps that a run may take at most, for each that its tokens are expected to come to."""
+SPARE_STEPS = 5
+"""Learner steps that a run may take at most, for each that its tokens are expected to come to:
+where answers become half as long, trees whose last steps shrink have a third of the tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,7 @@ class Comparison:
         config = load([CHECKPOINTS, *self.base, *setting.overrides, *arm.overrides, *own])
         fewest = min(expected_tokens(shape, setting.answer_tokens) for shape in config.shapes)
         step = config.gate.trees_per_step * fewest
-        # Answers that come out shorter than expected take some more steps; tokens end the run.
+        # Answers that come out shorter than expected take more steps; tokens end the run.
         num_steps = math.ceil(SPARE_STEPS * setting.sampled_tokens / step)
         length = replace(config.run, num_steps=num_steps, max_sampled_tokens=setting.sampled_tokens)
         return replace(config, run=length)
@@ -297,5 +298,7 @@ def _unlike(result: Result, config: Config, default: Flat) -> list[str]:
         unlike.append("weights at the start")
     tokens, limit = result.curve["tokens/sampled"], config.run.max_sampled_tokens
     if limit is not None and abs(sum(tokens) - limit) > max(tokens):
-        unlike.append(f"tokens: {sum(tokens):,.0f} instead of {limit:,}")
+        is_short = sum(tokens) < limit
+        why = ": answers are much shorter than the setting's answer_tokens" if is_short else ""
+        unlike.append(f"tokens: {sum(tokens):,.0f} instead of {limit:,}{why}")
     return unlike
