@@ -40,6 +40,10 @@ TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10)
 """Ratios that axes are marked at."""
 MARGIN = 1.25
 """Factor between what is drawn and the ends of the axes."""
+MARKERS = "osDvPX*<>"
+"""Of the arms of a setting, one after the other."""
+LEGEND_COLUMNS, LEGEND_ROW = 2, 0.18
+"""Entries side by side below the axes, and height (inches) of a row of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,10 +164,16 @@ def write_forecasts(found: Sequence[Forecast], folder: Path) -> None:
 def plot_forecasts(found: Sequence[Forecast]) -> Figure:
     """Predicted against realised token ratio, a point a setting and arm; as predicted is what lies
     on the diagonal, and below 1 what needed fewer tokens. An arrow up is a lower bound."""
-    figure = Figure(figsize=(6.5, 6.2), layout="constrained")
+    num_rows = -(-len(found) // LEGEND_COLUMNS)
+    figure = Figure(figsize=(6.5, 6.2 + LEGEND_ROW * num_rows), layout="constrained")
     axes = figure.subplots()
-    for number, each in enumerate(found):
-        _draw(axes, each, f"C{number}")
+    settings = list(dict.fromkeys(each.setting for each in found))
+    numbers = dict.fromkeys(settings, 0)
+    for each in found:  # a colour a setting, a marker an arm of it
+        marker = MARKERS[numbers[each.setting] % len(MARKERS)]
+        numbers[each.setting] += 1
+        color = f"C{settings.index(each.setting)}"
+        _draw(axes, each, color, "^" if each.realised.is_bound else marker)
     low, high = _limits(found)
     axes.plot([low, high], [low, high], color="0.6", linewidth=1, linestyle="--", zorder=0)
     for line in (axes.axhline, axes.axvline):
@@ -175,13 +185,12 @@ def plot_forecasts(found: Sequence[Forecast]) -> Figure:
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.set_xlabel("predicted: tokens over those of single answers, by measured variances")
     axes.set_ylabel("realised: tokens to the same training reward, over theirs")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=8)
     return figure
 
 
-def _draw(axes: Axes, each: Forecast, color: str) -> None:
+def _draw(axes: Axes, each: Forecast, color: str, marker: str) -> None:
     own, ratio = each.predicted, each.realised.ratio
-    marker = "^" if each.realised.is_bound else "o"
     label = f"{each.setting}: {each.arm} over {each.partner}"
     axes.plot(own.mean, ratio.mean, marker, color=color, label=label)
     axes.plot([own.low, own.high], [ratio.mean] * 2, color=color, alpha=0.6)
