@@ -137,6 +137,11 @@ def is_chosen_mix(result: Result) -> bool:
     return bool(result.settings.get("gate.max_redraws"))
 
 
+def is_fair(results: list[Result]) -> bool:
+    """Whether there are runs, and the rewards of all are of a fair sample."""
+    return bool(results) and not any(map(is_chosen_mix, results))
+
+
 def of_arm(results: list[Result], setting: str, arm: str) -> list[Result]:
     """The results of one arm in one setting."""
     return [r for r in results if r.trial.setting == setting and r.trial.arm == arm]

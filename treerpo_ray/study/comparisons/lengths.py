@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from treerpo_ray.study.comparisons.comparison import Result
-from treerpo_ray.study.comparisons.curves import is_chosen_mix
+from treerpo_ray.study.comparisons.curves import is_fair
 from treerpo_ray.study.comparisons.intervals import Interval, jackknife_interval, ratio_interval
 from treerpo_ray.study.comparisons.token_ratios import ArmCurve, each_left_out
 
@@ -47,14 +47,14 @@ def halfway_length(
         others: Of other arms, by name.
         flat: Of the best flat arm.
     """
-    if not (own and flat) or any(map(is_chosen_mix, own + flat)):
+    if not (is_fair(own) and is_fair(flat)):
         return None
     level = ArmCurve.of(flat).halfway
     if not (ours := _ArmLength.at(own, level)).is_there:
         return None
     over: dict[str, Interval] = {}
     for name, results in others.items():
-        if not results or any(map(is_chosen_mix, results)):
+        if not is_fair(results):
             continue
         theirs = _ArmLength.at(results, level)
         if theirs.is_there:

@@ -1,6 +1,7 @@
 """Tables: what a comparison's report says, for a terminal."""
 
 import sys
+from collections.abc import Iterable
 
 import rich.console
 import rich.table
@@ -97,12 +98,11 @@ def _lengths(table: Report) -> rich.table.Table:
 
 
 def _halfway_in_words(table: Report) -> str:
-    levels = {
-        line.setting: f"{line.halfway.level:.1f} %"
+    places = _by_setting(
+        (line.setting, f"{line.halfway.level:.1f} %")
         for line in table.lines
         if line.halfway is not None
-    }
-    places = "; ".join(f"{setting}: {level}" for setting, level in levels.items())
+    )
     return (
         "Half-way: where the training reward is first in the middle between the first and the last "
         f"tenth of the best flat arm's ({places})."
@@ -110,17 +110,21 @@ def _halfway_in_words(table: Report) -> str:
 
 
 def _levels_in_words(table: Report) -> str:
-    levels = {
-        line.setting: f"{line.token_ratio.flat}, {line.token_ratio.level:.1f} %"
+    best = _by_setting(
+        (line.setting, f"{line.token_ratio.flat}, {line.token_ratio.level:.1f} %")
         for line in table.lines
         if line.token_ratio is not None
-    }
-    best = "; ".join(f"{setting}: {level}" for setting, level in levels.items())
+    )
     return (
         f"Best flat arm, and the level, nine tenths of its last training reward: {best}. It is "
         "chosen by these very results, which favours it. >: the arm does not get there, a lower "
         "bound."
     )
+
+
+def _by_setting(told: Iterable[tuple[str, str]]) -> str:
+    """What all arms of a setting have in common, once for each setting."""
+    return "; ".join(f"{setting}: {words}" for setting, words in dict(told).items())
 
 
 def _pairs_in_words(found: list[Pair]) -> str:

@@ -31,7 +31,7 @@ from jaxtyping import Float
 from scipy.optimize import isotonic_regression
 
 from treerpo_ray.study.comparisons.comparison import Result
-from treerpo_ray.study.comparisons.curves import is_chosen_mix, places, total
+from treerpo_ray.study.comparisons.curves import is_fair, places, total
 from treerpo_ray.study.comparisons.intervals import Interval, ratio_interval, ratio_text
 
 LAST = 0.1
@@ -71,7 +71,7 @@ def token_ratio(own: list[Result], flat: list[Result]) -> TokenRatio | None:
     None where either has no run, or chooses what it trains on, which makes its rewards no fair
     sample.
     """
-    if not (own and flat) or any(map(is_chosen_mix, own + flat)):
+    if not (is_fair(own) and is_fair(flat)):
         return None
     ours, theirs = ArmCurve.of(own), ArmCurve.of(flat)
     tokens, flat_tokens = ours.tokens_to(theirs.level), theirs.tokens_to(theirs.level)
