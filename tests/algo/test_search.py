@@ -396,15 +396,14 @@ def test_a_step_is_cut_before_its_least_likely_token_within_the_window() -> None
     assert tree.num_sampled_tokens == 5
 
 
-def test_only_full_steps_above_the_last_depth_are_cut_at_surprise() -> None:
-    shape = TreeShape(num_children=(3, 1), step_tokens=(4, 4), entropy_window=2)
-    steps = [
-        surprising(-0.1, -0.2, -0.3, -0.4),
-        surprising(-0.1, -0.2, -0.3),
-        replace(surprising(-0.1, -0.2, -0.3, -0.4), stop=StopReason.END_OF_TEXT),
-        surprising(-0.1, -0.2, -0.3, -0.4),
-        surprising(-0.1, -0.2, -0.3, -0.4),
-    ]
+@pytest.mark.parametrize("children", [1, 2])
+def test_only_full_steps_that_are_to_have_several_children_are_cut_at_surprise(
+    children: int,
+) -> None:
+    shape = TreeShape(num_children=(3, children), step_tokens=(4, 4), entropy_window=2)
+    full = surprising(-0.1, -0.2, -0.3, -0.4)
+    short = surprising(-0.1, -0.2, -0.3)
+    steps = [full, short, replace(full, stop=StopReason.END_OF_TEXT), *[full] * 2 * children]
     prefixes = []
 
     class Replay:
@@ -418,10 +417,12 @@ def test_only_full_steps_above_the_last_depth_are_cut_at_surprise() -> None:
         return [group async for group in grow(PROMPT, shape, Replay(), seed=SEED)]
 
     tree = assemble(PROMPT, asyncio.run(collect()))
-    assert [len(step.token_ids) for step in tree.steps] == [3, 3, 4, 4, 4]
-    assert [step.num_discarded for step in tree.steps] == [1, 0, 0, 0, 0]
+    is_cut = children > 1
+    below = [0] * 2 * children
+    assert [len(step.token_ids) for step in tree.steps] == [4 - is_cut, 3, 4, *[4] * 2 * children]
+    assert [step.num_discarded for step in tree.steps] == [is_cut, 0, 0, *below]
     # The children of the step that was cut go on from where it was cut.
-    assert [*PROMPT, 0, 1, 2] in prefixes
+    assert [*PROMPT, 0, 1, 2, *[3] * (not is_cut)] in prefixes
 
 
 def test_an_entropy_window_must_leave_a_token_of_every_step() -> None:

@@ -22,6 +22,7 @@ from tests.support.learning.tiny_models import save_tiny_model
 from treerpo_ray.algo.advantages.forms import AdvantageForm
 from treerpo_ray.algo.forks.adaptive_shape import choice_by, measures
 from treerpo_ray.algo.forks.samples import tree_gradients
+from treerpo_ray.algo.loss_config import LossConfig, Normalisation
 from treerpo_ray.config import Config
 from treerpo_ray.config.sections import TreeConfig
 from treerpo_ray.learner.fork_probe import WIDTH, Projection, look_of, step_scores
@@ -58,34 +59,56 @@ def test_scores_are_the_gradients_of_the_last_layer(path: str) -> None:
     learner, records = make_learner(make_config(path, FREE)), mixed()
     before = [each.detach().clone() for each in learner.policy.trained]
     trees = [record.tree for record in records]
-    found = step_scores(learner.optimizer, trees, 0, learner.settings.token_budget)
-    for record, own in zip(records, found, strict=True):
+    by_token, by_step = (
+        step_scores(learner.optimizer, trees, 0, learner.settings.token_budget, each)
+        for each in (Normalisation.CONSTANT, Normalisation.SEQUENCE_MEAN)
+    )
+    for record, own, mean in zip(records, by_token, by_step, strict=True):
         expected = by_autograd(path, record)
         assert np.abs(expected).max() > 0.1
         np.testing.assert_allclose(own, expected, atol=1e-4, rtol=1e-3)
+        expected /= record.tree.lengths[:, None]
+        np.testing.assert_allclose(mean, expected, atol=1e-4, rtol=1e-3)
     assert all(each.grad is None for each in learner.policy.trained)
     torch.testing.assert_close([each.detach() for each in learner.policy.trained], before)
 
 
+OF_FORMS = {
+    AdvantageForm.BERNOULLI: (Normalisation.TOKEN_MEAN, 1.0),
+    AdvantageForm.PAST_BASELINE: (Normalisation.CONSTANT, 1.0),
+    AdvantageForm.REWARD: (Normalisation.CONSTANT, 0.0),
+    AdvantageForm.SHRUNK_BASELINE: (Normalisation.SEQUENCE_MEAN, 0.25),
+}
+"""By form a normalisation, and the part of the mean reward that a single answer's is held against,
+with a share of 1/4 where the form has one."""
+
+
+@pytest.mark.parametrize("form", OF_FORMS)
 def test_a_learner_tells_what_full_gradients_tell_of_its_past_batches(
-    path: str, tmp_path: Path
+    path: str, tmp_path: Path, form: AdvantageForm
 ) -> None:
-    """The first batch gives the baseline, the second one is measured."""
-    learner = make_learner(make_config(path, FREE))
+    """The first batch gives the baseline, the second one is measured, with the run's credit."""
+    normalisation, part = OF_FORMS[form]
+    settings = replace(FREE, advantage=form, prune_threshold=-1.0)
+    if form is AdvantageForm.SHRUNK_BASELINE:
+        settings = replace(settings, baseline_share=part)
+    loss = LossConfig(normalisation=normalisation)
+    learner = make_learner(make_config(path, settings, loss))
     first = learner.update(mixed())
     assert not [name for name in first.metrics if name.startswith("fork/")], "no baseline yet"
     learner.write(tmp_path)
     now = str(tmp_path / "model")
     records = mixed(first=4, version=1)
-    baseline = learner.baseline.root
-    assert 0 < baseline < 1
+    root = learner.baseline.root
+    assert 0 < root < 1
     second = learner.update(records)
+    is_even = normalisation is Normalisation.SEQUENCE_MEAN
     trees = [
         tree_gradients(
             record.tree,
-            by_autograd(now, record),
+            by_autograd(now, record) / (record.tree.lengths[:, None] if is_even else 1),
             rewards=record.rewards,
-            baseline=baseline,
+            baseline=part * root,
             num_cuts=1,
         )
         for record in records
@@ -188,6 +211,23 @@ def test_steps_that_move_nothing_count_between_looks_and_a_look_that_fails_choos
     assert learner.update([replace(each, ticket=each.ticket + 24) for each in records]).chosen
 
 
+def test_looks_without_any_gradient_choose_single_answers_and_have_no_metrics(path: str) -> None:
+    """RAFT's gradients are 0 where nothing is right; with a fork that pays before, what is chosen
+    has to follow."""
+    config = adaptive(path)
+    config = replace(config, learner=replace(config.learner, advantage=AdvantageForm.REWARD))
+    learner = make_learner(config)
+    wrong = [
+        make_record(place, "ww", parents=FORKED, version=0) for place in range(12) if place % 3 < 2
+    ]
+    learner.update(batch(0))
+    result = learner.update(wrong)
+    [estimate] = learner.forks.estimates
+    assert not estimate.has_gradients
+    assert result.chosen is not None and result.chosen.num_children == (1, 1)
+    assert not [name for name in result.metrics if name.startswith("fork/")]
+
+
 def test_single_answers_and_trees_of_one_batch_have_the_advantages_that_each_has_alone(
     path: str,
 ) -> None:
@@ -214,6 +254,8 @@ def test_what_cannot_be_measured_is_not(path: str) -> None:
         replace(config, tree=replace(config.tree, num_children=(4,), step_tokens=(10,)))
     )
     assert not flat.forks.is_due(7), "whole answers fork at the prompt alone"
+    alone = make_learner(replace(config, tree=replace(config.tree, num_children=(4, 1))))
+    assert not any(alone.forks.is_due(step) for step in range(9)), "no first step has forks"
     learner = make_learner(config)
     learner.update(mixed())
     errored = [make_record(4 + i, "ecwcw", version=1) for i in range(4)]
@@ -221,13 +263,18 @@ def test_what_cannot_be_measured_is_not(path: str) -> None:
     assert learner.forks.estimates == ()
 
 
-def test_of_many_trees_the_first_quarter_is_measured(path: str) -> None:
-    learner = make_learner(make_config(path, FREE))
+@pytest.mark.parametrize("share", [slice(0, 40), slice(0, 20), slice(20, 40)])
+def test_of_many_trees_a_quarter_of_the_learner_step_is_measured_by_whichever_worker_has_it(
+    path: str, share: slice
+) -> None:
+    config = make_config(path, FREE)
+    learner = make_learner(replace(config, gate=replace(config.gate, trees_per_step=40)))
     learner.update(mixed())
-    records = [make_record(4 + i, "cwwcw", version=1) for i in range(40)]
-    learner.update(records[::-1])
+    records = [make_record(40 + i, "cwwcw", version=1) for i in range(40)]
+    learner.update(records[share][::-1])
     [estimate] = learner.forks.estimates
-    tokens = [record.tree.path_lengths[[0, 1, 2]].mean() for record in records[:10]]
+    own = [record for record in records[share] if record.ticket % 4 == 0]
+    tokens = [record.tree.path_lengths[[0, 1, 2]].mean() for record in own]
     np.testing.assert_allclose(estimate.samples.before, tokens)
 
 

@@ -317,3 +317,12 @@ def test_shapes_come_back_from_a_state_as_they_were() -> None:
     shapes = [ChosenShape(1, (1, 8)), ChosenShape(11, (1, 1, 16))]
     assert from_state(to_state(shapes)) == shapes
     assert from_state(to_state([])) == from_state(None) == []
+
+
+@pytest.mark.parametrize("state", ["[]", '["p1", "p2"]'])
+def test_a_checkpoint_from_before_shapes_were_chosen_holds_none(state: str) -> None:
+    assert from_state(GateState(state)) == []
+    gate = make_gate()
+    session = gate.session
+    assert gate.restart(2, GateState(state)) == session + 1
+    assert (gate.steps_done, gate.shapes.chosen) == (2, [])

@@ -91,7 +91,7 @@ def test_what_an_engine_samples_with_older_weights_than_it_has_proved_is_not_tak
 def test_a_tree_goes_on_from_a_record_of_it_and_not_from_that_of_another() -> None:
     part = growing()
     part.groups = part_of(growing())[:1]
-    part.attempt, part.num_redraws, part.redrawn_tokens, part.grow_s = 3, 2, 17, 50.0
+    part.attempt, part.grow_s = 3, 50.0
     past = part.record()
     for other in (
         replace(past, seed=past.seed + 1),
@@ -104,7 +104,7 @@ def test_a_tree_goes_on_from_a_record_of_it_and_not_from_that_of_another() -> No
     assert tree.take_up(past) and len(tree.groups) == 1
     record, fleet = grown(tree)
     assert is_same(record.tree, WHOLE) and fleet.started[0][0].held == [1]
-    assert (record.attempt, record.num_redraws, record.redrawn_tokens) == (3, 2, 17)
+    assert record.attempt == 3
     assert record.grow_s >= 50.0, "the time before the resume counts"
 
 

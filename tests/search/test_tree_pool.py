@@ -463,6 +463,30 @@ def test_a_redrawn_tree_is_saved_as_such_and_goes_on_as_such() -> None:
     run(scenario(Fleet()))
 
 
+def test_a_redrawn_tree_that_is_of_another_shape_is_grown_anew_as_redrawn_as_it_was() -> None:
+    """Its prompt is that of the redraw, whose tokens were sampled whatever becomes of it."""
+
+    async def scenario(fleet: Fleet) -> None:
+        config = make_config("gate.max_redraws=2")
+        pool = await opened(config, fleet, make_gate(config))
+        batch = {tree.ticket: tree for tree in await take(pool, TREES)}
+        await pool.redraw("reader", batch[2])
+        (past,) = [tree for tree in await take(pool, 1) if tree.ticket == 2]
+        await pool.stop()
+
+        gate = make_gate(config, adapt_every=5)  # whose first trees are single answers
+        other = await make_pool(config, fleet)
+        await serve_from_start(other)
+        await other.grow_tickets(Handle(gate), gate.restart(0, None), 0, 1, [past])
+        (again,) = [tree for tree in await take(other, TREES) if tree.ticket == 2]
+        assert len(again.tree.leaves) == 1
+        assert (again.num_redraws, again.redrawn_tokens) == (1, past.redrawn_tokens)
+        assert (again.seed, again.prompt_id) == (past.seed, past.prompt_id)
+        await other.stop()
+
+    run(scenario(Fleet()))
+
+
 def counts(tree: Tree) -> set[tuple[int, int]]:
     """Depth and number of children of each step that has some; 0 is the prompt's."""
     depths = [*tree.depths, 0]  # ROOT = -1 is the last

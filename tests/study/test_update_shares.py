@@ -12,8 +12,8 @@ from tests.support.learning.learner_runs import FREE, make_config, make_learner,
 from tests.support.learning.tiny_models import save_tiny_model
 from tests.support.project import load_script
 from tests.support.saved_runs.small_run import write_small_run
-from treerpo_ray.algo.advantages.forms import AdvantageForm
-from treerpo_ray.algo.forks.rule import fork_estimate
+from treerpo_ray.algo.advantages.forms import AdvantageForm, single_baseline
+from treerpo_ray.algo.forks.rule import ForkEstimate, fork_estimate
 from treerpo_ray.algo.forks.samples import step_samples, tree_gradients
 from treerpo_ray.algo.forks.updates import TreeUpdates, update_share
 from treerpo_ray.algo.loss_config import LossConfig, Normalisation
@@ -22,8 +22,9 @@ from treerpo_ray.config.lora import LoraConfig
 from treerpo_ray.config.sections import TreeConfig
 from treerpo_ray.learner.fork_probe import step_scores
 from treerpo_ray.records import TreeRecord
-from treerpo_ray.study.update_shares import shape_shares, single_baseline, smaller_shapes
+from treerpo_ray.study.update_shares import shape_shares, smaller_shapes
 
+BY_TOKEN = Normalisation.CONSTANT
 FORKED = (-1, 0, 0, 0, 0)
 """Parents of a tree [1, 4]."""
 
@@ -55,7 +56,7 @@ def by_hand(config: Config, records: Sequence[TreeRecord], count: int) -> TreeUp
     learner, means, tokens = make_learner(config), [], []
     is_even = config.loss.normalisation is Normalisation.SEQUENCE_MEAN
     for record in records:
-        [scores] = step_scores(learner.optimizer, [record.tree], 0, 999)
+        [scores] = step_scores(learner.optimizer, [record.tree], 0, 999, BY_TOKEN)
         rewards = record.rewards[1 : 1 + count]
         own = np.array([rewards.mean(), *rewards])
         weights = own / record.tree.lengths[: 1 + count] if is_even else own
@@ -73,7 +74,7 @@ def singles_by_hand(config: Config, records: Sequence[TreeRecord]) -> TreeUpdate
     learner, means, squares, tokens = make_learner(config), [], [], []
     is_even = config.loss.normalisation is Normalisation.SEQUENCE_MEAN
     for record in records:
-        [scores] = step_scores(learner.optimizer, [record.tree], 0, 999)
+        [scores] = step_scores(learner.optimizer, [record.tree], 0, 999, BY_TOKEN)
         scores = scores.astype(np.float64)
         if is_even:
             scores = scores / record.tree.lengths[:, None]
@@ -104,7 +105,7 @@ def test_shares_are_of_what_is_trained_in_trees_with_fewer_children_too(
         assert share.by_rule is not None
 
 
-def test_single_answers_are_held_against_what_the_form_takes_off_and_the_rule_against_the_past(
+def test_single_answers_are_held_against_what_the_form_takes_off_and_so_is_the_rule(
     tmp_path: Path,
 ) -> None:
     """Of an update before the checkpoint the mean reward is known; RAFT takes off nothing."""
@@ -121,31 +122,36 @@ def test_single_answers_are_held_against_what_the_form_takes_off_and_the_rule_ag
         AdvantageForm.SHRUNK_BASELINE: 0.25,  # a share of one half of it
         AdvantageForm.LEAVE_ONE_OUT: 0.5,  # REINFORCE's
     }
-    by_rule = set()
     for form, expected in forms.items():
         share = 0.5 if form is AdvantageForm.SHRUNK_BASELINE else 1.0
         settings = replace(config.learner, advantage=form, baseline_share=share)
         own = replace(config, learner=settings)
-        assert single_baseline(make_learner(own, tmp_path / "checkpoint")) == expected
+        assert single_baseline(form, replace(learner.baseline, share=share)) == expected
         found = shape_shares(own, tmp_path / "checkpoint", trees())
-        by_rule |= {each.by_rule for each in found if each.num_children == (1, 4)}
-    [share] = by_rule
+        [by_rule] = [each.by_rule for each in found if each.num_children == (1, 4)]
+        estimate = estimated(own, tmp_path / "checkpoint", expected)
+        assert by_rule == pytest.approx(estimate.fork.token_share(4), rel=1e-4)
+
+
+def estimated(config: Config, checkpoint: Path, baseline: float) -> ForkEstimate:
+    """What `trees` tell, with rewards held against a baseline."""
     looks = []
     for step in trees():
         scores = step_scores(
-            make_learner(config, tmp_path / "checkpoint").optimizer,
+            make_learner(config, checkpoint).optimizer,
             [each.tree for each in step],
             0,
             999,
+            config.loss.normalisation,
         )
         told = [
-            tree_gradients(each.tree, own, rewards=each.rewards, baseline=0.5, num_cuts=1)
+            tree_gradients(each.tree, own, rewards=each.rewards, baseline=baseline, num_cuts=1)
             for each, own in zip(step, scores, strict=True)
         ]
         looks.append(step_samples([each for each in told if each is not None], 1))
-    estimate = fork_estimate(1, looks)
-    assert estimate is not None
-    assert share == pytest.approx(estimate.fork.token_share(4), rel=1e-4)
+    found = fork_estimate(1, looks)
+    assert found is not None
+    return found
 
 
 def test_an_answer_that_ended_before_the_fork_is_a_tree_of_every_shape(tmp_path: Path) -> None:

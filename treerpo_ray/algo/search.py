@@ -38,8 +38,8 @@ class TreeShape:
         step_tokens: Most tokens of a step, by depth.
         delimiters: Token ids that end a step above the last depth; empty: by length alone,
             as the paper cuts.
-        entropy_window: Entropy branching: a step above the last depth that reached its length
-            ends before the least likely of so many tokens at its end; 0: off.
+        entropy_window: Entropy branching: a step that reached its length and is to have several
+            children ends before the least likely of so many tokens at its end; 0: off.
     """
 
     num_children: tuple[int, ...]
@@ -197,7 +197,8 @@ class _Search:
             seed=step_seed(self.seed, path),
         )
         is_full = len(step.token_ids) == self.shape.step_tokens[depth]
-        if is_last or not is_full or step.stop is not StopReason.BOUNDARY:
+        is_forked = not is_last and self.shape.num_children[depth + 1] > 1
+        if not is_forked or not is_full or step.stop is not StopReason.BOUNDARY:
             return step
         return cut_at_surprise(step, self.shape.entropy_window)
 

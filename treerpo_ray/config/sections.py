@@ -134,8 +134,8 @@ class TreeConfig:
     and measure each fork behind a first step; all others have the one fork that needs the fewest
     tokens, or are single answers where none pays: `treerpo_ray/algo/forks/adaptive_shape.py`."""
     entropy_window: int = 0
-    """Entropy branching: a full step above the last depth is cut before the least likely of so
-    many tokens at its end; 0: off."""
+    """Entropy branching: a full step that is to have several children is cut before the least
+    likely of so many tokens at its end; 0: off."""
     temperature: float = field(default=0.6, metadata=POSITIVE)
     """Sampling temperature; the learner divides its logits by the same."""
 

@@ -25,11 +25,12 @@ from treerpo_ray.algo.forks.adaptive_shape import (
     ShapeChoice,
     choice_by,
     is_measured,
+    measured_cuts,
     measures,
-    num_measured,
 )
 from treerpo_ray.algo.forks.rule import MAX_CHILDREN, CutSamples, ForkEstimate, fork_estimate
 from treerpo_ray.algo.forks.samples import TreeGradients, step_samples, tree_gradients
+from treerpo_ray.algo.loss_config import Normalisation
 from treerpo_ray.algo.packing import pack
 from treerpo_ray.algo.tree import Tree
 from treerpo_ray.config.sections import TreeConfig
@@ -70,21 +71,26 @@ class ForkProbe:
 
     Args:
         every: Learner steps between two looks; 0: there are none.
-        tree: Shape of the run's trees. Where it adapts, a look is at those trees of its learner
-            step that were grown for it; else at a quarter of each worker's, 8 or more.
+        tree: Shape of the run's trees. A look is at those of its learner step that `measures`
+            says; where shapes adapt these were grown for it.
         size: Trees of a learner step, of all workers.
+        normalisation: What the loss lets a step weigh.
     """
 
-    def __init__(self, *, every: int, tree: TreeConfig, size: int) -> None:
+    def __init__(
+        self, *, every: int, tree: TreeConfig, size: int, normalisation: Normalisation
+    ) -> None:
         self.every, self.is_adaptive, self.size = every, tree.adaptive, size
+        self.normalisation = normalisation
+        self.has_forks = bool(measured_cuts(tree.num_children))
         self.num_cuts = len(tree.num_children) - 1
         """Places between the levels of the run's trees."""
         self._looks: deque[Look] = deque(maxlen=PAST_LOOKS)
 
     def is_due(self, step: int) -> bool:
-        """Whether the trees of a learner step, counted from 0, are to be measured; trees of a
-        single level have no forks to be measured by."""
-        return self.num_cuts > 0 and is_measured(step, self.every)
+        """Whether the trees of a learner step, counted from 0, are to be measured; those without a
+        fork behind a first step have nothing to be measured by."""
+        return self.has_forks and is_measured(step, self.every)
 
     def look(
         self,
@@ -94,19 +100,21 @@ class ForkProbe:
         baseline: float,
         version: int,
         token_budget: int,
-    ) -> Row:
-        """Measure a worker's trees; every worker must call it. Returns metrics, none if no tree of
-        any worker tells anything.
+    ) -> Row | None:
+        """Measure a worker's trees; every worker must call it. Returns metrics, of those cuts that
+        gradients tell of; None if no tree of any worker has all that is measured.
 
         Args:
             optimizer: Whose policy it is.
             records: The worker's trees.
-            baseline: Mean reward that is expected without these trees.
+            baseline: What the run holds a single answer's reward against.
             version: Of the policy.
             token_budget: Most tokens of one forward pass.
         """
         chosen = self._measurable(records)
-        scores = step_scores(optimizer, [each.tree for each in chosen], version, token_budget)
+        scores = step_scores(
+            optimizer, [each.tree for each in chosen], version, token_budget, self.normalisation
+        )
         own = [
             tree_gradients(
                 record.tree,
@@ -119,9 +127,9 @@ class ForkProbe:
         ]
         told = [tree for part in gathered(own) for tree in part if tree is not None]
         if not told:
-            return {}
+            return None
         self._looks.append(look_of(told, self.num_cuts))
-        rows = (fork_row(one, MAX_CHILDREN) for one in self.estimates)
+        rows = (fork_row(one, MAX_CHILDREN) for one in self.estimates if one.has_gradients)
         return {name: value for row in rows for name, value in row.items()}
 
     @property
@@ -158,11 +166,8 @@ class ForkProbe:
         part of what is measured, and looks like a single one.
         """
         own = sorted(records, key=lambda record: record.ticket)
-        if self.is_adaptive:
-            own = [each for each in own if measures(each.ticket % self.size, self.size)]
-        else:
-            own = own[: num_measured(len(own))]
-        return [record for record in own if is_whole(record)]
+        measured = (each for each in own if measures(each.ticket % self.size, self.size))
+        return [record for record in measured if is_whole(record)]
 
 
 def is_whole(record: TreeRecord) -> bool:
@@ -181,6 +186,7 @@ def step_scores(
     trees: Sequence[Tree],
     seed: int,
     token_budget: int,
+    normalisation: Normalisation,
     width: int = WIDTH,
 ) -> list[Float32[np.ndarray, "steps gradient"]]:
     """Gradient of log p of each step of each tree, by M; every worker must call it.
@@ -190,6 +196,7 @@ def step_scores(
         trees: A worker's.
         seed: Of the projection.
         token_budget: Most tokens of one forward pass.
+        normalisation: Where steps weigh the same in the loss, each is over its tokens.
         width: Of each side of a gradient: wider ones are projected.
     """
     forests = pack(trees, [np.zeros(len(tree), np.float32) for tree in trees], token_budget)
@@ -206,4 +213,6 @@ def step_scores(
         if not found.shape[1]:
             found = np.zeros((len(found), own.shape[1]), np.float32)
         found[forest.origin] = own.cpu().numpy()
+    if normalisation is Normalisation.SEQUENCE_MEAN and trees:
+        found /= np.concatenate([tree.lengths for tree in trees])[:, None]
     return np.split(found, np.cumsum(counts)[:-1]) if trees else []

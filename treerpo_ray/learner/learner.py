@@ -29,6 +29,7 @@ from treerpo_ray.algo.advantages.forms import (
     AdvantageForm,
     all_advantages,
     has_baseline,
+    single_baseline,
     trained_advantages,
 )
 from treerpo_ray.algo.advantages.length import token_price
@@ -46,6 +47,7 @@ from treerpo_ray.learner.shards.sharding import Sharding
 from treerpo_ray.learner.stats import BatchStats, Sums, count
 from treerpo_ray.learner.update_result import TrainedTrees, UpdateResult
 from treerpo_ray.metrics.fork_lines import shape_row
+from treerpo_ray.metrics.rows import Row
 from treerpo_ray.prompts.prompt_set import resolve_model_path
 from treerpo_ray.records import TreeRecord
 from treerpo_ray.run_folder.checkpoints import BYTES_A_PARAMETER
@@ -126,7 +128,12 @@ class Learner:
         """Updates that moved the policy, and learner steps, with those that moved nothing."""
         self._past: deque[PastStep] = deque(maxlen=PAST_STEPS)
         """What the newest batches, of all workers, say of the next one."""
-        self.forks = ForkProbe(every=learner.fork_every, tree=tree, size=gate.trees_per_step)
+        self.forks = ForkProbe(
+            every=learner.fork_every,
+            tree=tree,
+            size=gate.trees_per_step,
+            normalisation=loss.normalisation,
+        )
         """Where trees would pay, by past batches."""
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -179,7 +186,7 @@ class Learner:
         self._check_staleness(own)
         chosen_before = self.forks.choice
         forks = self._look_for_forks(records)
-        chosen = self.forks.choice if forks else None
+        chosen = None if forks is None else self.forks.choice
         steps = self.optimizer.steps(trained.minibatches, progress)
         has_updated = any(step.norm is not None for step in steps)
         self.version += has_updated
@@ -193,25 +200,26 @@ class Learner:
         metrics["tokens/trained_share"] = num_trained / max(stats.num_sampled_tokens, 1)
         baselines = baseline.metrics() if has_baseline(self.form) else {}
         shapes = {} if chosen is None else shape_row(chosen.num_children)
+        told = {**baselines, **(forks or {}), **shapes}
         return UpdateResult(
             has_updated=has_updated,
             stats=stats,
-            metrics={"learner/learning_rate": rate, **metrics, **baselines, **forks, **shapes},
+            metrics={"learner/learning_rate": rate, **metrics, **told},
             seconds=time.monotonic() - start,
             trained=replace(trained, logprobs=[step.logprobs for step in steps]),
             chosen=chosen,
             chosen_before=chosen_before,
         )
 
-    def _look_for_forks(self, records: Sequence[TreeRecord]) -> dict[str, float]:
-        """Metrics of where trees would pay, if these are to be measured for it; a baseline that
-        does not depend on them needs a past."""
+    def _look_for_forks(self, records: Sequence[TreeRecord]) -> Row | None:
+        """Metrics of where trees would pay; None if these are not to be measured for it, or tell
+        nothing. A baseline that does not depend on them needs a past."""
         if not self._past or not self.forks.is_due(self.step):
-            return {}
+            return None
         return self.forks.look(
             self.optimizer,
             records,
-            baseline=self.baseline.root,
+            baseline=single_baseline(self.form, self.baseline),
             version=self.version,
             token_budget=self.settings.token_budget,
         )

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from operator import attrgetter
 
+from treerpo_ray.algo.advantages.forms import WITHOUT_SIBLINGS
+from treerpo_ray.algo.forks.adaptive_shape import FEWEST_MEASURED
 from treerpo_ray.algo.groups import PruneRule
 from treerpo_ray.algo.loss_config import Ratio
 from treerpo_ray.config import Config
@@ -45,11 +47,40 @@ def unusual(config: Config) -> Iterator[str]:
             f"learner.prune_threshold={learner.prune_threshold:g}: with learner.prune="
             f"{learner.prune} nothing is above 1, so nothing would be trained"
         )
+    is_pruned = learner.prune_threshold >= 0 or learner.prune is PruneRule.SHRINKAGE
+    if learner.advantage in WITHOUT_SIBLINGS and is_pruned:
+        yield (
+            f"learner.prune={learner.prune} with learner.prune_threshold="
+            f"{learner.prune_threshold:g}: siblings that are alike and only children are left out, "
+            f"which learner.advantage={learner.advantage} trains as well; its gradient is biased "
+            "so, and not with range and -1"
+        )
+    yield from _no_choice(config)
     num_updates = run.num_steps * learner.minibatches
     if learner.warmup_steps >= num_updates:
         yield (
             f"learner.warmup_steps={learner.warmup_steps}: the run has {num_updates} optimizer "
             "steps, and would never reach its learning rate"
+        )
+
+
+def _no_choice(config: Config) -> Iterator[str]:
+    """Trees that measure forks for no others, or are too few to tell much of them."""
+    if not config.tree.adaptive:
+        return
+    # Learner step 1 measures, and tickets of a step wait for that of max_staleness + 1 before.
+    first = 2 + config.gate.max_staleness
+    if first >= config.run.num_steps:
+        yield (
+            f"gate.max_staleness={config.gate.max_staleness}: with tree.adaptive=true the first "
+            f"trees whose shape is chosen are those of learner step {first}, and the run has "
+            f"{config.run.num_steps}"
+        )
+    if config.gate.trees_per_step < FEWEST_MEASURED:
+        yield (
+            f"gate.trees_per_step={config.gate.trees_per_step}: with tree.adaptive=true all trees "
+            f"of a learner step that measures do so, and are fewer than {FEWEST_MEASURED}: shapes "
+            "are chosen by little"
         )
 
 

@@ -196,7 +196,9 @@ def to_state(shapes: Sequence[ChosenShape]) -> GateState:
 
 
 def from_state(state: GateState | None) -> list[ChosenShape]:
-    """Those shapes; none of a gate that has not issued a ticket yet."""
-    if not state:
+    """Those shapes; none of a gate that has not issued a ticket yet, nor in checkpoints from
+    before shapes were chosen, which hold a list of prompts instead."""
+    found = json.loads(state) if state else []
+    if isinstance(found, list):
         return []
-    return [ChosenShape(step, tuple(shape)) for step, shape in json.loads(state)["shapes"]]
+    return [ChosenShape(step, tuple(shape)) for step, shape in found["shapes"]]

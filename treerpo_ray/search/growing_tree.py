@@ -60,7 +60,6 @@ class GrowingTree:
             return False
         self.groups = groups
         self.attempt, self.engine, self.grow_s = past.attempt, past.engine, past.grow_s
-        self.num_redraws, self.redrawn_tokens = past.num_redraws, past.redrawn_tokens
         self.finished_at_s = past.finished_at_s
         return True
 

@@ -220,6 +220,8 @@ class TreePool(WatchedStage):
         if past is not None and past.num_redraws:
             ticket = self._redrawn(ticket, past.num_redraws)
         tree = self._tree(ticket)
+        if past is not None:  # even if it is not taken up: its prompt is that of these redraws
+            tree.num_redraws, tree.redrawn_tokens = past.num_redraws, past.redrawn_tokens
         if past is not None and tree.take_up(past):
             self.engines.note(
                 "tree_reused",

@@ -51,7 +51,7 @@ def places_to_fork(run: Run) -> pd.DataFrame:
     if not lines:
         raise NotThere(
             f"{run.folder} has no metrics fork/... yet: they are measured every "
-            "`learner.fork_every` learner steps on trees of two levels or more"
+            "`learner.fork_every` learner steps on trees that fork behind a first step"
         )
     rows = [asdict(line) | {"step": step} for _, (step, line) in sorted(lines.items())]
     return pd.DataFrame(rows).set_index("depth")

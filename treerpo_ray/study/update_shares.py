@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from treerpo_ray.algo.advantages.forms import AdvantageForm
+from treerpo_ray.algo.advantages.forms import single_baseline
 from treerpo_ray.algo.forks.adaptive_shape import Shape, measured_cuts
 from treerpo_ray.algo.forks.rule import fork_estimate
 from treerpo_ray.algo.forks.samples import TreeGradients, step_samples, tree_gradients
@@ -79,9 +79,10 @@ def shape_shares(
     learner = _learner(config, checkpoint)
     scored = [_score(learner, step, config.loss.normalisation) for step in own]
     trees = [each for step in scored for each in step]
-    singles = _singles(trees, single_baseline(learner))
-    root, num_cuts = learner.baseline.root, len(config.tree.num_children) - 1
-    looks = [_gradients(step, root, num_cuts) for step in scored]
+    baseline = single_baseline(learner.form, learner.baseline)
+    singles = _singles(trees, baseline)
+    num_cuts = len(config.tree.num_children) - 1
+    looks = [_gradients(step, baseline, num_cuts) for step in scored]
     found = []
     for shape in smaller_shapes(config.tree.num_children):
         ours = _updates(learner, trees, shape)
@@ -108,15 +109,6 @@ def smaller_shapes(num_children: Shape) -> Iterator[Shape]:
         if shape[forked[-1]] == 1:
             return
         shape[forked[-1]] //= 2
-
-
-def single_baseline(learner: Learner) -> float:
-    """What a single answer's reward is held against, by the run's form, or by REINFORCE's where
-    that compares siblings."""
-    root = learner.baseline.root
-    if learner.form is AdvantageForm.REWARD:
-        return 0.0
-    return root * learner.baseline.share if learner.form is AdvantageForm.SHRUNK_BASELINE else root
 
 
 def _check(config: Config) -> None:
@@ -155,18 +147,15 @@ def _learner(config: Config, checkpoint: Path) -> Learner:
 def _score(
     learner: Learner, records: Sequence[TreeRecord], normalisation: Normalisation
 ) -> list[_Scored]:
-    """Gradients of log p of each step, over its tokens where the loss lets steps weigh the same."""
+    """Gradients of log p of each step, as the loss weighs them."""
     found = step_scores(
         learner.optimizer,
         [each.tree for each in records],
         seed=0,
         token_budget=learner.settings.token_budget,
+        normalisation=normalisation,
         width=WIDTH,
     )
-    if normalisation is Normalisation.SEQUENCE_MEAN:
-        found = [
-            own / record.tree.lengths[:, None] for own, record in zip(found, records, strict=True)
-        ]
     pairs = zip(records, found, strict=True)
     return [_Scored(record=record, scores=own.astype(np.float64)) for record, own in pairs]
 
@@ -237,4 +226,6 @@ def _by_rule(looks: Sequence[Sequence[TreeGradients]], shape: Shape) -> float | 
         return None
     [depth] = forked
     found = fork_estimate(depth, (step_samples(look, depth) for look in looks))
-    return None if found is None else found.fork.token_share(shape[depth])
+    if found is None or not found.has_gradients:
+        return None
+    return found.fork.token_share(shape[depth])

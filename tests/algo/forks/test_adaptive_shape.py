@@ -2,11 +2,12 @@
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
 
-from tests.support.learning.simulated_forks import early_forks, late_forks
+from tests.support.learning.simulated_forks import chain_forks, early_forks, late_forks
 from treerpo_ray.algo.forks.adaptive_shape import (
     LEAST_GAIN,
     ShapeChoice,
@@ -23,13 +24,14 @@ from treerpo_ray.algo.forks.samples import TreeGradients, step_samples
 
 
 def told(depth: int, *, within: float, between: float, before: float, after: float) -> ForkEstimate:
-    """What trees tell that have just these variances and tokens; E g is 0."""
-    ones = np.ones(4)
+    """What trees tell that have just these variances and tokens, so many of them that what they
+    have not seen is little; E g is 0."""
+    ones = np.ones(MANY)
     samples = CutSamples(
         square=(within + between) * ones,
         product=between * ones,
         others=0 * ones,
-        num_others=3 * ones,
+        num_others=(MANY - 1) * ones,
         before=before * ones,
         after=after * ones,
         num_prefixes=ones,
@@ -37,6 +39,7 @@ def told(depth: int, *, within: float, between: float, before: float, after: flo
     return ForkEstimate(depth=depth, samples=samples)
 
 
+MANY = 100_000
 LATE = {"within": 15.0, "between": 1.0, "before": 16.0, "after": 4.0}
 """16 sure tokens, then 4 that are all to be right, each at 1/2."""
 
@@ -47,7 +50,7 @@ def test_late_uncertainty_is_forked_at_by_eight() -> None:
     share = (1 + 15 / 8) / 16 * 48 / 20
     found = choice_by([told(1, **LATE)], 2)
     assert found is not None and found.num_children == (1, 8)
-    assert found.token_share == pytest.approx(share)
+    assert found.token_share == pytest.approx(share, rel=1e-3)
 
 
 def test_of_several_places_that_of_the_fewest_tokens_is_forked_at_and_no_other() -> None:
@@ -85,7 +88,8 @@ def test_a_fork_is_grown_just_where_its_whole_number_of_answers_gains_enough() -
         best = min(fork.token_share(number) for number in range(2, 17))
         found = choice_by([told(1, **(LATE | {"within": within}))], 2)
         assert found is not None
-        assert (found.num_children != (1, 1)) == (1 / best > LEAST_GAIN)
+        if abs(1 / best - LEAST_GAIN) > 1e-3:
+            assert (found.num_children != (1, 1)) == (1 / best > LEAST_GAIN)
         grown.append(found.num_children != (1, 1))
     assert 20 < sum(grown) < 180 and grown == sorted(grown)
 
@@ -164,3 +168,19 @@ def test_where_late_tokens_decide_the_choice_comes_to_about_eight_answers() -> N
 def test_where_an_early_token_decides_all_answers_are_single_after_any_look() -> None:
     for seed in range(5):
         assert {each.num_children for each in choices(early_forks, seed, 24)} == {(1, 1)}
+
+
+@pytest.mark.parametrize("right", [0.8, 0.9, 0.95])
+def test_where_a_wrong_prefix_is_rare_no_fork_is_grown_for_want_of_one(right: float) -> None:
+    """Eight independent tokens, a cut in their middle: no number of continuations gains, N = 2
+    needs 1.1 of the tokens, and 16 more than four times as many. In a third of the looks at 40
+    trees that are right 95 times of 100 no prefix is wrong."""
+    make = partial(chain_forks, chance=right ** (1 / 8), baseline=right)
+    known = fork_estimate(1, [step_samples(make(np.random.default_rng(99), 8000, 2), 1)])
+    assert known is not None and known.fork.token_share(2) > 1 and known.fork.token_share(16) > 4
+    needed = [
+        known.fork.token_share(choice.num_children[1])
+        for seed in range(20)
+        for choice in choices(make, seed, 8)[4:]
+    ]
+    assert np.mean(needed) < 1.1

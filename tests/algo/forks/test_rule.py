@@ -328,11 +328,44 @@ def test_too_little_says_nothing() -> None:
     dead = [
         CutSamples.from_columns(each.columns * [[0], [0], [0], [1], [1], [1], [1]]) for each in flat
     ]
-    assert fork_estimate(1, dead) is None, "no gradient"
+    nothing = told_by(dead)
+    assert not nothing.has_gradients
+    for fork in (nothing.fork, nothing.cautious_fork):
+        assert (fork.within, fork.between) == (0, 0)
+    assert nothing.fork.token_share(2) > 1, "nothing to save, and more to pay"
     early = [
         CutSamples.from_columns(each.columns * [[1], [1], [1], [1], [1], [0], [0]]) for each in flat
     ]
     assert fork_estimate(1, early) is None, "all answers end before the cut"
+
+
+def test_what_was_not_seen_counts_as_one_more_tree_that_the_prefix_decides() -> None:
+    """Of 39 trees three have all squares: sum q^2 / sum q is 2, all of it of tau^2."""
+    square = np.zeros(39)
+    square[:3] = 2.0
+    nothing, ones = np.zeros(39), np.ones(39)
+    samples = CutSamples(
+        square=square,
+        product=nothing,
+        others=nothing,
+        num_others=38 * ones,
+        before=16 * ones,
+        after=4 * ones,
+        num_prefixes=ones,
+    )
+    found = told_by([samples])
+    assert (found.fork.within, found.fork.between) == pytest.approx((6 / 39, 0))
+    cautious = found.cautious_fork
+    assert (cautious.within, cautious.between) == pytest.approx((6 / 40, 2 / 40))
+    assert (found.fork.children, cautious.children) == (16, 3)
+    assert (cautious.before, cautious.after) == (16, 4)
+
+
+def test_of_many_trees_what_was_not_seen_counts_for_little() -> None:
+    trees = late_forks(np.random.default_rng(0), 1000, 4, chance=0.8)
+    found = told_by([step_samples(trees, 1)])
+    assert found.cautious_fork.between == pytest.approx(found.fork.between, rel=0.02)
+    assert found.cautious_fork.within == pytest.approx(found.fork.within, rel=0.002)
 
 
 def test_gradients_that_are_all_alike_have_no_variance_to_save() -> None:

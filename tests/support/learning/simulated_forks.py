@@ -34,13 +34,43 @@ def early_forks(
     return found
 
 
-def _of_tree(scores: np.ndarray, rewards: np.ndarray, num_children: int) -> TreeGradients:
-    tree = make_tree([ROOT, *[0] * num_children], [SURE, *[UNSURE] * num_children])
+def chain_forks(
+    rng: np.random.Generator,
+    num_trees: int,
+    num_children: int,
+    *,
+    chance: float,
+    baseline: float,
+) -> list[TreeGradients]:
+    """Trees [1, N] of eight tokens that must all be right, half of them before the fork, each of
+    one of 16 prompts, which have nothing in common."""
+    found = []
+    for _ in range(num_trees):
+        before = rng.binomial(1, chance, UNSURE)
+        after = rng.binomial(1, chance, (num_children, UNSURE))
+        scores = np.zeros((1 + num_children, CONTEXTS, 2 * UNSURE))
+        prompt = rng.integers(CONTEXTS)
+        scores[0, prompt, :UNSURE] = before - chance
+        scores[1:, prompt, UNSURE:] = after - chance
+        rewards = before.min() * after.min(-1)
+        found.append(_of_tree(scores, rewards, num_children, before=UNSURE, baseline=baseline))
+    return found
+
+
+def _of_tree(
+    scores: np.ndarray,
+    rewards: np.ndarray,
+    num_children: int,
+    *,
+    before: int = SURE,
+    baseline: float = 0.0,
+) -> TreeGradients:
+    tree = make_tree([ROOT, *[0] * num_children], [before, *[UNSURE] * num_children])
     found = tree_gradients(
         tree,
         scores.reshape(1 + num_children, -1),
         rewards=on_leaves(tree, rewards.astype(float).tolist()),
-        baseline=0.0,
+        baseline=baseline,
         num_cuts=1,
     )
     assert found is not None

@@ -15,6 +15,10 @@ A leaf's value is its reward: of right and wrong answers sigma^2 is E[p (1 - p)]
 baseline is the mean p, tau^2 is Var(p). Siblings are counted, not the leaves below them, which
 share their prefix. What is kept is rho = 1 / (1 + kappa) = tau^2 / (tau^2 + sigma^2), the
 intraclass correlation, which is finite where kappa is not.
+
+Where trees of several shapes are trained together (`tree.adaptive` with three levels), values of a
+depth are of means over differently many leaves: kappa is then one number for all, best for neither.
+Any number leaves the gradient unbiased.
 """
 
 from collections.abc import Mapping, Sequence

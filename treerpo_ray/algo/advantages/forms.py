@@ -129,6 +129,16 @@ def has_baseline(form: Form) -> bool:
     return form in (AdvantageForm.PAST_BASELINE, AdvantageForm.SHRUNK_BASELINE)
 
 
+def single_baseline(form: Form, baseline: Baseline) -> float:
+    """What a form holds the reward of a single answer against, or REINFORCE where it compares
+    siblings, of which that has none."""
+    if form is AdvantageForm.REWARD:
+        return 0.0
+    if form is AdvantageForm.SHRUNK_BASELINE:
+        return baseline.root * baseline.share
+    return baseline.root
+
+
 # Of a step group ---------------------------------------------------------------------------------
 
 

@@ -11,8 +11,7 @@ it is, it is then drawn as a tree of a fixed shape is, and every step's credit i
 a say of the batch's own rewards, shapes would win that happened to come out well.
 
 The rule is of the mean gradient of a tree's answers. What a step weighs in an update the loss says:
-where all trained steps weigh the same, the N continuations of a fork weigh N times their prefix. It
-is of (R - baseline) grad log p, too: a form without a baseline (RAFT) has another gradient.
+where all trained steps weigh the same, the N continuations of a fork weigh N times their prefix.
 """
 
 from collections.abc import Iterable, Sequence
@@ -41,8 +40,8 @@ class ShapeChoice:
 
     Attributes:
         num_children: Their shape.
-        token_share: Tokens that they are predicted to need, over those that single answers need
-            for gradients of the same variance; 1 of single answers.
+        token_share: Tokens that they need at most by what was seen (`cautious_fork`), over those
+            that single answers need for gradients of the same variance; 1 of single answers.
     """
 
     num_children: Shape
@@ -82,8 +81,8 @@ def choice_by(estimates: Iterable[ForkEstimate], num_levels: int) -> ShapeChoice
     """
     forks = [
         ShapeChoice(
-            num_children=_forked(num_levels, each.depth, each.fork.children),
-            token_share=each.fork.token_share(each.fork.children),
+            num_children=_forked(num_levels, each.depth, each.cautious_fork.children),
+            token_share=each.cautious_fork.token_share(each.cautious_fork.children),
         )
         for each in estimates
     ]
