@@ -30,7 +30,7 @@ from treerpo_ray.algo.forks.adaptive_shape import (
 )
 from treerpo_ray.algo.forks.rule import MAX_CHILDREN, CutSamples, ForkEstimate, fork_estimate
 from treerpo_ray.algo.forks.samples import TreeGradients, step_samples, tree_gradients
-from treerpo_ray.algo.loss_config import Normalisation
+from treerpo_ray.algo.loss_config import LossConfig, Normalisation
 from treerpo_ray.algo.packing import pack
 from treerpo_ray.algo.tree import Tree
 from treerpo_ray.config.sections import TreeConfig
@@ -74,14 +74,12 @@ class ForkProbe:
         tree: Shape of the run's trees. A look is at those of its learner step that `measures`
             says; where shapes adapt these were grown for it.
         size: Trees of a learner step, of all workers.
-        normalisation: What the loss lets a step weigh.
+        loss: Says what a step weighs.
     """
 
-    def __init__(
-        self, *, every: int, tree: TreeConfig, size: int, normalisation: Normalisation
-    ) -> None:
+    def __init__(self, *, every: int, tree: TreeConfig, size: int, loss: LossConfig) -> None:
         self.every, self.is_adaptive, self.size = every, tree.adaptive, size
-        self.normalisation = normalisation
+        self.normalisation = loss.normalisation
         self.has_forks = bool(measured_cuts(tree.num_children))
         self.num_cuts = len(tree.num_children) - 1
         """Places between the levels of the run's trees."""

@@ -128,12 +128,8 @@ class Learner:
         """Updates that moved the policy, and learner steps, with those that moved nothing."""
         self._past: deque[PastStep] = deque(maxlen=PAST_STEPS)
         """What the newest batches, of all workers, say of the next one."""
-        self.forks = ForkProbe(
-            every=learner.fork_every,
-            tree=tree,
-            size=gate.trees_per_step,
-            normalisation=loss.normalisation,
-        )
+        size = gate.trees_per_step
+        self.forks = ForkProbe(every=learner.fork_every, tree=tree, size=size, loss=loss)
         """Where trees would pay, by past batches."""
         if checkpoint is not None:
             self._restore(checkpoint)

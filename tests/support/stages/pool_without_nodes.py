@@ -29,7 +29,9 @@ class PoolWithoutNodes:
         pass
 
     async def status(self) -> StageStatus:
-        return StageStatus(stage="engines", doing="waiting for a node", is_busy=False, age_s=9.0)
+        # It never stands still for long enough itself: it is the evaluation that does, however late
+        # the first word of it comes.
+        return StageStatus(stage="engines", doing="waiting for a node", is_busy=False, age_s=0.0)
 
     async def stop(self) -> None:
         self.ended.set()
