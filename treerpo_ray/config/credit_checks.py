@@ -2,7 +2,6 @@
 
 from treerpo_ray.algo.advantages.forms import WITHOUT_SIBLINGS, AdvantageForm
 from treerpo_ray.algo.forks.adaptive_shape import measured_cuts
-from treerpo_ray.algo.groups import PruneRule
 from treerpo_ray.config.sections import GateConfig, LearnerConfig, TreeConfig
 
 
@@ -60,7 +59,7 @@ def _check_single_answers(learner: LearnerConfig, told: str) -> None:
             "to reward, past_baseline or shrunk_baseline (conf/methods/raft.yaml, "
             "conf/methods/reinforce.yaml, conf/methods/shrunk_baseline.yaml)"
         )
-    if learner.prune_threshold >= 0 or learner.prune is PruneRule.SHRINKAGE:
+    if learner.leaves_out_alike:
         raise ValueError(
             f"learner.prune={learner.prune} with learner.prune_threshold="
             f"{learner.prune_threshold:g} leaves nothing to train of {told}: set them to "

@@ -315,6 +315,11 @@ class LearnerConfig:
             keeps_lengths=self.length_weight > 0,
         )
 
+    @property
+    def leaves_out_alike(self) -> bool:
+        """Whether only children and siblings of one value are trained less, or not at all."""
+        return self.prune_threshold >= 0 or self.prune is PruneRule.SHRINKAGE
+
 
 @dataclass(frozen=True, kw_only=True)
 class SyncConfig:

@@ -47,8 +47,7 @@ def unusual(config: Config) -> Iterator[str]:
             f"learner.prune_threshold={learner.prune_threshold:g}: with learner.prune="
             f"{learner.prune} nothing is above 1, so nothing would be trained"
         )
-    is_pruned = learner.prune_threshold >= 0 or learner.prune is PruneRule.SHRINKAGE
-    if learner.advantage in WITHOUT_SIBLINGS and is_pruned:
+    if learner.advantage in WITHOUT_SIBLINGS and learner.leaves_out_alike:
         yield (
             f"learner.prune={learner.prune} with learner.prune_threshold="
             f"{learner.prune_threshold:g}: siblings that are alike and only children are left out, "

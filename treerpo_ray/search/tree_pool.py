@@ -217,12 +217,14 @@ class TreePool(WatchedStage):
 
     async def _grow_ticket(self, ticket: Ticket) -> None:
         past = self._saved.pop(ticket.number, None)
-        if past is not None and past.num_redraws:
+        if past is None:
+            await self._grow_trained(self._tree(ticket))
+            return
+        # Even if it is not taken up: the prompt is that of these redraws.
+        if past.num_redraws:
             ticket = self._redrawn(ticket, past.num_redraws)
-        tree = self._tree(ticket)
-        if past is not None:  # even if it is not taken up: its prompt is that of these redraws
-            tree.num_redraws, tree.redrawn_tokens = past.num_redraws, past.redrawn_tokens
-        if past is not None and tree.take_up(past):
+        tree = self._tree(ticket, past.num_redraws, past.redrawn_tokens)
+        if tree.take_up(past):
             self.engines.note(
                 "tree_reused",
                 ticket=ticket.number,
@@ -231,9 +233,11 @@ class TreePool(WatchedStage):
             )
         await self._grow_trained(tree)
 
-    def _tree(self, ticket: Ticket) -> GrowingTree:
+    def _tree(self, ticket: Ticket, num_redraws: int = 0, redrawn_tokens: int = 0) -> GrowingTree:
         return GrowingTree(
             ticket=ticket,
+            num_redraws=num_redraws,
+            redrawn_tokens=redrawn_tokens,
             prompts=self.prompts,
             shape=replace(self.shape, num_children=ticket.num_children),
             sampling=self.sampling,
@@ -370,9 +374,9 @@ class TreePool(WatchedStage):
             self._released -= 1
             del self._taken[past.ticket]
             ticket = self._tickets[past.ticket]
-            tree = self._tree(self._redrawn(ticket, past.num_redraws + 1))
-            tree.num_redraws = past.num_redraws + 1
-            tree.redrawn_tokens = past.redrawn_tokens + past.tree.num_sampled_tokens
+            count = past.num_redraws + 1
+            tokens = past.redrawn_tokens + past.tree.num_sampled_tokens
+            tree = self._tree(self._redrawn(ticket, count), count, tokens)
             self._work.spawn(self._grow_trained(tree))
 
     def _redrawn(self, ticket: Ticket, num_redraws: int) -> Ticket:
