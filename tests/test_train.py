@@ -309,8 +309,8 @@ def test_the_gate_hears_what_shape_is_chosen_and_the_log_where_it_is_another(
         fields = {"shape": "[1, 8]", "from_step": 15, "token_share": 0.45}
         assert event.fields.items() > fields.items()
         assert sentence(event) == (
-            "shape chosen: trees of [1, 8] from step 15 on: predicted to need 0.45 of the tokens "
-            "of single answers"
+            "shape chosen: trees of [1, 8] from step 15 on: predicted to need at most 0.45 of "
+            "the tokens of single answers"
         )
 
 

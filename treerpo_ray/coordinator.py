@@ -219,7 +219,7 @@ class Coordinator:
         """Tell of another shape that is chosen in a learner step."""
         first = step + 1 + self.config.gate.max_staleness
         share = chosen.token_share
-        told = f"trees of {list(chosen.num_children)}", f"predicted to need {share:.2f} of"
+        told = f"trees of {list(chosen.num_children)}", f"predicted to need at most {share:.2f} of"
         if not chosen.is_forked:
             told = "single answers", "no fork is predicted to save a tenth of"
         what, why = told

@@ -19,7 +19,7 @@ parameters agree is not shown.
 Single answers are one a question. The number N is the best one on the very trees that the share is
 measured on, so that the share is a little low; its error does not know of the choice, and is too
 small where nearly all answers are right: what happens once in a hundred trees is in none of forty.
-Adaptive trees are chosen by a share that takes this in (`cautious_fork`).
+Adaptive trees are chosen by a share that takes this in, and its error (`cautious_share`).
 """
 
 from dataclasses import dataclass

@@ -171,11 +171,21 @@ def test_where_an_early_token_decides_all_answers_are_single_after_any_look() ->
 
 
 @pytest.mark.parametrize("right", [0.8, 0.9, 0.95])
-def test_where_a_wrong_prefix_is_rare_no_fork_is_grown_for_want_of_one(right: float) -> None:
+@pytest.mark.parametrize(
+    ("is_against_mean", "contexts"),
+    [
+        (True, 16),
+        (False, 1),  # RAFT's credit of prompts that are all alike: the mean gradient is large
+    ],
+)
+def test_where_a_wrong_prefix_is_rare_no_fork_is_grown_for_want_of_one(
+    right: float, is_against_mean: bool, contexts: int
+) -> None:
     """Eight independent tokens, a cut in their middle: no number of continuations gains, N = 2
     needs 1.1 of the tokens, and 16 more than four times as many. In a third of the looks at 40
     trees that are right 95 times of 100 no prefix is wrong."""
-    make = partial(chain_forks, chance=right ** (1 / 8), baseline=right)
+    baseline = right if is_against_mean else 0.0
+    make = partial(chain_forks, chance=right ** (1 / 8), baseline=baseline, contexts=contexts)
     known = fork_estimate(1, [step_samples(make(np.random.default_rng(99), 8000, 2), 1)])
     assert known is not None and known.fork.token_share(2) > 1 and known.fork.token_share(16) > 4
     needed = [

@@ -357,7 +357,10 @@ def test_what_was_not_seen_counts_as_one_more_tree_that_the_prefix_decides() -> 
     assert (found.fork.within, found.fork.between) == pytest.approx((6 / 39, 0))
     cautious = found.cautious_fork
     assert (cautious.within, cautious.between) == pytest.approx((6 / 40, 2 / 40))
-    assert (found.fork.children, cautious.children) == (16, 3)
+    assert (found.fork.children, found.cautious_children) == (16, 3)
+    # Whichever tree is left out, tau^2 stays 0: the error of 0 is what the added tree is for.
+    assert found.token_share_error(3) == pytest.approx(0, abs=1e-12)
+    assert found.cautious_share == pytest.approx((2 + 6 / 3) / 8 * (16 + 3 * 4) / 20)
     assert (cautious.before, cautious.after) == (16, 4)
 
 

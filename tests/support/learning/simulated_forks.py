@@ -41,15 +41,16 @@ def chain_forks(
     *,
     chance: float,
     baseline: float,
+    contexts: int = CONTEXTS,
 ) -> list[TreeGradients]:
     """Trees [1, N] of eight tokens that must all be right, half of them before the fork, each of
-    one of 16 prompts, which have nothing in common."""
+    one of so many prompts, which have nothing in common."""
     found = []
     for _ in range(num_trees):
         before = rng.binomial(1, chance, UNSURE)
         after = rng.binomial(1, chance, (num_children, UNSURE))
-        scores = np.zeros((1 + num_children, CONTEXTS, 2 * UNSURE))
-        prompt = rng.integers(CONTEXTS)
+        scores = np.zeros((1 + num_children, contexts, 2 * UNSURE))
+        prompt = rng.integers(contexts)
         scores[0, prompt, :UNSURE] = before - chance
         scores[1:, prompt, UNSURE:] = after - chance
         rewards = before.min() * after.min(-1)

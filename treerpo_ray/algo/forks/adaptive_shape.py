@@ -24,9 +24,9 @@ Shape = tuple[int, ...]
 """Children of an expanded step, by depth: `TreeShape.num_children`."""
 LEAST_GAIN = 1.1
 """Single answers must need so many times the tokens of a fork for that to be grown: what is below
-is easily lost again to the error of what was measured. It is asked of a whole number N of
-continuations, whose `Fork.token_share` must be less than 1 / 1.1; N*, the best number if it need
-not be whole or within MAX_CHILDREN, would gain a little more."""
+is easily lost again to what one batch has and the next has not. It is asked of a whole number N of
+continuations, with one standard error against it: `ForkEstimate.cautious_share` must be less than
+1 / 1.1."""
 
 MEASURED_SHARE, FEWEST_MEASURED = 1 / 4, 8
 """Of the trees that there are those that measure, and at least how many, if there are. Forty trees
@@ -40,8 +40,9 @@ class ShapeChoice:
 
     Attributes:
         num_children: Their shape.
-        token_share: Tokens that they need at most by what was seen (`cautious_fork`), over those
-            that single answers need for gradients of the same variance; 1 of single answers.
+        token_share: Tokens that they need, over those that single answers need for gradients of the
+            same variance, as high as what was seen still allows (`ForkEstimate.cautious_share`);
+            1 of single answers.
     """
 
     num_children: Shape
@@ -81,8 +82,8 @@ def choice_by(estimates: Iterable[ForkEstimate], num_levels: int) -> ShapeChoice
     """
     forks = [
         ShapeChoice(
-            num_children=_forked(num_levels, each.depth, each.cautious_fork.children),
-            token_share=each.cautious_fork.token_share(each.cautious_fork.children),
+            num_children=_forked(num_levels, each.depth, each.cautious_children),
+            token_share=each.cautious_share,
         )
         for each in estimates
     ]

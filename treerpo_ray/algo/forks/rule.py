@@ -180,7 +180,7 @@ class ForkEstimate:
 
     @cached_property
     def cautious_fork(self) -> Fork:
-        """The rule as if one more tree had been seen, whose prefix decides all; choices go by it.
+        """The rule as if one more tree had been seen, whose prefix decides all.
 
         Where nearly all answers are right, few trees have nearly all of the gradients' squares, and
         perhaps none of these a prefix that went wrong. Then tau^2 seems to be 0 without an error,
@@ -197,6 +197,23 @@ class ForkEstimate:
         return replace(self.fork, within=max(within, 0.0), between=max(between, 0.0))
 
     @property
+    def cautious_children(self) -> int:
+        """Whole number of continuations that needs the fewest tokens by the cautious rule."""
+        return self.cautious_fork.children
+
+    @cached_property
+    def cautious_share(self) -> float:
+        """Tokens that so many need, by the cautious rule and a standard error above it: choices go
+        by it.
+
+        Where the mean gradient is large beside the variance, as RAFT's is where nearly all answers
+        are right, no bound on what was not seen replaces the error: tau^2 is the small difference
+        of two large products.
+        """
+        number = self.cautious_children
+        return self.cautious_fork.token_share(number) + self.token_share_error(number)
+
+    @property
     def has_gradients(self) -> bool:
         """Whether any answer had one: else nothing tells trees from single answers but cost."""
         return bool(self.samples.square.any())
@@ -207,7 +224,7 @@ class ForkEstimate:
         Trees are independent, and all that was sampled in one is left out with it. Variances are
         taken as they are, negative ones too, so that an error is no smaller where they are cut off.
         It is too small where a few trees have nearly all squares: what none of them was is not in
-        it (`cautious_fork`).
+        it, but in `cautious_fork`.
         """
         count = len(self.samples)
         own = np.append(self.samples.columns[:6], np.ones((1, count)), axis=0)
