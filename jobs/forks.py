@@ -3,20 +3,24 @@
 python jobs/train.py conf/quickstart.yaml conf/forks.yaml run.name=forks
 python jobs/forks.py forks
 python jobs/forks.py RUN --steps 40    # of any run with metrics.save_trees_every=1
+python jobs/forks.py RUN --all-parameters
 
 The first line grows trees of a model that stays as it is, to ask before anything is trained. The
 second prints a table: of the run's shape and of smaller ones the tokens that an update needs, over
 those of single answers, for as much signal beside its noise. It takes some hundred trees to know.
 `as trained` has the run's own credit, and what its loss lets a step weigh; `by rule` is what the
-fork rule, by which runs print a line while they train, says of the same trees and shapes. Weights
-are those of the newest checkpoint: trees that were grown many updates before it say less of them
-than it seems. The last line is JSON.
+fork rule, by which runs print a line while they train, says of the same trees and shapes. Both are
+of the gradient of one layer, as while a run trains, or with `--all-parameters` of the gradient by
+all that is trained, which takes a backward pass for each step of a tree. Weights are those of the
+newest checkpoint: trees that were grown many updates before it say less of them than it seems. The
+last line is JSON.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +40,9 @@ def forks(arguments: list[str]) -> int:
     parser.add_argument("run", help="a run folder, or the name of a run")
     parser.add_argument(
         "--steps", type=positive, default=10, help="newest learner steps whose trees are used"
+    )
+    parser.add_argument(
+        "--all-parameters", action="store_true", help="gradients by all that is trained"
     )
     parser.add_argument(
         "--trust-run", action="store_true", help="run code that the folder brings along"
@@ -66,24 +73,24 @@ def forks(arguments: list[str]) -> int:
             )
         steps = saved[-options.steps :]
         batches = [run.trees(each) for each in steps]
+        by = "by all that is trained" if options.all_parameters else "by the layer before the head"
         print(
             f"{sum(map(len, batches))} trees of learner steps {steps[0]} to {steps[-1]}, by the "
-            f"weights after step {step}",
+            f"weights after step {step} and gradients {by}",
             file=sys.stderr,
         )
-        found = shape_shares(config, checkpoint, batches)
+        found = shape_shares(config, checkpoint, batches, by_all_parameters=options.all_parameters)
     print_shares(found)
-    rows = [
+    shapes = [
         {
             "num_children": each.num_children,
             "tokens": each.tokens,
-            "as_trained": each.as_trained and each.as_trained.value,
-            "standard_error": each.as_trained and each.as_trained.error,
-            "by_rule": each.by_rule,
+            "as_trained": each.as_trained and asdict(each.as_trained),
+            "by_rule": each.by_rule and asdict(each.by_rule),
         }
         for each in found
     ]
-    print(json.dumps({"run": place, "steps": steps, "shapes": rows}))
+    print(json.dumps({"run": place, "steps": steps, "gradients": by, "shapes": shapes}))
     return 0
 
 
@@ -108,7 +115,7 @@ def print_shares(found: "Sequence[ShapeShare]") -> None:
             str(list(each.num_children)),
             f"{each.tokens:.0f}",
             "too few trees" if own is None else f"{own.value:.2f} ± {own.error:.2f}",
-            "" if rule is None else f"{rule:.2f}",
+            "" if rule is None else f"{rule.value:.2f} ± {rule.error:.2f}",
         )
     rich.console.Console(stderr=True).print(table)
 

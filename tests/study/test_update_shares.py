@@ -17,11 +17,14 @@ from treerpo_ray.algo.forks.rule import ForkEstimate, fork_estimate
 from treerpo_ray.algo.forks.samples import step_samples, tree_gradients
 from treerpo_ray.algo.forks.updates import TreeUpdates, update_share
 from treerpo_ray.algo.loss_config import LossConfig, Normalisation
+from treerpo_ray.algo.tree import Tree
 from treerpo_ray.config import Config
 from treerpo_ray.config.lora import LoraConfig
 from treerpo_ray.config.sections import TreeConfig
 from treerpo_ray.learner.fork_probe import step_scores
+from treerpo_ray.learner.learner import Learner
 from treerpo_ray.records import TreeRecord
+from treerpo_ray.study.step_gradients import step_gradients
 from treerpo_ray.study.update_shares import shape_shares, smaller_shapes
 
 BY_TOKEN = Normalisation.CONSTANT
@@ -51,16 +54,25 @@ def checkpoint(config: Config, folder: Path) -> Path:
     return folder
 
 
-def by_hand(config: Config, records: Sequence[TreeRecord], count: int) -> TreeUpdates:
+def plain_scores(learner: Learner, tree: Tree, by_all_parameters: bool) -> np.ndarray:
+    """Gradients of log p of the tree's steps."""
+    scores = step_gradients if by_all_parameters else step_scores
+    [found] = scores(learner.optimizer, [tree], seed=0, token_budget=999, normalisation=BY_TOKEN)
+    return found.astype(np.float64)
+
+
+def by_hand(
+    config: Config, records: Sequence[TreeRecord], count: int, by_all_parameters: bool
+) -> TreeUpdates:
     """The mean reward of the first `count` answers for their prefix, each one's own for itself."""
     learner, means, tokens = make_learner(config), [], []
     is_even = config.loss.normalisation is Normalisation.SEQUENCE_MEAN
     for record in records:
-        [scores] = step_scores(learner.optimizer, [record.tree], 0, 999, BY_TOKEN)
+        scores = plain_scores(learner, record.tree, by_all_parameters)
         rewards = record.rewards[1 : 1 + count]
         own = np.array([rewards.mean(), *rewards])
         weights = own / record.tree.lengths[: 1 + count] if is_even else own
-        means.append(weights @ scores[: 1 + count].astype(np.float64))
+        means.append(weights @ scores[: 1 + count])
         tokens.append(record.tree.lengths[: 1 + count].sum())
     return TreeUpdates(
         means=np.array(means),
@@ -69,13 +81,14 @@ def by_hand(config: Config, records: Sequence[TreeRecord], count: int) -> TreeUp
     )
 
 
-def singles_by_hand(config: Config, records: Sequence[TreeRecord]) -> TreeUpdates:
+def singles_by_hand(
+    config: Config, records: Sequence[TreeRecord], by_all_parameters: bool
+) -> TreeUpdates:
     """Any of the four answers, each with its reward for both of its steps."""
     learner, means, squares, tokens = make_learner(config), [], [], []
     is_even = config.loss.normalisation is Normalisation.SEQUENCE_MEAN
     for record in records:
-        [scores] = step_scores(learner.optimizer, [record.tree], 0, 999, BY_TOKEN)
-        scores = scores.astype(np.float64)
+        scores = plain_scores(learner, record.tree, by_all_parameters)
         if is_even:
             scores = scores / record.tree.lengths[:, None]
         own = [record.rewards[leaf] * (scores[0] + scores[leaf]) for leaf in (1, 2, 3, 4)]
@@ -86,17 +99,19 @@ def singles_by_hand(config: Config, records: Sequence[TreeRecord]) -> TreeUpdate
 
 
 @pytest.mark.parametrize("normalisation", [Normalisation.CONSTANT, Normalisation.SEQUENCE_MEAN])
+@pytest.mark.parametrize("by_all_parameters", [False, True])
 def test_shares_are_of_what_is_trained_in_trees_with_fewer_children_too(
-    tmp_path: Path, normalisation: Normalisation
+    tmp_path: Path, normalisation: Normalisation, by_all_parameters: bool
 ) -> None:
     config = raft(save_tiny_model(tmp_path / "model", "qwen2"), normalisation)
     steps = trees()
-    found = shape_shares(config, checkpoint(config, tmp_path / "checkpoint"), steps)
+    folder = checkpoint(config, tmp_path / "checkpoint")
+    found = shape_shares(config, folder, steps, by_all_parameters=by_all_parameters)
     assert [each.num_children for each in found] == [(1, 4), (1, 2)]
     records = [*steps[0], *steps[1]]
-    singles = singles_by_hand(config, records)
+    singles = singles_by_hand(config, records, by_all_parameters)
     for share, count in zip(found, (4, 2), strict=True):
-        trained = by_hand(config, records, count)
+        trained = by_hand(config, records, count, by_all_parameters)
         expected = update_share(trained, singles)
         assert share.as_trained is not None and expected is not None
         assert share.as_trained.value == pytest.approx(expected.value, rel=1e-4)
@@ -130,7 +145,9 @@ def test_single_answers_are_held_against_what_the_form_takes_off_and_so_is_the_r
         found = shape_shares(own, tmp_path / "checkpoint", trees())
         [by_rule] = [each.by_rule for each in found if each.num_children == (1, 4)]
         estimate = estimated(own, tmp_path / "checkpoint", expected)
-        assert by_rule == pytest.approx(estimate.fork.token_share(4), rel=1e-4)
+        assert by_rule is not None
+        assert by_rule.value == pytest.approx(estimate.fork.token_share(4), rel=1e-4)
+        assert by_rule.error == pytest.approx(estimate.token_share_error(4), rel=1e-3)
 
 
 def estimated(config: Config, checkpoint: Path, baseline: float) -> ForkEstimate:

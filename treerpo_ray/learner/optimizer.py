@@ -163,6 +163,11 @@ class PolicyOptimizer:
         for _ in range(num_idle):
             self._pulls_now(IDLE)
 
+    def logprobs(self, packed: Forest) -> torch.Tensor:
+        """Log-probability (nats) of each edge's target, with its graph where gradients are on; of a
+        sharded policy every worker must ask."""
+        return self._forward(self.policy, ForestTensors.from_forest(packed, self.device))[0]
+
     def metrics(self, steps: Sequence[OptimizerStep]) -> dict[str, float]:
         """Metrics of the losses of all workers, of the optimizer steps that were made."""
         own = sum((step.sums for step in steps), start=LossSums.zeros(self.device))
@@ -218,7 +223,7 @@ class PolicyOptimizer:
 
     @torch.no_grad()
     def _logprobs_now(self, packed: Forest) -> torch.Tensor:
-        return self._forward(self.policy, ForestTensors.from_forest(packed, self.device))[0]
+        return self.logprobs(packed)
 
     def _sum_gradients(self) -> None:
         """Sum, not mean: the loss of each forest is already divided by the batch's counts."""

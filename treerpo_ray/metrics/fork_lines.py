@@ -14,8 +14,9 @@ fork/num_trees_depth_d       trees that those are of
 tree/next_children_depth_d   of an adaptive run: children, behind a step of depth d (0: the prompt),
                              of the trees that are grown by this measurement
 
-All is measured on gradients of the last layer, with the run's credit of a single answer; that all
-parameters agree is not shown.
+All is measured on gradients of one layer, with the run's credit of a single answer. By all trained
+parameters (`jobs/forks.py --all-parameters`) it is the same within its errors, which are up to ten
+times as large: jobs/comparisons/README.md, Predicted and realised.
 Single answers are one a question. The number N is the best one on the very trees that the share is
 measured on, so that the share is a little low; its error does not know of the choice, and is too
 small where nearly all answers are right: what happens once in a hundred trees is in none of forty.

@@ -2,12 +2,13 @@
 
 Measured on trees that a run has saved, by the weights of its newest checkpoint: as they were grown,
 and as they would have been with fewer children. `treerpo_ray.algo.forks.updates` has the formula.
-The gradient is that of the layer before the head, as of the fork rule (`fork_probe`): that all
-parameters agree is not shown.
+The gradient is that of the layer before the head, as while a run trains (`fork_probe`), or that of
+all that is trained (`step_gradients`), which takes a backward pass for each step.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,8 @@ from treerpo_ray.algo.forks.adaptive_shape import Shape, measured_cuts
 from treerpo_ray.algo.forks.rule import fork_estimate
 from treerpo_ray.algo.forks.samples import TreeGradients, step_samples, tree_gradients
 from treerpo_ray.algo.forks.updates import (
+    TokenShare,
     TreeUpdates,
-    UpdateShare,
     first_children,
     part_of,
     update_share,
@@ -29,6 +30,7 @@ from treerpo_ray.config import Config
 from treerpo_ray.learner.fork_probe import is_whole, step_scores
 from treerpo_ray.learner.learner import Learner
 from treerpo_ray.records import TreeRecord
+from treerpo_ray.study.step_gradients import step_gradients
 
 WIDTH = 128
 """Of each side of a gradient: that of wider models is projected, which adds an error that is the
@@ -42,11 +44,11 @@ class ShapeShare:
     num_children: Shape
     tokens: float
     """Sampled tokens of a tree."""
-    as_trained: UpdateShare | None
-    """Tokens over those of single answers, with the run's credit; None: the trees are too few."""
-    by_rule: float | None
-    """The same by the fork rule, which takes every answer for as useful wherever it forked; None
-    where a shape forks at the prompt or at two places, or the trees are too few."""
+    as_trained: TokenShare | None
+    """Of updates with the run's credit; None: the trees are too few."""
+    by_rule: TokenShare | None
+    """By the fork rule, which takes every answer for as useful wherever it forked; None where a
+    shape forks at the prompt or at two places, or the trees are too few."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,7 +60,11 @@ class _Scored:
 
 
 def shape_shares(
-    config: Config, checkpoint: Path, steps: Sequence[Sequence[TreeRecord]]
+    config: Config,
+    checkpoint: Path,
+    steps: Sequence[Sequence[TreeRecord]],
+    *,
+    by_all_parameters: bool = False,
 ) -> list[ShapeShare]:
     """The shares of the run's shape and of smaller ones, the largest first.
 
@@ -67,6 +73,8 @@ def shape_shares(
         checkpoint: Local folder of the checkpoint whose weights are measured.
         steps: Trees of some learner steps, nearly of these weights. Those that lack a reward are
             left out.
+        by_all_parameters: Whether the gradient is by all that is trained, not by the layer before
+            the head.
 
     Raises:
         ValueError: the trees are of several shapes, of single answers or picked by their rewards,
@@ -77,7 +85,7 @@ def shape_shares(
     if not any(own):
         raise ValueError("no tree has rewards of all its answers")
     learner = _learner(config, checkpoint)
-    scored = [_score(learner, step, config.loss.normalisation) for step in own]
+    scored = [_score(learner, step, config.loss.normalisation, by_all_parameters) for step in own]
     trees = [each for step in scored for each in step]
     baseline = single_baseline(learner.form, learner.baseline)
     singles = _singles(trees, baseline)
@@ -145,16 +153,19 @@ def _learner(config: Config, checkpoint: Path) -> Learner:
 
 
 def _score(
-    learner: Learner, records: Sequence[TreeRecord], normalisation: Normalisation
+    learner: Learner,
+    records: Sequence[TreeRecord],
+    normalisation: Normalisation,
+    by_all_parameters: bool,
 ) -> list[_Scored]:
     """Gradients of log p of each step, as the loss weighs them."""
-    found = step_scores(
+    scores = step_gradients if by_all_parameters else partial(step_scores, width=WIDTH)
+    found = scores(
         learner.optimizer,
         [each.tree for each in records],
         seed=0,
         token_budget=learner.settings.token_budget,
         normalisation=normalisation,
-        width=WIDTH,
     )
     pairs = zip(records, found, strict=True)
     return [_Scored(record=record, scores=own.astype(np.float64)) for record, own in pairs]
@@ -219,7 +230,7 @@ def _part(record: TreeRecord, kept: Sequence[int], ticket: int) -> TreeRecord:
     )
 
 
-def _by_rule(looks: Sequence[Sequence[TreeGradients]], shape: Shape) -> float | None:
+def _by_rule(looks: Sequence[Sequence[TreeGradients]], shape: Shape) -> TokenShare | None:
     """What the fork rule says of a shape that forks at one place, behind a first step."""
     forked = [depth for depth, children in enumerate(shape) if children > 1]
     if len(forked) != 1 or not measured_cuts(shape):
@@ -228,4 +239,5 @@ def _by_rule(looks: Sequence[Sequence[TreeGradients]], shape: Shape) -> float | 
     found = fork_estimate(depth, (step_samples(look, depth) for look in looks))
     if found is None or not found.has_gradients:
         return None
-    return found.fork.token_share(shape[depth])
+    number = shape[depth]
+    return TokenShare(value=found.fork.token_share(number), error=found.token_share_error(number))

@@ -63,15 +63,15 @@ class TreeUpdates:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateShare:
-    """Tokens over those of single answers, for as much signal beside the noise."""
+class TokenShare:
+    """Tokens over those of single answers, for gradients that are as good."""
 
     value: float
     error: float
     """Standard error, by leaving out each tree in turn (the jackknife)."""
 
 
-def update_share(trees: TreeUpdates, singles: TreeUpdates) -> UpdateShare | None:
+def update_share(trees: TreeUpdates, singles: TreeUpdates) -> TokenShare | None:
     """Tokens that trees need, over those of the single answers that the same trees hold.
 
     Args:
@@ -93,7 +93,7 @@ def update_share(trees: TreeUpdates, singles: TreeUpdates) -> UpdateShare | None
         return None
     value, *without = ours / theirs
     error = np.sqrt((count - 1) / count * ((without - np.mean(without)) ** 2).sum())
-    return UpdateShare(value=float(value), error=float(error))
+    return TokenShare(value=float(value), error=float(error))
 
 
 def first_children(tree: Tree, num_children: Sequence[int]) -> list[int]:
