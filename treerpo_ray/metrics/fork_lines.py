@@ -15,8 +15,8 @@ tree/next_children_depth_d   of an adaptive run: children, behind a step of dept
                              of the trees that are grown by this measurement
 
 All is measured on gradients of one layer, with the run's credit of a single answer. By all trained
-parameters (`jobs/forks.py --all-parameters`) it is the same within its errors, which are up to ten
-times as large: jobs/comparisons/README.md, Predicted and realised.
+parameters (`jobs/forks.py --all-parameters`) it came out within a tenth, or within its error:
+jobs/comparisons/README.md, Predicted and realised.
 Single answers are one a question. The number N is the best one on the very trees that the share is
 measured on, so that the share is a little low; its error does not know of the choice, and is too
 small where nearly all answers are right: what happens once in a hundred trees is in none of forty.
