@@ -211,13 +211,22 @@ def test_engines_that_hold_the_weights_of_a_run_cannot_evaluate_the_start_of_ano
         run_training(held, kept)
 
 
-def test_what_trees_would_need_is_measured_on_what_a_run_has_saved(strict, capsys) -> None:
+@pytest.mark.parametrize(
+    ("options", "gradients"),
+    [
+        ([], "by the layer before the head"),
+        (["--all-parameters"], "by all that is trained"),
+    ],
+)
+def test_what_trees_would_need_is_measured_on_what_a_run_has_saved(
+    strict, capsys, options: list[str], gradients: str
+) -> None:
     run, _, _ = strict
-    assert load_script("jobs/forks.py").forks([run.folder, "--steps", "1"]) == 0
+    assert load_script("jobs/forks.py").forks([run.folder, "--steps", "1", *options]) == 0
     shown = capsys.readouterr()
     [line] = shown.out.splitlines()
     found = json.loads(line)
-    assert found["steps"] == [run.metrics().index.max()]
+    assert found["steps"] == [run.metrics().index.max()] and found["gradients"] == gradients
     assert [each["num_children"] for each in found["shapes"]] == [[4, 4], [4, 2], [4, 1]]
     assert "6 trees of learner steps" in shown.err and "[4, 2]" in shown.err
 
