@@ -17,6 +17,7 @@ from treerpo_ray.run_folder.files import CONFIG_FILE, RunFolder
 
 TOKENS = 370_000
 OTHER = "train it with GRPO on as many tokens, and compare"
+ADAPTIVE = "train it with forks only where they pay on as many tokens, and compare"
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def steps(*arguments: str) -> dict[str, str]:
     return dict(next_steps(load(list(arguments)), arguments, TOKENS))
 
 
-def test_a_finished_run_ends_with_four_commands_of_one_line_each(tmp_path: Path) -> None:
+def test_a_finished_run_ends_with_five_commands_of_one_line_each(tmp_path: Path) -> None:
     found = steps("conf/quickstart.yaml", f"run.root={tmp_path}")
     assert list(found.items()) == [
         (
@@ -51,6 +52,13 @@ def test_a_finished_run_ends_with_four_commands_of_one_line_each(tmp_path: Path)
             f"python jobs/train.py conf/quickstart.yaml run.root={tmp_path} conf/methods/grpo.yaml "
             f"run.num_steps=54 run.max_sampled_tokens={TOKENS} "
             f"&& python jobs/evaluate.py --compare {tmp_path}/quickstart-grpo "
+            f"{tmp_path}/quickstart",
+        ),
+        (
+            ADAPTIVE,
+            f"python jobs/train.py conf/quickstart.yaml run.root={tmp_path} "
+            f"conf/methods/adaptive.yaml run.num_steps=432 run.max_sampled_tokens={TOKENS} "
+            f"&& python jobs/evaluate.py --compare {tmp_path}/quickstart-adaptive "
             f"{tmp_path}/quickstart",
         ),
     ]
@@ -116,12 +124,41 @@ def test_the_other_method_is_a_run_of_its_own_on_as_many_tokens() -> None:
 
 def test_the_other_method_of_a_run_whose_shape_adapts_has_one_shape() -> None:
     """[1, 16] steps of 23 tokens have at most 391 of them."""
-    found = steps("conf/quickstart.yaml", "conf/methods/adaptive.yaml", "run.num_steps=30")[OTHER]
+    long = f"run.num_steps=39 run.max_sampled_tokens={TOKENS}"
     assert math.ceil(1.2 * 30 * 391 / 368) == 39
-    assert found.split(" && ")[0].endswith(
-        f"conf/methods/grpo.yaml tree.adaptive=false run.num_steps=39 "
-        f"run.max_sampled_tokens={TOKENS}"
+    found = steps("conf/quickstart.yaml", "conf/methods/adaptive.yaml", "run.num_steps=30")
+    assert f" conf/quickstart.yaml conf/methods/grpo.yaml {long} && " in found[OTHER]
+    own = (*("tree.adaptive=true", "learner.advantage=reward", "tree.num_children=[1,4]"),)
+    found = steps("conf/quickstart.yaml", *own, "learner.prune_threshold=-1", "run.num_steps=30")
+    assert f" conf/methods/grpo.yaml tree.adaptive=false {long} && " in found[OTHER]
+    assert ADAPTIVE not in found
+
+
+def test_forks_where_they_pay_are_measured_at_every_cut_of_a_run_that_has_one() -> None:
+    """Single answers are the least that a learner step takes: 69 tokens of three steps of 23."""
+    deep = steps(
+        "conf/quickstart.yaml", "tree.num_children=[4,2,2]", "tree.step_tokens=[23,23,23]"
+    )[ADAPTIVE]
+    assert 4 * 23 + 8 * 23 + 16 * 23 == 644
+    assert (
+        " conf/methods/adaptive.yaml 'tree.num_children=[1,4,4]' "
+        f"run.num_steps={math.ceil(1.2 * 36 * 644 / 69)} "
+    ) in deep
+    few = steps("conf/quickstart.yaml", "gate.trees_per_step=3")[ADAPTIVE]
+    assert (
+        f" gate.trees_per_step=24 run.num_steps={math.ceil(1.2 * 36 * 3 * 460 / (24 * 46))} " in few
     )
+    for whole in ("grpo", "raft", "reinforce"):  # nothing that answers share, nothing to fork at
+        found = steps("conf/quickstart.yaml", f"conf/methods/{whole}.yaml")
+        assert ADAPTIVE not in found
+    unmeasured = steps("conf/quickstart.yaml", "learner.fork_every=0")
+    assert ADAPTIVE not in unmeasured, "what is never measured cannot be followed"
+
+
+def test_what_a_run_has_of_one_method_is_not_left_in_another() -> None:
+    """SPO-tree's file has a form that is not said to be another's."""
+    found = steps("conf/quickstart.yaml", "conf/methods/spo_tree.yaml")
+    assert " conf/quickstart.yaml conf/methods/grpo.yaml run." in found[OTHER]
 
 
 def test_the_commands_do_where_the_user_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

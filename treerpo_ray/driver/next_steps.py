@@ -7,8 +7,8 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from treerpo_ray.algo.advantages.forms import AdvantageForm
@@ -24,6 +24,9 @@ LENGTH = ("run.num_steps=", "run.max_sampled_tokens=")
 SPARE_STEPS = 1.2
 """Learner steps of another method for each that would do if its answers were as long as may be:
 shorter ones take more, and the tokens end the run."""
+FEW_ANSWERS = 24
+"""Answers a learner step that another method has at least, if the run itself had as many: where
+trees become single answers, as many questions are too few to learn from."""
 HELD_OUT = "held_out"
 """Name of the benchmark that is the run's own held-out data."""
 
@@ -48,13 +51,15 @@ def next_steps(
     evaluate = f"{_python()} {_file('jobs/evaluate.py')}"
     if is_evaluated:
         found.append(("evaluate it", f"{evaluate} {run} {shlex.join(_benchmark(config))}"))
-    other = _other_method(config, arguments, sampled_tokens)
-    if other is not None:
-        method, words, folder = other
+    for other in _other_methods(config):
+        made = _with_method(config, arguments, sampled_tokens, other)
+        if made is None:
+            continue
+        words, folder = made
         train = f"{_python()} {_file('jobs/train.py')} {shlex.join(words)}"
         if is_evaluated:
             train += f" && {evaluate} --compare {_shown(folder)} {run}"
-        purpose = f"train it with {method} on as many tokens"
+        purpose = f"train it with {other.title} on as many tokens"
         found.append((f"{purpose}, and compare" if is_evaluated else purpose, train))
     if not _has_moved():
         return found
@@ -129,34 +134,66 @@ def _yaml(value: object) -> str:
     return f"{value}" if is_plain else json.dumps(value)  # which is YAML, too
 
 
-def _other_method(
-    config: Config, arguments: Sequence[str], sampled_tokens: int
-) -> tuple[str, list[str], str] | None:
-    """Another method, the arguments that train the same with it, and the folder of that run."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Method:
+    """Another method to train the same with."""
+
+    title: str
+    suffix: str
+    """Of the run's name."""
+    overrides: tuple[str, ...]
+    """Its file and what goes over it; none: it is what a run is without a method's file."""
+
+
+def _other_methods(config: Config) -> Iterator[_Method]:
+    """A baseline to be held against, and trees that fork where the run's own measurements say that
+    it pays: most shapes that are set by hand need more tokens than single answers somewhere."""
     if config.learner.advantage is AdvantageForm.STANDARD:
-        title, suffix = "TreeRPO", "treerpo"
-        words = [word for word in arguments if Path(word).parent.name != "methods"]
+        yield _Method(title="TreeRPO", suffix="treerpo", overrides=())
     else:
-        title, suffix, words = "GRPO", "grpo", [*arguments, _file("conf/methods/grpo.yaml")]
-    words = [word for word in words if not word.startswith(("run.name=", *LENGTH))]
-    if config.tree.adaptive:
-        words.append("tree.adaptive=false")
+        file = _file("conf/methods/grpo.yaml")
+        yield _Method(title="GRPO", suffix="grpo", overrides=(file,))
+    num_levels = len(config.tree.num_children)
+    if num_levels > 1 and not config.tree.adaptive:
+        overrides = [_file("conf/methods/adaptive.yaml")]
+        if num_levels > 2:
+            overrides.append("tree.num_children=[1" + ",4" * (num_levels - 1) + "]")
+        trees = config.gate.trees_per_step
+        answers = min(trees * config.shape.max_leaves, FEW_ANSWERS)
+        if answers > trees:
+            overrides.append(f"gate.trees_per_step={answers}")
+        title = "forks only where they pay"
+        yield _Method(title=title, suffix="adaptive", overrides=tuple(overrides))
+
+
+def _with_method(
+    config: Config, arguments: Sequence[str], sampled_tokens: int, method: _Method
+) -> tuple[list[str], str] | None:
+    """Arguments that train the same with another method, and the folder of that run; None where
+    these settings do not go with it, or it is the same."""
+    methods = PROJECT / "conf/methods"
+    own = [word for word in arguments if Path(word).resolve().parent != methods]
+    words = [word for word in own if not word.startswith(("run.name=", *LENGTH))]
+    name = []
     if any(word.startswith("run.name=") for word in arguments):
-        words.append(f"run.name={config.run.name}-{suffix}")
+        name = [f"run.name={config.run.name}-{method.suffix}"]
     try:
-        other = load(words)
-        words += _as_long(config, other, sampled_tokens)
+        fixed = ["tree.adaptive=false"] if load(words).tree.adaptive else []
+        words += [*method.overrides, *fixed, *name]
+        words += _as_long(config, load(words), sampled_tokens)
         other = load(words)
     except ValueError:
-        return None  # a method that these settings do not go with
-    if other.learner.advantage is config.learner.advantage or other.folder == config.folder:
         return None
-    return title, words, other.folder
+    is_same = (other.learner.advantage, other.tree) == (config.learner.advantage, config.tree)
+    if is_same or other.folder == config.folder:
+        return None
+    return words, other.folder
 
 
 def _as_long(config: Config, other: Config, sampled_tokens: int) -> list[str]:
     """Overrides that end another run at as many tokens, whatever a learner step of it takes."""
-    ratio = config.largest_shape.max_sampled_tokens / other.shape.max_sampled_tokens
-    num_steps = math.ceil(SPARE_STEPS * config.run.num_steps * ratio)
+    most = config.gate.trees_per_step * config.largest_shape.max_sampled_tokens
+    least = other.gate.trees_per_step * min(each.max_sampled_tokens for each in other.shapes)
+    num_steps = math.ceil(SPARE_STEPS * config.run.num_steps * most / least)
     length = [f"run.max_sampled_tokens={sampled_tokens}"]
     return [f"run.num_steps={num_steps}", *length] if num_steps > other.run.num_steps else length
