@@ -165,7 +165,7 @@ def plot_forecasts(found: Sequence[Forecast]) -> Figure:
     """Predicted against realised token ratio, a point a setting and arm; as predicted is what lies
     on the diagonal, and below 1 what needed fewer tokens. An arrow up is a lower bound."""
     num_rows = -(-len(found) // LEGEND_COLUMNS)
-    figure = Figure(figsize=(6.5, 6.2 + LEGEND_ROW * num_rows), layout="constrained")
+    figure = Figure(figsize=(6.5, 6.2 + LEGEND_ROW * num_rows), layout="compressed")
     axes = figure.subplots()
     settings = list(dict.fromkeys(each.setting for each in found))
     numbers = dict.fromkeys(settings, 0)
